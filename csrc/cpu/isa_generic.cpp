@@ -1,0 +1,6 @@
+// The generic table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
+#include "quantize.h"
+
+namespace igpt::cpu {
+const Ops generic_ops{"generic", quantize_u8, quantize_f32};
+}
