@@ -1,0 +1,71 @@
+// pybind11 module igpt_fast._C: raw addresses and sizes in, Params out to the launchers. No maths, no torch.
+// Whoever calls it has checked every argument (igpt_fast/ops.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/ops.h"
+#ifdef IGPT_WITH_CUDA
+#include "cuda/ops.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+void quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int32_t k, int32_t threads) {
+    const igpt::cpu::QuantizeParams params{reinterpret_cast<const void*>(x),
+                                           reinterpret_cast<const float*>(clusters),
+                                           reinterpret_cast<int64_t*>(out),
+                                           n,
+                                           k,
+                                           threads};
+    (is_u8 ? igpt::cpu::ops().quantize_u8 : igpt::cpu::ops().quantize_f32)(params);
+}
+
+std::vector<std::pair<std::string, bool>> cpu_isas() {
+    igpt::cpu::Isa all[8];
+    std::vector<std::pair<std::string, bool>> names;
+    for (int i = 0, n = igpt::cpu::isas(all); i < n; ++i) names.emplace_back(all[i].table->isa, all[i].supported);
+    return names;
+}
+
+#ifdef IGPT_WITH_CUDA
+void check(const char* op, int code) {
+    if (code != 0) throw std::runtime_error(std::string(op) + ": CUDA error: " + igpt::cuda::error_string(code));
+}
+
+void quantize_cuda(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int32_t k, int32_t device,
+                   uintptr_t stream) {
+    const igpt::cuda::QuantizeParams params{reinterpret_cast<const void*>(x),
+                                            reinterpret_cast<const float*>(clusters),
+                                            reinterpret_cast<int64_t*>(out),
+                                            n,
+                                            k,
+                                            device,
+                                            reinterpret_cast<void*>(stream)};
+    check("quantize", is_u8 ? igpt::cuda::quantize_u8(params) : igpt::cuda::quantize_f32(params));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("compiler") = IGPT_COMPILER;
+    m.attr("openmp") = IGPT_OPENMP_STATUS;
+    m.attr("cuda_status") = IGPT_CUDA_STATUS;
+#ifdef IGPT_WITH_CUDA
+    m.attr("has_cuda") = true;
+    m.def("quantize_cuda", &quantize_cuda, py::call_guard<py::gil_scoped_release>());
+#else
+    m.attr("has_cuda") = false;
+#endif
+    m.def("quantize_cpu", &quantize_cpu, py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
+    m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
+    m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
+}
