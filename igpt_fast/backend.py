@@ -184,7 +184,7 @@ def config() -> dict[str, Any]:
         "build": build,
         "devices": devices,
         "isa": {
-            "compiled": {name: supported for name, supported in _C.cpu_isas()} if _C is not None else {},
+            "compiled": dict(_C.cpu_isas()) if _C is not None else {},
             "live": _C.cpu_isa() if _C is not None else None,
         },
         "backend": _backend,

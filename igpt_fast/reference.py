@@ -88,18 +88,19 @@ def causal_attention(
 def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     """Index of the nearest cluster: ``argmin_k sum_c (x_c - clusters_kc)^2``, the lowest index on ties.
 
-    x: (..., 3) float; clusters: (K, 3) of the same dtype. Returns (...,) int64. Runs over the clusters, so
-    that no (N, K) intermediate exists. transformers expands ``a^2 - 2ab + b^2`` instead, which rounds
-    differently near ties.
+    x: (..., 3) uint8, a value v standing for ``v / 127.5 - 1`` evaluated in float64, or a float dtype, evaluated
+    in it. clusters: (K, 3) float32. Returns (...,) int64. Runs over the clusters, so that no (N, K)
+    intermediate exists. transformers expands ``a^2 - 2ab + b^2`` instead, which rounds differently near ties.
 
     Source: openai/image-gpt src/utils.py ``color_quantize``.
     """
+    if x.dtype == torch.uint8:
+        x = x.double() / 127.5 - 1.0
     best = torch.full(x.shape[:-1], torch.inf, dtype=x.dtype, device=x.device)
     index = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    for k, cluster in enumerate(clusters):
-        difference = x - cluster
-        r, g, b = difference.square().unbind(-1)
-        distance = r + g + b
+    for k, cluster in enumerate(clusters.to(x.dtype)):
+        r, g, b = (x - cluster).square().unbind(-1)
+        distance = (r + g) + b
         nearer = distance < best
         best = torch.where(nearer, distance, best)
         index = torch.where(nearer, k, index)
