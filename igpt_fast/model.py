@@ -6,8 +6,6 @@ The network is thin: every computation that has a faster twin goes through ``igp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,79 +18,7 @@ from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.generation import GenerationMixin
-
-
-@dataclass
-class ModelOutput:
-    """A result readable by attribute, by key and by position; fields that are ``None`` have no position."""
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
-
-    def keys(self) -> list[str]:
-        """Names of the fields that are set."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
-
-    def values(self) -> tuple[Any, ...]:
-        """Their values."""
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names and values."""
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """``self[key]`` if set, else ``default``."""
-        return getattr(self, key) if key in self.keys() else default
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The set fields in order; what ``return_dict=False`` returns."""
-        return self.values()
-
-
-@dataclass
-class BaseModelOutput(ModelOutput):
-    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k)."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class CausalImageModelingOutput(ModelOutput):
-    """Result of ``ImageGPTForCausalImageModeling``; logits are (B, T, vocab_size - 1)."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class ImageClassificationOutput(ModelOutput):
-    """Result of ``ImageGPTForImageClassification``; logits are (B, num_labels)."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+from igpt_fast.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
 
 
 class ImageGPTLayerNorm(nn.Module):
@@ -350,9 +276,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         for block in self.h:
             all_hidden.append(hidden)
             if self.gradient_checkpointing and self.training:
-                hidden, weights = checkpoint(
-                    block, hidden, cache, key_mask, output_attentions, use_reentrant=False
-                )
+                hidden, weights = checkpoint(block, hidden, cache, key_mask, output_attentions, use_reentrant=False)
             else:
                 hidden, weights = block(hidden, cache, key_mask, output_attentions)
             all_attentions.append(weights)
@@ -512,7 +436,9 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             else:
                 self.config.problem_type = "multi_label_classification"
         if self.config.problem_type == "regression":
-            return F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
+            return (
+                F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
+            )
         if self.config.problem_type == "single_label_classification":
             return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
         return F.binary_cross_entropy_with_logits(logits, labels)
