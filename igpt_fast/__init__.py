@@ -43,13 +43,18 @@ _ALIASES = {
 }
 _MODULES = ("backend", "image", "ops", "reference")
 
-__all__ = ["__version__", *_MODULES, *_NAMES, *_ALIASES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_NAMES, *_ALIASES]
 
 if TYPE_CHECKING:
     from igpt_fast import backend as backend
     from igpt_fast import image as image
     from igpt_fast import ops as ops
     from igpt_fast import reference as reference
+    from igpt_fast.backend import BackendUnavailableError as BackendUnavailableError
+    from igpt_fast.backend import get_backend as get_backend
+    from igpt_fast.backend import set_backend as set_backend
+    from igpt_fast.backend import show_config as show_config
+    from igpt_fast.backend import use_backend as use_backend
 
 
 def __getattr__(name: str) -> Any:
