@@ -53,12 +53,6 @@ except ImportError as error:
     native_reason = f"the compiled module igpt_fast._C cannot be imported: {error}"
 
 
-def warn_if_not_compiled() -> None:
-    """Says once, when the package is imported, that everything runs on the reference, and why."""
-    if _C is None:
-        warnings.warn(f"igpt_fast runs on plain PyTorch: {native_reason}", RuntimeWarning, stacklevel=3)
-
-
 def unavailable(backend: str) -> str | None:
     """Why ``"reference"``, ``"cpu"`` or ``"cuda"`` cannot run here; ``None`` when it can."""
     if backend == "reference":
@@ -242,7 +236,9 @@ def _processor() -> str:
 
 
 def _start() -> None:
-    """Applies the environment variables."""
+    """Applies the environment variables; says once if everything runs on the reference."""
+    if _C is None:
+        warnings.warn(f"igpt_fast runs on plain PyTorch: {native_reason}", RuntimeWarning, stacklevel=2)
     isa = os.environ.get("IGPT_FAST_ISA")
     if isa and _C is not None and not _C.select_cpu_isa(isa):
         names = ", ".join(name for name, supported in _C.cpu_isas() if supported)

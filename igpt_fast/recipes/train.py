@@ -195,7 +195,7 @@ def train(
             n_layer=config.n_layer,
             n_head=config.n_head,
             resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
+            embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
     ).to(device)
