@@ -1,1 +1,239 @@
-class GenerationMixin: ...
+"""Generation: from a context and a source of uniform numbers to tokens. ``pipeline.py`` makes images of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import ops, reference
+from igpt_fast.decoders import make_decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from igpt_fast.model import ImageGPTForCausalImageModeling
+
+StepCallback = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Draw among the k most likely tokens only; ``None`` for all.
+        top_p: Draw among the most likely tokens whose probability reaches it; ``None`` for all.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        ops.check_sampling(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass
+class Drawn:
+    """Tokens and their log-probabilities.
+
+    Args:
+        tokens: (B, T) int64.
+        logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, before
+            temperature, top-k and top-p.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def check_seed(seed: int) -> int:
+    """The seed.
+
+    Raises:
+        ValueError: Not an integer in 0..2^64-1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed!r}; want an integer in 0..2^64-1")
+    return seed
+
+
+def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:
+    """(N, count) uniform numbers of the images' own streams; see ``reference.uniform``."""
+    return reference.uniform(check_seed(seed), streams.to("cpu", torch.int64), first, count).to(device)
+
+
+@torch.no_grad()
+def decode(
+    model: ImageGPTForCausalImageModeling,
+    context: Tensor,
+    uniforms: Tensor,
+    sampling: Sampling,
+    callback: StepCallback | None = None,
+) -> Drawn:
+    """Continues every row of a context by as many tokens as there are uniform numbers for it.
+
+    Args:
+        model: The model.
+        context: (B, T_0) int64 on the model's device; SOS first.
+        uniforms: (B, T) float32 in [0, 1) on the model's device, one number a draw.
+        sampling: How tokens are drawn.
+        callback: Called after every position with its number, counted from 0, and its (B,) tokens.
+
+    Returns:
+        The T new tokens of every row.
+    """
+    batch, steps = uniforms.shape
+    drawn = Drawn(
+        torch.empty(batch, steps, dtype=torch.int64, device=context.device),
+        torch.empty(batch, steps, dtype=torch.float32, device=context.device),
+    )
+    if steps == 0 or batch == 0:
+        return drawn
+    with _evaluating(model):
+        decoder = make_decoder(model, batch, context.shape[1] + steps - 1)
+        logits = decoder.prefill(context)
+        for t in range(steps):
+            token = ops.sample(logits, uniforms[:, t], sampling.temperature, sampling.top_k, sampling.top_p)
+            drawn.tokens[:, t] = token
+            drawn.logprobs[:, t] = torch.log_softmax(logits.float(), dim=-1).gather(1, token[:, None])[:, 0]
+            if callback is not None:
+                callback(t, token)
+            if t + 1 < steps:
+                logits = decoder.step(token)
+    return drawn
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the length of a block."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+class GenerationMixin:
+    """``generate`` in transformers' calling convention."""
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Continues contexts by drawn colours.
+
+        Unlike transformers', ``max_length`` defaults to a whole image (``n_positions`` colours after SOS) instead
+        of 20, and ``top_k`` to all colours instead of 50. Options of transformers' ``generate`` that are not
+        listed here raise TypeError.
+
+        Args:
+            input_ids: (B, T_0) int64 with 1 <= T_0; SOS (``config.sos_token_id``) first, as the model was
+                trained. ``None`` means one row of SOS alone.
+            max_length: Length of the result, ``input_ids`` included; at most ``n_positions + 1``.
+            max_new_tokens: The same, counted from the end of ``input_ids``; one of the two at most.
+            do_sample: Draw the tokens; else take the most likely one each time.
+            temperature, top_k, top_p: See ``Sampling``; without ``do_sample`` they must stay at their defaults.
+            num_return_sequences: Continuations of each row, which follow each other in the result; more than
+                one needs ``do_sample``.
+            seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch.
+            generator: Draws from this generator instead, on its device; one of the two at most. Without either,
+                a seed is drawn from torch's global generator.
+            callback: Called after every position with its number, counted from 0, and its (B,) tokens.
+
+        Returns:
+            (B * num_return_sequences, length) int64, on the model's device.
+
+        Raises:
+            TypeError: ``input_ids`` is not an integer tensor.
+            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
+
+        Source: transformers ``GenerationMixin.generate``.
+        """
+        model = cast("ImageGPTForCausalImageModeling", self)
+        if num_return_sequences < 1:
+            raise ValueError(f"generate: num_return_sequences is {num_return_sequences}; want 1 or more")
+        if not do_sample and (temperature, top_k, top_p, num_return_sequences) != (1.0, None, None, 1):
+            raise ValueError(
+                "generate: temperature, top_k, top_p and num_return_sequences above 1 have no effect on greedy"
+                " decoding; pass do_sample=True"
+            )
+        sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p)
+        context = _check_context(input_ids, model)
+        steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
+        context = context.repeat_interleave(num_return_sequences, dim=0)
+        uniforms = _uniforms(context.shape[0], steps, do_sample, seed, generator, model.device)
+        drawn = decode(model, context, uniforms, sampling, callback)
+        return torch.cat([context, drawn.tokens], dim=1)
+
+
+def _check_context(input_ids: Any, model: ImageGPTForCausalImageModeling) -> Tensor:
+    """The context as (B, T_0) int64 on the model's device."""
+    sos = model.config.sos_token_id
+    if input_ids is None:
+        return torch.full((1, 1), sos, dtype=torch.int64, device=model.device)
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"generate: input_ids is {got}; want an integer tensor")
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"generate: input_ids has shape {tuple(input_ids.shape)}; want (B, T) with T >= 1, SOS first")
+    if input_ids.numel():
+        low, high = (int(end) for end in torch.aminmax(input_ids))
+        if low < 0 or high > sos:
+            raise ValueError(f"generate: token {low if low < 0 else high} is not in 0..{sos} (SOS is {sos})")
+    return input_ids.to(model.device, torch.int64)
+
+
+def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, n_positions: int) -> int:
+    """How many tokens to draw after ``given`` ones."""
+    if max_length is not None and max_new_tokens is not None:
+        raise ValueError("generate: give max_length or max_new_tokens, not both")
+    if max_new_tokens is not None:
+        max_length = given + max_new_tokens
+    elif max_length is None:
+        max_length = n_positions + 1
+    if max_length > n_positions + 1:
+        raise ValueError(
+            f"generate: a length of {max_length} tokens exceeds {n_positions + 1}, SOS and the model's n_positions"
+        )
+    if max_length <= given:
+        raise ValueError(f"generate: {given} tokens are given, which leaves none of a length of {max_length} to draw")
+    return max_length - given
+
+
+def _uniforms(
+    batch: int, steps: int, do_sample: bool, seed: int | None, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """(B, steps) uniform numbers on ``device``."""
+    if seed is not None and generator is not None:
+        raise ValueError("generate: give seed or generator, not both")
+    if not do_sample:
+        return torch.zeros(batch, steps, device=device)
+    if generator is not None:
+        return torch.rand(batch, steps, generator=generator, device=generator.device).to(device)
+    if seed is None:
+        seed = int(torch.randint(0, 1 << 62, ()))
+    return stream_uniforms(seed, torch.arange(batch), 0, steps, device)

@@ -116,3 +116,73 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     """
     palette = torch.round(127.5 * (clusters.to(torch.float32) + 1.0)).clamp(0, 255).to(torch.uint8)
     return palette[tokens.long()]
+
+
+def philox(counter: Tensor, key: int) -> Tensor:
+    """Philox4x32-10: four random 32-bit words for a counter of four 32-bit words under a 64-bit key.
+
+    counter: (..., 4) int64, each in 0..2^32-1. Returns (..., 4) int64 in the same range. A counter-based generator
+    has no state: any device, thread or batch that asks for the same counter gets the same words.
+
+    Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011), table 2 and section 3.3.
+    """
+    low = 0xFFFFFFFF
+
+    def multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+        """High and low word of a 64-bit product, by halves of 16 bits since int64 holds 63."""
+        bottom = (word & 0xFFFF) * factor
+        upper = (word >> 16) * factor + (bottom >> 16)
+        return upper >> 16, ((upper & 0xFFFF) << 16) | (bottom & 0xFFFF)
+
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & low, (key >> 32) & low
+    for _ in range(10):
+        high0, low0 = multiply(c0, 0xD2511F53)
+        high1, low1 = multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def uniform(seed: int, streams: Tensor, first: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1) for positions ``first .. first + count - 1`` of each image's stream.
+
+    streams: (N,) int64, not negative. Returns (N, count) float32, multiples of 2^-24. Number (i, t) depends on the
+    seed, ``streams[i]`` and the position alone. Counter: (position, 0, low and high word of the stream).
+    """
+    n = streams.shape[0]
+    position = torch.arange(first, first + count, device=streams.device).expand(n, count)
+    stream = streams[:, None].expand(n, count)
+    counter = torch.stack([position, torch.zeros_like(position), stream & 0xFFFFFFFF, stream >> 32], dim=-1)
+    return (philox(counter, seed)[..., 0] >> 8).to(torch.float32) * 2.0**-24
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Draws a token of each row by inverting the cumulative distribution, in the order of the ids.
+
+    logits: (N, K) floating point; uniform: (N,) in [0, 1). Returns (N,) int64: the first id at which the cumulative
+    weight exceeds ``uniform`` times the total. ``temperature`` 0 takes the largest logit, the lowest id on ties.
+    ``top_k`` keeps the logits that are not below the k-th largest; ``top_p`` then the shortest run, from the most
+    likely down (the lower id first on ties), whose probability reaches ``top_p``. Weights are in fp32 and their
+    sums in fp64, so that the order of summation does not decide a draw.
+
+    Source: temperature, top-k and top-p as transformers' logits processors define them, in that order.
+    """
+    scores = logits.to(torch.float32)
+    if temperature == 0.0:
+        return scores.argmax(dim=-1)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    if top_k is not None and top_k < scores.shape[-1]:
+        smallest = scores.topk(top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -math.inf)
+    weights = torch.exp(scores).to(torch.float64)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        kept = before < top_p * ordered.sum(dim=-1, keepdim=True)
+        weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
+    cumulative = weights.cumsum(dim=-1)
+    drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
+    return drawn.clamp(max=logits.shape[-1] - 1)
