@@ -22,7 +22,18 @@ PRESETS: dict[str, dict[str, int]] = {
     "xl": {"n_layer": 60, "n_embd": 3072, "n_head": 48},
 }
 
-_MAX_CONFIG_BYTES = 16 << 20
+_MAX_CONFIG_BYTES = 4 << 20
+_FLAGS = (
+    "scale_attn_weights",
+    "use_cache",
+    "tie_word_embeddings",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "add_cross_attention",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+)
 
 
 @dataclass
@@ -111,6 +122,11 @@ class ImageGPTConfig:
         for name in ("layer_norm_epsilon", "initializer_range"):
             if _number(name, getattr(self, name)) < 0:
                 raise ValueError(f"ImageGPTConfig: {name} must not be negative, got {getattr(self, name)!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"ImageGPTConfig: {name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.activation_function, str):
+            raise ValueError(f"ImageGPTConfig: activation_function must be a name, got {self.activation_function!r}")
         if self.problem_type not in (
             None,
             "regression",
@@ -148,6 +164,11 @@ class ImageGPTConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(type(self).attribute_map.get(name, name), value)
+        labels = self.__dict__.get("id2label")
+        if name == "num_labels" and isinstance(labels, dict) and len(labels) != value:
+            self.id2label = self.label2id = None  # as in transformers: the names no longer fit
+        elif name == "id2label" and isinstance(value, dict) and "num_labels" in self.__dict__:
+            self.num_labels = len(value)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ImageGPTConfig:
@@ -165,6 +186,13 @@ class ImageGPTConfig:
         """Builds a configuration from the content of a ``config.json``; unknown entries go to ``extra``."""
         if data.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(f"model_type is {data['model_type']!r}, expected {cls.model_type!r}")
+        data = dict(data)
+        if "torch_dtype" in data:  # the entry's name before transformers 5
+            older = data.pop("torch_dtype")
+            data.setdefault("dtype", older)
+        if "id2label" in overrides or overrides.get("num_labels") not in (None, len(data.get("id2label") or ())):
+            data.pop("id2label", None)
+            data.pop("label2id", None)
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
@@ -175,8 +203,8 @@ class ImageGPTConfig:
         return cls(**known, extra=extra)
 
     @classmethod
-    def from_json_file(cls, path: str | Path) -> ImageGPTConfig:
-        """Reads a ``config.json``.
+    def from_json_file(cls, path: str | Path, **overrides: Any) -> ImageGPTConfig:
+        """Reads a ``config.json``; ``overrides`` are fields that replace its own.
 
         Raises:
             ValueError: Not JSON, not an object, for another model, or a field out of range; the message
@@ -184,12 +212,14 @@ class ImageGPTConfig:
         """
         path = Path(path)
         try:
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
+            with path.open("rb") as file:
+                content = file.read(_MAX_CONFIG_BYTES + 1)
+            if len(content) > _MAX_CONFIG_BYTES:
                 raise ValueError(f"larger than {_MAX_CONFIG_BYTES >> 20} MiB")
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(content.decode("utf-8"))
             if not isinstance(data, dict):
                 raise ValueError("the top level is not an object")
-            return cls.from_dict(data)
+            return cls.from_dict(data, **overrides)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a usable ImageGPT configuration: {error}") from error
 

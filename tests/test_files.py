@@ -1,0 +1,207 @@
+"""Files are found or refused with one clear line, read with bounds, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from igpt_fast import files
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _hub_cache(root: Path, name: str, content: dict[str, bytes]) -> Path:
+    """The layout that huggingface_hub leaves after a download."""
+    repository = root / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for i, (filename, data) in enumerate(content.items()):
+        (repository / "blobs" / f"blob{i}").write_bytes(data)
+        (snapshot / filename).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / filename).symlink_to(
+            os.path.relpath(repository / "blobs" / f"blob{i}", (snapshot / filename).parent)
+        )
+    return snapshot
+
+
+def test_finds_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.json").write_text("{}")
+    assert files.find_file(tmp_path, "a.json", subfolder="sub") == tmp_path / "sub" / "a.json"
+    assert files.find_file(str(tmp_path), "b.json", required=False) is None
+    with pytest.raises(FileNotFoundError, match=r"has no b\.json"):
+        files.find_file(tmp_path, "b.json")
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        files.find_file(tmp_path, "b.json", subfolder="none")
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "a\\b", "..", "", "a\0b"])
+def test_only_plain_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="not a plain file name"):
+        files.find_file(tmp_path, name)
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, error, reason in [
+        ("folder", ValueError, "a folder"),
+        ("pipe", ValueError, "a pipe or a device"),
+        ("zero", ValueError, "a pipe or a device"),
+        ("loop", FileNotFoundError, "link to nothing, or to itself"),
+        ("dangling", FileNotFoundError, "link to nothing, or to itself"),
+    ]:
+        for required in (True, False):
+            with pytest.raises(error, match=f"{name}: is .*{reason}"):
+                files.find_file(tmp_path, name, required=required)
+    with pytest.raises(FileNotFoundError, match="link to nothing, or to itself"):
+        files.find_file(tmp_path / "loop", "a")
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file: is a file; give its folder"):
+        files.find_file(tmp_path / "file", "a")
+    with pytest.raises(ValueError, match="empty"):
+        files.find_file("", "a")
+    for name in [str(tmp_path / "none"), "./none", "~/none", "one/two/three", "x" * 5000]:
+        with pytest.raises(FileNotFoundError, match="no such folder") as caught:
+            files.find_file(name, "a")
+        assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="neither a folder nor a hub name") as bad:
+        files.find_file("not a name!", "a")
+    assert "\n" not in str(bad.value)
+
+
+def test_hub_cache_offline(tmp_path: Path) -> None:
+    snapshot = _hub_cache(tmp_path, "some/model", {"config.json": b"{}", "sub/a.bin": b"1"})
+    for local_files_only in (True, False):
+        where = {"cache_dir": tmp_path, "local_files_only": local_files_only}
+        assert files.find_file("some/model", "config.json", **where) == snapshot / "config.json"
+        assert files.find_file("some/model", "a.bin", subfolder="sub", **where) == snapshot / "sub" / "a.bin"
+        assert files.find_file("some/model", "a.bin", required=False, **where) is None
+        for name in ("some/model", "some/other"):
+            with pytest.raises(FileNotFoundError, match=rf"{name}: .*a\.bin .*neither in the cache") as caught:
+                files.find_file(name, "a.bin", **where)
+            assert "\n" not in str(caught.value)
+        # Nothing is known about a repository that was never seen: not "it has none".
+        with pytest.raises(FileNotFoundError, match="neither in the cache"):
+            files.find_file("some/other", "a.bin", required=False, **where)
+
+
+def test_unreachable_hub_is_quick_and_clear(tmp_path: Path) -> None:
+    _hub_cache(tmp_path, "some/model", {"config.json": b"{}"})
+    code = f"""
+import time
+from igpt_fast import files
+files.find_file("some/model", "config.json", cache_dir={str(tmp_path)!r})
+import huggingface_hub.errors
+start = time.perf_counter()
+try:
+    files.find_file("some/other", "config.json", cache_dir={str(tmp_path)!r})
+except FileNotFoundError as error:
+    print(f"{{time.perf_counter() - start}}|{{error}}|")
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    seconds, message, _ = done.stdout.split("|")
+    assert float(seconds) < 10
+    assert message.startswith("some/other: no such folder; and config.json")
+    assert "reachable" in message
+    assert "\n" not in message
+
+
+def test_read_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, "ä"]}', encoding="utf-8")
+    assert files.read_json(path) == {"a": [1, "ä"]}
+    assert files.read_json(path, max_bytes=path.stat().st_size) == {"a": [1, "ä"]}
+    with pytest.raises(ValueError, match=r"a\.json: not usable JSON: larger than"):
+        files.read_json(path, max_bytes=path.stat().st_size - 1)
+    with pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "none.json")
+    for content in [b"", b"{", b"[1]", b"\xff\xfe{}", b'{"a":' * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b"<html>"]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.json: not usable JSON"):
+            files.read_json(path)
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="larger than 1 MiB"):
+        files.read_json(path, max_bytes=1 << 20)
+    assert time.process_time() - start < 1
+    with pytest.raises(ValueError, match="larger than 1 MiB"):  # stat says 0 bytes
+        files.read_json("/dev/zero", max_bytes=1 << 20)
+
+
+def test_replacing(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with files.replacing(path) as partial:
+        partial.write_text("1")
+        assert not path.exists()
+    assert path.read_text() == "1"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def interrupted() -> None:
+        with files.replacing(path) as partial:
+            partial.write_text("2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(FileExistsError, match="exists already"), files.replacing(path, overwrite=False):
+        pass
+    with pytest.raises(IsADirectoryError, match="is a folder"), files.replacing(tmp_path):
+        pass
+    with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "none" / "a"):
+        pass
+    assert path.read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_replacing_a_link_leaves_its_target(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("old")
+    (tmp_path / "link").symlink_to("blob")
+    with files.replacing(tmp_path / "link") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "link").read_text() == "new"
+    assert (tmp_path / "blob").read_text() == "old"
+
+
+def test_replacing_together_is_all_or_nothing(tmp_path: Path) -> None:
+    names = [tmp_path / "a", tmp_path / "b"]
+    for path in names:
+        path.write_text("old")
+    outdated = tmp_path / "index"
+    outdated.write_text(json.dumps({}))
+
+    def full() -> None:
+        with files.replacing_together(names, outdated=[outdated]) as partials:
+            partials[0].write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        full()
+    assert [p.read_text() for p in names] == ["old", "old"]
+    assert outdated.exists()
+    with files.replacing_together(names, outdated=[outdated]) as partials:
+        for partial in partials:
+            partial.write_text("new")
+        assert [p.read_text() for p in names] == ["old", "old"]
+    assert [p.read_text() for p in names] == ["new", "new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
