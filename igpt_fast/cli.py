@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from igpt_fast.config import TrainConfig
+from igpt_fast.recipes.settings import TrainConfig
 
 if TYPE_CHECKING:
     import torch

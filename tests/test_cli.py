@@ -1,0 +1,227 @@
+"""The igpt command: results, exit codes, one line an error, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_fast import backend, cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command in this process."""
+    try:
+        code = cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *args: object) -> str:
+    """The one line of a command that must fail with ``code`` and print nothing."""
+    got, out, err = run(capsys, *args)
+    assert got == code, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("igpt")
+    return err
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((300, 200), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_help_is_quick_and_complete() -> None:
+    """Under 0.3 s, best of five on a busy machine; without torch."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "igpt_fast.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - start)
+    for command in ("sample", "complete", "quantize", "clusters", "train", "env"):
+        assert command in done.stdout
+    assert min(times) < 0.3, times
+    code = "import sys, igpt_fast.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"igpt {command}" in out
+    assert "(required)" not in out
+    options = [line for line in out.splitlines() if line.lstrip("│ ").startswith("--")]
+    assert len(options) >= (1 if command == "env" else 4)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, "igpt_fast 0.1.0\n")
+
+
+def test_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, gif = tmp_path / "grid.png", tmp_path / "grid.gif"
+    code, text, _ = run(capsys, "sample", "-n", 3, "--seed", 5, "--out", out, "--gif", gif, "--json")
+    assert code == 0
+    report = json.loads(text)
+    assert (report["images"], report["seed"], report["size"]) == (3, 5, [16, 16])
+    assert 0.0 < report["nats_per_pixel"] < 2.0
+    first = out.read_bytes()
+    with Image.open(gif) as animation:
+        assert animation.n_frames == 17
+    assert "exists already" in fails(capsys, 1, "sample", "-n", 1, "--out", out)
+    assert out.read_bytes() == first
+    code, text, _ = run(capsys, "sample", "-n", 3, "--seed", 5, "--out", out, "--force", "--batch-size", 2)
+    assert code == 0
+    assert text.startswith(f"{out}: 3 images of 16x16, seed 5")
+    assert out.read_bytes() == first
+
+
+def test_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
+    out = tmp_path / "completions.png"
+    code, text, _ = run(capsys, "complete", photo, photo, "-n", 2, "--keep", 0.25, "--seed", 1, "--out", out, "--json")
+    assert code == 0
+    assert json.loads(text)["rows"] == 4
+    with Image.open(out) as grid:
+        width, height = grid.size
+    assert width > 5 * 128 > height  # a row each: input, given part, two completions, original
+    assert height > 2 * 128
+
+
+def test_quantize_and_clusters(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
+    clusters, tokens, preview = tmp_path / "clusters.npy", tmp_path / "tokens.npy", tmp_path / "preview.png"
+    assert run(capsys, "clusters", tmp_path, "-k", 5, "--out", clusters, "--json")[0] == 0
+    palette = np.load(clusters)
+    assert palette.shape == (5, 3)
+    code, text, _ = run(
+        capsys, "quantize", photo, "--clusters", clusters, "--size", 0, "--out", tokens, "--preview", preview, "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["shape"] == [1, 200, 300]
+    array = np.load(tokens)
+    assert array.dtype == np.uint16
+    pixels = np.asarray(Image.open(photo).convert("RGB"), dtype=np.float64) / 127.5 - 1
+    distances = ((pixels[:, :, None] - palette.astype(np.float64)) ** 2).sum(-1)
+    chosen = np.take_along_axis(distances, array[0][..., None].astype(np.int64), axis=-1)[..., 0]
+    assert np.array_equal(chosen, distances.min(axis=-1))
+    assert run(capsys, "quantize", photo, "--out", tokens, "--force")[0] == 0
+    assert np.load(tokens).shape == (1, 16, 16)
+    with Image.open(preview) as image:
+        assert image.size[0] >= 300
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "env", "--json")
+    assert code == 0
+    assert json.loads(text) == json.loads(json.dumps(backend.config()))
+    code, text, _ = run(capsys, "env")
+    assert code == 0
+    assert "quantize" in text
+
+
+def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
+    fails(capsys, 2)
+    fails(capsys, 2, "paint")
+    assert "--nonsense" in fails(capsys, 2, "sample", "--nonsense")
+    assert "x" in fails(capsys, 2, "sample", "-n", "x")
+    assert "at least one" in fails(capsys, 2, "complete", "--out", tmp_path / "a.png")
+    assert "at least one" in fails(capsys, 2, "quantize", "--out", tmp_path / "a.npy")
+    assert "at least one" in fails(capsys, 2, "clusters", "--out", tmp_path / "a.npy")
+    assert "must end in" in fails(capsys, 2, "sample", "--out", tmp_path / "a.txt")
+    assert "must end in" in fails(capsys, 2, "sample", "--out", tmp_path / "a.png", "--gif", tmp_path / "b.png")
+    assert "--backend" in fails(capsys, 2, "sample", "--out", tmp_path / "a.png", "--backend", "tpu")
+    assert "--dtype" in fails(capsys, 2, "sample", "--out", tmp_path / "a.png", "--dtype", "int3")
+    assert "--device" in fails(capsys, 2, "sample", "--out", tmp_path / "a.png", "--device", "abacus")
+    assert "not both" in fails(
+        capsys, 2, "quantize", photo, "--clusters", "a", "--model", "b", "--out", tmp_path / "t.npy"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
+
+
+def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
+    out = tmp_path / "a.png"
+    assert "no such directory" in fails(capsys, 1, "sample", "--out", tmp_path / "none" / "a.png")
+    assert "missing.jpg" in fails(capsys, 1, "complete", tmp_path / "missing.jpg", "--out", out)
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    assert "text.png" in fails(capsys, 1, "complete", text, "--out", out)
+    assert "text.png" in fails(capsys, 1, "quantize", text, "--out", tmp_path / "t.npy")
+    (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:200])
+    assert "cut.jpg" in fails(capsys, 1, "complete", tmp_path / "cut.jpg", "--out", out)
+    assert "missing" in fails(capsys, 1, "sample", "--model", tmp_path / "missing", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails(capsys, 1, "sample", "--model", tmp_path / "empty", "--out", out)
+    assert "empty" in fails(capsys, 1, "clusters", tmp_path / "empty", "--out", tmp_path / "c.npy")
+    assert "keep" in fails(capsys, 1, "complete", photo, "--keep", 1, "--out", out)
+    assert "top_p" in fails(capsys, 1, "sample", "--top-p", 3, "--out", out)
+    assert "n is 0" in fails(capsys, 1, "sample", "-n", 0, "--out", out)
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY garbage")
+    assert "bad.npy" in fails(
+        capsys, 1, "quantize", photo, "--clusters", tmp_path / "bad.npy", "--out", tmp_path / "t.npy"
+    )
+    np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
+    assert "(7,)" in fails(
+        capsys, 1, "quantize", photo, "--clusters", tmp_path / "flat.npy", "--out", tmp_path / "t.npy"
+    )
+    assert "bad.npy" in fails(capsys, 1, "train", tmp_path / "bad.npy", "--out", tmp_path / "run")
+    left = {"photo.jpg", "text.png", "cut.jpg", "empty", "bad.npy", "flat.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.skipif(backend.unavailable("cuda") is None, reason="CUDA is available here")
+def test_unavailable_is_three(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    assert "cuda" in fails(capsys, 3, "sample", "--backend", "cuda", "--out", out)
+    assert "cuda:7" in fails(capsys, 3, "sample", "--device", "cuda:7", "--out", out)
+    environment = {**os.environ, "IGPT_FAST_BACKEND": "abacus"}
+    done = subprocess.run(
+        [sys.executable, "-m", "igpt_fast.cli", "env"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert "IGPT_FAST_BACKEND" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "not writable" in fails(capsys, 1, "sample", "--out", tmp_path / "a.png")
+
+
+def test_interrupt_is_130_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    command = [sys.executable, "-m", "igpt_fast.cli", "sample", "-n", "2000", "--batch-size", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        time.sleep(12)
+        process.send_signal(signal.SIGINT)
+        text, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "igpt sample: interrupted"
+    assert "Traceback" not in error
+    # The batches that were finished are there, whole; before the first one, nothing is.
+    assert [path.name for path in tmp_path.iterdir()] == (["a.png"] if text else [])
+    if text:
+        Image.open(out).load()
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m igpt_fast.cli env | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
