@@ -12,6 +12,7 @@ import json as json_module
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -429,8 +430,10 @@ def _check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> No
         raise FileNotFoundError(f"{path.parent}: no such directory")
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent}: is not writable")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise OSError(f"{path.parent}: cannot be written to: {error.strerror}") from error
 
 
 def _device(name: str | None) -> torch.device:

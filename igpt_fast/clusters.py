@@ -27,25 +27,22 @@ def check_clusters(clusters: Any, minimum: int = 1) -> np.ndarray:
     """The clusters as a (K, 3) float32 numpy array.
 
     Args:
-        clusters: Array or tensor of floats, or nested lists of numbers.
+        clusters: Array or tensor of floats, or nested lists of them.
         minimum: The smallest K accepted; the largest is ``MAX_CLUSTERS``.
 
     Raises:
-        TypeError: Not numbers, or an array of integers (0..255 colours are not clusters).
+        TypeError: Not floats; integers are refused because colours in 0..255 are not clusters.
         ValueError: Not (K, 3), K out of bounds, or not finite.
     """
     if isinstance(clusters, Tensor):
         clusters = clusters.detach().cpu()
         clusters = clusters.float().numpy() if clusters.is_floating_point() else clusters.numpy()
-    if isinstance(clusters, np.ndarray):
-        if clusters.dtype.kind != "f":
-            raise TypeError(f"clusters: dtype {clusters.dtype}; want floats in [-1, 1]")
-        array = clusters
-    else:
-        try:
-            array = np.asarray(clusters, dtype=np.float64)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"clusters: want K rows of three numbers: {error}") from error
+    try:
+        array = np.asarray(clusters)
+    except (TypeError, ValueError, OverflowError) as error:  # rows of different lengths
+        raise TypeError(f"clusters: want K rows of three numbers: {error}") from error
+    if array.dtype.kind != "f":  # nor are strings, booleans or null taken for numbers
+        raise TypeError(f"clusters: dtype {array.dtype}; want floats in [-1, 1]")
     if array.ndim != 2 or array.shape[1] != 3 or not minimum <= len(array) <= MAX_CLUSTERS:
         raise ValueError(f"clusters: shape {array.shape}; want (K, 3) with K in {minimum}..{MAX_CLUSTERS}")
     with np.errstate(over="ignore"):
@@ -64,8 +61,9 @@ def quantize(images: Array, clusters: np.ndarray | Tensor) -> Array:
     """The token of every colour: the index of the nearest cluster, the lowest one on ties.
 
     Args:
-        images: (..., 3) numpy array or tensor, uint8 or floats in [-1, 1].
-        clusters: (K, 3) floats.
+        images: (..., 3) numpy array or tensor, uint8 (evaluated in float64, so exact) or floats in [-1, 1], which
+            are rounded to float32 and evaluated in it.
+        clusters: (K, 3) floats, rounded to float32.
 
     Returns:
         (...) int64, of the kind of ``images`` and on its device.
@@ -148,7 +146,7 @@ def fit_clusters(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError: ``images`` is not uint8.
+        TypeError: ``images`` is not uint8, or n_clusters not an integer.
         ValueError: Wrong shape, n_clusters out of bounds, bad pins, or fewer colours than clusters.
     """
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
@@ -156,11 +154,9 @@ def fit_clusters(
         raise TypeError(f"fit_clusters: images has dtype {array.dtype}; want uint8")
     if array.ndim == 0 or array.shape[-1] != 3:
         raise ValueError(f"fit_clusters: images has shape {array.shape}; want (..., 3)")
-    colours = np.asarray(pinned).reshape(-1, 3) if len(pinned) else np.zeros((0, 3), np.uint8)
-    if colours.dtype.kind not in "iu" or (colours < 0).any() or (colours > 255).any():
-        raise ValueError("fit_clusters: pinned holds something else than integers in 0..255")
-    if len(np.unique(colours, axis=0)) != len(colours):
-        raise ValueError("fit_clusters: pinned names a colour twice")
+    colours = _check_pinned(pinned)
+    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int):
+        raise TypeError(f"fit_clusters: n_clusters is {n_clusters!r}; want a whole number")
     if not 2 <= n_clusters <= MAX_CLUSTERS or n_clusters <= len(colours):
         raise ValueError(
             f"fit_clusters: n_clusters is {n_clusters}; want 2..{MAX_CLUSTERS}, more than the {len(colours)} pinned"
@@ -183,6 +179,21 @@ def fit_clusters(
         pixels = pixels[(pixels != pin).any(axis=1)]
     km = MiniBatchKMeans(n_clusters - len(pins), random_state=seed, batch_size=4096, n_init=3, max_iter=100)
     return np.concatenate([pins, km.fit(pixels).cluster_centers_.astype(np.float32)])
+
+
+def _check_pinned(pinned: Any) -> np.ndarray:
+    """(N, 3) integers in 0..255, all rows different."""
+    try:
+        colours = np.asarray(pinned) if len(pinned) else np.zeros((0, 3), np.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fit_clusters: pinned is not a list of (r, g, b): {error}") from error
+    if colours.ndim != 2 or colours.shape[1] != 3:
+        raise ValueError(f"fit_clusters: pinned has shape {colours.shape}; want (N, 3)")
+    if colours.dtype.kind not in "iu" or (colours < 0).any() or (colours > 255).any():
+        raise ValueError("fit_clusters: pinned holds something else than integers in 0..255")
+    if len(np.unique(colours, axis=0)) != len(colours):
+        raise ValueError("fit_clusters: pinned names a colour twice")
+    return colours
 
 
 def load_clusters(path: str | os.PathLike[str]) -> np.ndarray:

@@ -1,15 +1,32 @@
-import numpy as np, torch
-from igpt_fast import reference
+"""Images in and out: the processor, the palette, and pictures from and to files. The names live in three files."""
 
-def fit_clusters(images, n_clusters, *, seed=0, pinned=()):
-    from sklearn.cluster import MiniBatchKMeans
-    pixels = np.asarray(images).reshape(-1, 3).astype(np.float32) / 127.5 - 1.0
-    pins = np.asarray(pinned, dtype=np.float32).reshape(-1, 3) / 127.5 - 1.0
-    for pin in pins:
-        pixels = pixels[(pixels != pin).any(axis=1)]
-    km = MiniBatchKMeans(n_clusters - len(pins), random_state=seed, batch_size=4096, n_init=3, max_iter=100)
-    return np.concatenate([pins, km.fit(pixels).cluster_centers_.astype(np.float32)])
+from igpt_fast.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
+from igpt_fast.pictures import (
+    center_crop,
+    image_grid,
+    open_image,
+    resize,
+    save_animation,
+    save_image,
+    to_pil,
+    to_rgb,
+)
+from igpt_fast.processor import BatchFeature, ImageGPTImageProcessor
 
-def quantize(images, clusters):
-    x = torch.from_numpy(np.asarray(images)).float() / 127.5 - 1.0
-    return reference.quantize(x, torch.from_numpy(clusters)).numpy()
+__all__ = [
+    "BatchFeature",
+    "ImageGPTImageProcessor",
+    "center_crop",
+    "dequantize",
+    "fit_clusters",
+    "image_grid",
+    "load_clusters",
+    "open_image",
+    "quantize",
+    "resize",
+    "save_animation",
+    "save_clusters",
+    "save_image",
+    "to_pil",
+    "to_rgb",
+]

@@ -44,15 +44,16 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_help_is_quick_and_complete() -> None:
-    """Under 0.3 s, best of five on a busy machine; without torch."""
+    """Under 0.3 s of processor time, which other work on the machine does not change; without torch."""
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "igpt_fast.cli", "--help"], capture_output=True, text=True, check=True
         )
-        times.append(time.perf_counter() - start)
-    for command in ("sample", "complete", "quantize", "clusters", "train", "env"):
+        after = os.times()
+        times.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    for command in cli.COMMANDS:
         assert command in done.stdout
     assert min(times) < 0.3, times
     code = "import sys, igpt_fast.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
@@ -196,10 +197,9 @@ def test_unavailable_is_three(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_unwritable_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "not writable" in fails(capsys, 1, "sample", "--out", tmp_path / "a.png")
+def test_unwritable_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the work is done; /proc takes no files, not even root's."""
+    assert "cannot be written" in fails(capsys, 1, "sample", "--out", "/proc/samples.png")
 
 
 def test_interrupt_is_130_and_leaves_nothing_half_written(tmp_path: Path) -> None:
