@@ -6,8 +6,8 @@ The package also carries sets that are not free; they are never unpacked.
     npm pack emoji-datasource@16.0.0
     python -m igpt_fast.recipes.emoji emoji-datasource-16.0.0.tgz --out igpt_fast/assets/emoji16.npz
 
-Without a path the script runs ``npm pack`` itself. The result holds no pictures, only what a model is trained on:
-``tokens`` (N, side * side) uint8, ``clusters`` (K, 3) float32 in [-1, 1], ``heldout`` (N,) bool, ``names`` (N,) str.
+Without a path the script runs ``npm pack`` itself. The result is a token file (see ``igpt_fast.recipes.data``) with
+``names`` such as ``noto/1F600``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from igpt_fast.clusters import fit_clusters, quantize
+from igpt_fast.recipes.data import TokenData, save_tokens
 
 PACKAGE = "emoji-datasource@16.0.0"
 SHA256 = "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9"
@@ -32,13 +37,15 @@ CELL, PITCH = 32, 34  # pixels of a cell, and from one cell to the next; one tra
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads the package with ``npm pack`` into ``folder`` and returns its path."""
-    result = subprocess.run(
-        ["npm", "pack", PACKAGE, "--silent", "--pack-destination", str(folder)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    """Downloads the package with ``npm pack`` into ``folder`` and returns its path.
+
+    Raises:
+        OSError: npm is not installed, or fails.
+    """
+    command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not result.stdout.strip():
+        raise OSError(f"{' '.join(command)} failed: {result.stderr.strip() or 'no file name printed'}")
     return folder / result.stdout.split()[-1]
 
 
@@ -56,7 +63,8 @@ def unpack(tarball: Path) -> tuple[list[dict], dict[str, Image.Image]]:
 
         def read(name: str) -> bytes:
             member = archive.extractfile(name)
-            assert member is not None, name
+            if member is None:
+                raise ValueError(f"{tarball}: {name} is not a file")
             return member.read()
 
         records = json.loads(read("package/emoji.json"))
@@ -106,20 +114,21 @@ def cells(records: list[dict], sheet: Image.Image) -> list[Image.Image]:
     return result
 
 
-def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -> dict[str, np.ndarray]:
-    """The arrays of the data set; see the module's docstring.
+def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -> tuple[TokenData, list[str]]:
+    """The data set, and the name of each image.
 
     The skin-tone variants stand in a sub-table of their records and are not read; the five bare skin-tone
-    swatches (category ``Component``) are left out too.
-    """
-    from igpt_fast.image import fit_clusters, quantize
+    swatches (category ``Component``) are left out too. White, the background, is the first cluster.
 
+    Raises:
+        ValueError: See ``unpack``.
+    """
     records, sheets = unpack(tarball)
     records = [r for r in records if r["category"] != "Component"]
     families = [family(r["unified"]) for r in records]
     held = hold_out(families, 0.10)
     heldout = np.array([name in held for name in families] * len(sheets))
-    names = np.array([f"{name}/{r['unified']}" for name in sheets for r in records])
+    names = [f"{name}/{r['unified']}" for name in sheets for r in records]
     pictures = np.stack(
         [
             np.asarray(cell.resize((side, side), Image.Resampling.BILINEAR))
@@ -128,24 +137,21 @@ def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -
         ]
     )
     clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=((255, 255, 255),))
-    tokens = quantize(pictures, clusters).reshape(len(pictures), -1).astype(np.uint8)
-    return {"tokens": tokens, "clusters": clusters, "heldout": heldout, "names": names}
+    tokens = quantize(pictures, clusters).reshape(len(pictures), -1)
+    return TokenData(torch.from_numpy(tokens), clusters, torch.from_numpy(heldout)), names
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tarball", type=Path, nargs="?", help="the package; fetched with npm when not given")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        arrays = build(args.tarball or fetch(Path(folder)))
-    partial = args.out.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(args.out)
-    held = int(arrays["heldout"].sum())
-    print(f"{args.out}: {len(arrays['tokens'])} images, {held} held out, {args.out.stat().st_size} bytes", file=sys.stderr)
+        data, names = build(args.tarball or fetch(Path(folder)))
+    save_tokens(data, args.out, names=names)
+    held = len(data.heldout_tokens)
+    print(f"{args.out}: {len(names)} images, {held} held out, {args.out.stat().st_size} bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,90 +10,40 @@ Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and 
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import math
 import os
-import sys
+import signal
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt_fast import files
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.recipes.data import TokenData, histogram_nats, load_tokens, lookup_table_nats
+from igpt_fast.recipes.settings import TrainConfig
+from igpt_fast.recipes.state import TrainState, same_run
+
+__all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats", "load_tokens", "run", "train"]
+
+LOG_EVERY = 50  # steps
+CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's folder holds
+_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+Progress = Callable[[dict[str, Any]], None]
 
 
-@dataclass
-class TrainConfig:
-    """What a run depends on, besides its data."""
-
-    n_layer: int = 8
-    n_embd: int = 192
-    n_head: int = 3
-    steps: int = 6000
-    batch_size: int = 32
-    lr: float = 3e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    clip: float = 1.0
-    flip: bool = True
-    shift: int = 1
-    seed: int = 0
-    bf16: bool = True
-    compile: bool = False
-    eval_every: int = 500
-    save_every: int = 500
-
-
-@dataclass
-class TokenData:
-    """Images as tokens: (N, side * side) integers, (K, 3) float32 clusters in [-1, 1], (N,) bool held out."""
-
-    tokens: Tensor
-    clusters: np.ndarray
-    heldout: Tensor
-
-    @property
-    def side(self) -> int:
-        """Height and width in pixels."""
-        return math.isqrt(self.tokens.shape[1])
-
-    @property
-    def n_clusters(self) -> int:
-        """Number of colours; also the id of the SOS token."""
-        return len(self.clusters)
-
-
-def load_tokens(path: Path) -> TokenData:
-    """Reads a token file (.npz with ``tokens``, ``clusters``, ``heldout``).
-
-    Raises:
-        ValueError: The file is not such a file; the message names it and the reason.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            tokens, clusters, heldout = arrays["tokens"], arrays["clusters"], arrays["heldout"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a token file: {error}") from error
-    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or len(tokens) == 0:
-        raise ValueError(f"{path}: tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
-    if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1] or tokens.shape[1] == 0:
-        raise ValueError(f"{path}: {tokens.shape[1]} tokens are not a square image")
-    if clusters.ndim != 2 or clusters.shape[1] != 3 or clusters.dtype.kind != "f" or not np.isfinite(clusters).all():
-        raise ValueError(f"{path}: clusters must be (K, 3) finite floats, got {clusters.shape} {clusters.dtype}")
-    if tokens.min() < 0 or tokens.max() >= len(clusters):
-        raise ValueError(f"{path}: tokens lie outside 0..{len(clusters) - 1}")
-    if heldout.shape != tokens.shape[:1] or heldout.dtype != np.bool_ or heldout.all():
-        raise ValueError(f"{path}: heldout must be (N,) bool with at least one image to train on")
-    return TokenData(
-        torch.from_numpy(tokens.astype(np.int64)), clusters.astype(np.float32), torch.from_numpy(heldout.copy())
-    )
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer a finite number."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -108,12 +58,12 @@ def batch_at(step: int, tokens: Tensor, side: int, config: TrainConfig) -> Tenso
     """The augmented batch of a step, (B, T): a pass over all images before any comes again."""
     n = len(tokens)
     positions = range(step * config.batch_size, (step + 1) * config.batch_size)
-    orders = {p // n: _permutation(n, config.seed, p // n) for p in positions}
-    batch = tokens[[int(orders[p // n][p % n]) for p in positions]].view(-1, side, side)
+    chosen = [int(_permutation(n, config.seed, p // n)[p % n]) for p in positions]
+    batch = tokens[chosen].view(-1, side, side)
     generator = torch.Generator().manual_seed(_mix(config.seed, 2, step))
     if config.flip:
-        chosen = torch.rand(len(batch), generator=generator) < 0.5
-        batch = torch.where(chosen[:, None, None], batch.flip(-1), batch)
+        flipped = torch.rand(len(batch), generator=generator) < 0.5
+        batch = torch.where(flipped[:, None, None], batch.flip(-1), batch)
     if config.shift:
         # A shift of -shift .. shift along each axis; the border repeats.
         offsets = torch.randint(-config.shift, config.shift + 1, (2, len(batch), 1), generator=generator)
@@ -124,18 +74,12 @@ def batch_at(step: int, tokens: Tensor, side: int, config: TrainConfig) -> Tenso
 
 def _mix(seed: int, stream: int, step: int) -> int:
     """A seed per (run, stream, step)."""
-    return (seed * 1_000_003 + stream) * 1_000_000_007 + step
+    return ((seed * 1_000_003 + stream) * 1_000_000_007 + step) % (1 << 64)
 
 
-_orders: dict[tuple[int, int, int], Tensor] = {}
-
-
+@functools.lru_cache(maxsize=2)  # a batch may span two passes
 def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    key = (n, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, 1, epoch)))
-    return _orders[key]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, 1, epoch)))
 
 
 def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> Tensor:
@@ -147,10 +91,18 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: ImageGPTForCausalImageModeling, tokens: Tensor, batch_size: int = 64) -> float:
-    """Mean nats per token."""
+    """Mean nats per token of images (N, T), which may be on another device than the model.
+
+    Over the model's palette: numbers of models with other clusters, and 8-bit bits/dim, are not comparable.
+
+    Raises:
+        ValueError: No images.
+    """
+    if tokens.numel() == 0:
+        raise ValueError("evaluate: no images")
     training = model.training
     model.eval()
-    total = sum(float(image_nats(model, part).double().sum()) for part in tokens.split(batch_size))
+    total = sum(float(image_nats(model, part.to(model.device)).double().sum()) for part in tokens.split(batch_size))
     model.train(training)
     return total / tokens.numel()
 
@@ -163,29 +115,8 @@ def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(
-    data: TokenData,
-    out: Path,
-    config: TrainConfig,
-    *,
-    device: str | torch.device = "cpu",
-    resume: bool = False,
-    stop_after: int | None = None,
-) -> ImageGPTForCausalImageModeling:
-    """Trains a model and returns it.
-
-    Args:
-        data: What to train and evaluate on.
-        out: Folder for ``train.pt`` (model, optimizer, step) and ``log.jsonl``.
-        config: The run.
-        device: Where to train.
-        resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
-        stop_after: Save and return after this step, as an interruption would.
-
-    Raises:
-        ValueError: ``resume`` with another configuration or other data.
-    """
-    out.mkdir(parents=True, exist_ok=True)
+def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageModeling:
+    """A model for the data with the run's initial weights; it seeds torch's global generator."""
     torch.manual_seed(config.seed)
     model = ImageGPTForCausalImageModeling(
         ImageGPTConfig(
@@ -198,66 +129,251 @@ def train(
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-    ).to(device)
+    )
     torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
-    optimizer = optimizer_for(model, config)
-    identity = {"config": dataclasses.asdict(config), "data": _fingerprint(data)}
-    start = 0
-    if resume:
-        state = torch.load(out / "train.pt", map_location=device, weights_only=True)
-        if state["identity"] != identity:
-            raise ValueError(f"{out / 'train.pt'}: written by a run with another configuration or other data")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    return model
 
-    train_tokens = data.tokens[~data.heldout]
-    held_tokens = data.tokens[data.heldout].to(device)
+
+def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable) -> dict[str, Any]:
+    """One optimizer step on training images (N, T); returns its record for the log.
+
+    Args:
+        state: Advanced in place by one step.
+        tokens, side: The training images.
+        config: The run.
+        nats: ``image_nats``, or that compiled.
+
+    Raises:
+        DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
+    """
+    step, model, device = state.step, state.model, state.model.device
+    torch.manual_seed(_mix(config.seed, 3, step))  # dropout
+    batch = batch_at(step, tokens, side, config).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
+        loss = nats(model, batch).mean()
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    record = {"step": step + 1, "nats": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config)}
+    if not (math.isfinite(record["nats"]) and math.isfinite(record["grad_norm"])):
+        raise DivergedError(
+            f"step {step + 1}: the loss is {record['nats']} and its gradient's norm {record['grad_norm']};"
+            " try a lower learning rate"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = record["lr"]
+    state.optimizer.step()
+    state.step = step + 1
+    return record
+
+
+def train(
+    data: TokenData,
+    out: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> ImageGPTForCausalImageModeling:
+    """Trains a model and returns it.
+
+    Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without.
+
+    Args:
+        data: What to train and evaluate on.
+        out: Folder for ``train.pt`` (model, optimizer, step) and ``log.jsonl``.
+        config: The run.
+        device: Where to train.
+        resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
+        progress: Called with each record of the log.
+        stop_after: Save and return after this step, as an interruption would.
+
+    Raises:
+        DivergedError: The loss is no longer finite; ``train.pt`` is the last one saved before.
+        FileNotFoundError: ``resume`` without a ``train.pt``.
+        KeyboardInterrupt: On Ctrl-C.
+        ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = new_model(data, config).to(device)
+    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
+    if resume:
+        state.load(out / CHECKPOINT)
+    clock = time.monotonic() - _cut_log(out / LOG, state.step)
+    train_tokens, held_tokens = data.train_tokens, data.heldout_tokens.to(device)
     nats = torch.compile(image_nats) if config.compile else image_nats
-    kind = torch.device(device).type
     end = config.steps if stop_after is None else min(stop_after, config.steps)
     model.train()
-    clock = time.monotonic()
-    try:
-        for step in range(start, end):
-            torch.manual_seed(_mix(config.seed, 3, step))  # dropout
-            batch = batch_at(step, train_tokens, data.side, config).to(device)
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.bf16):
-                loss = nats(model, batch).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-            start = step + 1
-            if start % 50 == 0 or start == end:
-                record = {"step": start, "nats": float(loss), "grad_norm": float(norm)}
-                record |= {"lr": learning_rate(step, config), "seconds": round(time.monotonic() - clock, 2)}
-                if len(held_tokens) and (start % config.eval_every == 0 or start == config.steps):
-                    record["heldout_nats"] = evaluate(model, held_tokens)
-                with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(record) + "\n")
-                print(json.dumps(record), file=sys.stderr)
-            if start % config.save_every == 0:
-                _save(out, model, optimizer, start, identity)
-    finally:
-        _save(out, model, optimizer, start, identity)  # an interrupted run keeps its last whole step
+    with _delayed_interrupt() as interrupted:
+        while state.step < end and not interrupted():
+            record = train_step(state, train_tokens, data.side, config, nats)
+            step, last = state.step, state.step == config.steps
+            evaluated = bool(len(held_tokens)) and (step % config.eval_every == 0 or last)
+            logged = evaluated or step % LOG_EVERY == 0 or last
+            if evaluated:
+                record["heldout_nats"] = evaluate(model, held_tokens)
+            if logged:
+                record["seconds"] = round(time.monotonic() - clock, 2)
+                _append(out / LOG, record)
+            # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
+            if step % config.save_every == 0:
+                state.save(out / CHECKPOINT)
+            if logged and progress is not None:
+                _tell(progress, record, state, out / CHECKPOINT)
+        if state.saved != state.step:
+            state.save(out / CHECKPOINT)
     return model.eval()
 
 
-def _save(
-    out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, identity: dict[str, object]
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(record) + "\n")
+
+
+def _tell(progress: Progress, record: dict[str, Any], state: TrainState, checkpoint: Path) -> None:
+    """Calls ``progress``, which may be where a program notices that it shall stop."""
+    try:
+        progress(record)
+    except KeyboardInterrupt:
+        state.save(checkpoint)
+        raise
+
+
+@contextmanager
+def _delayed_interrupt() -> Iterator[Callable[[], bool]]:
+    """Holds the first Ctrl-C back to the end of the block, where it is raised; yields whether there was one.
+
+    In the middle of a step the weights may be half updated. Where Python's own handler is not in force - in
+    another thread, or a program with its own - it is left alone.
+    """
+    hits: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        hits.append(number)
+        if len(hits) > 1:
+            raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hits:
+        raise KeyboardInterrupt
+
+
+def _cut_log(path: Path, step: int) -> float:
+    """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
+    kept: list[str] = []
+    seconds = 0.0
+    if path.exists() and step > 0:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if not 0 < record["step"] <= step:
+                    break
+                seconds = float(record["seconds"])
+            except (ValueError, TypeError, KeyError):
+                break  # half a line, from a kill
+            kept.append(line + "\n")
+    with files.replacing(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+    return seconds
+
+
+def run(
+    data: TokenData,
+    out: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    save_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The whole recipe: trains, then writes the model in transformers' layout and a grid of its samples.
+
+    Args:
+        data: What to train and evaluate on.
+        out: Folder of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
+        config, device, progress: See ``train``.
+        resume: Continue the run in ``out``.
+        overwrite: Start afresh where ``out`` holds a run; its files are removed.
+        save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
+
+    Returns:
+        Where the model is, its size, and its held-out nats per token beside the baselines'; ``None`` for
+        figures of a held-out part that is empty.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, with neither ``resume`` nor ``overwrite``.
+        ValueError: Both of them; and whatever ``train`` raises.
+    """
+    out = Path(out)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: is not a folder")
+    before = [path for path in _run_files(out) if path.exists()]
+    if before and not resume:
+        if not overwrite:
+            raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+        for path in before:
+            path.unlink()
+    model = train(data, out, config, device=device, resume=resume, progress=progress)
+    export(model, data, out / MODEL, save_dtype)
+    _draw_samples(out)
+    held = data.heldout_tokens
+    return {
+        "model": str(out / MODEL),
+        "samples": str(out / SAMPLES),
+        "parameters": model.num_parameters(),
+        "steps": config.steps,
+        "images": len(data.tokens),
+        "heldout_images": len(held),
+        "heldout_nats": evaluate(model, held) if len(held) else None,
+        "lookup_table_nats": lookup_table_nats(data) if len(held) else None,
+        "histogram_nats": histogram_nats(data) if len(held) else None,
+    }
+
+
+def _run_files(out: Path) -> list[Path]:
+    """The files of a run, by name: a folder that holds other things as well loses none of them."""
+    return [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
+
+
+def export(
+    model: ImageGPTForCausalImageModeling,
+    data: TokenData,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    partial = out / "train.pt.partial"
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "identity": identity}
-    torch.save(state, partial)
-    os.replace(partial, out / "train.pt")
+    """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+
+    Args:
+        model: The model.
+        data: Its clusters and size.
+        folder: Made if it does not exist.
+        dtype: Type of the weights in the file; the model's own if not given.
+    """
+    from igpt_fast.image import ImageGPTImageProcessor
+
+    state = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    size = {"height": data.side, "width": data.side}
+    ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
 
 
-def _fingerprint(data: TokenData) -> str:
-    import hashlib
+def _draw_samples(out: Path) -> None:
+    """From the files just written, so that they are known to load."""
+    from igpt_fast.pipeline import Pipeline
 
-    digest = hashlib.sha256(data.tokens.numpy().tobytes())
-    digest.update(data.clusters.tobytes() + data.heldout.numpy().tobytes())
-    return digest.hexdigest()
+    Pipeline.from_pretrained(out / MODEL, device="cpu").sample(16, seed=0).save_grid(out / SAMPLES)

@@ -1,0 +1,361 @@
+"""What a model is trained on: token files, folders of images turned into tokens, and two baselines to beat."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_fast import files
+from igpt_fast.clusters import check_clusters, fit_clusters, quantize
+
+# Pillow reads more, among them documents and films; these are what folders of pictures hold.
+IMAGE_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+
+# What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
+# Flat colours compress a few hundred times at most.
+_MAX_RATIO = 400
+_MIN_BOUND = 64 << 20
+
+_STRENGTH = 16.0  # of the smoothing in lookup_table_nats: as many pixels as a context counts before it is seen
+
+
+@dataclass
+class TokenData:
+    """Images as tokens.
+
+    Args:
+        tokens: (N, side * side) int64, in 0..K-1.
+        clusters: (K, 3) float32 in [-1, 1].
+        heldout: (N,) bool, images that are never trained on.
+
+    Raises:
+        ValueError: Arrays that do not fit together, or nothing to train on.
+    """
+
+    tokens: Tensor
+    clusters: np.ndarray
+    heldout: Tensor
+
+    def __post_init__(self) -> None:
+        tokens, heldout = self.tokens, self.heldout
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be (N, T) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens are not a square image")
+        low, high = (int(end) for end in torch.aminmax(tokens))
+        if low < 0 or high >= len(self.clusters):
+            raise ValueError(f"token {low if low < 0 else high} is not in 0..{len(self.clusters) - 1}")
+        if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
+            raise ValueError("heldout must be (N,) bool with at least one image to train on")
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels."""
+        return math.isqrt(self.tokens.shape[1])
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of colours; also the id of the SOS token."""
+        return len(self.clusters)
+
+    @property
+    def train_tokens(self) -> Tensor:
+        """(N_train, T) int64."""
+        return self.tokens[~self.heldout]
+
+    @property
+    def heldout_tokens(self) -> Tensor:
+        """(N_heldout, T) int64."""
+        return self.tokens[self.heldout]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the arrays."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        digest.update(self.clusters.tobytes() + self.heldout.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_tokens(path: str | os.PathLike[str]) -> TokenData:
+    """Reads a token file: a .npz with ``tokens`` (N, T), ``clusters`` (K, 3) and ``heldout`` (N,).
+
+    Nothing is unpickled, and nothing is allocated that the file's own size does not warrant.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not such a file; the message names it and the reason.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file")
+    try:
+        tokens, clusters, heldout = _read_npz(path, ("tokens", "clusters", "heldout"))
+        if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
+            raise ValueError(f"tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
+        if heldout.dtype != np.bool_:
+            raise ValueError(f"heldout must be (N,) bool, got {heldout.shape} {heldout.dtype}")
+        return TokenData(
+            torch.from_numpy(tokens.astype(np.int64)), check_clusters(clusters), torch.from_numpy(heldout.copy())
+        )
+    except PermissionError:
+        raise
+    # zlib.error, and whatever numpy's header parser raises on a false header, have no common class.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a token file: {reason.splitlines()[0]}") from error
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of a .npz by name. A zip states sizes it need not keep: each is checked before it is believed."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        missing = [name for name in names if f"{name}.npy" not in members]
+        if missing:
+            raise ValueError(f"has no array {missing[0]!r}")
+        wanted = [members[f"{name}.npy"] for name in names]
+        bound = max(_MIN_BOUND, _MAX_RATIO * size)
+        total = sum(info.file_size for info in wanted)
+        if total > bound:
+            raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
+        for info in wanted:
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{info.filename} is packed by a method that numpy does not write")
+        return [_read_npy(archive, info) for info in wanted]
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} has an unknown version {version}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        if dtype.hasobject or dtype.kind not in "iufb":
+            raise ValueError(f"{info.filename} holds {dtype}, not numbers")
+        if any(length < 0 for length in shape):
+            raise ValueError(f"{info.filename} has the shape {shape}")
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > info.file_size:
+            raise ValueError(f"{info.filename} claims {claimed} bytes and holds {info.file_size}")
+        content = member.read(claimed)
+        if len(content) != claimed:
+            raise ValueError(f"{info.filename} is truncated")
+    array = np.frombuffer(content, dtype=dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def save_tokens(
+    data: TokenData, path: str | os.PathLike[str], *, names: Sequence[str] | None = None, overwrite: bool = True
+) -> None:
+    """Writes a token file, whole or not at all; the same data gives the same bytes.
+
+    Args:
+        data: What to write; the tokens are stored in the smallest unsigned type.
+        path: A name that ends in ``.npz``.
+        names: (N) what the images are called, kept for the reader.
+        overwrite: Whether ``path`` may exist.
+
+    Raises:
+        ValueError: Another suffix, or not one name an image.
+        FileExistsError: ``path`` exists and ``overwrite`` is false.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: want a name that ends in .npz")
+    arrays: dict[str, Any] = {
+        "tokens": data.tokens.numpy().astype(np.min_scalar_type(data.n_clusters - 1)),
+        "clusters": data.clusters,
+        "heldout": data.heldout.numpy(),
+    }
+    if names is not None:
+        if len(names) != len(data.tokens):
+            raise ValueError(f"{len(names)} names for {len(data.tokens)} images")
+        arrays["names"] = np.array(list(names), dtype=np.str_)
+    with files.replacing(path, overwrite=overwrite) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files below a folder whose suffix is that of a picture, ordered by name; hidden ones are left out.
+
+    Raises:
+        NotADirectoryError: No such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: no such folder")
+    return sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                yield path
+
+
+def held_out(name: str, fraction: float) -> bool:
+    """Whether the image of that name is held out: decided by a hash of the name, so that files which are added
+    later change nothing for those that were there."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+def tokens_from_images(
+    folder: str | os.PathLike[str],
+    side: int,
+    n_clusters: int,
+    holdout: float = 0.1,
+    seed: int = 0,
+    clusters: np.ndarray | Tensor | None = None,
+    *,
+    skip_unreadable: bool = False,
+) -> TokenData:
+    """Turns all images below a folder into tokens.
+
+    Each picture is prepared as iGPT's training data was, less the random crop: the square in its middle is cut
+    out and resized to ``side`` (the same as resizing the short side and cropping then).
+
+    Args:
+        folder: See ``find_images``.
+        side: Height and width in pixels, 1..4096.
+        n_clusters: Colours to fit to the part that is trained on.
+        holdout: Expected fraction of the images that is held out, in [0, 1); see ``held_out``. The name that
+            counts is the path below ``folder``.
+        seed: Of the fit; the hold-out does not depend on it.
+        clusters: (K, 3) floats to use instead of fitting; ``n_clusters`` must be K.
+        skip_unreadable: Leave out files that are not readable images, with a warning, instead of failing.
+
+    Raises:
+        NotADirectoryError: No such folder.
+        ValueError: A value out of its range, no images, unreadable ones, or too few colours for the clusters.
+    """
+    if not 1 <= side <= 4096:
+        raise ValueError(f"side is {side}; want 1..4096")
+    if not 0.0 <= holdout < 1.0:
+        raise ValueError(f"holdout is {holdout}; want a fraction in [0, 1)")
+    palette = None if clusters is None else check_clusters(clusters, minimum=2)
+    if palette is not None and len(palette) != n_clusters:
+        raise ValueError(f"n_clusters is {n_clusters}, but {len(palette)} clusters are given")
+    folder = Path(folder)
+    names, pictures = _read_pictures(folder, side, skip_unreadable)
+    heldout = np.array([held_out(name, holdout) for name in names])
+    if heldout.all():
+        raise ValueError(f"{folder}: holdout {holdout} leaves none of the {len(names)} images to train on")
+    if palette is None:
+        palette = fit_clusters(pictures[~heldout], n_clusters, seed=seed)
+    tokens = quantize(pictures, palette).reshape(len(pictures), -1)
+    return TokenData(torch.from_numpy(tokens), palette, torch.from_numpy(heldout))
+
+
+def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list[str], np.ndarray]:
+    """Names below the folder, and (N, side, side, 3) uint8."""
+    from igpt_fast import image as images
+
+    found = find_images(folder)
+    names, pictures, failures = [], [], []
+    for path in found:
+        try:
+            picture = images.resize(images.center_crop(images.open_image(path), 1.0), side, side)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failures.append(reason if str(path) in reason else f"{path}: {reason}")
+            continue
+        names.append(path.relative_to(folder).as_posix())
+        pictures.append(np.asarray(picture, dtype=np.uint8))
+    if failures:
+        shown = "; ".join(failures[:3]) + ("; ..." if len(failures) > 3 else "")
+        message = f"{len(failures)} of {len(found)} images cannot be read: {shown}"
+        if not skip_unreadable:
+            raise ValueError(f"{folder}: {message}")
+        warnings.warn(f"{folder}: {message}", stacklevel=3)
+    if not pictures:
+        raise ValueError(f"{folder}: no images in it")
+    return names, np.stack(pictures)
+
+
+def lookup_table_nats(data: TokenData, *, border: int | None = None) -> float:
+    """What a table of p(colour | left neighbour, upper neighbour) reaches on the held-out part, nats per token.
+
+    Counts of the training part, smoothed by falling back: the pair's counts are topped up with 16 virtual pixels
+    spread as the mean of the two one-neighbour tables has it, those with 16 spread like the colours overall, and
+    those with one pixel of each colour.
+
+    Args:
+        data: The data set.
+        border: The colour that a pixel at the edge sees outside; ``None``: the outside is a symbol of its own,
+            which makes the better table.
+
+    Returns:
+        NaN when nothing is held out.
+    """
+    k = data.n_clusters
+    left, up, colour = _neighbours(data.train_tokens, data.side, k if border is None else border)
+    left_, up_, colour_ = _neighbours(data.heldout_tokens, data.side, k if border is None else border)
+    overall = (np.bincount(colour, minlength=k) + 1.0) / (len(colour) + k)
+
+    def table(context: np.ndarray, context_: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """The probability of each held-out colour in its context."""
+        seen = _counts(context * k + colour, context_ * k + colour_)
+        return (seen + _STRENGTH * prior) / (_counts(context, context_) + _STRENGTH)
+
+    base = overall[colour_]
+    single = (table(left, left_, base) + table(up, up_, base)) / 2.0
+    pair = table(left * (k + 1) + up, left_ * (k + 1) + up_, single)
+    return float(-np.log(pair).mean()) if len(pair) else math.nan
+
+
+def histogram_nats(data: TokenData) -> float:
+    """What a histogram of the colours at each position reaches on the held-out part, nats per token.
+
+    Counts of the training part plus one half. NaN when nothing is held out.
+    """
+    train, test = data.train_tokens.numpy(), data.heldout_tokens.numpy()
+    k, t = data.n_clusters, train.shape[1]
+    positions = np.arange(t) * k
+    counts = np.bincount((positions + train).ravel(), minlength=t * k) + 0.5
+    probability = counts[(positions + test).ravel()] / (len(train) + 0.5 * k)
+    return float(-np.log(probability).mean()) if len(probability) else math.nan
+
+
+def _neighbours(tokens: Tensor, side: int, outside: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Left neighbour, upper neighbour and colour of every pixel, flat."""
+    grid = tokens.numpy().reshape(-1, side, side)
+    padded = np.pad(grid, ((0, 0), (1, 0), (1, 0)), constant_values=outside)
+    return padded[:, 1:, :-1].ravel(), padded[:, :-1, 1:].ravel(), grid.ravel()
+
+
+def _counts(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """How often each query stands among the keys. By sorting: a table of K^3 cells would not fit."""
+    values, counts = np.unique(keys, return_counts=True)
+    at = np.searchsorted(values, queries).clip(max=len(values) - 1)
+    return np.where(values[at] == queries, counts[at], 0)
