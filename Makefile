@@ -1,14 +1,15 @@
-# Everything runs in .venv, which the first target makes. PYTHON chooses the interpreter it is made with;
-# TORCH_INDEX adds an index to take torch from, such as https://download.pytorch.org/whl/cpu
+# Everything runs in .venv, which the first target makes. PYTHON chooses the interpreter that it is made with;
+# TORCH_INDEX adds an index to take torch from, such as the address of PyTorch's own CPU builds
 # (PyPI's Linux builds of torch bring CUDA along).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+export PIP_ROOT_USER_ACTION := ignore
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(SOURCES)
+NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
 .PHONY: sample test lint format bench clean help
 .DEFAULT_GOAL := help
@@ -47,16 +48,26 @@ clean:
 	rm -f $(VENV)/installed $(VENV)/installed-dev
 	find igpt_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install -c constraints.txt scikit_build_core pybind11 cmake ninja
-	touch $@
+# An environment without a working pip, such as one that was interrupted, is made anew; a folder that is none is
+# left to venv, which deletes nothing. Torch comes first: the longest step, and the same for every later one.
+$(VENV)/ready: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "igpt_fast needs Python 3.10 or later as $(PYTHON); try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
+	@echo "installing torch into $(VENV)"
+	@$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) install -c constraints.txt scikit_build_core pybind11 cmake ninja
+	@touch $@
 
-$(VENV)/installed: $(VENV)/torch $(NATIVE)
-	$(PIP) install --no-build-isolation -c constraints.txt -e .
-	touch $@
+$(VENV)/installed: $(VENV)/ready $(NATIVE)
+	@echo "building and installing igpt_fast"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e .
+	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch $(NATIVE)
-	$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
-	touch $@ $(VENV)/installed
+$(VENV)/installed-dev: $(VENV)/ready $(NATIVE)
+	@echo "building and installing igpt_fast with the development extra"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/installed

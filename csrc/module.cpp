@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "build_info.h"
 #include "cpu/ops.h"
 #ifdef IGPT_WITH_CUDA
 #include "cuda/ops.h"
@@ -17,14 +19,22 @@ namespace py = pybind11;
 
 namespace {
 
-void quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int32_t k, int32_t threads) {
+// Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
+constexpr int kInterface = 1;
+
+int32_t check_clusters(int64_t k) {
+    if (k < 1 || k > INT32_MAX) throw std::invalid_argument("quantize: clusters has " + std::to_string(k) + " rows");
+    return int32_t(k);
+}
+
+void quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k, int32_t threads) {
     const igpt::cpu::QuantizeParams params{reinterpret_cast<const void*>(x),
                                            reinterpret_cast<const float*>(clusters),
                                            reinterpret_cast<int64_t*>(out),
                                            n,
-                                           k,
+                                           check_clusters(k),
                                            threads};
-    (is_u8 ? igpt::cpu::ops().quantize_u8 : igpt::cpu::ops().quantize_f32)(params);
+    (is_u8 ? igpt::cpu::quantize_u8 : igpt::cpu::quantize_f32)(params);
 }
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {
@@ -39,13 +49,13 @@ void check(const char* op, int code) {
     if (code != 0) throw std::runtime_error(std::string(op) + ": CUDA error: " + igpt::cuda::error_string(code));
 }
 
-void quantize_cuda(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int32_t k, int32_t device,
+void quantize_cuda(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k, int32_t device,
                    uintptr_t stream) {
     const igpt::cuda::QuantizeParams params{reinterpret_cast<const void*>(x),
                                             reinterpret_cast<const float*>(clusters),
                                             reinterpret_cast<int64_t*>(out),
                                             n,
-                                            k,
+                                            check_clusters(k),
                                             device,
                                             reinterpret_cast<void*>(stream)};
     check("quantize", is_u8 ? igpt::cuda::quantize_u8(params) : igpt::cuda::quantize_f32(params));
@@ -55,6 +65,8 @@ void quantize_cuda(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, i
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+    m.attr("version") = IGPT_VERSION;
+    m.attr("interface") = kInterface;
     m.attr("compiler") = IGPT_COMPILER;
     m.attr("openmp") = IGPT_OPENMP_STATUS;
     m.attr("cuda_status") = IGPT_CUDA_STATUS;

@@ -8,24 +8,37 @@ An op has up to three: ``reference`` (plain PyTorch, always there), ``cpu`` (C++
 * ``cpu``, ``cuda``: the native implementation; where the compiled module or the device lacks it, an op raises
   ``BackendUnavailableError`` instead of falling back.
 
-It is set by ``set_backend``, for a block by ``use_backend``, or at start by the environment variable
+It is set by ``set_backend`` for the process, by ``use_backend`` for a block, or at start by the environment variable
 ``IGPT_FAST_BACKEND``. ``IGPT_FAST_ISA`` picks the instruction set of the CPU ops.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch  # before _C, so that its OpenMP code joins torch's thread pool
 
+import igpt_fast
+
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
+
+# The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
+INTERFACE = 1
 
 # Ops with native implementations, by the device type they are for.
 NATIVE_OPS: dict[str, tuple[str, ...]] = {"quantize": ("cpu", "cuda")}
@@ -35,22 +48,66 @@ TORCH_OPS: dict[str, str] = {
     "rms_norm": "torch expression",
     "activation": "torch expression",
     "causal_attention": "torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast",
+    "sample": "torch expression",
 }
-DECODERS: dict[str, str] = {"static_cache": "the PyTorch model with a static key/value cache"}
+DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}
 
 
 class BackendUnavailableError(RuntimeError):
     """The requested backend, or instruction set, is not there; the message says why."""
 
 
-_C: ModuleType | None
-try:
-    from igpt_fast import _C  # type: ignore[attr-defined,no-redef]
+def _installed_module() -> Path | None:
+    """The file of ``_C`` for this Python in an installed igpt_fast of this version."""
+    names = {f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    for distribution in importlib.metadata.distributions(name="igpt_fast"):
+        if distribution.version != igpt_fast.__version__:
+            continue
+        for file in distribution.files or ():
+            if file.parent.name == "igpt_fast" and file.name in names:
+                path = Path(str(distribution.locate_file(file)))
+                if path.is_file():
+                    return path
+    return None
 
-    native_reason = ""
+
+def _import_module() -> ModuleType:
+    """``_C`` from beside this file, or else from where igpt_fast is installed.
+
+    Python run from the root of the repository finds the sources there before an installed package, and a plain
+    ``pip install`` leaves no compiled module among them.
+
+    Raises:
+        ImportError: There is none, it cannot be loaded, or it was built from other sources than these.
+    """
+    name = "igpt_fast._C"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        path = _installed_module() if error.name == name else None
+        spec = importlib.util.spec_from_file_location(name, path) if path else None
+        if spec is None or spec.loader is None:
+            raise
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    built = getattr(module, "version", "?"), getattr(module, "interface", "?")
+    wanted = igpt_fast.__version__, INTERFACE
+    if built != wanted:
+        sys.modules.pop(name, None)
+        raise ImportError(
+            f"{module.__file__} was built for igpt_fast {built[0]}, interface {built[1]}, and this is {wanted[0]}, "
+            f"interface {wanted[1]}: install again"
+        )
+    return module
+
+
+_C: ModuleType | None = None
+native_reason = ""
+try:
+    _C = _import_module()
 except ImportError as error:
-    _C = None
-    native_reason = f"the compiled module igpt_fast._C cannot be imported: {error}"
+    native_reason = f"the compiled module igpt_fast._C cannot be used: {error}"
 
 
 def unavailable(backend: str) -> str | None:
@@ -65,21 +122,39 @@ def unavailable(backend: str) -> str | None:
         return f"the compiled module has no CUDA part ({_C.cuda_status})"
     if not torch.cuda.is_available():
         return "torch has no CUDA device" if torch.version.cuda else "this torch is a build without CUDA"
-    if torch.cuda.get_device_capability() < MIN_CUDA_CAPABILITY:
-        return f"the device is older than compute capability {'.'.join(map(str, MIN_CUDA_CAPABILITY))}"
-    return None
+    return _too_old(torch.cuda.current_device())
 
 
-_backend = "auto"
+@functools.cache
+def _too_old(device_index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if (major, minor) >= MIN_CUDA_CAPABILITY:
+        return None
+    want = ".".join(map(str, MIN_CUDA_CAPABILITY))
+    return f"cuda:{device_index} has compute capability {major}.{minor}; want {want} or above"
+
+
+_process_backend = "auto"
+# A block's choice is of its own thread (or asyncio task), so that two threads do not undo each other's. A thread that
+# is started inside a block begins with the process's choice.
+_block_backend: ContextVar[str | None] = ContextVar("igpt_fast_backend", default=None)
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    reason = None if name == "auto" else unavailable(name)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
 
 
 def get_backend() -> str:
-    """The chosen backend."""
-    return _backend
+    """The chosen backend: the surrounding ``use_backend`` block's, or the process's."""
+    return _block_backend.get() or _process_backend
 
 
 def set_backend(name: str) -> None:
-    """Chooses the backend for the whole process.
+    """Chooses the backend for the whole process. Inside a ``use_backend`` block it shows after the block.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``; see the module.
@@ -88,24 +163,27 @@ def set_backend(name: str) -> None:
         ValueError: Another name.
         BackendUnavailableError: It cannot run here.
     """
-    global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    reason = None if name == "auto" else unavailable(name)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
-    _backend = name
+    global _process_backend
+    _check(name)
+    _process_backend = name
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """``set_backend`` for the length of a ``with`` block."""
-    before = _backend
-    set_backend(name)
+    """Chooses the backend for a ``with`` block, in the thread that runs it.
+
+    An op with a gradient keeps the choice of its forward for its backward, which torch may run in another thread.
+
+    Raises:
+        ValueError: An unknown name.
+        BackendUnavailableError: It cannot run here.
+    """
+    _check(name)
+    token = _block_backend.set(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _block_backend.reset(token)
 
 
 def native(op: str, device: torch.device) -> ModuleType | None:
@@ -114,14 +192,19 @@ def native(op: str, device: torch.device) -> ModuleType | None:
     Raises:
         BackendUnavailableError: The chosen backend is ``cpu`` or ``cuda`` and does not serve ``device``.
     """
-    if _backend == "auto":
-        if _C is None or device.type not in NATIVE_OPS[op] or (device.type == "cuda" and unavailable("cuda")):
-            return None
-        return _C
-    if _backend == "reference":
+    chosen = get_backend()
+    if chosen == "reference":
         return None
-    if device.type != _backend:
-        raise BackendUnavailableError(f"{op}: backend {_backend!r} is chosen, but the tensor is on {device}")
+    if chosen not in ("auto", device.type):
+        raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
+    if _C is None or device.type not in NATIVE_OPS[op]:
+        return None
+    if device.type == "cuda":
+        reason = _too_old(device.index) if _C.has_cuda else unavailable("cuda")
+        if reason is not None:
+            if chosen == "cuda":
+                raise BackendUnavailableError(f"{op}: {reason}")
+            return None
     return _C
 
 
@@ -133,10 +216,11 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     """
     if op in TORCH_OPS:
         return TORCH_OPS[op], "no native kernel in this version"
-    if _backend == "reference":
+    chosen = get_backend()
+    if chosen == "reference":
         return "reference", "the backend 'reference' is chosen"
-    if _backend not in ("auto", device_type):
-        return "none", f"the backend {_backend!r} is chosen"
+    if chosen not in ("auto", device_type):
+        return "none", f"the backend {chosen!r} is chosen"
     reason = unavailable(device_type)
     if reason is not None:
         return "reference", reason
@@ -148,13 +232,11 @@ def config() -> dict[str, Any]:
     """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
     import numpy
 
-    import igpt_fast
-
     build: dict[str, Any] = {"compiled": _C is not None}
     if _C is None:
         build["reason"] = native_reason
     else:
-        build |= {"compiler": _C.compiler, "openmp": _C.openmp, "cuda": _C.cuda_status}
+        build |= {"compiler": _C.compiler, "openmp": _C.openmp, "cuda": _C.cuda_status, "file": _C.__file__}
     devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -181,7 +263,7 @@ def config() -> dict[str, Any]:
             "compiled": dict(_C.cpu_isas()) if _C is not None else {},
             "live": _C.cpu_isa() if _C is not None else None,
         },
-        "backend": _backend,
+        "backend": get_backend(),
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := unavailable(name))},
         "ops": ops,
         "decoders": {

@@ -1,7 +1,10 @@
 """What all tests share: GPU tests skip with a reason, threads are bounded, seeds are fixed."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # for tolerance.py: the importlib mode leaves sys.path alone
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

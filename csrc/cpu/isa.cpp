@@ -26,7 +26,7 @@ int isas(Isa* out) {
     int n = 0;
     out[n++] = {&generic_ops, true};
 #ifdef IGPT_X86
-    __builtin_cpu_init();
+    __builtin_cpu_init();  // its answers for AVX include the state that the operating system saves (xgetbv)
     out[n++] = {&avx2_ops, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
     out[n++] = {&avx512_ops, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")};

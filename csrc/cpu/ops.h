@@ -1,30 +1,56 @@
 // The CPU ops. One table of function pointers per instruction set; `ops()` is the one that was chosen.
 // No torch, no pybind11: addresses and sizes only. Layouts stand beside each Params.
+//
+// An op is two parts. Its driver (quantize.cpp) is compiled once, for the plainest processor: it allocates, opens
+// the one OpenMP region and may throw. Its body (quantize.h) is compiled by every isa_*.cpp with that file's flags
+// and works on one thread's share with memory it is given. A body uses nothing of the standard library: the linker
+// keeps one copy of an inline function or template for the whole module, and it could keep the AVX-512 one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace igpt::cpu {
 
 // Nearest colour cluster: out[i] = argmin_k sum_c (x[i][c] - clusters[k][c])^2, the lowest k on ties.
 //   uint8 input stands for v / 127.5 - 1 and is evaluated in float64: exact but for true ties.
-//   float input is evaluated in float32, in the order (dr^2 + dg^2) + db^2, as in reference.py.
+//   float input is evaluated in float32, in the order (dr^2 + dg^2) + db^2: the indices of reference.py, bit by bit.
+//   A distance that is NaN or infinite wins nowhere; where all are, the index is 0.
 struct QuantizeParams {
     const void* x;          // (n, 3) uint8 or float32
-    const float* clusters;  // (k, 3)
+    const float* clusters;  // (k, 3), k >= 1
     int64_t* out;           // (n,)
     int64_t n;
     int32_t k;
     int32_t threads;
 };
 
-struct Ops {
-    const char* isa;
-    void (*quantize_u8)(const QuantizeParams&);
-    void (*quantize_f32)(const QuantizeParams&);
+// The candidate lists of one thread; see quantize.h. The arrays belong to the driver.
+struct QuantizeCells {
+    const float* axes;     // (3, k): the clusters in units of pixel values
+    const double* wide;    // (k, 3): the clusters
+    const double* levels;  // (256,): v / 127.5 - 1
+    int64_t* first;        // per cell of every level: where its list starts; -1: not made yet
+    int32_t* size;         // per cell
+    int32_t* list;         // the lists; the first k entries are 0 .. k - 1
+    float* near;           // (k,) scratch
+    int64_t capacity;      // of `list`, at least k (bits + 2)
+    int64_t used;          // of `list`
+    int32_t k;
+    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
 };
 
-// The tables that were compiled in. `supported` asks the processor.
+// Cells of the levels 1 .. bits.
+constexpr int64_t quantize_cells(int bits) { return ((int64_t(1) << (3 * (bits + 1))) - 8) / 7; }
+
+struct Ops {
+    const char* isa;
+    // The pixels begin .. end - 1.
+    void (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
+    void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
+};
+
+// The tables that were compiled in. `supported` asks the processor and the operating system.
 struct Isa {
     const Ops* table;
     bool supported;
@@ -44,5 +70,12 @@ const Ops& ops();
 
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
+
+// The drivers. They throw std::bad_alloc, never from inside the parallel region.
+void quantize_u8(const QuantizeParams& params);
+void quantize_f32(const QuantizeParams& params);
+
+// `wanted`, or 1 in a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
+int usable_threads(int wanted);
 
 }  // namespace igpt::cpu

@@ -1,5 +1,5 @@
 // The CUDA launchers, as plain C++: all that module.cpp sees of CUDA.
-// A launcher sets the device, launches on the given stream and returns the runtime's error code.
+// A launcher sets the device for its length, launches on the given stream and returns the runtime's error code.
 #pragma once
 
 #include <cstdint>

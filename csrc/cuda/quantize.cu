@@ -87,10 +87,30 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
     }
 }
 
+// Makes a device the current one and, at the end, the one before: the caller's thread goes on using its own.
+struct DeviceGuard {
+    explicit DeviceGuard(int device) : error(cudaGetDevice(&before)) {
+        if (error == cudaSuccess && before != device) {
+            changed = true;
+            error = cudaSetDevice(device);
+        }
+    }
+    ~DeviceGuard() {
+        if (changed) cudaSetDevice(before);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+    int before = 0;
+    bool changed = false;
+    cudaError_t error;
+};
+
 template <typename Pixel, typename T>
 int launch(const QuantizeParams& p) {
     if (p.n == 0) return cudaSuccess;
-    if (const cudaError_t error = cudaSetDevice(p.device); error != cudaSuccess) return error;
+    const DeviceGuard device(p.device);
+    if (device.error != cudaSuccess) return device.error;
     const int64_t blocks = (p.n + kThreads - 1) / kThreads;
     const int grid = int(blocks < 65535 ? blocks : 65535);
     quantize_kernel<Pixel, T><<<grid, kThreads, 3 * kTile * sizeof(float), static_cast<cudaStream_t>(p.stream)>>>(p);

@@ -1,0 +1,134 @@
+"""The ops against their peers. So far: ``quantize``, on the CPU.
+
+    python benchmarks/bench_ops.py --json benchmarks/results/ops.json
+
+Peers of ``quantize``: transformers' numpy path (``color_quantize`` of its ImageGPT image processor, on a whole batch as
+the processor calls it, and cut into pieces that stay in the cache), torch's ``cdist`` + ``argmin`` in chunks, scipy's
+``cKDTree``. Every peer's tokens are checked first, by distance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from igpt_fast import backend, ops
+
+COLUMNS = ("op", "content", "pixels", "dtype", "threads", "name", "ms", "ms_spread", "cpu_ms", "mpixel_s", "times_hf")
+CLUSTERS = 512
+
+
+def images(content: str, count: int, side: int) -> torch.Tensor:
+    """(count, side, side, 3) uint8: uniform noise, or crops of a photograph, turned and mirrored."""
+    if content == "random":
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
+    from PIL import Image
+    from skimage import data
+
+    photograph = Image.fromarray(data.astronaut())
+    whole = 16 * side if count > 1 else side
+    pixels = torch.from_numpy(np.array(photograph.resize((whole, whole), Image.Resampling.BICUBIC)))
+    return pixels.unfold(0, side, side).unfold(1, side, side).permute(0, 1, 3, 4, 2).reshape(-1, side, side, 3)[:count]
+
+
+def palette() -> torch.Tensor:
+    return torch.rand(CLUSTERS, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def chunked_cdist(x: torch.Tensor, clusters: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
+    return torch.cat([torch.cdist(part, clusters).argmin(dim=1) for part in x.split(chunk)])
+
+
+def candidates(x: torch.Tensor, clusters: torch.Tensor, threads: int) -> dict[str, Callable[[], Any]]:
+    """Everybody starts from what it takes best: ours from uint8 and float32, the peers from float32."""
+    from scipy.spatial import cKDTree
+    from transformers.models.imagegpt.image_processing_pil_imagegpt import color_quantize
+
+    x = x.reshape(-1, 3).contiguous()
+    x32 = x.float() / 127.5 - 1.0
+    array, rows, tree = x32.numpy(), clusters.numpy(), cKDTree(clusters.numpy())
+
+    def numpy_path(rows_at_once: int) -> np.ndarray:
+        parts = [array[i : i + rows_at_once] for i in range(0, len(array), rows_at_once)]
+        with threadpool_limits(threads):
+            return np.concatenate([color_quantize(part, rows) for part in parts])
+
+    return {
+        "igpt_fast uint8": lambda: ops.quantize(x, clusters),
+        "igpt_fast float32": lambda: ops.quantize(x32, clusters),
+        # The processor hands its whole batch over at once; 512 distances a pixel, so a megapixel is cut to fit.
+        "transformers numpy": lambda: numpy_path(1 << 18),
+        "transformers numpy, cut": lambda: numpy_path(1 << 10),
+        "torch cdist": lambda: chunked_cdist(x32, clusters),
+        "scipy cKDTree": lambda: tree.query(array, workers=threads)[1],
+    }
+
+
+def check(name: str, tokens: Any, x: torch.Tensor, clusters: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raises if a candidate's tokens are farther away than the rounding of ``a^2 - 2ab + b^2`` in float32 explains."""
+    colours = x.reshape(-1, 3).double() / 127.5 - 1.0
+    mine = (colours - clusters.double()[torch.as_tensor(tokens).reshape(-1)]).square().sum(-1)
+    best = (colours - clusters.double()[exact]).square().sum(-1)
+    if float((mine - best).max()) > 1e-5:
+        raise SystemExit(f"{name}: tokens are not those of the nearest clusters; its time means nothing")
+
+
+def bench_quantize(content: str, count: int, side: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one content and size."""
+    common.say(f"quantize: {content}, {count} of {side}x{side}, {threads} thread(s)")
+    torch.set_num_threads(threads)
+    x, clusters = images(content, count, side), palette()
+    runs = candidates(x, clusters, threads)
+    exact = ops.quantize(x.reshape(-1, 3), clusters)
+    for name, run in runs.items():
+        check(name, run(), x, clusters, exact)
+    times = common.interleave(runs, rounds)
+    pixels, hf = x.numel() // 3, times["transformers numpy"]["ms"]
+    return [
+        {
+            "op": "quantize",
+            "content": content,
+            "pixels": pixels,
+            "clusters": CLUSTERS,
+            "dtype": "uint8" if "uint8" in name else "float32",
+            "threads": threads,
+            "name": name,
+            **time,
+            "mpixel_s": pixels / time["ms"] / 1e3,
+            "times_hf": hf / time["ms"],
+            "times_hf_cpu": times["transformers numpy"]["cpu_ms"] / time["cpu_ms"],
+        }
+        for name, time in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="the 256 images alone")
+    options = parser.parse_args()
+    if reason := backend.unavailable("cpu"):
+        common.say(f"without the compiled module, igpt_fast's rows are the reference's: {reason}")
+    sizes = [(256, 32)] if options.quick else [(256, 32), (1, 1024)]
+    rows = []
+    for threads in dict.fromkeys(options.threads):
+        for count, side in sizes:
+            for content in ("random", "photograph"):
+                rows += bench_quantize(content, count, side, threads, options.rounds)
+    print(common.table(rows, COLUMNS))
+    if options.json:
+        common.write(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
