@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,30 +21,46 @@ class Cache(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class DynamicCache:
-    """Grows by concatenation; differentiable, and free when a single forward fills it."""
+    """Grows by concatenation; differentiable, and free when a single forward fills it.
 
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    Args:
+        keys, values: Of each layer, (B, H, T, D).
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """See ``Cache.update``."""
-        if layer_idx == len(self._layers):
-            self._layers.append((key, value))
-        elif layer_idx < len(self._layers):
-            old_key, old_value = self._layers[layer_idx]
-            self._layers[layer_idx] = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        """See ``Cache.update``.
+
+        Raises:
+            TypeError: Another dtype than before.
+            ValueError: Layers out of order, or another batch, number of heads or head_dim than before.
+        """
+        if layer_idx > len(self.keys):
+            raise ValueError(f"DynamicCache: layer {layer_idx} arrives before layer {len(self.keys)}")
+        _check_pair("DynamicCache", key, value)
+        if layer_idx == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
         else:
-            raise ValueError(f"cache: layer {layer_idx} arrives before layer {len(self._layers)}")
-        return self._layers[layer_idx]
+            old = self.keys[layer_idx]
+            _check_fits("DynamicCache", key, (old.shape[0], old.shape[1], old.shape[3]))
+            if old.dtype != key.dtype:
+                raise TypeError(f"DynamicCache: holds {old.dtype}, got {key.dtype}")
+            self.keys[layer_idx] = torch.cat([old, key], dim=2)
+            self.values[layer_idx] = torch.cat([self.values[layer_idx], value], dim=2)
+        return self.keys[layer_idx], self.values[layer_idx]
 
     def get_seq_length(self) -> int:
         """See ``Cache.get_seq_length``."""
-        return self._layers[0][0].shape[2] if self._layers else 0
+        return self.keys[0].shape[2] if self.keys else 0
 
 
 class StaticCache:
-    """Preallocated (B, H, T_max, D) buffers, written in place: no allocation per token.
+    """Preallocated (B, H, T_max, D) buffers, written in place: no allocation per token, no gradient.
 
     Args:
         n_layer, batch_size, n_head, max_length, head_dim: Its shape.
@@ -68,14 +85,22 @@ class StaticCache:
         self._lengths = [0] * n_layer
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """See ``Cache.update``; the returned tensors are views of the filled part.
+        """See ``Cache.update``; the returned tensors are views of the filled part, in the dtype of ``key``.
 
         Raises:
-            ValueError: The positions do not fit into ``max_length``, or the batch is another one.
+            TypeError: The cache's dtype cannot hold the keys without loss.
+            ValueError: The positions do not fit into ``max_length``; another batch, number of heads, head_dim or
+                layer than the cache was made for; or keys that want a gradient.
         """
+        if not 0 <= layer_idx < len(self._lengths):
+            raise ValueError(f"StaticCache: made for {len(self._lengths)} layers, got layer {layer_idx}")
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        if key.shape[0] != keys.shape[0]:
-            raise ValueError(f"StaticCache: made for batch {keys.shape[0]}, got {key.shape[0]}")
+        _check_pair("StaticCache", key, value)
+        _check_fits("StaticCache", key, (keys.shape[0], keys.shape[1], keys.shape[3]))
+        if keys.dtype != key.dtype and torch.promote_types(keys.dtype, key.dtype) != keys.dtype:
+            raise TypeError(f"StaticCache: made for {keys.dtype}, got {key.dtype}")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise ValueError("StaticCache: not differentiable; use torch.no_grad() or a DynamicCache")
         start = self._lengths[layer_idx]
         end = start + key.shape[2]
         if end > self.max_length:
@@ -83,8 +108,27 @@ class StaticCache:
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         self._lengths[layer_idx] = end
-        return keys[:, :, :end], values[:, :, :end]
+        # The dtypes differ under autocast, where a float32 model makes bf16 keys: lossless both ways.
+        return keys[:, :, :end].to(key.dtype), values[:, :, :end].to(value.dtype)
 
     def get_seq_length(self) -> int:
         """See ``Cache.get_seq_length``."""
         return self._lengths[0]
+
+
+def _check_pair(name: str, key: Tensor, value: Tensor) -> None:
+    if key.ndim != 4 or key.shape != value.shape or key.dtype != value.dtype:
+        raise ValueError(
+            f"{name}: key and value are {tuple(key.shape)} {key.dtype} and {tuple(value.shape)} {value.dtype};"
+            " want (B, H, T, D) twice, of one dtype"
+        )
+
+
+def _check_fits(name: str, key: Tensor, want: tuple[int, int, int]) -> None:
+    got = (key.shape[0], key.shape[1], key.shape[3])
+    if got != want:
+        raise ValueError(f"{name}: made for (batch, heads, head_dim) = {want}, got {got}")
+
+
+# So that torch.export and torch.func see the tensors inside.
+torch.export.register_dataclass(DynamicCache, serialized_type_name="igpt_fast.DynamicCache")

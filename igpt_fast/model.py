@@ -6,6 +6,7 @@ The network is thin: every computation that has a faster twin goes through ``igp
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -13,118 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import ops
 from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.generation import GenerationMixin
+from igpt_fast.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
-
-
-class ImageGPTLayerNorm(nn.Module):
-    """iGPT's norm: root mean square, not mean-centred, weight only. See ``ops.rms_norm``."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is stored (in, out), as in GPT-2's checkpoints."""
-
-    def __init__(self, n_out: int, n_in: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], self.weight.shape[1])
-
-
-class ImageGPTAttention(nn.Module):
-    """Causal self-attention with packed query, key and value projections."""
-
-    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.layer_idx = layer_idx
-        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer_idx + 1
-        self.upcast = config.reorder_and_upcast_attn
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.attn_pdrop = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(
-        self, x: Tensor, cache: Cache | None, key_mask: Tensor | None, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        b, t, d = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
-        if cache is not None:
-            before = k.shape[2]
-            seen = cache.get_seq_length() - (before if self.layer_idx else 0)
-            k, v = cache.update(k, v, self.layer_idx)
-            if k.shape[2] != seen + before:
-                raise ValueError(
-                    f"past_key_values: {type(cache).__name__} returned {k.shape[2]} positions after {seen} + {before};"
-                    " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
-                )
-        out, weights = ops.causal_attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            key_mask=key_mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            upcast=self.upcast,
-            need_weights=need_weights,
-        )
-        out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))
-        return self.resid_dropout(out), weights
-
-
-class ImageGPTMLP(nn.Module):
-    """Linear, activation, linear."""
-
-    def __init__(self, config: ImageGPTConfig) -> None:
-        super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, inner)
-        self.activation = config.activation_function
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(ops.activation(self.c_fc(x), self.activation)))
-
-
-class ImageGPTBlock(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.ln_1 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.attn = ImageGPTAttention(config, layer_idx)
-        self.ln_2 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.mlp = ImageGPTMLP(config)
-
-    def forward(
-        self, x: Tensor, cache: Cache | None, key_mask: Tensor | None, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.attn(self.ln_1(x), cache, key_mask, need_weights)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), weights
 
 
 class ImageGPTPreTrainedModel(PretrainedMixin, nn.Module):
     """What the three model classes share: configuration, initial weights, checkpoints."""
+
+    config_class = ImageGPTConfig
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
@@ -170,17 +74,74 @@ class ImageGPTPreTrainedModel(PretrainedMixin, nn.Module):
         """Replaces ``wte``."""
         self.base_model.wte = value
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.base_model.gradient_checkpointing = True
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The head that predicts colours, if there is one."""
+        return None
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
+        """The token embedding, if ``new_num_tokens`` is its size or ``None``.
+
+        Raises:
+            NotImplementedError: Any other size. SOS is the last row of ``wte`` and not in the head, so a change of
+                the palette means new rows in front of it: build a model from a new configuration instead.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise NotImplementedError(
+                f"resize_token_embeddings: vocab_size is {self.config.vocab_size}, asked for {new_num_tokens};"
+                " the SOS token is the last row, so build a model from a new configuration instead"
+            )
+        return self.get_input_embeddings()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``; ``use_reentrant=False`` if
+                ``None``.
+            every_n_layers: Recompute the first of every so many blocks.
+
+        Raises:
+            ValueError: ``every_n_layers`` is less than 1.
+        """
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers is {every_n_layers}; want 1 or more")
+        base = self.base_model
+        base.gradient_checkpointing = True
+        base.checkpoint_every_n_layers = every_n_layers
+        base.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
         self.base_model.gradient_checkpointing = False
 
-    def num_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        """transformers' newer name of ``gradient_checkpointing_enable``."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers)
+
+    def activation_checkpointing_disable(self) -> None:
+        """transformers' newer name of ``gradient_checkpointing_disable``."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass."""
+        return self.base_model.gradient_checkpointing
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters.
+
+        Args:
+            only_trainable: Count only those that require a gradient.
+            exclude_embeddings: Leave ``wte`` and ``wpe`` out.
+        """
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in tables and (p.requires_grad or not only_trainable)
+        )
 
 
 class ImageGPTModel(ImageGPTPreTrainedModel):
@@ -198,6 +159,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))
         self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self.checkpoint_every_n_layers = 1
+        self.checkpoint_kwargs: dict[str, Any] = {"use_reentrant": False}
         self.init_weights()
 
     def forward(
@@ -218,15 +181,18 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         """Runs the network.
 
         Args:
-            input_ids: (B, T) int64 colour tokens and SOS; or ``inputs_embeds``: (B, T, n_embd).
+            input_ids: (B, T) int64 colour tokens and SOS; (T,) is one image.
             past_key_values: Cache of the positions before; it is extended in place.
-            attention_mask: (B, T_past + T), 1 or True where a position may be attended to.
+            attention_mask: (B, T_past + T), 1 or True where a position may be attended to. What stands elsewhere
+                reaches no visible position.
             token_type_ids: (B, T) int64, looked up in ``wte`` and added.
-            position_ids: (B, T) or (1, T) int64; counted on from the cache when not given, whatever the
+            position_ids: (B, T), (1, T) or (T,) int64; counted on from the cache when not given, whatever the
                 ``attention_mask``, as in transformers.
+            inputs_embeds: (B, T, n_embd), instead of ``input_ids``.
             encoder_hidden_states, encoder_attention_mask: Not supported; anything but ``None`` raises.
-            use_cache: Return a cache; the configuration's ``use_cache`` when ``None``.
-            output_attentions: Return the softmax of each layer, (B, H, T, T_k).
+            use_cache: Return a cache; the configuration's ``use_cache`` when ``None``. Never made while gradient
+                checkpointing is at work.
+            output_attentions: Return the softmax of each layer, (B, H, T, T_k), after dropout.
             output_hidden_states: Return ``n_layer + 1`` hidden states, the last one after ``ln_f``.
             return_dict: ``False`` returns a tuple.
 
@@ -234,53 +200,36 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             ``BaseModelOutput`` or a tuple of its fields that are set.
 
         Raises:
+            TypeError: ``past_key_values`` is not a cache object.
             ValueError: Neither or both inputs, a sequence longer than ``n_positions``, a bad shape, or an
                 argument that is not supported.
         """
-        config = self.config
         if encoder_hidden_states is not None or encoder_attention_mask is not None:
             raise ValueError("cross-attention is not supported: encoder_hidden_states and _mask must be None")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = config.use_cache if use_cache is None else use_cache
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if self.gradient_checkpointing and self.training and use_cache:
-            use_cache = False  # as transformers: recomputation would append to the cache twice
-        if isinstance(past_key_values, tuple | list):
-            raise TypeError("past_key_values must be a cache object such as igpt_fast.DynamicCache, not a tuple")
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = DynamicCache()
-
-        if inputs_embeds is None:
-            assert input_ids is not None
-            input_ids = input_ids.view(-1, input_ids.shape[-1])
-            inputs_embeds = self.wte(input_ids)
-        b, t = inputs_embeds.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
-        if position_ids is None:
-            if past + t > config.n_positions:
-                raise ValueError(f"{past + t} positions exceed n_positions={config.n_positions}")
-            position_ids = torch.arange(past, past + t, device=inputs_embeds.device)[None]
-        key_mask = _key_mask(attention_mask, b, past + t)
-
-        hidden = inputs_embeds + self.wpe(position_ids)
-        if token_type_ids is not None:
-            hidden = hidden + self.wte(token_type_ids.view(-1, t))
-        hidden = self.drop(hidden)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        cache = self._cache(past_key_values, use_cache)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        tokens = self._tokens(input_ids, inputs_embeds)
+        key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])
+        hidden = self._embed(tokens, past, position_ids, token_type_ids)
 
         all_hidden: list[Tensor] = []
         all_attentions: list[Tensor] = []
-        for block in self.h:
+        for i, block in enumerate(self.h):
             all_hidden.append(hidden)
-            if self.gradient_checkpointing and self.training:
-                hidden, weights = checkpoint(block, hidden, cache, key_mask, output_attentions, use_reentrant=False)
+            arguments = (hidden, cache, past, key_mask, output_attentions)
+            if self.gradient_checkpointing and self.training and i % self.checkpoint_every_n_layers == 0:
+                hidden, weights = checkpoint(block, *arguments, **self.checkpoint_kwargs)
             else:
-                hidden, weights = block(hidden, cache, key_mask, output_attentions)
+                hidden, weights = block(*arguments)
             all_attentions.append(weights)
         hidden = self.ln_f(hidden)
+        if input_ids is not None:
+            hidden = hidden.view(*input_ids.shape, hidden.shape[-1])
 
         output = BaseModelOutput(
             last_hidden_state=hidden,
@@ -289,6 +238,55 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to extend, a new one, or ``None``."""
+        if self.gradient_checkpointing and self.training:
+            # The recomputation would append to the cache a second time.
+            if past_key_values is not None:
+                raise ValueError("past_key_values cannot be combined with gradient checkpointing in training")
+            if use_cache:
+                warnings.warn("use_cache=True has no effect with gradient checkpointing in training", stacklevel=3)
+            return None
+        if past_key_values is None:
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            return DynamicCache() if use_cache else None
+        usable = hasattr(past_key_values, "update") and hasattr(past_key_values, "get_seq_length")
+        if not usable or hasattr(past_key_values, "cross_attention_cache"):
+            got = type(past_key_values).__name__
+            raise TypeError(f"past_key_values must be a cache such as igpt_fast.DynamicCache, got {got}")
+        return past_key_values
+
+    def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, T, n_embd) token embeddings."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give exactly one of input_ids and inputs_embeds")
+            if input_ids.ndim == 0:
+                raise ValueError("input_ids: expected (B, T), got a scalar")
+            return self.wte(input_ids.view(-1, input_ids.shape[-1]))
+        if input_ids is not None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.n_embd:
+            shape = tuple(inputs_embeds.shape)
+            raise ValueError(f"inputs_embeds: expected (B, T, n_embd={self.config.n_embd}), got {shape}")
+        return inputs_embeds
+
+    def _embed(self, tokens: Tensor, past: int, position_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+        """Adds the embeddings of the positions and of the token types; dropout."""
+        b, t, _ = tokens.shape
+        if position_ids is None:
+            if past + t > self.config.n_positions:
+                raise ValueError(f"{past + t} positions exceed n_positions={self.config.n_positions}")
+            position_ids = torch.arange(past, past + t, device=tokens.device)[None]
+        elif position_ids.shape not in ((t,), (1, t), (b, t)):  # broadcasting would take (B, 1) for the same position
+            raise ValueError(f"position_ids: expected (B, T) = {(b, t)} or (1, T), got {tuple(position_ids.shape)}")
+        hidden = tokens + self.wpe(position_ids)
+        if token_type_ids is not None:
+            if token_type_ids.numel() != b * t:
+                raise ValueError(f"token_type_ids: expected (B, T) = {(b, t)}, got {tuple(token_type_ids.shape)}")
+            hidden = hidden + self.wte(token_type_ids.view(-1, t))
+        return self.drop(hidden)
 
 
 class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
@@ -307,6 +305,10 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the head."""
+        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -328,7 +330,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
 
         Args:
             labels: (B, T) int64; position ``t`` of the logits is scored against ``labels[:, t + 1]``, as in
-                transformers; -100 is ignored.
+                transformers; -100 is ignored. The loss, in nats per token, is computed in fp32.
 
         For the other arguments see ``ImageGPTModel.forward``.
 
@@ -353,7 +355,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         logits = self.lm_head(base.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[..., :-1, :].flatten(0, -2), labels[..., 1:].flatten())
+            loss = F.cross_entropy(_wide(logits[..., :-1, :]).flatten(0, -2), labels[..., 1:].flatten())
         output = CausalImageModelingOutput(
             loss=loss,
             logits=logits,
@@ -366,6 +368,8 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
 
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     """``ImageGPTModel``, the mean over the positions, and a linear classifier without bias.
+
+    The mean is over all T positions, as in transformers, hidden ones of an ``attention_mask`` included.
 
     Args:
         config: The hyper-parameters; ``num_labels`` outputs.
@@ -428,20 +432,31 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.problem_type is None:
+        config = self.config
+        if config.problem_type is None:
             if self.num_labels == 1:
-                self.config.problem_type = "regression"
+                config.problem_type = "regression"
             elif labels.dtype in (torch.long, torch.int):
-                self.config.problem_type = "single_label_classification"
+                config.problem_type = "single_label_classification"
             else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "regression":
-            return (
-                F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
-            )
-        if self.config.problem_type == "single_label_classification":
+                config.problem_type = "multi_label_classification"
+        logits, labels = _wide(logits), labels.to(logits.device)
+        if config.problem_type == "single_label_classification":
             return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        # Compared by size, since a broadcast would score every output against every target.
+        if labels.shape != logits.shape and not (self.num_labels == 1 and labels.numel() == logits.numel()):
+            raise ValueError(
+                f"labels: expected {tuple(logits.shape)} for {config.problem_type}, got {tuple(labels.shape)}"
+            )
+        labels = labels.view_as(logits).to(logits.dtype)
+        if config.problem_type == "regression":
+            return F.mse_loss(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Losses are computed in fp32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -15,18 +15,30 @@ from torch import _C, Tensor
 
 from igpt_fast import backend, reference
 
-# Activations by their config name; the right-hand sides agree with reference.py (tests/ops/test_activation.py).
+# transformers' ACT2FN but for "prelu" and "xielu", which have parameters of their own.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": reference.quick_gelu,
     "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10.0, 10.0),
+    "gelu_accurate": reference.gelu_tanh,
+    "gelu_fast": reference.gelu_tanh,
     "gelu_new": reference.gelu_tanh,
+    "gelu_python": reference.gelu_erf,
+    "gelu_python_tanh": reference.gelu_tanh,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "laplace": reference.laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
     "swish": F.silu,
     "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "linear": lambda x: x,
 }
 
 
@@ -42,10 +54,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         Shape and dtype of ``x``.
 
     Raises:
-        ValueError: ``weight`` does not fit ``x``.
+        TypeError: Not floating-point tensors.
+        ValueError: ``weight`` does not fit ``x``, two devices, or a negative ``eps``.
 
     Source: openai/image-gpt src/model.py ``norm``; transformers ``ImageGPTLayerNorm``.
     """
+    _check_floating("rms_norm", x=x, weight=weight)
+    if x.ndim == 0:
+        raise ValueError("rms_norm: x has shape (); want at least one dimension")
+    if not eps >= 0.0:
+        raise ValueError(f"rms_norm: eps is {eps}; want 0 or above")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; want {tuple(x.shape[-1:])}, x's last one")
     return reference.rms_norm(x, weight, eps)
@@ -62,13 +80,25 @@ def activation(x: Tensor, name: str) -> Tensor:
         Shape and dtype of ``x``.
 
     Raises:
+        TypeError: ``x`` is not a floating-point tensor.
         ValueError: An unknown name.
 
     Source: transformers ``ACT2FN``; ``quick_gelu`` is openai/image-gpt's ``gelu``.
     """
+    _check_floating("activation", x=x)
+    return ACTIVATIONS[check_activation(name)](x)
+
+
+def check_activation(name: str) -> str:
+    """The name of an activation.
+
+    Raises:
+        ValueError: It is not a key of ``ACTIVATIONS``.
+    """
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation: unknown name {name!r}; want one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name](x)
+        own = " (it has parameters of its own)" if name in ("prelu", "xielu") else ""
+        raise ValueError(f"activation: name is {name!r}{own}; want one of {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def causal_attention(
@@ -87,7 +117,8 @@ def causal_attention(
         q: (B, H, T_q, D), floating point.
         k, v: (B, H, T_k, D), T_k >= T_q, of the dtype of ``q``.
         scale: ``1 / sqrt(D)`` when ``None``.
-        key_mask: (B, T_k) bool, True where a key may be seen. A query that sees none gives zero.
+        key_mask: (B, T_k) bool, True where a key may be seen. A query that sees none gives zero; what stands in
+            a masked key, be it NaN, reaches nothing.
         dropout_p: Dropout probability of the softmax.
         upcast: Compute the scores in fp32 too, not only the softmax.
         need_weights: Return the softmax as well (written out, so slower).
@@ -96,26 +127,20 @@ def causal_attention(
         (B, H, T_q, D), and the (B, H, T_q, T_k) softmax or ``None``.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        TypeError: Not floating-point tensors, unlike dtypes, or a ``key_mask`` that is not bool.
+        ValueError: Shapes that do not fit, two devices, or a ``dropout_p`` outside [0, 1].
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
-    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
-        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        raise ValueError(
-            f"causal_attention: q, k, v have shapes {shapes}; want (B, H, T_q, D) and twice (B, H, T_k, D)"
-        )
+    _check_attention(q, k, v, key_mask, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     t_q, t_k = q.shape[-2], k.shape[-2]
-    if t_k < t_q:
-        raise ValueError(f"causal_attention: {t_q} queries but {t_k} keys; want at least as many keys")
-    if key_mask is not None and key_mask.shape != (q.shape[0], t_k):
-        raise ValueError(f"causal_attention: key_mask has shape {tuple(key_mask.shape)}; want {(q.shape[0], t_k)}")
     if need_weights or upcast:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
     if key_mask is None and (t_q == t_k or t_q == 1):
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=t_q > 1, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=bool(t_q == t_k), scale=scale)
         return out, None
+    k, v = reference.mask_keys(k, v, key_mask)
     visible = reference.visible_keys(t_q, t_k, key_mask, q.device)
     some = visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some, dropout_p=dropout_p, scale=scale)
@@ -206,6 +231,41 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"sample: top_p is {top_p}; want a number in (0, 1], or None")
 
 
+def _check_floating(op: str, **tensors: Tensor) -> None:
+    """All are floating-point tensors on one device."""
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: {name} is {got}; want a floating-point tensor")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, others on {first.device}; want one device")
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, dropout_p: float) -> None:
+    op = "causal_attention"
+    _check_floating(op, q=q, k=k, v=v)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"{op}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; want one dtype")
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        raise ValueError(f"{op}: q, k, v have shapes {shapes}; want (B, H, T_q, D) and twice (B, H, T_k, D)")
+    if k.shape[2] < q.shape[2]:
+        raise ValueError(f"{op}: k has {k.shape[2]} positions, q {q.shape[2]}; want at least as many")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; want a number in [0, 1]")
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"{op}: key_mask is {got}; want a bool tensor")
+    want = (q.shape[0], k.shape[2])
+    if key_mask.shape != want:
+        raise ValueError(f"{op}: key_mask has shape {tuple(key_mask.shape)}; want (B, T_k) = {want}")
+    if key_mask.device != q.device:
+        raise ValueError(f"{op}: key_mask is on {key_mask.device}, q on {q.device}; want one device")
+
+
 def _check_quantize(x: Tensor, clusters: Tensor) -> None:
     if x.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"quantize: x has dtype {x.dtype}; want uint8 or float32")
@@ -250,6 +310,8 @@ def _is_plain(*tensors: Tensor) -> bool:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type not in ("cpu", "cuda"):
             return False
         if (needs_grad and tensor.requires_grad) or tensor.is_nested or tensor.layout != torch.strided:
+            return False
+        if tensor.is_neg():  # its memory holds the negated values, which only the dispatcher resolves
             return False
     return True
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from igpt_fast.cache import Cache
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelOutput:
     """A result readable by attribute, by key and by position; fields that are ``None`` have no position."""
 
@@ -52,33 +53,46 @@ class ModelOutput:
         return self.values()
 
 
-@dataclass
+@dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k)."""
+    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k).
+
+    ``cross_attentions`` is there for transformers' sake and always ``None``.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class CausalImageModelingOutput(ModelOutput):
-    """Result of ``ImageGPTForCausalImageModeling``; logits are (B, T, vocab_size - 1)."""
+    """Result of ``ImageGPTForCausalImageModeling``; logits are (B, T, vocab_size - 1), the loss is fp32 or fp64.
+
+    ``cross_attentions`` is there for transformers' sake and always ``None``.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class ImageClassificationOutput(ModelOutput):
-    """Result of ``ImageGPTForImageClassification``; logits are (B, num_labels)."""
+    """Result of ``ImageGPTForImageClassification``; logits are (B, num_labels), the loss is fp32 or fp64."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+# So that torch.export, torch.func and DistributedDataParallel see the tensors inside.
+for _output in (BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput):
+    torch.export.register_dataclass(_output, serialized_type_name=f"igpt_fast.{_output.__name__}")

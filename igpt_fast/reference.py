@@ -46,6 +46,12 @@ def gelu_erf(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
+def laplace(x: Tensor) -> Tensor:
+    """``0.5 (1 + erf((x - mu) / (sigma sqrt(2))))``, a bounded ``relu2``. Source: Mega (Ma et al., 2022)."""
+    mu, sigma = 0.707107, 0.282095  # sqrt(1/2) and sqrt(1/(4 pi)), to the digits that transformers has
+    return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
+
+
 def visible_keys(t_q: int, t_k: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
     """Which key each query may see: (T_q, T_k), or (B, 1, T_q, T_k) with a ``key_mask`` of (B, T_k).
 
@@ -53,6 +59,14 @@ def visible_keys(t_q: int, t_k: int, key_mask: Tensor | None, device: torch.devi
     """
     causal = torch.ones(t_q, t_k, dtype=torch.bool, device=device).tril(t_k - t_q)
     return causal if key_mask is None else causal & key_mask[:, None, None, :]
+
+
+def mask_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros in place of the masked keys and values: a weight of 0 does not silence a NaN."""
+    if key_mask is None:
+        return k, v
+    hidden = ~key_mask[:, None, :, None]
+    return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
 def causal_attention(
@@ -67,12 +81,13 @@ def causal_attention(
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
     q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen.
-    A query that sees no key at all (inside left padding) gives zero. The softmax is in fp32; ``upcast``
-    computes the scores in fp32 as well.
+    A query that sees no key at all (inside left padding) gives zero, and what stands in a masked key, be it NaN,
+    reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
     wide = _statistics_dtype(q.dtype)
+    k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
     if upcast:
         with torch.autocast(q.device.type, enabled=False):

@@ -311,3 +311,9 @@ def test_cuda_equals_the_reference(dtype: torch.dtype, k: int) -> None:
         mine = (x.double() - clusters.double()[tokens]).square().sum(-1)
         best = (x.double() - clusters.double()[reference.quantize(x, clusters)]).square().sum(-1)
         np.testing.assert_allclose(mine.numpy(), best.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_tensor_with_the_negative_bit_is_resolved_first() -> None:
+    """Its memory holds the opposite signs, which the direct path must not read as they are."""
+    x, clusters = torch.rand(50, 3) * 2 - 1, palette(20)
+    assert torch.equal(ops.quantize(torch._neg_view(x), clusters), reference.quantize(-x, clusters))
