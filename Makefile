@@ -40,8 +40,8 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/parity.py
-	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json
+	$(BIN)/python benchmarks/bench_ops.py --json benchmarks/results/ops.json
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

@@ -6,6 +6,8 @@ over the rounds, beside the spread and the smallest. Ratios are taken within a r
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -84,10 +86,19 @@ def machine() -> dict[str, Any]:
         "isa": report["isa"]["live"],
         "device": device["processor"] if device["name"] != "cpu" else None,
         "build": {key: value for key, value in report["build"].items() if key != "file"},
-        "versions": report["versions"],
+        "versions": {**report["versions"], **_peers()},
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def _peers() -> dict[str, str]:
+    """Versions of the peers that are installed."""
+    versions = {}
+    for name in ("transformers", "scipy", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def commit() -> str:

@@ -10,13 +10,13 @@ errors. Exit code 4 when a line fails.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -108,7 +108,7 @@ def main() -> int:
     failed = sum(not row["passed"] for row in table)
     print(f"{len(table) - failed} of {len(table)} passed")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"versions": versions, "rows": table}, indent=2) + "\n", encoding="utf-8")
+        common.write(arguments.json, table)
     return 4 if failed else 0
 
 

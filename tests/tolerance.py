@@ -51,7 +51,8 @@ def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> Comparison:
     if exact.numel() == 0:
         return Comparison(0.0, 0.0, 0.0, 0.0, True)
     eps = torch.finfo(theirs.dtype).eps
-    mine, reference = (ours.double() - exact).abs(), (theirs.double() - exact).abs()
+    exact = exact.detach()
+    mine, reference = (ours.detach().double() - exact).abs(), (theirs.detach().double() - exact).abs()
     rms, reference_rms, scale_rms = (float(x.square().mean().sqrt()) for x in (mine, reference, exact))
     largest, reference_largest, scale = (float(x.abs().max()) for x in (mine, reference, exact))
     # Written so that a NaN fails.

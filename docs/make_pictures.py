@@ -1,0 +1,27 @@
+"""Makes the pictures of README.md from the bundled model: ``python docs/make_pictures.py``. Needs scikit-image.
+
+``samples.png``: the first sixteen images of seed 0, as ``make sample`` draws them. ``completions.png``: two photographs
+that scikit-image ships, and held-out emoji at fixed places of the list, none of them chosen by what came out.
+"""
+
+from pathlib import Path
+
+from skimage import data
+
+from igpt_fast import Pipeline
+from igpt_fast.pipeline import BUNDLED
+from igpt_fast.recipes.data import load_tokens
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    pipe = Pipeline.from_pretrained()
+    pipe.sample(16, seed=0).save_grid(HERE / "samples.png")
+    heldout = load_tokens(BUNDLED.parent / "emoji16.npz").heldout_tokens
+    emoji = pipe.processor.decode(heldout[40 :: len(heldout) // 6])
+    pipe.complete([data.astronaut(), data.coffee(), *emoji], n=4, seed=0).save_grid(HERE / "completions.png", scale=6)
+
+
+if __name__ == "__main__":
+    main()
