@@ -12,7 +12,7 @@
 #include "build_info.h"
 #include "cpu/ops.h"
 #ifdef IGPT_WITH_CUDA
-#include "cuda/ops.h"
+#include "bind.h"
 #endif
 
 namespace py = pybind11;
@@ -44,24 +44,6 @@ std::vector<std::pair<std::string, bool>> cpu_isas() {
     return names;
 }
 
-#ifdef IGPT_WITH_CUDA
-void check(const char* op, int code) {
-    if (code != 0) throw std::runtime_error(std::string(op) + ": CUDA error: " + igpt::cuda::error_string(code));
-}
-
-void quantize_cuda(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k, int32_t device,
-                   uintptr_t stream) {
-    const igpt::cuda::QuantizeParams params{reinterpret_cast<const void*>(x),
-                                            reinterpret_cast<const float*>(clusters),
-                                            reinterpret_cast<int64_t*>(out),
-                                            n,
-                                            check_clusters(k),
-                                            device,
-                                            reinterpret_cast<void*>(stream)};
-    check("quantize", is_u8 ? igpt::cuda::quantize_u8(params) : igpt::cuda::quantize_f32(params));
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_status") = IGPT_CUDA_STATUS;
 #ifdef IGPT_WITH_CUDA
     m.attr("has_cuda") = true;
-    m.def("quantize_cuda", &quantize_cuda, py::call_guard<py::gil_scoped_release>());
+    bind_cuda(m);
 #else
     m.attr("has_cuda") = false;
 #endif

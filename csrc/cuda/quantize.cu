@@ -9,8 +9,8 @@
 // win, the few others are compared in float64.
 //
 // Source: openai/image-gpt src/utils.py color_quantize.
-#include <cuda_runtime.h>
-
+#include "launch.cuh"
+#include "memory.cuh"
 #include "ops.h"
 
 namespace igpt::cuda {
@@ -69,7 +69,7 @@ struct BytePixel {
 
 template <typename Pixel, typename T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
-    extern __shared__ float tile[];
+    float* tile = dynamic_shared<float>();
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     // Every thread of the block takes part in loading the tiles, also where it has no pixel.
     for (int64_t base = int64_t(blockIdx.x) * kThreads; base < p.n; base += stride) {
@@ -79,48 +79,30 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
         for (int first = 0; first < p.k; first += kTile) {
             const int count = min(kTile, p.k - first);
             __syncthreads();
-            for (int j = threadIdx.x; j < 3 * count; j += kThreads) tile[j] = p.clusters[3 * int64_t(first) + j];
+            for (int j = threadIdx.x; j < 3 * count; j += kThreads) {
+                store_shared(tile + j, load_global(p.clusters + 3 * int64_t(first) + j));
+            }
             __syncthreads();
             for (int j = 0; j < count; ++j) pixel.offer(tile + 3 * j, first + j);
         }
-        if (i < p.n) p.out[i] = pixel.index;
+        if (i < p.n) store_global(p.out + i, int64_t(pixel.index));
     }
 }
 
-// Makes a device the current one and, at the end, the one before: the caller's thread goes on using its own.
-struct DeviceGuard {
-    explicit DeviceGuard(int device) : error(cudaGetDevice(&before)) {
-        if (error == cudaSuccess && before != device) {
-            changed = true;
-            error = cudaSetDevice(device);
-        }
-    }
-    ~DeviceGuard() {
-        if (changed) cudaSetDevice(before);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-    int before = 0;
-    bool changed = false;
-    cudaError_t error;
-};
-
 template <typename Pixel, typename T>
-int launch(const QuantizeParams& p) {
+int quantize(const QuantizeParams& p) {
     if (p.n == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     const int64_t blocks = (p.n + kThreads - 1) / kThreads;
-    const int grid = int(blocks < 65535 ? blocks : 65535);
-    quantize_kernel<Pixel, T><<<grid, kThreads, 3 * kTile * sizeof(float), static_cast<cudaStream_t>(p.stream)>>>(p);
-    return cudaGetLastError();
+    const unsigned grid = unsigned(blocks < 65535 ? blocks : 65535);
+    return launch(quantize_kernel<Pixel, T>, grid, kThreads, 3 * kTile * sizeof(float), p.stream, p);
 }
 
 }  // namespace
 
-int quantize_u8(const QuantizeParams& p) { return launch<BytePixel, uint8_t>(p); }
-int quantize_f32(const QuantizeParams& p) { return launch<FloatPixel, float>(p); }
+int quantize_u8(const QuantizeParams& p) { return quantize<BytePixel, uint8_t>(p); }
+int quantize_f32(const QuantizeParams& p) { return quantize<FloatPixel, float>(p); }
 const char* error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
 }  // namespace igpt::cuda

@@ -1,0 +1,7 @@
+// The parts that make up the Python modules.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// The CUDA ops: into _C, and with the emulator behind them into the tests' _emulated.
+void bind_cuda(pybind11::module_& m);

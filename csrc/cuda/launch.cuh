@@ -1,0 +1,62 @@
+// The one place where a kernel starts: <<<>>> under nvcc, fibres on the CPU under the host compiler.
+//
+// A kernel takes one Params struct by value. Shared memory is dynamic, so that its size stands at the launch and the
+// emulator can poison it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "../emulator/emulator.h"
+#endif
+
+namespace igpt::cuda {
+
+// The block's dynamic shared memory, 128-byte aligned.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(128) unsigned char igpt_dynamic_shared[];
+    return reinterpret_cast<T*>(igpt_dynamic_shared);
+#else
+    return reinterpret_cast<T*>(emulator::dynamic_shared());
+#endif
+}
+
+// Makes a device the current one and, at the end, the one before: the caller's thread goes on using its own.
+struct DeviceGuard {
+    explicit DeviceGuard(int device) : error(cudaGetDevice(&before)) {
+        if (error == cudaSuccess && before != device) {
+            changed = true;
+            error = cudaSetDevice(device);
+        }
+    }
+    ~DeviceGuard() {
+        if (changed) cudaSetDevice(before);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+    int before = 0;
+    bool changed = false;
+    cudaError_t error;
+};
+
+// Launches on `stream` of the current device, which a DeviceGuard has chosen.
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   const Params& params) {
+#ifdef __CUDACC__
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    return cudaGetLastError();
+#else
+    static_cast<void>(stream);
+    emulator::launch(grid, block, shared_bytes, [&] { kernel(params); });
+    return cudaSuccess;
+#endif
+}
+
+}  // namespace igpt::cuda
