@@ -1,0 +1,350 @@
+// The scheduler: blocks one after another, their threads by turns, barriers and the warps' operations.
+#include "emulator.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "counters.h"
+#include "fibre.h"
+#include "memory.h"
+
+namespace igpt::emulator {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kMaxShared = 227 * 1024;
+
+// An operation that the lanes of `mask` meet in.
+struct Meeting {
+    std::string name;
+    unsigned mask;
+    Where where;
+    unsigned arrived = 0;
+    uint64_t bits[kWarpSize] = {};
+};
+
+struct Thread {
+    Fibre fibre;
+    uint3 index{};
+    int number = 0;
+    bool ended = false;
+    std::string waits_in;  // empty: it could run
+    Where where{};
+    std::shared_ptr<Meeting> meeting;
+    uint64_t epoch = 0;         // barriers and warp operations so far
+    uint64_t accesses[3] = {};  // since then, by kind
+
+    int warp() const { return number / kWarpSize; }
+    int lane() const { return number % kWarpSize; }
+};
+
+struct Block {
+    Block(dim3 size, uint64_t seed, Counters& counters) : random(seed), requests(counters) {
+        threads.resize(size_t(size.x) * size.y * size.z);
+        const size_t warps = (threads.size() + kWarpSize - 1) / kWarpSize;
+        meetings.resize(warps);
+        ready.resize(warps);
+        for (size_t i = 0; i < warps; ++i) priority.push_back(i);
+        std::shuffle(priority.begin(), priority.end(), random);
+    }
+
+    std::vector<Thread> threads;
+    std::vector<std::vector<std::shared_ptr<Meeting>>> meetings;  // by warp: those that wait for lanes
+    std::vector<std::vector<Thread*>> ready;                      // by warp: the threads that could run
+    std::deque<Thread*> queue;                                    // the same, for fifo
+    std::vector<size_t> priority;                                 // the warps, for skewed
+    std::vector<Thread*> at_barrier;
+    char barrier_sync[2] = {};  // by turns: a thread that is ahead must not order memory for one that is behind
+    int barriers = 0;
+    std::mt19937_64 random;
+    Requests requests;
+    std::string error;
+    unsigned char* shared = nullptr;
+};
+
+Schedule schedule;
+Counters total{};
+std::mutex one_launch;
+const std::function<void()>* kernel = nullptr;
+Block* block = nullptr;
+Thread* current = nullptr;
+char launch_sync, grid_sync;  // the host's memory before the launch, the threads' after it
+
+std::string text(Where where) { return std::string(where.file) + ":" + std::to_string(where.line); }
+
+std::string text(const Thread& thread) {
+    const auto triple = [](auto i) {
+        return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+    };
+    return "thread " + triple(thread.index) + " of block " + triple(blockIdx);
+}
+
+// Ends the block; the thread never runs again.
+[[noreturn]] void fail(const std::string& message) {
+    block->error = message + "; " + text(*current);
+    for (;;) current->fibre.suspend(false);
+}
+
+void make_ready(Thread* thread) {
+    thread->waits_in.clear();
+    if (schedule.order == Order::fifo) {
+        block->queue.push_back(thread);
+    } else {
+        block->ready[size_t(thread->warp())].push_back(thread);
+    }
+}
+
+Thread* take(std::vector<Thread*>& from, size_t i) {
+    std::swap(from[i], from.back());
+    Thread* thread = from.back();
+    from.pop_back();
+    return thread;
+}
+
+Thread* next_thread() {
+    if (schedule.order == Order::fifo) {
+        if (block->queue.empty()) return nullptr;
+        Thread* thread = block->queue.front();
+        block->queue.pop_front();
+        return thread;
+    }
+    if (schedule.order == Order::skewed) {
+        for (size_t warp : block->priority) {
+            std::vector<Thread*>& ready = block->ready[warp];
+            if (!ready.empty()) return take(ready, block->random() % ready.size());
+        }
+        return nullptr;
+    }
+    size_t count = 0;
+    for (const auto& ready : block->ready) count += ready.size();
+    if (count == 0) return nullptr;
+    size_t i = block->random() % count;
+    for (auto& ready : block->ready) {
+        if (i < ready.size()) return take(ready, i);
+        i -= ready.size();
+    }
+    return nullptr;
+}
+
+void wait(const std::string& name, Where where) {
+    current->waits_in = name;
+    current->where = where;
+    current->fibre.suspend(false);
+}
+
+void pass(Thread* thread) {
+    ++thread->epoch;
+    std::fill(std::begin(thread->accesses), std::end(thread->accesses), 0);
+    make_ready(thread);
+}
+
+// Returns when all lanes of `mask` have called; the meeting stays valid until the thread's next one.
+Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool orders) {
+    const int lane = current->lane();
+    if (!(mask >> lane & 1)) fail(std::string(name) + " at " + text(where) + ": the calling lane is not in its mask");
+    auto& waiting = block->meetings[size_t(current->warp())];
+    std::shared_ptr<Meeting> meeting;
+    for (const auto& other : waiting) {
+        if (!(other->mask & mask)) continue;
+        if (other->mask != mask || other->name != name || other->where.line != where.line) {
+            fail("the lanes of a warp disagree: " + std::string(name) + " at " + text(where) + " against " +
+                 other->name + " at " + text(other->where));
+        }
+        meeting = other;
+    }
+    if (!meeting) {
+        meeting = std::make_shared<Meeting>();
+        meeting->name = name;
+        meeting->mask = mask;
+        meeting->where = where;
+        waiting.push_back(meeting);
+    }
+    meeting->arrived |= 1u << lane;
+    meeting->bits[lane] = bits;
+    current->meeting = meeting;
+    if (orders) release(meeting.get());
+    if (meeting->arrived == mask) {
+        ++total.collectives;
+        waiting.erase(std::find(waiting.begin(), waiting.end(), meeting));
+        Thread* first = current - lane;
+        for (int i = 0; i < kWarpSize; ++i) {
+            if (mask >> i & 1) pass(first + i);
+        }
+        meeting.reset();
+        current->fibre.suspend(false);  // the last lane queues up like the others
+    } else {
+        meeting.reset();
+        wait(name, where);
+    }
+    if (orders) acquire(current->meeting.get());
+    return *current->meeting;
+}
+
+// The body of every fibre.
+void run_thread() {
+    current->fibre.arrive();
+    acquire(&launch_sync);
+    (*kernel)();
+    current->ended = true;
+    release(&grid_sync);
+    current->fibre.suspend(true);
+    std::terminate();  // nobody resumes it
+}
+
+std::string describe_standstill() {
+    std::map<std::string, std::pair<int, const Thread*>> groups;
+    for (const Thread& thread : block->threads) {
+        const std::string state =
+            thread.ended ? "ended" : "waiting in " + thread.waits_in + " at " + text(thread.where);
+        auto& group = groups[state];
+        if (group.first++ == 0) group.second = &thread;
+    }
+    std::string message = "deadlock:";
+    for (const auto& [state, group] : groups) {
+        message +=
+            " " + std::to_string(group.first) + " threads " + state + " (the first: " + text(*group.second) + ");";
+    }
+    return message;
+}
+
+void run_block(dim3 size, size_t shared_bytes, uint64_t seed) {
+    Block now(size, seed, total);
+    block = &now;
+    void* shared = nullptr;
+    // Of the exact size, so that an address sanitizer sees the first byte behind it.
+    if (shared_bytes && posix_memalign(&shared, 128, shared_bytes)) throw std::bad_alloc();
+    if (shared) std::memset(shared, 0xff, shared_bytes);
+    now.shared = static_cast<unsigned char*>(shared);
+    for (size_t i = 0; i < now.threads.size(); ++i) {
+        Thread& thread = now.threads[i];
+        const unsigned n = unsigned(i);
+        thread.number = int(i);
+        thread.index = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
+        thread.fibre.start(int(i), run_thread);
+        make_ready(&thread);
+    }
+    while (now.error.empty()) {
+        current = next_thread();
+        if (!current) break;
+        threadIdx = current->index;
+        current->fibre.resume();
+    }
+    const bool all = std::all_of(now.threads.begin(), now.threads.end(), [](const Thread& t) { return t.ended; });
+    if (now.error.empty() && !all) now.error = describe_standstill();
+    now.requests.finish();
+    for (Thread& thread : now.threads) thread.fibre.destroy(thread.ended);
+    std::free(shared);
+    block = nullptr;
+    current = nullptr;
+    if (!now.error.empty()) throw std::runtime_error("emulator: " + now.error);
+}
+
+void check_launch(dim3 grid, dim3 size, size_t shared_bytes) {
+    const uint64_t threads = uint64_t(size.x) * size.y * size.z;
+    const bool good_grid =
+        grid.x >= 1 && grid.x <= INT32_MAX && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+    if (threads < 1 || threads > 1024 || size.z > 64 || !good_grid || shared_bytes > kMaxShared) {
+        throw std::runtime_error("emulator: a launch outside the limits: grid " + std::to_string(grid.x) + ", " +
+                                 std::to_string(grid.y) + ", " + std::to_string(grid.z) + "; " +
+                                 std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory");
+    }
+}
+
+}  // namespace
+
+void set_schedule(Schedule wanted) {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    schedule = wanted;
+}
+
+Counters counters() {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    return total;
+}
+
+void reset_counters() {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    total = {};
+}
+
+void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& thread) {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    check_launch(grid, size, shared_bytes);
+    kernel = &thread;
+    gridDim = grid;
+    blockDim = size;
+    ++total.launches;
+    release(&launch_sync);
+    std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    if (schedule.order == Order::skewed) std::reverse(order.begin(), order.end());
+    if (schedule.order == Order::random) {
+        std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
+    }
+    for (uint64_t i : order) {
+        const uint64_t plane = uint64_t(grid.x) * grid.y;
+        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / plane)};
+        run_block(size, shared_bytes, schedule.seed * 0x9e3779b97f4a7c15u + i);
+    }
+    acquire(&grid_sync);
+}
+
+unsigned char* dynamic_shared() { return block->shared; }
+
+int lane() { return current->lane(); }
+
+void barrier(Where where) {
+    auto& here = block->at_barrier;
+    if (!here.empty() && (here[0]->where.line != where.line || std::strcmp(here[0]->where.file, where.file) != 0)) {
+        fail("barrier divergence: __syncthreads at " + text(where) + " against " + text(here[0]->where));
+    }
+    void* sync = &block->barrier_sync[block->barriers & 1];
+    release(sync);
+    current->where = where;
+    here.push_back(current);
+    if (here.size() == block->threads.size()) {
+        ++block->barriers;
+        ++total.barriers;
+        for (Thread* thread : here) pass(thread);
+        here.clear();
+        current->fibre.suspend(false);
+    } else {
+        wait("__syncthreads", where);
+    }
+    acquire(sync);
+}
+
+void sync_warp(unsigned mask, Where where) { meet("__syncwarp", mask, 0, where, true); }
+
+uint64_t shuffle(const char* name, unsigned mask, uint64_t bits, int source, Where where) {
+    const Meeting& meeting = meet(name, mask, bits, where, false);
+    if (source < 0 || source >= kWarpSize || !(mask >> source & 1)) {
+        fail(std::string(name) + " at " + text(where) + ": reads lane " + std::to_string(source) +
+             ", which does not take part");
+    }
+    return meeting.bits[source];
+}
+
+unsigned ballot(const char* name, unsigned mask, bool predicate, Where where) {
+    const Meeting& meeting = meet(name, mask, predicate, where, false);
+    unsigned votes = 0;
+    for (int i = 0; i < kWarpSize; ++i) votes |= unsigned(meeting.bits[i]) << i;
+    return votes;
+}
+
+void note(Access access, const void* address, size_t bytes) {
+    const uint64_t at = reinterpret_cast<uint64_t>(address);
+    if (at % bytes != 0) fail("a misaligned access of " + std::to_string(bytes) + " bytes");
+    block->requests.add(current->number, access, current->epoch, current->accesses[int(access)]++, at, bytes);
+}
+
+}  // namespace igpt::emulator

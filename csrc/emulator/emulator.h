@@ -1,0 +1,49 @@
+// Runs the kernels of csrc/cuda on the CPU: one fibre for every CUDA thread, one block at a time. For tests alone.
+//
+// What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
+// thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
+// vectors, a launch outside the limits. Shared memory is poisoned with 0xff (NaN in every type) and ends where an
+// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers and __syncwarp order memory, so
+// a missing one is a reported race, whatever the order of execution was. (Threads of one number in different blocks are
+// one to it: a race between exactly those it does not see.)
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace igpt::emulator {
+
+// In which order the threads run that could.
+enum class Order {
+    fifo,    // by turns
+    random,  // any thread, any block
+    skewed,  // one warp as far ahead as it can; the last block first
+};
+
+struct Schedule {
+    Order order = Order::fifo;
+    uint64_t seed = 0;
+};
+
+// Of all launches since the last reset. A request is what one warp does with one instruction of memory.cuh.
+struct Counters {
+    uint64_t launches, barriers, collectives;
+    uint64_t load_requests, load_sectors, load_bytes;               // global; a sector is 32 bytes
+    uint64_t store_requests, store_sectors, store_bytes;            // global
+    uint64_t shared_requests, shared_wavefronts, shared_conflicts;  // conflicts: wavefronts above the least possible
+};
+
+void set_schedule(Schedule schedule);
+Counters counters();
+void reset_counters();
+
+// Runs `thread` for every thread of the grid. Takes one launch at a time; throws std::runtime_error.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+// The running block's shared memory.
+unsigned char* dynamic_shared();
+
+}  // namespace igpt::emulator

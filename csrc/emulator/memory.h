@@ -1,0 +1,38 @@
+// The emulator's half of csrc/cuda/memory.cuh: alignment is checked, the access is counted, and then it happens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace igpt::emulator {
+
+enum class Access { global_load, global_store, shared };
+
+void note(Access access, const void* address, size_t bytes);
+
+}  // namespace igpt::emulator
+
+namespace igpt::cuda {
+
+template <typename V>
+inline V load_global(const V* address) {
+    emulator::note(emulator::Access::global_load, address, sizeof(V));
+    return *address;
+}
+template <typename V>
+inline void store_global(V* address, const V& value) {
+    emulator::note(emulator::Access::global_store, address, sizeof(V));
+    *address = value;
+}
+template <typename V>
+inline V load_shared(const V* address) {
+    emulator::note(emulator::Access::shared, address, sizeof(V));
+    return *address;
+}
+template <typename V>
+inline void store_shared(V* address, const V& value) {
+    emulator::note(emulator::Access::shared, address, sizeof(V));
+    *address = value;
+}
+
+}  // namespace igpt::cuda
