@@ -195,6 +195,10 @@ def test_environment_variables(name: str) -> None:
 SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cpp", ".cu", ".h", ".cuh", ".in")]
 
 
+# Where the host compiler takes the emulator in nvcc's place.
+EMULATED = {("launch.cuh", "../emulator/emulator.h"), ("memory.cuh", "../emulator/memory.h")}
+
+
 def includes(path: Path) -> set[str]:
     return set(re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text("utf-8"), re.MULTILINE))
 
@@ -205,13 +209,32 @@ def test_includes(path: Path) -> None:
     for name in includes(path):
         parts = name.split("/")
         assert not {"torch", "ATen", "c10"} & set(parts), f"{path.name} includes torch"
-        if path.name != "module.cpp":
-            assert parts[0] not in ("pybind11", "Python.h"), f"{path.name} includes {name}; only module.cpp may"
+        if path.name not in ("module.cpp", "bind.h", "bind_cuda.cpp"):
+            assert parts[0] not in ("pybind11", "Python.h"), f"{path.name} includes {name}; only the bindings may"
         if folder in ("cpu", "cuda"):
             other = {"cpu": "cuda", "cuda": "cpu"}[folder]
             assert other not in parts, f"{folder}/{path.name} includes {name}"
-        if path.name == "module.cpp" and parts[0] == "cuda":
-            assert name == "cuda/ops.h", "module.cpp sees of CUDA its ops.h alone"
+        if folder in ("module.cpp", "bind.h", "bind_cuda.cpp") and parts[0] == "cuda":
+            assert name == "cuda/ops.h", f"{path.name} sees of CUDA its ops.h alone"
+        if folder != "emulator" and "emulator" in parts:
+            assert (path.name, name) in EMULATED, f"{path.name} includes {name}: the emulator is for tests"
+
+
+def test_the_emulator_is_behind_a_switch() -> None:
+    """nvcc sees nothing of it, and no build but the tests' compiles it."""
+    for name, include in EMULATED:
+        text = (ROOT / "csrc" / "cuda" / name).read_text("utf-8")
+        before, _, _ = text.partition(f'#include "{include}"')
+        branch = re.findall(r"^#(ifdef __CUDACC__|ifndef __CUDACC__|else|endif)", before, re.MULTILINE)
+        assert branch[-1:] == ["ifndef __CUDACC__"] or branch[-2:] == ["ifdef __CUDACC__", "else"], name
+    assert "emulator" not in (ROOT / "CMakeLists.txt").read_text("utf-8")
+
+
+def test_kernels_declare_shared_memory_and_launch_in_one_place() -> None:
+    """What the emulator does not see it cannot check."""
+    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+        if path.name != "launch.cuh":
+            assert not re.search(r"__shared__|<<<", path.read_text("utf-8")), path.name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

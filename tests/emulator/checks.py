@@ -1,0 +1,115 @@
+"""What the kernels have to stand up to, as functions: the tests call them, and so do the mutations, which must fail."""
+
+import torch
+from kernels import Kernels, definition
+from tolerance import assert_parity
+
+from igpt_fast import reference
+
+SCHEDULES = [("fifo", 0), ("random", 1), ("random", 2), ("skewed", 1), ("skewed", 2)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Every team of warps of norm.cu, whole and ragged; rows that do not fill a block, and more than there are parts.
+NORM_SHAPES = [(1, 8, 1), (5, 72, 2), (9, 512, 2), (3, 1000, 3), (5, 1032, 2), (5, 2048, 2), (2, 4104, 1), (3, 8192, 2)]
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).to(dtype).to(device)
+
+
+def check_norm(kernels: Kernels, dtype: torch.dtype, rows: int, n: int, parts: int, fused: bool) -> None:
+    """Forward and backward against the definition in float64, by the tolerance rule."""
+    x, residual, dout, dsum = (normal(rows, n, dtype=dtype, device=kernels.device) for _ in range(4))
+    # The whole-row sum of squares exceeds the largest float16, its mean does not.
+    x = x * 8
+    weight = normal(n, dtype=dtype, device=kernels.device)
+    arguments = x, weight, 1e-5, residual if fused else None, dout, dsum
+    ours, plain = kernels.norm(*arguments, parts=parts), definition(*arguments)
+    # The sum is rounded once, by definition; everything else is exact from there on.
+    wide = [None if t is None else t.double() for t in (x if plain.sum is None else plain.sum, weight, dout, dsum)]
+    exact = definition(wide[0], wide[1], 1e-5, torch.zeros_like(wide[0]) if fused else None, wide[2], wide[3])
+    if fused:
+        assert torch.equal(ours.sum, plain.sum), "sum"
+    for name in ("out", "dx", "dweight"):
+        assert_parity(getattr(ours, name), getattr(plain, name), getattr(exact, name), name)
+
+
+def check_norm_range(kernels: Kernels) -> None:
+    """float16 of magnitude 300, whose square is no float16, and of magnitude 1e-4, whose square is zero."""
+    ones = torch.ones(64, dtype=torch.float16, device=kernels.device)
+    for value in (300.0, 1e-4):
+        x = torch.full((2, 64), value, dtype=torch.float16, device=kernels.device)
+        out, _ = kernels.rms_norm_fwd(x, ones, 0.0, None)
+        assert torch.equal(out, torch.ones_like(x)), value
+
+
+def check_norm_determinism(kernels: Kernels) -> None:
+    """The same bits under every schedule."""
+    x, dout = (normal(11, 1032, dtype=torch.bfloat16, device=kernels.device) for _ in range(2))
+    weight = normal(1032, dtype=torch.bfloat16, device=kernels.device)
+    results = []
+    for order, seed in SCHEDULES:
+        schedule(kernels, order, seed)
+        norm = kernels.norm(x, weight, 1e-5, None, dout, dout, parts=3)
+        results.append(torch.cat([norm.out.flatten(), norm.dx.flatten(), norm.dweight]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def check_norm_coalescing(kernels: Kernels) -> None:
+    """Every byte of the tensors moves once, in whole sectors; no shared-memory conflict."""
+    rows, n = 8, 1024
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = normal(rows, n, dtype=dtype, device="cpu"), normal(n, dtype=dtype, device="cpu")
+        size = x.element_size()
+        with Counted(kernels) as forward:
+            kernels.rms_norm_fwd(x, weight, 1e-5, x)
+        # The two tensors, and the weight for every row.
+        assert forward["load_sectors"] * 32 == forward["load_bytes"] == 3 * rows * n * size, dict(forward)
+        assert forward["store_sectors"] * 32 == forward["store_bytes"] == 2 * rows * n * size, dict(forward)
+        assert forward["load_requests"] == forward["load_bytes"] // 512, dict(forward)  # 32 lanes, 16 bytes each
+        assert forward["shared_conflicts"] == 0, dict(forward)
+        with Counted(kernels) as backward:
+            kernels.rms_norm_bwd(x, x, x, weight, 1e-5, parts=2)
+        assert backward["load_sectors"] * 32 == backward["load_bytes"], dict(backward)
+        assert backward["store_requests"] * 32 <= backward["store_sectors"] * 8, dict(backward)
+        # Each block's sum of its teams, once: vectors of 16 bytes at distances of 32 meet in twos.
+        teams, blocks = 4, 2
+        epilogue = blocks * teams * n * 4 // 128 if size == 2 else 0
+        assert backward["shared_conflicts"] == epilogue, dict(backward)
+
+
+def check_quantize(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None:
+    """Bit for bit; half of the clusters stand twice, so that ties are met, in another tile of the kernel too."""
+    clusters = (torch.randint(0, 256, (k, 3)) / 127.5 - 1.0).to(torch.float32)
+    clusters[k // 2 :] = clusters[: k - k // 2].clone()
+    x = torch.randint(0, 256, (n, 3), dtype=torch.uint8) if dtype == torch.uint8 else torch.randn(n, 3)
+    ours = kernels.quantize(x.to(kernels.device), clusters.to(kernels.device)).cpu()
+    assert torch.equal(ours, reference.quantize(x, clusters))
+
+
+def check_quantize_coalescing(kernels: Kernels) -> None:
+    with Counted(kernels) as counted:
+        kernels.quantize(torch.zeros(512, 3, dtype=torch.uint8), torch.zeros(256, 3))
+    assert counted["load_sectors"] * 32 == counted["load_bytes"] == 2 * 256 * 12, dict(counted)
+    assert counted["store_sectors"] * 32 == counted["store_bytes"] == 512 * 8, dict(counted)
+    assert counted["shared_conflicts"] == 0, dict(counted)
+
+
+def schedule(kernels: Kernels, order: str, seed: int) -> None:
+    """Chooses the order of execution, where there is a choice."""
+    if kernels.device == "cpu":
+        kernels.module.set_schedule(order, seed)
+
+
+class Counted(dict[str, int]):
+    """The emulator's counters over a ``with`` block."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.module = kernels.module
+
+    def __enter__(self) -> "Counted":
+        self.module.reset_counters()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update(self.module.counters())

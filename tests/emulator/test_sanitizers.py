@@ -1,0 +1,14 @@
+"""All kernels under the address, undefined-behaviour and thread sanitizers, as a program of their own."""
+
+import compiling
+import pytest
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("op", ["quantize", "norm"])
+def test_clean(sanitizer: str, op: str) -> None:
+    reason = compiling.unavailable() or compiling.sanitizer_unavailable(sanitizer)
+    if reason is not None:
+        pytest.skip(reason)
+    done = compiling.run_driver(sanitizer, op)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
