@@ -53,7 +53,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("norm_row_bound", NORM, "if (row >= p.rows) return;", "if (row > p.rows) return;"), ("address", "norm")),
     (Mutation("norm_scratch_size", NORM, "4 * S::kWarps", "4 * S::kWarps - 1"), ("address", "norm")),
     (Mutation("norm_low_statistics", NORM, "square[0] += h.get(v, e) * h.get(v, e);",
-              "square[0] = to_float(from_float<T>(square[0] + h.get(v, e) * h.get(v, e)));"), norm),
+              "square[0] = to_float(from_float<T>(square[0] + h.get(v, e) * h.get(v, e)));"), checks.check_norm_range),
     (Mutation("norm_sum_of_squares_in_half", NORM, "rsqrtf(square[0] / float(n) + p.eps)",
               "rsqrtf(to_float(from_float<T>(square[0])) / float(n) + p.eps)"), checks.check_norm_range),
     (Mutation("norm_wrong_eps", NORM, "sums[0] / float(n) + p.eps", "sums[0] / float(n) + p.eps * 1e5f"), norm),
