@@ -78,12 +78,21 @@ def check_norm_coalescing(kernels: Kernels) -> None:
 
 
 def check_quantize(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None:
-    """Bit for bit; half of the clusters stand twice, so that ties are met, in another tile of the kernel too."""
-    clusters = (torch.randint(0, 256, (k, 3)) / 127.5 - 1.0).to(torch.float32)
-    clusters[k // 2 :] = clusters[: k - k // 2].clone()
+    """Bit for bit; many clusters stand twice, so that ties are met, and the last one has a pixel of its colour."""
+    colours = torch.randint(0, 256, (k, 3), dtype=torch.uint8)
+    colours[k // 2 : k // 2 + k // 4] = colours[: k // 4].clone()
+    clusters = (colours / 127.5 - 1.0).to(torch.float32)
     x = torch.randint(0, 256, (n, 3), dtype=torch.uint8) if dtype == torch.uint8 else torch.randn(n, 3)
+    x[-1:] = colours[-1] if dtype == torch.uint8 else clusters[-1]
     ours = kernels.quantize(x.to(kernels.device), clusters.to(kernels.device)).cpu()
     assert torch.equal(ours, reference.quantize(x, clusters))
+
+
+def check_quantize_near_ties(kernels: Kernels) -> None:
+    """Each cluster a little nearer to black than the one before, by less than a careless bound would tell."""
+    clusters = -1.0 + 0.1 * (1.0 - 1e-4 * torch.arange(64.0))[:, None].expand(64, 3).contiguous()
+    x = torch.zeros(33, 3, dtype=torch.uint8)
+    assert torch.equal(kernels.quantize(x.to(kernels.device), clusters.to(kernels.device)).cpu(), torch.full((33,), 63))
 
 
 def check_quantize_coalescing(kernels: Kernels) -> None:

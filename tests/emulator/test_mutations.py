@@ -72,7 +72,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("quantize_tie_of_bytes", QUANTIZE, "if (d < best) {\n            best = d;\n            limit",
               "if (d <= best) {\n            best = d;\n            limit"), quantize),
     (Mutation("quantize_float32_bytes", QUANTIZE, "limit = float(d) * 1.001f + 1e-5f", "limit = float(d) * 0.999f"),
-     quantize),
+     checks.check_quantize_near_ties),
     (Mutation("quantize_first_barrier", QUANTIZE, "            __syncthreads();\n            for (int j = threadIdx.x",
               "            for (int j = threadIdx.x"), ("thread", "quantize")),
     (Mutation("quantize_second_barrier", QUANTIZE, "    __syncthreads();\n            for (int j = 0; j < count",

@@ -22,5 +22,9 @@ def test_schedules(emulated: Kernels, dtype: torch.dtype, order: str, seed: int)
     checks.check_quantize(emulated, dtype, 700, 600)
 
 
+def test_near_ties(kernels: Kernels) -> None:
+    checks.check_quantize_near_ties(kernels)
+
+
 def test_coalescing(emulated: Kernels) -> None:
     checks.check_quantize_coalescing(emulated)
