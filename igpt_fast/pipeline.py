@@ -68,7 +68,7 @@ class Generation:
         """
         scale = self._scale(scale)
         if self.inputs is None:
-            return images_module.image_grid(self.images, columns, scale=scale)
+            return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
         return self._completion_grid(self.tokens, scale)
 
     def save_grid(
@@ -114,7 +114,7 @@ class Generation:
         for drawn in range(self.given, self.tokens.shape[1] + 1, width):
             if self.inputs is None:
                 cells = [self._partly(tokens, drawn) for tokens in self.tokens]
-                frames.append(images_module.image_grid(cells, columns, scale=scale))
+                frames.append(images_module.image_grid(cells, columns, scale=scale, gap=scale))
             else:
                 frames.append(self._completion_grid(self.tokens, scale, drawn))
         images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
