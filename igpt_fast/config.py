@@ -1,6 +1,7 @@
 """Configuration of an iGPT: the fields, defaults and JSON of transformers' ``ImageGPTConfig``.
 
-Standard library only, so that ``igpt --help`` and tools that read a ``config.json`` stay light.
+Standard library only, as what it takes from ``files`` is, so that ``igpt --help`` and tools that read a
+``config.json`` stay light.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+from igpt_fast import files
 
 # Layers, width and heads of the published models. Source: "Generative Pretraining from Pixels"
 # (Chen et al., 2020), section 4.1, and openai/image-gpt src/run.py. The paper gives no head count
@@ -211,14 +214,8 @@ class ImageGPTConfig:
                 names the file.
         """
         path = Path(path)
+        data = files.read_json(path, _MAX_CONFIG_BYTES)
         try:
-            with path.open("rb") as file:
-                content = file.read(_MAX_CONFIG_BYTES + 1)
-            if len(content) > _MAX_CONFIG_BYTES:
-                raise ValueError(f"larger than {_MAX_CONFIG_BYTES >> 20} MiB")
-            data = json.loads(content.decode("utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("the top level is not an object")
             return cls.from_dict(data, **overrides)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a usable ImageGPT configuration: {error}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +142,20 @@ def test_bad_files_name_file_and_field(tmp_path: Path, fields: dict[str, Any], r
 def test_not_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json: not a usable"):
+    with pytest.raises(ValueError, match=r"config\.json: not usable JSON"):
         ImageGPTConfig.from_json_file(path)
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_layer": 3}')
+    code = f"""
+import sys
+for name in ("torch", "numpy", "huggingface_hub"):
+    sys.modules[name] = None
+from igpt_fast.config import ImageGPTConfig
+assert ImageGPTConfig.from_json_file({str(tmp_path / "config.json")!r}).n_layer == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_size_is_bounded(tmp_path: Path) -> None:
