@@ -79,6 +79,8 @@ class PretrainedMixin(nn.Module):
     config: ImageGPTConfig
     # Weights that from_pretrained did not find and made up, as it warned: a head. () for any other model.
     newly_initialized: tuple[str, ...] = ()
+    # What from_pretrained was given; "" for a model made from a configuration.
+    name_or_path: str = ""
 
     @classmethod
     def from_pretrained(
@@ -97,6 +99,8 @@ class PretrainedMixin(nn.Module):
         ignore_mismatched_sizes: bool = False,
         use_safetensors: bool | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> M:
         """Loads a model, in eval mode, from a folder or from the hub.
@@ -118,14 +122,20 @@ class PretrainedMixin(nn.Module):
             ignore_mismatched_sizes: Newly initialise a head of another size, with a warning.
             use_safetensors: ``True`` only safetensors, ``False`` only ``.bin``, ``None`` either.
             torch_dtype: Older name of ``dtype``.
+            low_cpu_mem_usage: Accepted for transformers' sake; a load never takes more than it must.
+            output_loading_info: ``True`` is refused: what is missing or unknown raises or warns, and
+                ``model.newly_initialized`` names what is new.
             config_overrides: Fields of the configuration, such as ``num_labels=10``.
 
         Raises:
             FileNotFoundError: No such folder, repository or file, or no network.
             TypeError: A keyword that is not a field of the configuration.
             ValueError: A file is damaged, malicious, or does not fit the configuration (a missing, unknown,
-                misshapen, integer or non-finite weight); the message names file and reason.
+                misshapen, integer or non-finite weight); the message names file and reason. Or
+                ``output_loading_info=True``.
         """
+        if output_loading_info:
+            raise ValueError("from_pretrained: output_loading_info is not supported; see model.newly_initialized")
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
@@ -138,7 +148,9 @@ class PretrainedMixin(nn.Module):
         }
         config = _load_config(name_or_path, config, config_overrides, where)
         stored = weights.open_weights(name_or_path, use_safetensors=use_safetensors, **where)
-        return _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        model = _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        model.name_or_path = os.fspath(name_or_path)
+        return model
 
     def save_pretrained(
         self,
@@ -146,6 +158,8 @@ class PretrainedMixin(nn.Module):
         *,
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
     ) -> None:
         """Writes ``config.json`` and safetensors, in the form of transformers.
 
@@ -157,10 +171,13 @@ class PretrainedMixin(nn.Module):
             directory: Made if it does not exist.
             max_shard_size: Weights beyond this are split over several files; bytes, or such as ``"200MB"``.
             state_dict: Saved instead of the model's own, such as averaged weights; same names.
+            safe_serialization: ``False`` is refused: no pickles are written.
+            is_main_process: ``False`` writes nothing, for all but one of the processes of a training run.
 
         Raises:
             OSError: The folder or a file cannot be written.
-            ValueError: A bad ``max_shard_size``; names in ``state_dict`` that are not the model's.
+            ValueError: A bad ``max_shard_size``; ``safe_serialization=False``; names in ``state_dict`` that are
+                not the model's.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors import SafetensorError
@@ -168,6 +185,10 @@ class PretrainedMixin(nn.Module):
 
         if isinstance(max_shard_size, int) and max_shard_size < 1:
             raise ValueError(f"save_pretrained: max_shard_size must be positive, got {max_shard_size}")
+        if not safe_serialization:
+            raise ValueError("save_pretrained: safe_serialization=False is not supported; no pickles are written")
+        if not is_main_process:
+            return
         own = self.state_dict()
         state = {
             name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
@@ -229,9 +250,7 @@ def _load_config(
     if unknown := overrides.keys() - known - ImageGPTConfig.attribute_map.keys():
         raise TypeError(f"from_pretrained: neither arguments nor fields of the configuration: {some(unknown)}")
     if config is not None:
-        if not isinstance(config, ImageGPTConfig):
-            raise TypeError(f"from_pretrained: config must be an ImageGPTConfig, got {type(config).__name__}")
-        return ImageGPTConfig.from_dict(config.to_dict(), **overrides)
+        return ImageGPTConfig.from_dict(ImageGPTConfig.of(config, "from_pretrained").to_dict(), **overrides)
     path = files.find_file(name_or_path, CONFIG, **where)
     assert path is not None
     return ImageGPTConfig.from_json_file(path, **overrides)

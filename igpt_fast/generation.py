@@ -156,6 +156,9 @@ class GenerationMixin:
         self,
         input_ids: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         do_sample: bool = False,
@@ -176,10 +179,14 @@ class GenerationMixin:
         Args:
             input_ids: (B, T_0) int64 with 1 <= T_0; SOS (``config.sos_token_id``) first, as the model was
                 trained. ``None`` means one row of SOS alone.
+            inputs: The same, by its other name.
+            attention_mask: (B, T_0), all ones: contexts have no padding here.
+            use_cache: True; decoding without a cache is not offered.
             max_length: Length of the result, ``input_ids`` included; at most ``n_positions + 1``.
             max_new_tokens: The same, counted from the end of ``input_ids``; one of the two at most.
             do_sample: Draw the tokens; else take the most likely one each time.
-            temperature, top_k, top_p: See ``Sampling``; without ``do_sample`` they must stay at their defaults.
+            temperature, top_k, top_p: See ``Sampling``; ``top_k=0`` is ``None``, as in transformers. Without
+                ``do_sample`` they must stay at their defaults.
             num_return_sequences: Continuations of each row, which follow each other in the result; more than
                 one needs ``do_sample``.
             seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch; needs
@@ -198,6 +205,17 @@ class GenerationMixin:
         Source: transformers ``GenerationMixin.generate``.
         """
         model = cast("ImageGPTForCausalImageModeling", self)
+        input_ids = _one_input(input_ids, inputs)
+        if not use_cache:
+            raise ValueError("generate: use_cache=False is not supported")
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise ValueError("generate: attention_mask hides positions; contexts have no padding here")
+        if model.config.eos_token_id is not None:
+            raise ValueError(
+                f"generate: the configuration has eos_token_id {model.config.eos_token_id}, but images end at their"
+                " last pixel; set it to None"
+            )
+        top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
         check_count("generate: num_return_sequences", num_return_sequences)
         random = (temperature, top_k, top_p, num_return_sequences, seed, generator)
         if not do_sample and random != (1.0, None, None, 1, None, None):
@@ -212,6 +230,12 @@ class GenerationMixin:
         uniforms = _uniforms(context.shape[0], steps, do_sample, seed, generator, model.device)
         drawn = decode(model, context, uniforms, sampling, callback)
         return torch.cat([context, drawn.tokens], dim=1)
+
+
+def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+    if input_ids is not None and inputs is not None:
+        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+    return input_ids if inputs is None else inputs
 
 
 def _check_context(input_ids: Any, model: ImageGPTForCausalImageModeling) -> Tensor:

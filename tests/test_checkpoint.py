@@ -394,12 +394,30 @@ def test_save_arguments(tmp_path: Path) -> None:
     assert "architectures" not in model.config.extra  # saving leaves the model as it was
 
 
+def test_arguments_of_trainers(tmp_path: Path) -> None:
+    model = tiny()
+    assert model.name_or_path == ""
+    with pytest.raises(ValueError, match="safe_serialization=False is not supported; no pickles"):
+        model.save_pretrained(tmp_path / "model", safe_serialization=False)
+    model.save_pretrained(tmp_path / "model", is_main_process=False, state_dict={})  # where FSDP has it empty
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model", is_main_process=True, safe_serialization=True)
+    load = ImageGPTForCausalImageModeling.from_pretrained
+    for low in (None, True, False):
+        again = load(tmp_path / "model", low_cpu_mem_usage=low, output_loading_info=False)
+        assert_same(again.state_dict(), model.state_dict())
+        assert again.name_or_path == str(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"output_loading_info is not supported; see model\.newly_initialized"):
+        load(tmp_path / "model", output_loading_info=True)
+
+
 def test_hub_cache_offline(tmp_path: Path, folder: Path) -> None:
     repository = tmp_path / "cache" / "models--some--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     model = ImageGPTForCausalImageModeling.from_pretrained("some/model", cache_dir=tmp_path / "cache")
+    assert model.name_or_path == "some/model"
     assert_same(model.state_dict(), load_file(folder / "model.safetensors"))
     (repository / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="some/model: no weights"):

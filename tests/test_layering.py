@@ -26,12 +26,13 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"reference", "backend"},
     # the model; generation may use the reference's random streams, which have no twin
     "outputs": {"cache"},
+    "trainable": set(),
     "weights": {"files"},
     "checkpoint": {"config", "files", "weights"},
     "layers": {"cache", "config", "ops"},
     "decoders": {"backend", "cache", "config", "ops"},
     "generation": {"decoders", "ops", "reference"},
-    "model": {"cache", "checkpoint", "config", "generation", "layers", "ops", "outputs"},
+    "model": {"cache", "checkpoint", "config", "generation", "layers", "ops", "outputs", "trainable"},
     # images
     "clusters": {"files", "ops"},
     "pictures": {"clusters", "files"},
@@ -66,6 +67,7 @@ OUTSIDE: dict[str, set[str]] = {
     "ops": {"torch"},
     "cache": {"torch"},
     "model": {"torch"},
+    "trainable": {"torch"},
     "layers": {"torch"},
     "decoders": {"torch"},
     "generation": {"torch"},
