@@ -59,6 +59,30 @@ if TYPE_CHECKING:
     from igpt_fast.backend import set_backend as set_backend
     from igpt_fast.backend import show_config as show_config
     from igpt_fast.backend import use_backend as use_backend
+    from igpt_fast.cache import DynamicCache as DynamicCache
+    from igpt_fast.cache import StaticCache as StaticCache
+    from igpt_fast.config import ImageGPTConfig as ImageGPTConfig
+    from igpt_fast.image import ImageGPTImageProcessor as ImageGPTImageProcessor
+    from igpt_fast.image import center_crop as center_crop
+    from igpt_fast.image import dequantize as dequantize
+    from igpt_fast.image import fit_clusters as fit_clusters
+    from igpt_fast.image import image_grid as image_grid
+    from igpt_fast.image import load_clusters as load_clusters
+    from igpt_fast.image import open_image as open_image
+    from igpt_fast.image import quantize as quantize
+    from igpt_fast.image import resize as resize
+    from igpt_fast.image import save_animation as save_animation
+    from igpt_fast.image import save_clusters as save_clusters
+    from igpt_fast.image import save_image as save_image
+    from igpt_fast.image import to_rgb as to_rgb
+    from igpt_fast.model import ImageGPTForCausalImageModeling as ImageGPTForCausalImageModeling
+    from igpt_fast.model import ImageGPTForImageClassification as ImageGPTForImageClassification
+    from igpt_fast.model import ImageGPTModel as ImageGPTModel
+    from igpt_fast.pipeline import Generation as Generation
+    from igpt_fast.pipeline import Pipeline as Pipeline
+
+    ImageGPTForCausalLM = ImageGPTForCausalImageModeling
+    ImageGPTFeatureExtractor = ImageGPTImageProcessorFast = ImageGPTTokenizer = ImageGPTImageProcessor
 
 
 def __getattr__(name: str) -> Any:

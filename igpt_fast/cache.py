@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,8 +17,8 @@ class Cache(Protocol):
         """Appends (B, H, T_new, D) keys and values of a layer; returns all of its (B, H, T, D) so far."""
         ...
 
-    def get_seq_length(self) -> int:
-        """Positions seen so far by the first layer."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen so far by a layer."""
         ...
 
 
@@ -26,11 +27,17 @@ class DynamicCache:
     """Grows by concatenation; differentiable, and free when a single forward fills it.
 
     Args:
-        keys, values: Of each layer, (B, H, T, D).
+        keys, values: Of each layer, (B, H, T, D). An iterator of (key, value) pairs in place of ``keys`` gives both:
+            how ``DataParallel`` puts the caches of its replicas together.
     """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, Iterator):
+            pairs = list(self.keys)
+            self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """See ``Cache.update``.
@@ -54,9 +61,24 @@ class DynamicCache:
             self.values[layer_idx] = torch.cat([self.values[layer_idx], value], dim=2)
         return self.keys[layer_idx], self.values[layer_idx]
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """See ``Cache.get_seq_length``."""
-        return self.keys[0].shape[2] if self.keys else 0
+        return self.keys[layer_idx].shape[2] if layer_idx < len(self.keys) else 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(self.keys, self.values, strict=True))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the images ``indices``, (B_new,) int64, in this order, or those that a (B,) bool mask picks."""
+        self.keys = [key[indices.to(key.device)] for key in self.keys]
+        self.values = [value[indices.to(value.device)] for value in self.values]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """``batch_select_indices`` as beam search calls it."""
+        self.batch_select_indices(beam_idx)
 
 
 class StaticCache:
@@ -111,9 +133,25 @@ class StaticCache:
         # The dtypes differ under autocast, where a float32 model makes bf16 keys: lossless both ways.
         return keys[:, :, :end].to(key.dtype), values[:, :, :end].to(value.dtype)
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """See ``Cache.get_seq_length``."""
-        return self._lengths[0]
+        return self._lengths[layer_idx] if layer_idx < len(self._lengths) else 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts image ``beam_idx[i]`` in place i, for each of the (B,) int64; in place, as the buffers are fixed.
+
+        Raises:
+            ValueError: Another batch than the cache was made for.
+        """
+        if beam_idx.shape != self._keys.shape[1:2]:
+            raise ValueError(f"StaticCache: made for batch {self._keys.shape[1]}, got {tuple(beam_idx.shape)} indices")
+        beam_idx = beam_idx.to(self._keys.device)
+        for buffers in (self._keys, self._values):
+            for layer, length in zip(buffers, self._lengths, strict=True):
+                layer[:, :, :length] = layer[:, :, :length].index_select(0, beam_idx)
 
 
 def _check_pair(name: str, key: Tensor, value: Tensor) -> None:

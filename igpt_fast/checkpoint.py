@@ -9,6 +9,7 @@ does not depend on the files any more.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -52,7 +53,11 @@ _IGNORED = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)")
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_NEW_ELEMENTS = 1 << 26  # of a head that is not in the file and larger than the file
 
-_OWN_WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# Files of weights by their names, whoever wrote them; and those that the others hang on.
+_WEIGHTS = re.compile(
+    r"(?:model(?:-\d{5}-of-\d{5})?\.safetensors|pytorch_model(?:-\d{5}-of-\d{5})?\.bin)(?:\.index\.json)?"
+)
+_MAIN = (weights.SAFETENSORS_INDEX, weights.SAFETENSORS, weights.PICKLE_INDEX, weights.PICKLE)
 
 M = TypeVar("M", bound="PretrainedMixin")
 
@@ -72,6 +77,10 @@ class PretrainedMixin(nn.Module):
     """``from_pretrained`` and ``save_pretrained`` for the model classes."""
 
     config: ImageGPTConfig
+    # Weights that from_pretrained did not find and made up, as it warned: a head. () for any other model.
+    newly_initialized: tuple[str, ...] = ()
+    # What from_pretrained was given; "" for a model made from a configuration.
+    name_or_path: str = ""
 
     @classmethod
     def from_pretrained(
@@ -90,12 +99,14 @@ class PretrainedMixin(nn.Module):
         ignore_mismatched_sizes: bool = False,
         use_safetensors: bool | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> M:
         """Loads a model, in eval mode, from a folder or from the hub.
 
         A checkpoint of another of the three classes is fine: its head is dropped, and a head it lacks is newly
-        initialised, with a warning.
+        initialised, with a warning; ``model.newly_initialized`` names its weights.
 
         Args:
             name_or_path: A folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``
@@ -111,14 +122,20 @@ class PretrainedMixin(nn.Module):
             ignore_mismatched_sizes: Newly initialise a head of another size, with a warning.
             use_safetensors: ``True`` only safetensors, ``False`` only ``.bin``, ``None`` either.
             torch_dtype: Older name of ``dtype``.
+            low_cpu_mem_usage: Accepted for transformers' sake; a load never takes more than it must.
+            output_loading_info: ``True`` is refused: what is missing or unknown raises or warns, and
+                ``model.newly_initialized`` names what is new.
             config_overrides: Fields of the configuration, such as ``num_labels=10``.
 
         Raises:
             FileNotFoundError: No such folder, repository or file, or no network.
             TypeError: A keyword that is not a field of the configuration.
             ValueError: A file is damaged, malicious, or does not fit the configuration (a missing, unknown,
-                misshapen, integer or non-finite weight); the message names file and reason.
+                misshapen, integer or non-finite weight); the message names file and reason. Or
+                ``output_loading_info=True``.
         """
+        if output_loading_info:
+            raise ValueError("from_pretrained: output_loading_info is not supported; see model.newly_initialized")
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
@@ -131,7 +148,9 @@ class PretrainedMixin(nn.Module):
         }
         config = _load_config(name_or_path, config, config_overrides, where)
         stored = weights.open_weights(name_or_path, use_safetensors=use_safetensors, **where)
-        return _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        model = _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        model.name_or_path = os.fspath(name_or_path)
+        return model
 
     def save_pretrained(
         self,
@@ -139,26 +158,37 @@ class PretrainedMixin(nn.Module):
         *,
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
     ) -> None:
         """Writes ``config.json`` and safetensors, in the form of transformers.
 
-        Every file is whole before the first one gets its name; weights of an earlier save that are not
-        part of this one are removed at the end.
+        Every file is whole before the first one gets its name. The folder holds one model afterwards: other
+        weights in it, ``pytorch_model.bin`` too, are removed, and those that ``from_pretrained`` could take
+        for this model's before the first of these gets its name.
 
         Args:
             directory: Made if it does not exist.
             max_shard_size: Weights beyond this are split over several files; bytes, or such as ``"200MB"``.
             state_dict: Saved instead of the model's own, such as averaged weights; same names.
+            safe_serialization: ``False`` is refused: no pickles are written.
+            is_main_process: ``False`` writes nothing, for all but one of the processes of a training run.
 
         Raises:
             OSError: The folder or a file cannot be written.
-            ValueError: A bad ``max_shard_size``; names in ``state_dict`` that are not the model's.
+            ValueError: A bad ``max_shard_size``; ``safe_serialization=False``; names in ``state_dict`` that are
+                not the model's.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if isinstance(max_shard_size, int) and max_shard_size < 1:
             raise ValueError(f"save_pretrained: max_shard_size must be positive, got {max_shard_size}")
+        if not safe_serialization:
+            raise ValueError("save_pretrained: safe_serialization=False is not supported; no pickles are written")
+        if not is_main_process:
+            return
         own = self.state_dict()
         state = {
             name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
@@ -177,20 +207,28 @@ class PretrainedMixin(nn.Module):
             }
             texts = {weights.SAFETENSORS_INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
         names = [*split.filename_to_tensors, *texts]
-        before = {path.name for path in folder.iterdir() if _OWN_WEIGHTS.fullmatch(path.name)}
-        # An index that is left from an earlier save and lists files of the same names must go first.
-        mixed = [weights.SAFETENSORS_INDEX] if split.is_sharded and before & split.filename_to_tensors.keys() else []
-        with files.replacing_together(
-            [folder / name for name in names], outdated=[folder / name for name in mixed]
-        ) as partials:
+        before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
+        # The other layouts' main files, and an index of shards that are about to change.
+        outdated = [folder / name for name in _MAIN if name in before and name != weights.SAFETENSORS]
+        outdated += [folder / weights.SAFETENSORS] if split.is_sharded and weights.SAFETENSORS in before else []
+        with files.replacing_together([folder / name for name in names], outdated=outdated) as partials:
             for name, partial in zip(names, partials, strict=True):
                 if name in texts:
                     partial.write_text(texts[name], encoding="utf-8")
                 else:
                     shard = {key: state[key] for key in split.filename_to_tensors[name]}
-                    save_file(shard, partial, metadata={"format": "pt"})
+                    try:
+                        save_file(shard, partial, metadata={"format": "pt"})
+                    except SafetensorError as error:  # a full disk, in the library's own class
+                        raise _os_error(error, partial) from error
         for name in before - set(names):
             (folder / name).unlink(missing_ok=True)
+
+
+def _os_error(error: Exception, path: Path) -> OSError:
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else errno.EIO
+    return OSError(number, os.strerror(number) if told else files.first_line(error), str(path))
 
 
 def _config_text(model: PretrainedMixin, dtype: torch.dtype) -> str:
@@ -212,9 +250,7 @@ def _load_config(
     if unknown := overrides.keys() - known - ImageGPTConfig.attribute_map.keys():
         raise TypeError(f"from_pretrained: neither arguments nor fields of the configuration: {some(unknown)}")
     if config is not None:
-        if not isinstance(config, ImageGPTConfig):
-            raise TypeError(f"from_pretrained: config must be an ImageGPTConfig, got {type(config).__name__}")
-        return ImageGPTConfig.from_dict(config.to_dict(), **overrides)
+        return ImageGPTConfig.from_dict(ImageGPTConfig.of(config, "from_pretrained").to_dict(), **overrides)
     path = files.find_file(name_or_path, CONFIG, **where)
     assert path is not None
     return ImageGPTConfig.from_json_file(path, **overrides)
@@ -297,11 +333,12 @@ def _build(
         dtype = _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype") or _stored_dtype(tensors)
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers
         model = cls(config)
-    state = _state_dict(model, tensors, stored.source, dtype, device, strict, ignore_mismatched_sizes)
+    state, new = _state_dict(model, tensors, stored.source, dtype, device, strict, ignore_mismatched_sizes)
     model.load_state_dict(state, strict=False, assign=True)
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if left:
         raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {some(left)}")
+    model.newly_initialized = new
     config.extra["dtype"] = str(dtype).removeprefix("torch.")
     return model.eval()
 
@@ -314,8 +351,8 @@ def _state_dict(
     device: torch.device | str | None,
     strict: bool,
     ignore_mismatched_sizes: bool,
-) -> dict[str, Tensor]:
-    """The model's state, read and checked; ``tensors`` is emptied on the way."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The model's state, read and checked, and what of it is new; ``tensors`` is emptied on the way."""
     wanted = {name.removeprefix(_PREFIX): (name, tuple(value.shape)) for name, value in model.state_dict().items()}
     if unknown := tensors.keys() - wanted.keys() - set(_HEADS):
         message = f"{source}: holds tensors that {type(model).__name__} does not know: {some(unknown)}"
@@ -345,7 +382,7 @@ def _state_dict(
         else:
             std = model.config.initializer_range
             state[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
-    return state
+    return state, tuple(wanted[plain][0] for plain in new)
 
 
 def _read(name: str, tensor: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -23,6 +23,19 @@ MAX_CLUSTERS = 65536
 FLOAT_SLACK = 1e-3  # how far past -1 or 1 a float may lie: interpolation and half precision round
 
 
+def whole_number(name: str, value: Any, least: int, most: int) -> int:
+    """An argument as an int.
+
+    Raises:
+        ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        text = repr(value)
+        text = text if len(text) < 80 else text[:77] + "..."
+        raise ValueError(f"{name} is {text}; want a whole number in {least}..{most}")
+    return int(value)
+
+
 def check_clusters(clusters: Any, minimum: int = 1) -> np.ndarray:
     """The clusters as a (K, 3) float32 numpy array.
 
@@ -137,7 +150,7 @@ def fit_clusters(
     Args:
         images: (..., 3) uint8.
         n_clusters: 2..65536, the pinned ones included.
-        seed: Of the initial centres and the batches.
+        seed: Of the initial centres and the batches, 0..2^32-1.
         pinned: Colours (r, g, b) in 0..255 that become the first clusters as they are; their pixels are left
             out of the fit.
 
@@ -147,7 +160,7 @@ def fit_clusters(
     Raises:
         ImportError: scikit-learn is not installed.
         TypeError: ``images`` is not uint8, or n_clusters not an integer.
-        ValueError: Wrong shape, n_clusters out of bounds, bad pins, or fewer colours than clusters.
+        ValueError: Wrong shape, n_clusters or seed out of bounds, bad pins, or fewer colours than clusters.
     """
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.dtype != np.uint8:
@@ -161,6 +174,7 @@ def fit_clusters(
         raise ValueError(
             f"fit_clusters: n_clusters is {n_clusters}; want 2..{MAX_CLUSTERS}, more than the {len(colours)} pinned"
         )
+    seed = whole_number("fit_clusters: seed", seed, 0, (1 << 32) - 1)
     seen = np.zeros((256, 256, 256), dtype=bool)
     seen[tuple(array.reshape(-1, 3).T)] = True
     seen[tuple(colours.T)] = False
@@ -211,7 +225,7 @@ def load_clusters(path: str | os.PathLike[str]) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
         raise ValueError(f"{path}: not a file")
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         clusters = files.read_json(path).get("clusters")
         if clusters is None:
             raise ValueError(f"{path}: has no clusters")
@@ -224,19 +238,14 @@ def load_clusters(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    """The array in a file of bounded size; no pickles."""
-    if path.stat().st_size > MAX_CLUSTERS * 3 * 16 + 65536:
+    size = path.stat().st_size
+    if size > MAX_CLUSTERS * 3 * 16 + 65536:
         raise ValueError(f"{path}: too large for {MAX_CLUSTERS} clusters")
-    try:
-        with path.open("rb") as file:
-            if file.read(6) != b"\x93NUMPY":
-                raise ValueError("the magic number is missing")
-            mapped = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: no allocation by a false header
-    except PermissionError:
-        raise
-    except Exception as error:  # numpy parses the header with ast: a false one raises nearly anything
-        raise ValueError(f"{path}: not a usable .npy file: {error}") from error
-    return np.array(mapped)
+    with path.open("rb") as file:
+        try:
+            return files.read_npy(file, size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def save_clusters(clusters: np.ndarray | Tensor, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
@@ -247,7 +256,7 @@ def save_clusters(clusters: np.ndarray | Tensor, path: str | os.PathLike[str], *
         FileExistsError: ``path`` exists and ``overwrite`` is false.
     """
     path = Path(path)
-    if path.suffix != ".npy":
+    if path.suffix.lower() != ".npy":
         raise ValueError(f"{path}: want a name that ends in .npy")
     array = check_clusters(clusters, minimum=2)
     with files.replacing(path, overwrite=overwrite) as partial, partial.open("wb") as file:

@@ -1,16 +1,24 @@
 """Configuration of an iGPT: the fields, defaults and JSON of transformers' ``ImageGPTConfig``.
 
-Standard library only, so that ``igpt --help`` and tools that read a ``config.json`` stay light.
+Standard library only, as what it takes from ``files`` is, so that ``igpt --help`` and tools that read a
+``config.json`` stay light.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+from igpt_fast import files
 
 # Layers, width and heads of the published models. Source: "Generative Pretraining from Pixels"
 # (Chen et al., 2020), section 4.1, and openai/image-gpt src/run.py. The paper gives no head count
@@ -22,7 +30,30 @@ PRESETS: dict[str, dict[str, int]] = {
     "xl": {"n_layer": 60, "n_embd": 3072, "n_head": 48},
 }
 
+_FILE_NAME = "config.json"
 _MAX_CONFIG_BYTES = 4 << 20
+# What every configuration of transformers has, of no use to the network; read as attributes, these are there
+# even where the file had none.
+_COMMON: dict[str, Any] = {
+    "_name_or_path": "",
+    "architectures": None,
+    "chunk_size_feed_forward": 0,
+    "dtype": None,
+    "is_encoder_decoder": False,
+    "transformers_version": None,
+}
+# Entries that transformers 4 wrote for every model as well; some are about generation.
+_OLDER = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing is_decoder length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix pruned_heads
+    remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    typical_p use_bfloat16
+    """.split()  # noqa: SIM905
+)
 _FLAGS = (
     "scale_attn_weights",
     "use_cache",
@@ -35,10 +66,38 @@ _FLAGS = (
     "return_dict",
 )
 
+C = TypeVar("C")
 
+
+def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
+    """Has the constructor take what transformers' takes: other names of fields, and entries for ``extra``."""
+    init: Any = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **keywords: Any) -> None:
+        extra = keywords.pop("extra", None) or {}
+        known, others = _split(keywords)
+        if unknown := others.keys() - _COMMON.keys() - _OLDER:
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument: {', '.join(sorted(unknown))}")
+        number, names = known.get("num_labels"), known.get("id2label")
+        if number is not None and isinstance(names, Mapping) and len(names) != number:
+            warnings.warn(
+                f"{cls.__name__}: num_labels={number} gives way to the {len(names)} of id2label", stacklevel=2
+            )
+        init(self, *args, **known, extra={**extra, **others})
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_with_keywords_of_transformers
 @dataclass
 class ImageGPTConfig:
     """Hyper-parameters of an iGPT; field for field those of transformers' class of the same name.
+
+    The constructor also takes the other names of ``attribute_map`` (``hidden_size`` for ``n_embd``; given both,
+    this one counts, as in transformers) and what every configuration of transformers has, which goes to ``extra``:
+    ``ImageGPTConfig(**theirs.to_dict())`` works.
 
     Args:
         vocab_size: Input vocabulary: the colour clusters plus one start-of-sequence (SOS) token, which
@@ -55,11 +114,14 @@ class ImageGPTConfig:
         reorder_and_upcast_attn: Compute the scores in fp32.
         use_cache: Whether ``forward`` returns its keys and values unless told otherwise.
         num_labels, problem_type: For classification; see ``ImageGPTForImageClassification``.
-        extra: Every other entry of a ``config.json`` (``architectures``, ``transformers_version``, ...),
-            kept so that writing the file back loses nothing. Unknown keywords land here too when the
-            configuration comes from a file; the constructor itself refuses them.
+        id2label, label2id: Names of the classes, ``LABEL_0`` and so on by default. They count, not
+            ``num_labels``, where the two differ; setting ``num_labels`` anew brings the default names back.
+        extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
+            that writing the file back loses nothing, and readable as attributes. Unknown entries land here
+            when the configuration comes from a file or an attribute is set; the constructor refuses them.
 
     Raises:
+        TypeError: An unknown keyword.
         ValueError: A field is out of its range.
 
     Source: transformers ``ImageGPTConfig``.
@@ -89,9 +151,12 @@ class ImageGPTConfig:
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
-    num_labels: int = 2
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
+    # An instance stores num_labels or id2label, never both, and label2id if it was asked for; __getattr__ makes
+    # the rest, so that a file with an absurd num_labels costs nothing. Factories: a plain default would be an
+    # attribute of the class, which __getattr__ never sees.
+    num_labels: int = field(default_factory=lambda: 2)
+    id2label: dict[int, str] | None = field(default_factory=lambda: None)
+    label2id: dict[str, int] | None = field(default_factory=lambda: None)
     problem_type: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -140,9 +205,13 @@ class ImageGPTConfig:
             )
         if self.add_cross_attention:
             raise ValueError("ImageGPTConfig: add_cross_attention=True is not supported")
-        if self.id2label is not None:
-            self.id2label = {int(key): str(value) for key, value in self.id2label.items()}
-            self.num_labels = len(self.id2label)
+        if "id2label" not in self.__dict__:
+            self.label2id = None  # as in transformers: names in this direction alone do not count
+
+    @property
+    def use_return_dict(self) -> bool:
+        """Older name of ``return_dict``."""
+        return self.return_dict
 
     @property
     def head_dim(self) -> int:
@@ -155,20 +224,52 @@ class ImageGPTConfig:
         return self.vocab_size - 1
 
     def __getattr__(self, name: str) -> Any:
-        if name in type(self).attribute_map:
-            return getattr(self, type(self).attribute_map[name])
-        extra = self.__dict__.get("extra", {})
-        if name in extra:
-            return extra[name]
+        """What ``__dict__`` lacks: other names of fields, labels (see there), and the entries of ``extra``."""
+        own = self.__dict__
+        if name in _ALIASES:
+            return getattr(self, _ALIASES[name])
+        if name == "num_labels" and "id2label" in own:
+            return len(own["id2label"])
+        if name == "id2label" and "num_labels" in own:
+            self.id2label = {i: f"LABEL_{i}" for i in range(own["num_labels"])}
+            return own["id2label"]
+        if name == "label2id" and own:
+            return own.setdefault("label2id", {label: i for i, label in (self.id2label or {}).items()})
+        for entries in (own.get("extra", {}), _COMMON):
+            if name in entries:
+                return entries[name]
         raise AttributeError(f"ImageGPTConfig has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(type(self).attribute_map.get(name, name), value)
-        labels = self.__dict__.get("id2label")
-        if name == "num_labels" and isinstance(labels, dict) and len(labels) != value:
-            self.id2label = self.label2id = None  # as in transformers: the names no longer fit
-        elif name == "id2label" and isinstance(value, dict) and "num_labels" in self.__dict__:
-            self.num_labels = len(value)
+        name, own = _ALIASES.get(name, name), self.__dict__
+        if name == "model_type":
+            _check_model_type(value)
+        elif name == "num_labels":
+            if "id2label" not in own or len(own["id2label"]) != value:
+                own.pop("id2label", None)  # as in transformers: the names no longer fit
+                own.pop("label2id", None)
+                own["num_labels"] = value
+        elif name in ("id2label", "label2id"):
+            self._set_names(name, value)
+        elif name in _FIELDS or name == "extra" or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            self.extra[name] = _plain_dtype(value) if name == "dtype" else value
+
+    def _set_names(self, name: str, value: Any) -> None:
+        own = self.__dict__
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"ImageGPTConfig: {name} must map integers and names, got {value!r}")
+        if name == "label2id":
+            own["label2id"] = dict(value or {})
+        elif value is not None:
+            own["id2label"] = {int(key): str(label) for key, label in value.items()}
+            own.pop("num_labels", None)
+        else:
+            own["num_labels"] = self.num_labels
+            own.pop("id2label", None)
+        if name == "id2label" or value is None:
+            own.pop("label2id", None)  # made anew from id2label
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ImageGPTConfig:
@@ -184,26 +285,71 @@ class ImageGPTConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], **overrides: Any) -> ImageGPTConfig:
         """Builds a configuration from the content of a ``config.json``; unknown entries go to ``extra``."""
-        if data.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(f"model_type is {data['model_type']!r}, expected {cls.model_type!r}")
-        data = dict(data)
-        if "torch_dtype" in data:  # the entry's name before transformers 5
-            older = data.pop("torch_dtype")
-            data.setdefault("dtype", older)
-        if "id2label" in overrides or overrides.get("num_labels") not in (None, len(data.get("id2label") or ())):
-            data.pop("id2label", None)
-            data.pop("label2id", None)
-        names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        known: dict[str, Any] = {}
-        extra: dict[str, Any] = {}
-        for key, value in {**data, **overrides}.items():
-            key = cls.attribute_map.get(key, key)
-            (known if key in names else extra)[key] = value
-        extra.pop("model_type", None)
-        return cls(**known, extra=extra)
+        given, given_extra = _split(overrides)
+        known, extra = _split(data)
+        names, number = known.get("id2label"), given.get("num_labels")
+        if "id2label" in given or number not in (None, len(names or ())):
+            for name in ("num_labels", "id2label", "label2id"):
+                known.pop(name, None)
+        return cls(**{**known, **given}, extra={**extra, **given_extra})
 
     @classmethod
-    def from_json_file(cls, path: str | Path, **overrides: Any) -> ImageGPTConfig:
+    def of(cls, config: Any, caller: str) -> ImageGPTConfig:
+        """``config`` itself; or what it says, where it is transformers' class of the same name.
+
+        Raises:
+            TypeError: It is neither; the message starts with ``caller``.
+            ValueError: A field is out of its range.
+        """
+        if isinstance(config, cls):
+            return config
+        kind = type(config)
+        if getattr(config, "model_type", None) == cls.model_type and callable(getattr(kind, "to_dict", None)):
+            return cls.from_dict(config.to_dict())
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"{caller}: config must be an ImageGPTConfig, got {name}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        **overrides: Any,
+    ) -> ImageGPTConfig:
+        """Reads the ``config.json`` of a folder, or of a repository of the hub.
+
+        Args:
+            name_or_path: A folder, or a hub name such as ``"openai/imagegpt-small"``.
+            revision, cache_dir, local_files_only, token, subfolder: As in
+                ``huggingface_hub.hf_hub_download``.
+            overrides: Keywords of the constructor, which replace the file's entries.
+
+        Raises:
+            FileNotFoundError: No such folder, repository or file, or no network.
+            TypeError: A keyword that the constructor does not know.
+            ValueError: As for ``from_json_file``.
+        """
+        if unknown := _split(overrides)[1].keys() - _COMMON.keys() - _OLDER:
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument: {', '.join(sorted(unknown))}")
+        path = files.find_file(
+            name_or_path,
+            _FILE_NAME,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            subfolder=subfolder,
+        )
+        assert path is not None
+        return cls.from_json_file(path, **overrides)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> ImageGPTConfig:
         """Reads a ``config.json``; ``overrides`` are fields that replace its own.
 
         Raises:
@@ -211,32 +357,84 @@ class ImageGPTConfig:
                 names the file.
         """
         path = Path(path)
+        data = files.read_json(path, _MAX_CONFIG_BYTES)
         try:
-            with path.open("rb") as file:
-                content = file.read(_MAX_CONFIG_BYTES + 1)
-            if len(content) > _MAX_CONFIG_BYTES:
-                raise ValueError(f"larger than {_MAX_CONFIG_BYTES >> 20} MiB")
-            data = json.loads(content.decode("utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("the top level is not an object")
             return cls.from_dict(data, **overrides)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a usable ImageGPT configuration: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values, in the form transformers reads."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        if self.id2label is None:
-            # transformers derives num_labels from id2label and writes no num_labels of its own.
-            data["id2label"] = {i: f"LABEL_{i}" for i in range(self.num_labels)}
-        if self.label2id is None:
-            data["label2id"] = {label: i for i, label in data["id2label"].items()}
-        data.pop("num_labels")
-        return {**self.extra, **data, "model_type": self.model_type}
+        """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names."""
+        data = {name: getattr(self, name) for name in _FIELDS if name != "num_labels"}
+        return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets attributes, all or, where that raises, none.
+
+        Raises:
+            ValueError: A field would be out of its range.
+        """
+        twin = copy.deepcopy(self)
+        for name, value in values.items():
+            setattr(twin, name, value)
+        twin.__post_init__()
+        self.__dict__ = twin.__dict__
 
     def to_json_string(self) -> str:
         """``to_dict`` as indented JSON with sorted keys and a final newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes ``to_json_string``; the file is whole before it gets its name.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        text = self.to_json_string()
+        with files.replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` to a folder, which is made if it does not exist.
+
+        Raises:
+            OSError: The folder or the file cannot be written.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / _FILE_NAME)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.name != "extra")
+_ALIASES = {**ImageGPTConfig.attribute_map, "torch_dtype": "dtype", "name_or_path": "_name_or_path"}
+
+
+def _split(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and other entries, under their own names; ``model_type`` is checked and dropped."""
+    entries = dict(entries)
+    _check_model_type(entries.pop("model_type", ImageGPTConfig.model_type))
+    older = entries.pop("torch_dtype", None)  # the entry's name before transformers 5
+    if older is not None and entries.get("dtype") is None:
+        entries["dtype"] = older
+    known: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for key in sorted(entries, key=_ALIASES.__contains__):  # other names last, so that they count
+        name = _ALIASES.get(key, key)
+        (known if name in _FIELDS else extra)[name] = entries[key]
+    if "dtype" in extra:
+        extra["dtype"] = _plain_dtype(extra["dtype"])
+    return known, extra
+
+
+def _check_model_type(value: Any) -> None:
+    if value != ImageGPTConfig.model_type:
+        raise ValueError(f"model_type is {value!r}, expected {ImageGPTConfig.model_type!r}")
+
+
+def _plain_dtype(value: Any) -> Any:
+    """``torch.float16`` as ``"float16"``; anything else as it is."""
+    text = str(value)
+    return text.removeprefix("torch.") if text.startswith("torch.") else value
 
 
 def _number(name: str, value: Any) -> float:

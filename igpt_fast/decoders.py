@@ -7,7 +7,7 @@ measure for the faster ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class TorchDecoder:
             config.n_head,
             capacity,
             config.head_dim,
-            dtype=model.dtype,
+            dtype=_cache_dtype(model),
             device=model.device,
         )
 
@@ -75,7 +75,16 @@ class TorchDecoder:
 def cache_bytes(model: ImageGPTForCausalImageModeling) -> int:
     """Bytes of key/value cache that one whole image takes."""
     config = model.config
-    return 2 * config.n_layer * config.n_positions * config.n_embd * torch.empty((), dtype=model.dtype).element_size()
+    return 2 * config.n_layer * config.n_positions * config.n_embd * _cache_dtype(model).itemsize
+
+
+def _cache_dtype(model: ImageGPTForCausalImageModeling) -> torch.dtype:
+    """One that holds the keys without loss: that of the weights that make them, and what autocast makes of it."""
+    attention: Any = model.transformer.h[0].attn
+    dtype, kind = attention.c_attn.weight.dtype, model.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.promote_types(dtype, torch.get_autocast_dtype(kind))
+    return dtype
 
 
 def make_decoder(model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> Decoder:

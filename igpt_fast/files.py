@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_JSON_BYTES = 64 << 20
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_file(
@@ -101,9 +110,9 @@ def _find_on_hub(name: str, filename: str, required: bool, options: dict[str, An
             huggingface_hub.get_hf_file_metadata(url, token=options["token"], timeout=10)
         return Path(huggingface_hub.hf_hub_download(name, filename, **options))
     except HFValidationError as error:
-        raise ValueError(f"{name}: neither a folder nor a hub name: {_first_line(error)}") from error
+        raise ValueError(f"{name}: neither a folder nor a hub name: {first_line(error)}") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(f"{name}: no such folder, and not found on the hub: {_first_line(error)}") from error
+        raise FileNotFoundError(f"{name}: no such folder, and not found on the hub: {first_line(error)}") from error
     except Exception as error:  # the client's network errors have no common class across its versions
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             if not required:
@@ -114,12 +123,8 @@ def _find_on_hub(name: str, filename: str, required: bool, options: dict[str, An
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise FileNotFoundError(
             f"{name}: no such folder; and {filename} of a hub repository of that name is neither in the cache nor"
-            f" reachable ({type(cause).__name__}: {_first_line(cause)[:200]})"
+            f" reachable ({type(cause).__name__}: {first_line(cause)[:200]})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _in_cache(name: str, filename: str, options: dict[str, Any]) -> bool:
@@ -159,13 +164,53 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
     return data
 
 
+def read_npy(file: IO[bytes], max_bytes: int) -> np.ndarray:
+    """The numbers in an open ``.npy`` file, or member of a ``.npz``; nothing is unpickled.
+
+    Args:
+        file: At its start. What follows the array is not read.
+        max_bytes: The file's size, or less: an array that claims more is refused before anything is allocated.
+
+    Returns:
+        Integers, floats or booleans as they are stored; read-only.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: Not such a file, not numbers, or more than ``max_bytes``; the caller names the file.
+    """
+    import numpy as np
+
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"unknown version {version} of the format")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject or dtype.kind not in "iufb":
+            raise ValueError(f"holds {dtype}, not numbers")
+        if any(length < 0 for length in shape):
+            raise ValueError(f"has the shape {shape}")
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > max_bytes:
+            raise ValueError(f"claims {claimed} bytes; at most {max_bytes} are read")
+        content = file.read(claimed)
+        if len(content) != claimed:
+            raise ValueError(f"is truncated: {len(content)} bytes of {claimed}")
+        return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header with ast, zlib has its own class: nearly anything
+        raise ValueError(f"not a usable .npy file: {first_line(error)}") from error
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; renamed to ``path`` on success, removed on failure.
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false.
-        OSError: The folder does not exist or cannot be written to.
+        OSError: The folder does not exist or cannot be written to, or the disk is full; its ``filename`` is
+            ``path`` whatever the name that was written to.
     """
     with replacing_together([path], overwrite=overwrite) as partials:
         yield partials[0]
@@ -189,30 +234,51 @@ def replacing_together(
             raise IsADirectoryError(f"{target}: is a folder")
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target}: exists already")
+    names = {_partial_name(target): target for target in targets}
     partials: list[Path] = []
     try:
-        for target in targets:
-            handle, name = tempfile.mkstemp(
-                prefix=f".{target.name}.", suffix=f".partial{target.suffix}", dir=target.parent
-            )
-            os.close(handle)
-            partials.append(Path(name))
+        for partial in names:
+            # Not tempfile's: here the system gives the file the permissions that any new one has.
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            partials.append(partial)
         yield list(partials)
         for partial in partials:
-            _finish(partial)
+            _to_disk(partial)
         for path in outdated:
             path.unlink(missing_ok=True)
-        for partial, target in zip(partials, targets, strict=True):
+        for partial, target in names.items():
             partial.replace(target)
+    except OSError as error:
+        told = _about(error, names)
+        if told is error:
+            raise
+        raise told from error
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
 
 
-def _finish(partial: Path) -> None:
-    """Ordinary permissions (mkstemp gives 0600), and the content on the disk before the name changes."""
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
+def _partial_name(target: Path) -> Path:
+    """Hidden, new, of the same suffix; short enough wherever the target's own name is."""
+    suffix = target.suffix if len(target.suffix) <= 16 else ""
+    return target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}.partial{suffix}"
+
+
+def _to_disk(partial: Path) -> None:
+    """The content, before the name changes."""
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _about(error: OSError, names: dict[Path, Path]) -> OSError:
+    """The error with the name of the file that was to be: a failed write carries none, or the temporary one."""
+    if error.filename is None:
+        target = next(iter(names.values())) if len(names) == 1 else next(iter(names.values())).parent
+    elif isinstance(error.filename, str | os.PathLike) and Path(error.filename) in names:
+        target = names[Path(error.filename)]
+    else:
+        return error
+    if error.errno is None:
+        text = str(error)
+        return error if str(target) in text else OSError(f"{target}: {text or 'cannot be written'}")
+    return OSError(error.errno, error.strerror, str(target))

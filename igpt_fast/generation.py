@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,17 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def check_count(name: str, value: int, most: int = 1 << 30) -> int:
+    """The value.
+
+    Raises:
+        ValueError: Not an integer in 1..most; the message says ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; want an integer in 1..{most}")
+    return value
+
+
 def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:
     """(N, count) uniform numbers of the images' own streams; see ``reference.uniform``."""
     return reference.uniform(check_seed(seed), streams.to("cpu", torch.int64), first, count).to(device)
@@ -113,17 +126,27 @@ def decode(
     return drawn
 
 
+_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in training mode that are decoding now
+_users_lock = Lock()
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the length of a block."""
-    training = model.training
-    if training:
-        model.eval()
+    """Dropout off for the length of a block; on again after the last of the threads that decode with the model."""
+    with _users_lock:
+        counts = model.training or model in _users
+        if counts:
+            _users[model] = _users.get(model, 0) + 1
+            model.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        if counts:
+            with _users_lock:
+                _users[model] -= 1
+                if not _users[model]:
+                    del _users[model]
+                    model.train()
 
 
 class GenerationMixin:
@@ -133,6 +156,9 @@ class GenerationMixin:
         self,
         input_ids: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         do_sample: bool = False,
@@ -153,13 +179,18 @@ class GenerationMixin:
         Args:
             input_ids: (B, T_0) int64 with 1 <= T_0; SOS (``config.sos_token_id``) first, as the model was
                 trained. ``None`` means one row of SOS alone.
+            inputs: The same, by its other name.
+            attention_mask: (B, T_0), all ones: contexts have no padding here.
+            use_cache: True; decoding without a cache is not offered.
             max_length: Length of the result, ``input_ids`` included; at most ``n_positions + 1``.
             max_new_tokens: The same, counted from the end of ``input_ids``; one of the two at most.
             do_sample: Draw the tokens; else take the most likely one each time.
-            temperature, top_k, top_p: See ``Sampling``; without ``do_sample`` they must stay at their defaults.
+            temperature, top_k, top_p: See ``Sampling``; ``top_k=0`` is ``None``, as in transformers. Without
+                ``do_sample`` they must stay at their defaults.
             num_return_sequences: Continuations of each row, which follow each other in the result; more than
                 one needs ``do_sample``.
-            seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch.
+            seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch; needs
+                ``do_sample``, as ``generator`` does.
             generator: Draws from this generator instead, on its device; one of the two at most. Without either,
                 a seed is drawn from torch's global generator.
             callback: Called after every position with its number, counted from 0, and its (B,) tokens.
@@ -174,12 +205,23 @@ class GenerationMixin:
         Source: transformers ``GenerationMixin.generate``.
         """
         model = cast("ImageGPTForCausalImageModeling", self)
-        if num_return_sequences < 1:
-            raise ValueError(f"generate: num_return_sequences is {num_return_sequences}; want 1 or more")
-        if not do_sample and (temperature, top_k, top_p, num_return_sequences) != (1.0, None, None, 1):
+        input_ids = _one_input(input_ids, inputs)
+        if not use_cache:
+            raise ValueError("generate: use_cache=False is not supported")
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise ValueError("generate: attention_mask hides positions; contexts have no padding here")
+        if model.config.eos_token_id is not None:
             raise ValueError(
-                "generate: temperature, top_k, top_p and num_return_sequences above 1 have no effect on greedy"
-                " decoding; pass do_sample=True"
+                f"generate: the configuration has eos_token_id {model.config.eos_token_id}, but images end at their"
+                " last pixel; set it to None"
+            )
+        top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
+        check_count("generate: num_return_sequences", num_return_sequences)
+        random = (temperature, top_k, top_p, num_return_sequences, seed, generator)
+        if not do_sample and random != (1.0, None, None, 1, None, None):
+            raise ValueError(
+                "generate: temperature, top_k, top_p, seed, generator and num_return_sequences above 1 have no effect"
+                " on greedy decoding; pass do_sample=True"
             )
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p)
         context = _check_context(input_ids, model)
@@ -188,6 +230,12 @@ class GenerationMixin:
         uniforms = _uniforms(context.shape[0], steps, do_sample, seed, generator, model.device)
         drawn = decode(model, context, uniforms, sampling, callback)
         return torch.cat([context, drawn.tokens], dim=1)
+
+
+def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+    if input_ids is not None and inputs is not None:
+        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+    return input_ids if inputs is None else inputs
 
 
 def _check_context(input_ids: Any, model: ImageGPTForCausalImageModeling) -> Tensor:
@@ -211,6 +259,9 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
     """How many tokens to draw after ``given`` ones."""
     if max_length is not None and max_new_tokens is not None:
         raise ValueError("generate: give max_length or max_new_tokens, not both")
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"generate: {name} is {value!r}; want an integer")
     if max_new_tokens is not None:
         max_length = given + max_new_tokens
     elif max_length is None:

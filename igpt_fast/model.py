@@ -20,21 +20,19 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.generation import GenerationMixin
 from igpt_fast.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
+from igpt_fast.trainable import TrainableMixin
 
 
-class ImageGPTPreTrainedModel(PretrainedMixin, nn.Module):
+class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
     """What the three model classes share: configuration, initial weights, checkpoints."""
 
     config_class = ImageGPTConfig
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
-        if not isinstance(config, ImageGPTConfig):
-            raise TypeError(f"{type(self).__name__}: config must be an ImageGPTConfig, got {type(config).__name__}")
-        self.config = config
+        self.config = ImageGPTConfig.of(config, type(self).__name__)
 
     @property
     def device(self) -> torch.device:
@@ -92,56 +90,13 @@ class ImageGPTPreTrainedModel(PretrainedMixin, nn.Module):
             )
         return self.get_input_embeddings()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
-    ) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations.
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Nothing: SOS is in ``wte`` and not in the head, so the two cannot be tied."""
 
-        Args:
-            gradient_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``; ``use_reentrant=False`` if
-                ``None``.
-            every_n_layers: Recompute the first of every so many blocks.
-
-        Raises:
-            ValueError: ``every_n_layers`` is less than 1.
-        """
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers is {every_n_layers}; want 1 or more")
-        base = self.base_model
-        base.gradient_checkpointing = True
-        base.checkpoint_every_n_layers = every_n_layers
-        base.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self.base_model.gradient_checkpointing = False
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
-    ) -> None:
-        """transformers' newer name of ``gradient_checkpointing_enable``."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers)
-
-    def activation_checkpointing_disable(self) -> None:
-        """transformers' newer name of ``gradient_checkpointing_disable``."""
-        self.gradient_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return self.base_model.gradient_checkpointing
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters.
-
-        Args:
-            only_trainable: Count only those that require a gradient.
-            exclude_embeddings: Leave ``wte`` and ``wpe`` out.
-        """
-        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters() if id(p) not in tables and (p.requires_grad or not only_trainable)
-        )
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has ``generate``."""
+        return issubclass(cls, GenerationMixin)
 
 
 class ImageGPTModel(ImageGPTPreTrainedModel):
@@ -153,6 +108,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -298,6 +254,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.transformer = ImageGPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
         nn.init.normal_(self.lm_head.weight, 0.0, config.initializer_range)
@@ -377,6 +334,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.num_labels = config.num_labels
         self.transformer = ImageGPTModel(config)
         self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)

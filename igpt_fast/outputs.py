@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,44 +14,56 @@ from igpt_fast.cache import Cache
 
 
 @dataclass(eq=False)
-class ModelOutput:
-    """A result readable by attribute, by key and by position; fields that are ``None`` have no position."""
+class ModelOutput(OrderedDict[str, Any]):
+    """A dict of the fields that are set, readable by attribute and by position too; ``None`` has no key.
+
+    A dict, as in transformers, since torch's and the trainers' own walks over results (``DataParallel``, FSDP,
+    accelerate) rebuild dicts from their items and know no other class with names.
+    """
+
+    def __post_init__(self) -> None:
+        """A dict, or pairs of names and values, in place of the first field gives all of them."""
+        names = [field.name for field in fields(self)]
+        first = self.__dict__.get(names[0]) if names else None
+        if first is None or isinstance(first, Tensor) or len(self) > 1:
+            return
+        if not isinstance(first, dict | list | tuple | Iterator):
+            return
+        pairs = list(first.items() if isinstance(first, dict) else first)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            return
+        setattr(self, names[0], None)
+        for name, value in pairs:
+            self[name] = value
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.__dataclass_fields__:
+            raise KeyError(f"{type(self).__name__} has no field {key!r}")
+        setattr(self, key, value)
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name not in self.__dataclass_fields__:
+            return
+        if value is not None:
+            super().__setitem__(name, value)
+        elif name in self:
+            super().__delitem__(name)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{type(self).__name__}: set {key!r} to None instead of deleting it")
 
-    def keys(self) -> list[str]:
-        """Names of the fields that are set."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+    def _fixed(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: fields can be set, one by one, and not taken out")
 
-    def values(self) -> tuple[Any, ...]:
-        """Their values."""
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names and values."""
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """``self[key]`` if set, else ``default``."""
-        return getattr(self, key) if key in self.keys() else default
+    pop = popitem = clear = update = setdefault = _fixed
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The set fields in order; what ``return_dict=False`` returns."""
-        return self.values()
+        """The values that are set, in order; what ``return_dict=False`` returns."""
+        return tuple(self.values())
 
 
 @dataclass(eq=False)

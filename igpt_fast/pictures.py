@@ -19,9 +19,10 @@ from PIL import Image, ImageCms, ImageColor
 from torch import Tensor
 
 from igpt_fast import files
-from igpt_fast.clusters import FLOAT_SLACK
+from igpt_fast.clusters import FLOAT_SLACK, whole_number
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB at three bytes a pixel
+_MAX_EDGE = 1 << 31
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA; the numbers that transformers looks for
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 
@@ -102,7 +103,7 @@ def _rgb_of_pil(image: Image.Image) -> Image.Image:
     try:
         image.load()  # first: Pillow turns a TIFF upright itself when it loads it, and drops the tag
     except Exception as error:  # Pillow decodes lazily, and its plugins raise nearly anything on a false file
-        raise ValueError(f"image cannot be decoded: {_first_line(error)}") from error
+        raise ValueError(f"image cannot be decoded: {files.first_line(error)}") from error
     upright = _UPRIGHT.get(_orientation(image))
     rgb = _rgb_of_mode(image)
     if upright is not None:
@@ -234,12 +235,8 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             return _decode(file, max_pixels)
         except Exception as error:  # Pillow's plugins raise nearly anything on a false file
             unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "no known image format" if unknown else _first_line(error)
+            reason = "no known image format" if unknown else files.first_line(error)
             raise ValueError(f"{path}: not a readable image: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _decode(file: Any, max_pixels: int) -> Image.Image:
@@ -269,8 +266,8 @@ def resize(
     Raises:
         TypeError, ValueError: As ``to_rgb``; or a size that is no size or above ``MAX_PIXELS``.
     """
-    _whole("width", width, 1)
-    _whole("height", height, 1)
+    width = whole_number("width", width, 1, _MAX_EDGE)
+    height = whole_number("height", height, 1, _MAX_EDGE)
     if width * height > MAX_PIXELS:
         raise ValueError(f"resize: {width}x{height} is more than {MAX_PIXELS} pixels")
     return to_pil(image, input_data_format=input_data_format).resize((width, height), Image.Resampling(resample))
@@ -313,8 +310,9 @@ def image_grid(
     """
     cells = _frames("image_grid", images)
     columns = math.ceil(math.sqrt(len(cells))) if columns is None else columns
-    for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("gap", gap, 0)):
-        _whole(name, value, least)
+    columns = whole_number("columns", columns, 1, _MAX_EDGE)
+    scale = whole_number("scale", scale, 1, _MAX_EDGE)
+    gap = whole_number("gap", gap, 0, _MAX_EDGE)
     columns, (width, height) = min(columns, len(cells)), (side * scale for side in cells[0].size)
     rows = -(-len(cells) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
@@ -380,8 +378,8 @@ def save_animation(
     form = _ANIMATED.get(path.suffix.lower())
     if form is None:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_ANIMATED)}")
-    for name, value in (("frame_ms", frame_ms), ("last_ms", last_ms)):
-        _whole(name, value, 10, 60_000)
+    frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
+    last_ms = whole_number("last_ms", last_ms, 10, 60_000)
     pictures = _frames("save_animation", frames)
     if form == "GIF":
         pictures = _indexed(pictures)
@@ -428,8 +426,3 @@ def _indexed(pictures: list[Image.Image]) -> list[Image.Image]:
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-
-
-def _whole(name: str, value: Any, least: int, most: int = 1 << 31) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; want a whole number in {least}..{most}")

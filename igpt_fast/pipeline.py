@@ -15,12 +15,14 @@ from torch import Tensor
 
 from igpt_fast import image as images_module
 from igpt_fast.decoders import cache_bytes
-from igpt_fast.generation import Drawn, Sampling, check_seed, decode, stream_uniforms
+from igpt_fast.generation import Drawn, Sampling, check_count, check_seed, decode, stream_uniforms
 from igpt_fast.image import ImageGPTImageProcessor
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 BUNDLED = Path(__file__).parent / "assets" / "emoji16"
 CACHE_BUDGET = 1 << 30  # bytes of key/value cache that the default batch size may take
+MAX_IMAGES = 1 << 24  # of one call
+INPUT_EDGE = 1024  # pixels; larger inputs of completions are kept at this size, for the grid
 
 Progress = Callable[[int, int], None]
 
@@ -65,10 +67,13 @@ class Generation:
             columns: Images in a row; about square when ``None``. Completions have a row for each input instead:
                 input, what was given of it, completions, and the original in the model's colours.
             scale: Edge of a pixel in the result; ``None`` makes an image 128 pixels high or wide.
+
+        Raises:
+            ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
         """
-        scale = self._scale(scale)
+        scale = self._scale(scale, columns)
         if self.inputs is None:
-            return images_module.image_grid(self.images, columns, scale=scale)
+            return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
         return self._completion_grid(self.tokens, scale)
 
     def save_grid(
@@ -108,23 +113,23 @@ class Generation:
             FileExistsError: The file exists and ``overwrite`` is false.
             ValueError: An unknown suffix.
         """
-        scale = self._scale(scale)
+        scale = self._scale(scale, columns)
         width = self.processor.width
         frames = []
         for drawn in range(self.given, self.tokens.shape[1] + 1, width):
             if self.inputs is None:
                 cells = [self._partly(tokens, drawn) for tokens in self.tokens]
-                frames.append(images_module.image_grid(cells, columns, scale=scale))
+                frames.append(images_module.image_grid(cells, columns, scale=scale, gap=scale))
             else:
                 frames.append(self._completion_grid(self.tokens, scale, drawn))
         images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
 
-    def _scale(self, scale: int | None) -> int:
+    def _scale(self, scale: int | None, columns: int | None) -> int:
+        if columns is not None and self.inputs is not None:
+            raise ValueError("columns is given, but completions have a row for each input")
         if scale is None:
             return max(1, 128 // max(self.processor.height, self.processor.width))
-        if not 1 <= scale <= 64:
-            raise ValueError(f"scale is {scale}; want 1..64")
-        return scale
+        return check_count("scale", scale, 64)
 
     def _partly(self, tokens: Tensor, drawn: int) -> Image.Image:
         """The image of (T,) tokens, light grey from pixel ``drawn`` on."""
@@ -169,6 +174,8 @@ class Pipeline:
     """
 
     def __init__(self, model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> None:
+        if model.newly_initialized:
+            raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         colours = 0 if processor.clusters is None else len(processor.clusters)
         pixels = processor.height * processor.width
         if colours != model.config.vocab_size - 1:
@@ -178,6 +185,11 @@ class Pipeline:
                 f"the processor's images have {processor.height}x{processor.width} = {pixels} pixels,"
                 f" the model {model.config.n_positions}"
             )
+        # Settings that leave no tokens of this size, or none that can be turned back, show on a single image.
+        probe = processor(Image.new("RGB", (3, 2)), return_tensors="pt")
+        if "input_ids" not in probe or probe["input_ids"].shape != (1, pixels):
+            raise ValueError("the processor's settings do not turn every image into the model's tokens")
+        processor.decode(probe["input_ids"])
         self.model = model.eval()
         self.processor = processor
 
@@ -200,7 +212,7 @@ class Pipeline:
                 ``ImageGPTForCausalImageModeling.from_pretrained``.
 
         Raises:
-            FileNotFoundError, ValueError: As that; or a processor that does not fit the model.
+            FileNotFoundError, ValueError: As that; or a checkpoint without a head, or a processor that does not fit.
         """
         source = BUNDLED if name_or_dir is None else name_or_dir
         if device is None:
@@ -251,13 +263,11 @@ class Pipeline:
             ValueError: A value out of its range.
             InterruptedGeneration: On Ctrl-C.
         """
-        if n < 1:
-            raise ValueError(f"n is {n}; want 1 or more")
+        check_count("n", n, MAX_IMAGES)
         seed = _seed(seed)
         sampling = Sampling(temperature, top_k, top_p)
         given = torch.empty(n, 0, dtype=torch.int64)
-        result = self._run(given, torch.arange(n), seed, sampling, batch_size, progress)
-        return result
+        return self._run(given, torch.arange(n), seed, sampling, batch_size, progress)
 
     def complete(
         self,
@@ -275,8 +285,8 @@ class Pipeline:
         """Draws what is below the upper part of images.
 
         Args:
-            images: An image or several, of any size and kind that ``to_rgb`` takes; the middle is cut out in the
-                model's aspect, then resized to its size.
+            images: An image or several, of any size and kind that ``to_rgb`` takes, or paths of files; the middle is
+                cut out in the model's aspect, then resized to its size.
             keep: Fraction of the rows that is given, in [0, 1); rounded to whole rows.
             n: Completions of each image; completion j of image i has a stream made of (seed, i, j).
             seed, batch_size, temperature, top_k, top_p, progress: As in ``sample``.
@@ -288,17 +298,21 @@ class Pipeline:
             TypeError, ValueError: Something that is not an image, or a value out of its range.
             InterruptedGeneration: On Ctrl-C.
         """
-        if n < 1:
-            raise ValueError(f"n is {n}; want 1 or more")
+        check_count("n", n, MAX_IMAGES)
         height, width = self.processor.height, self.processor.width
-        rows = round(keep * height) if 0.0 <= keep < 1.0 else height
-        if rows >= height:
-            raise ValueError(f"keep is {keep}; want a fraction in [0, 1) that leaves a row of {height} to draw")
+        rows = kept_rows(keep, height)
         seed = _seed(seed)
         sampling = Sampling(temperature, top_k, top_p)
-        crops = [images_module.center_crop(item, width / height) for item in _as_list(images)]
-        originals = self.processor(crops, return_tensors="pt").input_ids
-        streams = (torch.arange(len(crops))[:, None] << 32) + torch.arange(n)
+        crops, tokens = [], []
+        for item in _as_list(images):
+            opened = images_module.open_image(item) if isinstance(item, str | os.PathLike) else item
+            crop = images_module.center_crop(opened, width / height)
+            tokens.append(self.processor(crop, return_tensors="pt")["input_ids"])
+            crop.thumbnail((INPUT_EDGE, INPUT_EDGE))
+            crops.append(crop)
+        originals = torch.cat(tokens)
+        # From 1 on: completion j of the first image is not drawn with the numbers of sample j.
+        streams = (torch.arange(1, len(crops) + 1)[:, None] << 32) + torch.arange(n)
         given = originals[:, : rows * width].repeat_interleave(n, dim=0)
         extra = {"inputs": crops, "originals": originals, "given": rows * width}
         settings = {"keep": keep, "rows": rows, "n": n}
@@ -316,9 +330,7 @@ class Pipeline:
         extra: dict[str, Any] | None = None,
     ) -> Generation:
         """Draws the pixels behind the (N, T_0) given ones, batch after batch."""
-        batch_size = self.default_batch_size() if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; want 1 or more")
+        batch_size = self.default_batch_size() if batch_size is None else check_count("batch_size", batch_size)
         total = self.model.config.n_positions
         n, first = given.shape
         settings = {
@@ -357,13 +369,28 @@ class Pipeline:
         return collect()
 
 
+def kept_rows(keep: float, height: int) -> int:
+    """How many of ``height`` rows a fraction is.
+
+    Raises:
+        ValueError: Not a number in [0, 1), or none of the rows would be left to draw.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 <= keep < 1.0:
+        raise ValueError(f"keep is {keep!r}; want a fraction in [0, 1)")
+    rows = round(keep * height)
+    if rows == height:
+        raise ValueError(f"keep is {keep}; want a fraction that leaves a row of {height} to draw")
+    return rows
+
+
 def _seed(seed: int | None) -> int:
     return int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
 
 
 def _as_list(images: Any) -> Sequence[Any]:
     """Images as a sequence of single ones."""
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim <= 3):
+    single = isinstance(images, Image.Image | str | os.PathLike)
+    if single or (isinstance(images, np.ndarray | Tensor) and images.ndim <= 3):
         return [images]
     items = list(images)
     if not items:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.clusters import check_clusters
+from igpt_fast.clusters import check_clusters, whole_number
 from igpt_fast.pictures import CHANNELS_FIRST, CHANNELS_LAST
 
 MAX_TOKENS = 1 << 24  # pixels of one processed image; as n_positions of ImageGPTConfig
@@ -67,9 +67,7 @@ def _flag(name: str, value: Any, default: bool | None = None) -> Any:
 
 
 def _whole(name: str, value: Any, most: int = MAX_TOKENS, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        raise _wrong(name, value, f"a whole number in {least}..{most}")
-    return int(value)
+    return whole_number(f"ImageGPTImageProcessor: {name}", value, least, most)
 
 
 def _size(name: str, value: Any) -> dict[str, int]:

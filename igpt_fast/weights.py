@@ -46,6 +46,7 @@ _PICKLE_OPS = re.compile(
     r"PROTO|STOP|GLOBAL|REDUCE|BUILD|BINPERSID|MARK|TUPLE[123]?|EMPTY_(?:TUPLE|LIST|DICT)|APPENDS?|SETITEMS?"
     r"|(?:LONG_)?BIN(?:PUT|GET)|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|SHORT_BINSTRING"
 )
+_MAX_SHARED_TUPLES = 12  # uses of a tuple after its first; nested, they make at most 2**12 of it
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the format before PyTorch 1.6
 _LEGACY_PICKLES = 5  # magic, protocol, system, the object, the storage keys; then raw storages
 
@@ -214,24 +215,49 @@ def _what_it_is(head: bytes) -> str | None:
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
+    try:
+        zipped = scan_torch_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable PyTorch checkpoint: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except Exception as error:  # what a damaged file raises is not documented
+        raise ValueError(f"{path}: not a usable PyTorch checkpoint: {files.first_line(error)[:300]}") from error
+    return _state_dict(path, state, size)
+
+
+def scan_torch_file(path: Path, *, largest: int | None = None) -> bool:
+    """Refuses a ``torch.save`` file that holds more than tensors in containers, or claims more than it has.
+
+    To be called before ``torch.load(weights_only=True)``, which keeps code out, but lets a small file eat the
+    memory or the time.
+
+    Args:
+        path: The file.
+        largest: The largest number that its pickle may hold; ``None``: the file's size, which no size, offset
+            or stride of a tensor exceeds.
+
+    Returns:
+        Whether it is of the zip format, the one since PyTorch 1.6.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is no such file; the message is the reason alone, so the caller names the file.
+    """
+    size = path.stat().st_size
+    largest = max(size, 1 << 16) if largest is None else largest
     with path.open("rb") as file:
         head = file.read(64)
         file.seek(0)
         zipped = head.startswith(b"PK\x03\x04")
         try:
             if zipped:
-                _scan_pickle(_zip_pickle(file, size), size)
+                _scan_pickle(_zip_pickle(file, size), largest)
             else:
-                _scan_legacy(file, size)
+                _scan_legacy(file, largest)
         except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError) as error:
-            reason = (None if zipped else _what_it_is(head)) or str(error)
-            raise ValueError(f"{path}: not a usable PyTorch checkpoint: {reason}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except Exception as error:  # what a damaged file raises is not documented
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a usable PyTorch checkpoint: {reason[:300]}") from error
-    return _state_dict(path, state, size)
+            raise ValueError((None if zipped else _what_it_is(head)) or files.first_line(error)) from error
+    return zipped
 
 
 def _state_dict(path: Path, state: Any, size: int) -> dict[str, StoredTensor]:
@@ -304,31 +330,33 @@ def _zip_directory_bytes(file: io.BufferedReader, size: int) -> int:
     return max(claims, default=0)
 
 
-def _scan_legacy(file: io.BufferedReader, size: int) -> None:
+def _scan_legacy(file: io.BufferedReader, largest: int) -> None:
     pickles = io.BytesIO(file.read(_MAX_HEADER_BYTES))
     if [argument for name, argument in _operations(pickles) if name == "LONG1"] != [_LEGACY_MAGIC]:
         raise ValueError("neither a zip nor PyTorch's older format")
     for _ in range(_LEGACY_PICKLES - 1):
-        _scan_pickle(pickles, size)
+        _scan_pickle(pickles, largest)
 
 
-def _scan_pickle(stream: io.BytesIO, size: int) -> None:
+def _scan_pickle(stream: io.BytesIO, largest: int) -> None:
     """Refuses whatever the pickle of a state dict does not need, before anything is built from it.
 
-    Numbers (sizes, offsets, strides) cannot exceed the file's size. A tuple is never fetched from the memo:
+    A tuple is fetched from the memo a few times at most (as the ``betas`` that groups of an optimizer share):
     tuples of the same tuple, nested a hundred times, take for ever to hash.
     """
     tuples: set[int] = set()
+    fetched = 0
     before = ""
     for name, argument in _operations(stream):
         if name == "GLOBAL" and not _PICKLE_GLOBALS.fullmatch(argument):
             raise ValueError(f"its pickle names {_printable(argument.replace(' ', '.'))}, which no state dict needs")
-        if isinstance(argument, int) and not 0 <= argument <= max(size, 1 << 16):
-            raise ValueError(f"its pickle holds the number {argument}; the file has {size} bytes")
+        if isinstance(argument, int) and not 0 <= argument <= largest:
+            raise ValueError(f"its pickle holds the number {argument}; at most {largest} is believed")
         if name.endswith("BINPUT") and before.startswith("TUPLE"):
             tuples.add(argument)
-        if name.endswith("BINGET") and argument in tuples:
-            raise ValueError("its pickle uses one tuple twice")
+        fetched += name.endswith("BINGET") and argument in tuples
+        if fetched > _MAX_SHARED_TUPLES:
+            raise ValueError("its pickle uses the same tuples again and again")
         before = name
 
 

@@ -117,3 +117,64 @@ def test_copies_are_independent(make: type) -> None:
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         twin.update(*pair(3), 0)
         assert (twin.get_seq_length(), cache.get_seq_length()) == (5, 2)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, static])
+def test_lengths_by_layer(make: type) -> None:
+    cache = make()
+    cache.update(*pair(2), 0)
+    cache.update(*pair(2), 1)
+    cache.update(*pair(3), 0)
+    assert [cache.get_seq_length(layer_idx=i) for i in (0, 1, 2)] == [5, 2, 0]
+    assert len(cache) == 2
+
+
+def test_length_is_the_number_of_layers_as_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = DynamicCache(), transformers.DynamicCache()
+    for layer in range(3):
+        assert len(ours) == len(theirs) == layer
+        key, value = pair(2)
+        ours.update(key, value, layer)
+        theirs.update(key, value, layer)
+    for (key, value), other in zip(ours, theirs, strict=True):
+        assert torch.equal(key, other[0])
+        assert torch.equal(value, other[1])
+
+
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+@pytest.mark.parametrize("chosen", [[2, 0, 2], [1], [0, 0, 1, 2]])
+def test_images_are_chosen_as_in_transformers(method: str, chosen: list[int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = DynamicCache(), transformers.DynamicCache()
+    for cache in (ours, theirs):
+        getattr(cache, method)(torch.tensor(chosen))  # nothing there yet
+    pairs = [pair(3), pair(3)]
+    for layer, (key, value) in enumerate(pairs):
+        ours.update(key, value, layer)
+        theirs.update(key, value, layer)
+    for cache in (ours, theirs):
+        getattr(cache, method)(torch.tensor(chosen))
+    for layer, (key, value) in enumerate(pairs):
+        assert torch.equal(ours.keys[layer], key[chosen])
+        assert torch.equal(ours.keys[layer], theirs.layers[layer].keys)
+        assert torch.equal(ours.values[layer], value[chosen])
+        assert torch.equal(ours.values[layer], theirs.layers[layer].values)
+    if method == "batch_select_indices":
+        ours.batch_select_indices(torch.arange(len(chosen)) == 0)
+        assert torch.equal(ours.keys[0], pairs[0][0][chosen[:1]])
+
+
+def test_static_cache_is_reordered_in_place() -> None:
+    cache = static()
+    pairs = [pair(3), pair(3)]
+    where = [cache.update(*pairs[layer], layer)[0].data_ptr() for layer in range(2)]
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for layer in range(2):
+        new = pair(1)
+        found = cache.update(*new, layer)
+        assert found[0].data_ptr() == where[layer]
+        for i in range(2):
+            assert torch.equal(found[i], torch.cat([pairs[layer][i][[2, 0, 0]], new[i]], dim=2))
+    with pytest.raises(ValueError, match=r"made for batch 3, got \(2,\) indices"):
+        cache.reorder_cache(torch.tensor([0, 1]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import re
 import shutil
@@ -53,6 +56,14 @@ def rewrite(folder: Path, **changed: Tensor | None) -> None:
 def set_config(folder: Path, **fields: Any) -> None:
     data = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**data, **fields}))
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
+    return got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
 
 
 @pytest.fixture
@@ -158,6 +169,10 @@ def test_a_base_model_from_a_head_and_back(tmp_path: Path) -> None:
         back = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "base")
     assert len(caught) == 1
     assert caught[0].filename == __file__
+    assert back.newly_initialized == ("lm_head.weight",)
+    assert base.newly_initialized == causal.newly_initialized == ()
+    back.save_pretrained(tmp_path / "back")
+    assert ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "back").newly_initialized == ()
     assert_same(back.transformer.state_dict(), base.state_dict())
 
 
@@ -180,6 +195,7 @@ def test_a_head_of_another_size(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"score\.weight: newly"):
         model = ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert model.score.weight.shape == (7, 16)
+    assert model.newly_initialized == ("score.weight",)
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -265,6 +281,101 @@ def test_a_failed_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def lay_out(folder: Path, layout: str, model: nn.Module) -> None:
+    """The weights of a model, in one of the four layouts or in all of them."""
+    state = dict(model.state_dict())
+    halves = [dict(list(state.items())[i::2]) for i in range(2)]
+    for suffix, stem, write in [("safetensors", "model", save_file), ("bin", "pytorch_model", torch.save)]:
+        if layout in (f"{stem}.{suffix}", "all"):
+            write(state, folder / f"{stem}.{suffix}")
+        if layout in (f"{stem}.{suffix}.index.json", "all"):
+            names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+            for name, half in zip(names, halves, strict=True):
+                write(half, folder / name)
+            weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+            (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+LAYOUTS = [
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "all"),
+]
+
+
+@pytest.mark.parametrize("shard", ["5KB", "5GB"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_save_that_is_cut_anywhere_is_the_old_model_or_the_new_one(tmp_path: Path, layout: str, shard: str) -> None:
+    """... or none: never a mixture, nor an older model than the folder held before."""
+    old, new = tiny(), tiny()
+    stale = tiny() if layout == "all" else None
+    folder = tmp_path / "model"
+    load = ImageGPTForCausalImageModeling.from_pretrained
+    outcomes = []
+    for cut in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        old.save_pretrained(folder)
+        if layout != "model.safetensors":
+            (folder / "model.safetensors").unlink()
+        lay_out(folder, layout, stale or old)
+        if stale:
+            save_file(dict(old.state_dict()), folder / "model.safetensors")
+        (folder / "notes.bin").write_text("mine")
+        left = [cut]
+
+        def step(original: Any, left: list[int] = left) -> Any:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return original(*arguments, **options)
+
+            return counted
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", step(Path.replace))
+            patch.setattr(Path, "unlink", step(Path.unlink))
+            with contextlib.suppress(Killed):
+                new.save_pretrained(folder, max_shard_size=shard)
+        if shard == "5KB" and layout == "model.safetensors":
+            there = {path.name for path in folder.iterdir() if path.name.startswith("model")}
+            assert there == {"model.safetensors"} or "model.safetensors" not in there, "shards beside the old file"
+        try:
+            got = load(folder).state_dict()
+        except FileNotFoundError:
+            outcomes.append("none")
+        else:
+            which = [name for name, model in (("old", old), ("new", new)) if same(got, model.state_dict())]
+            assert len(which) == 1, f"a mixture, or a stale model, after {cut} steps"
+            outcomes += which
+        if left[0]:
+            break
+    order = {"old": 0, "none": 1, "new": 2}
+    assert outcomes == sorted(outcomes, key=order.__getitem__)
+    assert (outcomes[0], outcomes[-1]) == ("old", "new")
+    for use_safetensors in (True, None):
+        assert_same(load(folder, use_safetensors=use_safetensors).state_dict(), new.state_dict())
+    with pytest.raises(FileNotFoundError):
+        load(folder, use_safetensors=False)
+    assert (folder / "notes.bin").exists()
+    assert not [path.name for path in folder.iterdir() if path.name.startswith("pytorch_model")]
+
+
+@pytest.mark.parametrize("shard", ["5KB", "5GB"])
+def test_a_full_disk_names_the_file(tmp_path: Path, shard: str) -> None:
+    resource = pytest.importorskip("resource")
+    model = tiny()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            model.save_pretrained(tmp_path, max_shard_size=shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", Path(caught.value.filename).name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_save_arguments(tmp_path: Path) -> None:
     model = tiny()
     average = {name: value * 0.5 for name, value in model.state_dict().items()}
@@ -283,12 +394,30 @@ def test_save_arguments(tmp_path: Path) -> None:
     assert "architectures" not in model.config.extra  # saving leaves the model as it was
 
 
+def test_arguments_of_trainers(tmp_path: Path) -> None:
+    model = tiny()
+    assert model.name_or_path == ""
+    with pytest.raises(ValueError, match="safe_serialization=False is not supported; no pickles"):
+        model.save_pretrained(tmp_path / "model", safe_serialization=False)
+    model.save_pretrained(tmp_path / "model", is_main_process=False, state_dict={})  # where FSDP has it empty
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model", is_main_process=True, safe_serialization=True)
+    load = ImageGPTForCausalImageModeling.from_pretrained
+    for low in (None, True, False):
+        again = load(tmp_path / "model", low_cpu_mem_usage=low, output_loading_info=False)
+        assert_same(again.state_dict(), model.state_dict())
+        assert again.name_or_path == str(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"output_loading_info is not supported; see model\.newly_initialized"):
+        load(tmp_path / "model", output_loading_info=True)
+
+
 def test_hub_cache_offline(tmp_path: Path, folder: Path) -> None:
     repository = tmp_path / "cache" / "models--some--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     model = ImageGPTForCausalImageModeling.from_pretrained("some/model", cache_dir=tmp_path / "cache")
+    assert model.name_or_path == "some/model"
     assert_same(model.state_dict(), load_file(folder / "model.safetensors"))
     (repository / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="some/model: no weights"):

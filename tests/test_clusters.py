@@ -161,6 +161,12 @@ def test_dequantize_refuses(tokens: object, error: type[Exception]) -> None:
         dequantize(tokens, palette(4))
 
 
+def test_whole_number() -> None:
+    assert type(clusters_module.whole_number("n", np.uint8(3), 0, 3)) is int
+    with pytest.raises(ValueError, match=r"^n is 1000.*\.\.\.; want a whole number in 0\.\.3$"):
+        clusters_module.whole_number("n", 10**100, 0, 3)
+
+
 def blobs(n: int = 20_000) -> np.ndarray:
     rng = np.random.default_rng(0)
     centres = np.array([[20, 30, 40], [200, 30, 60], [90, 220, 120], [240, 240, 10]])
@@ -196,6 +202,11 @@ def test_pinned_colours_come_first_and_are_exact() -> None:
         ({"n_clusters": 2.5}, TypeError, "n_clusters"),
         ({"n_clusters": True}, TypeError, "n_clusters"),
         ({"images": np.zeros((9, 3), np.uint8)}, ValueError, "1 colours"),
+        ({"seed": -1}, ValueError, "fit_clusters: seed is -1; want a whole number in 0..4294967295"),
+        ({"seed": 1 << 32}, ValueError, "seed is 4294967296"),
+        ({"seed": 0.5}, ValueError, "seed is 0.5"),
+        ({"seed": True}, ValueError, "seed is True"),
+        ({"seed": None}, ValueError, "seed is None"),
         ({"pinned": [(0, 0, 0), (0, 0, 0)]}, ValueError, "twice"),
         ({"pinned": [(0, 0, 256)]}, ValueError, "0..255"),
         ({"pinned": [(0.5, 0, 0)]}, ValueError, "0..255"),
@@ -222,6 +233,10 @@ def test_files_give_back_what_was_written(tmp_path: Path) -> None:
         save_clusters(clusters, tmp_path / "c.npy", overwrite=False)
     with pytest.raises(ValueError, match=r"\.npy"):
         save_clusters(clusters, tmp_path / "c.txt")
+    for name in ("k.NPY", "k.Npy"):
+        save_clusters(clusters, tmp_path / name)
+        np.testing.assert_array_equal(load_clusters(tmp_path / name), clusters)
+        (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="shape"):
         save_clusters(clusters[:1], tmp_path / "one.npy")
     assert sorted(os.listdir(tmp_path)) == ["c.npy", "f.npy", "preprocessor_config.json"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import igpt_fast
 from igpt_fast import ImageGPTConfig
 from igpt_fast.config import PRESETS
 
@@ -54,9 +58,11 @@ def test_defaults_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.ImageGPTConfig(), ImageGPTConfig()
     for name in ours.to_dict():
-        assert getattr(ours, name) == getattr(theirs, name) or name in ("id2label", "label2id"), name
-    for name in ImageGPTConfig.attribute_map:
-        assert getattr(ours, name) == getattr(theirs, name)
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in (*theirs.to_dict(), *ImageGPTConfig.attribute_map, "name_or_path", "use_return_dict"):
+        if name != "transformers_version":
+            assert getattr(ours, name) == getattr(theirs, name), name
+    assert (ours.transformers_version, ours.torch_dtype) == (None, None)
 
 
 def test_nothing_is_lost() -> None:
@@ -84,7 +90,7 @@ def test_labels_and_their_number_agree() -> None:
     assert ImageGPTConfig.from_dict(data).num_labels == 3
     assert ImageGPTConfig.from_dict(data, num_labels=3).id2label == {0: "a", 1: "b", 2: "c"}
     other = ImageGPTConfig.from_dict(data, num_labels=5)
-    assert (other.num_labels, other.id2label) == (5, None)
+    assert (other.num_labels, other.id2label) == (5, {i: f"LABEL_{i}" for i in range(5)})
     named = ImageGPTConfig.from_dict(data, id2label={0: "x", 1: "y"})
     assert (named.num_labels, named.to_dict()["label2id"]) == (2, {"x": 0, "y": 1})
     config = ImageGPTConfig.from_dict(data)
@@ -92,6 +98,39 @@ def test_labels_and_their_number_agree() -> None:
     assert len(config.to_dict()["id2label"]) == 4
     config.id2label = {0: "x", 1: "y"}
     assert config.num_labels == 2
+
+
+def test_labels_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    names = {0: "a", 1: "b", 2: "c"}
+    for fields in ({}, {"num_labels": 4}, {"label2id": {"a": 0}}, {"id2label": names, "label2id": {"a": 0}}):
+        ours, theirs = ImageGPTConfig(**fields), transformers.ImageGPTConfig(**fields)  # type: ignore[arg-type]
+        for number in (None, ours.num_labels, 1, 3):
+            if number is not None:
+                ours.num_labels = theirs.num_labels = number
+            for name in ("num_labels", "id2label", "label2id"):
+                assert getattr(ours, name) == getattr(theirs, name), (fields, number, name)
+        ours.id2label = theirs.id2label = {0: "x", 1: "y"}
+        ours.id2label[2] = "z"
+        theirs.id2label[2] = "z"
+        assert ours.num_labels == theirs.num_labels == 3
+    # transformers leaves the older label2id
+    assert ImageGPTConfig(id2label=names).label2id == {"a": 0, "b": 1, "c": 2}
+    ours.id2label = {0: "p"}
+    assert (ours.label2id, ours.num_labels) == ({"p": 0}, 1)
+    ours.id2label = None
+    assert (ours.id2label, ours.label2id) == ({0: "LABEL_0"}, {"LABEL_0": 0})
+    with pytest.warns(UserWarning, match="num_labels=5 gives way to the 3 of id2label"):
+        assert ImageGPTConfig(num_labels=5, id2label=names).num_labels == 3
+    for name in ("id2label", "label2id"):
+        with pytest.raises(ValueError, match=name):
+            ImageGPTConfig(**{name: ["a"]})  # type: ignore[arg-type]
+
+
+def test_absurd_label_counts_cost_nothing() -> None:
+    config = ImageGPTConfig(num_labels=1 << 24)
+    assert config.num_labels == 1 << 24
+    assert "id2label" not in vars(config)
 
 
 def test_presets() -> None:
@@ -140,8 +179,20 @@ def test_bad_files_name_file_and_field(tmp_path: Path, fields: dict[str, Any], r
 def test_not_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json: not a usable"):
+    with pytest.raises(ValueError, match=r"config\.json: not usable JSON"):
         ImageGPTConfig.from_json_file(path)
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_layer": 3}')
+    code = f"""
+import sys
+for name in ("torch", "numpy", "huggingface_hub"):
+    sys.modules[name] = None
+from igpt_fast.config import ImageGPTConfig
+assert ImageGPTConfig.from_json_file({str(tmp_path / "config.json")!r}).n_layer == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_size_is_bounded(tmp_path: Path) -> None:
@@ -153,5 +204,149 @@ def test_size_is_bounded(tmp_path: Path) -> None:
 
 
 def test_unknown_keywords() -> None:
-    with pytest.raises(TypeError, match="no_such"):
-        ImageGPTConfig(no_such=1)  # type: ignore[call-arg]
+    for keywords in ({"no_such": 1}, {"dtype": "float16", "no_such": 1}):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument: no_such$"):
+            ImageGPTConfig(**keywords)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
+        ImageGPTConfig(model_type="gpt2")  # type: ignore[call-arg, misc]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 8},
+        {"n_embd": 16, "hidden_size": 32},
+        {"dtype": "bfloat16", "architectures": ["ImageGPTModel"], "name_or_path": "some/model"},
+        {"torch_dtype": "float16", "chunk_size_feed_forward": 2, "is_encoder_decoder": True},
+        {"torch_dtype": "float16", "dtype": "float32"},
+        {"num_labels": 3, "output_attentions": True, "return_dict": False},
+    ],
+)
+def test_keywords_of_transformers(fields: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ImageGPTConfig(**fields)
+    ours = ImageGPTConfig(**fields)
+    copied = ImageGPTConfig(**theirs.to_dict())
+    assert copied == ImageGPTConfig.of(theirs, "test") == ImageGPTConfig.from_dict(theirs.to_dict())
+    assert copied.to_dict() == theirs.to_dict()
+    for name in (*theirs.to_dict(), *ImageGPTConfig.attribute_map, "name_or_path", "num_labels"):
+        if name not in ("dtype", "transformers_version"):
+            assert getattr(ours, name) == getattr(copied, name) == getattr(theirs, name), name
+    dtype = None if theirs.dtype is None else str(theirs.dtype).removeprefix("torch.")
+    assert ours.dtype == copied.dtype == ours.torch_dtype == dtype
+    for twin in (copy.copy(copied), copy.deepcopy(copied), pickle.loads(pickle.dumps(copied))):
+        assert twin == copied
+        assert repr(twin) == repr(copied)
+        assert twin.hidden_size == copied.n_embd
+    assert eval(repr(copied)) == copied
+    changed = dataclasses.replace(copied, hidden_size=64)  # type: ignore[call-arg]
+    assert changed.n_embd == 64
+    assert dataclasses.replace(changed, n_embd=copied.n_embd) == copied
+
+
+def test_attributes_are_set_as_in_transformers() -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ours, theirs = ImageGPTConfig(), transformers.ImageGPTConfig()
+    values = {"hidden_size": 64, "num_labels": 3, "note": [1], "torch_dtype": torch.float16, "name_or_path": "x"}
+    for config in (ours, theirs):
+        config.update(values)
+        config.n_layer = 5
+    assert {**ours.to_dict(), **theirs.to_dict()} == theirs.to_dict()
+    assert (ours.n_embd, ours.num_hidden_layers, ours.dtype, ours.note) == (64, 5, "float16", [1])
+    before = copy.deepcopy(ours)
+    for bad in ({"n_layer": 3, "n_embd": 30}, {"use_cache": 1}, {"note": 2, "model_type": "gpt2"}):
+        with pytest.raises(ValueError):
+            ours.update(bad)
+        assert ours == before
+    with pytest.raises(AttributeError):
+        ours.head_dim = 3  # type: ignore[misc]
+    assert (ours.use_return_dict, ImageGPTConfig(return_dict=False).use_return_dict) == (True, False)
+
+
+def test_entries_keep_apart() -> None:
+    data = {"hidden_size": 32, "n_embd": 16, "extra": {"n_layer": 1}, "dtype": None, "torch_dtype": "float16"}
+    config = ImageGPTConfig.from_dict(data, n_embd=64, n_layer=2)
+    assert (config.n_embd, config.n_layer, config.dtype) == (64, 2, "float16")
+    assert config.to_dict()["extra"] == {"n_layer": 1}
+    older: dict[str, Any] = {"pruned_heads": {}, "max_length": 20, "top_k": 50}  # of transformers 4
+    assert ImageGPTConfig(**older).extra == older
+    given = {"extra": {"a": [1]}}
+    config = ImageGPTConfig(**given)  # type: ignore[arg-type]
+    config.to_dict()["a"].append(2)
+    config.dtype = "float16"
+    assert given == {"extra": {"a": [1]}}
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = ImageGPTConfig(n_layer=3, num_labels=3, dtype="float16")  # type: ignore[call-arg]
+    folder = tmp_path / "new" / "deep"
+    config.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert ImageGPTConfig.from_pretrained(folder) == config
+    _same_in_transformers(folder, config)
+    config.to_json_file(folder / "other.json")
+    assert (folder / "other.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert ImageGPTConfig.from_json_file(str(folder / "other.json")) == config
+
+    overrides: dict[str, Any] = {"hidden_size": 64, "num_labels": 5, "use_cache": False, "torch_dtype": "float32"}
+    ours = ImageGPTConfig.from_pretrained(str(folder), **overrides)
+    theirs = transformers.ImageGPTConfig.from_pretrained(folder, **overrides)
+    for name in (*ImageGPTConfig.attribute_map, "n_layer", "num_labels", "id2label", "label2id", "use_cache"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.dtype == "float32"
+    assert ImageGPTConfig.from_pretrained(tmp_path / "new", subfolder="deep") == config
+
+    with pytest.raises(TypeError, match="unexpected keyword argument: no_such"):
+        ImageGPTConfig.from_pretrained(folder, no_such=1)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        ImageGPTConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: .*n_layer"):
+        ImageGPTConfig.from_pretrained(folder, n_layer=0)
+    before = (folder / "config.json").read_bytes()
+    config.note = object()
+    with pytest.raises(TypeError):
+        config.save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() == before
+    with pytest.raises(FileExistsError):
+        ImageGPTConfig().save_pretrained(folder / "config.json")
+
+
+def test_load_from_the_cache_of_the_hub(tmp_path: Path) -> None:
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    ImageGPTConfig(n_layer=3).save_pretrained(repository / "snapshots" / ("0" * 40))
+    load = ImageGPTConfig.from_pretrained
+    assert load("some/model", cache_dir=tmp_path, local_files_only=True, n_head=4) == ImageGPTConfig(
+        n_layer=3, n_head=4
+    )
+    with pytest.raises(FileNotFoundError, match="some/other"):
+        load("some/other", cache_dir=tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"])
+def test_models_take_the_configuration_of_transformers(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(igpt_fast, name)
+    small = {"vocab_size": 9, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 3}
+    theirs = transformers.ImageGPTConfig(**small)
+    model = cls(theirs)
+    assert model.config == ImageGPTConfig(**theirs.to_dict())
+    assert all(part.config is model.config for part in model.modules() if hasattr(part, "config"))
+    shapes = {key: value.shape for key, value in getattr(transformers, name)(theirs).state_dict().items()}
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    loaded = cls.from_pretrained(tmp_path, config=theirs, resid_pdrop=0.5)
+    assert (loaded.config.resid_pdrop, theirs.resid_pdrop, loaded.config.n_layer) == (0.5, 0.1, 2)
+    for bad, told in (
+        (transformers.GPT2Config(), r"transformers\..*GPT2Config"),
+        (ImageGPTConfig, "type"),
+        ({}, "dict"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: config must be an ImageGPTConfig, got {told}"):
+            cls(bad)
+        with pytest.raises(TypeError, match=f"from_pretrained: config must be an ImageGPTConfig, got {told}"):
+            cls.from_pretrained(tmp_path, config=bad)

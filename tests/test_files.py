@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from igpt_fast import files
@@ -153,9 +157,6 @@ def test_replacing(tmp_path: Path) -> None:
         partial.write_text("1")
         assert not path.exists()
     assert path.read_text() == "1"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
     def interrupted() -> None:
         with files.replacing(path) as partial:
@@ -172,6 +173,123 @@ def test_replacing(tmp_path: Path) -> None:
         pass
     assert path.read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    """Without touching the umask, which belongs to all threads."""
+    code = f"""
+import os
+from igpt_fast import files
+os.umask({umask})
+os.umask = None
+with files.replacing({str(tmp_path / "a")!r}) as partial:
+    partial.write_text("1")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 251 + ".npy", "x." + "y" * 253, "ü" * 125 + ".json", "." * 255, "." + "é" * 127]
+)
+def test_any_legal_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("old")
+    with files.replacing(tmp_path / name) as partial:
+        partial.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "new"
+
+
+def _raise(error: OSError) -> Any:
+    raise error
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for make, number in [
+        (lambda p: OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (lambda p: OSError(errno.EFBIG, "File too large", str(p)), errno.EFBIG),
+        (lambda p: PermissionError(errno.EACCES, "Permission denied", p), errno.EACCES),
+    ]:
+        with pytest.raises(OSError) as caught, files.replacing(path) as partial:
+            _raise(make(partial))
+        assert (caught.value.errno, caught.value.filename) == (number, str(path))
+        assert caught.value.__cause__ is not caught.value
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"a\.bin: encoder error"), files.replacing(path):
+        raise OSError("encoder error -2")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere") as other, files.replacing(path):
+        _raise(FileNotFoundError(errno.ENOENT, "No such file", "elsewhere"))
+    assert other.value.filename == "elsewhere"
+    with pytest.raises(FileNotFoundError) as missing, files.replacing(tmp_path / "none" / "a"):
+        pass
+    assert missing.value.filename == str(tmp_path / "none" / "a")
+
+
+def test_a_write_beyond_the_limit_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.bin"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.bin'$") as caught, files.replacing(path) as partial:
+            partial.write_bytes(b"0" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert not list(tmp_path.iterdir())
+
+
+def npy(header: str, payload: bytes = b"", version: int = 1) -> io.BytesIO:
+    text = header.encode().ljust(118 - 1) + b"\n"
+    return io.BytesIO(b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 * version, "little") + text + payload)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "u1", "?", "<i8"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_read_npy(shape: tuple[int, ...], dtype: str, order: Any) -> None:
+    array = np.asarray(np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype), order=order)
+    file = io.BytesIO()
+    np.save(file, array)
+    file.seek(0)
+    got = files.read_npy(file, array.nbytes)
+    assert (got.dtype, got.shape) == (array.dtype, shape)
+    np.testing.assert_array_equal(got, array)
+    if array.nbytes:
+        file.seek(0)
+        with pytest.raises(ValueError, match=f"claims {array.nbytes} bytes; at most {array.nbytes - 1} are read"):
+            files.read_npy(file, array.nbytes - 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (io.BytesIO(), "magic"),
+        (io.BytesIO(b"hello world"), "magic"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", b"\0" * 7), "truncated: 7 bytes of 8"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10**12,), }"), "."),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"), "claims 4000000000000 bytes"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }"), "shape"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 1000000000000000000000), }"), "."),
+        (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"cos\nabort\n(tR."), "not numbers"),
+        (npy("{'descr': '<U4', 'fortran_order': False, 'shape': (1,), }"), "not numbers"),
+        (npy("__import__('os').abort()"), "."),
+        (npy("(" * 117), "."),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", b"\0" * 4, version=3), "version"),
+    ],
+)
+def test_read_npy_refuses(file: io.BytesIO, reason: str) -> None:
+    file.seek(0)
+    with pytest.raises(ValueError, match=rf"not a usable \.npy file: .*{reason}") as caught:
+        files.read_npy(file, 1000)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_line() -> None:
+    assert files.first_line(ValueError("\n one\ntwo")) == "one"
+    assert files.first_line(MemoryError()) == "MemoryError"
 
 
 def test_replacing_a_link_leaves_its_target(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """generate: equal to the uncached forward at every position; streams, lengths, options, errors."""
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -109,6 +111,24 @@ def test_training_mode_is_left_as_it_was(model: ImageGPTForCausalImageModeling) 
     assert noisy.transformer.h[0].attn.resid_dropout.training
 
 
+def test_threads_share_a_model_in_training_mode() -> None:
+    """Neither decodes with dropout because the other has finished."""
+    noisy = small_model(resid_pdrop=0.5)
+    expected = noisy.generate()
+    noisy.train()
+    results: list[torch.Tensor] = []
+    lengths = (5, 65, 9, 65)
+    threads = [Thread(target=lambda n=n: results.append(noisy.generate(max_length=n))) for n in lengths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        assert torch.equal(result, expected[:, : result.shape[1]])
+    assert noisy.training
+
+
 def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     tokens = model.generate(sos(model, 2), callback=lambda step, row: seen.append((step, row.clone())))
@@ -130,9 +150,14 @@ def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> Non
         ({"num_return_sequences": 0}, "0"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature"),
-        ({"do_sample": True, "top_k": 0}, "top_k"),
+        ({"do_sample": True, "top_k": -1}, "top_k"),
+        ({"use_cache": False}, "use_cache"),
+        ({"attention_mask": torch.tensor([[0]])}, "attention_mask"),
+        ({"input_ids": torch.tensor([[16]]), "inputs": torch.tensor([[16]])}, "not both"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
+        ({"seed": 1}, "do_sample"),
+        ({"max_new_tokens": 2.0}, "2.0"),
         ({"do_sample": True, "seed": -1}, "seed"),
         ({"do_sample": True, "seed": 1 << 64}, "seed"),
         ({"do_sample": True, "seed": 1, "generator": torch.Generator()}, "not both"),
@@ -146,6 +171,21 @@ def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> Non
 def test_wrong_values(model: ImageGPTForCausalImageModeling, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(**options)
+
+
+def test_transformers_neutral_values(model: ImageGPTForCausalImageModeling) -> None:
+    context = torch.cat([sos(model, 2), torch.randint(0, 16, (2, 9))], dim=1)
+    options = {"do_sample": True, "seed": 1}
+    expected = model.generate(context, **options)
+    neutral = model.generate(
+        inputs=context, attention_mask=torch.ones_like(context), use_cache=True, top_k=0, top_p=1.0, **options
+    )
+    assert torch.equal(neutral, expected)
+
+
+def test_an_end_token_is_not_ignored() -> None:
+    with pytest.raises(ValueError, match="eos_token_id"):
+        small_model(eos_token_id=3).generate()
 
 
 def test_wrong_types(model: ImageGPTForCausalImageModeling) -> None:

@@ -16,7 +16,7 @@ from tolerance import assert_parity
 from torch import Tensor, nn
 
 import igpt_fast
-from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, ops
+from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, decoders, ops
 from igpt_fast import model as model_module
 from igpt_fast.outputs import CausalImageModelingOutput
 
@@ -389,6 +389,69 @@ def test_embeddings() -> None:
     assert model.resize_token_embeddings(9) is model.resize_token_embeddings() is table
     with pytest.raises(NotImplementedError, match="vocab_size is 9, asked for 20"):
         model.resize_token_embeddings(20)
+
+
+@pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
+def test_what_trainers_ask(head: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = make(head)
+    fields = {name: getattr(ours.config, name) for name in ("n_layer", "n_positions", "vocab_size", "n_embd", "n_head")}
+    theirs = getattr(transformers, head)(transformers.ImageGPTConfig(**fields, num_labels=3))
+    for name in ("main_input_name", "base_model_prefix", "supports_gradient_checkpointing", "name_or_path"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for dtype in (torch.float32, torch.bfloat16):
+        found = [model.to(dtype).get_memory_footprint(return_buffers=False) for model in (ours, theirs)]
+        assert found[0] == found[1]  # transformers has the causal masks as buffers
+    ours.register_buffer("extra", torch.zeros(3))
+    assert ours.get_memory_footprint() == ours.get_memory_footprint(return_buffers=False) + 12
+    assert ours.can_generate() == type(ours).can_generate() == hasattr(ours, "generate") == (head == CAUSAL)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    assert ours.tie_weights() is None
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
+def test_inputs_that_want_a_gradient(head: str) -> None:
+    """A frozen model with one trainable weight, under reentrant checkpointing, as adapters are trained."""
+    model = make(head).train()
+    model.requires_grad_(False)
+    weight = model.base_model.h[0].mlp.c_fc.weight.requires_grad_()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    assert len(model.get_input_embeddings()._forward_hooks) == 1
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        weight = twin.base_model.h[0].mlp.c_fc.weight
+        twin(IDS)[0].square().sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
+        twin.disable_input_require_grads()
+        twin.disable_input_require_grads()
+        assert not twin.get_input_embeddings()._forward_hooks
+        assert not twin.get_input_embeddings()(IDS).requires_grad
+        twin.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("part", ["wte", "wpe", "all"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_the_decoder_follows_the_dtype_of_the_keys(part: str, autocast: torch.dtype | None) -> None:
+    model = make()
+    (model if part == "all" else getattr(model.transformer, part)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        decoder = decoders.make_decoder(model, 2, 8)
+        want = model(IDS).logits
+        got = torch.stack([decoder.prefill(IDS[:, :1]), *(decoder.step(IDS[:, t]) for t in range(1, 8))], dim=1)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.float(), want.float(), rtol=0.1, atol=0.1 * want.abs().max().item())
+    size = decoders.cache_bytes(model)
+    assert size == 2 * 2 * 16 * 32 * (2 if part == "all" else 4)
+    assert decoders.cache_bytes(model.to("meta")) == size
+
+
+def test_generates_with_only_one_table_in_another_dtype() -> None:
+    model = make()
+    model.transformer.wte.bfloat16()
+    assert model.generate(IDS[:, :1], max_length=9, do_sample=False).shape == (2, 9)
 
 
 def test_initial_weights() -> None:

@@ -156,6 +156,9 @@ def test_interruption_keeps_the_finished_batches(pipeline: Pipeline) -> None:
     ("options", "message"),
     [
         ({"n": 0}, "n is 0"),
+        ({"n": 1.5}, "n is 1.5"),
+        ({"n": True}, "n is True"),
+        ({"batch_size": 1.5}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"seed": "x"}, "seed"),
@@ -171,7 +174,7 @@ def test_wrong_settings(pipeline: Pipeline, options: dict, message: str) -> None
         pipeline.complete(photograph(), **options)
 
 
-@pytest.mark.parametrize("keep", [-0.1, 1.0, 0.99, float("nan")])
+@pytest.mark.parametrize("keep", [-0.1, 1.0, 0.99, float("nan"), "half", True])
 def test_wrong_keep(pipeline: Pipeline, keep: float) -> None:
     with pytest.raises(ValueError, match="keep"):
         pipeline.complete(photograph(), keep=keep)
@@ -181,7 +184,9 @@ def test_no_images(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="empty"):
         pipeline.complete([])
     with pytest.raises(TypeError):
-        pipeline.complete(["a.png"])
+        pipeline.complete([None])
+    with pytest.raises(FileNotFoundError, match="missing"):
+        pipeline.complete("missing.png")
 
 
 def test_model_and_processor_must_fit(pipeline: Pipeline) -> None:
@@ -190,6 +195,36 @@ def test_model_and_processor_must_fit(pipeline: Pipeline) -> None:
         Pipeline(pipeline.model, ImageGPTImageProcessor(clusters=clusters[:9], size={"height": SIDE, "width": SIDE}))
     with pytest.raises(ValueError, match="pixels"):
         Pipeline(pipeline.model, ImageGPTImageProcessor(clusters=clusters, size={"height": SIDE, "width": 9}))
+
+
+@pytest.mark.parametrize("setting", [{"do_resize": False}, {"do_normalize": False}, {"do_color_quantize": False}])
+def test_a_processor_that_cannot_serve_is_refused(pipeline: Pipeline, setting: dict[str, bool]) -> None:
+    size = {"height": SIDE, "width": SIDE}
+    with pytest.raises(ValueError, match="processor"):
+        Pipeline(pipeline.model, ImageGPTImageProcessor(clusters=pipeline.processor.clusters, size=size, **setting))
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialised")
+def test_a_checkpoint_without_a_head_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.model.transformer.save_pretrained(tmp_path)
+    pipeline.processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_completions_have_streams_of_their_own(pipeline: Pipeline) -> None:
+    """With nothing kept they are samples, but not those of the same seed."""
+    completed = pipeline.complete(photograph(), keep=0.0, n=3, seed=5)
+    assert not torch.equal(completed.tokens, pipeline.sample(3, seed=5).tokens)
+
+
+def test_files_are_opened(pipeline: Pipeline, tmp_path: Path) -> None:
+    photograph().save(tmp_path / "photo.png")
+    expected = pipeline.complete(photograph(), n=1, seed=0)
+    assert torch.equal(pipeline.complete(tmp_path / "photo.png", n=1, seed=0).tokens, expected.tokens)
+    assert torch.equal(pipeline.complete([str(tmp_path / "photo.png")], n=1, seed=0).tokens, expected.tokens)
+    with pytest.raises(ValueError, match="columns"):
+        expected.grid(columns=3)
 
 
 def test_from_pretrained_reads_what_was_saved(pipeline: Pipeline, tmp_path: Path) -> None:

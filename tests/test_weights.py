@@ -199,7 +199,7 @@ OS_SYSTEM = Call(os.system, "touch {marker}")
         (lambda: in_zip(pickle.dumps(OS_SYSTEM, protocol=4)), "protocol 4"),
         (lambda: in_zip(b"\x80\x02c__builtin__\nbytearray\n\x8a\x06" + b"\0\0\0\0\0\x01" + b"\x85R."), "bytearray"),
         (lambda: in_zip(b"\x80\x02\x8a\x06" + b"\0\0\0\0\0\x01" + b"."), "holds the number 1099511627776"),
-        (lambda: in_zip(nested_tuples()), "one tuple twice"),
+        (lambda: in_zip(nested_tuples()), "same tuples again"),
         (lambda: in_zip(b"\x80\x02" + b"]" * (5 << 20) + b"."), r"data\.pkl of 5242883 bytes"),
         (lambda: in_zip(b"\x80\x02}.", compress=True), r"data\.pkl is compressed"),
         (lambda: in_zip(b"\x80\x02}.", compress=True, more={"x/data/0": b"\0" * (64 << 20)}), "zip bomb"),
@@ -222,6 +222,29 @@ def test_bad_bin(tmp_path: Path, make: Callable[[], bytes], reason: str, monkeyp
     path.write_bytes(make())
     refused(path, rf"pytorch_model\.bin: .*{reason}")
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_model.bin"]  # no {marker}: nothing ran
+
+
+def test_scan_of_other_files_than_state_dicts(tmp_path: Path) -> None:
+    """What a training run keeps: containers, plain values, and a tuple that several entries share."""
+    path = tmp_path / "train.pt"
+    betas = (0.9, 0.95)
+    value = {"model": STATE, "groups": [{"betas": betas, "lr": 0.1, "fused": None} for _ in range(3)], "seed": 99999}
+    for zipped in (True, False):
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        assert weights.scan_torch_file(path, largest=99999) == zipped
+        with pytest.raises(ValueError, match=r"^its pickle holds the number 99999; at most 99998 is believed"):
+            weights.scan_torch_file(path, largest=99998)
+    path.write_bytes(in_zip(nested_tuples()))
+    with pytest.raises(ValueError, match=r"^its pickle uses the same tuples again"):
+        weights.scan_torch_file(path, largest=1 << 32)
+    path.write_bytes(torch_bytes({"a": OS_SYSTEM}))
+    with pytest.raises(ValueError, match=r"^its pickle names posix\.system"):
+        weights.scan_torch_file(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^it is empty$"):
+        weights.scan_torch_file(path)
+    with pytest.raises(FileNotFoundError):
+        weights.scan_torch_file(tmp_path / "none")
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:

@@ -39,9 +39,13 @@ IMAGE_SUFFIXES = (
 # What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
 # Flat colours compress a few hundred times at most.
 _MAX_RATIO = 400
-_MIN_BOUND = 64 << 20
+_MIN_BOUND = 1 << 20
+
+_CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
 
 _STRENGTH = 16.0  # of the smoothing in lookup_table_nats: as many pixels as a context counts before it is seen
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass
@@ -49,9 +53,11 @@ class TokenData:
     """Images as tokens.
 
     Args:
-        tokens: (N, side * side) int64, in 0..K-1.
+        tokens: (N, side * side) integers in 0..K-1. The functions here keep them in the smallest type, uint8 for up
+            to 256 clusters; ``batch_at`` and ``image_nats`` widen what they take.
         clusters: (K, 3) float32 in [-1, 1].
         heldout: (N,) bool, images that are never trained on.
+        skipped: Files that were left out because they are not readable images.
 
     Raises:
         ValueError: Arrays that do not fit together, or nothing to train on.
@@ -60,16 +66,15 @@ class TokenData:
     tokens: Tensor
     clusters: np.ndarray
     heldout: Tensor
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         tokens, heldout = self.tokens, self.heldout
-        if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+        if tokens.ndim != 2 or tokens.dtype not in _INTEGERS or tokens.numel() == 0:
             raise ValueError(f"tokens must be (N, T) integers, got {tuple(tokens.shape)} {tokens.dtype}")
         if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens are not a square image")
-        low, high = (int(end) for end in torch.aminmax(tokens))
-        if low < 0 or high >= len(self.clusters):
-            raise ValueError(f"token {low if low < 0 else high} is not in 0..{len(self.clusters) - 1}")
+        _check_range(tokens.numpy(), len(self.clusters))
         if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
             raise ValueError("heldout must be (N,) bool with at least one image to train on")
 
@@ -85,17 +90,20 @@ class TokenData:
 
     @property
     def train_tokens(self) -> Tensor:
-        """(N_train, T) int64."""
+        """(N_train, T) of the type of ``tokens``."""
         return self.tokens[~self.heldout]
 
     @property
     def heldout_tokens(self) -> Tensor:
-        """(N_heldout, T) int64."""
+        """(N_heldout, T) of the type of ``tokens``."""
         return self.tokens[self.heldout]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the arrays."""
-        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        """SHA-256 of the arrays, the tokens as int64 whatever their type."""
+        digest = hashlib.sha256()
+        flat = self.tokens.numpy().reshape(-1)
+        for start in range(0, len(flat), _CHUNK):
+            digest.update(flat[start : start + _CHUNK].astype(np.int64).tobytes())
         digest.update(self.clusters.tobytes() + self.heldout.numpy().tobytes())
         return digest.hexdigest()
 
@@ -103,10 +111,12 @@ class TokenData:
 def load_tokens(path: str | os.PathLike[str]) -> TokenData:
     """Reads a token file: a .npz with ``tokens`` (N, T), ``clusters`` (K, 3) and ``heldout`` (N,).
 
-    Nothing is unpickled, and nothing is allocated that the file's own size does not warrant.
+    Nothing is unpickled, and the arrays are refused where they would unpack to more than 400 times the file's size
+    (1 MiB for a small file). The tokens stay as narrow as they are stored.
 
     Raises:
         FileNotFoundError: No such file.
+        MemoryError: The arrays are believed, and too large for this machine.
         ValueError: The file is not such a file; the message names it and the reason.
     """
     path = Path(path)
@@ -120,15 +130,27 @@ def load_tokens(path: str | os.PathLike[str]) -> TokenData:
             raise ValueError(f"tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
         if heldout.dtype != np.bool_:
             raise ValueError(f"heldout must be (N,) bool, got {heldout.shape} {heldout.dtype}")
-        return TokenData(
-            torch.from_numpy(tokens.astype(np.int64)), check_clusters(clusters), torch.from_numpy(heldout.copy())
-        )
-    except PermissionError:
+        palette = check_clusters(clusters)
+        return TokenData(_narrow(tokens, len(palette)), palette, torch.from_numpy(heldout.copy()))
+    except (PermissionError, MemoryError):
         raise
     # zlib.error, and whatever numpy's header parser raises on a false header, have no common class.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a token file: {reason.splitlines()[0]}") from error
+
+
+def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or high >= n_clusters:
+        raise ValueError(f"token {low if low < 0 else high} is not in 0..{n_clusters - 1}")
+
+
+def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
+    """A copy in the smallest type that holds the ids of the clusters and that torch computes with."""
+    _check_range(tokens, n_clusters)
+    dtype = next(kind for kind in (np.uint8, np.int16, np.int32, np.int64) if n_clusters - 1 <= np.iinfo(kind).max)
+    return torch.from_numpy(tokens.astype(dtype, order="C"))
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
@@ -156,7 +178,10 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{info.filename} has an unknown version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(member)
+        try:
+            shape, fortran, dtype = read(member)
+        except MemoryError as error:  # what Python's parser raises on brackets that are nested too deep
+            raise ValueError(f"{info.filename} has a header that cannot be parsed") from error
         if dtype.hasobject or dtype.kind not in "iufb":
             raise ValueError(f"{info.filename} holds {dtype}, not numbers")
         if any(length < 0 for length in shape):
@@ -210,7 +235,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: no such folder")
+        raise NotADirectoryError(f"{folder}: no such directory")
     return sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -253,7 +278,8 @@ def tokens_from_images(
             counts is the path below ``folder``.
         seed: Of the fit; the hold-out does not depend on it.
         clusters: (K, 3) floats to use instead of fitting; ``n_clusters`` must be K.
-        skip_unreadable: Leave out files that are not readable images, with a warning, instead of failing.
+        skip_unreadable: Leave out files that are not readable images, with a warning of one line for each, instead
+            of failing; ``skipped`` of the result is their number.
 
     Raises:
         NotADirectoryError: No such folder.
@@ -267,18 +293,18 @@ def tokens_from_images(
     if palette is not None and len(palette) != n_clusters:
         raise ValueError(f"n_clusters is {n_clusters}, but {len(palette)} clusters are given")
     folder = Path(folder)
-    names, pictures = _read_pictures(folder, side, skip_unreadable)
+    names, pictures, skipped = _read_pictures(folder, side, skip_unreadable)
     heldout = np.array([held_out(name, holdout) for name in names])
     if heldout.all():
         raise ValueError(f"{folder}: holdout {holdout} leaves none of the {len(names)} images to train on")
     if palette is None:
         palette = fit_clusters(pictures[~heldout], n_clusters, seed=seed)
     tokens = quantize(pictures, palette).reshape(len(pictures), -1)
-    return TokenData(torch.from_numpy(tokens), palette, torch.from_numpy(heldout))
+    return TokenData(_narrow(tokens, len(palette)), palette, torch.from_numpy(heldout), skipped)
 
 
-def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list[str], np.ndarray]:
-    """Names below the folder, and (N, side, side, 3) uint8."""
+def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list[str], np.ndarray, int]:
+    """Names below the folder, (N, side, side, 3) uint8, and how many files were skipped."""
     from igpt_fast import image as images
 
     found = find_images(folder)
@@ -287,20 +313,21 @@ def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list
         try:
             picture = images.resize(images.center_crop(images.open_image(path), 1.0), side, side)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            failures.append(reason if str(path) in reason else f"{path}: {reason}")
+            reason = str(error) or type(error).__name__
+            reason = reason if str(path) in reason else f"{path}: {reason}"
+            failures.append(" ".join(reason.splitlines()))  # even a file name may hold a line break
             continue
         names.append(path.relative_to(folder).as_posix())
         pictures.append(np.asarray(picture, dtype=np.uint8))
-    if failures:
+    if failures and not skip_unreadable:
         shown = "; ".join(failures[:3]) + ("; ..." if len(failures) > 3 else "")
-        message = f"{len(failures)} of {len(found)} images cannot be read: {shown}"
-        if not skip_unreadable:
-            raise ValueError(f"{folder}: {message}")
-        warnings.warn(f"{folder}: {message}", stacklevel=3)
+        raise ValueError(f"{folder}: {len(failures)} of {len(found)} images cannot be read: {shown}")
+    for failure in failures:
+        warnings.warn(f"skipped {failure}", stacklevel=3)
     if not pictures:
-        raise ValueError(f"{folder}: no images in it")
-    return names, np.stack(pictures)
+        reason = f"none of its {len(found)} images can be read" if found else "no images in it"
+        raise ValueError(f"{folder}: {reason}")
+    return names, np.stack(pictures), len(failures)
 
 
 def lookup_table_nats(data: TokenData, *, border: int | None = None) -> float:
@@ -349,7 +376,7 @@ def histogram_nats(data: TokenData) -> float:
 
 def _neighbours(tokens: Tensor, side: int, outside: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Left neighbour, upper neighbour and colour of every pixel, flat."""
-    grid = tokens.numpy().reshape(-1, side, side)
+    grid = tokens.numpy().reshape(-1, side, side).astype(np.int64)  # the outside may not fit their type
     padded = np.pad(grid, ((0, 0), (1, 0), (1, 0)), constant_values=outside)
     return padded[:, 1:, :-1].ravel(), padded[:, :-1, 1:].ravel(), grid.ravel()
 

@@ -21,11 +21,11 @@ class TrainConfig:
         weight_decay: Of the matrices.
         dropout: After each attention and MLP.
         clip: Largest norm of the gradient.
-        flip: Mirror half of the training images.
+        flip: Augmentation: mirror half of the training images, or not.
         shift: Largest shift of a training image along each axis, in pixels; the border repeats.
         seed: Of the initial weights, the batches, the augmentation and the dropout.
-        bf16: Autocast to bfloat16.
-        compile: Compile the network with torch.compile.
+        bf16: Precision: autocast to bfloat16, or train in float32 throughout.
+        compile: Speed: compile the network with torch.compile, or run it as it is.
         eval_every: Steps between two evaluations of the held-out images.
         save_every: Steps between two checkpoints.
 

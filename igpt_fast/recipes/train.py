@@ -15,13 +15,15 @@ import json
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ from igpt_fast.recipes.state import TrainState, same_run
 __all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats", "load_tokens", "run", "train"]
 
 LOG_EVERY = 50  # steps
-CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's folder holds
+CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's directory holds
 _MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 Progress = Callable[[dict[str, Any]], None]
@@ -55,11 +57,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def batch_at(step: int, tokens: Tensor, side: int, config: TrainConfig) -> Tensor:
-    """The augmented batch of a step, (B, T): a pass over all images before any comes again."""
+    """The augmented batch of a step, (B, T) int64: a pass over all images before any comes again."""
     n = len(tokens)
     positions = range(step * config.batch_size, (step + 1) * config.batch_size)
     chosen = [int(_permutation(n, config.seed, p // n)[p % n]) for p in positions]
-    batch = tokens[chosen].view(-1, side, side)
+    batch = tokens[chosen].long().view(-1, side, side)
     generator = torch.Generator().manual_seed(_mix(config.seed, 2, step))
     if config.flip:
         flipped = torch.rand(len(batch), generator=generator) < 0.5
@@ -78,12 +80,14 @@ def _mix(seed: int, stream: int, step: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two passes
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, 1, epoch)))
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """As an array: its elements are had in a tenth of the time that those of a tensor take."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, 1, epoch))).numpy()
 
 
 def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of each pixel in nats: (B, T) from (B, T)."""
+    """Negative log-likelihood of each pixel in nats: (B, T) from (B, T) integers."""
+    tokens = tokens.long()
     sos = torch.full_like(tokens[:, :1], model.config.sos_token_id)
     logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
@@ -116,26 +120,46 @@ def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Ad
 
 
 def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageModeling:
-    """A model for the data with the run's initial weights; it seeds torch's global generator."""
-    torch.manual_seed(config.seed)
-    model = ImageGPTForCausalImageModeling(
-        ImageGPTConfig(
-            vocab_size=data.n_clusters + 1,
-            n_positions=data.tokens.shape[1],
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            resid_pdrop=config.dropout,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
+    """A model for the data, on the CPU, with the run's initial weights.
+
+    Raises:
+        ValueError: A network that ``ImageGPTConfig`` refuses.
+    """
+    shape = ImageGPTConfig(
+        vocab_size=data.n_clusters + 1,
+        n_positions=data.tokens.shape[1],
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=config.dropout,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
+    cpu = torch.device("cpu")
+    with _own_generators(cpu):
+        _seed(config.seed, cpu)
+        model = ImageGPTForCausalImageModeling(shape)
     torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
     return model
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds what the device draws from like ``torch.manual_seed``, which would seed every other GPU as well."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _own_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, torch's global generators are the run's; afterwards they go on as if nothing had been drawn."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable) -> dict[str, Any]:
     """One optimizer step on training images (N, T); returns its record for the log.
+
+    It seeds torch's global generators of the CPU and of the model's device, for the dropout.
 
     Args:
         state: Advanced in place by one step.
@@ -147,7 +171,7 @@ def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig
         DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
     """
     step, model, device = state.step, state.model, state.model.device
-    torch.manual_seed(_mix(config.seed, 3, step))  # dropout
+    _seed(_mix(config.seed, 3, step), device)  # dropout
     batch = batch_at(step, tokens, side, config).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
         loss = nats(model, batch).mean()
@@ -179,11 +203,12 @@ def train(
 ) -> ImageGPTForCausalImageModeling:
     """Trains a model and returns it.
 
-    Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without.
+    Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without. Torch's global
+    generators are left as they were.
 
     Args:
         data: What to train and evaluate on.
-        out: Folder for ``train.pt`` (model, optimizer, step) and ``log.jsonl``.
+        out: Directory for ``train.pt`` (model, optimizer, step) and ``log.jsonl``; made with the first of them.
         config: The run.
         device: Where to train.
         resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
@@ -194,20 +219,38 @@ def train(
         DivergedError: The loss is no longer finite; ``train.pt`` is the last one saved before.
         FileNotFoundError: ``resume`` without a ``train.pt``.
         KeyboardInterrupt: On Ctrl-C.
+        NotADirectoryError, PermissionError: ``out`` cannot be made or written to.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    return _train(data, Path(out), config, device, resume, progress, stop_after)[0]
+
+
+def _train(
+    data: TokenData,
+    out: Path,
+    config: TrainConfig,
+    device: str | torch.device,
+    resume: bool,
+    progress: Progress | None,
+    stop_after: int | None = None,
+    outdated: Sequence[Path] = (),
+) -> tuple[ImageGPTForCausalImageModeling, float | None]:
+    """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
+    of the last step if it was made here."""
+    _check_writable(out)
     model = new_model(data, config).to(device)
     state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
+    output = _Output(out, outdated)
+    clock = time.monotonic()
     if resume:
-        state.load(out / CHECKPOINT)
-    clock = time.monotonic() - _cut_log(out / LOG, state.step)
+        state.load(output.checkpoint)
+        clock -= output.resume(state.step)
     train_tokens, held_tokens = data.train_tokens, data.heldout_tokens.to(device)
     nats = torch.compile(image_nats) if config.compile else image_nats
     end = config.steps if stop_after is None else min(stop_after, config.steps)
+    final = None
     model.train()
-    with _delayed_interrupt() as interrupted:
+    with _own_generators(model.device), _delayed_interrupt() as interrupted:
         while state.step < end and not interrupted():
             record = train_step(state, train_tokens, data.side, config, nats)
             step, last = state.step, state.step == config.steps
@@ -215,30 +258,76 @@ def train(
             logged = evaluated or step % LOG_EVERY == 0 or last
             if evaluated:
                 record["heldout_nats"] = evaluate(model, held_tokens)
+                final = record["heldout_nats"] if last else None
             if logged:
                 record["seconds"] = round(time.monotonic() - clock, 2)
-                _append(out / LOG, record)
+                output.append(record)
             # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
             if step % config.save_every == 0:
-                state.save(out / CHECKPOINT)
+                output.save(state)
             if logged and progress is not None:
-                _tell(progress, record, state, out / CHECKPOINT)
-        if state.saved != state.step:
-            state.save(out / CHECKPOINT)
-    return model.eval()
+                _tell(progress, record, state, output)
+        if state.step and state.saved != state.step:
+            output.save(state)
+    return model.eval(), final
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(record) + "\n")
+class _Output:
+    """The log and the checkpoint of a run. Its directory is made, and an outdated run in it removed, only when the
+    first of them is written: a run that fails before costs nothing.
+
+    Args:
+        out: The directory.
+        outdated: Files to remove.
+    """
+
+    def __init__(self, out: Path, outdated: Sequence[Path]) -> None:
+        self.checkpoint, self.log = out / CHECKPOINT, out / LOG
+        self._outdated = outdated
+        self._begun = False
+
+    def resume(self, step: int) -> float:
+        """Goes on after ``step``; returns the seconds that the run took so far."""
+        self._begun = True
+        return _cut_log(self.log, step)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record to the log."""
+        self._begin()
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+
+    def save(self, state: TrainState) -> None:
+        """Writes the checkpoint."""
+        self._begin()
+        state.save(self.checkpoint)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            for path in self._outdated:
+                path.unlink(missing_ok=True)
+            _cut_log(self.log, 0)
+            self._begun = True
 
 
-def _tell(progress: Progress, record: dict[str, Any], state: TrainState, checkpoint: Path) -> None:
+def _check_writable(out: Path) -> None:
+    """Fails now rather than after the first steps when ``out`` cannot be made or written to; leaves no trace."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing}: is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
+
+
+def _tell(progress: Progress, record: dict[str, Any], state: TrainState, output: _Output) -> None:
     """Calls ``progress``, which may be where a program notices that it shall stop."""
     try:
         progress(record)
     except KeyboardInterrupt:
-        state.save(checkpoint)
+        output.save(state)
         raise
 
 
@@ -303,10 +392,10 @@ def run(
 
     Args:
         data: What to train and evaluate on.
-        out: Folder of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
+        out: Directory of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
         config, device, progress: See ``train``.
         resume: Continue the run in ``out``.
-        overwrite: Start afresh where ``out`` holds a run; its files are removed.
+        overwrite: Start afresh where ``out`` holds a run; its files are removed when the first new one is written.
         save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
 
     Returns:
@@ -320,18 +409,15 @@ def run(
     out = Path(out)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out}: is not a folder")
     before = [path for path in _run_files(out) if path.exists()]
-    if before and not resume:
-        if not overwrite:
-            raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
-        for path in before:
-            path.unlink()
-    model = train(data, out, config, device=device, resume=resume, progress=progress)
+    if before and not (resume or overwrite):
+        raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+    model, nats = _train(data, out, config, device, resume, progress, outdated=before if overwrite else ())
     export(model, data, out / MODEL, save_dtype)
     _draw_samples(out)
     held = data.heldout_tokens
+    if nats is None and len(held):  # a finished run, resumed
+        nats = evaluate(model, held)
     return {
         "model": str(out / MODEL),
         "samples": str(out / SAMPLES),
@@ -339,14 +425,14 @@ def run(
         "steps": config.steps,
         "images": len(data.tokens),
         "heldout_images": len(held),
-        "heldout_nats": evaluate(model, held) if len(held) else None,
+        "heldout_nats": nats,
         "lookup_table_nats": lookup_table_nats(data) if len(held) else None,
         "histogram_nats": histogram_nats(data) if len(held) else None,
     }
 
 
 def _run_files(out: Path) -> list[Path]:
-    """The files of a run, by name: a folder that holds other things as well loses none of them."""
+    """The files of a run, by name: a directory that holds other things as well loses none of them."""
     return [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
 
 

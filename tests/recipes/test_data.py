@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from igpt_fast.recipes import data as data_module
 from igpt_fast.recipes.data import (
     TokenData,
     find_images,
@@ -38,7 +39,8 @@ def test_token_files_come_back(tmp_path: Path, k: int, dtype: str) -> None:
     data.tokens[0, 0] = k - 1
     save_tokens(data, tmp_path / "a.npz", names=[f"n{i}" for i in range(12)])
     again = load_tokens(tmp_path / "a.npz")
-    assert torch.equal(again.tokens, data.tokens)
+    assert torch.equal(again.tokens.long(), data.tokens)
+    assert again.tokens.element_size() == np.dtype(dtype).itemsize
     assert torch.equal(again.heldout, data.heldout)
     assert np.array_equal(again.clusters, data.clusters)
     assert again.fingerprint() == data.fingerprint()
@@ -166,8 +168,67 @@ def test_zip_bombs_and_false_headers_are_refused(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "flat.npz"
+    claims = {"descr": "|u1", "fortran_order": False, "shape": (63 << 12, 1 << 8)}
+    _npz(path, claims, b"\0" * (63 << 20))
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="claims to unpack to"):
+        load_tokens(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    # What is believed is held as narrow as it was stored, the fingerprint notwithstanding.
+    arrays = {**_arrays(), "tokens": np.zeros((1 << 16, 256), np.uint8), "heldout": np.zeros(1 << 16, bool)}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    tracemalloc.reset_peak()
+    assert load_tokens(path).fingerprint()
+    assert tracemalloc.get_traced_memory()[1] < 5 * (16 << 20)
+    tracemalloc.stop()
+
+
+def test_memory_that_is_short_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.npz"
+    save_tokens(some(), path)
+
+    def short(*args: object) -> None:
+        raise MemoryError("Unable to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "_narrow", short)
+        with pytest.raises(MemoryError, match="Unable to allocate"):
+            load_tokens(path)
+    # Python's parser has the same error for a header that it cannot parse.
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", short)
+    with pytest.raises(ValueError, match=r"a\.npz: not a token file: tokens\.npy has a header that cannot be parsed"):
+        load_tokens(path)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "<u2", ">u2", ">i4", "u4", "<i8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_tokens_of_any_integer_type(tmp_path: Path, dtype: str, order: str) -> None:
+    """The type they are stored in changes neither the tokens nor the fingerprint."""
+    arrays = _arrays()
+    arrays["tokens"] = np.array(arrays["tokens"], dtype=dtype, order=order)  # type: ignore[call-overload]
+    np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    data = load_tokens(tmp_path / "a.npz")
+    assert data.tokens.dtype == torch.uint8
+    assert torch.equal(data.tokens.long(), some().tokens)
+    assert data.fingerprint() == some().fingerprint()
+
+
+def test_baselines_with_as_many_colours_as_the_type_holds() -> None:
+    wide = some(n=40, k=256)
+    narrow = TokenData(wide.tokens.to(torch.uint8), wide.clusters, wide.heldout)
+    assert lookup_table_nats(narrow) == lookup_table_nats(wide)
+    assert histogram_nats(narrow) == histogram_nats(wide)
+
+
 def test_bundled_data() -> None:
     data = load_tokens(BUNDLED)
+    # Training states name it; another value would make them useless.
+    assert data.fingerprint() == "ff27a49fd7cd6ad7d4441cafaa7a4e80addaf7da1545996f7aee67d5b92c4248"
     assert (len(data.tokens), data.side, data.n_clusters, int(data.heldout.sum())) == (3812, 16, 128, 380)
     assert data.clusters[0].tolist() == [1.0, 1.0, 1.0]
     # Both sets hold out the same emoji.
@@ -202,7 +263,7 @@ def test_find_images(folder: Path, tmp_path: Path) -> None:
     assert {path.suffix for path in found} == {".png", ".bmp"}
     picture((1, 2, 3)).save(folder / "UPPER.JPG")
     assert folder / "UPPER.JPG" in find_images(folder)
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError, match="no such directory"):
         find_images(tmp_path / "none")
 
 
@@ -254,16 +315,22 @@ def test_holdout_is_stable_when_files_are_added(folder: Path) -> None:
 def test_unreadable_images_are_named(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 20)
     (folder / "text.jpg").write_text("hello")
-    with pytest.raises(ValueError, match=r"2 of 22 images cannot be read: .*broken\.png.*text\.jpg"):
+    (folder / "line\nbreak.gif").write_text("hello")
+    with pytest.raises(ValueError, match=r"3 of 23 images cannot be read: .*broken\.png.*text\.jpg"):
         tokens_from_images(folder, 2, 4)
-    with pytest.warns(UserWarning, match="2 of 22 images cannot be read"):
+    with pytest.warns(UserWarning, match="^skipped") as caught:
         data = tokens_from_images(folder, 2, 4, skip_unreadable=True)
     assert len(data.tokens) == 20
+    assert data.skipped == 3
+    lines = [str(warning.message) for warning in caught]
+    for line, name in zip(lines, ("broken.png", "line break.gif", "text.jpg"), strict=True):
+        assert line == f"skipped {folder / name}: not a readable image: no known image format"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (folder / "broken.png").unlink()
         (folder / "text.jpg").unlink()
-        tokens_from_images(folder, 2, 4, skip_unreadable=True)
+        (folder / "line\nbreak.gif").unlink()
+        assert tokens_from_images(folder, 2, 4, skip_unreadable=True).skipped == 0
 
 
 def test_tokens_from_images_refuses(folder: Path, tmp_path: Path) -> None:
@@ -275,6 +342,10 @@ def test_tokens_from_images_refuses(folder: Path, tmp_path: Path) -> None:
         tokens_from_images(folder, 2, 50)
     with pytest.raises(ValueError, match="n_clusters is 4, but 2 clusters"):
         tokens_from_images(folder, 2, 4, clusters=np.eye(3, dtype=np.float32)[:2])
+    (tmp_path / "false").mkdir()
+    (tmp_path / "false" / "a.png").write_text("hello")
+    with pytest.warns(UserWarning, match="a.png"), pytest.raises(ValueError, match="none of its 1 images can be read"):
+        tokens_from_images(tmp_path / "false", 2, 4, skip_unreadable=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
         tokens_from_images(tmp_path / "empty", 2, 4)

@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,8 +181,109 @@ def test_an_existing_run_is_safe(tiny: TokenData, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(NotADirectoryError):
-        run(tiny, file, config)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for place in (file, file / "below", tmp_path / "dangling"):
+        with pytest.raises(NotADirectoryError, match="is not a directory"):
+            run(tiny, place, dataclasses.replace(config, steps=10**9))
+
+
+@pytest.mark.parametrize("fault", ["model", "first step", "write"])
+def test_overwriting_costs_nothing_until_there_is_something_new(
+    tiny: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    run(tiny, tmp_path, dataclasses.replace(TINY, steps=2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = dataclasses.replace(TINY, n_layer=99_999_999) if fault == "model" else TINY
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("n_layer, or the device is out of memory")
+
+    if fault != "model":
+        monkeypatch.setattr(recipe, "train_step" if fault == "first step" else "_check_writable", broken)
+    with pytest.raises(ValueError, match="n_layer"):
+        run(tiny, tmp_path, config, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_no_directory_before_there_is_something_to_write(
+    tiny: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs" / "a"
+    with pytest.raises(FileNotFoundError, match=r"train\.pt: no such file; there is no run to resume"):
+        run(tiny, out, TINY, resume=True)
+    with pytest.raises(ValueError, match="n_layer"):
+        run(tiny, out, dataclasses.replace(TINY, n_layer=99_999_999))
+
+    def early(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    for place in ("new_model", "train_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe, place, early)
+            if place == "train_step":  # a second one, which acts at once
+                patch.setattr(recipe, place, lambda *args: (early(), early()))
+            with pytest.raises(KeyboardInterrupt):
+                run(tiny, out, TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_gives_the_same_files(tiny: TokenData, tmp_path: Path) -> None:
+    from igpt_fast.pipeline import Pipeline
+
+    config = dataclasses.replace(TINY, dropout=0.2)
+
+    def stop(record: dict) -> None:
+        raise KeyboardInterrupt
+
+    summary = run(tiny, tmp_path / "straight", config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "cut", config, progress=stop)
+    again = run(tiny, tmp_path / "cut", config, resume=True)
+    for name in ("model/model.safetensors", "model/config.json", "model/preprocessor_config.json", "samples.png"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    places = ("model", "samples")
+    assert {k: v for k, v in again.items() if k not in places} == {k: v for k, v in summary.items() if k not in places}
+    pipeline = Pipeline.from_pretrained(tmp_path / "cut" / "model", device="cpu")
+    assert pipeline.sample(2, seed=0).tokens.shape == (2, 16)
+    with Image.open(tmp_path / "cut" / "samples.png") as picture:
+        picture.load()
+
+
+def test_held_out_images_are_evaluated_once(tiny: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def counting(*args: Any) -> float:
+        calls.append(evaluate(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(recipe, "evaluate", counting)
+    summary = run(tiny, tmp_path, TINY)
+    assert len(calls) == 2  # at steps 10 and 20
+    assert summary["heldout_nats"] == calls[-1] == records(tmp_path)[-1]["heldout_nats"]
+    assert run(tiny, tmp_path, TINY, resume=True)["heldout_nats"] == calls[-1]  # already at its end
+    assert len(calls) == 3
+
+
+def test_the_callers_random_numbers_go_on(tiny: TokenData, tmp_path: Path) -> None:
+    devices = range(torch.cuda.device_count())
+    torch.manual_seed(5)
+    before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    train(tiny, tmp_path / "cpu", dataclasses.replace(TINY, steps=2, dropout=0.5))
+    recipe.new_model(tiny, TINY)
+    if devices:
+        train(tiny, tmp_path / "cuda", dataclasses.replace(TINY, steps=2, dropout=0.5), device="cuda")
+    after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_the_type_of_the_tokens_does_not_matter(tiny: TokenData, tmp_path: Path) -> None:
+    narrow = TokenData(tiny.tokens.to(torch.uint8), tiny.clusters, tiny.heldout)
+    train(tiny, tmp_path / "wide", TINY)
+    train(narrow, tmp_path / "narrow", TINY, stop_after=7)
+    train(tiny, tmp_path / "narrow", TINY, resume=True)
+    assert_same_state(tmp_path / "wide", tmp_path / "narrow")
+    assert records(tmp_path / "wide") == records(tmp_path / "narrow")
+    assert batch_at(0, narrow.tokens, 4, TINY).dtype == torch.int64
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -520,6 +622,11 @@ def test_evaluate_is_without_dropout_and_leaves_the_mode(tiny: TokenData) -> Non
 def test_settings_are_checked(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         TrainConfig(**{field: value})
+
+
+def test_messages_begin_with_the_settings_name() -> None:
+    with pytest.raises(ValueError, match=r"^steps is 0; want 1 or more$"):
+        TrainConfig(steps=0)
 
 
 def test_largest_seed(tiny: TokenData) -> None:

@@ -1,0 +1,318 @@
+"""The commands of ``igpt``: functions with typed signatures, which ``cli.py`` turns into a command line.
+
+Results go to stdout, progress to stderr. Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from igpt_fast import terminal
+from igpt_fast.recipes.settings import TrainConfig
+from igpt_fast.terminal import ANIMATION_SUFFIXES, GRID_SUFFIXES, Drawing
+
+Paths = Positional[tuple[Path, ...]]
+
+
+def sample(
+    n: Annotated[int, arg(aliases=["-n"])] = 16,
+    out: Path = Path("samples.png"),
+    gif: Path | None = None,
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008 - a frozen value
+    columns: int | None = None,
+    scale: int | None = None,
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Draw images and write them as a grid.
+
+    Args:
+        n: Number of images.
+        out: Grid to write; .png, .jpg, .webp or .bmp.
+        gif: Also write the grid being drawn; .gif or .apng.
+        drawing: How they are drawn.
+        columns: Images in a row of the grid.
+        scale: Edge of a pixel in the grid.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    terminal.check_output(out, force, GRID_SUFFIXES)
+    terminal.check_output(gif, force, ANIMATION_SUFFIXES)
+    terminal.check_drawing(n, drawing)
+    pipeline = terminal.load_pipeline(drawing)
+    terminal.rehearse(pipeline, out, n, 0, columns, scale)
+    with terminal.progress_bar("sampling") as progress:
+        generation = terminal.saving_on_interrupt(
+            lambda: pipeline.sample(
+                n,
+                progress=progress,
+                **terminal.settings(drawing),
+            ),
+            lambda partial: terminal.write_grid(partial, out, gif, columns, scale, json, progress.seconds, pipeline),
+        )
+    terminal.write_grid(generation, out, gif, columns, scale, json, progress.seconds, pipeline)
+
+
+def complete(
+    images: Paths,
+    keep: float = 0.5,
+    n: Annotated[int, arg(aliases=["-n"])] = 4,
+    out: Path = Path("completions.png"),
+    gif: Path | None = None,
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008 - a frozen value
+    scale: int | None = None,
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Complete images of which the upper part is kept; one row each: input, kept part, completions, original.
+
+    Args:
+        images: Image files of any size; the middle is cut out in the model's aspect and resized.
+        keep: Fraction of the rows that is kept, 0 or above and below 1.
+        n: Completions of each image.
+        out: Grid to write; .png, .jpg, .webp or .bmp.
+        gif: Also write the grid being drawn; .gif or .apng.
+        drawing: How they are drawn.
+        scale: Edge of a pixel in the grid.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    terminal.check_output(out, force, GRID_SUFFIXES)
+    terminal.check_output(gif, force, ANIMATION_SUFFIXES)
+    terminal.check_images(images)
+    terminal.check_drawing(n, drawing)
+    pipeline = terminal.load_pipeline(drawing)
+    from igpt_fast.pipeline import kept_rows
+
+    with terminal.as_usage():
+        kept_rows(keep, pipeline.processor.height)
+    terminal.rehearse(pipeline, out, n, len(images), None, scale)
+    with terminal.progress_bar("completing") as progress:
+        generation = pipeline.complete(
+            images,
+            keep=keep,
+            n=n,
+            progress=progress,
+            **terminal.settings(drawing),
+        )
+    terminal.write_grid(generation, out, gif, None, scale, json, progress.seconds, pipeline)
+
+
+def quantize(
+    images: Paths,
+    out: Path = Path("tokens.npy"),
+    clusters: Path | None = None,
+    model: str | None = None,
+    side: int | None = None,
+    preview: Path | None = None,
+    device: str | None = None,
+    backend: str = "auto",
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Turn images into colour tokens: an (N, H, W) uint16 array in a .npy file.
+
+    Args:
+        images: Image files; the square in the middle is cut out and resized.
+        out: The .npy file to write.
+        clusters: Colours to use: a .npy file of (K, 3) floats in [-1, 1], or a preprocessor_config.json.
+        model: Directory or hub id whose colours and size to use; the bundled emoji model if neither is given.
+        side: Edge of the images in pixels; 0 takes a single image as it is; the model's if not given.
+        preview: Also write the images in their new colours, as a grid.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        backend: auto, reference, cpu or cuda; see igpt env.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    if clusters is not None and model is not None:
+        raise terminal.UsageError("give --clusters or --model, not both")
+    if side is not None and not 0 <= side <= 4096:
+        raise terminal.UsageError(f"--side is {side}; want 0..4096")
+    if side == 0 and len(images) > 1:
+        raise terminal.UsageError("--side 0 takes a single image")
+    terminal.check_output(out, force, (".npy",))
+    terminal.check_output(preview, force, GRID_SUFFIXES)
+    terminal.check_images(images)
+    terminal.choose_backend(backend)
+    device_ = terminal.choose_device(device)
+    import numpy as np
+    import torch
+
+    from igpt_fast import files
+    from igpt_fast import image as images_module
+
+    palette, default_side = terminal.read_palette(clusters, model)
+    pixels = np.stack([terminal.read_square(path, default_side if side is None else side) for path in images])
+    colours = torch.from_numpy(pixels).to(device_)
+    start = time.perf_counter()
+    tokens = images_module.quantize(colours, palette).cpu().numpy()
+    seconds = time.perf_counter() - start
+    with files.replacing(out, overwrite=force) as partial, partial.open("wb") as file:
+        np.save(file, tokens.astype(np.uint16), allow_pickle=False)
+    if preview is not None:
+        decoded = images_module.dequantize(tokens, palette)
+        images_module.save_image(images_module.image_grid(list(decoded)), preview, overwrite=force)
+    used = len(np.unique(tokens))
+    terminal.report(
+        json,
+        {"out": str(out), "shape": list(tokens.shape), "colours": len(palette), "used": used, "seconds": seconds},
+        f"{out}: {' x '.join(map(str, tokens.shape))} tokens, {used} of {len(palette)} colours used",
+    )
+
+
+def clusters(
+    images: Paths,
+    n_clusters: Annotated[int, arg(aliases=["-k"])] = 512,
+    out: Path = Path("clusters.npy"),
+    side: int = 32,
+    seed: int = 0,
+    preview: Path | None = None,
+    skip_unreadable: bool = False,
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Fit colour clusters to images, by mini-batch k-means; needs scikit-learn.
+
+    Args:
+        images: Image files, and directories that are searched for them.
+        n_clusters: Number of clusters.
+        out: The .npy file to write: (K, 3) float32 in [-1, 1].
+        side: The square in the middle of each image is resized to this edge before its colours are counted.
+        seed: Of the fit.
+        preview: Also write the colours as a picture.
+        skip_unreadable: Leave out files of a directory that are not readable images, instead of failing.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    if not 1 <= side <= 4096:
+        raise terminal.UsageError(f"--side is {side}; want 1..4096")
+    if not images:
+        raise terminal.UsageError("give at least one image file or directory")
+    terminal.check_output(out, force, (".npy",))
+    terminal.check_output(preview, force, GRID_SUFFIXES)
+    import numpy as np
+
+    from igpt_fast import image as images_module
+    from igpt_fast.recipes.data import find_images
+
+    squares, skipped = [], 0
+    for item in images:
+        for path in find_images(item) if item.is_dir() else [item]:
+            try:
+                squares.append(terminal.read_square(path, side))
+            except ValueError as error:
+                if not (skip_unreadable and item.is_dir()):
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                skipped += 1
+    if not squares:
+        raise ValueError(f"{images[0]}: no images in it")
+    fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed)
+    images_module.save_clusters(fitted, out, overwrite=force)
+    if preview is not None:
+        colours = images_module.dequantize(np.arange(n_clusters), fitted)
+        patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
+        images_module.save_image(images_module.image_grid(patches, 32, gap=0), preview, overwrite=force)
+    terminal.report(
+        json,
+        {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped},
+        f"{out}: {n_clusters} clusters of the colours of {len(squares)} images",
+    )
+
+
+def train(
+    data: Positional[Path | None] = None,
+    out: Path = Path("runs/train"),
+    side: int | None = None,
+    n_clusters: Annotated[int | None, arg(aliases=["-k"])] = None,
+    clusters: Path | None = None,
+    holdout: float | None = None,
+    skip_unreadable: bool = False,
+    resume: bool = False,
+    device: str | None = None,
+    backend: str = "auto",
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Train a model: images, colour clusters, tokens, network; writes a checkpoint that all commands take.
+
+    Args:
+        data: A directory of images, or a token file (.npz with tokens, clusters, heldout); the bundled emoji if
+            not given.
+        out: Directory for model/, samples.png, log.jsonl and the training state.
+        side: For a directory: edge that the square in the middle of each image is resized to; 32 if not given.
+        n_clusters: For a directory: how many colours are fitted to its images; 512 if not given.
+        clusters: For a directory: a .npy file of colours to use instead of fitting some.
+        holdout: For a directory: fraction of the images that is held out for evaluation; 0.1 if not given.
+        skip_unreadable: For a directory: leave out files that are not readable images, instead of failing.
+        resume: Continue an interrupted run bit for bit; the settings must be the same.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        backend: auto, reference, cpu or cuda; see igpt env.
+        config: The run.
+        json: Print one JSON object.
+        force: Start afresh in a directory that holds a run.
+    """
+    if resume and force:
+        raise terminal.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
+    preparation = {"--side": side, "--n-clusters": n_clusters, "--clusters": clusters, "--holdout": holdout}
+    given = [name for name, value in preparation.items() if value is not None]
+    if (data is None or data.is_file()) and (given or skip_unreadable):
+        names = ", ".join(given or ["--skip-unreadable"])
+        raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
+    if clusters is not None and n_clusters is not None:
+        raise terminal.UsageError("give --clusters or --n-clusters, not both")
+    if side is not None and not 1 <= side <= 256:
+        raise terminal.UsageError(f"--side is {side}; want 1..256")
+    if holdout is not None and not 0.0 <= holdout < 1.0:
+        raise terminal.UsageError(f"--holdout is {holdout}; want a fraction in [0, 1)")
+    terminal.choose_backend(backend)
+    device_ = terminal.choose_device(device)
+    from igpt_fast.image import load_clusters
+    from igpt_fast.pipeline import BUNDLED
+    from igpt_fast.recipes import data as data_module
+    from igpt_fast.recipes import train as recipe
+
+    if data is not None and data.is_dir():
+        palette = None if clusters is None else load_clusters(clusters)
+        tokens = data_module.tokens_from_images(
+            data,
+            side or 32,
+            len(palette) if palette is not None else n_clusters or 512,
+            holdout=0.1 if holdout is None else holdout,
+            seed=config.seed,
+            clusters=palette,
+            skip_unreadable=skip_unreadable,
+        )
+    else:
+        tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data)
+
+    def progress(record: dict[str, Any]) -> None:
+        print(json_module.dumps(record), file=sys.stderr, flush=True)
+
+    summary = recipe.run(tokens, out, config, device=device_, resume=resume, overwrite=force, progress=progress)
+    terminal.report(
+        json,
+        summary,
+        f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
+        f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
+        f" (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})",
+    )
+
+
+def env(json: bool = False) -> None:
+    """Show versions, build, devices, instruction sets, and which implementation of every op is live and why.
+
+    Args:
+        json: Print one JSON object.
+    """
+    from igpt_fast import backend
+
+    report = backend.config()
+    print(json_module.dumps(report, indent=2) if json else backend.format_config(report))
