@@ -6,6 +6,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,14 +236,15 @@ def replacing_together(
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target}: exists already")
     names = {_partial_name(target): target for target in targets}
-    partials: list[Path] = []
+    partials: dict[Path, int] = {}  # with the permissions that the system gives any new file
     try:
         for partial in names:
-            # Not tempfile's: here the system gives the file the permissions that any new one has.
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            partials.append(partial)
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            partials[partial] = stat.S_IMODE(os.fstat(handle).st_mode)
+            os.close(handle)
         yield list(partials)
-        for partial in partials:
+        for partial, mode in partials.items():
+            partial.chmod(mode)  # a library may have put a private file of its own in its place, as safetensors does
             _to_disk(partial)
         for path in outdated:
             path.unlink(missing_ok=True)

@@ -149,7 +149,8 @@ class Generation:
             pictures = [given]
             pictures += [self._partly(row, row.shape[0] if drawn is None else drawn) for row in completions]
             pictures += self.processor.decode(original[None])
-            cells.append(self.inputs[i].resize(size, Image.Resampling.LANCZOS))
+            smaller = self.inputs[i].width <= self.processor.width  # its pixels are to be seen, as the others' are
+            cells.append(self.inputs[i].resize(size, Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
             cells += [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
         return images_module.image_grid(cells, per_input + 3, gap=scale)
 

@@ -541,3 +541,11 @@ print(peak() - before)
         assert re.search(reason, message), message
     assert int(absurd) < 50e6
     assert size < int(good) < 2.2 * size
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """safetensors makes its file private, whatever the umask."""
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}

@@ -244,4 +244,4 @@ def test_the_bundled_model_is_small_and_knows_its_data() -> None:
     bundled = Pipeline.from_pretrained()
     data = load_tokens(BUNDLED.parent / "emoji16.npz")
     assert np.array_equal(np.asarray(bundled.processor.clusters), data.clusters)
-    assert evaluate(bundled.model, data.tokens[data.heldout][::4]) < 1.4
+    assert evaluate(bundled.model, data.tokens[data.heldout][::4]) < 1.2
