@@ -13,12 +13,13 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test lint format bench clean help
+.PHONY: sample test mutate lint format bench clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make sample  install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test    install with the development extra, and run the tests"
+	@echo "make mutate  check that the kernel tests find known mistakes; compiles each"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   benchmarks against transformers; writes into benchmarks/results/"
@@ -29,6 +30,9 @@ sample: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+mutate: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m mutation tests/emulator
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

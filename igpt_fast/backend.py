@@ -215,7 +215,7 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
         (implementation, reason); the reason is empty when the native one runs.
     """
     if op in TORCH_OPS:
-        return TORCH_OPS[op], "no native kernel in this version"
+        return TORCH_OPS[op], "no native kernel is connected in this version"
     chosen = get_backend()
     if chosen == "reference":
         return "reference", "the backend 'reference' is chosen"

@@ -85,6 +85,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize(("mutation", "check"), MUTATIONS, ids=[mutation.name for mutation, _ in MUTATIONS])
 def test_is_found(mutation: Mutation, check: Check, emulated: Kernels) -> None:
     if isinstance(check, tuple):
