@@ -255,7 +255,9 @@ def scan_torch_file(path: Path, *, largest: int | None = None) -> bool:
                 _scan_pickle(_zip_pickle(file, size), largest)
             else:
                 _scan_legacy(file, largest)
-        except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # what zipfile and pickletools raise on damage is not documented: EOFError, ...
             raise ValueError((None if zipped else _what_it_is(head)) or files.first_line(error)) from error
     return zipped
 

@@ -278,6 +278,21 @@ def test_any_damage_is_a_value_error_or_harmless(tmp_path: Path, kind: str, data
         assert value.numel() <= len(content)
 
 
+def test_a_damaged_zip_header(tmp_path: Path) -> None:
+    """Found by the test above: zipfile raises EOFError where it has to skip more than there is."""
+    good = torch_bytes(STATE, _use_new_zipfile_serialization=True)
+    for at in range(len(good)):
+        for value in (0, 1, 29, 128, 255):
+            if at < 64 or at > len(good) - 64:
+                content = bytearray(good)
+                content[at] = value
+                (tmp_path / "pytorch_model.bin").write_bytes(content)
+                try:
+                    weights.open_weights(tmp_path)
+                except ValueError as error:
+                    assert "pytorch_model.bin" in str(error)
+
+
 # --- sharded -----------------------------------------------------------------------------------------------------
 
 
