@@ -287,10 +287,12 @@ def test_a_damaged_zip_header(tmp_path: Path) -> None:
                 content = bytearray(good)
                 content[at] = value
                 (tmp_path / "pytorch_model.bin").write_bytes(content)
+                reason = "pytorch_model.bin"
                 try:
                     weights.open_weights(tmp_path)
                 except ValueError as error:
-                    assert "pytorch_model.bin" in str(error)
+                    reason = str(error)
+                assert "pytorch_model.bin" in reason
 
 
 # --- sharded -----------------------------------------------------------------------------------------------------
