@@ -49,14 +49,10 @@ def sample(
     terminal.rehearse(pipeline, out, n, 0, columns, scale)
     with terminal.progress_bar("sampling") as progress:
         generation = terminal.saving_on_interrupt(
-            lambda: pipeline.sample(
-                n,
-                progress=progress,
-                **terminal.settings(drawing),
-            ),
-            lambda partial: terminal.write_grid(partial, out, gif, columns, scale, json, progress.seconds, pipeline),
+            lambda: pipeline.sample(n, progress=progress, **terminal.settings(drawing)),
+            lambda partial: terminal.write_grid(partial, out, gif, columns, scale, json, force, progress.seconds),
         )
-    terminal.write_grid(generation, out, gif, columns, scale, json, progress.seconds, pipeline)
+    terminal.write_grid(generation, out, gif, columns, scale, json, force, progress.seconds)
 
 
 def complete(
@@ -94,14 +90,11 @@ def complete(
         kept_rows(keep, pipeline.processor.height)
     terminal.rehearse(pipeline, out, n, len(images), None, scale)
     with terminal.progress_bar("completing") as progress:
-        generation = pipeline.complete(
-            images,
-            keep=keep,
-            n=n,
-            progress=progress,
-            **terminal.settings(drawing),
+        generation = terminal.saving_on_interrupt(
+            lambda: pipeline.complete(images, keep=keep, n=n, progress=progress, **terminal.settings(drawing)),
+            lambda partial: terminal.write_grid(partial, out, gif, None, scale, json, force, progress.seconds),
         )
-    terminal.write_grid(generation, out, gif, None, scale, json, progress.seconds, pipeline)
+    terminal.write_grid(generation, out, gif, None, scale, json, force, progress.seconds)
 
 
 def quantize(
@@ -192,6 +185,9 @@ def clusters(
     """
     if not 1 <= side <= 4096:
         raise terminal.UsageError(f"--side is {side}; want 1..4096")
+    terminal.check_clusters(n_clusters)
+    if not 0 <= seed < 1 << 32:
+        raise terminal.UsageError(f"--seed is {seed}; want 0..2^32-1")
     if not images:
         raise terminal.UsageError("give at least one image file or directory")
     terminal.check_output(out, force, (".npy",))
@@ -236,6 +232,7 @@ def train(
     skip_unreadable: bool = False,
     resume: bool = False,
     device: str | None = None,
+    dtype: str = "float32",
     backend: str = "auto",
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
     json: bool = False,
@@ -254,6 +251,7 @@ def train(
         skip_unreadable: For a directory: leave out files that are not readable images, instead of failing.
         resume: Continue an interrupted run bit for bit; the settings must be the same.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.
         json: Print one JSON object.
@@ -268,17 +266,24 @@ def train(
         raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
     if clusters is not None and n_clusters is not None:
         raise terminal.UsageError("give --clusters or --n-clusters, not both")
+    if n_clusters is not None:
+        terminal.check_clusters(n_clusters)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise terminal.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
     if side is not None and not 1 <= side <= 256:
         raise terminal.UsageError(f"--side is {side}; want 1..256")
     if holdout is not None and not 0.0 <= holdout < 1.0:
         raise terminal.UsageError(f"--holdout is {holdout}; want a fraction in [0, 1)")
     terminal.choose_backend(backend)
     device_ = terminal.choose_device(device)
+    import torch
+
     from igpt_fast.image import load_clusters
     from igpt_fast.pipeline import BUNDLED
     from igpt_fast.recipes import data as data_module
     from igpt_fast.recipes import train as recipe
 
+    recipe.check_directory(out, resume=resume, overwrite=force)  # before the images are read, which takes its time
     if data is not None and data.is_dir():
         palette = None if clusters is None else load_clusters(clusters)
         tokens = data_module.tokens_from_images(
@@ -296,7 +301,16 @@ def train(
     def progress(record: dict[str, Any]) -> None:
         print(json_module.dumps(record), file=sys.stderr, flush=True)
 
-    summary = recipe.run(tokens, out, config, device=device_, resume=resume, overwrite=force, progress=progress)
+    summary = recipe.run(
+        tokens,
+        out,
+        config,
+        device=device_,
+        resume=resume,
+        overwrite=force,
+        save_dtype=getattr(torch, dtype),
+        progress=progress,
+    )
     terminal.report(
         json,
         summary,

@@ -340,16 +340,22 @@ class Pipeline:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "batch_size": batch_size,
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
         }
         parts: list[Drawn] = []
 
-        def collect() -> Generation:
-            drawn = torch.cat([part.tokens for part in parts])
-            logprobs = torch.cat([part.logprobs for part in parts])
-            done = len(drawn)
+        def collect(inputs: int | None = None) -> Generation:
+            """What has been drawn; for completions that are not finished, of the first ``inputs`` inputs."""
+            rest = dict(extra or {})
+            if inputs is not None:
+                rest |= {"inputs": rest["inputs"][:inputs], "originals": rest["originals"][:inputs]}
+            done = sum(len(part.tokens) for part in parts) if inputs is None else inputs * settings["n"]
+            drawn = torch.cat([part.tokens for part in parts])[:done]
+            logprobs = torch.cat([part.logprobs for part in parts])[:done]
             tokens = torch.cat([given[:done], drawn], dim=1)
             logprobs = torch.cat([torch.full((done, first), torch.nan), logprobs], dim=1)
-            return Generation(tokens, logprobs, self.processor, seed, settings, **(extra or {}))
+            return Generation(tokens, logprobs, self.processor, seed, settings, **rest)
 
         try:
             for start in range(0, n, batch_size):
@@ -365,8 +371,9 @@ class Pipeline:
                 drawn = decode(self.model, context.to(self.device), uniforms, sampling, report)
                 parts.append(Drawn(drawn.tokens.cpu(), drawn.logprobs.cpu()))
         except KeyboardInterrupt as error:
-            # A completion grid needs all completions of an input, so only whole samples count as finished there.
-            raise InterruptedGeneration(collect() if parts and extra is None else None) from error
+            # An input of a completion is finished when all its completions are.
+            inputs = None if extra is None else sum(len(part.tokens) for part in parts) // settings["n"]
+            raise InterruptedGeneration(collect(inputs) if parts and inputs != 0 else None) from error
         return collect()
 
 

@@ -158,6 +158,12 @@ def load_pipeline(drawing: Drawing) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=drawing.dtype)
 
 
+def check_clusters(count: int) -> None:
+    """Fails early where scikit-learn or the format of tokens would fail late."""
+    if not 2 <= count <= 1 << 16:
+        raise UsageError(f"--n-clusters is {count}; want 2..{1 << 16}")
+
+
 def check_images(paths: Sequence[Path]) -> None:
     """Says early what can be said early; the images are opened one by one when their turn comes."""
     if not paths:
@@ -242,15 +248,15 @@ def write_grid(
     columns: int | None,
     scale: int | None,
     json: bool,
+    force: bool,
     seconds: float,
-    pipeline: Pipeline,
 ) -> None:
-    """Writes grid and animation, and reports. Existing files were refused before the work, unless forced."""
-    generation.save_grid(out, columns=columns, scale=scale)
+    """Writes grid and animation, and reports."""
+    generation.save_grid(out, columns=columns, scale=scale, overwrite=force)
     if gif is not None:
-        generation.save_gif(gif, columns=columns, scale=scale)
+        generation.save_gif(gif, columns=columns, scale=scale, overwrite=force)
     logprobs = generation.logprobs[:, generation.given :]
-    height, width = pipeline.processor.height, pipeline.processor.width
+    height, width = generation.processor.height, generation.processor.width
     values = {
         "out": str(out),
         "gif": None if gif is None else str(gif),
@@ -259,8 +265,6 @@ def write_grid(
         "seed": generation.seed,
         **generation.settings,
         "nats_per_pixel": -float(logprobs.mean()),
-        "device": str(pipeline.device),
-        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
         "seconds": round(seconds, 3),
     }
     report(

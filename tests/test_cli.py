@@ -171,6 +171,9 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "scale" in fails(capsys, 2, "sample", "--scale", 1000, *out)
     assert "pixels" in fails(capsys, 2, "sample", "-n", 200, "--scale", 64, *out)
     assert "--side" in fails(capsys, 2, "quantize", photo, "--side", -1, "--out", tmp_path / "t.npy")
+    assert "--n-clusters" in fails(capsys, 2, "clusters", photo, "-k", 1, "--out", tmp_path / "t.npy")
+    assert "--seed" in fails(capsys, 2, "clusters", photo, "--seed", -1, "--out", tmp_path / "t.npy")
+    assert "--dtype" in fails(capsys, 2, "train", "--dtype", "int8", "--out", tmp_path / "run")
     assert "single" in fails(capsys, 2, "quantize", photo, photo, "--side", 0, "--out", tmp_path / "t.npy")
     assert "--side" in fails(capsys, 2, "clusters", photo, "--side", 0, "--out", tmp_path / "t.npy")
     for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo)):
@@ -268,8 +271,11 @@ def test_train_and_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     weights = (out / "model" / "model.safetensors").read_bytes()
     assert run(capsys, *command, "--skip-unreadable", "--resume")[0] == 0
     assert (out / "model" / "model.safetensors").read_bytes() == weights
-    (pictures / "broken.png").unlink()
-    assert "holds a run" in fails(capsys, 1, *command)
+    assert "holds a run" in fails(capsys, 1, *command)  # before the broken picture is met
+    half = (*command, "--skip-unreadable", "--resume", "--dtype", "bfloat16")
+    assert run(capsys, *half)[0] == 0
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert len((out / "model" / "model.safetensors").read_bytes()) < 0.7 * len(weights)
     grid = tmp_path / "grid.png"
     assert run(capsys, "sample", "-n", 2, "--model", out / "model", "--out", grid)[0] == 0
     assert run(capsys, "complete", pictures / "3.png", "--model", out / "model", "--out", grid, "--force")[0] == 0

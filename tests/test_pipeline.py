@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
-from igpt_fast.pipeline import BUNDLED, InterruptedGeneration
+from igpt_fast.pipeline import BUNDLED, Generation, InterruptedGeneration
 
 SIDE, COLOURS = 8, 16
 
@@ -150,6 +150,28 @@ def test_interruption_keeps_the_finished_batches(pipeline: Pipeline) -> None:
     with pytest.raises(InterruptedGeneration) as caught:
         pipeline.sample(5, seed=2, progress=stop)
     assert caught.value.partial is None
+
+
+def test_interruption_keeps_the_inputs_with_all_their_completions(pipeline: Pipeline, tmp_path: Path) -> None:
+    images, half = [photograph(seed=i) for i in range(3)], SIDE * SIDE // 2
+
+    def interrupted(after: int) -> Generation | None:
+        def stop(done: int, total: int) -> None:
+            if done > after * half:
+                raise KeyboardInterrupt
+
+        with pytest.raises(InterruptedGeneration) as caught:
+            pipeline.complete(images, n=2, seed=2, batch_size=3, progress=stop)
+        return caught.value.partial
+
+    partial = interrupted(after=3)  # the first batch: both completions of one image, and one of the next
+    assert partial is not None
+    expected = pipeline.complete(images[:1], n=2, seed=2)
+    assert torch.equal(partial.tokens, expected.tokens)
+    partial.save_grid(tmp_path / "partial.png")
+    expected.save_grid(tmp_path / "expected.png")
+    assert (tmp_path / "partial.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert interrupted(after=1) is None
 
 
 @pytest.mark.parametrize(

@@ -407,11 +407,7 @@ def run(
         ValueError: Both of them; and whatever ``train`` raises.
     """
     out = Path(out)
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    before = [path for path in _run_files(out) if path.exists()]
-    if before and not (resume or overwrite):
-        raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+    before = check_directory(out, resume=resume, overwrite=overwrite)
     model, nats = _train(data, out, config, device, resume, progress, outdated=before if overwrite else ())
     export(model, data, out / MODEL, save_dtype)
     _draw_samples(out)
@@ -429,6 +425,20 @@ def run(
         "lookup_table_nats": lookup_table_nats(data) if len(held) else None,
         "histogram_nats": histogram_nats(data) if len(held) else None,
     }
+
+
+def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """The files of an earlier run in ``out``.
+
+    Raises:
+        FileExistsError, ValueError: See ``run``.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    before = [path for path in _run_files(out) if path.exists()]
+    if before and not (resume or overwrite):
+        raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+    return before
 
 
 def _run_files(out: Path) -> list[Path]:
