@@ -2,12 +2,18 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tolerance.py: the importlib mode leaves sys.path alone
+# For tolerance.py, compiling.py and such: the importlib mode leaves sys.path alone.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import compiling
 import pytest
 import torch
 
@@ -24,3 +30,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One of an op's implementations, which is on while a test runs. Its tensors belong on ``device``."""
+
+    name: str  # "reference", "emulated" or "cuda"
+    device: str
+    module: ModuleType | None = None  # the emulated one
+
+    def schedule(self, order: str, seed: int = 0) -> None:
+        """Chooses the order of execution, where there is a choice."""
+        if self.module is not None:
+            self.module.set_schedule(order, seed)
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    reason = compiling.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return compiling.emulated()
+
+
+@pytest.fixture
+def emulation(emulated_module: ModuleType) -> Iterator[Implementation]:
+    """The CUDA kernels serve the tensors of the CPU."""
+    emulated_module.set_schedule("fifo", 0)
+    with backend.use_backend("auto"), backend.emulate(emulated_module):
+        yield Implementation("emulated", "cpu", emulated_module)
+
+
+@pytest.fixture(params=["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    """The definition, the kernels on the emulator, the kernels on a GPU."""
+    if request.param == "emulated":
+        yield request.getfixturevalue("emulation")
+        return
+    device = "cuda" if request.param == "cuda" else "cpu"
+    with backend.use_backend(request.param):
+        yield Implementation(request.param, device)
