@@ -5,3 +5,6 @@
 
 // The CUDA ops: into _C, and with the emulator behind them into the tests' _emulated.
 void bind_cuda(pybind11::module_& m);
+
+// The CPU decoder, into _C.
+void bind_decoder(pybind11::module_& m);

@@ -9,11 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "bind.h"
 #include "build_info.h"
 #include "cpu/ops.h"
-#ifdef IGPT_WITH_CUDA
-#include "bind.h"
-#endif
 
 namespace py = pybind11;
 
@@ -62,4 +60,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
+    bind_decoder(m);
 }

@@ -2,7 +2,7 @@
 
 ``prefill`` reads a primer in one go, ``step`` one more token of every image; both return the logits of the next
 position. ``TorchDecoder`` runs the PyTorch model on a static key/value cache; it is right everywhere and the
-measure for the faster ones.
+measure for the faster ones. ``CpuDecoder`` runs the compiled module's decode step. ``make_decoder`` chooses.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from igpt_fast.cache import StaticCache
+from igpt_fast import backend
+from igpt_fast.cache import DynamicCache, StaticCache
+from igpt_fast.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
+
+# What a caller may ask for besides the model's own dtype.
+DTYPES = (None, "int8")
 
 
 class Decoder(Protocol):
@@ -47,8 +52,7 @@ class TorchDecoder:
 
     def __init__(self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
         config = model.config
-        if not 1 <= capacity <= config.n_positions:
-            raise ValueError(f"decoder: capacity is {capacity}; want 1..{config.n_positions}, the model's n_positions")
+        _check_capacity(capacity, config.n_positions)
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
@@ -72,6 +76,203 @@ class TorchDecoder:
         return self.prefill(tokens[:, None])
 
 
+# As csrc/cpu/decoder_kernels.h numbers them.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+_ACTIVATIONS = {
+    "quick_gelu": 2,
+    **dict.fromkeys(
+        ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), 3
+    ),
+    **dict.fromkeys(("gelu", "gelu_python"), 4),
+}
+# The modules of a model that is computed as this package computes it; anything else may mean anything.
+_MODULES = (
+    ImageGPTBlock,
+    ImageGPTAttention,
+    ImageGPTMLP,
+    ImageGPTLayerNorm,
+    Conv1D,
+    nn.Embedding,
+    nn.Linear,
+    nn.Dropout,
+    nn.ModuleList,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class CpuDecoder:
+    """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
+
+    The weights are packed when the decoder is made; what changes them afterwards does not reach it. Activations are
+    float32 throughout, and so are the logits, whatever the weights are:
+
+    - float32: the model's own numbers.
+    - bfloat16: the model's weights; keys and values are rounded to bfloat16.
+    - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
+      and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
+
+    A primer is read by the PyTorch model, in its own dtype. As many threads compute as torch is set to.
+
+    Args:
+        model: The model, on the CPU; in eval mode.
+        batch_size: Images decoded together.
+        capacity: Positions that will be read at most, ``n_positions`` or fewer.
+        dtype: ``None`` for the model's, or ``"int8"``.
+
+    Raises:
+        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
+        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+    """
+
+    def __init__(
+        self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
+    ) -> None:
+        _check_capacity(capacity, model.config.n_positions)
+        if reason := why_not_cpu(model, dtype):
+            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        assert backend._C is not None
+        self.model = model
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self._decoder = backend._C.Decoder(_pack(model, dtype), batch_size, capacity)
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.prefill``."""
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
+            raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
+        self._check_room(tokens.shape[1])
+        if self._decoder.position == 0 and tokens.shape[1] > 1:
+            return self._read_primer(tokens)
+        for column in tokens.unbind(1):
+            logits = self.step(column)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.step``."""
+        if tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+            got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+            raise ValueError(f"decoder: tokens is {got}; want ({self.batch_size},) int64 on the CPU")
+        self._check_room(1)
+        tokens = tokens.contiguous()
+        logits = torch.empty(self.batch_size, self.model.config.vocab_size - 1)
+        self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
+        return logits
+
+    def _check_room(self, count: int) -> None:
+        end = self._decoder.position + count
+        if end > self.capacity:
+            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
+
+    def _read_primer(self, tokens: Tensor) -> Tensor:
+        """At the speed of a forward pass: the model's keys and values become the cache's."""
+        cache, threads = DynamicCache(), torch.get_num_threads()
+        with torch.no_grad():
+            output = self.model.transformer(tokens, past_key_values=cache, use_cache=True, return_dict=True)
+            logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
+        for layer, (keys, values) in enumerate(cache):
+            pair = keys.float().contiguous(), values.float().contiguous()
+            self._decoder.load(layer, pair[0].data_ptr(), pair[1].data_ptr(), tokens.shape[1], threads)
+        self._decoder.advance(tokens.shape[1])
+        return logits
+
+
+def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None) -> str | None:
+    """Why ``CpuDecoder`` cannot serve a model; ``None`` when it can.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
+    _check_dtype(dtype)
+    if reason := backend.unavailable("cpu"):
+        return reason
+    if backend.get_backend() not in ("auto", "cpu"):
+        return f"the backend {backend.get_backend()!r} is chosen"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
+        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
+    return _why_not_shape(model) or _why_not_modules(model)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not_shape(model: ImageGPTForCausalImageModeling) -> str | None:
+    config = model.config
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    if config.activation_function not in _ACTIVATIONS:
+        return f"activation_function is {config.activation_function!r}; want {', '.join(_ACTIVATIONS)}"
+    if config.head_dim % 8 or config.head_dim > 256:
+        return f"head_dim is {config.head_dim}; want a multiple of 8, 256 at most"
+    for name, value, multiple in (("n_embd", config.n_embd, 16), ("n_inner", inner, 8)):
+        if value % multiple or value > 65536:
+            return f"{name} is {value}; want a multiple of {multiple}, 65536 at most"
+    return None
+
+
+def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
+    """Whether something has been put into the model, or around its modules, that only PyTorch runs."""
+    ours = {"": "ImageGPTForCausalImageModeling", "transformer": "ImageGPTModel"}
+    for name, module in model.named_modules():
+        kind = type(module)
+        known = (kind.__module__, kind.__name__) == ("igpt_fast.model", ours[name]) if name in ours else kind in _MODULES
+        if not known:
+            return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"{name or 'the model'} has a hook or a forward of its own"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
+            return f"{name} is a {type(parameter).__name__}"
+    return "lm_head has a bias" if model.lm_head.bias is not None else None
+
+
+def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
+    """The compiled module's copy of the weights."""
+    assert backend._C is not None
+    config, threads = model.config, torch.get_num_threads()
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    weights = backend._C.DecoderWeights(
+        config.n_layer,
+        config.n_embd,
+        config.n_head,
+        inner,
+        config.n_positions,
+        config.vocab_size,
+        config.layer_norm_epsilon,
+        _ACTIVATIONS[config.activation_function],
+        _FORMATS[dtype or model.dtype],
+    )
+    kept: list[Tensor] = []  # temporary copies, until the module has read them
+
+    def vector(parameter: Tensor) -> int:
+        kept.append(parameter.detach().float().contiguous())
+        return kept[-1].data_ptr()
+
+    def matrix(parameter: Tensor, transposed: bool = False) -> tuple[int, bool, int, int]:
+        tensor = parameter.detach()
+        kept.append(tensor.float() if tensor.dtype == torch.float16 else tensor)
+        by_input, by_output = kept[-1].stride()[::-1] if transposed else kept[-1].stride()
+        return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
+
+    body = model.transformer
+    weights.set_tables(
+        vector(body.wte.weight),
+        vector(body.wpe.weight),
+        vector(body.ln_f.weight),
+        matrix(model.lm_head.weight, transposed=True),
+        threads,
+    )
+    for i, block in enumerate(body.h):
+        kept.clear()
+        linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        pairs = [part for layer in linear for part in (matrix(layer.weight), vector(layer.bias))]
+        weights.set_layer(i, vector(block.ln_1.weight), vector(block.ln_2.weight), *pairs, block.attn.scale, threads)
+    return weights
+
+
 def cache_bytes(model: ImageGPTForCausalImageModeling) -> int:
     """Bytes of key/value cache that one whole image takes."""
     config = model.config
@@ -87,6 +288,32 @@ def _cache_dtype(model: ImageGPTForCausalImageModeling) -> torch.dtype:
     return dtype
 
 
-def make_decoder(model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> Decoder:
-    """The fastest decoder there is for the model's device and dtype. ``show_config()`` names it."""
+def _check_capacity(capacity: int, n_positions: int) -> None:
+    if not 1 <= capacity <= n_positions:
+        raise ValueError(f"decoder: capacity is {capacity}; want 1..{n_positions}, the model's n_positions")
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, or 'int8'")
+
+
+def make_decoder(
+    model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
+) -> Decoder:
+    """The fastest decoder there is for the model: ``CpuDecoder`` where ``why_not_cpu`` finds nothing against it.
+
+    Args:
+        model, batch_size, capacity: See ``TorchDecoder``.
+        dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder`` has it.
+
+    Raises:
+        BackendUnavailableError: ``dtype`` is given and nothing offers it for this model.
+        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+    """
+    reason = why_not_cpu(model, dtype)
+    if reason is None:
+        return CpuDecoder(model, batch_size, capacity, dtype)
+    if dtype is not None:
+        raise backend.BackendUnavailableError(f"decoder: dtype {dtype!r} is not available: {reason}")
     return TorchDecoder(model, batch_size, capacity)

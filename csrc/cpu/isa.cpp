@@ -28,8 +28,10 @@ int isas(Isa* out) {
 #ifdef IGPT_X86
     __builtin_cpu_init();  // its answers for AVX include the state that the operating system saves (xgetbv)
     out[n++] = {&avx2_ops, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
-    out[n++] = {&avx512_ops, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")};
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    out[n++] = {&avx512_ops, avx512};
+    out[n++] = {&avx512_vnni_ops, avx512 && __builtin_cpu_supports("avx512vnni")};
 #endif
     return n;
 }

@@ -1,6 +1,7 @@
 // The avx512 table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
+#include "attend.h"
 #include "quantize.h"
 
 namespace igpt::cpu {
-const Ops avx512_ops{"avx512", quantize_u8, quantize_f32};
+const Ops avx512_ops{"avx512", quantize_u8, quantize_f32, decoder_kernels};
 }

@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "decoder_kernels.h"
+
 namespace igpt::cpu {
 
 // Nearest colour cluster: out[i] = argmin_k sum_c (x[i][c] - clusters[k][c])^2, the lowest k on ties.
@@ -48,6 +50,7 @@ struct Ops {
     // The pixels begin .. end - 1.
     void (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
+    DecoderKernels decoder;
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.
@@ -60,6 +63,7 @@ extern const Ops generic_ops;
 #ifdef IGPT_X86
 extern const Ops avx2_ops;
 extern const Ops avx512_ops;
+extern const Ops avx512_vnni_ops;
 #endif
 
 // All compiled tables, slowest first; returns how many were written into `out` (room for 8).

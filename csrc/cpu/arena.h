@@ -1,0 +1,43 @@
+// Zeroed memory for weights, caches and scratch: one block, handed out front to back.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace igpt::cpu {
+
+class Arena {
+  public:
+    Arena() = default;
+    // Throws std::bad_alloc. Large blocks ask the system for huge pages: a decode step walks through all of it, and
+    // with pages of 4 KB the walk would wait for address translations.
+    explicit Arena(size_t bytes);
+    ~Arena();
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    Arena(Arena&& other) noexcept;
+    Arena& operator=(Arena&& other) noexcept;
+
+    // The next `count` elements, on a line of the cache of their own; the block must have room.
+    template <class T>
+    T* take(int64_t count) {
+        T* at = reinterpret_cast<T*>(data_ + used_);
+        used_ += bytes<T>(count);
+        return at;
+    }
+    // What `take` uses up.
+    template <class T>
+    static constexpr size_t bytes(int64_t count) {
+        return (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    }
+    char* data() const { return data_; }
+    size_t size() const { return size_; }
+
+  private:
+    char* data_ = nullptr;
+    size_t size_ = 0, used_ = 0;
+    void* block_ = nullptr;  // what was mapped
+    size_t mapped_ = 0;
+};
+
+}  // namespace igpt::cpu

@@ -1,0 +1,120 @@
+// The CPU decoder: a whole decode step, embedding to logits, for a batch of sequences in one call.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "arena.h"
+#include "ops.h"
+
+namespace igpt::cpu {
+
+struct DecoderShape {
+    int64_t layers, embd, heads, inner, positions, vocab;  // vocab: tokens, SOS included; the head has one fewer
+    float eps;
+    Then activation;
+    Format format;
+
+    int64_t head_dim() const { return embd / heads; }
+};
+
+// A matrix as a checkpoint has it: element (k, n) at data[k stride_k + n stride_n].
+struct Source {
+    const void* data;
+    bool is_bf16;  // else fp32
+    int64_t stride_k, stride_n;
+};
+
+struct LayerSource {
+    const float *norm_1, *norm_2;                              // (embd,)
+    Source qkv, proj, fc, fc_proj;                             // (embd, 3 embd), (embd, embd), (embd, inner), (inner, embd)
+    const float *qkv_bias, *proj_bias, *fc_bias, *fc_proj_bias;  // fp32
+    float scale;                                               // of the scores
+};
+
+// The weights of a model, packed for the instruction set that is chosen when it is made. Immutable once filled, and
+// shared by decoders.
+class DecoderWeights {
+  public:
+    // Throws std::bad_alloc, or std::invalid_argument for a shape that the kernels do not take.
+    explicit DecoderWeights(const DecoderShape& shape);
+
+    void set_tables(const float* wte, const float* wpe, const float* norm, const Source& head, int threads);
+    void set_layer(int64_t layer, const LayerSource& source, int threads);
+
+    // The outputs of qkv are packed head by head (q, k, v of a head), so that a thread can own whole heads.
+    struct Layer {
+        float *norm_1, *norm_2;
+        Matrix qkv, proj, fc, fc_proj;
+        float scale;
+    };
+
+    const DecoderShape shape;
+    const DecoderKernels kernels;
+    const Layer& layer(int64_t i) const { return layers_[size_t(i)]; }
+    const Matrix& head() const { return head_; }
+    const float* wte() const { return wte_; }
+    const float* wpe() const { return wpe_; }
+    const float* norm() const { return norm_; }
+    size_t bytes() const { return arena_.size(); }
+
+  private:
+    size_t matrix_bytes(int64_t n, int64_t k) const;
+    Matrix take(int64_t n, int64_t k);
+
+    Arena arena_;
+    std::vector<Layer> layers_;
+    Matrix head_{};
+    float *wte_ = nullptr, *wpe_ = nullptr, *norm_ = nullptr;
+};
+
+// Fills a matrix. `order[n]` is the source's column for output n, and bias and source are read through it.
+void pack(const Matrix& out, const Source& source, const float* bias, const std::vector<int64_t>& order,
+          const DecoderKernels& kernels, int threads);
+
+// The state of `batch` sequences, all at the same position. A step is one OpenMP region.
+class Decoder {
+  public:
+    // Throws std::bad_alloc or std::invalid_argument.
+    Decoder(std::shared_ptr<const DecoderWeights> weights, int64_t batch, int64_t capacity);
+
+    // Reads tokens (batch,) and writes the logits of the next position, (batch, vocab - 1).
+    // Throws std::invalid_argument for a token out of range, std::out_of_range when the cache is full, and
+    // std::logic_error while another thread is inside.
+    void step(const int64_t* tokens, float* logits, int threads);
+
+    // Takes keys and values (batch, heads, count, head_dim) of a layer's positions 0 .. count - 1, which something
+    // else has computed; `advance` then moves all layers on.
+    void load(int64_t layer, const float* keys, const float* values, int64_t count, int threads);
+    void advance(int64_t count);
+
+    int64_t position() const { return position_; }
+    size_t bytes() const { return cache_.size() + scales_.size(); }
+
+  private:
+    friend class Worker;
+
+    // A thread's own copy of the normed inputs, and what the kernels need.
+    struct Scratch {
+        float* normed;
+        uint8_t *high, *low;
+        float *scale, *sums;
+    };
+
+    AttentionParams head_of(int64_t layer, int64_t unit) const;
+    void reserve(int threads);
+    void check_free(int64_t count) const;
+
+    const std::shared_ptr<const DecoderWeights> weights_;
+    const int64_t batch_, capacity_;
+    int64_t position_ = 0;
+    int64_t unit_bytes_, unit_scales_, key_bytes_;  // of one head of one sequence
+    int64_t width_;                                 // n_embd, padded to whole tiles
+    Arena cache_, scales_, shared_, scratch_block_;
+    float *x_, *qkv_, *mixed_, *inner_, *logits_;  // (batch, width), shared by the threads
+    std::vector<Scratch> scratch_;
+    std::atomic<bool> busy_{false};
+};
+
+}  // namespace igpt::cpu

@@ -1,0 +1,91 @@
+// The decoder's kernels: what a decode step asks of an instruction set. Included by ops.h; layouts stand here.
+//
+// A weight is 4 bytes (fp32), 2 (bf16) or 1 (int8); `step` of them that follow each other along k lie side by side:
+// 1 in fp32, 2 in bf16, `int8_step` in int8, so that a register of 32-bit lanes (or, int8_step = 1, of bytes) meets
+// one broadcast group of inputs.
+//   matrix  (n, k):   [n / tile][k / step][tile][step], n padded to whole tiles with zeros
+//   keys    (t, d):   the same with t as n
+//   values  (t, d):   [t / step][d_padded][step]: the same with d as n, in one tile of d_padded
+// So the three products of a step, x W, q K^T and p V, are one kernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace igpt::cpu {
+
+enum class Format : int32_t { fp32 = 0, bf16 = 1, int8 = 2 };
+
+constexpr int64_t format_bytes(Format format) { return format == Format::fp32 ? 4 : format == Format::bf16 ? 2 : 1; }
+
+// What happens to x W + bias.
+enum class Then : int32_t { store = 0, add = 1, quick_gelu = 2, gelu_tanh = 3, gelu_erf = 4 };
+
+// A packed matrix. The vectors have as many entries as the padded n.
+struct Matrix {
+    const char* data;
+    const float* bias;    // or null
+    const float* scale;   // int8: of each output, else null
+    const int32_t* sums;  // int8: of each output's weights, else null
+    int64_t n;            // padded to whole tiles
+    int64_t k;            // a multiple of 8
+    Format format;
+};
+
+// The inputs of a product, one row for a sequence. Where the instruction set multiplies bytes, int8 weights meet
+// each row as 15 bits: x = scale (128 (high - 128) + low).
+struct Rows {
+    const float* x;
+    int64_t ld;  // from row to row, of all three
+    int64_t count;
+    uint8_t* high;
+    uint8_t* low;
+    float* scale;  // (count,)
+};
+
+struct LinearParams {
+    const Matrix* matrix;
+    const Rows* rows;
+    float* y;
+    int64_t ld;
+    Then then;
+    int64_t begin, end;  // outputs; multiples of `lanes`
+    float* scratch;      // (rows, 2, tile)
+    const char* next;    // what this thread reads afterwards
+};
+
+// One head of one sequence. `position` is the newest key's.
+struct AttentionParams {
+    const float *q, *k, *v;  // (d,)
+    float* out;              // (d,)
+    char *keys, *values;
+    float *key_scale, *value_scale;  // int8: of each position, else null
+    int32_t* key_sums;               // int8: of each position's key
+    int64_t position;
+    int64_t head_dim;  // a multiple of 8, at most max_head_dim
+    float scale;
+    Format format;
+    const char* next;
+};
+
+constexpr int64_t max_head_dim = 256;
+constexpr int64_t value_rows = 4;  // positions of `values` are allocated in multiples of it, and zero at first
+
+struct DecoderKernels {
+    int64_t lanes;      // of a register
+    int64_t tile;       // outputs of a packed tile
+    int64_t int8_step;  // 4: int8 weights are multiplied as bytes; 1: they become fp32
+    // out[i] = x[i] weight[i] / sqrt(mean(x^2) + eps)
+    void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+    // out[i] = a[i] + b[i]
+    void (*sum)(const float* a, const float* b, int64_t n, float* out);
+    // Fills high, low and scale of rows of k; nothing where int8_step is 1.
+    void (*split)(const Rows& rows, int64_t k);
+    void (*linear)(const LinearParams& params);
+    // Writes k and v into the cache.
+    void (*remember)(const AttentionParams& params);
+    // out = softmax(scale q K^T) V over the positions 0 .. position.
+    void (*attend)(const AttentionParams& params);
+};
+
+}  // namespace igpt::cpu

@@ -1,0 +1,351 @@
+// y = then(x W + bias), the body: products of a few rows with packed weights.
+//
+// Layouts: decoder_kernels.h. A product keeps rows x 4 registers of outputs in registers and reads the weights in the
+// order of memory, kDepth deep, so that further rows find a block in the cache. At one row it is bound by that
+// reading: a prefetch runs kAhead bytes in front, and past the end of the thread's share to `next`. With more rows it
+// is bound by multiply-adds: 2 k n rows FLOPs.
+//
+// bf16 becomes fp32 by a shift (the even one of a pair) or a mask (the odd one). int8 weights become fp32, or, where
+// there is a byte product (VNNI), meet the inputs as two unsigned halves of 15 bits: sums are exact in 32 bits up to
+// k = 2^16, and only the weights' rounding is felt.
+#pragma once
+
+#include "decoder_kernels.h"
+#include "simd.h"
+
+namespace igpt::cpu {
+namespace {
+
+constexpr int64_t kDepth = 512;        // of k, a multiple of 8
+constexpr ptrdiff_t kAhead = 8 << 10;  // bytes
+
+// Part of a product: R rows, C registers of outputs, `count` of k.
+struct Piece {
+    const char* weights;
+    ptrdiff_t stride;  // bytes from one group along k to the next
+    int64_t count;
+    const float* x;  // the first row at the piece's first k
+    const uint8_t *high, *low;
+    int64_t ld;        // of x, high, low
+    float* sums;       // (R, 2, width): fp32 sums in the first, or 32-bit integers of the high and low halves
+    int64_t width;     // of `sums`
+    bool first;        // whether the sums begin at zero
+    const char* end;   // of what the thread reads here
+    const char* next;  // where it reads on
+};
+
+// How much of a piece has its prefetches before `end`, and where they point.
+struct Ahead {
+    int64_t groups[2];    // ends of two parts
+    ptrdiff_t offset[2];  // from the weights in use
+};
+
+inline Ahead ahead(const Piece& p, int64_t groups) {
+    const ptrdiff_t left = p.end - kAhead - p.weights;
+    int64_t inside = left <= 0 ? 0 : (left + p.stride - 1) / p.stride;
+    inside = inside < groups ? inside : groups;
+    return {{inside, groups}, {kAhead, kAhead + (p.next - p.end)}};
+}
+
+template <int R, int C>
+inline void begin(const Piece& p, Vec (&acc)[R][C], int half = 0) {
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+            acc[r][c] = p.first ? zero() : load(p.sums + (2 * r + half) * p.width + c * kLanes);
+}
+
+template <int R, int C>
+inline void finish(const Piece& p, const Vec (&acc)[R][C], int half = 0) {
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(p.sums + (2 * r + half) * p.width + c * kLanes, acc[r][c]);
+}
+
+// A single row has two sets of sums: a chain of multiply-adds waits for itself.
+template <int R, int C, class Group>
+inline void two_chains(const Piece& p, int64_t groups, Group group) {
+    Vec even[R][C], odd[R][C];
+    begin(p, even);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) odd[r][c] = zero();
+    const Ahead prefetches = ahead(p, groups);
+    const char* w = p.weights;
+    for (int part = 0, g = 0; part < 2; ++part)
+        for (; g < prefetches.groups[part]; ++g, w += p.stride)
+            group(w, w + prefetches.offset[part], g, even, R == 1 ? odd : even);
+    if (R == 1)
+        for (int c = 0; c < C; ++c) even[0][c] += odd[0][c];
+    finish(p, even);
+}
+
+// The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group.
+struct Fp32 {
+    static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
+    template <int R, int C>
+    static void run(const Piece& p) {
+        // Two k in a group, so that they fill two chains.
+        Piece pairs = p;
+        pairs.stride = 2 * p.stride;
+        two_chains<R, C>(pairs, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
+            for (int k = 0; k < 2; ++k)
+                for (int c = 0; c < C; ++c) {
+                    prefetch(far + k * p.stride + c * bytes);
+                    const Vec v = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
+                    auto& acc = k ? odd : even;
+                    for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
+                }
+        });
+    }
+};
+
+struct Bf16 {
+    static constexpr int step = 2, bytes = 4 * kLanes, max_rows = kMaxRows;
+    template <int R, int C>
+    static void run(const Piece& p) {
+        two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
+            for (int c = 0; c < C; ++c) {
+                prefetch(far + c * bytes);
+                const Ints v = load_ints(w + c * bytes);
+                const Vec v0 = bf16_even(v), v1 = bf16_odd(v);
+                for (int r = 0; r < R; ++r) {
+                    even[r][c] = fma(v0, set1(p.x[r * p.ld + 2 * g]), even[r][c]);
+                    odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g + 1]), odd[r][c]);
+                }
+            }
+        });
+    }
+};
+
+#if defined(__AVX512VNNI__)
+
+struct Int8 {
+    static constexpr int step = 4, bytes = 4 * kLanes, max_rows = 3;
+    template <int R, int C>
+    static void run(const Piece& p) {
+        Ints high[R][C], low[R][C];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) {
+                const float* sums = p.sums + 2 * r * p.width + c * kLanes;
+                high[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums);
+                low[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums + p.width);
+            }
+        const Ahead prefetches = ahead(p, p.count / 4);
+        const char* w = p.weights;
+        for (int part = 0, g = 0; part < 2; ++part)
+            for (; g < prefetches.groups[part]; ++g, w += p.stride)
+                for (int c = 0; c < C; ++c) {
+                    prefetch(w + prefetches.offset[part] + c * bytes);
+                    const Ints v = load_ints(w + c * bytes);
+                    for (int r = 0; r < R; ++r) {
+                        high[r][c] = _mm512_dpbusd_epi32(high[r][c], four(p.high + r * p.ld + 4 * g), v);
+                        low[r][c] = _mm512_dpbusd_epi32(low[r][c], four(p.low + r * p.ld + 4 * g), v);
+                    }
+                }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) {
+                float* sums = p.sums + 2 * r * p.width + c * kLanes;
+                _mm512_storeu_si512(sums, high[r][c]);
+                _mm512_storeu_si512(sums + p.width, low[r][c]);
+            }
+    }
+    static Ints four(const uint8_t* bytes_of_x) {
+        int32_t word;
+        __builtin_memcpy(&word, bytes_of_x, 4);
+        return _mm512_set1_epi32(word);
+    }
+};
+
+// 128 (high - 128 sums) + low of integer sums; `sums` null where high has no offset.
+inline Vec whole(const float* high, const float* low, const int32_t* sums) {
+    Ints h = load_ints(high);
+    if (sums) h = _mm512_sub_epi32(h, _mm512_slli_epi32(load_ints(sums), 7));
+    return fma(_mm512_cvtepi32_ps(h), set1(128.0f), _mm512_cvtepi32_ps(load_ints(low)));
+}
+
+// x as 15 bits: signed with an offset of 128 in `high`, or, for what is not negative, unsigned; returns the scale,
+// which is NaN when something in x is not finite.
+template <bool Signed>
+inline float split_row(const float* x, int64_t n, uint8_t* high, uint8_t* low) {
+    Vec most = zero(), poison = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+        const Vec v = _mm512_maskz_loadu_ps(mask, x + i);
+        most = max(most, abs(v));
+        poison = fma(v, zero(), poison);
+    }
+    constexpr float steps = Signed ? 16256.0f : 32767.0f;
+    const float largest = reduce_max(most), scale = largest / steps;
+    // Numbers so small that their steps have no inverse are zero.
+    const Vec inverse = set1(scale > 1e-37f ? 1.0f / scale : 0.0f);
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+        const Ints q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+        const Ints h = _mm512_srai_epi32(q, 7), offset = _mm512_set1_epi32(Signed ? 128 : 0);
+        _mm512_mask_cvtepi32_storeu_epi8(high + i, mask, _mm512_add_epi32(h, offset));
+        _mm512_mask_cvtepi32_storeu_epi8(low + i, mask, _mm512_and_si512(q, _mm512_set1_epi32(127)));
+    }
+    return scale + reduce_add(poison);
+}
+
+void split(const Rows& rows, int64_t k) {
+    for (int64_t r = 0; r < rows.count; ++r)
+        rows.scale[r] = split_row<true>(rows.x + r * rows.ld, k, rows.high + r * rows.ld, rows.low + r * rows.ld);
+}
+
+#else
+
+struct Int8 {
+    static constexpr int step = 1, bytes = kLanes, max_rows = kMaxRows;
+    template <int R, int C>
+    static void run(const Piece& p) {
+        Piece pairs = p;
+        pairs.stride = 2 * p.stride;
+        two_chains<R, C>(pairs, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
+            for (int k = 0; k < 2; ++k) {
+                prefetch(far + k * p.stride);
+                auto& acc = k ? odd : even;
+                for (int c = 0; c < C; ++c) {
+                    const Vec v = load_bytes(w + k * p.stride + c * bytes);
+                    for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
+                }
+            }
+        });
+    }
+};
+
+void split(const Rows&, int64_t) {}
+
+#endif
+
+// A piece of any number of registers up to 4.
+template <class F, int R>
+inline void run_columns(Piece p, int registers) {
+    if (registers == 4) return F::template run<R, 4>(p);
+    if (registers & 2) {
+        F::template run<R, 2>(p);
+        p.weights += 2 * F::bytes;
+        p.sums += 2 * kLanes;
+    }
+    if (registers & 1) F::template run<R, 1>(p);
+}
+
+template <class F>
+inline void run_rows(const Piece& p, int64_t rows, int registers) {
+    if (rows == 1) return run_columns<F, 1>(p, registers);
+    if (rows == 2) return run_columns<F, 2>(p, registers);
+    if constexpr (F::max_rows > 2)
+        if (rows == 3) return run_columns<F, 3>(p, registers);
+    if constexpr (F::max_rows > 3)
+        if (rows == 4) return run_columns<F, 4>(p, registers);
+}
+
+inline Vec quick_gelu(Vec x) { return x / (set1(1.0f) + exp(x * set1(-1.702f))); }
+
+// 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
+inline Vec gelu_tanh(Vec x) {
+    const Vec u = x * fma(x * x, set1(0.044715f), set1(1.0f));
+    return x / (set1(1.0f) + exp(u * set1(-1.59576912f)));
+}
+
+// 0.5 x erfc(-x / sqrt(2)). erfc(y) = exp(-y^2) P(1 / (1 + 0.42 y)) for y >= 0, P fitted to 4e-8.
+inline Vec gelu_erf(Vec x) {
+    const Vec y = abs(x) * set1(0.707106781f), t = set1(1.0f) / fma(y, set1(0.42f), set1(1.0f));
+    Vec p = set1(0.0760096819f);
+    p = fma(p, t, set1(-0.345075231f));
+    p = fma(p, t, set1(0.485002994f));
+    p = fma(p, t, set1(-0.173109188f));
+    p = fma(p, t, set1(0.292445122f));
+    p = fma(p, t, set1(0.187096898f));
+    p = fma(p, t, set1(0.240898579f));
+    p = fma(p, t, set1(0.23673116f));
+    const Vec tail = set1(0.5f) * p * t * exp(zero() - y * y);  // of the side where the result is small
+    // x > 0: x (1 - tail); x < 0: x tail. Both are max(x, 0) - |x| tail.
+    return max(zero(), x) - abs(x) * tail;
+}
+
+inline Vec apply(Then then, Vec v, const float* y) {
+    switch (then) {
+        case Then::add: return load(y) + v;
+        case Then::quick_gelu: return quick_gelu(v);
+        case Then::gelu_tanh: return gelu_tanh(v);
+        case Then::gelu_erf: return gelu_erf(v);
+        case Then::store: break;
+    }
+    return v;
+}
+
+// From the sums of one tile's registers to y.
+inline void conclude(const LinearParams& p, int64_t column, int registers) {
+    const Matrix& m = *p.matrix;
+    for (int64_t r = 0; r < p.rows->count; ++r)
+        for (int c = 0; c < registers; ++c) {
+            const int64_t n = column + c * kLanes;
+            const float* sums = p.scratch + 2 * r * kTile + c * kLanes;
+            Vec v = load(sums);
+            if (m.format == Format::int8) {
+                const Vec scale = load(m.scale + n);
+#if defined(__AVX512VNNI__)
+                v = whole(sums, sums + kTile, m.sums + n) * (scale * set1(p.rows->scale[r]));
+#else
+                v = v * scale;
+#endif
+            }
+            if (m.bias) v = v + load(m.bias + n);
+            float* y = p.y + r * p.ld + n;
+            store(y, apply(p.then, v, y));
+        }
+}
+
+template <class F>
+void linear_in(const LinearParams& p) {
+    const Matrix& m = *p.matrix;
+    const Rows& rows = *p.rows;
+    const ptrdiff_t stride = 4 * F::bytes, tile_bytes = m.k / F::step * stride;
+    const int64_t blocks = (rows.count + F::max_rows - 1) / F::max_rows;
+    for (int64_t column = p.begin; column < p.end;) {
+        const int64_t tile = column / kTile, first = column % kTile / kLanes, left = (p.end - column) / kLanes;
+        const int registers = int(left < 4 - first ? left : 4 - first);
+        for (int64_t k = 0; k < m.k; k += kDepth)
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t row = rows.count * b / blocks, at = row * rows.ld + k;
+                const Piece piece{m.data + tile * tile_bytes + k / F::step * stride + first * F::bytes,
+                                  stride,
+                                  m.k - k < kDepth ? m.k - k : kDepth,
+                                  rows.x + at,
+                                  rows.high + at,
+                                  rows.low + at,
+                                  rows.ld,
+                                  p.scratch + 2 * row * kTile,
+                                  kTile,
+                                  k == 0,
+                                  m.data + (p.end + kTile - 1) / kTile * tile_bytes,
+                                  p.next};
+                run_rows<F>(piece, rows.count * (b + 1) / blocks - row, registers);
+            }
+        conclude(p, column, registers);
+        column += registers * kLanes;
+    }
+}
+
+void linear(const LinearParams& p) {
+    switch (p.matrix->format) {
+        case Format::fp32: return linear_in<Fp32>(p);
+        case Format::bf16: return linear_in<Bf16>(p);
+        case Format::int8: return linear_in<Int8>(p);
+    }
+}
+
+// ---- Element by element -------------------------------------------------------------------------------------
+
+void norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+    Vec squares = zero();
+    for (int64_t i = 0; i < n; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+    const Vec scale = set1(1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + eps));
+    for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+void sum(const float* a, const float* b, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(a + i) + load(b + i));
+}
+
+}  // namespace
+}  // namespace igpt::cpu
