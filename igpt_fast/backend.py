@@ -70,7 +70,12 @@ OPS: dict[str, Op] = {
     ),
     "sample": Op(),
 }
-DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}
+# Every decoder of igpt_fast.decoders, the faster one first: what it covers.
+DECODERS: dict[str, str] = {
+    "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
+    " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
+    "torch": "for everything else",
+}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -296,6 +301,26 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     return (f"native ({_C.cpu_isa()})", "") if device_type == "cpu" else ("native", f"for {entry.covers}")
 
 
+def _decoder(name: str) -> tuple[str, str]:
+    """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
+    if name == "torch":
+        return "the PyTorch model with a static key/value cache", DECODERS[name]
+    reason = no_native_decoder()
+    if reason is not None:
+        return "none", reason
+    assert _C is not None
+    return f"native ({_C.cpu_isa()})", DECODERS[name]
+
+
+def no_native_decoder() -> str | None:
+    """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
+    if reason := unavailable("cpu"):
+        return reason
+    if get_backend() not in ("auto", "cpu"):
+        return f"the backend {get_backend()!r} is chosen"
+    return None if _emulated is None else "the emulated kernels serve the CPU"
+
+
 def config() -> dict[str, Any]:
     """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
     import numpy
@@ -334,9 +359,7 @@ def config() -> dict[str, Any]:
         "backend": get_backend(),
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := unavailable(name))},
         "ops": ops,
-        "decoders": {
-            name: {"runs": what, "reason": "no native decoder in this version"} for name, what in DECODERS.items()
-        },
+        "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
     }
 
 

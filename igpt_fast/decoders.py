@@ -182,11 +182,9 @@ def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None)
     Raises:
         ValueError: An unknown ``dtype``.
     """
-    _check_dtype(dtype)
-    if reason := backend.unavailable("cpu"):
+    check_dtype(dtype)
+    if reason := backend.no_native_decoder():
         return reason
-    if backend.get_backend() not in ("auto", "cpu"):
-        return f"the backend {backend.get_backend()!r} is chosen"
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
     if torch.is_autocast_enabled("cpu"):
@@ -293,7 +291,8 @@ def _check_capacity(capacity: int, n_positions: int) -> None:
         raise ValueError(f"decoder: capacity is {capacity}; want 1..{n_positions}, the model's n_positions")
 
 
-def _check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError unless the dtype is one that a decoder may be asked for."""
     if dtype not in DTYPES:
         raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, or 'int8'")
 

@@ -44,7 +44,8 @@ class Drawing:
         top_p: Draw among the most likely colours that reach this probability only.
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
-        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in.
+        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
+            cache rounded to 8 bits, on the CPU.
         backend: auto, reference, cpu or cuda; see igpt env.
     """
 
@@ -114,7 +115,8 @@ def as_usage() -> Iterator[None]:
 def settings(drawing: Drawing) -> dict[str, Any]:
     """The options that ``Pipeline.sample`` and ``complete`` take as keywords."""
     names = ("seed", "batch_size", "temperature", "top_k", "top_p")
-    return {name: getattr(drawing, name) for name in names}
+    options = {name: getattr(drawing, name) for name in names}
+    return options | {"dtype": "int8" if drawing.dtype == "int8" else None}
 
 
 def check_drawing(n: int, drawing: Drawing) -> None:
@@ -149,13 +151,14 @@ def rehearse(pipeline: Pipeline, out: Path, n: int, inputs: int, columns: int | 
 
 def load_pipeline(drawing: Drawing) -> Pipeline:
     """The pipeline that the options ask for."""
-    if drawing.dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16 or auto")
+    if drawing.dtype not in ("float32", "bfloat16", "float16", "int8", "auto"):
+        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, int8 or auto")
     choose_backend(drawing.backend)
     device = choose_device(drawing.device)
     from igpt_fast.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(drawing.model, device=device, dtype=drawing.dtype)
+    dtype = "float32" if drawing.dtype == "int8" else drawing.dtype  # rounded when the decoder is made
+    return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
 def check_clusters(count: int) -> None:

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "linear.h"
+#include "pack.h"
 
 namespace igpt::cpu {
 namespace {
@@ -14,13 +15,6 @@ namespace {
 constexpr int64_t kKeys = 256;  // a multiple of kTile
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-inline uint16_t to_bf16(float x) {
-    uint32_t u;
-    __builtin_memcpy(&u, &x, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN: rounding could make it infinite
-    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 
 // Writes one weight: element k of output n, `width` outputs in a tile.
 template <class F>
@@ -78,6 +72,23 @@ struct Split {
     float scale;
 };
 
+template <class F>
+inline void one_row(const char* weights, ptrdiff_t stride, int64_t count, const Split& x, float* sums, int registers,
+                    const char* end, const char* next) {
+    Piece piece{};
+    piece.weights = weights;
+    piece.stride = stride;
+    piece.count = count;
+    piece.x = x.x;
+    piece.high = x.high;
+    piece.low = x.low;
+    piece.sums = sums;
+    piece.width = kTile;
+    piece.first = true;
+    prefetch_in_front(piece, end, next);
+    run_rows<F>(piece, 1, registers);
+}
+
 // Scores of the positions from .. from + count - 1, a multiple of kLanes.
 template <class F>
 inline void score(const AttentionParams& p, const Split& q, int64_t from, int64_t count, int64_t size, float* scores) {
@@ -86,9 +97,8 @@ inline void score(const AttentionParams& p, const Split& q, int64_t from, int64_
     for (int64_t t = from; t < from + count; t += kTile) {
         const int64_t left = (from + count - t) / kLanes;
         const int registers = int(left < 4 ? left : 4);
-        run_rows<F>({p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q.x, q.high, q.low, 0, sums, kTile, true,
-                     p.keys + seen / kTile * tile_bytes, p.values},
-                    1, registers);
+        one_row<F>(p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q, sums, registers,
+                   p.keys + seen / kTile * tile_bytes, p.values);
         for (int c = 0; c < registers; ++c) {
             const int64_t at = t + c * kLanes;
             Vec v = load(sums + c * kLanes);
@@ -113,9 +123,7 @@ inline void mix(const AttentionParams& p, const Split& probabilities, int64_t fr
     alignas(64) float sums[2 * kTile];
     for (int64_t n = 0; n < width; n += kTile) {
         const int registers = int((width - n < kTile ? width - n : kTile) / kLanes);
-        run_rows<F>({base + n / kLanes * F::bytes, stride, count, probabilities.x, probabilities.high,
-                     probabilities.low, 0, sums, kTile, true, end, p.next},
-                    1, registers);
+        one_row<F>(base + n / kLanes * F::bytes, stride, count, probabilities, sums, registers, end, p.next);
         for (int c = 0; c < registers; ++c) {
             Vec v = load(sums + c * kLanes);
 #if defined(__AVX512VNNI__)
@@ -189,7 +197,8 @@ void attend(const AttentionParams& p) {
 }  // namespace
 
 namespace {
-constexpr DecoderKernels decoder_kernels{kLanes, kTile, Int8::step, norm, sum, split, linear, remember, attend};
+constexpr DecoderKernels decoder_kernels{kLanes, kTile, Int8::step, pack_tile<Int8::step>, norm, sum, split, linear,
+                                         remember, attend};
 }  // namespace
 
 }  // namespace igpt::cpu

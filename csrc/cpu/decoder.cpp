@@ -77,11 +77,10 @@ class Worker {
         embed(tokens);
         meet();
         for (int64_t i = 0; i < w_.shape.layers; ++i) layer(i);
-        const int64_t embd = w_.shape.embd, colours = w_.shape.vocab - 1;
+        const int64_t colours = w_.shape.vocab - 1;
         const Range own = share(w_.head());
         multiply(w_.head(), normed(w_.norm()), own, d_.logits_, Then::store, start(w_.layer(0).qkv, qkv_share(0)));
         const int64_t end = std::min(own.end, colours);
-        (void)embd;
         for (int64_t b = 0; b < d_.batch_ && own.begin < end; ++b)
             std::copy(d_.logits_ + b * w_.head().n + own.begin, d_.logits_ + b * w_.head().n + end,
                       logits + b * colours + own.begin);

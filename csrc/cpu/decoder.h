@@ -69,10 +69,6 @@ class DecoderWeights {
     float *wte_ = nullptr, *wpe_ = nullptr, *norm_ = nullptr;
 };
 
-// Fills a matrix. `order[n]` is the source's column for output n, and bias and source are read through it.
-void pack(const Matrix& out, const Source& source, const float* bias, const std::vector<int64_t>& order,
-          const DecoderKernels& kernels, int threads);
-
 // The state of `batch` sequences, all at the same position. A step is one OpenMP region.
 class Decoder {
   public:

@@ -43,6 +43,20 @@ struct Rows {
     float* scale;  // (count,)
 };
 
+// One tile of a matrix from a checkpoint's, whose element (k, n) is at source[k stride_k + n stride_n].
+struct PackParams {
+    const void* source;
+    bool is_bf16;  // else fp32
+    int64_t stride_k, stride_n;
+    const int64_t* order;  // (count,): the source's column for each output of the tile
+    int64_t count;         // at most `tile`
+    int64_t k;
+    Format format;
+    char* out;
+    float* scale;   // int8: (tile,)
+    int32_t* sums;  // int8: (tile,)
+};
+
 struct LinearParams {
     const Matrix* matrix;
     const Rows* rows;
@@ -75,6 +89,7 @@ struct DecoderKernels {
     int64_t lanes;      // of a register
     int64_t tile;       // outputs of a packed tile
     int64_t int8_step;  // 4: int8 weights are multiplied as bytes; 1: they become fp32
+    void (*pack)(const PackParams& params);
     // out[i] = x[i] weight[i] / sqrt(mean(x^2) + eps)
     void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
     // out[i] = a[i] + b[i]

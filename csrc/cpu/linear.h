@@ -26,25 +26,45 @@ struct Piece {
     int64_t count;
     const float* x;  // the first row at the piece's first k
     const uint8_t *high, *low;
-    int64_t ld;        // of x, high, low
-    float* sums;       // (R, 2, width): fp32 sums in the first, or 32-bit integers of the high and low halves
-    int64_t width;     // of `sums`
-    bool first;        // whether the sums begin at zero
-    const char* end;   // of what the thread reads here
-    const char* next;  // where it reads on
+    int64_t ld;     // of x, high, low
+    float* sums;    // (R, 2, width): fp32 sums in the first, or 32-bit integers of the high and low halves
+    int64_t width;  // of `sums`
+    bool first;     // whether the sums begin at zero
+    // What to prefetch while group g is multiplied: far + g far_step, and `jump` further from group `jump_at` on.
+    const char* far;
+    ptrdiff_t far_step;
+    int64_t jump_at;
+    ptrdiff_t jump;
 };
 
-// How much of a piece has its prefetches before `end`, and where they point.
-struct Ahead {
-    int64_t groups[2];    // ends of two parts
-    ptrdiff_t offset[2];  // from the weights in use
-};
+// A single pass over the weights prefetches kAhead in front, and beyond `end` from `next`.
+inline void prefetch_in_front(Piece& p, const char* end, const char* next) {
+    const ptrdiff_t left = end - kAhead - p.weights;
+    p.far = p.weights + kAhead;
+    p.far_step = p.stride;
+    p.jump_at = left <= 0 ? 0 : (left + p.stride - 1) / p.stride;
+    p.jump = next - end;
+}
 
-inline Ahead ahead(const Piece& p, int64_t groups) {
-    const ptrdiff_t left = p.end - kAhead - p.weights;
-    int64_t inside = left <= 0 ? 0 : (left + p.stride - 1) / p.stride;
-    inside = inside < groups ? inside : groups;
-    return {{inside, groups}, {kAhead, kAhead + (p.next - p.end)}};
+// Pass `pass` of `passes` over the same weights prefetches its part of what comes after them, so that reading goes on
+// all the time.
+inline void prefetch_in_parts(Piece& p, const char* end, const char* next, int64_t groups, int64_t pass,
+                              int64_t passes) {
+    const char* after = p.weights + groups * p.stride;
+    p.far_step = p.stride / passes;
+    p.far = (after < end ? after : next) + pass * groups * p.far_step;
+    p.jump_at = groups;
+    p.jump = 0;
+}
+
+// Calls group(weights, far, g) for all groups.
+template <class Group>
+inline void each_group(const Piece& p, int64_t groups, Group group) {
+    const char *w = p.weights, *far = p.far;
+    const int64_t ends[2] = {p.jump_at < groups ? p.jump_at : groups, groups};
+    int64_t g = 0;
+    for (int part = 0; part < 2; ++part, far += p.jump)
+        for (; g < ends[part]; ++g, w += p.stride, far += p.far_step) group(w, far, g);
 }
 
 template <int R, int C>
@@ -60,6 +80,15 @@ inline void finish(const Piece& p, const Vec (&acc)[R][C], int half = 0) {
         for (int c = 0; c < C; ++c) store(p.sums + (2 * r + half) * p.width + c * kLanes, acc[r][c]);
 }
 
+// Two groups as one, so that they fill two chains.
+inline Piece paired(const Piece& p) {
+    Piece pairs = p;
+    pairs.stride = 2 * p.stride;
+    pairs.far_step = 2 * p.far_step;
+    pairs.jump_at = (p.jump_at + 1) / 2;
+    return pairs;
+}
+
 // A single row has two sets of sums: a chain of multiply-adds waits for itself.
 template <int R, int C, class Group>
 inline void two_chains(const Piece& p, int64_t groups, Group group) {
@@ -67,11 +96,9 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
     begin(p, even);
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) odd[r][c] = zero();
-    const Ahead prefetches = ahead(p, groups);
-    const char* w = p.weights;
-    for (int part = 0, g = 0; part < 2; ++part)
-        for (; g < prefetches.groups[part]; ++g, w += p.stride)
-            group(w, w + prefetches.offset[part], g, even, R == 1 ? odd : even);
+    each_group(p, groups, [&](const char* w, const char* far, int64_t g) {
+        group(w, far, g, even, R == 1 ? odd : even);
+    });
     if (R == 1)
         for (int c = 0; c < C; ++c) even[0][c] += odd[0][c];
     finish(p, even);
@@ -82,13 +109,11 @@ struct Fp32 {
     static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
     template <int R, int C>
     static void run(const Piece& p) {
-        // Two k in a group, so that they fill two chains.
-        Piece pairs = p;
-        pairs.stride = 2 * p.stride;
+        const Piece pairs = paired(p);
         two_chains<R, C>(pairs, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
             for (int k = 0; k < 2; ++k)
                 for (int c = 0; c < C; ++c) {
-                    prefetch(far + k * p.stride + c * bytes);
+                    prefetch(far + k * p.far_step + c * bytes);
                     const Vec v = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
                     auto& acc = k ? odd : even;
                     for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
@@ -128,18 +153,16 @@ struct Int8 {
                 high[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums);
                 low[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums + p.width);
             }
-        const Ahead prefetches = ahead(p, p.count / 4);
-        const char* w = p.weights;
-        for (int part = 0, g = 0; part < 2; ++part)
-            for (; g < prefetches.groups[part]; ++g, w += p.stride)
-                for (int c = 0; c < C; ++c) {
-                    prefetch(w + prefetches.offset[part] + c * bytes);
-                    const Ints v = load_ints(w + c * bytes);
-                    for (int r = 0; r < R; ++r) {
-                        high[r][c] = _mm512_dpbusd_epi32(high[r][c], four(p.high + r * p.ld + 4 * g), v);
-                        low[r][c] = _mm512_dpbusd_epi32(low[r][c], four(p.low + r * p.ld + 4 * g), v);
-                    }
+        each_group(p, p.count / 4, [&](const char* w, const char* far, int64_t g) {
+            for (int c = 0; c < C; ++c) {
+                prefetch(far + c * bytes);
+                const Ints v = load_ints(w + c * bytes);
+                for (int r = 0; r < R; ++r) {
+                    high[r][c] = _mm512_dpbusd_epi32(high[r][c], four(p.high + r * p.ld + 4 * g), v);
+                    low[r][c] = _mm512_dpbusd_epi32(low[r][c], four(p.low + r * p.ld + 4 * g), v);
                 }
+            }
+        });
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) {
                 float* sums = p.sums + 2 * r * p.width + c * kLanes;
@@ -197,11 +220,10 @@ struct Int8 {
     static constexpr int step = 1, bytes = kLanes, max_rows = kMaxRows;
     template <int R, int C>
     static void run(const Piece& p) {
-        Piece pairs = p;
-        pairs.stride = 2 * p.stride;
+        const Piece pairs = paired(p);
         two_chains<R, C>(pairs, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
             for (int k = 0; k < 2; ++k) {
-                prefetch(far + k * p.stride);
+                prefetch(far + k * p.far_step);
                 auto& acc = k ? odd : even;
                 for (int c = 0; c < C; ++c) {
                     const Vec v = load_bytes(w + k * p.stride + c * bytes);
@@ -301,24 +323,29 @@ void linear_in(const LinearParams& p) {
     const Rows& rows = *p.rows;
     const ptrdiff_t stride = 4 * F::bytes, tile_bytes = m.k / F::step * stride;
     const int64_t blocks = (rows.count + F::max_rows - 1) / F::max_rows;
+    const char* end = m.data + (p.end + kTile - 1) / kTile * tile_bytes;
     for (int64_t column = p.begin; column < p.end;) {
         const int64_t tile = column / kTile, first = column % kTile / kLanes, left = (p.end - column) / kLanes;
         const int registers = int(left < 4 - first ? left : 4 - first);
         for (int64_t k = 0; k < m.k; k += kDepth)
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t row = rows.count * b / blocks, at = row * rows.ld + k;
-                const Piece piece{m.data + tile * tile_bytes + k / F::step * stride + first * F::bytes,
-                                  stride,
-                                  m.k - k < kDepth ? m.k - k : kDepth,
-                                  rows.x + at,
-                                  rows.high + at,
-                                  rows.low + at,
-                                  rows.ld,
-                                  p.scratch + 2 * row * kTile,
-                                  kTile,
-                                  k == 0,
-                                  m.data + (p.end + kTile - 1) / kTile * tile_bytes,
-                                  p.next};
+                const int64_t depth = m.k - k < kDepth ? m.k - k : kDepth;
+                Piece piece{};
+                piece.weights = m.data + tile * tile_bytes + k / F::step * stride + first * F::bytes;
+                piece.stride = stride;
+                piece.count = depth;
+                piece.x = rows.x + at;
+                piece.high = rows.high + at;
+                piece.low = rows.low + at;
+                piece.ld = rows.ld;
+                piece.sums = p.scratch + 2 * row * kTile;
+                piece.width = kTile;
+                piece.first = k == 0;
+                if (blocks == 1)
+                    prefetch_in_front(piece, end, p.next);
+                else
+                    prefetch_in_parts(piece, end, p.next, depth / F::step, b, blocks);
                 run_rows<F>(piece, rows.count * (b + 1) / blocks - row, registers);
             }
         conclude(p, column, registers);
