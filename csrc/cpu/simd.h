@@ -122,9 +122,14 @@ inline Ints load_ints(const void* p) {
 }
 inline Vec bf16_even(Ints v) { return floats(v << 16); }
 inline Vec bf16_odd(Ints v) { return floats(v & int32_t(0xffff0000)); }
+// SSE2 has no widening of bytes: every lane masks its byte where it stands, the lower three with an offset of 128.
 inline Vec load_bytes(const char* p) {
-    const auto* q = reinterpret_cast<const int8_t*>(p);
-    return Vec{float(q[0]), float(q[1]), float(q[2]), float(q[3])};
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    const auto w = int32_t(word ^ 0x00808080u);
+    const Ints there = Ints{w, w, w, w} & Ints{0xff, 0xff00, 0xff0000, int32_t(0xff000000)};
+    const Vec scale{1.0f, 1.0f / 256, 1.0f / 65536, 1.0f / 16777216}, offset{128.0f, 128.0f, 128.0f, 0.0f};
+    return __builtin_convertvector(there, Vec) * scale - offset;
 }
 inline float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(Vec v) {
