@@ -205,6 +205,7 @@ EMULATED = {
     ("launch.cuh", "../emulator/emulator.h"),
     ("memory.cuh", "../emulator/memory.h"),
     ("ptx.cuh", "../emulator/ptx.h"),
+    ("hopper.cuh", "../emulator/hopper.h"),
 }
 
 
