@@ -26,9 +26,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # before _C, so that its OpenMP code joins torch's thread pool
 
@@ -40,15 +41,34 @@ MIN_CUDA_CAPABILITY = (8, 0)
 # The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
 INTERFACE = 1
 
-# Ops with native implementations, by the device type they are for.
-NATIVE_OPS: dict[str, tuple[str, ...]] = {"quantize": ("cpu", "cuda")}
-# Ops that are PyTorch everywhere, and what of PyTorch they are.
-TORCH_OPS: dict[str, str] = {
-    "dequantize": "torch indexing",
-    "rms_norm": "torch expression",
-    "activation": "torch expression",
-    "causal_attention": "torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast",
-    "sample": "torch expression",
+
+@dataclass(frozen=True)
+class Op:
+    """Where an op has an implementation of our own, and what it does elsewhere.
+
+    Attributes:
+        native: Device types with a native implementation.
+        covers: What the native implementation on a CUDA device takes; the rest goes the other way.
+        otherwise: What of PyTorch runs where there is none.
+    """
+
+    native: tuple[str, ...] = ()
+    covers: str = ""
+    otherwise: str = "torch expression"
+
+
+# Every op of igpt_fast.ops.
+OPS: dict[str, Op] = {
+    "quantize": Op(("cpu", "cuda"), "uint8, fp32"),
+    "dequantize": Op(otherwise="torch indexing"),
+    "rms_norm": Op(
+        native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
+    ),
+    "activation": Op(),
+    "causal_attention": Op(
+        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast"
+    ),
+    "sample": Op(),
 }
 DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}
 
@@ -186,46 +206,94 @@ def use_backend(name: str) -> Iterator[None]:
         _block_backend.reset(token)
 
 
-def native(op: str, device: torch.device) -> ModuleType | None:
-    """The compiled module if ``op`` shall run there for tensors on ``device``, else ``None`` for the reference.
+class Kernels(NamedTuple):
+    """What an op calls: the compiled module, whose functions of it, and where to launch."""
+
+    module: ModuleType
+    kind: str  # "cpu" or "cuda": which of the module's functions
+    device: int  # number of the CUDA device
+    stream: int  # the current one's address
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The last two arguments of every CUDA function."""
+        return self.device, self.stream
+
+
+# Set by the tests: the CUDA kernels compiled for the CPU, which then serve its tensors.
+_emulated: ModuleType | None = None
+
+
+@contextmanager
+def emulate(module: ModuleType) -> Iterator[None]:
+    """For a ``with`` block, of all threads: ``module``'s CUDA functions serve the tensors of the CPU. For tests."""
+    global _emulated
+    before, _emulated = _emulated, module
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | None:
+    """The native implementation if ``op`` shall run there for tensors on ``device``, else ``None``: the reference.
+
+    Args:
+        op: A key of ``OPS``.
+        device: Of the op's tensors.
+        forced: Whatever backend is chosen; and where there is none, that is an error.
 
     Raises:
-        BackendUnavailableError: The chosen backend is ``cpu`` or ``cuda`` and does not serve ``device``.
+        BackendUnavailableError: The chosen backend is ``cpu`` or ``cuda`` and does not serve ``device``, or ``forced``.
     """
-    chosen = get_backend()
+    chosen = "auto" if forced else get_backend()
     if chosen == "reference":
         return None
+    if _emulated is not None and device.type == "cpu" and "cuda" in OPS[op].native:
+        return Kernels(_emulated, "cuda", 0, 0)
     if chosen not in ("auto", device.type):
         raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
-    if _C is None or device.type not in NATIVE_OPS[op]:
+    reason = _no_kernels(op, device)
+    if reason is not None:
+        if forced or (chosen == "cuda" and "cuda" in OPS[op].native):
+            raise BackendUnavailableError(f"{op}: {reason}")
         return None
-    if device.type == "cuda":
-        reason = _too_old(device.index) if _C.has_cuda else unavailable("cuda")
-        if reason is not None:
-            if chosen == "cuda":
-                raise BackendUnavailableError(f"{op}: {reason}")
-            return None
-    return _C
+    assert _C is not None
+    if device.type == "cpu":
+        return Kernels(_C, "cpu", 0, 0)
+    return Kernels(_C, "cuda", device.index, torch.cuda.current_stream(device.index).cuda_stream)
+
+
+def _no_kernels(op: str, device: torch.device) -> str | None:
+    """Why the compiled module does not serve an op on a device."""
+    if _C is None:
+        return native_reason
+    if device.type not in OPS[op].native:
+        return f"there is no kernel for tensors on {device}"
+    if device.type != "cuda":
+        return None
+    return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
 
 
 def implementation(op: str, device_type: str) -> tuple[str, str]:
     """What runs for an op on ``"cpu"`` or ``"cuda"`` under the chosen backend, and why nothing faster does.
 
     Returns:
-        (implementation, reason); the reason is empty when the native one runs.
+        (implementation, reason). Where the native one runs, the reason says what it covers on a CUDA device, and is
+        empty on the CPU.
     """
-    if op in TORCH_OPS:
-        return TORCH_OPS[op], "no native kernel is connected in this version"
-    chosen = get_backend()
-    if chosen == "reference":
+    entry, chosen = OPS[op], get_backend()
+    if chosen == "reference" and entry.native:
         return "reference", "the backend 'reference' is chosen"
-    if chosen not in ("auto", device_type):
+    if chosen not in ("auto", "reference", device_type) and entry.native:
         return "none", f"the backend {chosen!r} is chosen"
+    if device_type not in entry.native:
+        return entry.otherwise, f"there is no kernel for {device_type} tensors in this version"
     reason = unavailable(device_type)
     if reason is not None:
         return "reference", reason
     assert _C is not None
-    return f"native ({_C.cpu_isa()})" if device_type == "cpu" else "native", ""
+    return (f"native ({_C.cpu_isa()})", "") if device_type == "cpu" else ("native", f"for {entry.covers}")
 
 
 def config() -> dict[str, Any]:
@@ -248,7 +316,7 @@ def config() -> dict[str, Any]:
         op: {
             device: dict(zip(("runs", "reason"), implementation(op, device), strict=True)) for device in ("cpu", "cuda")
         }
-        for op in (*NATIVE_OPS, *TORCH_OPS)
+        for op in OPS
     }
     return {
         "versions": {

@@ -1,6 +1,5 @@
 """backend: the choice of an implementation, by process, block, thread and environment, and the report about it."""
 
-import ast
 import inspect
 import os
 import re
@@ -35,7 +34,7 @@ def test_set_backend_is_for_the_process() -> None:
     before = igpt_fast.get_backend()
     try:
         igpt_fast.set_backend("reference")
-        assert backend.native("quantize", CPU) is None
+        assert backend.kernels("quantize", CPU) is None
         seen: list[str] = []
         thread = threading.Thread(target=lambda: seen.append(backend.get_backend()))
         thread.start()
@@ -126,11 +125,12 @@ def test_why_cuda_is_not_available(
     found, device = backend.unavailable("cuda"), torch.device("cuda", 0)
     if reason is None:
         assert found is None
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
         with backend.use_backend("cuda"):
-            assert backend.native("quantize", device) is built
+            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7)
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):
-                backend.native("quantize", CPU)
-        assert backend.implementation("quantize", "cuda") == ("native", "")
+                backend.kernels("quantize", CPU)
+        assert backend.implementation("quantize", "cuda") == ("native", "for uint8, fp32")
         return
     assert found is not None
     assert reason in found
@@ -138,13 +138,13 @@ def test_why_cuda_is_not_available(
     with pytest.raises(backend.BackendUnavailableError, match=r"'cuda' is not available: .*" + re.escape(reason)):
         backend.set_backend("cuda")
     if capability is not None:  # a tensor can be there: the ops run on the reference
-        assert backend.native("quantize", device) is None
+        assert backend.kernels("quantize", device) is None
 
 
 def test_without_the_module_everything_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_C", None)
     monkeypatch.setattr(backend, "native_reason", "lost")
-    assert backend.native("quantize", CPU) is None
+    assert backend.kernels("quantize", CPU) is None
     assert backend.unavailable("reference") is None
     assert backend.implementation("quantize", "cpu") == ("reference", "lost")
     with pytest.raises(backend.BackendUnavailableError, match="lost"), backend.use_backend("cpu"):
@@ -164,8 +164,7 @@ def test_implementation_and_reason() -> None:
 
 
 def test_every_op_and_decoder_is_reported() -> None:
-    tree = ast.parse(inspect.getsource(ops))
-    named = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith(("_", "check_"))}
+    named = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and not name.startswith("check_")}
     report = backend.config()
     assert set(report["ops"]) == named
     found = {

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
@@ -67,6 +68,10 @@ class Mutation:
     def apply(self, text: str) -> str:
         assert text.count(self.old) == 1, f"{self.name}: {self.old!r} is {text.count(self.old)} times in {self.file}"
         return text.replace(self.old, self.new)
+
+
+# What has to find a mutation: a check that takes Kernels, or (sanitizer, op) for a run of the driver.
+Check = Callable[[Any], None] | tuple[str, str]
 
 
 class Tree:
@@ -187,9 +192,10 @@ def probes(name: str = "probes", *others: str) -> ModuleType:
 
 
 def driver(sanitizer: str, mutation: Mutation | None = None) -> Path:
-    """The program of driver.cpp, which runs all kernels, under a sanitizer."""
+    """The program of driver*.cpp, which runs all kernels, under a sanitizer."""
     tree = Tree(mutation)
-    sources = [*tree.sources(sanitizer), (HERE / "driver.cpp", ("-O1", *SANITIZERS[sanitizer]))]
+    sources = tree.sources(sanitizer)
+    sources += [(path, ("-O1", *SANITIZERS[sanitizer])) for path in sorted(HERE.glob("driver*.cpp"))]
     return link(tree.objects(sources), "driver", *SANITIZERS[sanitizer])
 
 

@@ -3,9 +3,11 @@
 import compiling
 import pytest
 
+OPS = sorted(path.stem.removeprefix("driver_") for path in compiling.HERE.glob("driver_*.cpp"))
+
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("op", ["quantize", "norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_clean(sanitizer: str, op: str) -> None:
     reason = compiling.unavailable() or compiling.sanitizer_unavailable(sanitizer)
     if reason is not None:

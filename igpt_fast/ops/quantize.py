@@ -1,0 +1,112 @@
+"""Colours to tokens and back: the nearest colour cluster of a pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast import backend, reference
+from igpt_fast.ops.dispatch import is_plain, library
+
+
+def quantize(x: Tensor, clusters: Tensor) -> Tensor:
+    """Index of the nearest colour cluster, the lowest index on ties.
+
+    Args:
+        x: (..., 3). uint8: a value v stands for ``v / 127.5 - 1`` and is evaluated in float64, so the result is
+            exact; float32: colours in [-1, 1], evaluated in float32.
+        clusters: (K, 3) float32 on the device of ``x``, K >= 1.
+
+    Returns:
+        (...) int64 on the device of ``x``. Not differentiable.
+
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Another shape, or two devices.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: openai/image-gpt src/utils.py ``color_quantize``; see ``reference.quantize``.
+    """
+    _check_quantize(x, clusters)
+    if is_plain(x, clusters):
+        return _quantize(x, clusters)
+    return torch.ops.igpt_fast.quantize(x, clusters)
+
+
+def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
+    """The colours of tokens: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255.
+
+    Args:
+        tokens: (...) integers in 0..K-1.
+        clusters: (K, 3) floats in [-1, 1] on the device of ``tokens``.
+
+    Returns:
+        (..., 3) uint8.
+
+    Raises:
+        TypeError: ``tokens`` are not integers.
+        ValueError: ``clusters`` is not (K, 3).
+
+    Source: openai/image-gpt src/run.py.
+    """
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
+    if clusters.ndim != 2 or clusters.shape[1] != 3:
+        raise ValueError(f"dequantize: clusters has shape {tuple(clusters.shape)}; want (K, 3)")
+    return reference.dequantize(tokens, clusters)
+
+
+def _check_quantize(x: Tensor, clusters: Tensor) -> None:
+    if x.dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f"quantize: x has dtype {x.dtype}; want uint8 or float32")
+    if clusters.dtype != torch.float32:
+        raise TypeError(f"quantize: clusters has dtype {clusters.dtype}; want float32")
+    if x.ndim == 0 or x.shape[-1] != 3:
+        raise ValueError(f"quantize: x has shape {tuple(x.shape)}; want (..., 3)")
+    if clusters.ndim != 2 or clusters.shape[1] != 3 or clusters.shape[0] < 1:
+        raise ValueError(f"quantize: clusters has shape {tuple(clusters.shape)}; want (K, 3) with K >= 1")
+    if x.device != clusters.device:
+        raise ValueError(f"quantize: x is on {x.device}, clusters on {clusters.device}; want one device")
+
+
+def _quantize(x: Tensor, clusters: Tensor) -> Tensor:
+    """Checked tensors with memory behind them, on the CPU or a CUDA device."""
+    kernels = backend.kernels("quantize", x.device)
+    if kernels is None:
+        return reference.quantize(x, clusters)
+    x, clusters = x.contiguous(), clusters.contiguous()
+    out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    sizes = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr(), out.numel(), clusters.shape[0]
+    if kernels.kind == "cpu":
+        kernels.module.quantize_cpu(*sizes, torch.get_num_threads())
+    else:
+        kernels.module.quantize_cuda(*sizes, *kernels.place)
+    return out
+
+
+def _fake_quantize(x: Tensor, clusters: Tensor) -> Tensor:
+    _check_quantize(x, clusters)
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+def _vmap_quantize(
+    info: Any, in_dims: tuple[int | None, int | None], x: Tensor, clusters: Tensor
+) -> tuple[Tensor, int]:
+    x_dim, clusters_dim = in_dims
+    if x_dim is not None:
+        x = x.movedim(x_dim, 0)
+    if clusters_dim is None:
+        return quantize(x, clusters), 0
+    palettes = clusters.movedim(clusters_dim, 0)
+    rows = x if x_dim is not None else [x] * info.batch_size
+    return torch.stack([quantize(row, palette) for row, palette in zip(rows, palettes, strict=True)]), 0
+
+
+library.define("quantize(Tensor x, Tensor clusters) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    library.impl("quantize", _quantize, _key)
+torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=library)
+torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=library)
+torch.library.register_vmap("igpt_fast::quantize", _vmap_quantize, lib=library)
