@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import compiling
 import pytest
 import torch
+from implementations import Implementation
 
 from igpt_fast import backend
 
@@ -30,20 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One of an op's implementations, which is on while a test runs. Its tensors belong on ``device``."""
-
-    name: str  # "reference", "emulated" or "cuda"
-    device: str
-    module: ModuleType | None = None  # the emulated one
-
-    def schedule(self, order: str, seed: int = 0) -> None:
-        """Chooses the order of execution, where there is a choice."""
-        if self.module is not None:
-            self.module.set_schedule(order, seed)
 
 
 @pytest.fixture(scope="session")
