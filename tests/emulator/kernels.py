@@ -59,7 +59,7 @@ class Kernels:
         self, dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, parts: int | None = None
     ) -> tuple[Tensor, Tensor]:
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
-        parts = self.module.rms_norm_bwd_parts(rows) if parts is None else parts
+        parts = self.module.norm_bwd_parts(rows) if parts is None else parts
         dx, dweight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan)
         partial = torch.full((parts, n_embd), torch.nan, device=self.device)
         addresses = _addresses((dout, dsum, x, weight, dx, dweight, partial))
