@@ -55,17 +55,16 @@ void layer_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t
 void layer_norm_bwd(uintptr_t dout, uintptr_t dsum, uintptr_t x, uintptr_t weight, uintptr_t dx, uintptr_t dweight,
                     uintptr_t dbias, uintptr_t partial, int64_t rows, int32_t n_embd, int32_t parts, float eps,
                     int32_t dtype, int32_t device, uintptr_t stream) {
-    check("layer_norm",
-          cuda::layer_norm_bwd({pointer(dout), pointer(dsum), pointer(x), pointer(weight), pointer(dx),
-                                pointer(dweight), pointer(dbias), pointer<float>(partial), rows, n_embd, parts, eps,
-                                cuda::DType(dtype), device, pointer(stream)}));
+    check("layer_norm", cuda::layer_norm_bwd({pointer(dout), pointer(dsum), pointer(x), pointer(weight), pointer(dx),
+                                              pointer(dweight), pointer(dbias), pointer<float>(partial), rows, n_embd,
+                                              parts, eps, cuda::DType(dtype), device, pointer(stream)}));
 }
 
 void activation_fwd(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t rows, int32_t n, int32_t activation,
                     int32_t dtype, int32_t device, uintptr_t stream) {
-    check("activation", cuda::activation_fwd({pointer(x), pointer(bias), pointer(out), rows, n,
-                                              cuda::Activation(activation), cuda::DType(dtype), device,
-                                              pointer(stream)}));
+    check("activation",
+          cuda::activation_fwd({pointer(x), pointer(bias), pointer(out), rows, n, cuda::Activation(activation),
+                                cuda::DType(dtype), device, pointer(stream)}));
 }
 
 void activation_bwd(uintptr_t dout, uintptr_t x, uintptr_t bias, uintptr_t dx, uintptr_t dbias, uintptr_t partial,
@@ -79,11 +78,10 @@ void activation_bwd(uintptr_t dout, uintptr_t x, uintptr_t bias, uintptr_t dx, u
 void cross_entropy_fwd(uintptr_t logits, uintptr_t labels, uintptr_t losses, uintptr_t loss, uintptr_t count,
                        uintptr_t statistics, uintptr_t partial, int64_t rows, int32_t k, int32_t parts,
                        int64_t ignore_index, bool mean, int32_t dtype, int32_t device, uintptr_t stream) {
-    check("cross_entropy",
-          cuda::cross_entropy_fwd({pointer(logits), pointer<int64_t>(labels), pointer<float>(losses),
-                                   pointer<float>(loss), pointer<float>(count), pointer<float>(statistics),
-                                   pointer<float>(partial), rows, k, parts, ignore_index, mean, cuda::DType(dtype),
-                                   device, pointer(stream)}));
+    check("cross_entropy", cuda::cross_entropy_fwd({pointer(logits), pointer<int64_t>(labels), pointer<float>(losses),
+                                                    pointer<float>(loss), pointer<float>(count),
+                                                    pointer<float>(statistics), pointer<float>(partial), rows, k, parts,
+                                                    ignore_index, mean, cuda::DType(dtype), device, pointer(stream)}));
 }
 
 void cross_entropy_bwd(uintptr_t dloss, uintptr_t logits, uintptr_t labels, uintptr_t statistics, uintptr_t count,

@@ -32,9 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias`` over the last dimension; the variance of n values, not n-1.
+    """``(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias`` over the last dimension.
 
-    In fp32 and rounded once, as ``rms_norm``.
+    The variance is the mean of the squares, not that over n - 1. In fp32 and rounded once, as ``rms_norm``.
 
     Source: "Layer Normalization" (Ba, Kiros & Hinton, 2016).
     """

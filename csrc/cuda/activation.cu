@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads) bias_activation_fwd_kernel(Activatio
     const V* x = static_cast<const V*>(p.x) + column;
     V* out = static_cast<V*>(p.out) + column;
     const int64_t step = int64_t(gridDim.y) * kRowsAtOnce;
-    for (int64_t row = int64_t(blockIdx.y) * kRowsAtOnce + threadIdx.x / kWarpSize; row < p.rows; row += kUnroll * step) {
+    for (int64_t row = int64_t(blockIdx.y) * kRowsAtOnce + threadIdx.x / kWarpSize; row < p.rows;
+         row += kUnroll * step) {
         V piece[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -258,8 +259,8 @@ int launch_bwd(const ActivationBwdParams& p) {
     if (p.parts < 0 || p.parts > 65535) return cudaErrorInvalidValue;
     if (p.parts > 0) {
         const dim3 grid(unsigned(divide_up(p.n / kSize, kWarpSize)), unsigned(p.parts));
-        const int error = launch(bias_activation_bwd_kernel<T, F>, grid, kThreads, kThreads * kSize * sizeof(float),
-                                 p.stream, p);
+        const int error =
+            launch(bias_activation_bwd_kernel<T, F>, grid, kThreads, kThreads * kSize * sizeof(float), p.stream, p);
         if (error != cudaSuccess) return error;
     }
     return launch_column_sums<T>(p.partial, p.dbias, nullptr, p.n, p.parts, p.stream);

@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kSumColumns* kSumGroups) column_sum_kernel(Col
     const float* partial = p.partial + int64_t(blockIdx.y) * p.parts * p.n;
     float sum = 0.0f;
     if (i < p.n) {
-        for (int part = group; part < p.parts; part += kSumGroups) sum += load_global(partial + int64_t(part) * p.n + i);
+        for (int part = group; part < p.parts; part += kSumGroups)
+            sum += load_global(partial + int64_t(part) * p.n + i);
     }
     store_shared(scratch + threadIdx.x, sum);
     __syncthreads();
@@ -45,7 +46,8 @@ template <typename T>
 int launch_column_sums(const float* partial, void* first, void* second, int32_t n, int32_t parts, void* stream) {
     const unsigned columns = unsigned((int64_t(n) + kSumColumns - 1) / kSumColumns);
     return launch(column_sum_kernel<T>, dim3(columns, second ? 2 : 1), kSumColumns * kSumGroups,
-                  kSumColumns * kSumGroups * sizeof(float), stream, ColumnSumParams{partial, {first, second}, n, parts});
+                  kSumColumns * kSumGroups * sizeof(float), stream,
+                  ColumnSumParams{partial, {first, second}, n, parts});
 }
 
 }  // namespace

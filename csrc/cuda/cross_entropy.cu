@@ -6,15 +6,15 @@
 //   logits x, dlogits (rows, k) float32, bfloat16 or float16, contiguous, k up to 65536; labels (rows,) int64; losses
 //   (rows,), statistics (rows, 2) = (m, l), loss and count (1,) float32. Everything is computed in float32. m and l are
 //   kept apart: their sum, the log-sum-exp, rounded to float32 would show in the gradients of logits far from zero.
-//   A row whose label is ignore_index counts for nothing: it is not read, its loss and gradient are zero. A label that is
-//   neither that nor in [0, k) gives NaN, which no one overlooks, and a gradient of zero: nothing outside the row is read.
-//   Launch: a warp for a row at a time, four in a block, grid-stride. Rows of up to 1024, a multiple of 8, stay in
-//   registers for both passes over them; others go by in one pass with a running maximum. Each block leaves its sum and
-//   count, and a second kernel of one block adds those up: no atomics, the same bits every time, and the mean never
+//   A row whose label is ignore_index counts for nothing: it is not read, its loss and gradient are zero. A label that
+//   is neither that nor in [0, k) gives NaN, which no one overlooks, and a gradient of zero: nothing outside the row is
+//   read. Launch: a warp for a row at a time, four in a block, grid-stride. Rows of up to 1024, a multiple of 8, stay
+//   in registers for both passes over them; others go by in one pass with a running maximum. Each block leaves its sum
+//   and count, and a second kernel of one block adds those up: no atomics, the same bits every time, and the mean never
 //   passes through the host. 0 / 0 is NaN, as torch has it.
-//   Bound by bytes, of 16-bit logits 2 an element forward, 4 backward. The forward could write the gradient as well, 4 in
-//   place of 2, but the upstream gradient is known only later: applying it would read and write all of it again, 8 in
-//   all against these 6.
+//   Bound by bytes, of 16-bit logits 2 an element forward, 4 backward. The forward could write the gradient as well, 4
+//   in place of 2, but the upstream gradient is known only later: applying it would read and write all of it again, 8
+//   in all against these 6.
 //
 // Source: torch.nn.functional.cross_entropy; Milakov & Gimelshein, 2018 (the running maximum).
 #include <algorithm>

@@ -7,12 +7,13 @@
 //
 //   x, residual, sum (h), out, dout, dsum, dx (rows, n) and weight, bias, dweight, dbias (n,) of one dtype: float32,
 //   bfloat16 or float16; partial (1 or 2, parts, n) float32. Contiguous, n a multiple of 8. Everything is computed in
-//   float32; the variance is that of the values less their mean, from registers, and never a difference of two sums.
+//   float32; the variance is that of the values less their mean, from registers, and not a difference of two sums; what
+//   the mean loses by its own rounding is made good by the mean of those differences.
 //   Launch: a team of 1, 4 or 8 warps for a row, each thread with up to 8 vectors of 16 bytes of it in registers, so
 //   that a row is read once; four one-warp teams make a block, which then needs no barrier for a row. The backward
-//   makes the statistics anew, which costs no bytes. It runs `parts` blocks over all rows, keeps the gradients of weight
-//   and bias in registers, writes a partial sum for each block, and columns.cuh adds those up.
-//   Bound by bytes: the forward moves 2 (4 with residual) tensors of (rows, n), the backward 3 (4 with dsum).
+//   makes the statistics anew, which costs no bytes. It runs `parts` blocks over all rows, keeps the gradients of
+//   weight and bias in registers, writes a partial sum for each block, and columns.cuh adds those up. Bound by bytes:
+//   the forward moves 2 (4 with residual) tensors of (rows, n), the backward 3 (4 with dsum).
 //
 // Source: openai/image-gpt src/model.py norm; Ba, Kiros & Hinton, 2016. Backward: the derivatives, written out.
 #include <type_traits>
@@ -106,22 +107,31 @@ __global__ void __launch_bounds__(S::kThreads) norm_fwd_kernel(NormFwdParams p) 
         Piece<S>::each(n, [&](int v, int e) { h.set(v, e, h.get(v, e) + residual.get(v, e)); });
         h.store(row_of(p.sum, row, n, sizeof(T)), n);
     }
-    weight.load(p.weight, n);  // on its way while the sums are made
-    float mean[1] = {0.0f}, square[1] = {0.0f};
+    weight.load(p.weight, n);                        // on its way while the sums are made
+    float mean[1] = {0.0f}, sums[2] = {0.0f, 0.0f};  // of c^2 and, layer_norm's, of c
     if constexpr (kCentred) {
         if (p.bias) bias.load(p.bias, n);
         Piece<S>::each(n, [&](int v, int e) { mean[0] += h.get(v, e); });
-        team_sum<S>(mean, scratch + S::kWarps);
+        team_sum<S>(mean, scratch + 2 * S::kWarps);
         mean[0] /= float(n);
     }
     Piece<S>::each(n, [&](int v, int e) {
         const float c = h.get(v, e) - mean[0];
-        square[0] += c * c;
+        sums[0] += c * c;
+        if constexpr (kCentred) sums[1] += c;
     });
-    team_sum<S>(square, scratch);
-    const float scale = rsqrtf(square[0] / float(n) + p.eps);
+    float shift = 0.0f;  // what the mean lost where it was rounded
+    if constexpr (kCentred) {
+        team_sum<S>(sums, scratch);
+        shift = sums[1] / float(n);
+    } else {
+        float square[1] = {sums[0]};
+        team_sum<S>(square, scratch);
+        sums[0] = square[0];
+    }
+    const float scale = rsqrtf(sums[0] / float(n) - shift * shift + p.eps);
     Piece<S>::each(n, [&](int v, int e) {
-        float y = (h.get(v, e) - mean[0]) * scale * weight.get(v, e);
+        float y = (h.get(v, e) - mean[0] - shift) * scale * weight.get(v, e);
         if constexpr (kCentred) {
             if (p.bias) y += bias.get(v, e);
         }
@@ -173,9 +183,12 @@ __device__ __forceinline__ void store_partial(const float (&gradient)[S::kVector
 // The sums over a row that the backward needs, divided by n: of c^2 and g * c, and for layer_norm of h and g.
 template <typename S, bool kCentred>
 struct Means {
-    float h = 0.0f, g = 0.0f, square = 0.0f, product = 0.0f;
+    static constexpr int kSums = kCentred ? 3 : 2;  // at once; two scratch areas of kWarps * kSums are taken by turns
+    float h = 0.0f, g = 0.0f, shift = 0.0f, square = 0.0f, product = 0.0f;
 
-    // Two scratch areas by turns: a fast warp is at most one barrier ahead of one that still reads.
+    __device__ __forceinline__ float centre(float x) const { return kCentred ? x - h - shift : x; }
+
+    // A fast warp is at most one barrier ahead of one that still reads: hence the two areas.
     __device__ __forceinline__ void find(const Piece<S>& row, const Piece<S>& dout, const Piece<S>& weight, int n,
                                          float* scratch, int& turn) {
         if constexpr (kCentred) {
@@ -184,21 +197,23 @@ struct Means {
                 sums[0] += row.get(v, e);
                 sums[1] += dout.get(v, e) * weight.get(v, e);
             });
-            team_sum<S>(sums, scratch + turn * 2 * S::kWarps);
+            team_sum<S>(sums, scratch + turn * kSums * S::kWarps);
             turn ^= 1;
             h = sums[0] / float(n);
             g = sums[1] / float(n);
         }
-        float sums[2] = {0.0f, 0.0f};
+        float sums[kSums] = {};
         Piece<S>::each(n, [&](int v, int e) {
             const float c = row.get(v, e) - h;
             sums[0] += c * c;
             sums[1] += dout.get(v, e) * weight.get(v, e) * c;
+            if constexpr (kCentred) sums[2] += c;
         });
-        team_sum<S>(sums, scratch + turn * 2 * S::kWarps);
+        team_sum<S>(sums, scratch + turn * kSums * S::kWarps);
         turn ^= 1;
-        square = sums[0] / float(n);
-        product = sums[1] / float(n);
+        if constexpr (kCentred) shift = sums[2] / float(n);
+        square = sums[0] / float(n) - shift * shift;
+        product = sums[1] / float(n) - shift * g;
     }
 };
 
@@ -220,12 +235,12 @@ __global__ void __launch_bounds__(S::kThreads) norm_bwd_kernel(NormBwdParams p) 
         mean.find(h, dout, weight, n, scratch, turn);
         const float scale = rsqrtf(mean.square + p.eps), slope = scale * scale * mean.product;
         Piece<S>::each(n, [&](int v, int e) {
-            dweight[v][e] += dout.get(v, e) * ((h.get(v, e) - mean.h) * scale);
+            dweight[v][e] += dout.get(v, e) * (mean.centre(h.get(v, e)) * scale);
             if constexpr (kCentred) dbias[v][e] += dout.get(v, e);
         });
         Piece<S>::each(n, [&](int v, int e) {
             const float g = dout.get(v, e) * weight.get(v, e);
-            dout.set(v, e, scale * (g - (h.get(v, e) - mean.h) * slope - mean.g));
+            dout.set(v, e, scale * (g - mean.centre(h.get(v, e)) * slope - mean.g));
         });
         if (p.dsum) {
             Piece<S> dsum;
@@ -259,16 +274,16 @@ template <bool kCentred, typename S>
 int launch_fwd(const NormFwdParams& p) {
     const int64_t blocks = (p.rows + S::kTeams - 1) / S::kTeams;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    const size_t floats = S::kWarps == 1 ? 0 : (kCentred ? 2 : 1) * S::kWarps;
+    const size_t floats = S::kWarps == 1 ? 0 : (kCentred ? 3 : 1) * S::kWarps;
     return launch(norm_fwd_kernel<S, kCentred>, unsigned(blocks), S::kThreads, floats * sizeof(float), p.stream, p);
 }
 
 template <bool kCentred, typename S>
 int launch_bwd(const NormBwdParams& p) {
-    const size_t floats = S::kTeams == 1 ? 4 * S::kWarps : S::kTeams * p.n_embd;
+    const size_t floats = S::kTeams == 1 ? 2 * Means<S, kCentred>::kSums * S::kWarps : S::kTeams * p.n_embd;
     if (p.parts > 0) {
-        const int error = launch(norm_bwd_kernel<S, kCentred>, unsigned(p.parts), S::kThreads, floats * sizeof(float),
-                                 p.stream, p);
+        const int error =
+            launch(norm_bwd_kernel<S, kCentred>, unsigned(p.parts), S::kThreads, floats * sizeof(float), p.stream, p);
         if (error != cudaSuccess) return error;
     }
     return launch_column_sums<typename S::T>(p.partial, p.dweight, p.dbias, p.n_embd, p.parts, p.stream);

@@ -113,9 +113,7 @@ def _covered(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
 
 
-def _check_norm(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
-) -> None:
+def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     check_floating(op, **{name: tensor for name, tensor in given.items() if tensor is not None})
     if x.ndim == 0:
