@@ -45,6 +45,17 @@ __device__ __forceinline__ float logistic(float x) {
     return __fdividef(1.0f, d);
 }
 
+// The logistic function and its derivative s (1 - s), which must not suffer where s is nearly one.
+struct Logistic {
+    float value, slope;
+};
+template <typename T>
+__device__ __forceinline__ Logistic logistic_with_slope(float x) {
+    const float e = exponential<T>(-fabsf(x)), d = 1.0f + e;
+    const float r = sizeof(T) == 4 ? 1.0f / d : __fdividef(1.0f, d);
+    return {x < 0.0f ? e * r : r, e * r * r};
+}
+
 // Each has its value and its derivative. Products begin with the factors that vanish, so that none of them is infinite.
 struct QuickGelu {
     static constexpr float kSlope = 1.702f;
@@ -55,8 +66,8 @@ struct QuickGelu {
     }
     template <typename T>
     __device__ __forceinline__ static float derivative(float z) {
-        const float s = logistic<T>(kSlope * z);
-        return s + z * s * (1.0f - s) * kSlope;
+        const Logistic s = logistic_with_slope<T>(kSlope * z);
+        return s.value + z * s.slope * kSlope;
     }
 };
 
@@ -69,9 +80,9 @@ struct GeluTanh {
     }
     template <typename T>
     __device__ __forceinline__ static float derivative(float z) {
-        const float s = logistic<T>(z * (kLinear + kCubic * (z * z)));
-        const float square = fminf(z * z, 1e6f);  // s (1 - s) is zero long before
-        return s + z * s * (1.0f - s) * (kLinear + 3.0f * kCubic * square);
+        const Logistic s = logistic_with_slope<T>(z * (kLinear + kCubic * (z * z)));
+        const float square = fminf(z * z, 1e6f);  // the slope is zero long before
+        return s.value + z * s.slope * (kLinear + 3.0f * kCubic * square);
     }
 };
 
