@@ -207,6 +207,7 @@ SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in
 # Where the host compiler takes the emulator in nvcc's place.
 EMULATED = {
     ("launch.cuh", "../emulator/emulator.h"),
+    ("launch.cuh", "../emulator/record.h"),
     ("memory.cuh", "../emulator/memory.h"),
     ("ptx.cuh", "../emulator/ptx.h"),
     ("hopper.cuh", "../emulator/hopper.h"),
