@@ -27,6 +27,10 @@ def test_many_rows(kernels: Kernels) -> None:
     checks_activation.check_activation(kernels, torch.bfloat16, 1025, 48, 2, with_bias=True)
 
 
+def test_rounds_once(kernels: Kernels) -> None:
+    checks_activation.check_activation_rounds_once(kernels)
+
+
 def test_schedules(emulated: Kernels) -> None:
     checks_activation.check_activation_schedules(emulated)
 
