@@ -7,7 +7,12 @@ from kernels import Kernels
 
 
 def cross_entropy(kernels: Kernels) -> None:
-    for dtype, rows, k in [(torch.bfloat16, 5, 512), (torch.bfloat16, 7, 1032), (torch.float32, 70, 13)]:
+    for dtype, rows, k in [
+        (torch.bfloat16, 5, 512),
+        (torch.bfloat16, 7, 1032),
+        (torch.float32, 70, 13),
+        (torch.bfloat16, 3, 26),
+    ]:
         checks_cross_entropy.check_cross_entropy(kernels, dtype, rows, k)
 
 
