@@ -111,7 +111,8 @@ struct CrossEntropyFwdParams {
     float* losses;          // (rows,), 0 where ignored; or null
     float* loss;            // (1,): their sum or mean; or null
     float* count;           // (1,): how many rows count; null without loss
-    float* statistics;      // (rows, 2): the largest logit, and the logarithm of the sum of the exponentials less it
+    float* statistics;      // (rows, 2): the largest logit, and the logarithm of the sum of the exponentials less it;
+                            // zeros where no logit was read
     float* partial;         // (parts, 2), to work in; null without loss
     int64_t rows;
     int32_t k;
