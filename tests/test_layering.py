@@ -210,6 +210,7 @@ EMULATED = {
     ("launch.cuh", "../emulator/record.h"),
     ("memory.cuh", "../emulator/memory.h"),
     ("ptx.cuh", "../emulator/ptx.h"),
+    ("hopper.cuh", "../emulator/hopper.h"),
 }
 
 

@@ -40,6 +40,9 @@ inline std::map<std::string, uint64_t> counters_by_name() {
         {"ldmatrix", c.ldmatrix},
         {"ldmatrix_wavefronts", c.ldmatrix_wavefronts},
         {"async_copies", c.async_copies},
+        {"tile_copies", c.tile_copies},
+        {"tile_bytes", c.tile_bytes},
+        {"wgmma", c.wgmma},
     };
 }
 
