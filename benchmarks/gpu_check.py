@@ -122,7 +122,7 @@ class Step:
         environment: Added to the process's.
         needs: Steps without whose success it cannot run.
         skip: Why it does not run here, where it does not.
-        look: Called when the command succeeded: (why the step failed nevertheless, or "", more of its result).
+        look: Called after the command: (why the step failed, though the command did not, or "", more of its result).
         before: Called first.
     """
 
@@ -148,9 +148,12 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
         reason = "" if returncode == 0 else f"exit status {returncode}"
         if returncode is None:
             reason = f"ended after {seconds:.0f} s"
-        if step.look and returncode is not None:
-            problem, more = step.look()
-            result |= more
+        if step.look:
+            try:
+                problem, more = step.look()
+            except (OSError, ValueError, LookupError, xml.etree.ElementTree.ParseError) as error:
+                problem, more = f"no result: {error}", {}
+            result |= more  # of a step that failed, too: what it had when it ended
             reason = reason or problem
     except Exception as error:  # whatever it is, the other steps still run
         reason = f"{type(error).__name__}: {error}"
