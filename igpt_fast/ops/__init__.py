@@ -8,7 +8,7 @@ from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation
 from igpt_fast.ops.causal_attention import causal_attention
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample
+from igpt_fast.ops.sample import check_sampling, sample, sample_next
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,4 +20,5 @@ __all__ = [
     "quantize",
     "rms_norm",
     "sample",
+    "sample_next",
 ]
