@@ -34,7 +34,7 @@ template <int kThreads>
 struct Shared {
     static constexpr int kWarps = kThreads / kWarpSize;
     uint64_t keys[kThreads * kOwn];
-    double sums[2][kWarps];
+    double sums[kWarps];
     uint64_t largest[kWarps];
     float peaks[kWarps];
     int counts[kWarps];
@@ -165,7 +165,7 @@ __device__ __forceinline__ void keep_top_p(float (&weight)[kOwn], double top_p, 
     double ordered[kOwn], sums[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) sums[i] = ordered[i] = double(__uint_as_float(unsigned(keys[i] >> 32)));
-    const double total = block_cumulate<kThreads>(sums, shared.sums[0]);
+    const double total = block_cumulate<kThreads>(sums, shared.sums);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         store_shared(shared.kept + ~unsigned(keys[i]), uint8_t(sums[i] - ordered[i] < top_p * total));
@@ -176,14 +176,13 @@ __device__ __forceinline__ void keep_top_p(float (&weight)[kOwn], double top_p, 
     for (int i = 0; i < kOwn; ++i) weight[i] = kept >> 8 * i & 1 ? weight[i] : 0.0f;
 }
 
-// How many of the first k cumulative weights do not exceed the target.
+// How many cumulative weights do not exceed the target. Behind the row's end they are the total, which does.
 template <int kThreads>
-__device__ __forceinline__ int block_count(const double (&cumulative)[kOwn], double target, int k,
-                                           Shared<kThreads>& shared) {
+__device__ __forceinline__ int block_count(const double (&cumulative)[kOwn], double target, Shared<kThreads>& shared) {
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        count += __popc(__ballot_sync(kFullMask, first_id() + i < k && cumulative[i] <= target));
+        count += __popc(__ballot_sync(kFullMask, cumulative[i] <= target));
     }
     if (threadIdx.x % kWarpSize == 0) store_shared(shared.counts + threadIdx.x / kWarpSize, count);
     __syncthreads();
@@ -207,8 +206,8 @@ __device__ __forceinline__ int draw(const SampleParams& p, const float (&x)[kOwn
     double cumulative[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) cumulative[i] = double(weight[i]);
-    const double total = block_cumulate<kThreads>(cumulative, shared.sums[1]);
-    return min(block_count(cumulative, double(uniform) * total, p.k, shared), p.k - 1);
+    const double total = block_cumulate<kThreads>(cumulative, shared.sums);
+    return min(block_count(cumulative, double(uniform) * total, shared), p.k - 1);
 }
 
 // embedding = wte + wpe, or zeros where there is no next position. All of the block.

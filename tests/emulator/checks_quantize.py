@@ -268,3 +268,18 @@ def check_dequantize_coalescing(kernels: Kernels) -> None:
         assert counted["load_requests"] == size * n // 512, dict(counted)
         assert counted["store_requests"] == 3 * n // 512, dict(counted)
         assert counted["shared_conflicts"] == 0, dict(counted)
+
+
+def check_far_tokens(kernels: Kernels) -> None:
+    """Tokens behind the first 2^31, in memory that nobody touches but the block that has them at its last turn."""
+    n = (1 << 31) + 700
+    tokens, clusters = torch.empty(n, dtype=torch.uint8), random_palette(256)
+    out = torch.empty(n, 3, dtype=torch.uint8)
+    tokens[1 << 31 :] = torch.randint(0, 256, (700,))
+    kernels.module.set_blocks(0, 1)
+    try:
+        arguments = tokens.data_ptr(), 3, clusters.data_ptr(), out.data_ptr(), n, 256
+        kernels.module.dequantize_cuda(*arguments, *kernels._place())
+    finally:
+        kernels.module.set_blocks()
+    assert torch.equal(out[1 << 31 :], reference.dequantize(tokens[1 << 31 :], clusters))

@@ -94,6 +94,12 @@ def check_boundaries(kernels: Kernels) -> None:
         with serving(kernels):
             ours = ops.sample(torch.zeros(k, k, device=kernels.device), uniform.to(kernels.device)).cpu()
         assert torch.equal(ours, torch.arange(k)), k
+    for top_p, last in ((0.5, 1), (0.75, 2), (0.25, 0)):  # what stands before the third is half, which is enough
+        with serving(kernels):
+            ours = ops.sample(
+                torch.zeros(1, 4, device=kernels.device), torch.ones(1).to(kernels.device) * 0.99, 1.0, None, top_p
+            )
+        assert ours.tolist() == [last], top_p
     for k in (5, 513, 1023):
         uniform = torch.full((2,), 1.0 - 2.0**-24)
         with serving(kernels):
@@ -184,3 +190,25 @@ def check_accesses(kernels: Kernels) -> None:
     with Counted(kernels) as counted, serving(kernels):
         ops.sample(logits, torch.rand(n), 1.0, 9, None)
     assert counted["shared_conflicts"] == 0, dict(counted)
+
+
+def check_far_rows(kernels: Kernels) -> None:
+    """Rows, and embeddings, that begin behind the first 2^32 elements: offsets of 64 bits."""
+    logits, uniform = rows(1, 100)
+    tokens, last, stride = torch.full((4,), -1), 3, 1 << 31
+    from_logits = logits.data_ptr() - 4 * last * stride
+    arguments = from_logits, stride, 0, uniform.data_ptr() - 4 * last, 0, 0, 0, 0, 1.0, 0, 1.0, tokens.data_ptr()
+    kernels.module.set_blocks(last, 1)
+    try:
+        kernels.module.sample_cuda(*arguments, 0, 0, 0, 0, 0, 0, 4, 100, *kernels._place())
+    finally:
+        kernels.module.set_blocks()
+    assert_draws(tokens[last:], logits, uniform)
+    n_embd, position = 1 << 12, torch.tensor([1 << 21], dtype=torch.int32)
+    wte, wpe, hidden = torch.randn(100, n_embd), torch.randn(1, n_embd), torch.zeros(1, n_embd)
+    from_wpe = wpe.data_ptr() - 4 * n_embd * (int(position) + 1)
+    streams, token = torch.zeros(1).long(), tokens[:1]
+    arguments = logits.data_ptr(), 100, 0, 0, 0, streams.data_ptr(), position.data_ptr(), 0, 1.0, 0, 1.0
+    tables = token.data_ptr(), wte.data_ptr(), from_wpe, hidden.data_ptr(), 0, n_embd, 1 << 30
+    kernels.module.sample_cuda(*arguments, *tables, 1, 100, *kernels._place())
+    assert torch.equal(hidden, wte[token] + wpe)

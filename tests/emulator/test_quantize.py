@@ -26,6 +26,7 @@ EMULATED_CHECKS = [
     checks_quantize.check_lookup_coalescing,
     checks_quantize.check_far_pixels,
     checks_quantize.check_dequantize_coalescing,
+    checks_quantize.check_far_tokens,
 ]
 
 

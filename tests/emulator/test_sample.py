@@ -42,7 +42,9 @@ def test_check(kernels: Kernels, check) -> None:
     check(kernels)
 
 
-@pytest.mark.parametrize("check", [checks_sample.check_schedules, checks_sample.check_accesses])
+@pytest.mark.parametrize(
+    "check", [checks_sample.check_schedules, checks_sample.check_accesses, checks_sample.check_far_rows]
+)
 def test_emulated_check(emulated: Kernels, check) -> None:
     checks.schedule(emulated, "fifo", 0)
     check(emulated)

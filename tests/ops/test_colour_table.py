@@ -14,7 +14,7 @@ from igpt_fast import ops, reference
 from igpt_fast.ops import colour_table
 
 if TYPE_CHECKING:
-    from conftest import Implementation
+    from implementations import Implementation
 
 PIXELS, K = 300, 40
 

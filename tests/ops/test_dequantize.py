@@ -10,7 +10,7 @@ import torch
 from igpt_fast import ops, reference
 
 if TYPE_CHECKING:
-    from conftest import Implementation
+    from implementations import Implementation
 
 
 def palette(k: int) -> torch.Tensor:

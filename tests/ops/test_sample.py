@@ -12,7 +12,7 @@ from drawing import assert_draws
 from igpt_fast import ops, reference
 
 if TYPE_CHECKING:
-    from conftest import Implementation
+    from implementations import Implementation
 
 
 @pytest.mark.parametrize(
