@@ -66,6 +66,8 @@ OPS: dict[str, Op] = {
     ),
     "activation": Op(),
     "causal_attention": Op(
+        native=("cuda",),
+        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale above 0; no dropout, weights or upcast",
         otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast"
     ),
     "sample": Op(),

@@ -5,7 +5,7 @@ file of ``csrc/cuda``.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation
-from igpt_fast.ops.causal_attention import causal_attention
+from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
 from igpt_fast.ops.sample import check_sampling, sample
@@ -14,6 +14,7 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "causal_attention",
+    "causal_attention_packed",
     "check_activation",
     "check_sampling",
     "dequantize",
