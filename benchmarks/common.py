@@ -102,7 +102,9 @@ def _peers() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The short hash, with ``+`` when files differ from it."""
+    """The short hash, with ``+`` when files differ from it; "unknown" for a copy without ``.git``."""
+    if not (ROOT / ".git").exists():  # git would answer for a repository around the copy
+        return "unknown"
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,15 @@ class ImageGPTLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``; with ``residual``, the norm of the sum and the sum, in the residual's dtype."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual)
 
 
 class Conv1D(nn.Module):
@@ -108,5 +117,5 @@ class ImageGPTBlock(nn.Module):
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         attended, weights = self.attn(self.ln_1(x), cache, past, key_mask, need_weights)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), weights
+        normed, x = self.ln_2(attended, residual=x)
+        return x + self.mlp(normed), weights

@@ -42,8 +42,8 @@ struct Bwd {
     static constexpr bool kHeld = D == 32;  // the own rows in registers
     static constexpr int kBlocks = 2;       // that an SM shall hold
     static constexpr int kTerms = kTile * int(sizeof(float2));
-    static constexpr int kSharedDq = (2 * R + 4) * Tile<D>::kBytes;           // q and dout; k and v, twice
-    static constexpr int kSharedDkv = kSharedDq + 2 * kTerms;                 // k and v; q, dout and terms, twice
+    static constexpr int kSharedDq = (2 * R + 4) * Tile<D>::kBytes;  // q and dout; k and v, twice
+    static constexpr int kSharedDkv = kSharedDq + 2 * kTerms;        // k and v; q, dout and terms, twice
 };
 
 // What a query that is shown no key, or is none, has for lse: every P becomes 0.
@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kThreads) attention_terms_kernel(const BwdArgs
     const int query = int(blockIdx.x % parts) * kQueries + int(threadIdx.x / kLanes);
     float delta = 0.0f;
     if (query < shape.t_q) {
-        const V* out = reinterpret_cast<const V*>(head_of<const T>(args.p.out, batch, head) +
-                                                  query * args.p.out.position);
-        const V* dout = reinterpret_cast<const V*>(head_of<const T>(args.p.dout, batch, head) +
-                                                   query * args.p.dout.position);
+        const V* out =
+            reinterpret_cast<const V*>(head_of<const T>(args.p.out, batch, head) + query * args.p.out.position);
+        const V* dout =
+            reinterpret_cast<const V*>(head_of<const T>(args.p.dout, batch, head) + query * args.p.dout.position);
 #pragma unroll
         for (int i = 0; i < D / 8 / kLanes; ++i) {
             const V a = load_global(out + i * kLanes + lane), b = load_global(dout + i * kLanes + lane);
@@ -279,14 +279,13 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
 #pragma unroll
             for (int n = 0; n < K::kStepDkv / 8; ++n) {
                 // lse and delta of the two queries of a lane's columns.
-                const float4 two = load_shared(
-                    reinterpret_cast<const float4*>(here_terms + step + 8 * n) + threadIdx.x % 4);
+                const float4 two =
+                    load_shared(reinterpret_cast<const float4*>(here_terms + step + 8 * n) + threadIdx.x % 4);
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        p[r][n][e] =
-                            ptx::exp2_approx(__fmaf_rn(p[r][n][e], args.scale_log2, -(e % 2 ? two.z : two.x)));
+                        p[r][n][e] = ptx::exp2_approx(__fmaf_rn(p[r][n][e], args.scale_log2, -(e % 2 ? two.z : two.x)));
                         ds[r][n][e] = -(e % 2 ? two.w : two.y);
                     }
                 }
@@ -310,7 +309,8 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
     for (int r = 0; r < R; ++r) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = warp_row + own_row(r, i);  // of the block's tile; which of its masks is known with R = 1 only
+            const int row =
+                warp_row + own_row(r, i);  // of the block's tile; which of its masks is known with R = 1 only
             const uint64_t bits = R == 2 && row >= kTile ? shown[R - 1] : shown[0];
             const bool is_shown = bits >> (row % kTile) & 1;
             scale[r][i] = is_shown ? shape.scale : 0.0f;

@@ -7,11 +7,11 @@
 //   dimension, rows aligned to 16 bytes; lse (B, H, T_q) float32, contiguous; starts (B,) int32; key_mask (B, T_k)
 //   bytes. Scores, softmax and sums are in float32; its weights are rounded to the dtype for the product with V.
 //   Launch: a block of 4 warps for 128 queries (64 where those fill no GPU, and with D of 128, for which registers do
-//   not suffice), 16 or 32 to a warp, which keeps their part of out and the running maximum and sum in registers. K and V pass through shared memory in tiles of 64 keys, the
-//   next one being copied while this one is used. Hidden keys are not read: they are zeros in shared memory. Tiles
-//   beyond the last query and before `starts` are skipped; only a tile with a hidden key in it pays for a mask.
-//   Bound by issue slots and the tensor cores: 4 T_q T_k D FLOPs for a head, half of it causal, against
-//   2 D (2 T_q + 2 T_k) bytes.
+//   not suffice), 16 or 32 to a warp, which keeps their part of out and the running maximum and sum in registers. K and
+//   V pass through shared memory in tiles of 64 keys, the next one being copied while this one is used. Hidden keys are
+//   not read: they are zeros in shared memory. Tiles beyond the last query and before `starts` are skipped; only a tile
+//   with a hidden key in it pays for a mask. Bound by issue slots and the tensor cores: 4 T_q T_k D FLOPs for a head,
+//   half of it causal, against 2 D (2 T_q + 2 T_k) bytes.
 //
 // Source: FlashAttention-2, algorithm 1 (Dao, 2023; arXiv 2307.08691).
 #pragma once
@@ -29,9 +29,9 @@ struct FwdArgs {
 template <int D_, int R_>
 struct Fwd {
     static constexpr int D = D_, R = R_, kRows = kTile * R;
-    static constexpr bool kHeld = R == 1 || D < 96;  // the queries in registers, where there is room for them
+    static constexpr bool kHeld = R == 1 || D < 96;            // the queries in registers, where there is room for them
     static constexpr int kBlocks = R == 1 && D <= 64 ? 3 : 2;  // that an SM shall hold
-    static constexpr int kShared = (R + 4) * Tile<D>::kBytes;                      // Q; K and V, twice
+    static constexpr int kShared = (R + 4) * Tile<D>::kBytes;  // Q; K and V, twice
 };
 
 // The softmax of a lane's rows so far: their maximum in powers of 2, the lane's part of their sums.

@@ -11,6 +11,7 @@
 
 #ifndef __CUDACC__
 #include "../emulator/emulator.h"
+#include "../emulator/record.h"
 #endif
 
 namespace igpt::cuda {
@@ -59,7 +60,9 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
     return cudaGetLastError();
 #else
     static_cast<void>(stream);
-    emulator::launch(grid, block, shared_bytes, [&] { kernel(params); });
+    if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
+        emulator::launch(grid, block, shared_bytes, [&] { kernel(params); });
+    }
     return cudaSuccess;
 #endif
 }

@@ -109,7 +109,7 @@ def causal_attention_packed(
     _check_masks(op, q, q.shape[2], key_mask, starts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = [mask for mask in (key_mask, starts) if mask is not None]
-    if not upcast and _covered(qkv, scale, dropout_p) and use_kernel("causal_attention", qkv, *masks):
+    if not upcast and _covered(qkv, scale, dropout_p) and use_kernel(op, qkv, *masks):
         qkv = _autocast(qkv)
         if is_plain(qkv, *masks):
             return _causal_attention_packed(qkv, key_mask, starts, scale)[0]
@@ -180,8 +180,9 @@ def _check_masks(op: str, q: Tensor, t_k: int, key_mask: Tensor | None, starts: 
 
 def _readable(x: Tensor) -> Tensor:
     """The tensor as the kernel reads it: rows contiguous and aligned to 16 bytes, other strides as they are."""
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    per_vector = 16 // x.element_size()
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % per_vector == 0 for step in steps)
     return x if whole else dense(x)
 
 
