@@ -99,6 +99,12 @@ def mask_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Te
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
+def shown_keys(starts: Tensor, t_k: int, key_mask: Tensor | None) -> Tensor:
+    """The ``key_mask``, (B, T_k) bool, that hides all keys before ``starts``, (B,) integer, as well."""
+    shown = torch.arange(t_k, device=starts.device) >= starts[:, None]
+    return shown if key_mask is None else shown & key_mask
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -107,16 +113,19 @@ def causal_attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
-    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen.
-    A query that sees no key at all (inside left padding) gives zero, and what stands in a masked key, be it NaN,
-    reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
+    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen; starts: (B,)
+    integer, the first key that may be seen, those before it being masked. A query that sees no key at all (inside left
+    padding) gives zero, and what stands in a masked key, be it NaN, reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
     wide = _statistics_dtype(q.dtype)
+    if starts is not None:
+        key_mask = shown_keys(starts, k.shape[-2], key_mask)
     k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
     if upcast:

@@ -210,6 +210,42 @@ struct SampleParams {
 
 int sample(SampleParams params);
 
+// A (B, H, T, D) tensor: any strides, in elements, but 1 for D; every row aligned to 16 bytes.
+struct AttentionTensor {
+    void* data;
+    int64_t batch, head, position;  // strides
+};
+
+// What the forward and the backward of causal attention have in common. The formulas: attention_fwd.cuh.
+struct AttentionShape {
+    int32_t batch, heads, t_q, t_k;  // t_q <= t_k: the queries are the last positions
+    int32_t head_dim;                // 32, 64, 96 or 128
+    float scale;                     // above 0
+    const int32_t* starts;           // (B,): the first key that a batch row shows; or null
+    const uint8_t* key_mask;         // (B, T_k): 0 hides a key; or null
+    int64_t key_mask_stride;         // from a batch row of it to the next
+    DType dtype;                     // of all tensors: bf16 or f16
+    int32_t device;
+    void* stream;
+};
+
+struct AttentionFwdParams {
+    AttentionShape shape;
+    AttentionTensor q, k, v, out;
+    float* lse;    // (B, H, T_q): log of the sum of exponentials, -infinity where no key is shown
+    int32_t rows;  // queries of a block, 64 or, with a head_dim below 128, 128; 0: whichever suits the sizes
+};
+
+struct AttentionBwdParams {
+    AttentionShape shape;
+    AttentionTensor q, k, v, out, dout, dq, dk, dv;
+    const float* lse;  // from the forward
+    float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+};
+
+int attention_fwd(const AttentionFwdParams& params);
+int attention_bwd(const AttentionBwdParams& params);
+
 // The runtime's text for an error code.
 const char* error_string(int code);
 

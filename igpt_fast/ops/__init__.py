@@ -5,7 +5,7 @@ file of ``csrc/cuda``.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
-from igpt_fast.ops.causal_attention import causal_attention
+from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
@@ -15,6 +15,7 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "causal_attention",
+    "causal_attention_packed",
     "check_activation",
     "check_sampling",
     "cross_entropy",
