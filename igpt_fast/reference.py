@@ -31,25 +31,55 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.to(wide.dtype)).to(x.dtype)
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``. Source: openai/image-gpt src/model.py ``gelu``."""
-    return x * torch.sigmoid(1.702 * x)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias`` over the last dimension.
+
+    The variance is the mean of the squares, not that over n - 1. In fp32 and rounded once, as ``rms_norm``.
+
+    Source: "Layer Normalization" (Ba, Kiros & Hinton, 2016).
+    """
+    wide = x.to(_statistics_dtype(x.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    out = centred * scale * weight.to(wide.dtype)
+    return (out if bias is None else out + bias.to(wide.dtype)).to(x.dtype)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``. Source: Hendrycks & Gimpel, 2016."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
+def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``z * sigmoid(1.702 z)`` of ``z = x + bias``. Source: openai/image-gpt src/model.py ``gelu``."""
+    z = x if bias is None else x + bias
+    return (z * torch.sigmoid(1.702 * z)).to(x.dtype)
 
 
-def gelu_erf(x: Tensor) -> Tensor:
-    """``0.5 x (1 + erf(x / sqrt(2)))``. Source: Hendrycks & Gimpel, 2016."""
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))``, ``z = x + bias``. Source: Hendrycks & Gimpel, 2016."""
+    z = x if bias is None else x + bias
+    return (0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z.pow(3))))).to(x.dtype)
+
+
+def gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``0.5 z (1 + erf(z / sqrt(2)))`` of ``z = x + bias``. Source: Hendrycks & Gimpel, 2016."""
+    z = x if bias is None else x + bias
+    return (0.5 * z * (1.0 + torch.erf(z / math.sqrt(2.0)))).to(x.dtype)
 
 
 def laplace(x: Tensor) -> Tensor:
     """``0.5 (1 + erf((x - mu) / (sigma sqrt(2))))``, a bounded ``relu2``. Source: Mega (Ma et al., 2022)."""
     mu, sigma = 0.707107, 0.282095  # sqrt(1/2) and sqrt(1/(4 pi)), to the digits that transformers has
     return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """``-log softmax(logits)[label]`` in nats over the last dimension, in fp32 at least.
+
+    logits: (..., K); labels: (...) int64. Rows whose label is ``ignore_index`` give 0 and count for nothing.
+    ``reduction``: the ``"mean"`` over the rows that count (NaN of none), their ``"sum"``, or ``"none"``: (...).
+
+    Source: torch.nn.functional.cross_entropy.
+    """
+    rows = logits.to(_statistics_dtype(logits.dtype)).reshape(-1, logits.shape[-1])
+    loss = F.cross_entropy(rows, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def visible_keys(t_q: int, t_k: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -69,6 +99,12 @@ def mask_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Te
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
+def shown_keys(starts: Tensor, t_k: int, key_mask: Tensor | None) -> Tensor:
+    """The ``key_mask``, (B, T_k) bool, that hides all keys before ``starts``, (B,) integer, as well."""
+    shown = torch.arange(t_k, device=starts.device) >= starts[:, None]
+    return shown if key_mask is None else shown & key_mask
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -77,16 +113,19 @@ def causal_attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
-    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen.
-    A query that sees no key at all (inside left padding) gives zero, and what stands in a masked key, be it NaN,
-    reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
+    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen; starts: (B,)
+    integer, the first key that may be seen, those before it being masked. A query that sees no key at all (inside left
+    padding) gives zero, and what stands in a masked key, be it NaN, reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
     wide = _statistics_dtype(q.dtype)
+    if starts is not None:
+        key_mask = shown_keys(starts, k.shape[-2], key_mask)
     k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
     if upcast:
