@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kThreads) quantize_table_kernel(QuantizeTableP
         if (size > kList - kThreads || first + kThreads >= p.k) {
             __syncthreads();
             colours.offer(list, size);
-            size = 0;
-            __syncthreads();
+            size = 0;  // the next candidates are written behind append's barrier
         }
     }
     colours.store(p.table + entry(red, green, blue));

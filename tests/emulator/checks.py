@@ -107,7 +107,7 @@ def check_quantize(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None
 
 def check_quantize_near_ties(kernels: Kernels) -> None:
     """Each cluster a little nearer to black than the one before, by less than a careless bound would tell."""
-    clusters = -1.0 + 0.1 * (1.0 - 1e-4 * torch.arange(64.0))[:, None].expand(64, 3).contiguous()
+    clusters = -1.0 + 0.1 * (1.0 - 5e-6 * torch.arange(64.0))[:, None].expand(64, 3).contiguous()
     x = torch.zeros(33, 3, dtype=torch.uint8)
     assert torch.equal(kernels.quantize(x.to(kernels.device), clusters.to(kernels.device)).cpu(), torch.full((33,), 63))
 

@@ -70,7 +70,7 @@ def check_edges(kernels: Kernels) -> None:
     inf, nan = torch.inf, torch.nan
     logits = torch.randn(12, 9)
     logits[0, :] = -inf
-    logits[1, 4] = nan
+    logits[1, 4], logits[1, 6] = -nan, nan
     logits[2, 5] = inf
     logits[3, 0], logits[3, 8] = inf, nan
     logits[4, :8] = -inf
@@ -160,6 +160,8 @@ def check_batches(kernels: Kernels) -> None:
     wide = torch.full((9, 3, 512), torch.nan, device=kernels.device)
     wide[:, 1] = logits.to(kernels.device)
     apart, numbers = wide[:, 1], uniform.to(kernels.device)
+    likely_end = apart.clone()
+    likely_end[:, 509:] = 50.0  # behind the rows of 509
     for settings in SETTINGS:
         with serving(kernels):
             whole = ops.sample(logits.to(kernels.device), numbers, *settings)
@@ -168,10 +170,13 @@ def check_batches(kernels: Kernels) -> None:
             strided = ops.sample(apart, numbers, *settings)
             off = ops.sample(wide[:, 1, 1:509], numbers, *settings)
             expected_off = ops.sample(logits[:, 1:509].to(kernels.device).contiguous(), numbers, *settings)
+            ragged = ops.sample(likely_end[:, :509], numbers, *settings)
+            expected_ragged = ops.sample(likely_end[:, :509].contiguous(), numbers, *settings)
         assert torch.equal(single, whole)
         assert torch.equal(turned, whole)
         assert torch.equal(strided, whole)
         assert torch.equal(off, expected_off)
+        assert torch.equal(ragged, expected_ragged)
 
 
 def check_accesses(kernels: Kernels) -> None:

@@ -14,7 +14,7 @@ void dequantize(cuda::TokenType type, size_t size, int64_t n, int32_t k) {
 }
 
 void dequantize_all(bool) {
-    for (int64_t n : {0, 1, 513, 2048 + 700}) {
+    for (int64_t n : {0, 1, 511, 2048 + 700}) {
         dequantize(cuda::TokenType::i64, 8, n, 300);
         dequantize(cuda::TokenType::i32, 4, n, 300);
         dequantize(cuda::TokenType::i16, 2, n, 1);

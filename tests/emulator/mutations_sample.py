@@ -42,7 +42,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("sample_threshold_written", SAMPLE, "    __syncthreads();\n    const float threshold",
               "    const float threshold"), ("thread", "sample")),
     (Mutation("sample_row_end", SAMPLE, "id < k ? to_float", "id <= k ? to_float"), ("address", "sample")),
-    (Mutation("sample_vectors", SAMPLE, "p.vector = p.k % kOwn == 0 &&", "p.vector ="), ("address", "sample")),
+    (Mutation("sample_vectors", SAMPLE, "p.vector = p.k % kOwn == 0 &&", "p.vector ="), checks_sample.check_batches),
     (Mutation("sample_row_offset", SAMPLE, "int64_t(blockIdx.x) * p.row_stride", "int64_t(blockIdx.x) * p.k"),
      checks_sample.check_batches),
     (Mutation("sample_sort_before", SORT, "    __syncthreads();\n#pragma", "\n#pragma"), ("thread", "sample")),
