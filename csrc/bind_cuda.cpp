@@ -31,6 +31,51 @@ void quantize(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_
     check("quantize", is_u8 ? cuda::quantize_u8(params) : cuda::quantize_f32(params));
 }
 
+void quantize_table(uintptr_t clusters, uintptr_t table, int64_t k, int32_t device, uintptr_t stream) {
+    check("quantize", cuda::quantize_table(
+                          {pointer<float>(clusters), pointer<uint16_t>(table), int32_t(k), device, pointer(stream)}));
+}
+
+void quantize_lookup(uintptr_t x, uintptr_t table, uintptr_t out, int64_t n, int32_t device, uintptr_t stream) {
+    check("quantize", cuda::quantize_lookup({pointer<uint8_t>(x), pointer<uint16_t>(table), pointer<int64_t>(out), n,
+                                             device, pointer(stream)}));
+}
+
+void dequantize(uintptr_t tokens, int32_t token_type, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k,
+                int32_t device, uintptr_t stream) {
+    check("dequantize", cuda::dequantize({pointer(tokens), pointer<float>(clusters), pointer<uint8_t>(out), n,
+                                          int32_t(k), cuda::TokenType(token_type), device, pointer(stream)}));
+}
+
+// With `uniform`, or with (seed, streams, position); what is not there is 0.
+void sample(uintptr_t logits, int64_t row_stride, int32_t dtype, uintptr_t uniform, uint64_t seed, uintptr_t streams,
+            uintptr_t position, int32_t position_stride, float temperature, int32_t top_k, double top_p,
+            uintptr_t tokens, uintptr_t wte, uintptr_t wpe, uintptr_t embedding, int32_t embed_dtype, int32_t n_embd,
+            int32_t n_positions, int64_t rows, int32_t k, int32_t device, uintptr_t stream) {
+    check("sample", cuda::sample({pointer(logits),
+                                  pointer<float>(uniform),
+                                  pointer<int64_t>(streams),
+                                  pointer<int32_t>(position),
+                                  pointer(wte),
+                                  pointer(wpe),
+                                  pointer<int64_t>(tokens),
+                                  pointer(embedding),
+                                  seed,
+                                  row_stride,
+                                  rows,
+                                  top_p,
+                                  temperature,
+                                  top_k,
+                                  k,
+                                  position_stride,
+                                  n_embd,
+                                  n_positions,
+                                  cuda::DType(dtype),
+                                  cuda::DType(embed_dtype),
+                                  device,
+                                  pointer(stream)}));
+}
+
 void rms_norm_fwd(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t sum, uintptr_t out, int64_t rows,
                   int32_t n_embd, float eps, int32_t dtype, int32_t device, uintptr_t stream) {
     check("rms_norm",
@@ -148,6 +193,10 @@ void cross_entropy_bwd(uintptr_t dloss, uintptr_t logits, uintptr_t labels, uint
 void bind_cuda(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("quantize_cuda", &quantize, unlocked);
+    m.def("quantize_table_cuda", &quantize_table, unlocked);
+    m.def("quantize_lookup_cuda", &quantize_lookup, unlocked);
+    m.def("dequantize_cuda", &dequantize, unlocked);
+    m.def("sample_cuda", &sample, unlocked);
     m.def("rms_norm_fwd_cuda", &rms_norm_fwd, unlocked);
     m.def("rms_norm_bwd_cuda", &rms_norm_bwd, unlocked);
     m.def("layer_norm_fwd_cuda", &layer_norm_fwd, unlocked);

@@ -9,7 +9,7 @@ from igpt_fast.ops.causal_attention import causal_attention, causal_attention_pa
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample
+from igpt_fast.ops.sample import check_sampling, sample, sample_next
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,4 +27,5 @@ __all__ = [
     "quantize",
     "rms_norm",
     "sample",
+    "sample_next",
 ]

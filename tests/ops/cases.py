@@ -94,5 +94,29 @@ CASES = [
         lambda: (_normal(1, 66, 3, 2, 96),),
         ops.causal_attention_packed,
         1,
+        "dequantize",
+        "dequantize",
+        lambda: (torch.arange(700).mul(7).remainder(300), _normal(300, 3, dtype=torch.float32)),
+        ops.dequantize,
+    ),
+    Case(
+        "sample",
+        "sample",
+        lambda: (_normal(3, 512), torch.tensor([0.1, 0.5, 0.9])),
+        lambda logits, uniform: ops.sample(logits, uniform, 0.9, 100, 0.9),
+    ),
+    Case(
+        "sample_next",
+        "sample_next",
+        lambda: (
+            _normal(3, 512),
+            torch.tensor([0, 1, 1 << 40]),
+            torch.tensor(4, dtype=torch.int32),
+            _normal(513, 24, seed=1),
+            _normal(9, 24, seed=2),
+        ),
+        lambda logits, streams, position, wte, wpe: ops.sample_next(
+            logits, 1 << 63, streams, position, wte=wte, wpe=wpe
+        ),
     ),
 ]  # fmt: skip
