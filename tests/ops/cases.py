@@ -94,6 +94,8 @@ CASES = [
         lambda: (_normal(1, 66, 3, 2, 96),),
         ops.causal_attention_packed,
         1,
+    ),
+    Case(
         "dequantize",
         "dequantize",
         lambda: (torch.arange(700).mul(7).remainder(300), _normal(300, 3, dtype=torch.float32)),
