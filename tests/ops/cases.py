@@ -17,6 +17,11 @@ def _normal(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def _hidden(b: int, t: int) -> tuple[Tensor, Tensor]:
+    """starts and key_mask for an attention."""
+    return torch.arange(b, dtype=torch.int32) * t // b, torch.arange(b * t).remainder(5).ne(2).view(b, t)
+
+
 def _pixels(n: int) -> Tensor:
     return torch.arange(3 * n).mul(7).remainder(256).to(torch.uint8).view(n, 3)
 
@@ -112,6 +117,20 @@ CASES = [
         "quantize",
         lambda: (_pixels(200), _normal(300, 3, dtype=torch.float32)),
         ops.quantize,
+    ),
+    Case(
+        "causal_attention",
+        "causal_attention",
+        lambda: (_normal(2, 2, 65, 64), _normal(2, 2, 70, 64, seed=1), _normal(2, 2, 70, 64, seed=2), *_hidden(2, 70)),
+        lambda q, k, v, starts, key_mask: ops.causal_attention(q, k, v, starts=starts, key_mask=key_mask)[0],
+        3,
+    ),
+    Case(
+        "causal_attention_packed",
+        "causal_attention_packed",
+        lambda: (_normal(1, 66, 3, 2, 96),),
+        ops.causal_attention_packed,
+        1,
     ),
     Case(
         "dequantize",
