@@ -40,6 +40,10 @@ FAMILIES = {
     "rms_norm_bwd_kernel": VECTORS,
     "rms_norm_dweight_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
     "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
+    "quantize_table_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),
+    "quantize_lookup_kernel": VECTORS,
+    "dequantize_kernel": Family(has=(STORE16,)),  # as many tokens as make 4, 8 or 16 bytes
+    "sample_kernel": VECTORS,
 }
 
 

@@ -95,24 +95,6 @@ CASES = [
         1,
     ),
     Case(
-        "causal_attention",
-        "causal_attention",
-        lambda: (
-            *(_normal(2, 2, t, 64, seed=t) for t in (65, 97, 97)),
-            torch.arange(2 * 97).view(2, 97) % 5 > 0,
-            torch.tensor([0, 3], dtype=torch.int32),
-        ),
-        lambda q, k, v, key_mask, starts: ops.causal_attention(q, k, v, key_mask=key_mask, starts=starts)[0],
-        3,
-    ),
-    Case(
-        "causal_attention_packed",
-        "causal_attention_packed",
-        lambda: (_normal(1, 70, 3, 2, 96),),
-        ops.causal_attention_packed,
-        1,
-    ),
-    Case(
         "quantize",
         "quantize",
         lambda: (_pixels(200), _normal(300, 3, dtype=torch.float32)),
