@@ -17,14 +17,14 @@ NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make sample  install into $(VENV), build, and write samples.png from the bundled model"
-	@echo "make test    install with the development extra, and run the tests"
-	@echo "make mutate  check that the kernel tests find known mistakes; compiles each"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   benchmarks against transformers; writes into benchmarks/results/"
+	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
+	@echo "make test       install with the development extra, and run the tests"
+	@echo "make mutate     check that the kernel tests find known mistakes; compiles each"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make bench      benchmarks against transformers; writes into benchmarks/results/"
 	@echo "make gpu-check  all checks that need a GPU, with what PYTHON has installed; writes benchmarks/results/gpu_check.json"
-	@echo "make clean   remove builds and caches ($(VENV) stays)"
+	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
 	$(BIN)/igpt sample -n 16 --seed 0 --out samples.png --force

@@ -114,10 +114,10 @@ def commit() -> str:
     return name.strip() + ("+" if dirty else "")
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the machine's description and the rows as JSON."""
+def write(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Writes the machine's description, ``more`` and the rows as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n", "utf-8")
     say(f"wrote {path}")
 
 

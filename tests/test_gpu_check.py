@@ -105,6 +105,7 @@ def test_what_is_looked_at_afterwards(check: ModuleType) -> None:
         check,
         python(check, "good", "", look=lambda: ("", {"rows": [1]})),
         python(check, "bad", "", look=lambda: ("no row", {})),
+        python(check, "half", "import time; time.sleep(60)", seconds=1.0, look=lambda: ("", {"rows": [1]})),
         python(check, "worse", "", look=broken),
         python(check, "no program", "", before=broken),
         check.Step("missing", ["/no/such/program"], 5),
@@ -112,9 +113,10 @@ def test_what_is_looked_at_afterwards(check: ModuleType) -> None:
     assert not passed
     assert (results["good"]["status"], results["good"]["rows"]) == ("passed", [1])
     assert results["bad"]["reason"] == "no row"
-    assert results["worse"]["reason"] == "FileNotFoundError: no report"
+    assert (results["half"]["reason"], results["half"]["rows"]) == ("ended after 1 s", [1])
+    assert results["worse"]["reason"] == "no result: no report"
     assert results["missing"]["reason"].startswith("FileNotFoundError")
-    assert [result["status"] for result in results.values()] == ["passed", *["failed"] * 4]
+    assert [result["status"] for result in results.values()] == ["passed", *["failed"] * 5]
 
 
 CASE = '<testcase name="t" time="0.1">{}</testcase>'
