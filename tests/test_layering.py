@@ -205,7 +205,11 @@ SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in
 
 
 # Where the host compiler takes the emulator in nvcc's place.
-EMULATED = {("launch.cuh", "../emulator/emulator.h"), ("memory.cuh", "../emulator/memory.h")}
+EMULATED = {
+    ("launch.cuh", "../emulator/emulator.h"),
+    ("memory.cuh", "../emulator/memory.h"),
+    ("ptx.cuh", "../emulator/ptx.h"),
+}
 
 
 def includes(path: Path) -> set[str]:
@@ -234,8 +238,15 @@ def test_the_emulator_is_behind_a_switch() -> None:
     for name, include in EMULATED:
         text = (ROOT / "csrc" / "cuda" / name).read_text("utf-8")
         before, _, _ = text.partition(f'#include "{include}"')
-        branch = re.findall(r"^#(ifdef __CUDACC__|ifndef __CUDACC__|else|endif)", before, re.MULTILINE)
-        assert branch[-1:] == ["ifndef __CUDACC__"] or branch[-2:] == ["ifdef __CUDACC__", "else"], name
+        open_branches: list[str] = []
+        for kind, condition in re.findall(r"^#(if|ifdef|ifndef|else|endif)\b[ ]*(.*)$", before, re.MULTILINE):
+            if kind == "endif":
+                open_branches.pop()
+            elif kind == "else":
+                open_branches[-1] = f"not {open_branches[-1]}"
+            else:
+                open_branches.append(f"{kind} {condition}".replace("ifndef", "not ifdef"))
+        assert open_branches == ["not ifdef __CUDACC__"], name
     assert "emulator" not in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 

@@ -15,12 +15,19 @@
 #include "counters.h"
 #include "fibre.h"
 #include "memory.h"
+#include "running.h"
+
+#ifdef IGPT_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace igpt::emulator {
 namespace {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxShared = 227 * 1024;
+constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kSharedOffset = kSharedBase % kSharedAlignment;
 
 // An operation that the lanes of `mask` meet in.
 struct Meeting {
@@ -30,6 +37,8 @@ struct Meeting {
     unsigned arrived = 0;
     uint64_t bits[kWarpSize] = {};
 };
+
+}  // namespace
 
 struct Thread {
     Fibre fibre;
@@ -45,6 +54,8 @@ struct Thread {
     int warp() const { return number / kWarpSize; }
     int lane() const { return number % kWarpSize; }
 };
+
+namespace {
 
 struct Block {
     Block(dim3 size, uint64_t seed, Counters& counters) : random(seed), requests(counters) {
@@ -68,29 +79,25 @@ struct Block {
     Requests requests;
     std::string error;
     unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    std::map<std::type_index, std::unique_ptr<Unit>> units;
 };
 
 Schedule schedule;
+uint64_t first_block = 0, block_count = kAllBlocks;
 Counters total{};
 std::mutex one_launch;
 const std::function<void()>* kernel = nullptr;
 Block* block = nullptr;
 Thread* current = nullptr;
 char launch_sync, grid_sync;  // the host's memory before the launch, the threads' after it
-
-std::string text(Where where) { return std::string(where.file) + ":" + std::to_string(where.line); }
+char fence_sync;              // __threadfence
 
 std::string text(const Thread& thread) {
     const auto triple = [](auto i) {
         return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
     };
     return "thread " + triple(thread.index) + " of block " + triple(blockIdx);
-}
-
-// Ends the block; the thread never runs again.
-[[noreturn]] void fail(const std::string& message) {
-    block->error = message + "; " + text(*current);
-    for (;;) current->fibre.suspend(false);
 }
 
 void make_ready(Thread* thread) {
@@ -146,8 +153,9 @@ void pass(Thread* thread) {
     make_ready(thread);
 }
 
-// Returns when all lanes of `mask` have called; the meeting stays valid until the thread's next one.
-Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool orders) {
+// Returns when all lanes of `mask` have called; the meeting stays valid until the thread's next one. The last one does
+// the `work`.
+Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool orders, const Work* work = nullptr) {
     const int lane = current->lane();
     if (!(mask >> lane & 1)) fail(std::string(name) + " at " + text(where) + ": the calling lane is not in its mask");
     auto& waiting = block->meetings[size_t(current->warp())];
@@ -173,6 +181,11 @@ Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool 
     if (orders) release(meeting.get());
     if (meeting->arrived == mask) {
         ++total.collectives;
+        if (work) {
+            void* lanes[kWarpSize];
+            for (int i = 0; i < kWarpSize; ++i) lanes[i] = reinterpret_cast<void*>(meeting->bits[i]);
+            (*work)(lanes);
+        }
         waiting.erase(std::find(waiting.begin(), waiting.end(), meeting));
         Thread* first = current - lane;
         for (int i = 0; i < kWarpSize; ++i) {
@@ -193,6 +206,7 @@ void run_thread() {
     current->fibre.arrive();
     acquire(&launch_sync);
     (*kernel)();
+    for (const auto& unit : block->units) unit.second->thread_ends();
     current->ended = true;
     release(&grid_sync);
     current->fibre.suspend(true);
@@ -212,17 +226,46 @@ std::string describe_standstill() {
         message +=
             " " + std::to_string(group.first) + " threads " + state + " (the first: " + text(*group.second) + ");";
     }
+    for (const auto& unit : block->units) message += unit.second->standstill();
     return message;
+}
+
+// Memory that ends where an address sanitizer sees it, and begins so, at kSharedBase modulo 1024.
+class SharedMemory {
+  public:
+    explicit SharedMemory(size_t bytes) {
+        if (posix_memalign(&memory_, kSharedAlignment, kSharedOffset + bytes)) throw std::bad_alloc();
+        std::memset(data(), 0xff, bytes);
+#ifdef IGPT_ASAN
+        __asan_poison_memory_region(memory_, kSharedOffset);
+#endif
+    }
+    ~SharedMemory() {
+#ifdef IGPT_ASAN
+        __asan_unpoison_memory_region(memory_, kSharedOffset);
+#endif
+        std::free(memory_);
+    }
+    SharedMemory(const SharedMemory&) = delete;
+    SharedMemory& operator=(const SharedMemory&) = delete;
+    unsigned char* data() const { return static_cast<unsigned char*>(memory_) + kSharedOffset; }
+
+  private:
+    void* memory_ = nullptr;
+};
+
+bool advance_units() {
+    bool any = false;
+    for (const auto& unit : block->units) any |= unit.second->advance();
+    return any;
 }
 
 void run_block(dim3 size, size_t shared_bytes, uint64_t seed) {
     Block now(size, seed, total);
     block = &now;
-    void* shared = nullptr;
-    // Of the exact size, so that an address sanitizer sees the first byte behind it.
-    if (shared_bytes && posix_memalign(&shared, 128, shared_bytes)) throw std::bad_alloc();
-    if (shared) std::memset(shared, 0xff, shared_bytes);
-    now.shared = static_cast<unsigned char*>(shared);
+    const SharedMemory shared(shared_bytes);
+    now.shared = shared.data();
+    now.shared_bytes = shared_bytes;
     for (size_t i = 0; i < now.threads.size(); ++i) {
         Thread& thread = now.threads[i];
         const unsigned n = unsigned(i);
@@ -233,7 +276,10 @@ void run_block(dim3 size, size_t shared_bytes, uint64_t seed) {
     }
     while (now.error.empty()) {
         current = next_thread();
-        if (!current) break;
+        if (!current) {
+            if (advance_units()) continue;
+            break;
+        }
         threadIdx = current->index;
         current->fibre.resume();
     }
@@ -241,7 +287,6 @@ void run_block(dim3 size, size_t shared_bytes, uint64_t seed) {
     if (now.error.empty() && !all) now.error = describe_standstill();
     now.requests.finish();
     for (Thread& thread : now.threads) thread.fibre.destroy(thread.ended);
-    std::free(shared);
     block = nullptr;
     current = nullptr;
     if (!now.error.empty()) throw std::runtime_error("emulator: " + now.error);
@@ -259,11 +304,61 @@ void check_launch(dim3 grid, dim3 size, size_t shared_bytes) {
     }
 }
 
+uint64_t chosen_blocks(uint64_t blocks) {
+    if (first_block >= blocks) {
+        throw std::runtime_error("emulator: set_blocks chose blocks from " + std::to_string(first_block) +
+                                 "; the launch has " + std::to_string(blocks));
+    }
+    return std::min(block_count, blocks - first_block);
+}
+
 }  // namespace
+
+std::string text(Where where) { return std::string(where.file) + ":" + std::to_string(where.line); }
+
+void fail(const std::string& message) {
+    block->error = message + "; " + text(*current);
+    for (;;) current->fibre.suspend(false);
+}
+
+Counters& counting() { return total; }
+
+Thread* running() { return current; }
+
+int thread_number() { return current->number; }
+
+void sleep(const std::string& name, Where where) { wait(name, where); }
+
+void wake(Thread* thread) { make_ready(thread); }
+
+void collective(const char* name, void* own, const Work& work, Where where) {
+    meet(name, 0xffffffffu, reinterpret_cast<uint64_t>(own), where, false, &work);
+}
+
+size_t shared_bytes() { return block->shared_bytes; }
+
+unsigned char* shared_at(const char* name, uint32_t address, size_t bytes, size_t alignment, Where where) {
+    const std::string what = std::string(name) + " at " + text(where) + ": shared address " + std::to_string(address);
+    if (address < kSharedBase || address + bytes > kSharedBase + block->shared_bytes) {
+        fail(what + " and " + std::to_string(bytes) + " bytes: outside the block's " +
+             std::to_string(block->shared_bytes) + ", which begin at " + std::to_string(kSharedBase));
+    }
+    if (address % alignment != 0) fail(what + ": not aligned to " + std::to_string(alignment));
+    return block->shared + (address - kSharedBase);
+}
+
+std::unique_ptr<Unit>& unit_place(std::type_index type) { return block->units[type]; }
 
 void set_schedule(Schedule wanted) {
     const std::lock_guard<std::mutex> lock(one_launch);
     schedule = wanted;
+}
+
+void set_blocks(uint64_t first, uint64_t count) {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    if (count == 0) throw std::runtime_error("emulator: set_blocks chose no block");
+    first_block = first;
+    block_count = count;
 }
 
 Counters counters() {
@@ -284,8 +379,8 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
     blockDim = size;
     ++total.launches;
     release(&launch_sync);
-    std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
-    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::vector<uint64_t> order(chosen_blocks(uint64_t(grid.x) * grid.y * grid.z));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = first_block + i;
     if (schedule.order == Order::skewed) std::reverse(order.begin(), order.end());
     if (schedule.order == Order::random) {
         std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
@@ -340,6 +435,13 @@ unsigned ballot(const char* name, unsigned mask, bool predicate, Where where) {
     for (int i = 0; i < kWarpSize; ++i) votes |= unsigned(meeting.bits[i]) << i;
     return votes;
 }
+
+void thread_fence() {
+    acquire(&fence_sync);
+    release(&fence_sync);
+}
+
+void skip(Access access) { ++current->accesses[int(access)]; }
 
 void note(Access access, const void* address, size_t bytes) {
     const uint64_t at = reinterpret_cast<uint64_t>(address);

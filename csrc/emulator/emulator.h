@@ -34,9 +34,16 @@ struct Counters {
     uint64_t load_requests, load_sectors, load_bytes;               // global; a sector is 32 bytes
     uint64_t store_requests, store_sectors, store_bytes;            // global
     uint64_t shared_requests, shared_wavefronts, shared_conflicts;  // conflicts: wavefronts above the least possible
+    uint64_t mma, ldmatrix, ldmatrix_wavefronts;  // of whole warps; an 8x8 matrix without conflicts is one wavefront
+    uint64_t async_copies;                        // of 16 bytes; they count as a global load and a shared access too
 };
 
 void set_schedule(Schedule schedule);
+
+// From now on launches run only these blocks, by linear index (x fastest), and are an error if they have none of them.
+// For the index arithmetic of launches that are too large to run.
+constexpr uint64_t kAllBlocks = UINT64_MAX;
+void set_blocks(uint64_t first, uint64_t count);
 Counters counters();
 void reset_counters();
 

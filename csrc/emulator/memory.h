@@ -9,6 +9,8 @@ namespace igpt::emulator {
 enum class Access { global_load, global_store, shared };
 
 void note(Access access, const void* address, size_t bytes);
+// In place of note(), in a lane that takes no part in an access of its warp: keeps its later ones beside the others'.
+void skip(Access access);
 
 }  // namespace igpt::emulator
 

@@ -36,6 +36,10 @@ std::map<std::string, uint64_t> counters() {
         {"shared_requests", c.shared_requests},
         {"shared_wavefronts", c.shared_wavefronts},
         {"shared_conflicts", c.shared_conflicts},
+        {"mma", c.mma},
+        {"ldmatrix", c.ldmatrix},
+        {"ldmatrix_wavefronts", c.ldmatrix_wavefronts},
+        {"async_copies", c.async_copies},
     };
 }
 
@@ -44,6 +48,8 @@ std::map<std::string, uint64_t> counters() {
 PYBIND11_MODULE(_emulated, m) {
     bind_cuda(m);
     m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
+    m.def("set_blocks", &emulator::set_blocks, py::arg("first") = 0, py::arg("count") = emulator::kAllBlocks,
+          "Launches run only these blocks, by linear index; without arguments, all.");
     m.def("counters", &counters, "Since the last reset, by name; see emulator.h.");
     m.def("reset_counters", &emulator::reset_counters);
 }

@@ -129,7 +129,7 @@ class Tree:
 
     def sources(self, sanitizer: str = "") -> list[tuple[Path, tuple[str, ...]]]:
         """The kernels, instrumented, and the emulator, which is not: what it does is not the kernels' doing."""
-        emulator = [self.csrc / "emulator" / f"{name}.cpp" for name in ("emulator", "fibre", "counters")]
+        emulator = [self.csrc / "emulator" / f"{name}.cpp" for name in ("emulator", "fibre", "counters", "ptx")]
         instrument = SANITIZERS.get(sanitizer, ())
         return [(path, (self.optimise, "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [
             (path, ("-O2", *MACROS[sanitizer])) for path in emulator

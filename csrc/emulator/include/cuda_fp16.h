@@ -10,13 +10,12 @@ struct __half {
 };
 
 inline float __half2float(__half x) {
-    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    // Exponent and fraction moved into place, and the exponents' bias, which is 112 larger, made good by a product: it
+    // is exact, for subnormal numbers too.
+    const uint32_t moved = uint32_t(x.bits & 0x7fff) << 13;
     float size;
-    if (exponent == 31) {
-        size = fraction ? NAN : INFINITY;
-    } else {
-        size = exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24);
-    }
+    std::memcpy(&size, &moved, sizeof size);
+    size = moved >= 0x0f800000 ? ((moved & 0x007fffff) ? NAN : INFINITY) : size * 0x1p112f;
     return x.bits >> 15 ? -size : size;
 }
 

@@ -6,12 +6,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
 
 struct uint3 {
     unsigned x, y, z;
@@ -25,9 +28,63 @@ struct dim3 {
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// The approximate functions are exact here.
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+
+namespace igpt::emulator {
+template <typename To, typename From>
+To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+}  // namespace igpt::emulator
+inline unsigned __float_as_uint(float x) { return igpt::emulator::same_bits<unsigned>(x); }
+inline int __float_as_int(float x) { return igpt::emulator::same_bits<int>(x); }
+inline float __uint_as_float(unsigned x) { return igpt::emulator::same_bits<float>(x); }
+inline float __int_as_float(int x) { return igpt::emulator::same_bits<float>(x); }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
@@ -56,6 +113,8 @@ uint64_t shuffle(const char* name, unsigned mask, uint64_t bits, int source, Whe
 // The lanes of `mask` that call with `predicate`.
 unsigned ballot(const char* name, unsigned mask, bool predicate, Where where);
 int lane();
+// Orders the thread's memory behind that of every thread which has called it before.
+void thread_fence();
 
 template <typename T>
 T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
@@ -112,4 +171,59 @@ inline int __any_sync(unsigned mask, int predicate, const char* file = __builtin
 }
 inline int __all_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return igpt::emulator::ballot("__all_sync", mask, predicate != 0, {file, line}) == mask;
+}
+
+template <typename T>
+T __ldg(const T* address) {
+    return *address;
+}
+
+// Atomics order no other memory: that takes a fence before the write of a flag and one behind its reading.
+inline void __threadfence() { igpt::emulator::thread_fence(); }
+inline void __threadfence_block() { igpt::emulator::thread_fence(); }
+
+namespace igpt::emulator {
+template <typename T>
+constexpr bool is_atomic_integer() {
+    return std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
+}
+// *address becomes f(*address); gives what it was.
+template <typename T, typename F>
+T atomic_update(T* address, F f) {
+    T before, after;
+    __atomic_load(address, &before, __ATOMIC_RELAXED);
+    do {
+        after = f(before);
+    } while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return before;
+}
+}  // namespace igpt::emulator
+
+template <typename T>
+T atomicAdd(T* address, std::common_type_t<T> value) {
+    static_assert(igpt::emulator::is_atomic_integer<T>() || std::is_same_v<T, float>, "unsupported in the emulator");
+    return igpt::emulator::atomic_update(address, [&](T x) {
+        if constexpr (std::is_same_v<T, int>) return int(unsigned(x) + unsigned(value));  // it wraps
+        return T(x + value);
+    });
+}
+template <typename T>
+T atomicMax(T* address, std::common_type_t<T> value) {
+    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
+    return igpt::emulator::atomic_update(address, [&](T x) { return std::max(x, value); });
+}
+template <typename T>
+T atomicMin(T* address, std::common_type_t<T> value) {
+    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
+    return igpt::emulator::atomic_update(address, [&](T x) { return std::min(x, value); });
+}
+template <typename T>
+T atomicExch(T* address, std::common_type_t<T> value) {
+    static_assert(igpt::emulator::is_atomic_integer<T>() || std::is_same_v<T, float>, "unsupported in the emulator");
+    return igpt::emulator::atomic_update(address, [&](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
+    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
+    return igpt::emulator::atomic_update(address, [&](T x) { return x == expected ? value : x; });
 }

@@ -1,0 +1,145 @@
+// The emulator's half of csrc/cuda/ptx.cuh: the same functions on the host, in fp32. What touches a kernel's memory
+// stands here, so that the sanitizers see it as the calling thread's doing; the rest is in ptx.cpp.
+//
+// The destination of an asynchronous copy is NaN from the issue until its thread waits for it. The source is looked at
+// when the copy is issued, and read as late as at the wait: one that has changed meanwhile shows. A thread may not end
+// before it has waited for its copies. A launch begins when the one before has ended, so that the two functions for
+// dependent launches have nothing to do; a missing grid_dependency_wait is not seen.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace igpt::emulator {
+
+uint32_t shared_address(const void* p, Where where);
+
+struct AsyncCopy {
+    unsigned char* to;
+    const unsigned char* from;
+    int bytes;  // the rest of 16 is zero
+};
+// Checks and notes it; the caller does it.
+AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, Where where);
+void commit_copies();
+// Gives, one by one, the copies that a wait for all but `groups` groups is for.
+bool take_copy(int groups, AsyncCopy& copy);
+
+// A row of 8 elements of a matrix in shared memory.
+struct alignas(16) MatrixRow {
+    uint16_t at[8];
+};
+const MatrixRow* matrix_row(const char* name, uint32_t address, Where where);
+void ldmatrix(const char* name, uint32_t* r, int matrices, bool transposed, const MatrixRow& row, uint32_t address,
+              Where where);
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, Where where);
+
+void named_barrier(bool waits, int id, int threads, Where where);
+
+template <typename T>
+constexpr bool is_bfloat() {
+    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "no such instruction");
+    return std::is_same_v<T, __nv_bfloat16>;
+}
+
+template <int N>
+void load_matrices(const char* name, uint32_t (&r)[N], bool transposed, uint32_t address, Where where) {
+    MatrixRow row{};
+    if (lane() < 8 * N) row = *matrix_row(name, address, where);
+    ldmatrix(name, r, N, transposed, row, address, where);
+}
+
+// Reads and drops `bytes` bytes.
+inline void touch(const unsigned char* from, int bytes) {
+    for (int i = 0; i < bytes; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(from + i));
+}
+
+inline float without_subnormal(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+
+}  // namespace igpt::emulator
+
+namespace igpt::cuda::ptx {
+
+inline uint32_t shared_address(const void* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return emulator::shared_address(p, {file, line});
+}
+
+inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, {file, line});
+    emulator::touch(copy.from, copy.bytes);
+    for (int i = 0; i < 16; ++i) copy.to[i] = 0xff;
+}
+inline void cp_async_commit() { emulator::commit_copies(); }
+template <int N>
+void cp_async_wait() {
+    static_assert(N >= 0);
+    emulator::AsyncCopy copy;
+    while (emulator::take_copy(N, copy)) {
+        for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
+    }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, const char* file = __builtin_FILE(),
+                        int line = __builtin_LINE()) {
+    emulator::load_matrices("ldmatrix.x4", r, false, address, {file, line});
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
+    emulator::load_matrices("ldmatrix.x4.trans", r, true, address, {file, line});
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address, const char* file = __builtin_FILE(),
+                        int line = __builtin_LINE()) {
+    emulator::load_matrices("ldmatrix.x2", r, false, address, {file, line});
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
+    emulator::load_matrices("ldmatrix.x2.trans", r, true, address, {file, line});
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file = __builtin_FILE(),
+                  int line = __builtin_LINE()) {
+    emulator::mma(d, a, b0, b1, emulator::is_bfloat<T>(), {file, line});
+}
+
+inline float exp2_approx(float x) { return emulator::without_subnormal(std::exp2(emulator::without_subnormal(x))); }
+
+template <typename T>
+uint32_t pack2(float lo, float hi) {
+    if constexpr (emulator::is_bfloat<T>()) {
+        return __float2bfloat16_rn(lo).bits | uint32_t(__float2bfloat16_rn(hi).bits) << 16;
+    } else {
+        return __float2half_rn(lo).bits | uint32_t(__float2half_rn(hi).bits) << 16;
+    }
+}
+template <typename T>
+float2 unpack2(uint32_t bits) {
+    const T lo{uint16_t(bits)}, hi{uint16_t(bits >> 16)};
+    if constexpr (emulator::is_bfloat<T>()) {
+        return {__bfloat162float(lo), __bfloat162float(hi)};
+    } else {
+        return {__half2float(lo), __half2float(hi)};
+    }
+}
+
+inline void named_barrier_sync(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulator::named_barrier(true, id, threads, {file, line});
+}
+inline void named_barrier_arrive(int id, int threads, const char* file = __builtin_FILE(),
+                                 int line = __builtin_LINE()) {
+    emulator::named_barrier(false, id, threads, {file, line});
+}
+
+inline void prefetch_l2(const void*) {}
+
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+
+}  // namespace igpt::cuda::ptx
