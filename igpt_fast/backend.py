@@ -68,6 +68,17 @@ OPS: dict[str, Op] = {
     "causal_attention": Op(
         otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast"
     ),
+    "attention_decode": Op(
+        native=("cuda",),
+        covers="head_dim 32, 64, 96, 128; bf16, fp16, and fp32 without a prefix",
+        otherwise="torch expression over the whole cache",
+    ),
+    "gemv": Op(
+        native=("cuda",),
+        covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
+        "a weight with a contiguous dimension",
+        otherwise="torch linear",
+    ),
     "sample": Op(),
 }
 DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}

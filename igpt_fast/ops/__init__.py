@@ -5,7 +5,9 @@ file of ``csrc/cuda``.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation
+from igpt_fast.ops.attention_decode import attention_decode
 from igpt_fast.ops.causal_attention import causal_attention
+from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
 from igpt_fast.ops.sample import check_sampling, sample
@@ -13,10 +15,12 @@ from igpt_fast.ops.sample import check_sampling, sample
 __all__ = [
     "ACTIVATIONS",
     "activation",
+    "attention_decode",
     "causal_attention",
     "check_activation",
     "check_sampling",
     "dequantize",
+    "gemv",
     "quantize",
     "rms_norm",
     "sample",
