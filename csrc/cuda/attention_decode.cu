@@ -6,14 +6,16 @@
 //
 //   q, k, v, out (rows, heads, dim); k_cache, v_cache (rows, heads, positions, dim); prefix (rows / group, heads,
 //   prefix, dim). float32 (without prefix), bfloat16, float16; sums and softmax in float32. position and starts are
-//   read by the kernels alone, so that a captured graph goes on as they change. Launch: `splits` blocks of 4 warps for
-//   every (row, head), more than one where these are few. 4 or 8 lanes have a key, 16 bytes at a time; a warp's load is
-//   contiguous, and a thread has its part of 2 or 4 keys and their values on the way at once. Each such group of lanes
-//   has a softmax of its own, in order; they are put together by shuffles, the warps' in shared memory, the blocks' by
-//   a second kernel: no atomics, an order that depends on nothing but the position. The block whose part ends at the
-//   position takes the new key and value from registers, and nothing is read that this launch writes. Blocks beyond the
-//   position end at once. The prefix: attention_decode_prefix.cu. Bound by bytes: 2 * (position + 1) * dim elements for
-//   every (row, head).
+//   read by the kernels alone, so that a captured graph goes on as they change.
+//
+//   Launch: `splits` blocks of 4 warps for every (row, head), more than one where these are few. 4 or 8 lanes have a
+//   key, 16 bytes at a time; a warp's load is contiguous, and a thread has its part of 2 or 4 keys and their values on
+//   the way at once. Each such group of lanes has a softmax of its own, in order; they are put together by shuffles,
+//   the warps' in shared memory, the blocks' by a second kernel: no atomics, an order that depends on nothing but the
+//   position. The block whose part ends at the position takes the new key and value from registers, and nothing is
+//   read that this launch writes. Blocks beyond the position end at once. The prefix: attention_decode_prefix.cu.
+//
+//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head).
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
 #include "attention_decode.cuh"
@@ -279,7 +281,7 @@ int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
 template <typename T>
 int launch_all(const AttentionDecodeParams& p) {
     const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
-    if (blocks > INT32_MAX || p.positions > INT32_MAX - kKeys || p.splits < 1) return cudaErrorInvalidValue;
+    if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
     if (p.prefix_splits > 0) {
         const int error = launch_prefix(p);
         if (error != cudaSuccess) return error;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "memory.cuh"
 #include "ops.h"
@@ -12,7 +13,8 @@
 namespace igpt::cuda::decode {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr int kKeys = 64;  // a block's at a time; parts of a cache are multiples of it
+constexpr int kKeys = 64;                    // a block's at a time; parts of a cache are multiples of it
+constexpr int kMostKeys = INT32_MAX - 1024;  // so that their numbers and what is added to them are ints
 constexpr float kLog2e = 1.4426950408889634f;
 
 // A part's softmax: the largest score m (times log2 e), and the sum l of 2^(score - m). m is -infinity where the part
@@ -21,7 +23,7 @@ struct alignas(8) Stats {
     float m, l;
 };
 
-// What m is subtracted from scores as: a part without a key subtracts nothing, since -inf - -inf is NaN.
+// What is subtracted from scores for m: nothing where there is no key, since -inf - -inf is NaN.
 __device__ __forceinline__ float reference_of(float m) { return m == -INFINITY ? 0.0f : m; }
 
 // What a part's sums are worth beside the largest score of all.

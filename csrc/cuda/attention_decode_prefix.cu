@@ -4,12 +4,16 @@
 //
 //   scores (16 queries, keys) = q K^T, sums (16, dim) = p V by mma.sync of 16x8x16, in bfloat16 or float16 with float32
 //   sums; p = 2^(score - m), rounded to the dtype, has m of the moment: the online softmax.
+//
 //   Launch: 4 warps for every (prefix, head, 16 rows, split of the keys); each warp takes 16 or 32 keys by turns and
-//   has a softmax of its own; they are put together in shared memory in the warps' order. Fragments come straight from
-//   global memory, 16 bytes a lane. A product's sum over dim is in any order, so the lane with columns 2t, 2t + 1, 2t +
-//   8, 2t + 9 of a step takes elements 8t to 8t + 7 for two steps, of q as of K. The columns of p V are in any order,
-//   too: lane group g has elements 8g to 8g + 7, one for each of 8 products, and a register's pair is two keys'
-//   elements, put together from two loads. Bound by bytes: 2 * prefix * dim elements for every (prefix, head, 16 rows).
+//   has a softmax of its own; they are put together in shared memory in the warps' order.
+//
+//   Fragments come straight from global memory, 16 bytes a lane. A product's sum over dim is in any order, so the lane
+//   with columns 2t, 2t + 1, 2t + 8, 2t + 9 of a step takes elements 8t to 8t + 7 for two steps, of q as of K. The
+//   columns of p V are in any order, too: lane group g has elements 8g to 8g + 7, one for each of 8 products, and a
+//   register's pair is two keys' elements, put together from two loads.
+//
+//   Bound by bytes: 2 * prefix * dim elements for every (prefix, head, 16 rows).
 //
 // Source: as attention_decode.cu; the shared prefix: Hydragen (Juravsky et al., 2024).
 #include "attention_decode.cuh"
@@ -203,7 +207,7 @@ struct State {
 
 template <typename S>
 __device__ __forceinline__ void score_tile(float (&scores)[2 * S::kUnits][4], const uint32_t (&q)[S::kSteps][4],
-                                           const Tile<S>& tile, const int64_t (&starts)[2], float scale, int base,
+                                           const Tile<S>& tile, const int (&starts)[2], float scale, int base,
                                            int end) {
     const int t = threadIdx.x % 4;
 #pragma unroll
@@ -283,17 +287,21 @@ __global__ void __launch_bounds__(kThreads) attention_decode_prefix_kernel(Atten
     uint32_t q[S::kSteps][4];
     load_queries<S>(q, p, place);
     const int g = threadIdx.x % kWarpSize / 4;
-    int64_t starts[2] = {0, 0};
+    int starts[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (p.starts && g + 8 * half < place.rows)
-            starts[half] = load_global(p.starts + place.first_row + g + 8 * half);
+        const int64_t row = place.first_row + min(g + 8 * half, place.rows - 1);
+        if (p.starts) starts[half] = load_global(p.starts + row);
     }
+    // What no row sees is not read, for speed and because a weight of 0 does not silence a NaN.
+    int first = min(starts[0], starts[1]);
+#pragma unroll
+    for (int lane = 4; lane < kWarpSize; lane *= 2) first = min(first, __shfl_xor_sync(kFullMask, first, lane));
+    first = max(first, place.begin);
     const T* keys = static_cast<const T*>(p.prefix_k) + place.keys;
     const T* values = static_cast<const T*>(p.prefix_v) + place.keys;
     State<S> state;
-    for (int base = place.begin + int(threadIdx.x / kWarpSize) * S::kTile; base < place.end;
-         base += kWarps * S::kTile) {
+    for (int base = first + int(threadIdx.x / kWarpSize) * S::kTile; base < place.end; base += kWarps * S::kTile) {
         Tile<S> tile;
         tile.load(keys, values, base, place.end);
         float scores[2 * S::kUnits][4];
@@ -324,7 +332,7 @@ int launch_dtype(const AttentionDecodeParams& p, int64_t blocks) {
 }  // namespace
 
 int decode::launch_prefix(const AttentionDecodeParams& p) {
-    if (p.prefix < 1 || p.prefix > INT32_MAX - kKeys || p.group < 1) return cudaErrorInvalidValue;
+    if (p.prefix < 1 || p.prefix > kMostKeys || p.group < 1) return cudaErrorInvalidValue;
     const int64_t tiles = (p.group + kRows - 1) / kRows;
     const int64_t blocks = p.rows / p.group * p.heads * tiles * p.prefix_splits;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;

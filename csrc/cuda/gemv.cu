@@ -6,12 +6,14 @@
 //   x (rows, n_in), bias (n_out,), norm_weight (n_in,), residual and out (rows, n_out) contiguous; weight (n_in, n_out)
 //   with n_out contiguous (transformers' Conv1D), or transposed, (n_out, n_in) with n_in contiguous (nn.Linear). All of
 //   one dtype, bfloat16 or float16, n_in and n_out multiples of 8.
+//
 //   Launch: 8 warps for a tile of columns: 16 or 32 of Conv1D's, 16 bytes of a row of the weight for a lane; 4 to 32 of
 //   Linear's, 4 for a warp, whose lanes have 8 of n_in each. n_in is divided among the warps so that small layers, too,
 //   occupy the GPU. A weight is loaded once, for all rows; the next loads are on their way while the last ones are
 //   multiplied, and the first ones before the launch before has ended. x * norm_weight is in shared memory in float32,
 //   up to 32 KB at a time; since s is a factor of the whole sum, the squares are added up on the way. Sums are put
 //   together by shuffles that leave each lane a share of them, then in shared memory in the warps' order.
+//
 //   Bound by bytes: n_in * n_out elements of the weight.
 //
 // Source: openai/image-gpt src/model.py conv1d and norm; activations: reference.py.

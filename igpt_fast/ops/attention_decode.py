@@ -10,6 +10,7 @@ from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels
 
 HEAD_DIMS = (32, 64, 96, 128)
 _ROWS = 16  # that a block of the prefix's kernel serves
+_MOST_KEYS = 2**31 - 1025  # of a cache or a prefix
 
 
 def attention_decode(
@@ -28,7 +29,7 @@ def attention_decode(
 
     The keys that row b sees are those of its prefix, if there is one, then those of its cache at 0 to ``position``,
     the new one among them, without the first ``starts[b]`` of them all. A row that sees none gives zero, and what
-    stands in a key that is not seen, be it NaN, reaches nothing.
+    stands in a key that is not seen, be it NaN, reaches nothing; of a prefix, a key that none of its rows sees.
 
     A kernel reads ``position`` and ``starts`` on the device, and nothing on the host depends on their values: a captured
     CUDA graph may be replayed as they change. It moves ``2 (position + 1) D`` elements for each row and head, and
@@ -69,9 +70,9 @@ def attention_decode(
 
 def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None) -> bool:
     """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
-    if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] >= 2**31 - 64:
+    if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
         return False
-    return prefix_k is None or (q.dtype != torch.float32 and prefix_k.shape[2] < 2**31 - 64)
+    return prefix_k is None or (q.dtype != torch.float32 and prefix_k.shape[2] <= _MOST_KEYS)
 
 
 def _check(
