@@ -107,8 +107,11 @@ struct Conv {
 
     __device__ static void store_x(float* x, int k, int row, const float (&values)[8]) {
         if constexpr (kRows == 1) {
-            store_shared(reinterpret_cast<float4*>(x + k), make_float4(values[0], values[1], values[2], values[3]));
-            store_shared(reinterpret_cast<float4*>(x + k + 4), make_float4(values[4], values[5], values[6], values[7]));
+            const bool swap = k / 8 & 4;  // a quarter of a warp has 8 eights: the halves of the last ones first
+            const float4 low = make_float4(values[0], values[1], values[2], values[3]);
+            const float4 high = make_float4(values[4], values[5], values[6], values[7]);
+            store_shared(reinterpret_cast<float4*>(x + k + (swap ? 4 : 0)), swap ? high : low);
+            store_shared(reinterpret_cast<float4*>(x + k + (swap ? 0 : 4)), swap ? low : high);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; ++i) store_shared(x + place(k + i) + row, values[i]);
@@ -150,9 +153,9 @@ struct Linear {
     static constexpr int kSpan = kWarpSize * V::kSize;
     static constexpr int kN = kRows * kColumns, kLowest = 1;
     static constexpr int kSlab = kSlabFloats / kRows;
-    // Of a row of x: the first halves of its eights, then the second ones, so that lanes read side by side; 16 bytes
-    // more, so that rows are written beside one another.
-    static constexpr int kPitch = kSlab + 4, kSlabShared = kRows * kPitch;
+    // Of a row of x: the first halves of its eights, then the second ones, so that lanes read side by side; and so much
+    // more that the lanes that write, of all rows and several eights, do not meet.
+    static constexpr int kPitch = kSlab + 32 / kRows, kSlabShared = kRows * kPitch;
     static constexpr int kTile = kWarps * kColumns, kWide = kColumns;  // kTile: with all of n_in for each warp
 
     V batch[kColumns];
