@@ -31,9 +31,10 @@ def attention_decode(
     the new one among them, without the first ``starts[b]`` of them all. A row that sees none gives zero, and what
     stands in a key that is not seen, be it NaN, reaches nothing; of a prefix, a key that none of its rows sees.
 
-    A kernel reads ``position`` and ``starts`` on the device, and nothing on the host depends on their values: a captured
-    CUDA graph may be replayed as they change. It moves ``2 (position + 1) D`` elements for each row and head, and
-    ``2 T_p D`` for each head and 16 rows of a prefix; ``4 D`` floating-point operations for each key that a row sees.
+    A kernel reads ``position`` and ``starts`` on the device, and nothing on the host depends on their values: a
+    captured CUDA graph may be replayed as they change. It moves ``2 (position + 1) D`` elements for each row and head,
+    and ``2 T_p D`` for each head and 16 rows of a prefix; ``4 D`` floating-point operations for each key that a row
+    sees.
 
     Args:
         q, k, v: (B, H, D) of the new position. Strides are free but for the last dimension's, as in views of the
@@ -108,7 +109,7 @@ def _check(
     _check_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not cache.is_contiguous():
-            raise ValueError(f"{op}: {name} has strides {cache.stride()}; want a contiguous tensor, which is written to")
+            raise ValueError(f"{op}: {name} has strides {cache.stride()}; want a contiguous tensor, to write to")
     _check_integers("position", position, q, ((), (1,), (rows,)))
     if starts is not None:
         _check_integers("starts", starts, q, ((rows,),))
@@ -173,7 +174,8 @@ def _attention_decode(
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
     position, starts = position.contiguous(), None if starts is None else starts.contiguous()
     (rows, heads, t_max, dim), count = k_cache.shape, kernels.module.attention_decode_splits
-    splits, prefix_splits, group, prefix, prefix_strides = count(rows * heads, t_max), 0, 1, 0, (0, 0)
+    splits, prefix_splits, group, prefix = count(rows * heads, t_max), 0, 1, 0
+    prefix_strides: tuple[int, ...] = (0, 0)
     if prefix_k is not None and prefix_v is not None and rows > 0:
         prefix_k, prefix_v = _prefixes(prefix_k, prefix_v)
         group, prefix, prefix_strides = rows // prefix_k.shape[0], prefix_k.shape[2], prefix_k.stride()[:2]

@@ -128,6 +128,7 @@ def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) 
     """Every split has a part, of one or two spans, and the last is ragged."""
     for position in (1023, 1000, 511):
         check(case(device, dtype, dim, position, t_max=1024, rows=1, heads=1))
+    check(case(device, dtype, 32, 399, t_max=400, rows=1, heads=66))
 
 
 def check_many_blocks(device: str) -> None:
@@ -155,7 +156,7 @@ def check_nan_stays(device: str, prefixes: int = 0) -> None:
 
 
 def check_huge(device: str, dim: int = 64) -> None:
-    """A cache, and a prefix, of more than 2^31 elements, of which a few are touched."""
+    """A cache, and a prefix, whose second head begins behind 2^32 elements, of which a few are touched."""
 
     def lazy(*shape: int) -> Tensor:
         """Memory that is there once it is written to."""
@@ -164,7 +165,7 @@ def check_huge(device: str, dim: int = 64) -> None:
         return torch.frombuffer(mmap.mmap(-1, 2 * count, flags=flags), dtype=torch.bfloat16, count=count).view(shape)
 
     assert device == "cpu"
-    t_max = 2**31 // dim + 8
+    t_max = 2**32 // dim + 8
     q, k, v = (torch.randn(1, 2, dim).bfloat16() for _ in range(3))
     k_cache, v_cache = lazy(1, 2, t_max, dim), lazy(1, 2, t_max, dim)
     near = slice(t_max - 5, t_max)

@@ -112,9 +112,9 @@ def check_slices(device: str) -> None:
 
 
 def check_huge(device: str) -> None:
-    """Rows of a weight so far apart that they span more than 2^31 elements."""
+    """Rows of a weight so far apart that they span more than 2^32 elements."""
     assert device == "cpu"
-    distance, rows = 2**27 + 8, 24
+    distance, rows = 2**28 + 8, 24
     count = distance * (rows - 1) + 64
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     memory = torch.frombuffer(mmap.mmap(-1, 2 * count, flags=flags), dtype=torch.bfloat16, count=count)

@@ -75,7 +75,7 @@ def test_scale(implementation) -> None:
 
 
 def test_layouts_that_are_copied(implementation) -> None:
-    """A last dimension, or addresses, that a kernel cannot load vectors from; a strided prefix, positions and starts."""
+    """Strides and addresses that a kernel cannot load vectors from, of a prefix too; strided positions and starts."""
     device = implementation.device
     made = checks.case(device, torch.bfloat16, 64, [3, 40, 60, 69], 70, 4, starts=[0, 1, 2, 3], prefixes=2, prefix=9)
     want = made.op()
@@ -243,20 +243,20 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "q's type": ({"q": [1.0]}, TypeError, "q is list; want a floating-point tensor"),
         "k's shape": ({"k": zeros(3, 4, 32)}, ValueError, r"k has shape \(3, 4, 32\); want \(2, 4, 32\), q's"),
         "v's dtype": ({"v": zeros(2, 4, 32).half()}, TypeError, "v is torch.float16; want torch.float32"),
-        "cache's shape": ({"k_cache": zeros(2, 4, 32)}, ValueError, r"k_cache has shape \(2, 4, 32\); want \(2, 4, T_max"),
+        "cache's shape": ({"k_cache": zeros(2, 4, 32)}, ValueError, r"k_cache has shape \(2, 4, 32\); want \(2, 4, T"),
         "cache's dtype": ({"v_cache": zeros(2, 4, 5, 32).bfloat16()}, TypeError, "v_cache is torch.bfloat16"),
         "no room": ({"k_cache": zeros(2, 4, 0, 32)}, ValueError, "k_cache has shape"),
         "two caches": ({"v_cache": zeros(2, 4, 6, 32)}, ValueError, "v_cache has shape .*; want .*, k_cache's"),
-        "strides": ({"k_cache": zeros(2, 5, 4, 32).transpose(1, 2)}, ValueError, "k_cache has strides .*; want a contig"),
+        "strides": ({"k_cache": zeros(2, 5, 4, 32).transpose(1, 2)}, ValueError, "k_cache has strides .*; want a cont"),
         "int64": ({"position": torch.tensor(1)}, TypeError, "position is torch.int64; want an int32 tensor"),
         "an int": ({"position": 1}, TypeError, "position is int; want an int32 tensor"),
-        "positions": ({"position": zeros(3).int()}, ValueError, r"position has shape \(3,\); want \(\) or \(1,\) or \(2,\)"),
+        "positions": ({"position": zeros(3).int()}, ValueError, r"position has .*; want \(\) or \(1,\) or \(2,\)"),
         "starts": ({"starts": zeros(1).int()}, ValueError, r"starts has shape \(1,\); want \(2,\)"),
         "devices": ({"position": zeros(1, device="meta").int()}, ValueError, "position is on meta"),
         "devices of k": ({"k": zeros(2, 4, 32, device="meta")}, ValueError, "k is on meta"),
         "half a prefix": ({"prefix_k": zeros(1, 4, 3, 32)}, ValueError, "prefix_k and prefix_v come together"),
         "prefixes": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(4, 4, 3, 32)), ValueError, "prefix_k has shape"),
-        "no prefix": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(0, 4, 3, 32)), ValueError, ".* want one prefix or more"),
+        "no prefix": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(0, 4, 3, 32)), ValueError, ".* want one prefix"),
         "empty": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(1, 4, 0, 32)), ValueError, "prefix_k has shape"),
         "gradient": ({"q": zeros(2, 4, 32, requires_grad=True)}, ValueError, "q wants a gradient; .* torch.no_grad"),
     }  # fmt: skip
@@ -276,7 +276,7 @@ def test_misuse(name: str) -> None:
 def test_misaligned_cache(emulation) -> None:
     cache = torch.zeros(2 * 4 * 5 * 32 + 1)[1:].view(2, 4, 5, 32)
     q = torch.zeros(2, 4, 32)
-    with pytest.raises(ValueError, match="attention_decode: v_cache begins at 0x.*; want a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match=r"attention_decode: v_cache begins at 0x.*; want a multiple of 16 bytes"):
         ops.attention_decode(q, q, q, cache.clone(), cache, torch.tensor(1, dtype=torch.int32))
 
 

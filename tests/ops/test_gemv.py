@@ -129,7 +129,7 @@ def test_gradcheck() -> None:
 
 def test_parameters_without_gradients(implementation) -> None:
     named = checks.operands(implementation.device, torch.bfloat16, 2, 72, 24, True)
-    parameters = {name: torch.nn.Parameter(tensor.T).T if name == "weight" else tensor for name, tensor in named.items()}
+    parameters = named | {"weight": torch.nn.Parameter(named["weight"].T).T}
     with torch.no_grad():
         assert torch.equal(ops.gemv(**parameters), ops.gemv(**named))
 
