@@ -166,4 +166,47 @@ CASES = [
             logits, 1 << 63, streams, position, wte=wte, wpe=wpe
         ),
     ),
+    Case(
+        "attention_decode",
+        "attention_decode",
+        lambda: (
+            *(_normal(2, 2, 64, seed=i) for i in range(3)),
+            _normal(2, 2, 150, 64, seed=3),
+            _normal(2, 2, 150, 64, seed=4),
+            torch.tensor(131, dtype=torch.int32),
+            torch.tensor([0, 9], dtype=torch.int32),
+        ),
+        ops.attention_decode,
+        mutated=(3, 4),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_prefix",
+        lambda: (
+            *(_normal(4, 1, 96, seed=i) for i in range(3)),
+            _normal(4, 1, 40, 96, seed=3),
+            _normal(4, 1, 40, 96, seed=4),
+            torch.tensor(33, dtype=torch.int32),
+            _normal(2, 1, 70, 96, seed=5),
+            _normal(2, 1, 70, 96, seed=6),
+        ),
+        lambda q, k, v, k_cache, v_cache, position, prefix_k, prefix_v: ops.attention_decode(
+            q, k, v, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v
+        ),
+        mutated=(3, 4),
+    ),
+    Case(
+        "gemv",
+        "gemv",
+        lambda: (_normal(3, 264), _normal(264, 72, seed=1), _normal(72, seed=2), _normal(264, seed=3)),
+        lambda x, weight, bias, norm_weight: ops.gemv(
+            x, weight, bias, norm_weight=norm_weight, activation="quick_gelu"
+        ),
+    ),
+    Case(
+        "gemv",
+        "gemv_linear",
+        lambda: (_normal(1, 136), _normal(512, 136, seed=1), _normal(1, 512, seed=2)),
+        lambda x, weight, residual: ops.gemv(x, weight.T, residual=residual),
+    ),
 ]  # fmt: skip
