@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,15 @@ class ImageGPTLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``; with ``residual``, the norm of the sum and the sum, in the residual's dtype."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual)
 
 
 class Conv1D(nn.Module):
@@ -56,7 +65,12 @@ class ImageGPTAttention(nn.Module):
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         b, t, d = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)
+        dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        if cache is None and not need_weights:
+            out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)
+            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             if k.shape[2] != past + t:
@@ -65,16 +79,7 @@ class ImageGPTAttention(nn.Module):
                     f"past_key_values: {type(cache).__name__} returned {k.shape[2]} positions after {past} + {t};"
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
-        out, weights = ops.causal_attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            key_mask=key_mask,
-            dropout_p=self.attn_dropout.p if self.attn_dropout.training else 0.0,
-            upcast=self.upcast,
-            need_weights=need_weights,
-        )
+        out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))
         return self.resid_dropout(out), weights
 
@@ -108,5 +113,5 @@ class ImageGPTBlock(nn.Module):
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         attended, weights = self.attn(self.ln_1(x), cache, past, key_mask, need_weights)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), weights
+        normed, x = self.ln_2(attended, residual=x)
+        return x + self.mlp(normed), weights

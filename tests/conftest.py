@@ -3,19 +3,20 @@
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 # For tolerance.py, compiling.py and such: the importlib mode leaves sys.path alone.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+sys.path.insert(0, str(Path(__file__).parent / "ops"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import compiling
 import pytest
 import torch
+from implementations import Implementation
 
 from igpt_fast import backend
 
@@ -30,20 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One of an op's implementations, which is on while a test runs. Its tensors belong on ``device``."""
-
-    name: str  # "reference", "emulated" or "cuda"
-    device: str
-    module: ModuleType | None = None  # the emulated one
-
-    def schedule(self, order: str, seed: int = 0) -> None:
-        """Chooses the order of execution, where there is a choice."""
-        if self.module is not None:
-            self.module.set_schedule(order, seed)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <map>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "emulator.h"
+#include "record.h"
 
 namespace igpt::emulator {
 
@@ -36,7 +40,22 @@ inline std::map<std::string, uint64_t> counters_by_name() {
         {"ldmatrix", c.ldmatrix},
         {"ldmatrix_wavefronts", c.ldmatrix_wavefronts},
         {"async_copies", c.async_copies},
+        {"tile_copies", c.tile_copies},
+        {"tile_bytes", c.tile_bytes},
+        {"wgmma", c.wgmma},
     };
+}
+
+// (kernel's address in the module, blocks, threads of a block, bytes of shared memory) for each.
+using LaunchTuple = std::tuple<uint64_t, uint64_t, uint32_t, size_t>;
+
+inline std::vector<LaunchTuple> stop_recording_tuples() {
+    std::vector<LaunchTuple> found;
+    for (const Launch& l : stop_recording()) {
+        found.emplace_back(l.kernel, uint64_t(l.grid.x) * l.grid.y * l.grid.z, l.block.x * l.block.y * l.block.z,
+                           l.shared_bytes);
+    }
+    return found;
 }
 
 inline void bind_emulator(pybind11::module_& m) {
@@ -45,6 +64,10 @@ inline void bind_emulator(pybind11::module_& m) {
           "Launches run only these blocks, by linear index; without arguments, all.");
     m.def("counters", &counters_by_name, "Since the last reset, by name; see emulator.h.");
     m.def("reset_counters", &reset_counters);
+    m.def("start_recording", &start_recording, "Launches are written down from now on, and nothing runs.");
+    m.def(
+        "stop_recording", &stop_recording_tuples,
+        "Launches run again. Those since the start: (kernel's address in the module, blocks, threads, shared bytes).");
 }
 
 }  // namespace igpt::emulator

@@ -36,6 +36,8 @@ struct Counters {
     uint64_t shared_requests, shared_wavefronts, shared_conflicts;  // conflicts: wavefronts above the least possible
     uint64_t mma, ldmatrix, ldmatrix_wavefronts;  // of whole warps; an 8x8 matrix without conflicts is one wavefront
     uint64_t async_copies;                        // of 16 bytes; they count as a global load and a shared access too
+    uint64_t tile_copies, tile_bytes;             // by TMA
+    uint64_t wgmma;                               // of whole warps: four for one instruction
 };
 
 void set_schedule(Schedule schedule);

@@ -129,7 +129,10 @@ class Tree:
 
     def sources(self, sanitizer: str = "") -> list[tuple[Path, tuple[str, ...]]]:
         """The kernels, instrumented, and the emulator, which is not: what it does is not the kernels' doing."""
-        emulator = [self.csrc / "emulator" / f"{name}.cpp" for name in ("emulator", "fibre", "counters", "ptx")]
+        emulator = [
+            self.csrc / "emulator" / f"{name}.cpp"
+            for name in ("emulator", "fibre", "counters", "ptx", "record", "hopper", "wgmma")
+        ]
         instrument = SANITIZERS.get(sanitizer, ())
         return [(path, (self.optimise, "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [
             (path, ("-O2", *MACROS[sanitizer])) for path in emulator
@@ -183,7 +186,7 @@ def probes(name: str = "probes", *others: str) -> ModuleType:
     tree = Tree()
     sources = [item for item in tree.sources() if item[0].suffix == ".cpp"]
     sources.append((HERE / f"{name}.cpp", ("-Wno-unknown-pragmas", *python_flags())))
-    sources += [(HERE / other, ("-O1", "-Wno-unknown-pragmas")) for other in others]
+    sources += [(HERE / other, ("-O0", "-Wno-unknown-pragmas")) for other in others]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return load(link(tree.objects(sources), f"_{name}{suffix}", "-shared"), f"_{name}")
 
@@ -217,11 +220,11 @@ def launcher() -> tuple[str, ...]:
     return command if shutil.which("setarch") and works() else ()
 
 
-def races(sanitizer: str) -> Path:
-    """The program of races.cpp: kernels with faults that a sanitizer has to find."""
+def races(sanitizer: str, name: str = "races") -> Path:
+    """The program of races.cpp, or its like: kernels with faults that a sanitizer has to find."""
     sources = [item for item in Tree().sources(sanitizer) if item[0].suffix == ".cpp"]
-    sources.append((HERE / "races.cpp", ("-O1", "-Wno-unknown-pragmas", *SANITIZERS[sanitizer])))
-    return link(Tree().objects(sources), "races", *SANITIZERS[sanitizer])
+    sources.append((HERE / f"{name}.cpp", ("-O1", "-Wno-unknown-pragmas", *SANITIZERS[sanitizer])))
+    return link(Tree().objects(sources), name, *SANITIZERS[sanitizer])
 
 
 def run_driver(sanitizer: str, op: str, mutation: Mutation | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,21 +1,16 @@
 """ptx.cuh: each function against the PTX manual, on the emulator and on a GPU; what the emulator reports."""
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import compiling
+import conformance
 import pytest
 import torch
+from conformance import NVCC, SCHEDULES, TYPES, Run, words
 from torch import Tensor
 
-SCHEDULES = [("fifo", 0), ("random", 1), ("random", 2), ("skewed", 1), ("skewed", 2)]
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-HERE = Path(__file__).parent
-TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+SOURCE = Path(__file__).parent / "conformance.cu"
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +24,30 @@ def probes() -> ModuleType:
 # ---- every function, right ----------------------------------------------------------------------------------
 
 
-def nvcc(architecture: str, source: Path, out: Path, *flags: str) -> None:
-    assert NVCC is not None
-    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC", "-Xptxas=--warn-on-spills"]
-    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [NVCC, "-std=c++17", "-O3", *strict, code, f"-I{compiling.ROOT / 'csrc'}", *flags]
-    done = subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_nvcc_compiles(architecture: str, tmp_path: Path) -> None:
-    nvcc(architecture, HERE / "conformance.cu", tmp_path / "conformance.o", "-c")
-
-
-Run = Callable[..., Tensor]
+    conformance.nvcc(architecture, SOURCE, tmp_path / "conformance.o", "-c")
 
 
 @pytest.fixture(scope="module")
 def on_emulator(probes: ModuleType) -> Run:
-    def run(name: str, out: Tensor, *inputs: Tensor) -> Tensor:
-        addresses = [t.data_ptr() for t in inputs] + [0] * (3 - len(inputs))
-        assert probes.conformance(name, *addresses, out.data_ptr(), len(out)) == 0
-        return out
-
-    return run
+    return conformance.on_emulator(probes)
 
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Run:
     if NVCC is None:
         pytest.skip("no nvcc")
-    major, minor = torch.cuda.get_device_capability()
     library = tmp_path_factory.mktemp("conformance") / "conformance.so"
-    nvcc("90a" if (major, minor) == (9, 0) else f"{major}{minor}", HERE / "conformance.cu", library, "-shared")
-    function = ctypes.CDLL(str(library)).igpt_conformance
-
-    def run(name: str, out: Tensor, *inputs: Tensor) -> Tensor:
-        held = [t.cuda() for t in (*inputs, out)]
-        addresses = [ctypes.c_void_p(t.data_ptr()) for t in held]
-        addresses[-1:-1] = [ctypes.c_void_p(0)] * (3 - len(inputs))
-        torch.cuda.synchronize()
-        assert function(name.encode(), *addresses, ctypes.c_uint(len(out))) == 0
-        return held[-1].cpu()
-
-    return run
+    conformance.nvcc(conformance.architecture(), SOURCE, library, "-shared")
+    return conformance.on_gpu(library, "igpt_conformance")
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs a kernel of conformance.cu; ``out`` says how many cases there are."""
     return request.getfixturevalue("on_emulator" if request.param == "emulated" else "on_gpu")
-
-
-def words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -390,10 +353,4 @@ def test_sanitizers(sanitizer: str, name: str, found: bool) -> None:
     reason = compiling.unavailable() or compiling.sanitizer_unavailable(sanitizer)
     if reason is not None:
         pytest.skip(reason)
-    done = compiling.run_sanitized(compiling.races(sanitizer), name)
-    if found:
-        assert done.returncode != 0, "not found"
-        assert "data race" in done.stderr or "ERROR: AddressSanitizer: heap-buffer-overflow" in done.stderr
-        assert "races.cpp" in done.stderr
-    else:
-        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
+    conformance.check_race(sanitizer, "races", name, found)

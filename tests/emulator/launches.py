@@ -1,0 +1,75 @@
+"""Calls of the ops at the sizes of iGPT, of which the emulator writes down what they launch. Nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from igpt_fast import backend, ops
+
+
+class Size(NamedTuple):
+    n_embd: int
+    heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.heads
+
+
+SIZES = {"S": Size(512, 8), "M": Size(1024, 8), "L": Size(1536, 16)}
+IMAGES, T, COLOURS = 32, 1024, 512
+
+Launch = tuple[int, int, int, int]  # kernel's address, blocks, threads, bytes of shared memory
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
+    """Memory that nothing is written to: however large, it costs nothing."""
+    return torch.empty(shape, dtype=dtype).requires_grad_(grad)
+
+
+def differentiate(out: Tensor | tuple[Tensor, ...], *by: Tensor) -> None:
+    outs = (out,) if isinstance(out, Tensor) else out
+    torch.autograd.grad(outs, by, tuple(torch.empty_like(o) for o in outs))
+
+
+def rms_norm(size: Size) -> None:
+    x, weight = blank(IMAGES, T, size.n_embd, grad=True), blank(size.n_embd, grad=True)
+    differentiate(ops.rms_norm(x, weight), x, weight)
+
+
+def add_rms_norm(size: Size) -> None:
+    x, residual = blank(IMAGES, T, size.n_embd, grad=True), blank(IMAGES, T, size.n_embd, grad=True)
+    weight = blank(size.n_embd, grad=True)
+    differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
+
+
+def quantize(dtype: torch.dtype) -> None:
+    ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
+
+
+Call = Callable[[Any], None]
+# Op -> (its call, what it is called with).
+BY_SIZE: dict[str, Call] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+OTHERS: dict[str, tuple[Call, Any]] = {
+    "quantize, uint8": (quantize, torch.uint8),
+    "quantize, float32": (quantize, torch.float32),
+}
+
+
+def record(module: ModuleType) -> dict[str, list[Launch]]:
+    """Call -> launches, forward and backward, in their order."""
+    calls = {f"{name}, iGPT-{size}": (call, SIZES[size]) for name, call in BY_SIZE.items() for size in SIZES} | OTHERS
+    found = {}
+    with backend.use_backend("auto"), backend.emulate(module):
+        for name, (call, argument) in calls.items():
+            module.start_recording()
+            try:
+                call(argument)
+            finally:
+                found[name] = module.stop_recording()
+    return found

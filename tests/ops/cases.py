@@ -1,0 +1,105 @@
+"""One small call of every op with a kernel: what the tests of all ops together run, and the checks on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igpt_fast import ops
+
+BF16 = torch.bfloat16
+
+
+def _normal(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _pixels(n: int) -> Tensor:
+    return torch.arange(3 * n).mul(7).remainder(256).to(torch.uint8).view(n, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op.
+
+    Attributes:
+        op: A key of ``backend.OPS``.
+        name: Of the case.
+        inputs: Makes its tensors, on the CPU; the same ones every time.
+        call: The op with them.
+        differentiable: How many of the tensors, from the first on, it is differentiated by.
+        mutated: Which of the tensors the op writes.
+    """
+
+    op: str
+    name: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    differentiable: int = 0
+    mutated: tuple[int, ...] = ()
+
+    def on(self, device: str) -> list[Tensor]:
+        """Its tensors on a device, ready to be differentiated by."""
+        tensors = [tensor.to(device, copy=True) for tensor in self.inputs()]
+        return [tensor.requires_grad_(i < self.differentiable) for i, tensor in enumerate(tensors)]
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Everything that comes out: results, what was written, gradients for an upstream gradient of 1, 2, ... ."""
+        found = self.call(*tensors)
+        results = [found] if isinstance(found, Tensor) else list(found)
+        out = [result.detach() for result in results]
+        if self.differentiable:
+            smooth = [result for result in results if result.requires_grad]
+            upstream = [
+                torch.arange(1, r.numel() + 1, device=r.device).remainder(7).sub(2.5).to(r.dtype).view(r.shape)
+                for r in smooth
+            ]
+            out += torch.autograd.grad(smooth, tensors[: self.differentiable], upstream)
+        return out + [tensors[i].detach().clone() for i in self.mutated]
+
+
+CASES = [
+    Case("rms_norm", "rms_norm", lambda: (_normal(5, 1032), _normal(1032, seed=1)), ops.rms_norm, 2),
+    Case(
+        "rms_norm",
+        "rms_norm_residual",
+        lambda: (_normal(7, 72), _normal(72, seed=1), _normal(7, 72, seed=2)),
+        lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
+        3,
+    ),
+    Case(
+        "quantize",
+        "quantize",
+        lambda: (_pixels(200), _normal(300, 3, dtype=torch.float32)),
+        ops.quantize,
+    ),
+    Case(
+        "dequantize",
+        "dequantize",
+        lambda: (torch.arange(700).mul(7).remainder(300), _normal(300, 3, dtype=torch.float32)),
+        ops.dequantize,
+    ),
+    Case(
+        "sample",
+        "sample",
+        lambda: (_normal(3, 512), torch.tensor([0.1, 0.5, 0.9])),
+        lambda logits, uniform: ops.sample(logits, uniform, 0.9, 100, 0.9),
+    ),
+    Case(
+        "sample_next",
+        "sample_next",
+        lambda: (
+            _normal(3, 512),
+            torch.tensor([0, 1, 1 << 40]),
+            torch.tensor(4, dtype=torch.int32),
+            _normal(513, 24, seed=1),
+            _normal(9, 24, seed=2),
+        ),
+        lambda logits, streams, position, wte, wpe: ops.sample_next(
+            logits, 1 << 63, streams, position, wte=wte, wpe=wpe
+        ),
+    ),
+]  # fmt: skip
