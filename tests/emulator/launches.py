@@ -48,16 +48,42 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def causal_attention_packed(size: Size) -> None:
+    qkv = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
+    differentiate(ops.causal_attention_packed(qkv), qkv)
+
+
 def quantize(dtype: torch.dtype) -> None:
     ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
 
 
+def quantize_table(pixels: int) -> None:
+    ops.quantize(torch.zeros(pixels, 3, dtype=torch.uint8), torch.zeros(COLOURS, 3))
+
+
+def dequantize(dtype: torch.dtype) -> None:
+    ops.dequantize(torch.zeros(IMAGES, T, dtype=dtype), torch.zeros(COLOURS, 3))
+
+
+def sample_next(size: Size) -> None:
+    logits, streams, position = blank(IMAGES, COLOURS), torch.arange(IMAGES), torch.tensor(5, dtype=torch.int32)
+    wte, wpe = blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
+    ops.sample_next(logits, 0, streams, position, top_k=100, top_p=0.9, wte=wte, wpe=wpe)
+
+
 Call = Callable[[Any], None]
 # Op -> (its call, what it is called with).
-BY_SIZE: dict[str, Call] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+BY_SIZE: dict[str, Call] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "causal_attention_packed": causal_attention_packed,
+    "sample_next": sample_next,
+}
 OTHERS: dict[str, tuple[Call, Any]] = {
     "quantize, uint8": (quantize, torch.uint8),
     "quantize, float32": (quantize, torch.float32),
+    "quantize, uint8, a table and its use": (quantize_table, 1 << 20),
+    "dequantize, int64": (dequantize, torch.int64),
 }
 
 
