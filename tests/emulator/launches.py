@@ -65,6 +65,32 @@ def dequantize(dtype: torch.dtype) -> None:
     ops.dequantize(torch.zeros(IMAGES, T, dtype=dtype), torch.zeros(COLOURS, 3))
 
 
+def attention_decode(size: Size, images: int = IMAGES, together: int = 1, prefix: int = 0) -> None:
+    q, cache = blank(images, size.heads, size.head_dim), blank(images, size.heads, T - prefix, size.head_dim)
+    shared = blank(images // together, size.heads, prefix, size.head_dim) if prefix else None
+    position = torch.tensor(5, dtype=torch.int32)
+    ops.attention_decode(q, q, q, cache, cache, position, prefix_k=shared, prefix_v=shared)
+
+
+def attention_decode_one(size: Size) -> None:
+    attention_decode(size, images=1)
+
+
+def attention_decode_prefix(size: Size) -> None:
+    attention_decode(size, together=8, prefix=T // 2)
+
+
+def gemv(size: Size) -> None:
+    """A layer's four for one image, its largest for eight, and the head."""
+    n, one, eight = size.n_embd, blank(1, size.n_embd), blank(8, size.n_embd)
+    ops.gemv(one, blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
+    ops.gemv(one, blank(n, n), blank(n), residual=one)
+    ops.gemv(one, blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
+    ops.gemv(blank(1, 4 * n), blank(4 * n, n), blank(n), residual=one)
+    ops.gemv(eight, blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
+    ops.gemv(one, blank(COLOURS, n).T, norm_weight=blank(n))
+
+
 def sample_next(size: Size) -> None:
     logits, streams, position = blank(IMAGES, COLOURS), torch.arange(IMAGES), torch.tensor(5, dtype=torch.int32)
     wte, wpe = blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
@@ -77,6 +103,10 @@ BY_SIZE: dict[str, Call] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "causal_attention_packed": causal_attention_packed,
+    "attention_decode": attention_decode,
+    "attention_decode, one image": attention_decode_one,
+    "attention_decode, eight images of a prefix": attention_decode_prefix,
+    "gemv": gemv,
     "sample_next": sample_next,
 }
 OTHERS: dict[str, tuple[Call, Any]] = {

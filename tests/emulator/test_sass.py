@@ -36,6 +36,10 @@ FAMILIES = {
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
+    "attention_decode_kernel": VECTORS,
+    "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
+    "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
+    "gemv_kernel": Family(has=(LOAD16,)),
     "rms_norm_fwd_kernel": VECTORS,
     "rms_norm_bwd_kernel": VECTORS,
     "rms_norm_dweight_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
