@@ -48,6 +48,11 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def causal_attention_packed(size: Size) -> None:
+    qkv = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
+    differentiate(ops.causal_attention_packed(qkv), qkv)
+
+
 def quantize(dtype: torch.dtype) -> None:
     ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
 
@@ -68,7 +73,12 @@ def sample_next(size: Size) -> None:
 
 Call = Callable[[Any], None]
 # Op -> (its call, what it is called with).
-BY_SIZE: dict[str, Call] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "sample_next": sample_next}
+BY_SIZE: dict[str, Call] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "causal_attention_packed": causal_attention_packed,
+    "sample_next": sample_next,
+}
 OTHERS: dict[str, tuple[Call, Any]] = {
     "quantize, uint8": (quantize, torch.uint8),
     "quantize, float32": (quantize, torch.float32),

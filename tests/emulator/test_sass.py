@@ -29,7 +29,13 @@ class Family:
 
 
 VECTORS = Family(has=(LOAD16, STORE16))
+# Two 16-bit tiles and their product; the sums leave through shared memory as whole vectors.
+ATTENTION = Family(has=(TENSOR, ASYNC16, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", STORE16, r"MUFU\.EX2"))
 FAMILIES = {
+    "attention_fwd_kernel": ATTENTION,
+    "attention_dkv_kernel": ATTENTION,
+    "attention_dq_kernel": ATTENTION,
+    "attention_terms_kernel": Family(has=(LOAD16,)),
     "rms_norm_fwd_kernel": VECTORS,
     "rms_norm_bwd_kernel": VECTORS,
     "rms_norm_dweight_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
