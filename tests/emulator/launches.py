@@ -48,14 +48,41 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def layer_norm(size: Size) -> None:
+    x, weight, bias = (
+        blank(IMAGES, T, size.n_embd, grad=True),
+        blank(size.n_embd, grad=True),
+        blank(size.n_embd, grad=True),
+    )
+    differentiate(ops.layer_norm(x, weight, bias), x, weight, bias)
+
+
+def quick_gelu(size: Size) -> None:
+    x, bias = blank(IMAGES, T, 4 * size.n_embd, grad=True), blank(4 * size.n_embd, grad=True)
+    differentiate(ops.quick_gelu(x), x)
+    differentiate(ops.quick_gelu(x, bias), x, bias)
+
+
+def cross_entropy(dtype: torch.dtype) -> None:
+    logits = blank(IMAGES, T, COLOURS, dtype=dtype, grad=True)
+    differentiate(ops.cross_entropy(logits, torch.zeros(IMAGES, T, dtype=torch.int64)), logits)
+
+
 def quantize(dtype: torch.dtype) -> None:
     ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
 
 
 Call = Callable[[Any], None]
 # Op -> (its call, what it is called with).
-BY_SIZE: dict[str, Call] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+BY_SIZE: dict[str, Call] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
+    "quick_gelu": quick_gelu,
+}
 OTHERS: dict[str, tuple[Call, Any]] = {
+    "cross_entropy, bf16": (cross_entropy, torch.bfloat16),
+    "cross_entropy, fp32": (cross_entropy, torch.float32),
     "quantize, uint8": (quantize, torch.uint8),
     "quantize, float32": (quantize, torch.float32),
 }

@@ -54,8 +54,8 @@ def test_advice_is_recognised() -> None:
 
 def test_the_build_has_every_source() -> None:
     text = (compiling.ROOT / "CMakeLists.txt").read_text("utf-8")
-    (listed,) = re.findall(r"add_library\(igpt_cuda STATIC ([^)]*)\)", text)
-    assert sorted(listed.split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
+    listed = re.findall(r"(?:add_library|target_sources)\(igpt_cuda (?:STATIC|PRIVATE)\s([^)]*)\)", text)
+    assert sorted(" ".join(listed).split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
 
 
 def test_time_to_build(built: dict[str, nvcc.Compiled]) -> None:

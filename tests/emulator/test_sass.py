@@ -30,9 +30,17 @@ class Family:
 
 VECTORS = Family(has=(LOAD16, STORE16))
 FAMILIES = {
-    "rms_norm_fwd_kernel": VECTORS,
-    "rms_norm_bwd_kernel": VECTORS,
-    "rms_norm_dweight_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
+    "norm_fwd_kernel": VECTORS,
+    "norm_bwd_kernel": VECTORS,
+    "column_sum_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
+    "activation_fwd_kernel": VECTORS,
+    "activation_bwd_kernel": VECTORS,
+    "bias_activation_fwd_kernel": VECTORS,
+    "bias_activation_bwd_kernel": VECTORS,
+    # Single: rows that are no multiple of a vector.
+    "cross_entropy_fwd_kernel": Family(has=(LOAD16,), but="Single<"),
+    "cross_entropy_bwd_kernel": Family(has=(LOAD16, STORE16), but="Single<"),
+    "cross_entropy_total_kernel": Family(has=(r"LDG\.E\.64",)),  # a sum and a count of each block
     "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
 }
 
