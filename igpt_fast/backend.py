@@ -59,8 +59,13 @@ class Op:
 
 # Every op of igpt_fast.ops.
 OPS: dict[str, Op] = {
-    "quantize": Op(("cpu", "cuda"), "uint8, fp32"),
-    "dequantize": Op(otherwise="torch indexing"),
+    "quantize": Op(
+        ("cpu", "cuda"),
+        "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
+    ),
+    "dequantize": Op(
+        ("cuda",), "tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most", otherwise="torch indexing"
+    ),
     "rms_norm": Op(
         native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
     ),
@@ -74,9 +79,15 @@ OPS: dict[str, Op] = {
     "activation": Op(("cuda",), "the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it"),
     "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
     "causal_attention": Op(
-        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast"
+        native=("cuda",),
+        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale above 0; no dropout, weights or upcast",
+        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast",
     ),
-    "sample": Op(),
+    "causal_attention_packed": Op(
+        native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
+    ),
+    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
+    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
 }
 DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}
 

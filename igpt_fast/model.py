@@ -313,6 +313,8 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         logits = self.lm_head(base.last_hidden_state)
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
             loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))
         output = CausalImageModelingOutput(

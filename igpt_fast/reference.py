@@ -99,6 +99,12 @@ def mask_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Te
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
+def shown_keys(starts: Tensor, t_k: int, key_mask: Tensor | None) -> Tensor:
+    """The ``key_mask``, (B, T_k) bool, that hides all keys before ``starts``, (B,) integer, as well."""
+    shown = torch.arange(t_k, device=starts.device) >= starts[:, None]
+    return shown if key_mask is None else shown & key_mask
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -107,16 +113,19 @@ def causal_attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
-    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen.
-    A query that sees no key at all (inside left padding) gives zero, and what stands in a masked key, be it NaN,
-    reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
+    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen; starts: (B,)
+    integer, the first key that may be seen, those before it being masked. A query that sees no key at all (inside left
+    padding) gives zero, and what stands in a masked key, be it NaN, reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
     wide = _statistics_dtype(q.dtype)
+    if starts is not None:
+        key_mask = shown_keys(starts, k.shape[-2], key_mask)
     k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
     if upcast:
@@ -155,7 +164,8 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
 def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     """Colours of the tokens as uint8: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255.
 
-    tokens: (...) integer; clusters: (K, 3) float in [-1, 1]. Returns (..., 3) uint8.
+    tokens: (...) integer, -K..-1 counting from the end as in torch's indexing; clusters: (K, 3) float in [-1, 1].
+    Returns (..., 3) uint8.
 
     Source: the sampling code of openai/image-gpt src/run.py and of transformers' documentation.
     """
@@ -195,9 +205,12 @@ def uniform(seed: int, streams: Tensor, first: int, count: int) -> Tensor:
     streams: (N,) int64, not negative. Returns (N, count) float32, multiples of 2^-24. Number (i, t) depends on the
     seed, ``streams[i]`` and the position alone. Counter: (position, 0, low and high word of the stream).
     """
-    n = streams.shape[0]
-    position = torch.arange(first, first + count, device=streams.device).expand(n, count)
-    stream = streams[:, None].expand(n, count)
+    return uniform_at(seed, streams[:, None], torch.arange(first, first + count, device=streams.device))
+
+
+def uniform_at(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
+    """``uniform`` for integer tensors of streams and positions, which are broadcast."""
+    stream, position = torch.broadcast_tensors(streams, positions.to(torch.int64))
     counter = torch.stack([position, torch.zeros_like(position), stream & 0xFFFFFFFF, stream >> 32], dim=-1)
     return (philox(counter, seed)[..., 0] >> 8).to(torch.float32) * 2.0**-24
 
@@ -208,15 +221,17 @@ def sample(
     """Draws a token of each row by inverting the cumulative distribution, in the order of the ids.
 
     logits: (N, K) floating point; uniform: (N,) in [0, 1). Returns (N,) int64: the first id at which the cumulative
-    weight exceeds ``uniform`` times the total. ``temperature`` 0 takes the largest logit, the lowest id on ties.
+    weight exceeds ``uniform`` times the total. ``temperature`` 0, or one below the least float32, takes the largest
+    logit, the lowest id on ties, and the first NaN before all numbers.
     ``top_k`` keeps the logits that are not below the k-th largest; ``top_p`` then the shortest run, from the most
     likely down (the lower id first on ties), whose probability reaches ``top_p``. Weights are in fp32 and their
-    sums in fp64, so that the order of summation does not decide a draw.
+    sums in fp64, so that the order of summation does not decide a draw. A row that has a NaN, an infinity, or nothing
+    but minus infinity has no distribution: its token is 0 (at temperature 0 it is as any other).
 
     Source: temperature, top-k and top-p as transformers' logits processors define them, in that order.
     """
     scores = logits.to(torch.float32)
-    if temperature == 0.0:
+    if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None and top_k < scores.shape[-1]:
@@ -231,3 +246,30 @@ def sample(
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def sample_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``sample`` with the uniform numbers of ``uniform``, and the input of the step that reads the drawn tokens.
+
+    logits: (N, K); streams: (N,) int64; position: (), (1,) or (N,) integer, the index of the drawn token in its image,
+    from 0. Returns (N,) int64, and with wte (V >= K, n_embd) and wpe (n_positions, n_embd) the (N, n_embd) sum
+    ``wte[token] + wpe[position + 1]``: SOS stands before the image, so token t is read at position t + 1. Zeros where
+    wpe has no such row, behind the last token that is ever read.
+    """
+    tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p)
+    if wte is None or wpe is None:
+        return tokens, None
+    following = position.to(torch.int64).expand(streams.shape) + 1
+    inside = (following >= 0) & (following < wpe.shape[0])
+    hidden = F.embedding(tokens, wte) + F.embedding(following.clamp(0, wpe.shape[0] - 1), wpe)
+    return tokens, hidden.masked_fill(~inside[:, None], 0.0)

@@ -145,12 +145,12 @@ def check_second_derivative(implementation: Implementation, op: Function, tensor
         assert (mine - wanted).abs().max() <= 2 * (theirs - wanted).abs().max() + 1e-5 * wanted.abs().max()
 
 
-def check_transforms(implementation: Implementation, op: Function, tensors: Sequence[Tensor]) -> None:
-    """torch.func goes the way of the definition: vmap over the first tensor, grad, and forward-mode derivatives."""
+def check_transforms(implementation: Implementation, op: Function, tensors: Sequence[Tensor], mapped: int = 1) -> None:
+    """torch.func goes the way of the definition: vmap over the first ``mapped`` tensors, grad, forward-mode."""
     tensors = [t.to(implementation.device) for t in tensors]
-    dims = (0, *([None] * (len(tensors) - 1)))
+    dims = tuple(0 if i < mapped else None for i in range(len(tensors)))
     with backend.use_backend("reference"):
-        rows = [outputs_of(op, [tensors[0][i], *tensors[1:]]) for i in range(len(tensors[0]))]
+        rows = [outputs_of(op, [*(t[i] for t in tensors[:mapped]), *tensors[mapped:]]) for i in range(len(tensors[0]))]
         total = lambda *inputs: sum(t.square().sum() for t in outputs_of(op, inputs))  # noqa: E731
         leaf = tensors[0].detach().requires_grad_()
         (wanted,) = torch.autograd.grad(total(leaf, *tensors[1:]), leaf)

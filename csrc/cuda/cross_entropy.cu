@@ -123,19 +123,21 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_kernel(CrossEntrop
     for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < p.rows; row += stride) {
         const int64_t label = load_global(p.labels + row);
         float loss = 0.0f;
+        Pair statistics{0.0f, 0.0f};
         if (label != p.ignore_index) {
             loss = NAN;
             if (label >= 0 && label < p.k) {
                 const T* logits = static_cast<const T*>(p.logits) + row * p.k;
                 const float wanted = to_float(load_global(logits + label));
-                const Pair statistics = Rows::statistics(logits, p.k);
+                statistics = Rows::statistics(logits, p.k);
                 loss = statistics.second - (wanted - statistics.first);
-                if (lane == 0) store_global(reinterpret_cast<Pair*>(p.statistics) + row, statistics);
             }
             sum += loss;
             count += 1.0f;
         }
-        if (p.losses && lane == 0) store_global(p.losses + row, loss);
+        if (lane > 0) continue;
+        store_global(reinterpret_cast<Pair*>(p.statistics) + row, statistics);
+        if (p.losses) store_global(p.losses + row, loss);
     }
     if (!p.loss) return;
     Pair* scratch = dynamic_shared<Pair>();

@@ -1,6 +1,6 @@
 // Inline PTX for sm_90a as small functions, beside ptx.cuh: barriers in shared memory, tile copies by the tensor memory
 // accelerator (TMA), and matrix products of warpgroups (wgmma). Each has a twin in the emulator (../emulator/hopper.h).
-// A kernel that uses them is compiled for other architectures too, but without a body: see kHopper.
+// A kernel that uses them is compiled for other architectures too, where its body must be __trap(): see kHopper.
 //
 // A warpgroup is four warps, the first a multiple of four. d += A B of 64 x N x 16; lane l of warp w, with g = l / 4
 // and t = l % 4, holds of
@@ -45,7 +45,8 @@ struct TensorShape {
 
 namespace igpt::cuda::ptx {
 
-// Whether the code that is being compiled may use this file: `if constexpr (kHopper)` around a kernel's body.
+// Whether the code that is being compiled may use this file: `if constexpr (kHopper)` around a kernel's body, and
+// `else __trap()`, so that a launch on another GPU is an error.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHopper = true;
 #else

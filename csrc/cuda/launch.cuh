@@ -51,6 +51,11 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params) {
 #ifdef __CUDACC__
+    if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();
 #else

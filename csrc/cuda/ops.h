@@ -8,7 +8,7 @@ namespace igpt::cuda {
 
 // Nearest colour cluster; see csrc/cpu/ops.h for the definition.
 struct QuantizeParams {
-    const void* x;          // (n, 3) uint8 or float32
+    const void* x;          // (n, 3) uint8 or float32, 16-byte aligned
     const float* clusters;  // (k, 3), any k >= 1
     int64_t* out;           // (n,)
     int64_t n;
@@ -19,6 +19,42 @@ struct QuantizeParams {
 
 int quantize_u8(const QuantizeParams& params);
 int quantize_f32(const QuantizeParams& params);
+
+// The same for uint8 through a table of all 2^24 colours; its layout: quantize_table.cu.
+struct QuantizeTableParams {
+    const float* clusters;  // (k, 3), 1 <= k <= 65536
+    uint16_t* table;        // (2^24,), 16-byte aligned
+    int32_t k;
+    int32_t device;
+    void* stream;
+};
+struct QuantizeLookupParams {
+    const uint8_t* x;       // (n, 3), 16-byte aligned
+    const uint16_t* table;  // as quantize_table fills it
+    int64_t* out;           // (n,), 16-byte aligned
+    int64_t n;
+    int32_t device;
+    void* stream;
+};
+
+int quantize_table(const QuantizeTableParams& params);
+int quantize_lookup(const QuantizeLookupParams& params);
+
+enum class TokenType : int32_t { i64 = 0, i32 = 1, i16 = 2, u8 = 3 };
+
+// Colours of tokens: dequantize.cu.
+struct DequantizeParams {
+    const void* tokens;     // (n,), 16-byte aligned
+    const float* clusters;  // (k, 3), k <= 8192
+    uint8_t* out;           // (n, 3), 16-byte aligned
+    int64_t n;
+    int32_t k;
+    TokenType token;
+    int32_t device;
+    void* stream;
+};
+
+int dequantize(const DequantizeParams& params);
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -111,7 +147,8 @@ struct CrossEntropyFwdParams {
     float* losses;          // (rows,), 0 where ignored; or null
     float* loss;            // (1,): their sum or mean; or null
     float* count;           // (1,): how many rows count; null without loss
-    float* statistics;      // (rows, 2): the largest logit, and the logarithm of the sum of the exponentials less it
+    float* statistics;      // (rows, 2): the largest logit, and the logarithm of the sum of the exponentials less it;
+                            // zeros where no logit was read
     float* partial;         // (parts, 2), to work in; null without loss
     int64_t rows;
     int32_t k;
@@ -143,6 +180,71 @@ int cross_entropy_fwd(const CrossEntropyFwdParams& params);
 int cross_entropy_bwd(const CrossEntropyBwdParams& params);
 
 constexpr int32_t cross_entropy_parts(int64_t rows) { return int32_t(rows < 4 * 1056 ? (rows + 3) / 4 : 1056); }
+
+// Drawing tokens, and the next step's input: sample.cu.
+struct SampleParams {
+    const void* logits;       // (rows, k), each row contiguous
+    const float* uniform;     // (rows,), or null: made of the seed, the streams and the positions
+    const int64_t* streams;   // (rows,), not negative, where there is no `uniform`
+    const int32_t* position;  // (rows,) or (1,), of the drawn tokens; may be null where there is a `uniform`
+    const void* wte;          // (.., n_embd), 16-byte aligned, where there is an `embedding`
+    const void* wpe;          // (n_positions, n_embd), likewise
+    int64_t* tokens;          // (rows,)
+    void* embedding;          // (rows, n_embd), 16-byte aligned, or null
+    uint64_t seed;
+    int64_t row_stride;  // of logits, in elements
+    int64_t rows;
+    double top_p;             // 1 keeps all
+    float temperature;        // 0: the largest logit
+    int32_t top_k;            // 0 keeps all
+    int32_t k;                // 1 to 1024
+    int32_t position_stride;  // 1, or 0 for one position of all rows
+    int32_t n_embd;
+    int32_t n_positions;
+    DType dtype;        // of logits
+    DType embed_dtype;  // of wte, wpe and embedding
+    int32_t device;
+    void* stream;
+    bool vector = false;  // the launcher's: rows can be read four logits at a time
+};
+
+int sample(SampleParams params);
+
+// A (B, H, T, D) tensor: any strides, in elements, but 1 for D; every row aligned to 16 bytes.
+struct AttentionTensor {
+    void* data;
+    int64_t batch, head, position;  // strides
+};
+
+// What the forward and the backward of causal attention have in common. The formulas: attention_fwd.cuh.
+struct AttentionShape {
+    int32_t batch, heads, t_q, t_k;  // t_q <= t_k: the queries are the last positions
+    int32_t head_dim;                // 32, 64, 96 or 128
+    float scale;                     // above 0
+    const int32_t* starts;           // (B,): the first key that a batch row shows; or null
+    const uint8_t* key_mask;         // (B, T_k): 0 hides a key; or null
+    int64_t key_mask_stride;         // from a batch row of it to the next
+    DType dtype;                     // of all tensors: bf16 or f16
+    int32_t device;
+    void* stream;
+};
+
+struct AttentionFwdParams {
+    AttentionShape shape;
+    AttentionTensor q, k, v, out;
+    float* lse;    // (B, H, T_q): log of the sum of exponentials, -infinity where no key is shown
+    int32_t rows;  // queries of a block, 64 or, with a head_dim below 128, 128; 0: whichever suits the sizes
+};
+
+struct AttentionBwdParams {
+    AttentionShape shape;
+    AttentionTensor q, k, v, out, dout, dq, dk, dv;
+    const float* lse;  // from the forward
+    float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+};
+
+int attention_fwd(const AttentionFwdParams& params);
+int attention_bwd(const AttentionBwdParams& params);
 
 // The runtime's text for an error code.
 const char* error_string(int code);

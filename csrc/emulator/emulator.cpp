@@ -435,6 +435,8 @@ void barrier(Where where) {
     acquire(sync);
 }
 
+void trap(Where where) { fail("__trap at " + text(where)); }
+
 void sync_warp(unsigned mask, Where where) { meet("__syncwarp", mask, 0, where, true); }
 
 uint64_t shuffle(const char* name, unsigned mask, uint64_t bits, int source, Where where) {

@@ -5,16 +5,17 @@ file of ``csrc/cuda``.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
-from igpt_fast.ops.causal_attention import causal_attention
+from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample
+from igpt_fast.ops.sample import check_sampling, sample, sample_next
 
 __all__ = [
     "ACTIVATIONS",
     "activation",
     "causal_attention",
+    "causal_attention_packed",
     "check_activation",
     "check_sampling",
     "cross_entropy",
@@ -26,4 +27,5 @@ __all__ = [
     "quantize",
     "rms_norm",
     "sample",
+    "sample_next",
 ]

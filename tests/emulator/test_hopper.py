@@ -116,10 +116,14 @@ def test_gpu_and_emulator_agree(library: Path, probes: ModuleType) -> None:
 # ---- what the emulator reports ------------------------------------------------------------------------------
 
 
+def operands() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(64, 256).bfloat16(), torch.randn(256, 64).bfloat16()
+
+
 def matmul(probes: ModuleType, name: str) -> bool:
     """Whether a product through a ring of tiles comes out right."""
-    torch.manual_seed(0)
-    a, b = torch.randn(64, 256).bfloat16(), torch.randn(256, 64).bfloat16()
+    a, b = operands()
     out = torch.full((64, 64), torch.nan)
     probes.run(name, a.data_ptr(), b.data_ptr(), out.data_ptr())
     exact, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
@@ -187,8 +191,6 @@ def test_faults_are_errors(probes: ModuleType, name: str, message: str, order: s
         "warps_disagree",
         "wrong_step",
         "wrong_major",
-        "no_wgmma_wait",
-        "no_commit",
     ],
 )
 def test_faults_are_found(probes: ModuleType, name: str) -> None:
@@ -201,6 +203,16 @@ def test_faults_are_found(probes: ModuleType, name: str) -> None:
         except RuntimeError:
             found += 1
     assert found > 0, "survives"
+
+
+@pytest.mark.parametrize("name", ["no_wgmma_wait", "no_commit"])
+def test_accumulators_are_nan_until_waited_for(probes: ModuleType, name: str) -> None:
+    a, b = operands()
+    for order, seed in SCHEDULES:
+        probes.set_schedule(order, seed)
+        out = torch.zeros(64, 64)
+        probes.run(name, a.data_ptr(), b.data_ptr(), out.data_ptr())
+        assert out.isnan().all()
 
 
 @pytest.mark.parametrize(

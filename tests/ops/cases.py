@@ -71,9 +71,72 @@ CASES = [
         3,
     ),
     Case(
+        "layer_norm",
+        "layer_norm",
+        lambda: (_normal(5, 520), _normal(520, seed=1), _normal(520, seed=2), _normal(5, 520, seed=3)),
+        lambda x, weight, bias, residual: ops.layer_norm(x, weight, bias, residual=residual),
+        4,
+    ),
+    *(
+        Case(name, name, lambda: (_normal(7, 264, seed=1), _normal(264)), getattr(ops, name), 2)
+        for name in ("quick_gelu", "gelu_tanh", "gelu_erf")
+    ),
+    Case("activation", "activation", lambda: (_normal(3, 5, 72),), lambda x: ops.activation(x, "gelu_new"), 1),
+    Case(
+        "cross_entropy",
+        "cross_entropy",
+        lambda: (_normal(9, 512), torch.arange(9) * 50 - 100),  # -100 is ignored; -50 is nothing's
+        lambda logits, labels: ops.cross_entropy(logits, labels.where(labels != -50, 3)),
+        1,
+    ),
+    Case(
+        "causal_attention",
+        "causal_attention",
+        lambda: (
+            *(_normal(2, 2, t, 64, seed=t) for t in (65, 97, 97)),
+            torch.arange(2 * 97).view(2, 97) % 5 > 0,
+            torch.tensor([0, 3], dtype=torch.int32),
+        ),
+        lambda q, k, v, key_mask, starts: ops.causal_attention(q, k, v, key_mask=key_mask, starts=starts)[0],
+        3,
+    ),
+    Case(
+        "causal_attention_packed",
+        "causal_attention_packed",
+        lambda: (_normal(1, 70, 3, 2, 96),),
+        ops.causal_attention_packed,
+        1,
+    ),
+    Case(
         "quantize",
         "quantize",
         lambda: (_pixels(200), _normal(300, 3, dtype=torch.float32)),
         ops.quantize,
+    ),
+    Case(
+        "dequantize",
+        "dequantize",
+        lambda: (torch.arange(700).mul(7).remainder(300), _normal(300, 3, dtype=torch.float32)),
+        ops.dequantize,
+    ),
+    Case(
+        "sample",
+        "sample",
+        lambda: (_normal(3, 512), torch.tensor([0.1, 0.5, 0.9])),
+        lambda logits, uniform: ops.sample(logits, uniform, 0.9, 100, 0.9),
+    ),
+    Case(
+        "sample_next",
+        "sample_next",
+        lambda: (
+            _normal(3, 512),
+            torch.tensor([0, 1, 1 << 40]),
+            torch.tensor(4, dtype=torch.int32),
+            _normal(513, 24, seed=1),
+            _normal(9, 24, seed=2),
+        ),
+        lambda logits, streams, position, wte, wpe: ops.sample_next(
+            logits, 1 << 63, streams, position, wte=wte, wpe=wpe
+        ),
     ),
 ]  # fmt: skip
