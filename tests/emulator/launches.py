@@ -68,8 +68,28 @@ def cross_entropy(dtype: torch.dtype) -> None:
     differentiate(ops.cross_entropy(logits, torch.zeros(IMAGES, T, dtype=torch.int64)), logits)
 
 
-def quantize(dtype: torch.dtype) -> None:
-    ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
+def causal_attention(size: Size) -> None:
+    packed = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
+    differentiate(ops.causal_attention_packed(packed), packed)
+
+
+def quantize(shape: tuple[torch.dtype, int]) -> None:
+    dtype, pixels = shape
+    ops.quantize(torch.empty(pixels, 3, dtype=dtype), torch.empty(COLOURS, 3))
+
+
+def dequantize(dtype: torch.dtype) -> None:
+    ops.dequantize(torch.empty(IMAGES * T, dtype=dtype), torch.empty(COLOURS, 3))
+
+
+def sample(settings: dict[str, Any]) -> None:
+    ops.sample(blank(IMAGES, COLOURS), torch.empty(IMAGES), **settings)
+
+
+def sample_next(size: Size) -> None:
+    streams, position = torch.empty(IMAGES, dtype=torch.int64), torch.empty((), dtype=torch.int32)
+    embeddings = blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
+    ops.sample_next(blank(IMAGES, COLOURS), 0, streams, position, top_p=0.9, wte=embeddings[0], wpe=embeddings[1])
 
 
 Call = Callable[[Any], None]
@@ -79,12 +99,19 @@ BY_SIZE: dict[str, Call] = {
     "add_rms_norm": add_rms_norm,
     "layer_norm": layer_norm,
     "quick_gelu": quick_gelu,
+    "causal_attention": causal_attention,
+    "sample_next, top_p": sample_next,
 }
 OTHERS: dict[str, tuple[Call, Any]] = {
     "cross_entropy, bf16": (cross_entropy, torch.bfloat16),
     "cross_entropy, fp32": (cross_entropy, torch.float32),
-    "quantize, uint8": (quantize, torch.uint8),
-    "quantize, float32": (quantize, torch.float32),
+    "quantize, uint8, few": (quantize, (torch.uint8, T)),
+    "quantize, uint8, with a table": (quantize, (torch.uint8, 1024 * T)),
+    "quantize, float32": (quantize, (torch.float32, IMAGES * T)),
+    "dequantize": (dequantize, torch.int64),
+    "sample": (sample, {}),
+    "sample, top_k": (sample, {"top_k": 40}),
+    "sample, top_p": (sample, {"top_p": 0.9}),
 }
 
 
