@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(kThreads) attention_terms_kernel(const BwdArgs
     if (lane == 0 && query < shape.t_q) {
         const int64_t row = int64_t(pair) * shape.t_q + query;
         const float lse = load_global(args.p.lse + row);
-        store_global(reinterpret_cast<float2*>(args.p.terms) + row,
-                     make_float2(lse == -INFINITY ? kNoKey : lse * kLog2E, delta));
+        // A query that is shown no key has no part in anything, be its upstream gradient NaN.
+        const float2 terms = lse == -INFINITY ? make_float2(kNoKey, 0.0f) : make_float2(lse * kLog2E, delta);
+        store_global(reinterpret_cast<float2*>(args.p.terms) + row, terms);
     }
 }
 

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    cuda_kernels,
+    dense,
+    differentiate,
+    is_plain,
+    register,
+    use_kernel,
+)
 
 HEAD_DIMS = (32, 64, 96, 128)  # that the kernel is compiled for
 
@@ -329,15 +339,37 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     """Keeps what was multiplied, the masks, the output and lse, which has no gradient of its own."""
     *tensors, key_mask, starts, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output, key_mask, starts)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.igpt_fast.causal_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None, None, None)
+def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    *tensors, out, lse, key_mask, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.causal_attention(q, k, v, ctx.scale, key_mask, starts=starts)[0]
+
+        return *differentiate(defined, tuple(tensors), dout), None, None, None
+    gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
+    return *gradients, None, None, None
 
 
-def _differentiate_packed(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return torch.ops.igpt_fast.causal_attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None, None, None
+def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 4
+    qkv, out, lse, key_mask, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def defined(qkv: Tensor) -> Tensor:
+            out, _ = reference.causal_attention(*_heads_of(qkv), ctx.scale, key_mask, starts=starts)
+            return out.transpose(1, 2)
+
+        return *differentiate(defined, (qkv,), dout), None, None, None
+    dqkv = torch.ops.igpt_fast.causal_attention_packed_bwd(dout, qkv, out, lse, key_mask, starts, ctx.scale)
+    return dqkv, None, None, None
 
 
 register(
