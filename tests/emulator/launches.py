@@ -48,9 +48,26 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def layer_norm(size: Size) -> None:
+    x = blank(IMAGES, T, size.n_embd, grad=True)
+    weight, bias = blank(size.n_embd, grad=True), blank(size.n_embd, grad=True)
+    differentiate(ops.layer_norm(x, weight, bias), x, weight, bias)
+
+
+def quick_gelu(size: Size) -> None:
+    x, bias = blank(IMAGES, T, 4 * size.n_embd, grad=True), blank(4 * size.n_embd, grad=True)
+    differentiate(ops.quick_gelu(x), x)
+    differentiate(ops.quick_gelu(x, bias), x, bias)
+
+
+def cross_entropy(dtype: torch.dtype) -> None:
+    logits = blank(IMAGES, T, COLOURS, dtype=dtype, grad=True)
+    differentiate(ops.cross_entropy(logits, torch.zeros(IMAGES, T, dtype=torch.int64)), logits)
+
+
 def causal_attention_packed(size: Size) -> None:
-    qkv = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
-    differentiate(ops.causal_attention_packed(qkv), qkv)
+    packed = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
+    differentiate(ops.causal_attention_packed(packed), packed)
 
 
 def quantize(dtype: torch.dtype) -> None:
@@ -65,30 +82,32 @@ def dequantize(dtype: torch.dtype) -> None:
     ops.dequantize(torch.zeros(IMAGES, T, dtype=dtype), torch.zeros(COLOURS, 3))
 
 
-def attention_decode(size: Size, images: int = IMAGES, together: int = 1, prefix: int = 0) -> None:
-    q, cache = blank(images, size.heads, size.head_dim), blank(images, size.heads, T - prefix, size.head_dim)
-    shared = blank(images // together, size.heads, prefix, size.head_dim) if prefix else None
-    position = torch.tensor(5, dtype=torch.int32)
-    ops.attention_decode(q, q, q, cache, cache, position, prefix_k=shared, prefix_v=shared)
+def sample(settings: dict[str, Any]) -> None:
+    ops.sample(blank(IMAGES, COLOURS), torch.zeros(IMAGES), **settings)
 
 
-def attention_decode_one(size: Size) -> None:
-    attention_decode(size, images=1)
+def attention_decode(size: Size) -> None:
+    for b in (1, IMAGES, 8 * IMAGES):
+        _decode(size, b)
 
 
-def attention_decode_prefix(size: Size) -> None:
-    attention_decode(size, together=8, prefix=T // 2)
+def _decode(size: Size, b: int, **prefix: Tensor) -> None:
+    cache, position = (b, size.heads, T, size.head_dim), torch.zeros((), dtype=torch.int32)
+    q, k, v = blank(b, 3, size.heads, size.head_dim).unbind(1)
+    ops.attention_decode(q, k, v, blank(*cache), blank(*cache), position, **prefix)
+
+
+def attention_decode_shared(size: Size) -> None:
+    primer = (IMAGES // 8, size.heads, T // 2, size.head_dim)
+    _decode(size, IMAGES, prefix_k=blank(*primer), prefix_v=blank(*primer))
 
 
 def gemv(size: Size) -> None:
-    """A layer's four for one image, its largest for eight, and the head."""
-    n, one, eight = size.n_embd, blank(1, size.n_embd), blank(8, size.n_embd)
-    ops.gemv(one, blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
-    ops.gemv(one, blank(n, n), blank(n), residual=one)
-    ops.gemv(one, blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
-    ops.gemv(blank(1, 4 * n), blank(4 * n, n), blank(n), residual=one)
-    ops.gemv(eight, blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
-    ops.gemv(one, blank(COLOURS, n).T, norm_weight=blank(n))
+    n = size.n_embd
+    for b in (1, 8):
+        ops.gemv(blank(b, n), blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
+        ops.gemv(blank(b, n), blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
+        ops.gemv(blank(b, 4 * n), blank(4 * n, n), blank(n), residual=blank(b, n))
 
 
 def sample_next(size: Size) -> None:
@@ -102,14 +121,20 @@ Call = Callable[[Any], None]
 BY_SIZE: dict[str, Call] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
+    "quick_gelu": quick_gelu,
     "causal_attention_packed": causal_attention_packed,
     "attention_decode": attention_decode,
-    "attention_decode, one image": attention_decode_one,
-    "attention_decode, eight images of a prefix": attention_decode_prefix,
+    "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,
 }
 OTHERS: dict[str, tuple[Call, Any]] = {
+    "cross_entropy, bf16": (cross_entropy, torch.bfloat16),
+    "cross_entropy, fp32": (cross_entropy, torch.float32),
+    "sample": (sample, {}),
+    "sample, top_k": (sample, {"top_k": 40}),
+    "sample, top_p": (sample, {"top_p": 0.9}),
     "quantize, uint8": (quantize, torch.uint8),
     "quantize, float32": (quantize, torch.float32),
     "quantize, uint8, a table and its use": (quantize_table, 1 << 20),
