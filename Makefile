@@ -13,17 +13,18 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test mutate lint format bench clean help
+.PHONY: sample test mutate lint format bench gpu-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make sample  install into $(VENV), build, and write samples.png from the bundled model"
-	@echo "make test    install with the development extra, and run the tests"
-	@echo "make mutate  check that the kernel tests find known mistakes; compiles each"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   benchmarks against transformers; writes into benchmarks/results/"
-	@echo "make clean   remove builds and caches ($(VENV) stays)"
+	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
+	@echo "make test       install with the development extra, and run the tests"
+	@echo "make mutate     check that the kernel tests find known mistakes; compiles each"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make bench      benchmarks against transformers; writes into benchmarks/results/"
+	@echo "make gpu-check  all checks that need a GPU, with what PYTHON has installed; writes benchmarks/results/gpu_check.json"
+	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
 	$(BIN)/igpt sample -n 16 --seed 0 --out samples.png --force
@@ -48,6 +49,10 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json
 	$(BIN)/python benchmarks/bench_ops.py --json benchmarks/results/ops.json
+
+# Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

@@ -1,15 +1,21 @@
-"""The ops against their peers. So far: ``quantize``, on the CPU.
+"""The ops against their peers.
 
     python benchmarks/bench_ops.py --json benchmarks/results/ops.json
+    python benchmarks/bench_ops.py --device cuda --ops rms_norm gemv --json benchmarks/results/ops_cuda.json
 
-Peers of ``quantize``: transformers' numpy path (``color_quantize`` of its ImageGPT image processor, on a whole batch as
-the processor calls it, and cut into pieces that stay in the cache), torch's ``cdist`` + ``argmin`` in chunks, scipy's
-``cKDTree``. Every peer's tokens are checked first, by distance.
+On a GPU: the calls of cuda_ops.py, timed as cuda_timing.py says, with their share of what the GPU was measured to do at
+its best. ``--dry-run`` makes every candidate of them once on the CPU, at small sizes, and compares the results.
+
+On the CPU, so far, ``quantize``. Its peers: transformers' numpy path (``color_quantize`` of its ImageGPT image
+processor, on a whole batch as the processor calls it, and cut into pieces that stay in the cache), torch's ``cdist`` +
+``argmin`` in chunks, scipy's ``cKDTree``. Every peer's tokens are checked first, by distance.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +23,14 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from igpt_fast import backend, ops
 
 COLUMNS = ("op", "content", "pixels", "dtype", "threads", "name", "ms", "ms_spread", "cpu_ms", "mpixel_s", "times_hf")
+CUDA_COLUMNS = (
+    *("op", "pass", "size", "name", "us", "us_spread", "gb_s", "of_bandwidth", "tflop_s", "of_bf16"),
+    *("times_best_peer", "cold", "error"),
+)
 CLUSTERS = 512
 
 
@@ -50,6 +59,7 @@ def chunked_cdist(x: torch.Tensor, clusters: torch.Tensor, chunk: int = 8192) ->
 def candidates(x: torch.Tensor, clusters: torch.Tensor, threads: int) -> dict[str, Callable[[], Any]]:
     """Everybody starts from what it takes best: ours from uint8 and float32, the peers from float32."""
     from scipy.spatial import cKDTree
+    from threadpoolctl import threadpool_limits
     from transformers.models.imagegpt.image_processing_pil_imagegpt import color_quantize
 
     x = x.reshape(-1, 3).contiguous()
@@ -110,13 +120,26 @@ def bench_quantize(content: str, count: int, side: int, threads: int, rounds: in
     ]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the 256 images alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ops", nargs="+", help="these alone")
+    parser.add_argument("--dry-run", action="store_true", help="with --device cuda: compares small results on the CPU")
     options = parser.parse_args()
+    if options.device == "cuda" and options.dry_run:
+        return dry_run(options.ops)
+    if options.device == "cuda":
+        return bench_cuda(options.ops, options.json)
+    return bench_cpu(options)
+
+
+def bench_cpu(options: argparse.Namespace) -> int:
+    if options.dry_run or options.ops not in (None, ["quantize"]):
+        raise SystemExit("on the CPU there is quantize alone, and no dry run")
     if reason := backend.unavailable("cpu"):
         common.say(f"without the compiled module, igpt_fast's rows are the reference's: {reason}")
     sizes = [(256, 32)] if options.quick else [(256, 32), (1, 1024)]
@@ -128,7 +151,55 @@ def main() -> None:
     print(common.table(rows, COLUMNS))
     if options.json:
         common.write(options.json, rows)
+    return 0
+
+
+def bench_cuda(names: list[str] | None, path: Path | None) -> int:
+    """Writes what it has after every workload, so that a run that is cut short leaves its rows."""
+    import cuda_ops
+    import cuda_timing
+
+    if reason := backend.unavailable("cuda"):
+        common.say(f"no kernel can be measured: {reason}")
+        return 3
+    device = torch.device("cuda", torch.cuda.current_device())
+    ceilings = cuda_timing.measure_ceilings(device)
+    common.say(f"copy {ceilings.copy_gb_s:.0f} GB/s, bf16 matmul {ceilings.bf16_tflop_s:.0f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for workload in cuda_ops.workloads(names, cuda_ops.SIZES):
+        rows += cuda_timing.bench(workload, device, ceilings)
+        if path:
+            common.write(path, rows, ceilings=dataclasses.asdict(ceilings))
+    print(common.table(rows, CUDA_COLUMNS))
+    return failures(rows)
+
+
+def dry_run(names: list[str] | None) -> int:
+    """Every candidate of every op once, on the CPU."""
+    import cuda_ops
+    import cuda_timing
+
+    rows = []
+    for workload in cuda_ops.workloads(names, cuda_ops.TINY):
+        for direction in cuda_timing.passes(workload):
+            wrong = cuda_timing.check(workload, torch.device("cpu"), direction)
+            rows += [
+                {"op": workload.op, "pass": direction, "size": workload.size, "name": name, "error": wrong.get(name)}
+                for name in cuda_timing.everybody(workload)
+            ]
+    print(common.table(rows, ("op", "pass", "size", "name", "error")))
+    return int(not rows or any(row["error"] for row in rows))
+
+
+def failures(rows: list[dict[str, Any]]) -> int:
+    """1 if an op of ours is wrong or did not run; a peer may be missing."""
+    from cuda_timing import OURS
+
+    wrong = [row for row in rows if row["name"] == OURS and "error" in row]
+    for row in wrong:
+        common.say(f"{row['op']} {row['pass']}, {row['size']}: {row['error']}")
+    return int(bool(wrong) or not rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

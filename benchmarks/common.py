@@ -102,7 +102,9 @@ def _peers() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The short hash, with ``+`` when files differ from it."""
+    """The short hash, with ``+`` when files differ from it; "unknown" for a copy without ``.git``."""
+    if not (ROOT / ".git").exists():  # git would answer for a repository around the copy
+        return "unknown"
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -112,10 +114,10 @@ def commit() -> str:
     return name.strip() + ("+" if dirty else "")
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the machine's description and the rows as JSON."""
+def write(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Writes the machine's description, ``more`` and the rows as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n", "utf-8")
     say(f"wrote {path}")
 
 

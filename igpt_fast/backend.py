@@ -39,7 +39,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
-INTERFACE = 1
+INTERFACE = 2
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,46 @@ class Op:
 
 # Every op of igpt_fast.ops.
 OPS: dict[str, Op] = {
-    "quantize": Op(("cpu", "cuda"), "uint8, fp32"),
-    "dequantize": Op(otherwise="torch indexing"),
+    "quantize": Op(
+        ("cpu", "cuda"),
+        "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
+    ),
+    "dequantize": Op(
+        ("cuda",), "tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most", otherwise="torch indexing"
+    ),
     "rms_norm": Op(
         native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
     ),
-    "activation": Op(),
-    "causal_attention": Op(
-        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast"
+    "layer_norm": Op(
+        native=("cuda",), covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192"
     ),
-    "sample": Op(),
+    **dict.fromkeys(
+        ("quick_gelu", "gelu_tanh", "gelu_erf"),
+        Op(("cuda",), "fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8"),
+    ),
+    "activation": Op(("cuda",), "the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it"),
+    "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
+    "causal_attention": Op(
+        native=("cuda",),
+        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale above 0; no dropout, weights or upcast",
+        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast",
+    ),
+    "causal_attention_packed": Op(
+        native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
+    ),
+    "attention_decode": Op(
+        native=("cuda",),
+        covers="head_dim 32, 64, 96, 128; bf16, fp16, and fp32 without a prefix",
+        otherwise="torch expression over the whole cache",
+    ),
+    "gemv": Op(
+        native=("cuda",),
+        covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
+        "a weight with a contiguous dimension",
+        otherwise="torch linear",
+    ),
+    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
+    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
 }
 # Every decoder of igpt_fast.decoders, the faster one first: what it covers.
 DECODERS: dict[str, str] = {

@@ -65,7 +65,12 @@ class ImageGPTAttention(nn.Module):
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         b, t, d = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)
+        dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        if cache is None and not need_weights:
+            out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)
+            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             if k.shape[2] != past + t:
@@ -74,16 +79,7 @@ class ImageGPTAttention(nn.Module):
                     f"past_key_values: {type(cache).__name__} returned {k.shape[2]} positions after {past} + {t};"
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
-        out, weights = ops.causal_attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            key_mask=key_mask,
-            dropout_p=self.attn_dropout.p if self.attn_dropout.training else 0.0,
-            upcast=self.upcast,
-            need_weights=need_weights,
-        )
+        out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))
         return self.resid_dropout(out), weights
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from igpt_fast import ops
 from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
@@ -312,7 +313,10 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         logits = self.lm_head(base.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(_wide(logits[..., :-1, :]).flatten(0, -2), labels[..., 1:].flatten())
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+            # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
+            loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))
         output = CausalImageModelingOutput(
             loss=loss,
             logits=logits,

@@ -31,25 +31,55 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.to(wide.dtype)).to(x.dtype)
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``. Source: openai/image-gpt src/model.py ``gelu``."""
-    return x * torch.sigmoid(1.702 * x)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias`` over the last dimension.
+
+    The variance is the mean of the squares, not that over n - 1. In fp32 and rounded once, as ``rms_norm``.
+
+    Source: "Layer Normalization" (Ba, Kiros & Hinton, 2016).
+    """
+    wide = x.to(_statistics_dtype(x.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    out = centred * scale * weight.to(wide.dtype)
+    return (out if bias is None else out + bias.to(wide.dtype)).to(x.dtype)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``. Source: Hendrycks & Gimpel, 2016."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
+def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``z * sigmoid(1.702 z)`` of ``z = x + bias``. Source: openai/image-gpt src/model.py ``gelu``."""
+    z = x if bias is None else x + bias
+    return (z * torch.sigmoid(1.702 * z)).to(x.dtype)
 
 
-def gelu_erf(x: Tensor) -> Tensor:
-    """``0.5 x (1 + erf(x / sqrt(2)))``. Source: Hendrycks & Gimpel, 2016."""
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))``, ``z = x + bias``. Source: Hendrycks & Gimpel, 2016."""
+    z = x if bias is None else x + bias
+    return (0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z.pow(3))))).to(x.dtype)
+
+
+def gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``0.5 z (1 + erf(z / sqrt(2)))`` of ``z = x + bias``. Source: Hendrycks & Gimpel, 2016."""
+    z = x if bias is None else x + bias
+    return (0.5 * z * (1.0 + torch.erf(z / math.sqrt(2.0)))).to(x.dtype)
 
 
 def laplace(x: Tensor) -> Tensor:
     """``0.5 (1 + erf((x - mu) / (sigma sqrt(2))))``, a bounded ``relu2``. Source: Mega (Ma et al., 2022)."""
     mu, sigma = 0.707107, 0.282095  # sqrt(1/2) and sqrt(1/(4 pi)), to the digits that transformers has
     return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """``-log softmax(logits)[label]`` in nats over the last dimension, in fp32 at least.
+
+    logits: (..., K); labels: (...) int64. Rows whose label is ``ignore_index`` give 0 and count for nothing.
+    ``reduction``: the ``"mean"`` over the rows that count (NaN of none), their ``"sum"``, or ``"none"``: (...).
+
+    Source: torch.nn.functional.cross_entropy.
+    """
+    rows = logits.to(_statistics_dtype(logits.dtype)).reshape(-1, logits.shape[-1])
+    loss = F.cross_entropy(rows, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def visible_keys(t_q: int, t_k: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -69,6 +99,12 @@ def mask_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Te
     return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
+def shown_keys(starts: Tensor, t_k: int, key_mask: Tensor | None) -> Tensor:
+    """The ``key_mask``, (B, T_k) bool, that hides all keys before ``starts``, (B,) integer, as well."""
+    shown = torch.arange(t_k, device=starts.device) >= starts[:, None]
+    return shown if key_mask is None else shown & key_mask
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -77,16 +113,20 @@ def causal_attention(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
-    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen.
-    A query that sees no key at all (inside left padding) gives zero, and what stands in a masked key, be it NaN,
-    reaches nothing. The softmax is in fp32; ``upcast`` computes the scores in fp32 as well.
+    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen; starts: (B,)
+    integer, the first key that may be seen, those before it being masked. A query that sees no key at all (inside left
+    padding) gives zero, and what stands in a masked key, be it NaN, reaches nothing. The softmax is in fp32; ``upcast``
+    computes the scores in fp32 as well.
 
     Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
     """
     wide = _statistics_dtype(q.dtype)
+    if starts is not None:
+        key_mask = shown_keys(starts, k.shape[-2], key_mask)
     k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
     if upcast:
@@ -98,6 +138,67 @@ def causal_attention(
     weights = (torch.softmax(scores, dim=-1) * visible).to(v.dtype)
     weights = F.dropout(weights, dropout_p, training=dropout_p > 0.0)
     return weights @ v, weights
+
+
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+) -> Tensor:
+    """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
+
+    q, k, v: (B, H, D). k_cache, v_cache: (B, H, T_max, D), written to. position: integers, (), (1,) or (B,). Row b sees
+    the keys of prefix ``b // (B / G)``, (G, H, T_p, D), where there is one, then those of its cache at 0 to position,
+    without the first ``starts[b]`` of them all. Where it sees none it gives zero. A position outside the cache writes
+    nothing and gives NaN. Nothing depends on a value on the host, so the work is that of a full cache.
+    """
+    rows, _, t_max, _ = k_cache.shape
+    place = position.reshape(-1).long().expand(rows)
+    inside = ((place >= 0) & (place < t_max))[:, None, None]
+    row, column = torch.arange(rows, device=q.device), place.clamp(0, t_max - 1)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[row, :, column] = torch.where(inside, new, cache[row, :, column])
+    keys, values, before = k_cache, v_cache, 0
+    if prefix_k is not None and prefix_v is not None:
+        before = prefix_k.shape[2]
+        group = rows // max(prefix_k.shape[0], 1)
+        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), k_cache], dim=2)
+        values = torch.cat([prefix_v.repeat_interleave(group, dim=0), v_cache], dim=2)
+    key = torch.arange(before + t_max, device=q.device)
+    visible = key <= before + place[:, None]
+    if starts is not None:
+        visible = visible & (key >= starts[:, None])
+    out, _ = causal_attention(q[:, :, None], keys, values, scale, visible)
+    return out[:, :, 0].masked_fill(~inside, math.nan)
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(rms_norm(x) @ weight + bias) + residual``; every part but the product may be left out.
+
+    x: (..., n_in); weight: (n_in, n_out); bias: (n_out,); norm_weight: (n_in,); residual: (..., n_out). activation:
+    ``"quick_gelu"``, ``"gelu_tanh"`` or ``"gelu_erf"``. Each part rounds to the dtype here; a kernel rounds once.
+    """
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    y = F.linear(x, weight.transpose(0, 1), bias)
+    if activation is not None:
+        y = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf}[activation](y)
+    return y if residual is None else y + residual
 
 
 def quantize(x: Tensor, clusters: Tensor) -> Tensor:
@@ -125,7 +226,8 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
 def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     """Colours of the tokens as uint8: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255.
 
-    tokens: (...) integer; clusters: (K, 3) float in [-1, 1]. Returns (..., 3) uint8.
+    tokens: (...) integer, -K..-1 counting from the end as in torch's indexing; clusters: (K, 3) float in [-1, 1].
+    Returns (..., 3) uint8.
 
     Source: the sampling code of openai/image-gpt src/run.py and of transformers' documentation.
     """
@@ -165,9 +267,12 @@ def uniform(seed: int, streams: Tensor, first: int, count: int) -> Tensor:
     streams: (N,) int64, not negative. Returns (N, count) float32, multiples of 2^-24. Number (i, t) depends on the
     seed, ``streams[i]`` and the position alone. Counter: (position, 0, low and high word of the stream).
     """
-    n = streams.shape[0]
-    position = torch.arange(first, first + count, device=streams.device).expand(n, count)
-    stream = streams[:, None].expand(n, count)
+    return uniform_at(seed, streams[:, None], torch.arange(first, first + count, device=streams.device))
+
+
+def uniform_at(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
+    """``uniform`` for integer tensors of streams and positions, which are broadcast."""
+    stream, position = torch.broadcast_tensors(streams, positions.to(torch.int64))
     counter = torch.stack([position, torch.zeros_like(position), stream & 0xFFFFFFFF, stream >> 32], dim=-1)
     return (philox(counter, seed)[..., 0] >> 8).to(torch.float32) * 2.0**-24
 
@@ -178,15 +283,17 @@ def sample(
     """Draws a token of each row by inverting the cumulative distribution, in the order of the ids.
 
     logits: (N, K) floating point; uniform: (N,) in [0, 1). Returns (N,) int64: the first id at which the cumulative
-    weight exceeds ``uniform`` times the total. ``temperature`` 0 takes the largest logit, the lowest id on ties.
+    weight exceeds ``uniform`` times the total. ``temperature`` 0, or one below the least float32, takes the largest
+    logit, the lowest id on ties, and the first NaN before all numbers.
     ``top_k`` keeps the logits that are not below the k-th largest; ``top_p`` then the shortest run, from the most
     likely down (the lower id first on ties), whose probability reaches ``top_p``. Weights are in fp32 and their
-    sums in fp64, so that the order of summation does not decide a draw.
+    sums in fp64, so that the order of summation does not decide a draw. A row that has a NaN, an infinity, or nothing
+    but minus infinity has no distribution: its token is 0 (at temperature 0 it is as any other).
 
     Source: temperature, top-k and top-p as transformers' logits processors define them, in that order.
     """
     scores = logits.to(torch.float32)
-    if temperature == 0.0:
+    if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None and top_k < scores.shape[-1]:
@@ -201,3 +308,30 @@ def sample(
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def sample_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``sample`` with the uniform numbers of ``uniform``, and the input of the step that reads the drawn tokens.
+
+    logits: (N, K); streams: (N,) int64; position: (), (1,) or (N,) integer, the index of the drawn token in its image,
+    from 0. Returns (N,) int64, and with wte (V >= K, n_embd) and wpe (n_positions, n_embd) the (N, n_embd) sum
+    ``wte[token] + wpe[position + 1]``: SOS stands before the image, so token t is read at position t + 1. Zeros where
+    wpe has no such row, behind the last token that is ever read.
+    """
+    tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p)
+    if wte is None or wpe is None:
+        return tokens, None
+    following = position.to(torch.int64).expand(streams.shape) + 1
+    inside = (following >= 0) & (following < wpe.shape[0])
+    hidden = F.embedding(tokens, wte) + F.embedding(following.clamp(0, wpe.shape[0] - 1), wpe)
+    return tokens, hidden.masked_fill(~inside[:, None], 0.0)

@@ -9,6 +9,7 @@ from types import ModuleType
 # For tolerance.py, compiling.py and such: the importlib mode leaves sys.path alone.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+sys.path.insert(0, str(Path(__file__).parent / "ops"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -483,7 +483,7 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"input_ids": IDS, "encoder_hidden_states": torch.zeros(2, 8, 32)}, ValueError, "cross-attention"),
     ({"input_ids": IDS, "encoder_attention_mask": torch.ones(2, 8)}, ValueError, "cross-attention"),
     ({"input_ids": IDS, "past_key_values": ((IDS, IDS),)}, TypeError, "must be a cache .*, got tuple"),
-    ({"input_ids": IDS, "labels": torch.zeros(2, 7).long()}, ValueError, "batch_size"),
+    ({"input_ids": IDS, "labels": torch.zeros(2, 7).long()}, ValueError, r"labels: expected .* \(2, 8\), got \(2, 7\)"),
     ({"input_ids": IDS, "head_mask": torch.ones(2, 2)}, TypeError, "unexpected keyword argument 'head_mask'"),
     ({"input_ids": IDS, "num_logits_to_keep": 1}, TypeError, "unexpected keyword argument"),
 ]

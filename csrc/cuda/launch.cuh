@@ -11,6 +11,7 @@
 
 #ifndef __CUDACC__
 #include "../emulator/emulator.h"
+#include "../emulator/record.h"
 #endif
 
 namespace igpt::cuda {
@@ -50,11 +51,18 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params) {
 #ifdef __CUDACC__
+    if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();
 #else
     static_cast<void>(stream);
-    emulator::launch(grid, block, shared_bytes, [&] { kernel(params); });
+    if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
+        emulator::launch(grid, block, shared_bytes, [&] { kernel(params); });
+    }
     return cudaSuccess;
 #endif
 }

@@ -1,19 +1,24 @@
-// rms_norm with an optional residual addition before it, and its backward.
+// rms_norm and layer_norm with an optional residual addition before them, and their backward: one template.
 //
-//   h = x + residual (rounded to the dtype), r = rsqrt(mean(h^2) + eps), out = h * r * weight
-//   dx = r * (g - h * r^2 * mean(g * h)) + dsum with g = dout * weight;  dweight = sum over rows of dout * h * r
+//   h = x + residual (rounded to the dtype); layer_norm: c = h - mean(h), rms_norm: c = h
+//   r = rsqrt(mean(c^2) + eps), out = c * r * weight (+ bias, layer_norm's, where there is one)
+//   dx = r * (g - c * r^2 * mean(g * c) - mean(g)) + dsum with g = dout * weight, the last mean layer_norm's alone
+//   dweight = sum over rows of dout * c * r;  dbias = sum over rows of dout
 //
-//   x, residual, sum (h), out, dout, dsum, dx (rows, n) and weight, dweight (n,) of one dtype: float32, bfloat16 or
-//   float16; partial (parts, n) float32. Contiguous, n a multiple of 8. Everything is computed in float32.
+//   x, residual, sum (h), out, dout, dsum, dx (rows, n) and weight, bias, dweight, dbias (n,) of one dtype: float32,
+//   bfloat16 or float16; partial (1 or 2, parts, n) float32. Contiguous, n a multiple of 8. Everything is computed in
+//   float32; the variance is that of the values less their mean, from registers, and not a difference of two sums; what
+//   the mean loses by its own rounding is made good by the mean of those differences.
 //   Launch: a team of 1, 4 or 8 warps for a row, each thread with up to 8 vectors of 16 bytes of it in registers, so
 //   that a row is read once; four one-warp teams make a block, which then needs no barrier for a row. The backward
-//   runs `parts` blocks over all rows, keeps the weight's gradient in registers, writes a partial sum for each block,
-//   and a second kernel adds those up: no atomics, the same bits every time.
-//   Bound by bytes: the forward moves 2 (4 with residual) tensors of (rows, n), the backward 3 (4 with dsum).
+//   makes the statistics anew, which costs no bytes. It runs `parts` blocks over all rows, keeps the gradients of
+//   weight and bias in registers, writes a partial sum for each block, and columns.cuh adds those up. Bound by bytes:
+//   the forward moves 2 (4 with residual) tensors of (rows, n), the backward 3 (4 with dsum).
 //
-// Source: openai/image-gpt src/model.py norm. Backward: the derivative, written out.
+// Source: openai/image-gpt src/model.py norm; Ba, Kiros & Hinton, 2016. Backward: the derivatives, written out.
 #include <type_traits>
 
+#include "columns.cuh"
 #include "launch.cuh"
 #include "memory.cuh"
 #include "ops.h"
@@ -87,13 +92,14 @@ __device__ __forceinline__ Tensor* row_of(Tensor* tensor, int64_t row, int n, si
     return static_cast<Byte*>(tensor) + row * n * int64_t(size);
 }
 
-template <typename S>
-__global__ void __launch_bounds__(S::kThreads) rms_norm_fwd_kernel(RmsNormFwdParams p) {
+template <typename S, bool kCentred>
+__global__ void __launch_bounds__(S::kThreads) norm_fwd_kernel(NormFwdParams p) {
     using T = typename S::T;
     const int n = p.n_embd;
     const int64_t row = int64_t(blockIdx.x) * S::kTeams + threadIdx.x / S::kTeamThreads;
     if (row >= p.rows) return;  // a whole team, and where a block has several they meet at no barrier
-    Piece<S> h, weight;
+    float* scratch = dynamic_shared<float>();
+    Piece<S> h, weight, bias;
     h.load(row_of(p.x, row, n, sizeof(T)), n);
     if (p.residual) {
         Piece<S> residual;
@@ -101,30 +107,61 @@ __global__ void __launch_bounds__(S::kThreads) rms_norm_fwd_kernel(RmsNormFwdPar
         Piece<S>::each(n, [&](int v, int e) { h.set(v, e, h.get(v, e) + residual.get(v, e)); });
         h.store(row_of(p.sum, row, n, sizeof(T)), n);
     }
-    weight.load(p.weight, n);  // on its way while the sum is made
-    float square[1] = {0.0f};
-    Piece<S>::each(n, [&](int v, int e) { square[0] += h.get(v, e) * h.get(v, e); });
-    team_sum<S>(square, dynamic_shared<float>());
-    const float scale = rsqrtf(square[0] / float(n) + p.eps);
-    Piece<S>::each(n, [&](int v, int e) { h.set(v, e, h.get(v, e) * scale * weight.get(v, e)); });
+    weight.load(p.weight, n);                        // on its way while the sums are made
+    float mean[1] = {0.0f}, sums[2] = {0.0f, 0.0f};  // of c^2 and, layer_norm's, of c
+    if constexpr (kCentred) {
+        if (p.bias) bias.load(p.bias, n);
+        Piece<S>::each(n, [&](int v, int e) { mean[0] += h.get(v, e); });
+        team_sum<S>(mean, scratch + 2 * S::kWarps);
+        mean[0] /= float(n);
+    }
+    Piece<S>::each(n, [&](int v, int e) {
+        const float c = h.get(v, e) - mean[0];
+        sums[0] += c * c;
+        if constexpr (kCentred) sums[1] += c;
+    });
+    float shift = 0.0f;  // what the mean lost where it was rounded
+    if constexpr (kCentred) {
+        team_sum<S>(sums, scratch);
+        shift = sums[1] / float(n);
+    } else {
+        float square[1] = {sums[0]};
+        team_sum<S>(square, scratch);
+        sums[0] = square[0];
+    }
+    const float scale = rsqrtf(sums[0] / float(n) - shift * shift + p.eps);
+    Piece<S>::each(n, [&](int v, int e) {
+        float y = (h.get(v, e) - mean[0] - shift) * scale * weight.get(v, e);
+        if constexpr (kCentred) {
+            if (p.bias) y += bias.get(v, e);
+        }
+        h.set(v, e, y);
+    });
     h.store(row_of(p.out, row, n, sizeof(T)), n);
 }
 
-// Writes the block's sum of its teams' gradients: dweight[v][e] of each thread.
+// Writes the block's sum of its teams' gradients: gradient[v][e] of each thread.
 template <typename S>
-__device__ __forceinline__ void store_partial(const float (&dweight)[S::kVectors][Piece<S>::V::kSize], float* partial,
+__device__ __forceinline__ void store_partial(const float (&gradient)[S::kVectors][Piece<S>::V::kSize], float* partial,
                                               float* scratch, int n) {
     using V4 = Vector<float>;
     constexpr int kSize = Piece<S>::V::kSize;
     float* target = S::kTeams == 1 ? partial : scratch + threadIdx.x / S::kTeamThreads * n;
+    // Where a thread has two V4, at distances of 32 bytes from the next thread's, every other four threads begin with
+    // the second, so that the eight which share a turn at the banks use all of them.
+    const bool swap = kSize > V4::kSize && threadIdx.x % 8 >= 4;
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
         const int start = Piece<S>::start(v);
         if (start >= n) break;
 #pragma unroll
         for (int e = 0; e < kSize; e += V4::kSize) {
-            const V4 four{{dweight[v][e], dweight[v][e + 1], dweight[v][e + 2], dweight[v][e + 3]}};
-            V4* address = reinterpret_cast<V4*>(target + start + e);
+            V4 four;
+#pragma unroll
+            for (int i = 0; i < V4::kSize; ++i) {
+                four.at[i] = swap ? gradient[v][(e + i + V4::kSize) % kSize] : gradient[v][e + i];
+            }
+            V4* address = reinterpret_cast<V4*>(target + start + (swap ? (e + V4::kSize) % kSize : e));
             if constexpr (S::kTeams == 1) {
                 store_global(address, four);
             } else {
@@ -143,12 +180,49 @@ __device__ __forceinline__ void store_partial(const float (&dweight)[S::kVectors
     }
 }
 
-template <typename S>
-__global__ void __launch_bounds__(S::kThreads) rms_norm_bwd_kernel(RmsNormBwdParams p) {
+// The sums over a row that the backward needs, divided by n: of c^2 and g * c, and for layer_norm of h and g.
+template <typename S, bool kCentred>
+struct Means {
+    static constexpr int kSums = kCentred ? 3 : 2;  // at once; two scratch areas of kWarps * kSums are taken by turns
+    float h = 0.0f, g = 0.0f, shift = 0.0f, square = 0.0f, product = 0.0f;
+
+    __device__ __forceinline__ float centre(float x) const { return kCentred ? x - h - shift : x; }
+
+    // A fast warp is at most one barrier ahead of one that still reads: hence the two areas.
+    __device__ __forceinline__ void find(const Piece<S>& row, const Piece<S>& dout, const Piece<S>& weight, int n,
+                                         float* scratch, int& turn) {
+        if constexpr (kCentred) {
+            float sums[2] = {0.0f, 0.0f};
+            Piece<S>::each(n, [&](int v, int e) {
+                sums[0] += row.get(v, e);
+                sums[1] += dout.get(v, e) * weight.get(v, e);
+            });
+            team_sum<S>(sums, scratch + turn * kSums * S::kWarps);
+            turn ^= 1;
+            h = sums[0] / float(n);
+            g = sums[1] / float(n);
+        }
+        float sums[kSums] = {};
+        Piece<S>::each(n, [&](int v, int e) {
+            const float c = row.get(v, e) - h;
+            sums[0] += c * c;
+            sums[1] += dout.get(v, e) * weight.get(v, e) * c;
+            if constexpr (kCentred) sums[2] += c;
+        });
+        team_sum<S>(sums, scratch + turn * kSums * S::kWarps);
+        turn ^= 1;
+        if constexpr (kCentred) shift = sums[2] / float(n);
+        square = sums[0] / float(n) - shift * shift;
+        product = sums[1] / float(n) - shift * g;
+    }
+};
+
+template <typename S, bool kCentred>
+__global__ void __launch_bounds__(S::kThreads) norm_bwd_kernel(NormBwdParams p) {
     using T = typename S::T;
     const int n = p.n_embd;
     float* scratch = dynamic_shared<float>();
-    float dweight[S::kVectors][Piece<S>::V::kSize] = {};
+    float dweight[S::kVectors][Piece<S>::V::kSize] = {}, dbias[S::kVectors][Piece<S>::V::kSize] = {};
     Piece<S> weight;
     weight.load(p.weight, n);
     const int64_t stride = int64_t(gridDim.x) * S::kTeams;
@@ -157,19 +231,16 @@ __global__ void __launch_bounds__(S::kThreads) rms_norm_bwd_kernel(RmsNormBwdPar
         Piece<S> h, dout;
         h.load(row_of(p.x, row, n, sizeof(T)), n);
         dout.load(row_of(p.dout, row, n, sizeof(T)), n);
-        float sums[2] = {0.0f, 0.0f};  // of h^2 and of dout * weight * h
+        Means<S, kCentred> mean;
+        mean.find(h, dout, weight, n, scratch, turn);
+        const float scale = rsqrtf(mean.square + p.eps), slope = scale * scale * mean.product;
         Piece<S>::each(n, [&](int v, int e) {
-            sums[0] += h.get(v, e) * h.get(v, e);
-            sums[1] += dout.get(v, e) * weight.get(v, e) * h.get(v, e);
+            dweight[v][e] += dout.get(v, e) * (mean.centre(h.get(v, e)) * scale);
+            if constexpr (kCentred) dbias[v][e] += dout.get(v, e);
         });
-        // Two scratch areas by turns: a fast warp is at most one barrier ahead of one that still reads.
-        team_sum<S>(sums, scratch + turn * 2 * S::kWarps);
-        turn ^= 1;
-        const float scale = rsqrtf(sums[0] / float(n) + p.eps);
-        const float slope = scale * scale * (sums[1] / float(n));
-        Piece<S>::each(n, [&](int v, int e) { dweight[v][e] += dout.get(v, e) * (h.get(v, e) * scale); });
         Piece<S>::each(n, [&](int v, int e) {
-            dout.set(v, e, scale * (dout.get(v, e) * weight.get(v, e) - h.get(v, e) * slope));
+            const float g = dout.get(v, e) * weight.get(v, e);
+            dout.set(v, e, scale * (g - mean.centre(h.get(v, e)) * slope - mean.g));
         });
         if (p.dsum) {
             Piece<S> dsum;
@@ -179,29 +250,10 @@ __global__ void __launch_bounds__(S::kThreads) rms_norm_bwd_kernel(RmsNormBwdPar
         dout.store(row_of(p.dx, row, n, sizeof(T)), n);
     }
     store_partial<S>(dweight, p.partial + int64_t(blockIdx.x) * n, scratch, n);
-}
-
-constexpr int kColumns = 32, kGroups = 16;
-
-// dweight[i] = sum of partial[:, i]: 32 columns for a block, every 16th partial sum for a warp.
-template <typename T>
-__global__ void __launch_bounds__(kColumns* kGroups) rms_norm_dweight_kernel(RmsNormBwdParams p) {
-    float* scratch = dynamic_shared<float>();
-    const int column = threadIdx.x % kColumns, group = threadIdx.x / kColumns;
-    const int i = blockIdx.x * kColumns + column;
-    float sum = 0.0f;
-    if (i < p.n_embd) {
-        for (int part = group; part < p.parts; part += kGroups) {
-            sum += load_global(p.partial + int64_t(part) * p.n_embd + i);
-        }
+    if constexpr (kCentred) {
+        if constexpr (S::kTeams > 1) __syncthreads();  // the scratch has been read
+        store_partial<S>(dbias, p.partial + (int64_t(gridDim.x) + blockIdx.x) * n, scratch, n);
     }
-    store_shared(scratch + threadIdx.x, sum);
-    __syncthreads();
-    if (group > 0 || i >= p.n_embd) return;
-    sum = 0.0f;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) sum += load_shared(scratch + g * kColumns + column);
-    store_global(static_cast<T*>(p.dweight) + i, from_float<T>(sum));
 }
 
 // Calls f with the smallest Shape that holds a row of n.
@@ -218,43 +270,49 @@ int dispatch_shape(int n, F&& f) {
     return cudaErrorInvalidValue;
 }
 
-template <typename S>
-int launch_fwd(const RmsNormFwdParams& p) {
+template <bool kCentred, typename S>
+int launch_fwd(const NormFwdParams& p) {
     const int64_t blocks = (p.rows + S::kTeams - 1) / S::kTeams;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    const size_t shared = S::kWarps == 1 ? 0 : S::kWarps * sizeof(float);
-    return launch(rms_norm_fwd_kernel<S>, unsigned(blocks), S::kThreads, shared, p.stream, p);
+    const size_t floats = S::kWarps == 1 ? 0 : (kCentred ? 3 : 1) * S::kWarps;
+    return launch(norm_fwd_kernel<S, kCentred>, unsigned(blocks), S::kThreads, floats * sizeof(float), p.stream, p);
 }
 
-template <typename S>
-int launch_bwd(const RmsNormBwdParams& p) {
-    const size_t floats = S::kTeams == 1 ? 4 * S::kWarps : S::kTeams * p.n_embd;
-    const unsigned parts = unsigned(p.parts), columns = unsigned(p.n_embd + kColumns - 1) / kColumns;
-    if (parts > 0) {
-        const int error = launch(rms_norm_bwd_kernel<S>, parts, S::kThreads, floats * sizeof(float), p.stream, p);
+template <bool kCentred, typename S>
+int launch_bwd(const NormBwdParams& p) {
+    const size_t floats = S::kTeams == 1 ? 2 * Means<S, kCentred>::kSums * S::kWarps : S::kTeams * p.n_embd;
+    if (p.parts > 0) {
+        const int error =
+            launch(norm_bwd_kernel<S, kCentred>, unsigned(p.parts), S::kThreads, floats * sizeof(float), p.stream, p);
         if (error != cudaSuccess) return error;
     }
-    return launch(rms_norm_dweight_kernel<typename S::T>, columns, kColumns * kGroups,
-                  kColumns * kGroups * sizeof(float), p.stream, p);
+    return launch_column_sums<typename S::T>(p.partial, p.dweight, p.dbias, p.n_embd, p.parts, p.stream);
 }
 
-}  // namespace
-
-int rms_norm_fwd(const RmsNormFwdParams& p) {
+template <bool kCentred>
+int norm_fwd(const NormFwdParams& p) {
     if (p.rows == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     return dispatch_dtype(p.dtype, [&](auto t) {
-        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_fwd<decltype(s)>(p); });
+        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_fwd<kCentred, decltype(s)>(p); });
     });
 }
 
-int rms_norm_bwd(const RmsNormBwdParams& p) {
+template <bool kCentred>
+int norm_bwd(const NormBwdParams& p) {
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     return dispatch_dtype(p.dtype, [&](auto t) {
-        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_bwd<decltype(s)>(p); });
+        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_bwd<kCentred, decltype(s)>(p); });
     });
 }
+
+}  // namespace
+
+int rms_norm_fwd(const NormFwdParams& p) { return norm_fwd<false>(p); }
+int rms_norm_bwd(const NormBwdParams& p) { return norm_bwd<false>(p); }
+int layer_norm_fwd(const NormFwdParams& p) { return norm_fwd<true>(p); }
+int layer_norm_bwd(const NormBwdParams& p) { return norm_bwd<true>(p); }
 
 }  // namespace igpt::cuda

@@ -3,9 +3,9 @@
 // What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
 // thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
 // vectors, a launch outside the limits. Shared memory is poisoned with 0xff (NaN in every type) and ends where an
-// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers and __syncwarp order memory, so
-// a missing one is a reported race, whatever the order of execution was. (Threads of one number in different blocks are
-// one to it: a race between exactly those it does not see.)
+// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers, __syncwarp and __threadfence
+// order memory, so a missing one is a reported race, whatever the order of execution was. (Threads of one number in
+// every other block are one to it: a race between exactly those it does not see.)
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,6 +36,8 @@ struct Counters {
     uint64_t shared_requests, shared_wavefronts, shared_conflicts;  // conflicts: wavefronts above the least possible
     uint64_t mma, ldmatrix, ldmatrix_wavefronts;  // of whole warps; an 8x8 matrix without conflicts is one wavefront
     uint64_t async_copies;                        // of 16 bytes; they count as a global load and a shared access too
+    uint64_t tile_copies, tile_bytes;             // by TMA
+    uint64_t wgmma;                               // of whole warps: four for one instruction
 };
 
 void set_schedule(Schedule schedule);

@@ -70,8 +70,9 @@ Place make_place() {
     return {static_cast<char*>(memory) + kGuard, state};
 }
 
-Place place_from_pool(size_t index) {
-    static std::vector<Place> pool;
+Place place_from_pool(size_t index, int number) {
+    static std::vector<Place> pools[2];
+    std::vector<Place>& pool = pools[number];
     while (pool.size() <= index) pool.push_back(make_place());
     return pool[index];
 }
@@ -86,8 +87,8 @@ void Fibre::switch_context(Context& from, Context& to) {
 #endif
 }
 
-void Fibre::start(int index, void (*entry)()) {
-    const Place place = place_from_pool(size_t(index));
+void Fibre::start(int index, int pool, void (*entry)()) {
+    const Place place = place_from_pool(size_t(index), pool);
     stack_ = place.stack;
     own_state_ = place.state;
     std::memset(stack_ + kStack - kPoisoned, 0xff, kPoisoned);

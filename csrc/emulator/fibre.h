@@ -11,9 +11,9 @@ namespace igpt::emulator {
 
 class Fibre {
   public:
-    // Puts entry(), which must end in suspend(true), onto the poisoned stack number `index` of the pool. No two
-    // fibres that are alive may have the same number.
-    void start(int index, void (*entry)());
+    // Puts entry(), which must end in suspend(true), onto the poisoned stack number `index` of one of two pools. No two
+    // fibres that are alive may have the same place. To the thread sanitizer a place is one thread.
+    void start(int index, int pool, void (*entry)());
     // From the scheduler: goes on where the fibre stopped, until it stops again.
     void resume();
     // From the fibre: back to the scheduler. `last`: it will not be resumed.

@@ -11,6 +11,8 @@ enum class Access { global_load, global_store, shared };
 void note(Access access, const void* address, size_t bytes);
 // In place of note(), in a lane that takes no part in an access of its warp: keeps its later ones beside the others'.
 void skip(Access access);
+// The running thread writes to shared memory, in the way that copies and wgmma do not see without a fence.
+void wrote_shared(const void* address, size_t bytes);
 
 }  // namespace igpt::emulator
 
@@ -34,6 +36,7 @@ inline V load_shared(const V* address) {
 template <typename V>
 inline void store_shared(V* address, const V& value) {
     emulator::note(emulator::Access::shared, address, sizeof(V));
+    emulator::wrote_shared(address, sizeof(V));
     *address = value;
 }
 

@@ -150,6 +150,7 @@ bool take_copy(int groups, AsyncCopy& copy) {
         }
         copy = own.groups.front().front().copy;
         own.groups.front().pop_front();
+        wrote_shared(copy.to, 16);
         return true;
     }
     return false;

@@ -55,9 +55,34 @@ void load_matrices(const char* name, uint32_t (&r)[N], bool transposed, uint32_t
     ldmatrix(name, r, N, transposed, row, address, where);
 }
 
-// Reads and drops `bytes` bytes.
+// The thread sanitizer remembers four accesses to 8 bytes: they go by words where they can.
+using Word = uint64_t __attribute__((may_alias));
+
+// Reads and drops `bytes` bytes from a multiple of 2.
 inline void touch(const unsigned char* from, int bytes) {
-    for (int i = 0; i < bytes; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(from + i));
+    int i = 0;
+    if (reinterpret_cast<uint64_t>(from) % 8 == 0) {
+        for (; i + 8 <= bytes; i += 8) static_cast<void>(*reinterpret_cast<const volatile Word*>(from + i));
+    }
+    for (; i < bytes; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(from + i));
+}
+// Poisons `bytes` bytes, a multiple of 8 at a multiple of 8.
+inline void poison(unsigned char* to, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 8) *reinterpret_cast<Word*>(to + i) = ~uint64_t(0);
+}
+// The first `bytes` of 16 bytes, and zeros.
+inline void deliver(const AsyncCopy& copy) {
+    auto* to = reinterpret_cast<Word*>(copy.to);
+    for (int half = 0; half < 2; ++half) {
+        uint64_t word = 0;
+        const unsigned char* from = copy.from + 8 * half;
+        if (copy.bytes >= 8 * half + 8) {
+            word = *reinterpret_cast<const Word*>(from);
+        } else {
+            for (int i = 0; i < copy.bytes - 8 * half; ++i) word |= uint64_t(from[i]) << 8 * i;
+        }
+        to[half] = word;
+    }
 }
 
 inline float without_subnormal(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
@@ -74,16 +99,14 @@ inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, const char
                        int line = __builtin_LINE()) {
     const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, {file, line});
     emulator::touch(copy.from, copy.bytes);
-    for (int i = 0; i < 16; ++i) copy.to[i] = 0xff;
+    emulator::poison(copy.to, 16);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>
 void cp_async_wait() {
     static_assert(N >= 0);
     emulator::AsyncCopy copy;
-    while (emulator::take_copy(N, copy)) {
-        for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
-    }
+    while (emulator::take_copy(N, copy)) emulator::deliver(copy);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, const char* file = __builtin_FILE(),

@@ -18,7 +18,11 @@ struct Thread;
 
 // Ends the block with an error that names the running thread.
 [[noreturn]] void fail(const std::string& message);
+// The same where no thread runs.
+void fail_block(const std::string& message);
 std::string text(Where where);
+// A number below n, by the schedule.
+uint64_t choose(uint64_t n);
 Counters& counting();
 
 Thread* running();
@@ -46,6 +50,8 @@ struct Unit {
     virtual bool advance() { return false; }
     // When nothing more can happen: what threads may be waiting for.
     virtual std::string standstill() const { return {}; }
+    // When all threads have ended: what may not be left then.
+    virtual std::string left() const { return {}; }
     // In a thread, at its end: fails if it may not end like this.
     virtual void thread_ends() {}
 };

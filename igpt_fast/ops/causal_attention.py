@@ -1,13 +1,28 @@
-"""Causal attention over whole sequences."""
+"""Causal attention over whole sequences: of separate queries, keys and values, or of all three in one tensor."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import check_floating
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    cuda_kernels,
+    dense,
+    differentiate,
+    is_plain,
+    register,
+    use_kernel,
+)
+
+HEAD_DIMS = (32, 64, 96, 128)  # that the kernel is compiled for
 
 
 def causal_attention(
@@ -19,8 +34,18 @@ def causal_attention(
     dropout_p: float = 0.0,
     upcast: bool = False,
     need_weights: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale * q k^T + causal mask) v``; the queries are the last T_q of T_k positions.
+
+    The kernel takes bf16 and fp16 (fp32 under autocast, which casts as it does for torch's own attention), head
+    dimensions of 32, 64, 96 and 128, a ``scale`` above 0, no dropout, no ``upcast``, and returns no weights; the rest
+    is torch's attention, or the definition. It reads q, k and v where they are, as long as their last dimension is
+    contiguous and every row aligned to 16 bytes, and its output has the memory of a contiguous (B, T_q, H, D), so
+    that the transposition that puts heads side by side is free. Its gradients are the same bits at every run.
+
+    For a head it takes about 2 T_q T_k D FLOPs forward where T_q = T_k, 7 T_q T_k D backward (5 by the usual count),
+    and moves q, k, v and out once.
 
     Args:
         q: (B, H, T_q, D), floating point.
@@ -31,33 +56,109 @@ def causal_attention(
         dropout_p: Dropout probability of the softmax.
         upcast: Compute the scores in fp32 too, not only the softmax.
         need_weights: Return the softmax as well (written out, so slower).
+        starts: (B,) int32, the first key of each batch row that may be seen (left padding): those before it are as
+            if masked. The cheapest mask: tiles before it are skipped.
 
     Returns:
         (B, H, T_q, D), and the (B, H, T_q, T_k) softmax or ``None``.
 
     Raises:
-        TypeError: Not floating-point tensors, unlike dtypes, or a ``key_mask`` that is not bool.
+        TypeError: Not floating-point tensors, unlike dtypes, a ``key_mask`` that is not bool, ``starts`` not int32.
         ValueError: Shapes that do not fit, two devices, or a ``dropout_p`` outside [0, 1].
+        BackendUnavailableError: The chosen backend does not serve the device.
 
-    Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
+    Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``. Kernels: FlashAttention-2
+    (Dao, 2023; arXiv 2307.08691).
     """
-    _check_attention(q, k, v, key_mask, dropout_p)
+    op = "causal_attention"
+    _check_attention(op, q, k, v, dropout_p)
+    _check_masks(op, q, k.shape[2], key_mask, starts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    t_q, t_k = q.shape[-2], k.shape[-2]
+    masks = [mask for mask in (key_mask, starts) if mask is not None]
+    if not need_weights and not upcast and _covered(q, scale, dropout_p) and use_kernel(op, q, k, v, *masks):
+        q, k, v = (_autocast(x) for x in (q, k, v))
+        if is_plain(q, k, v, *masks):
+            return _causal_attention(q, k, v, key_mask, starts, scale)[0], None
+        return torch.ops.igpt_fast.causal_attention(q, k, v, key_mask, starts, scale)[0], None
+    if starts is not None:
+        key_mask = reference.shown_keys(starts, k.shape[2], key_mask)
     if need_weights or upcast:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+    return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
+
+
+def causal_attention_packed(
+    qkv: Tensor,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    upcast: bool = False,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """``causal_attention`` of the T positions of one projection that holds queries, keys and values.
+
+    As ``causal_attention``, but the gradient comes out as one tensor of the layout of ``qkv``, which the kernel
+    writes without a copy.
+
+    Args:
+        qkv: (B, T, 3, H, D), floating point: queries, keys, values.
+        scale, key_mask, dropout_p, upcast, starts: See ``causal_attention``.
+
+    Returns:
+        (B, T, H, D), contiguous where the kernel made it.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: See ``causal_attention``.
+    """
+    op = "causal_attention_packed"
+    check_floating(op, qkv=qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; want (B, T, 3, H, D)")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    _check_attention(op, q, k, v, dropout_p)
+    _check_masks(op, q, q.shape[2], key_mask, starts)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    masks = [mask for mask in (key_mask, starts) if mask is not None]
+    if not upcast and _covered(qkv, scale, dropout_p) and use_kernel(op, qkv, *masks):
+        qkv = _autocast(qkv)
+        if is_plain(qkv, *masks):
+            return _causal_attention_packed(qkv, key_mask, starts, scale)[0]
+        return torch.ops.igpt_fast.causal_attention_packed(qkv, key_mask, starts, scale)[0]
+    return causal_attention(q, k, v, scale, key_mask, dropout_p, upcast, starts=starts)[0].transpose(1, 2)
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    t_q, t_k = q.shape[-2], k.shape[-2]
     if key_mask is None and (t_q == t_k or t_q == 1):
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=bool(t_q == t_k), scale=scale)
-        return out, None
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=bool(t_q == t_k), scale=scale)
     k, v = reference.mask_keys(k, v, key_mask)
     visible = reference.visible_keys(t_q, t_k, key_mask, q.device)
     some = visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some, dropout_p=dropout_p, scale=scale)
-    return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device)), None
+    return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, dropout_p: float) -> None:
-    op = "causal_attention"
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of an input of torch's own attention."""
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda") or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    return tensor.to(_autocast_dtype(tensor))
+
+
+def _covered(x: Tensor, scale: float, dropout_p: float) -> bool:
+    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    low = _autocast_dtype(x) in (torch.bfloat16, torch.float16)
+    return low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and 0.0 < scale < math.inf
+
+
+def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
     check_floating(op, q=q, k=k, v=v)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"{op}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; want one dtype")
@@ -68,13 +169,230 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, d
         raise ValueError(f"{op}: k has {k.shape[2]} positions, q {q.shape[2]}; want at least as many")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; want a number in [0, 1]")
-    if key_mask is None:
-        return
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"{op}: key_mask is {got}; want a bool tensor")
-    want = (q.shape[0], k.shape[2])
-    if key_mask.shape != want:
-        raise ValueError(f"{op}: key_mask has shape {tuple(key_mask.shape)}; want (B, T_k) = {want}")
-    if key_mask.device != q.device:
-        raise ValueError(f"{op}: key_mask is on {key_mask.device}, q on {q.device}; want one device")
+
+
+def _check_masks(op: str, q: Tensor, t_k: int, key_mask: Tensor | None, starts: Tensor | None) -> None:
+    for name, mask, dtype, text, shape in (
+        ("key_mask", key_mask, torch.bool, "a bool tensor", (q.shape[0], t_k)),
+        ("starts", starts, torch.int32, "an int32 tensor", (q.shape[0],)),
+    ):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != dtype:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{op}: {name} is {got}; want {text}")
+        if mask.shape != shape:
+            want = "(B, T_k)" if name == "key_mask" else "(B,)"
+            raise ValueError(f"{op}: {name} has shape {tuple(mask.shape)}; want {want} = {shape}")
+        if mask.device != q.device:
+            raise ValueError(f"{op}: {name} is on {mask.device}, q on {q.device}; want one device")
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor as the kernel reads it: rows contiguous and aligned to 16 bytes, other strides as they are."""
+    per_vector = 16 // x.element_size()
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % per_vector == 0 for step in steps)
+    return x if whole else dense(x)
+
+
+def _heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of a (B, H, T, D) tensor for the kernel."""
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor], tuple[int, int, int]]:
+    """Tensors to keep while the launch is prepared, and what it takes of them."""
+    kept, stride = [], 0
+    if starts is not None:
+        kept.append(starts := starts.contiguous())
+    if key_mask is not None:
+        key_mask = key_mask if key_mask.stride(-1) == 1 or key_mask.shape[-1] < 2 else key_mask.contiguous()
+        kept.append(key_mask)
+        stride = key_mask.stride(0)
+    return kept, (address(starts), address(key_mask), stride)
+
+
+def _new_heads(like: Tensor, t: int) -> Tensor:
+    """(B, H, t, D) with the memory of (B, t, H, D)."""
+    b, h, _, d = like.shape
+    return like.new_empty_strided((b, h, t, d), (t * h * d, d, h * d, 1))
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
+) -> Tensor:
+    """Launches the forward into ``out``; gives lse."""
+    kernels = cuda_kernels("causal_attention", q)
+    b, h, t_q, d = q.shape
+    lse = torch.empty((b, h, t_q), dtype=torch.float32, device=q.device)
+    kept, hidden = _hidden(key_mask, starts)
+    tensors = [_readable(x) for x in (q, k, v)]
+    sizes = b, h, t_q, k.shape[2], d
+    kernels.module.causal_attention_fwd_cuda(
+        *map(_place, (*tensors, out)), lse.data_ptr(), sizes, hidden, scale, 0, DTYPES[q.dtype], *kernels.place
+    )
+    del kept
+    return lse
+
+
+def _launch_bwd(
+    dout: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    key_mask: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+) -> None:
+    """Launches the backward into ``gradients``: of q, k and v."""
+    kernels = cuda_kernels("causal_attention", out)
+    b, h, t_q, d = out.shape
+    lse = lse.contiguous()
+    terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)
+    kept, hidden = _hidden(key_mask, starts)
+    tensors = [_readable(x) for x in (*inputs, out, dout)]
+    sizes = b, h, t_q, inputs[1].shape[2], d
+    kernels.module.causal_attention_bwd_cuda(
+        *map(_place, (*tensors, *gradients)),
+        lse.data_ptr(),
+        terms.data_ptr(),
+        sizes,
+        hidden,
+        scale,
+        DTYPES[out.dtype],
+        *kernels.place,
+    )
+    del kept
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = _new_heads(q, q.shape[2])
+    return out, _launch(q, k, v, out, key_mask, starts, scale)
+
+
+def _causal_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _new_heads(q, q.shape[2]), _new_heads(k, k.shape[2]), _new_heads(k, k.shape[2])
+    _launch_bwd(dout, (q, k, v), out, lse, gradients, key_mask, starts, scale)
+    return gradients
+
+
+def _causal_attention_packed(
+    qkv: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    b, t, _, h, d = qkv.shape
+    out = qkv.new_empty((b, t, h, d))
+    return out, _launch(*_heads_of(_readable(qkv)), out.transpose(1, 2), key_mask, starts, scale)
+
+
+def _causal_attention_packed_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+) -> Tensor:
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    _launch_bwd(dout, _heads_of(_readable(qkv)), out, lse, _heads_of(dqkv), key_mask, starts, scale)
+    return dqkv
+
+
+def _fake_causal_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_causal_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_heads(q, q.shape[2]), _new_heads(k, k.shape[2]), _new_heads(k, k.shape[2])
+
+
+def _fake_causal_attention_packed(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    b, t, _three, h, d = qkv.shape
+    return qkv.new_empty((b, t, h, d)), qkv.new_empty((b, h, t), dtype=torch.float32)
+
+
+def _fake_causal_attention_packed_bwd(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what was multiplied, the masks, the output and lse, which has no gradient of its own."""
+    *tensors, key_mask, starts, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output, key_mask, starts)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    *tensors, out, lse, key_mask, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.causal_attention(q, k, v, ctx.scale, key_mask, starts=starts)[0]
+
+        return *differentiate(defined, tuple(tensors), dout), None, None, None
+    gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
+    return *gradients, None, None, None
+
+
+def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 4
+    qkv, out, lse, key_mask, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def defined(qkv: Tensor) -> Tensor:
+            out, _ = reference.causal_attention(*_heads_of(qkv), ctx.scale, key_mask, starts=starts)
+            return out.transpose(1, 2)
+
+        return *differentiate(defined, (qkv,), dout), None, None, None
+    dqkv = torch.ops.igpt_fast.causal_attention_packed_bwd(dout, qkv, out, lse, key_mask, starts, ctx.scale)
+    return dqkv, None, None, None
+
+
+register(
+    "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
+    _causal_attention,
+    _fake_causal_attention,
+    backward=(_save, _differentiate),
+)
+register(
+    "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
+    "Tensor? starts, float scale) -> (Tensor, Tensor, Tensor)",
+    _causal_attention_bwd,
+    _fake_causal_attention_bwd,
+)
+register(
+    "causal_attention_packed(Tensor qkv, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
+    _causal_attention_packed,
+    _fake_causal_attention_packed,
+    backward=(_save, _differentiate_packed),
+)
+register(
+    "causal_attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? starts, "
+    "float scale) -> Tensor",
+    _causal_attention_packed_bwd,
+    _fake_causal_attention_packed_bwd,
+)

@@ -91,6 +91,22 @@ def cuda_kernels(op: str, tensor: Tensor) -> backend.Kernels:
     return chosen
 
 
+def differentiate(function: Function, inputs: tuple[Any, ...], *upstream: Tensor) -> list[Tensor | None]:
+    """The gradient by each input, or ``None``, by torch from the definition, as a graph of its own.
+
+    For a backward that is to be differentiated again (``create_graph=True``): torch runs it with gradients enabled. A
+    kernel's backward has no derivative, and torch would give zeros in its place with no more than a warning.
+    """
+    wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
+    found = torch.autograd.grad(
+        function(*inputs), [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True
+    )
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The tensor as a kernel takes it: contiguous, 16-byte aligned; itself where it is that already."""
     tensor = tensor.contiguous()

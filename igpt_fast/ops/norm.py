@@ -1,4 +1,4 @@
-"""iGPT's norm, with an optional residual addition before it."""
+"""iGPT's norm and the mean-centred one, each with an optional residual addition before it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    cuda_kernels,
+    dense,
+    differentiate,
+    is_plain,
+    register,
+    use_kernel,
+)
 
 
 @overload
@@ -19,6 +29,8 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """iGPT's norm: ``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, not mean-centred.
+
+    The kernel moves 2 (4 with ``residual``) tensors of the size of ``x`` forward, and 3 (4) backward.
 
     Args:
         x: (..., n_embd), floating point. The statistics are in fp32.
@@ -36,32 +48,81 @@ def rms_norm(
 
     Source: openai/image-gpt src/model.py ``norm``; transformers ``ImageGPTLayerNorm``.
     """
-    _check_norm("rms_norm", x, weight, eps, residual)
+    _check_norm("rms_norm", x, weight, None, eps, residual)
     others = () if residual is None else (residual,)
     if _covered(x, weight) and use_kernel("rms_norm", x, weight, *others):
+        plain = is_plain(x, weight, *others)
         if residual is None:
-            return _rms_norm(x, weight, eps) if is_plain(x, weight) else torch.ops.igpt_fast.rms_norm(x, weight, eps)
-        return torch.ops.igpt_fast.add_rms_norm(x, residual, weight, eps)
+            return _rms_norm(x, weight, eps) if plain else torch.ops.igpt_fast.rms_norm(x, weight, eps)
+        return (_add_rms_norm if plain else torch.ops.igpt_fast.add_rms_norm)(x, residual, weight, eps)
     if residual is None:
         return reference.rms_norm(x, weight, eps)
     total = x + residual
     return reference.rms_norm(total, weight, eps), total
 
 
-def _covered(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
-    return x.dtype == weight.dtype and x.dtype in DTYPES and x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: None = None
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The mean-centred norm: ``(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias`` over the last dimension.
+
+    Bytes moved: as ``rms_norm``.
+
+    Args:
+        x: (..., n_embd), floating point. The statistics are in fp32.
+        weight: (n_embd,).
+        bias: (n_embd,), or ``None``.
+        eps: Added to the variance.
+        residual: Of shape and dtype of ``x``: added to it first, and the sum, rounded to the dtype, is normalised.
+
+    Returns:
+        Shape and dtype of ``x``. With ``residual`` a pair: the norm and the sum.
+
+    Raises:
+        TypeError: Not floating-point tensors, or a ``residual`` of another dtype.
+        ValueError: ``weight``, ``bias`` or ``residual`` does not fit ``x``, two devices, or a negative ``eps``.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: "Layer Normalization" (Ba, Kiros & Hinton, 2016).
+    """
+    _check_norm("layer_norm", x, weight, bias, eps, residual)
+    others = tuple(t for t in (bias, residual) if t is not None)
+    if _covered(x, weight, bias) and use_kernel("layer_norm", x, weight, *others):
+        plain = is_plain(x, weight, *others)
+        if residual is None:
+            return (_layer_norm if plain else torch.ops.igpt_fast.layer_norm)(x, weight, bias, eps)
+        return (_add_layer_norm if plain else torch.ops.igpt_fast.add_layer_norm)(x, residual, weight, bias, eps)
+    if residual is None:
+        return reference.layer_norm(x, weight, bias, eps)
+    total = x + residual
+    return reference.layer_norm(total, weight, bias, eps), total
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
-    tensors = {"x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
-    check_floating(op, **tensors)
+def _covered(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the kernels take it; the rule is in ``backend.OPS`` in words."""
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return False
+    return x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
+    given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_floating(op, **{name: tensor for name, tensor in given.items() if tensor is not None})
     if x.ndim == 0:
         raise ValueError(f"{op}: x has shape (); want at least one dimension")
     if not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps}; want 0 or above")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; want {tuple(x.shape[-1:])}, x's last one")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; want {tuple(x.shape[-1:])}, x's last one")
     if residual is None:
         return
     if residual.dtype != x.dtype:
@@ -70,26 +131,55 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; want {tuple(x.shape)}, x's")
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """Launches the forward."""
-    kernels = cuda_kernels("rms_norm", x)
-    x, weight, residual = dense(x), dense(weight), None if residual is None else dense(residual)
-    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    tensors = map(address, (x, residual, weight, total, out))
-    kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
-    return out, total
+# ---- launches ----------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else dense(tensor)
+
+
+def _rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    kernels = cuda_kernels("rms_norm", x)
+    x, weight, residual = dense(x), dense(weight), _dense(residual)
+    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    tensors = map(address, (x, residual, weight, total, out))
+    kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
+    return out, total
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _forward(x, None, weight, eps)[0]
+    return _rms_forward(x, None, weight, eps)[0]
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, total = _forward(x, residual, weight, eps)
+    out, total = _rms_forward(x, residual, weight, eps)
+    assert total is not None
+    return out, total
+
+
+def _layer_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    kernels = cuda_kernels("layer_norm", x)
+    x, weight, bias, residual = dense(x), dense(weight), _dense(bias), _dense(residual)
+    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    tensors = map(address, (x, residual, weight, bias, total, out))
+    kernels.module.layer_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
+    return out, total
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return _layer_forward(x, None, weight, bias, eps)[0]
+
+
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    out, total = _layer_forward(x, residual, weight, bias, eps)
     assert total is not None
     return out, total
 
@@ -97,60 +187,146 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of what was normalised, and of the weight."""
     kernels = cuda_kernels("rms_norm", x)
-    dout, x, weight, dsum = dense(dout), dense(x), dense(weight), None if dsum is None else dense(dsum)
+    dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-    parts = kernels.module.rms_norm_bwd_parts(_rows(x))
+    parts = kernels.module.norm_bwd_parts(_rows(x))
     partial = torch.empty((parts, x.shape[-1]), dtype=torch.float32, device=x.device)
     tensors = map(address, (dout, dsum, x, weight, dx, dweight, partial))
     kernels.module.rms_norm_bwd_cuda(*tensors, _rows(x), x.shape[-1], parts, eps, DTYPES[x.dtype], *kernels.place)
     return dx, dweight
 
 
-def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _layer_norm_bwd(
+    dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward: the gradients of what was normalised, of the weight, and of a bias."""
+    kernels = cuda_kernels("layer_norm", x)
+    dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    parts = kernels.module.norm_bwd_parts(_rows(x))
+    partial = torch.empty((2, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
+    tensors = map(address, (dout, dsum, x, weight, dx, dweight, dbias, partial))
+    kernels.module.layer_norm_bwd_cuda(*tensors, _rows(x), x.shape[-1], parts, eps, DTYPES[x.dtype], *kernels.place)
+    return dx, dweight, dbias
 
 
-def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(x, weight, eps), _fake_rms_norm(x, weight, eps)
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _fake_norm(x: Tensor, *_: Any) -> Tensor:
+    return _like(x)
+
+
+def _fake_add_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x)
 
 
 def _fake_rms_norm_bwd(
     dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(x, weight, eps), weight.new_empty(weight.shape)
+    return _like(x), _like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _fake_layer_norm_bwd(
+    dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _like(weight), _like(weight)
+
+
+def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keeps what was normalised: x, or the sum."""
     *_, weight, ctx.eps = inputs
     ctx.save_for_backward(inputs[0] if isinstance(output, Tensor) else output[1], weight)
+    ctx.set_materialize_grads(False)  # no tensor of zeros for an output that was not used
 
 
-def _differentiate(ctx: Any, dout: Tensor, dsum: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *_, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(inputs[0] if isinstance(output, Tensor) else output[1], weight, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _rms_gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of what was normalised, and of the weight."""
     x, weight = ctx.saved_tensors
+    if dout is None:
+        return dsum, None
+    if torch.is_grad_enabled():
+        dx, dweight, _ = differentiate(reference.rms_norm, (x, weight, ctx.eps), dout)
+        return _sum(dx, dsum), dweight
     dx, dweight = torch.ops.igpt_fast.rms_norm_bwd(dout, dsum, x, weight, ctx.eps)
-    return dx, dweight, None
+    return dx, dweight
 
 
-def _differentiate_add(ctx: Any, dout: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, _ = _differentiate(ctx, dout, dsum)
+def _layer_gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of what was normalised, of the weight and of the bias."""
+    x, weight, bias = ctx.saved_tensors
+    if dout is None:
+        return dsum, None, None
+    if torch.is_grad_enabled():
+        dx, dweight, dbias, _ = differentiate(reference.layer_norm, (x, weight, bias, ctx.eps), dout)
+        return _sum(dx, dsum), dweight, dbias
+    dx, dweight, dbias = torch.ops.igpt_fast.layer_norm_bwd(dout, dsum, x, weight, ctx.eps)
+    return dx, dweight, None if bias is None else dbias
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _differentiate_rms(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_rms_gradients(ctx, dout, None), None
+
+
+def _differentiate_add_rms(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dweight = _rms_gradients(ctx, dout, dsum)
     return dx, dx, dweight, None
+
+
+def _differentiate_layer(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_layer_gradients(ctx, dout, None), None
+
+
+def _differentiate_add_layer(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = _layer_gradients(ctx, dout, dsum)
+    return dx, dx, dweight, dbias, None
 
 
 register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     _rms_norm,
-    _fake_rms_norm,
-    backward=(_save, _differentiate),
+    _fake_norm,
+    backward=(_save_rms, _differentiate_rms),
 )
 register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _add_rms_norm,
-    _fake_add_rms_norm,
-    backward=(_save, _differentiate_add),
+    _fake_add_norm,
+    backward=(_save_rms, _differentiate_add_rms),
 )
 register(
     "rms_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _rms_norm_bwd,
     _fake_rms_norm_bwd,
+)
+register(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    _layer_norm,
+    _fake_norm,
+    backward=(_save_layer, _differentiate_layer),
+)
+register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    _add_layer_norm,
+    _fake_add_norm,
+    backward=(_save_layer, _differentiate_add_layer),
+)
+register(
+    "layer_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _layer_norm_bwd,
+    _fake_layer_norm_bwd,
 )

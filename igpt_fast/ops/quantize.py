@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, reference
-from igpt_fast.ops.dispatch import is_plain, library
+from igpt_fast.ops import colour_table
+from igpt_fast.ops.dispatch import cuda_kernels, dense, is_plain, library, register, use_kernel
+
+# As csrc/cuda/ops.h numbers them.
+TOKEN_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
 
 
 def quantize(x: Tensor, clusters: Tensor) -> Tensor:
@@ -21,6 +25,11 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
 
     Returns:
         (...) int64 on the device of ``x``. Not differentiable.
+
+    On a CUDA device uint8 pixels are looked up in a table of all colours, once the same ``clusters`` tensor has served
+    enough of them to pay for it (about a million for 512 clusters); ``colour_table.py`` has the rules. It takes 32 MiB
+    until the tensor goes. Before that, and for float32, every pixel is compared with every cluster. The tokens are the
+    same. Bytes: 11 a pixel from the table; operations: 8 a pixel and cluster otherwise.
 
     Raises:
         TypeError: Another dtype.
@@ -39,15 +48,18 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     """The colours of tokens: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255.
 
     Args:
-        tokens: (...) integers in 0..K-1.
+        tokens: (...) integers in 0..K-1; as in torch's indexing, -K..-1 count from the end.
         clusters: (K, 3) floats in [-1, 1] on the device of ``tokens``.
 
     Returns:
-        (..., 3) uint8.
+        (..., 3) uint8. Not differentiable. Bytes: 11 a token, for int64 ones.
 
     Raises:
         TypeError: ``tokens`` are not integers.
-        ValueError: ``clusters`` is not (K, 3).
+        ValueError: ``clusters`` is not (K, 3), or two devices.
+        IndexError: A token out of range. On a CUDA device, where nobody waits for the values, it ends the process's
+            use of the device by an error at a later call, as torch's indexing does.
+        BackendUnavailableError: The chosen backend does not serve the device.
 
     Source: openai/image-gpt src/run.py.
     """
@@ -55,6 +67,12 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
         raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
     if clusters.ndim != 2 or clusters.shape[1] != 3:
         raise ValueError(f"dequantize: clusters has shape {tuple(clusters.shape)}; want (K, 3)")
+    if tokens.device != clusters.device:
+        raise ValueError(f"dequantize: tokens is on {tokens.device}, clusters on {clusters.device}; want one device")
+    clusters = clusters.detach()
+    covered = tokens.dtype in TOKEN_TYPES and clusters.dtype == torch.float32 and clusters.shape[0] <= 8192
+    if covered and use_kernel("dequantize", tokens, clusters):
+        return (_dequantize if is_plain(tokens, clusters) else torch.ops.igpt_fast.dequantize)(tokens, clusters)
     return reference.dequantize(tokens, clusters)
 
 
@@ -76,14 +94,38 @@ def _quantize(x: Tensor, clusters: Tensor) -> Tensor:
     kernels = backend.kernels("quantize", x.device)
     if kernels is None:
         return reference.quantize(x, clusters)
-    x, clusters = x.contiguous(), clusters.contiguous()
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    if kernels.kind == "cuda":
+        _quantize_cuda(dense(x), clusters, out, kernels)
+        return out
+    x, clusters = x.contiguous(), clusters.contiguous()
     sizes = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr(), out.numel(), clusters.shape[0]
-    if kernels.kind == "cpu":
-        kernels.module.quantize_cpu(*sizes, torch.get_num_threads())
-    else:
-        kernels.module.quantize_cuda(*sizes, *kernels.place)
+    kernels.module.quantize_cpu(*sizes, torch.get_num_threads())
     return out
+
+
+def _quantize_cuda(x: Tensor, clusters: Tensor, out: Tensor, kernels: backend.Kernels) -> None:
+    is_u8, n = x.dtype == torch.uint8, out.numel()
+    table = colour_table.tables.get(clusters, n, kernels) if is_u8 else None
+    if table is not None:
+        kernels.module.quantize_lookup_cuda(x.data_ptr(), table.data_ptr(), out.data_ptr(), n, *kernels.place)
+        return
+    clusters = clusters.contiguous()
+    addresses = x.data_ptr(), is_u8, clusters.data_ptr(), out.data_ptr()
+    kernels.module.quantize_cuda(*addresses, n, clusters.shape[0], *kernels.place)
+
+
+def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
+    kernels = cuda_kernels("dequantize", tokens)
+    tokens, clusters = dense(tokens), dense(clusters)
+    out = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
+    addresses = tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], clusters.data_ptr(), out.data_ptr()
+    kernels.module.dequantize_cuda(*addresses, tokens.numel(), clusters.shape[0], *kernels.place)
+    return out
+
+
+def _fake_dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
+    return tokens.new_empty((*tokens.shape, 3), dtype=torch.uint8)
 
 
 def _fake_quantize(x: Tensor, clusters: Tensor) -> Tensor:
@@ -110,3 +152,5 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=library)
 torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=library)
 torch.library.register_vmap("igpt_fast::quantize", _vmap_quantize, lib=library)
+
+register("dequantize(Tensor tokens, Tensor clusters) -> Tensor", _dequantize, _fake_dequantize)

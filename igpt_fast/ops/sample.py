@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
 
 
 def sample(
@@ -14,18 +16,22 @@ def sample(
 ) -> Tensor:
     """Draws a token of each row: temperature, top-k, top-p, then the inverse of the cumulative distribution.
 
+    A row's token depends on nothing but the row and its number. The kernel's tokens are the definition's but where
+    ``uniform`` times the total lies within the rounding of the exponential of a boundary.
+
     Args:
-        logits: (N, K), floating point.
+        logits: (N, K), floating point. A row with a NaN or an infinity gives token 0, unless ``temperature`` is 0.
         uniform: (N,) float32 in [0, 1), on the device of ``logits``; see ``reference.uniform``.
-        temperature: Divides the logits; 0 takes the largest one.
-        top_k: Keep the k largest logits; ``None`` keeps all.
+        temperature: Divides the logits; 0 takes the largest one (the lowest id on ties, NaN before all numbers).
+        top_k: Keep the k largest logits, and those equal to the k-th; ``None`` keeps all.
         top_p: Keep the most likely tokens until their probability reaches it; ``None`` keeps all.
 
     Returns:
-        (N,) int64. Not differentiable.
+        (N,) int64. Not differentiable. Bytes: the logits, once.
 
     Raises:
         ValueError: Shapes that do not fit, or a setting out of its range.
+        BackendUnavailableError: The chosen backend does not serve the device.
 
     Source: see ``reference.sample``.
     """
@@ -33,14 +39,194 @@ def sample(
         shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
         raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
     check_sampling(temperature, top_k, top_p)
-    return reference.sample(logits.detach(), uniform, temperature, top_k, top_p)
+    logits, uniform = logits.detach(), uniform.detach()
+    covered = _covered(logits) and uniform.dtype == torch.float32 and uniform.device == logits.device
+    if covered and use_kernel("sample", logits, uniform):
+        op = _sample if is_plain(logits, uniform) else torch.ops.igpt_fast.sample
+        return op(logits, uniform, *_settings(temperature, top_k, top_p))
+    return reference.sample(logits, uniform, temperature, top_k, top_p)
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def sample_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``sample`` with numbers of its own, and the input of the step that reads the drawn tokens, in one launch.
+
+    The number of row i is ``reference.uniform(seed, streams[i], position, 1)``: it depends on the seed, the image and
+    the position alone, so the images do not depend on the batch. ``position`` and ``streams`` are read on the device
+    and nothing waits for the host: a captured CUDA graph draws the next token when it is replayed with another
+    ``position`` in the same memory. The other settings are the graph's.
+
+    Args:
+        logits: (N, K), floating point; as for ``sample``.
+        seed: In 0..2^64-1.
+        streams: (N,) int64 on the device of ``logits``, not negative: the number of each row's image.
+        position: (N,), or () or (1,) for all rows, int32 on the device of ``logits``, not negative: the index of the
+            drawn token in its image. The first colour after SOS has index 0.
+        temperature, top_k, top_p: As for ``sample``.
+        wte: (V, n_embd), V >= K: the embeddings of the tokens. ``None``: no input is made.
+        wpe: (n_positions, n_embd), of the dtype of ``wte``: the embeddings of the positions.
+
+    Returns:
+        (N,) int64 tokens, and with ``wte`` and ``wpe`` the (N, n_embd) sum ``wte[token] + wpe[position + 1]`` in their
+        dtype, which is what ``ImageGPTModel`` feeds its first block (SOS stands at position 0); zeros where there is no
+        position ``position + 1``. Else ``None``. Not differentiable. Bytes: the logits, and 3 times the input.
+
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Shapes that do not fit, ``wte`` or ``wpe`` alone, two devices, or a setting out of its range.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: see ``reference.sample_next``.
+    """
+    _check_next(logits, seed, streams, position, wte, wpe)
+    check_sampling(temperature, top_k, top_p, "sample_next")
+    logits = logits.detach()
+    wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()
+    tensors = [tensor for tensor in (logits, streams, position, wte, wpe) if tensor is not None]
+    covered = _covered(logits) and (wte is None or wte.dtype in DTYPES)
+    if covered and use_kernel("sample_next", *tensors):
+        op = _sample_next if is_plain(*tensors) else torch.ops.igpt_fast.sample_next
+        # The registry's integers are signed.
+        signed = seed - (1 << 64) if seed >> 63 else seed
+        settings = _settings(temperature, top_k, top_p)
+        tokens, embedding = op(logits, signed, streams, position, *settings, wte, wpe)
+        return tokens, None if wte is None else embedding
+    return reference.sample_next(logits, seed, streams, position, temperature, top_k, top_p, wte, wpe)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, op: str = "sample") -> None:
     """Raises ValueError unless the settings are ones that ``sample`` takes."""
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"sample: temperature is {temperature}; want a finite number, 0 or above")
+        raise ValueError(f"{op}: temperature is {temperature}; want a finite number, 0 or above")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"sample: top_k is {top_k!r}; want an integer, 1 or above, or None")
+        raise ValueError(f"{op}: top_k is {top_k!r}; want an integer, 1 or above, or None")
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"sample: top_p is {top_p}; want a number in (0, 1], or None")
+        raise ValueError(f"{op}: top_p is {top_p}; want a number in (0, 1], or None")
+
+
+def _check_next(
+    logits: Tensor, seed: int, streams: Tensor, position: Tensor, wte: Tensor | None, wpe: Tensor | None
+) -> None:
+    op = "sample_next"
+    check_floating(op, logits=logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; want (N, K) with K >= 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"{op}: seed is {seed!r}; want an integer in 0..2^64-1")
+    for name, tensor, dtype in (("streams", streams, torch.int64), ("position", position, torch.int32)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: {name} is {got}; want an {str(dtype).removeprefix('torch.')} tensor")
+        if tensor.device != logits.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, logits on {logits.device}; want one device")
+    n = logits.shape[0]
+    if streams.shape != (n,):
+        raise ValueError(f"{op}: streams has shape {tuple(streams.shape)}; want (N,) = {(n,)}")
+    if position.shape not in ((), (1,), (n,)):
+        raise ValueError(f"{op}: position has shape {tuple(position.shape)}; want (N,) = {(n,)}, (1,) or ()")
+    if (wte is None) != (wpe is None):
+        raise ValueError(f"{op}: {'wte' if wte is None else 'wpe'} is None; give both or neither")
+    if wte is None or wpe is None:
+        return
+    check_floating(op, logits=logits, wte=wte, wpe=wpe)
+    if wte.dtype != wpe.dtype:
+        raise TypeError(f"{op}: wte is {wte.dtype}, wpe {wpe.dtype}; want one dtype")
+    if wte.ndim != 2 or wte.shape[0] < logits.shape[1]:
+        raise ValueError(f"{op}: wte has shape {tuple(wte.shape)}; want (V, n_embd) with V >= {logits.shape[1]}")
+    if wpe.ndim != 2 or wpe.shape[1] != wte.shape[1] or wpe.shape[0] < 1:
+        raise ValueError(f"{op}: wpe has shape {tuple(wpe.shape)}; want (n_positions, {wte.shape[1]})")
+
+
+def _covered(logits: Tensor) -> bool:
+    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
+
+
+def _settings(temperature: float, top_k: int | None, top_p: float | None) -> tuple[float, int, float]:
+    """As the kernel takes them: 0 keeps all, 1.0 keeps all."""
+    temperature = 0.0 if temperature < 2.0**-149 else float(temperature)
+    return temperature, 0 if top_k is None else min(top_k, 1 << 30), 1.0 if top_p is None else float(top_p)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Rows may stand at any distance from each other: the last positions of (N, T, K) logits are not copied."""
+    return logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    kernels = cuda_kernels("sample", logits)
+    logits, uniform = _rows(logits), uniform.contiguous()
+    n, k = logits.shape
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    kernels.module.sample_cuda(
+        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], uniform.data_ptr(), 0, 0, 0, 0),
+        *(temperature, top_k, top_p, tokens.data_ptr(), 0, 0, 0, 0, 0, 0, n, k, *kernels.place),
+    )
+    return tokens
+
+
+def _sample_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    wte: Tensor | None,
+    wpe: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    kernels = cuda_kernels("sample_next", logits)
+    logits, streams, position = _rows(logits), streams.contiguous(), position.contiguous()
+    wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
+    n, k = logits.shape
+    tokens, embedding = _fake_sample_next(logits, seed, streams, position, temperature, top_k, top_p, wte, wpe)
+    shape = (0, 0, 0) if wte is None or wpe is None else (DTYPES[wte.dtype], wte.shape[1], wpe.shape[0])
+    embeds = wte is not None and embedding.numel() > 0
+    # The number of rows says whether a position is one row's or all rows'.
+    step = 1 if position.numel() == n and n > 1 else 0
+    kernels.module.sample_cuda(
+        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], 0, seed % (1 << 64), streams.data_ptr()),
+        *(position.data_ptr(), step, temperature, top_k, top_p, tokens.data_ptr(), address(wte), address(wpe)),
+        *(embedding.data_ptr() if embeds else 0, *shape, n, k, *kernels.place),
+    )
+    return tokens, embedding
+
+
+def _fake_sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+def _fake_sample_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    wte: Tensor | None,
+    wpe: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tokens = logits.new_empty(logits.shape[:1], dtype=torch.int64)
+    return tokens, logits.new_empty(0) if wte is None else wte.new_empty((logits.shape[0], wte.shape[1]))
+
+
+register(
+    "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p) -> Tensor", _sample, _fake_sample
+)
+register(
+    "sample_next(Tensor logits, int seed, Tensor streams, Tensor position, float temperature, int top_k, float top_p,"
+    " Tensor? wte, Tensor? wpe) -> (Tensor, Tensor)",
+    _sample_next,
+    _fake_sample_next,
+)

@@ -129,7 +129,10 @@ class Tree:
 
     def sources(self, sanitizer: str = "") -> list[tuple[Path, tuple[str, ...]]]:
         """The kernels, instrumented, and the emulator, which is not: what it does is not the kernels' doing."""
-        emulator = [self.csrc / "emulator" / f"{name}.cpp" for name in ("emulator", "fibre", "counters", "ptx")]
+        emulator = [
+            self.csrc / "emulator" / f"{name}.cpp"
+            for name in ("emulator", "fibre", "counters", "ptx", "record", "hopper", "wgmma")
+        ]
         instrument = SANITIZERS.get(sanitizer, ())
         return [(path, (self.optimise, "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [
             (path, ("-O2", *MACROS[sanitizer])) for path in emulator
@@ -178,13 +181,14 @@ def emulated(mutation: Mutation | None = None) -> ModuleType:
     return load(link(tree.objects(sources), f"_emulated{suffix}", "-shared"), "_emulated")
 
 
-def probes() -> ModuleType:
-    """Small kernels with known faults; see probes.cpp."""
+def probes(name: str = "probes", *others: str) -> ModuleType:
+    """Small kernels with known faults; see probes.cpp. ``others``: further sources beside it."""
     tree = Tree()
     sources = [item for item in tree.sources() if item[0].suffix == ".cpp"]
-    sources.append((HERE / "probes.cpp", ("-Wno-unknown-pragmas", *python_flags())))
+    sources.append((HERE / f"{name}.cpp", ("-Wno-unknown-pragmas", *python_flags())))
+    sources += [(HERE / other, ("-O0", "-Wno-unknown-pragmas")) for other in others]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return load(link(tree.objects(sources), f"_probes{suffix}", "-shared"), "_probes")
+    return load(link(tree.objects(sources), f"_{name}{suffix}", "-shared"), f"_{name}")
 
 
 def driver(sanitizer: str, mutation: Mutation | None = None) -> Path:
@@ -216,13 +220,23 @@ def launcher() -> tuple[str, ...]:
     return command if shutil.which("setarch") and works() else ()
 
 
+def races(sanitizer: str, name: str = "races") -> Path:
+    """The program of races.cpp, or its like: kernels with faults that a sanitizer has to find."""
+    sources = [item for item in Tree().sources(sanitizer) if item[0].suffix == ".cpp"]
+    sources.append((HERE / f"{name}.cpp", ("-O1", "-Wno-unknown-pragmas", *SANITIZERS[sanitizer])))
+    return link(Tree().objects(sources), name, *SANITIZERS[sanitizer])
+
+
 def run_driver(sanitizer: str, op: str, mutation: Mutation | None = None) -> subprocess.CompletedProcess[str]:
+    brief = ("brief",) if sanitizer == "thread" else ()
+    return run_sanitized(driver(sanitizer, mutation), op, *brief)
+
+
+def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = {
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:ignore_interceptors_accesses=1",
     }
-    program = driver(sanitizer, mutation)
-    brief = ("brief",) if sanitizer == "thread" else ()
     environment = ["env", *(f"{name}={value}" for name, value in options.items())]
-    return run(*environment, *launcher(), program, op, *brief, ok=False)
+    return run(*environment, *launcher(), program, *arguments, ok=False)

@@ -16,9 +16,13 @@ struct Case {
 };
 
 // `count` elements that a sanitizer sees the end of. 0x3c01 and its repetition are harmless numbers in every type.
+enum class Fill { numbers, none };
+
 class Memory {
   public:
-    Memory(size_t count, size_t size) : bytes_(count * size), data_(std::malloc(bytes_ ? bytes_ : 1)) {
+    Memory(size_t count, size_t size, Fill fill = Fill::numbers)
+        : bytes_(count * size), data_(std::malloc(bytes_ ? bytes_ : 1)) {
+        if (fill == Fill::none) return;
         for (size_t i = 0; i < bytes_; ++i) static_cast<unsigned char*>(data_)[i] = i % 2 ? 0x3c : 0x01;
     }
     ~Memory() { std::free(data_); }

@@ -3,6 +3,7 @@
 Each takes and returns tensors; ``device`` says where they have to be.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,21 +17,31 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Norm:
-    """What rms_norm gives forward, and backward for a ``dout`` and a ``dsum``."""
+    """What a norm gives forward, and backward for a ``dout`` and a ``dsum``. layer_norm's has a ``dbias``."""
 
     out: Tensor
     sum: Tensor | None
     dx: Tensor
     dweight: Tensor
+    dbias: Tensor | None = None
 
 
-def definition(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dout: Tensor, dsum: Tensor) -> Norm:
-    """reference.py in the dtype of its arguments, with torch's gradients."""
+def definition(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    dout: Tensor,
+    dsum: Tensor,
+    bias: Tensor | None = None,
+) -> Norm:
+    """reference.py in the dtype of its arguments, with torch's gradients; layer_norm with ``bias``, else rms_norm."""
     total = x if residual is None else x + residual
-    leaf, weight = total.detach().requires_grad_(), weight.detach().requires_grad_()
-    out = reference.rms_norm(leaf, weight, eps)
-    dx, dweight = torch.autograd.grad(out, (leaf, weight), dout)
-    return Norm(out.detach(), None if residual is None else total, dx if residual is None else dx + dsum, dweight)
+    leaves = [t.detach().requires_grad_() for t in (total, weight, bias) if t is not None]
+    out = reference.rms_norm(*leaves, eps) if bias is None else reference.layer_norm(*leaves, eps)
+    dx, dweight, *dbias = torch.autograd.grad(out, leaves, dout)
+    total_out = None if residual is None else total
+    return Norm(out.detach(), total_out, dx if residual is None else dx + dsum, dweight, *dbias)
 
 
 class Kernels:
@@ -48,23 +59,37 @@ class Kernels:
         self.module.quantize_cuda(*arguments, out.numel(), clusters.shape[0], *self._place())
         return out
 
-    def rms_norm_fwd(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def norm_fwd(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """rms_norm, or layer_norm with ``bias``: its output, and what was normalised."""
         out, total = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-        addresses = x, residual, weight, None if residual is None else total, out
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
-        self.module.rms_norm_fwd_cuda(*_addresses(addresses), rows, n_embd, eps, DTYPES[x.dtype], *self._place())
+        ends = [None if residual is None else total, out]
+        addresses = _addresses([x, residual, weight, *([] if bias is None else [bias]), *ends])
+        launch = self.module.rms_norm_fwd_cuda if bias is None else self.module.layer_norm_fwd_cuda
+        launch(*addresses, rows, n_embd, eps, DTYPES[x.dtype], *self._place())
         return out, x if residual is None else total
 
-    def rms_norm_bwd(
-        self, dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, parts: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def norm_bwd(
+        self,
+        dout: Tensor,
+        dsum: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        parts: int | None = None,
+        centred: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """dx, dweight and, ``centred``, dbias."""
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
-        parts = self.module.rms_norm_bwd_parts(rows) if parts is None else parts
-        dx, dweight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan)
-        partial = torch.full((parts, n_embd), torch.nan, device=self.device)
-        addresses = _addresses((dout, dsum, x, weight, dx, dweight, partial))
-        self.module.rms_norm_bwd_cuda(*addresses, rows, n_embd, parts, eps, DTYPES[x.dtype], *self._place())
-        return dx, dweight
+        parts = self.module.norm_bwd_parts(rows) if parts is None else parts
+        found = [torch.full_like(x, torch.nan), *(torch.full_like(weight, torch.nan) for _ in range(1 + centred))]
+        partial = torch.full((1 + centred, parts, n_embd), torch.nan, device=self.device)
+        addresses = _addresses([dout, dsum, x, weight, *found, partial])
+        launch = self.module.layer_norm_bwd_cuda if centred else self.module.rms_norm_bwd_cuda
+        launch(*addresses, rows, n_embd, parts, eps, DTYPES[x.dtype], *self._place())
+        return tuple(found)
 
     def norm(
         self,
@@ -74,13 +99,15 @@ class Kernels:
         residual: Tensor | None,
         dout: Tensor,
         dsum: Tensor,
+        bias: Tensor | None = None,
         parts: int | None = None,
     ) -> Norm:
         """As ``definition``, through both kernels."""
-        out, total = self.rms_norm_fwd(x, weight, eps, residual)
-        dx, dweight = self.rms_norm_bwd(dout, None if residual is None else dsum, total, weight, eps, parts)
-        return Norm(out, None if residual is None else total, dx, dweight)
+        out, total = self.norm_fwd(x, weight, eps, residual, bias)
+        upstream = dout, None if residual is None else dsum
+        gradients = self.norm_bwd(*upstream, total, weight, eps, parts, centred=bias is not None)
+        return Norm(out, None if residual is None else total, *gradients)
 
 
-def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -16,13 +16,27 @@ def norm(kernels: Kernels) -> None:
         checks.check_norm(kernels, dtype, rows, n, parts, fused)
 
 
+def layer_norm(kernels: Kernels) -> None:
+    for dtype, rows, n, parts, fused in [
+        (torch.bfloat16, 9, 512, 2, True),
+        (torch.bfloat16, 5, 1032, 2, False),
+        (torch.float32, 3, 72, 2, True),
+    ]:
+        checks.check_norm(kernels, dtype, rows, n, parts, fused, centred=True)
+
+
+def norm_coalescing(kernels: Kernels) -> None:
+    for centred in (False, True):
+        checks.check_norm_coalescing(kernels, centred)
+
+
 def norm_schedules(kernels: Kernels) -> None:
     for order, seed in checks.SCHEDULES:
         checks.schedule(kernels, order, seed)
         checks.check_norm(kernels, torch.bfloat16, 7, 1032, 2, True)
 
 
-PRIMITIVES, NORM = "cuda/primitives.cuh", "cuda/norm.cu"
+PRIMITIVES, NORM, COLUMNS = "cuda/primitives.cuh", "cuda/norm.cu", "cuda/columns.cuh"
 WARP_LOOP = "for (int lane = kWarpSize / 2; lane > 0; lane /= 2)"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("block_sum_no_barrier", PRIMITIVES, "    __syncthreads();\n", ""), norm_schedules),
@@ -31,22 +45,40 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("warp_sum_misses_a_step", PRIMITIVES, "lane > 0;", "lane > 1;"), norm),
     (Mutation("block_sum_misses_a_warp", PRIMITIVES, "w < kWarps;", "w < kWarps - 1;"), norm),
     (Mutation("block_sum_one_place", PRIMITIVES, "scratch + N * warp + i", "scratch + N * warp"), norm),
-    (Mutation("norm_one_scratch", NORM, "turn ^= 1;", ""), ("thread", "norm")),
+    (Mutation("norm_one_scratch", NORM,
+              "turn ^= 1;\n        if constexpr (kCentred) shift", "if constexpr (kCentred) shift"),
+     ("thread", "norm")),
     (Mutation("norm_row_bound", NORM, "if (row >= p.rows) return;", "if (row > p.rows) return;"), ("address", "norm")),
-    (Mutation("norm_scratch_size", NORM, "4 * S::kWarps", "4 * S::kWarps - 1"), ("address", "norm")),
-    (Mutation("norm_low_statistics", NORM, "square[0] += h.get(v, e) * h.get(v, e);",
-              "square[0] = to_float(from_float<T>(square[0] + h.get(v, e) * h.get(v, e)));"), checks.check_norm_range),
-    (Mutation("norm_sum_of_squares_in_half", NORM, "rsqrtf(square[0] / float(n) + p.eps)",
-              "rsqrtf(to_float(from_float<T>(square[0])) / float(n) + p.eps)"), checks.check_norm_range),
-    (Mutation("norm_wrong_eps", NORM, "sums[0] / float(n) + p.eps", "sums[0] / float(n) + p.eps * 1e5f"), norm),
-    (Mutation("norm_slope", NORM, "scale * scale * (sums[1]", "scale * (sums[1]"), norm),
+    (Mutation("norm_scratch_size", NORM, "2 * Means<S, kCentred>::kSums", "Means<S, kCentred>::kSums"),
+     ("address", "norm")),
+    (Mutation("norm_low_statistics", NORM, "- mean[0];\n        sums[0] += c * c;",
+              "- mean[0];\n        sums[0] = to_float(from_float<T>(sums[0] + c * c));"), checks.check_norm_range),
+    (Mutation("norm_sum_of_squares_in_half", NORM, "rsqrtf(sums[0] / float(n)",
+              "rsqrtf(to_float(from_float<T>(sums[0])) / float(n)"), checks.check_norm_range),
+    (Mutation("norm_wrong_eps", NORM, "rsqrtf(mean.square + p.eps)", "rsqrtf(mean.square + p.eps * 1e5f)"), norm),
+    (Mutation("norm_slope", NORM, "scale * scale * mean.product", "scale * mean.product"), norm),
     (Mutation("norm_no_dsum", NORM, "if (p.dsum) {", "if (p.dsum == p.x) {"), norm),
     (Mutation("norm_partial_no_barrier", NORM, "    if constexpr (S::kTeams > 1) {\n        __syncthreads();",
               "    if constexpr (S::kTeams > 1) {"), ("thread", "norm")),
-    (Mutation("norm_dweight_no_barrier", NORM, "store_shared(scratch + threadIdx.x, sum);\n    __syncthreads();",
+    (Mutation("norm_dweight_no_barrier", COLUMNS, "store_shared(scratch + threadIdx.x, sum);\n    __syncthreads();",
               "store_shared(scratch + threadIdx.x, sum);"), ("thread", "norm")),
-    (Mutation("norm_dweight_misses_a_part", NORM, "part < p.parts;", "part < p.parts - 1;"), norm),
-    (Mutation("norm_too_much_shared_memory", NORM, "S::kWarps == 1 ? 0 :", "S::kWarps == 1 ? 1 << 20 :"), norm),
+    (Mutation("norm_dweight_misses_a_part", COLUMNS, "part < p.parts;", "part < p.parts - 1;"), norm),
+    (Mutation("norm_too_much_shared_memory", NORM, "S::kWarps == 1 ? 0 : (", "S::kWarps == 1 ? 1 << 20 : ("), norm),
     (Mutation("norm_strided_vectors", NORM, "(threadIdx.x % S::kTeamThreads + v * S::kTeamThreads) * V::kSize",
-              "(threadIdx.x % S::kTeamThreads * S::kVectors + v) * V::kSize"), checks.check_norm_coalescing),
+              "(threadIdx.x % S::kTeamThreads * S::kVectors + v) * V::kSize"), norm_coalescing),
+    (Mutation("norm_conflicts", NORM, "threadIdx.x % 8 >= 4", "threadIdx.x % 8 >= 8"), norm_coalescing),
+    (Mutation("norm_swapped_address", NORM, "(swap ? (e + V4::kSize) % kSize : e)", "e"), norm),
+    (Mutation("norm_second_barrier", NORM, "if constexpr (S::kTeams > 1) __syncthreads();  // the scratch", "// the"),
+     ("thread", "norm")),
+    (Mutation("norm_two_sums_one_place", NORM, "team_sum<S>(mean, scratch + 2 * S::kWarps);",
+              "team_sum<S>(mean, scratch);"),
+     ("thread", "norm")),
+    (Mutation("norm_scratch_of_one_sum", NORM, "(kCentred ? 3 : 1) * S::kWarps", "S::kWarps"), ("address", "norm")),
+    (Mutation("norm_not_centred", NORM, "h = sums[0] / float(n);", "h = 0.0f;"), checks.check_layer_norm_offset),
+    (Mutation("norm_no_shift", NORM, "shift = sums[2] / float(n)", "shift = 0.0f"), checks.check_layer_norm_offset),
+    (Mutation("norm_no_mean_of_gradient", NORM, "* slope - mean.g)", "* slope)"), layer_norm),
+    (Mutation("norm_no_bias", NORM, "if (p.bias) y += bias.get(v, e);", ""), layer_norm),
+    (Mutation("norm_dbias_place", NORM, "(int64_t(gridDim.x) + blockIdx.x) * n", "int64_t(blockIdx.x) * n"),
+     layer_norm),
+    (Mutation("norm_second_column_sum", COLUMNS, "int64_t(blockIdx.y) * p.parts * p.n", "0"), layer_norm),
 ]  # fmt: skip

@@ -40,3 +40,56 @@ def test_rms_norm(emulated: Kernels) -> None:
         emulated.module.rms_norm_fwd_cuda(x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr(), rows, n, 1e-5, 1, 0, 0)
     exact = reference.rms_norm(x[-4:].double(), weight.double(), 1e-5)
     assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_activation(emulated: Kernels) -> None:
+    """Without bias: the block that has the last vector, in all its turns."""
+    n, blocks, at_once = 1024, 2 * 132 * 8, 4 * 256
+    rows = BEYOND // n
+    x, out = (lazily(rows, n, dtype=torch.bfloat16) for _ in range(2))
+    x[-4:] = torch.randn(4, n)
+    last = (rows * n // 8 - 1) // at_once % blocks
+    with last_blocks(emulated, last + 1):
+        emulated.module.activation_fwd_cuda(x.data_ptr(), 0, out.data_ptr(), rows, n, 0, 1, 0, 0)
+    exact = reference.quick_gelu(x[-4:].double())
+    assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_activation_with_bias(emulated: Kernels) -> None:
+    """As many columns as make two rows of more than 2^31 elements; the last 32 vectors of them."""
+    n, lanes = 2**30 + 2**12, 32 * 8
+    x, out, bias = (lazily(*shape, dtype=torch.bfloat16) for shape in ((2, n), (2, n), (n,)))
+    x[:, -lanes:] = torch.randn(2, lanes)
+    bias[-lanes:] = torch.randn(lanes)
+    addresses = x.data_ptr(), bias.data_ptr()
+    with last_blocks(emulated, n // lanes):
+        emulated.module.activation_fwd_cuda(*addresses, out.data_ptr(), 2, n, 0, 1, 0, 0)
+    exact = reference.quick_gelu(x[:, -lanes:].double(), bias[-lanes:].double())
+    assert torch.allclose(out[:, -lanes:].double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_cross_entropy(emulated: Kernels) -> None:
+    """The warps of the last rows, in all their turns, forward and backward."""
+    k, blocks = 1024, 1056
+    rows = BEYOND // k
+    logits, dlogits = (lazily(rows, k, dtype=torch.bfloat16) for _ in range(2))
+    labels = torch.full((rows,), -100)
+    losses, statistics = torch.zeros(rows), torch.zeros(rows, 2)
+    last = (rows - 1) // 4 % blocks
+    logits[-4:] = torch.randn(4, k)
+    labels[-4:] = torch.tensor([0, 5, 1023, 512])
+    ends = losses.data_ptr(), 0, 0, statistics.data_ptr(), 0
+    with last_blocks(emulated, last + 1):
+        emulated.module.cross_entropy_fwd_cuda(
+            logits.data_ptr(), labels.data_ptr(), *ends, rows, k, blocks, -100, False, 1, 0, 0
+        )
+    leaf = logits[-4:].double().requires_grad_()
+    exact = reference.cross_entropy(leaf, labels[-4:], reduction="none")
+    assert torch.allclose(losses[-4:].double(), exact.detach(), rtol=1e-5)
+    one = torch.ones(())
+    addresses = one.data_ptr(), logits.data_ptr(), labels.data_ptr(), statistics.data_ptr(), 0, dlogits.data_ptr()
+    last = (rows - 1) // 4 % (2 * blocks)
+    with last_blocks(emulated, last + 1):
+        emulated.module.cross_entropy_bwd_cuda(*addresses, rows, k, False, -100, 1, 0, 0)
+    (wanted,) = torch.autograd.grad(exact.sum(), leaf)
+    assert torch.allclose(dlogits[-4:].double(), wanted, rtol=1e-2, atol=1e-6)

@@ -1,25 +1,143 @@
-"""nvcc compiles every kernel for every architecture without a warning, a spill, or memory of its own."""
+"""nvcc compiles every kernel for every architecture without a warning, a spill, or memory of its own.
 
+And into what was meant: the table of resources (resources.json), the machine code (test_sass.py).
+"""
+
+import dataclasses
+import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import compiling
+import nvcc
 import pytest
+import resources
 
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=--warn-on-spills,-v"]
+REASON = nvcc.unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+SECONDS = 180  # for the whole build on two cores
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("kernel", sorted((compiling.ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
-def test_no_spills(kernel: Path, tmp_path: Path) -> None:
-    assert NVCC is not None
-    architectures = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
-    command = [NVCC, *FLAGS, *architectures, "-c", str(kernel), "-o", str(tmp_path / "kernel.o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(found) >= 2
-    assert set(found) == {("0", "0", "0")}
+@pytest.fixture(scope="module")
+def built() -> dict[str, nvcc.Compiled]:
+    return {compiled.source.name: compiled for compiled in nvcc.compile_all()}
+
+
+@pytest.mark.parametrize("source", nvcc.sources(), ids=lambda path: path.stem)
+def test_neither_warnings_nor_spills(built: dict[str, nvcc.Compiled], source: Path) -> None:
+    compiled = built[source.name]
+    assert compiled.success, compiled.output[-3000:]
+    table = nvcc.resources(compiled)
+    for name, row in table.items():
+        assert set(row) == set(nvcc.ARCHITECTURES), name
+        for arch, has in row.items():
+            assert (has.stack, has.spill_stores, has.spill_loads) == (0, 0, 0), f"{name} for sm_{arch}: {has}"
+
+
+@pytest.mark.parametrize("source", nvcc.sources(), ids=lambda path: path.stem)
+def test_no_advice_of_the_assembler(built: dict[str, nvcc.Compiled], source: Path) -> None:
+    """C75xx: what ptxas had to do to wgmma, such as to wait for each, which costs most of its speed."""
+    found = advice(built[source.name].output)
+    assert not found, found
+
+
+def advice(output: str) -> list[str]:
+    return re.findall(r".*\(C75\d\d\).*", output)
+
+
+def test_advice_is_recognised() -> None:
+    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert advice(f"ptxas info    : 0 bytes gmem\n{line}\n") == [line]
+
+
+def test_kernels_are_found(built: dict[str, nvcc.Compiled]) -> None:
+    """Not every source has one, but what this file checks must be there."""
+    assert {"norm.cu", "quantize.cu"} <= {name for name, compiled in built.items() if nvcc.resources(compiled)}
+
+
+def test_the_build_has_every_source() -> None:
+    text = (compiling.ROOT / "CMakeLists.txt").read_text("utf-8")
+    listed = re.findall(r"(?:add_library|target_sources)\(igpt_cuda (?:STATIC|PRIVATE)\s([^)]*)\)", text)
+    assert sorted(" ".join(listed).split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
+
+
+def test_time_to_build(built: dict[str, nvcc.Compiled]) -> None:
+    seconds = {name: compiled.seconds for name, compiled in built.items()}
+    total = sum(seconds.values())
+    print(f"nvcc, all kernels for {' '.join(nvcc.ARCHITECTURES)}: {total:.0f} s of one core {seconds}")
+    assert total / 2 < SECONDS, seconds
+    assert max(seconds.values()) < SECONDS, seconds
+
+
+# ---- The table of resources ---------------------------------------------------------------------------------
+
+
+def same_version() -> str | None:
+    """Why the table says nothing about this machine's compiler."""
+    made_with = json.loads(resources.TABLE.read_text("utf-8"))["nvcc"]
+    return None if made_with == nvcc.version() else f"resources.json is of nvcc {made_with}, this is {nvcc.version()}"
+
+
+def test_resources_are_those_of_the_table(built: dict[str, nvcc.Compiled], emulated_module: ModuleType) -> None:
+    if reason := same_version():
+        pytest.skip(reason)
+    table = resources.kernels()
+    changed = resources.difference(resources.as_text(table, resources.launches(emulated_module, table)))
+    assert not changed, changed
+
+
+def test_the_launches_fit(built: dict[str, nvcc.Compiled], emulated_module: ModuleType) -> None:
+    """No launch has more threads than its kernel was compiled for, and every GPU holds at least one of its blocks."""
+    table = resources.kernels()
+    every = {name: row for rows in table.values() for name, row in rows.items()}
+    for call, rows in resources.launches(emulated_module, table).items():
+        assert rows, f"{call} launches nothing"
+        for row in rows:
+            bounds = {has.max_threads for has in every[row["kernel"]].values()}
+            assert row["threads"] <= min(bounds), (call, row)
+            assert all(int(row[arch].split()[0]) > 0 for arch in nvcc.ARCHITECTURES), (call, row)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "blocks"),
+    [
+        ("80", 32, 0, 256, 8),  # by warps: 64 / 8
+        ("80", 33, 0, 256, 6),  # by registers: 40 * 32 of a warp, 12 warps a partition
+        ("80", 255, 0, 256, 1),
+        ("80", 32, 0, 32, 32),  # by blocks
+        ("89", 32, 0, 32, 24),
+        ("86", 32, 49 * 1024, 128, 2),  # by shared memory: 100 / (49 + 1)
+        ("86", 32, 100 * 1024, 128, 0),  # more than there is
+        ("90a", 168, 100 * 1024, 384, 1),
+        ("90a", 128, 112 * 1024, 128, 2),
+    ],
+)
+def test_occupancy(arch: str, registers: int, shared: int, threads: int, blocks: int) -> None:
+    assert resources.blocks_per_multiprocessor(arch, registers, shared, threads) == blocks
+
+
+def test_a_difference_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As lines with their place, and the command that renews the table."""
+    has = nvcc.Resources(32, 0, 0, 0, 0, 256)
+    table = {"a.cu": {"f<4>": {"80": has, "90a": has}, "g": {"80": has}}}
+    calls = {"f": [{"kernel": "f<4>", "blocks": 1}]}
+    monkeypatch.setattr(resources, "TABLE", tmp_path / "resources.json")
+    monkeypatch.setattr(nvcc, "version", lambda: "13.0.0")
+    text = resources.as_text(table, calls)
+    assert json.loads(text)["kernels"]["a.cu"]["f<4>"]["90a"] == [32, 0, 0, 0, 0, 256]
+    resources.TABLE.write_text(text, "utf-8")
+    assert resources.difference(text) == ""
+    table["a.cu"]["f<4>"]["90a"] = dataclasses.replace(has, registers=40)
+    changed = resources.difference(resources.as_text(table, calls))
+    assert '-    "90a": [32, 0, 0, 0, 0, 256]' in changed
+    assert '+    "90a": [40, 0, 0, 0, 0, 256]' in changed
+    assert '"f<4>"' in changed
+    assert resources.RENEW in changed
+
+
+def test_names_are_stable() -> None:
+    space = "igpt::cuda::(anonymous namespace)::"
+    assert nvcc.short(f"void {space}f<{space}Shape<__half, 8, 4> >(igpt::cuda::Params)") == "f<Shape<__half, 8, 4>>"
+    assert nvcc.short("void igpt::cuda::f<(int)64, (bool)1>(igpt::cuda::Params)") == "f<64, 1>"
+    assert nvcc.family("f<Shape<__half, 8, 4>>") == "f"

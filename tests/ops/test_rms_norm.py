@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contract
 import pytest
 import torch
+from implementations import Implementation
 from tolerance import assert_parity
 
-from igpt_fast import ops
+from igpt_fast import backend, ops
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -93,3 +95,135 @@ def test_compile_and_vmap() -> None:
 def test_misuse(x, weight, eps: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="rms_norm: " + message):
         ops.rms_norm(x, weight, eps)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TENSORS = [torch.Size([3, 5, 64]), torch.Size([64])]
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.rms_norm(x, weight, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 97, 64), (65, 72), (2, 1032), (512,), (0, 4, 64), (3, 0, 8)])
+def test_parity(implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    contract.check_parity(implementation, ops.rms_norm, tensors(shape, shape[-1:], dtype=dtype))
+    contract.check_parity(implementation, add_rms_norm, tensors(shape, shape, shape[-1:], dtype=dtype))
+
+
+@pytest.mark.parametrize(("shape", "dtypes"), [
+    ((3, 63), (torch.float32, torch.float32)),
+    ((2, 8200), (torch.float32, torch.float32)),
+    ((2, 64), (torch.bfloat16, torch.float32)),
+    ((2, 64), (torch.float64, torch.float64)),
+])  # fmt: skip
+def test_what_no_kernel_covers_is_the_reference(
+    implementation: Implementation, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    x, weight = torch.randn(shape).to(dtypes[0]), torch.randn(shape[-1:]).to(dtypes[1])
+    contract.check_parity(implementation, ops.rms_norm, [x, weight], covered=False)
+
+
+def test_an_empty_batch_gives_a_weight_gradient_of_zero(implementation: Implementation) -> None:
+    x, weight = torch.zeros(0, 64, device=implementation.device), torch.ones(64, device=implementation.device)
+    _, dx, dweight = contract.with_gradients(ops.rms_norm, [x, weight], [x])
+    assert dx.shape == (0, 64)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+def test_layouts(implementation: Implementation) -> None:
+    contract.check_layouts(implementation, ops.rms_norm, tensors(*TENSORS))
+    contract.check_layouts(implementation, add_rms_norm, tensors(TENSORS[0], *TENSORS, dtype=torch.bfloat16))
+
+
+def test_compiles(implementation: Implementation) -> None:
+    contract.check_compiles(implementation, ops.rms_norm, tensors(*TENSORS, dtype=torch.bfloat16))
+    contract.check_compiles(implementation, add_rms_norm, tensors(TENSORS[0], *TENSORS))
+
+
+def test_second_derivative(implementation: Implementation) -> None:
+    contract.check_second_derivative(implementation, ops.rms_norm, tensors(*TENSORS))
+    contract.check_second_derivative(implementation, add_rms_norm, tensors(TENSORS[0], *TENSORS))
+
+
+def test_second_derivative_by_x_alone(implementation: Implementation) -> None:
+    """The weight needs no gradient, as of a frozen model."""
+    weight = torch.randn(64, device=implementation.device)
+    contract.check_second_derivative(implementation, lambda x: ops.rms_norm(x, weight.to(x.dtype)), tensors((3, 64)))
+
+
+def test_transforms(implementation: Implementation) -> None:
+    contract.check_transforms(implementation, ops.rms_norm, tensors(*TENSORS))
+
+
+def test_backward_in_another_thread(implementation: Implementation) -> None:
+    contract.check_backward_keeps_the_choice(implementation, ops.rms_norm, tensors(*TENSORS))
+    contract.check_backward_keeps_the_choice(implementation, add_rms_norm, tensors(TENSORS[0], *TENSORS))
+
+
+def test_shapes_alone(implementation: Implementation) -> None:
+    contract.check_shapes_alone(implementation, ops.rms_norm, tensors(*TENSORS, dtype=torch.float16))
+    contract.check_shapes_alone(implementation, add_rms_norm, tensors(TENSORS[0], *TENSORS))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_of_two_is_used(implementation: Implementation, used: int) -> None:
+    """The gradients are those of the definition, none included."""
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor | None]:
+        leaves = [t.to(implementation.device, dtype).requires_grad_() for t in inputs]
+        out = add_rms_norm(*leaves)[used]
+        return list(torch.autograd.grad(out.square().sum(), leaves, allow_unused=True))
+
+    inputs = tensors(TENSORS[0], *TENSORS)
+    with contract.launching(implementation):
+        ours = gradients(torch.float32)
+    with backend.use_backend("reference"):
+        plain, exact = gradients(torch.float32), gradients(torch.float64)
+    for mine, theirs, wanted in zip(ours, plain, exact, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert_parity(mine, theirs, wanted)
+
+
+def test_autocast(implementation: Implementation) -> None:
+    """Parameters in fp32: a residual stream in fp32 runs the kernel, 16-bit activations the definition."""
+    x, residual, weight = (t.to(implementation.device) for t in tensors((2, 64), (2, 64), (64,)))
+    with torch.autocast(implementation.device, torch.bfloat16):
+        with contract.launching(implementation):
+            out, total = ops.rms_norm(x, weight, residual=residual)
+        assert out.dtype == total.dtype == torch.float32
+        with contract.launching(implementation, some=False):
+            assert ops.rms_norm(x.bfloat16(), weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(emulation: Implementation, dtype: torch.dtype) -> None:
+    x, weight = tensors((3, 72), (72,), dtype=dtype)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    registered = torch.ops.igpt_fast
+    contract.check_opcheck(emulation, registered.rms_norm.default, (*leaves, 1e-5))
+    contract.check_opcheck(emulation, registered.add_rms_norm.default, (leaves[0], x, leaves[1], 1e-5))
+    contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, None, x, weight, 1e-5))
+    contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, x, x, weight, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "message"),
+    [
+        (torch.zeros(2, 8).bfloat16(), TypeError, "residual is torch.bfloat16; want torch.float32, x's"),
+        (torch.zeros(1, 8), ValueError, r"residual has shape \(1, 8\); want \(2, 8\), x's"),
+        (torch.zeros(2, 8).long(), TypeError, "residual is torch.int64; want a floating-point tensor"),
+        (torch.zeros(2, 8, device="meta"), ValueError, "residual is on meta, others on cpu"),
+    ],
+)
+def test_misuse_of_the_residual(residual, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="rms_norm: " + message):
+        ops.rms_norm(torch.zeros(2, 8), torch.ones(8), residual=residual)

@@ -1,11 +1,18 @@
 """sample: the generator against its published vectors, the draw against its distribution and transformers."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from drawing import assert_draws
 
 from igpt_fast import ops, reference
+
+if TYPE_CHECKING:
+    from implementations import Implementation
 
 
 @pytest.mark.parametrize(
@@ -92,3 +99,172 @@ def test_wrong_arguments() -> None:
     for options in ({"temperature": -0.1}, {"temperature": math.inf}, {"top_k": 2.5}, {"top_k": True}, {"top_p": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             ops.sample(torch.zeros(1, 5), torch.zeros(1), **options)
+
+
+SETTINGS = [(1.0, None, None), (0.8, 11, None), (1.2, None, 0.7), (0.9, 30, 0.9), (0.0, None, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("n", "k"), [(0, 16), (1, 1), (3, 65), (70, 512), (2, 1024), (2, 1025)])
+def test_parity(implementation: Implementation, dtype: torch.dtype, n: int, k: int) -> None:
+    logits, uniform = (torch.randn(n, k) * 2).to(dtype), torch.rand(n)
+    for settings in SETTINGS:
+        if implementation.module is not None:
+            implementation.module.reset_counters()
+        tokens = ops.sample(logits.to(implementation.device), uniform.to(implementation.device), *settings)
+        assert tokens.dtype == torch.int64
+        assert_draws(tokens.cpu(), logits, uniform, *settings)
+        if implementation.module is not None:
+            covered = n > 0 and k <= 1024 and dtype != torch.float64
+            assert implementation.module.counters()["launches"] == covered
+
+
+def test_non_contiguous(implementation: Implementation) -> None:
+    logits, uniform = torch.randn(64, 6) * 2, torch.rand(12)[::2]
+    wide = torch.randn(6, 3, 64).to(implementation.device)
+    for view, number in ((logits.T, uniform), (wide[:, -1], uniform), (wide[:, 1, ::2], uniform)):
+        tokens = ops.sample(view.to(implementation.device), number.to(implementation.device), 1.0, 9, 0.9)
+        assert_draws(tokens.cpu(), view.cpu(), number, 1.0, 9, 0.9)
+
+
+def test_no_distribution_gives_token_0(implementation: Implementation) -> None:
+    logits = torch.randn(4, 10)
+    logits[0, 3], logits[1, 4], logits[2] = math.nan, math.inf, -math.inf
+    for settings in SETTINGS[:4]:
+        tokens = ops.sample(logits.to(implementation.device), torch.rand(4).to(implementation.device), *settings)
+        assert tokens[:3].tolist() == [0, 0, 0]
+    greedy = ops.sample(logits.to(implementation.device), torch.zeros(4).to(implementation.device), 0.0)
+    assert greedy.tolist() == [3, 4, 0, int(logits[3].argmax())]
+
+
+def test_a_temperature_below_float32_is_greedy(implementation: Implementation) -> None:
+    logits = torch.randn(3, 10).to(implementation.device)
+    number = torch.full((3,), 0.99).to(implementation.device)
+    assert torch.equal(ops.sample(logits, number, 1e-60), logits.argmax(-1))
+
+
+def next_arguments(device: str, n: int = 3, k: int = 20, n_embd: int = 16) -> dict[str, torch.Tensor]:
+    tensors = {
+        "logits": torch.randn(n, k),
+        "streams": torch.arange(n) + 7,
+        "position": torch.tensor(2, dtype=torch.int32),
+        "wte": torch.randn(k + 1, n_embd),
+        "wpe": torch.randn(9, n_embd),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def test_next_is_sample_with_the_streams_numbers(implementation: Implementation) -> None:
+    """What generation does step by step: the numbers of ``uniform``, and the embedding that the model makes."""
+    given = next_arguments(implementation.device, n=40, k=64)
+    for t in (0, 5, 7, 8):
+        position = torch.tensor([t], dtype=torch.int32, device=implementation.device)
+        uniform = reference.uniform(3, given["streams"].cpu(), t, 1)[:, 0]
+        tokens, hidden = ops.sample_next(**given | {"position": position}, seed=3, temperature=0.9, top_k=30)
+        assert_draws(tokens.cpu(), given["logits"].cpu(), uniform, 0.9, 30, None)
+        following = given["wpe"][t + 1] if t < 8 else -given["wte"][tokens]
+        assert torch.equal(hidden, given["wte"][tokens] + following)
+
+
+def test_next_does_not_depend_on_the_batch(implementation: Implementation) -> None:
+    given = next_arguments(implementation.device, n=6)
+    position = torch.tensor([0, 3, 1, 8, 2, 2], dtype=torch.int32, device=implementation.device)
+    whole = ops.sample_next(**given | {"position": position}, seed=9)
+    for i in range(6):
+        rows = {name: given[name][i : i + 1] for name in ("logits", "streams")} | {"position": position[i : i + 1]}
+        single = ops.sample_next(**given | rows, seed=9)
+        assert torch.equal(single[0], whole[0][i : i + 1])
+        assert torch.equal(single[1], whole[1][i : i + 1])
+
+
+def test_next_edges(implementation: Implementation) -> None:
+    given = next_arguments(implementation.device, n=0)
+    tokens, hidden = ops.sample_next(**given, seed=0)
+    assert tokens.shape == (0,)
+    assert hidden.shape == (0, 16)
+    given = next_arguments(implementation.device, n_embd=0)
+    assert ops.sample_next(**given, seed=0)[1].shape == (3, 0)
+    del given["wte"], given["wpe"]
+    assert ops.sample_next(**given, seed=0)[1] is None
+
+
+def test_no_gradient(implementation: Implementation) -> None:
+    given = next_arguments(implementation.device)
+    for name in ("logits", "wte", "wpe"):
+        given[name].requires_grad_()
+    tokens, hidden = ops.sample_next(**given, seed=0)
+    assert not tokens.requires_grad
+    assert not hidden.requires_grad
+    uniform = torch.rand(3, device=implementation.device)
+    assert not ops.sample(given["logits"], uniform).requires_grad
+
+
+def test_opcheck(emulation: Implementation) -> None:
+    given = next_arguments("cpu")
+    logits, streams, position = given["logits"], given["streams"], given["position"]
+    torch.library.opcheck(torch.ops.igpt_fast.sample.default, (logits, torch.rand(3), 1.0, 5, 0.9))
+    for tables in ((given["wte"], given["wpe"]), (None, None)):
+        arguments = logits, -5, streams, position, 1.0, 0, 1.0, *tables
+        torch.library.opcheck(torch.ops.igpt_fast.sample_next.default, arguments)
+
+
+def test_compile_autocast_and_meta(implementation: Implementation) -> None:
+    given, uniform = next_arguments(implementation.device), torch.rand(3).to(implementation.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.sample, backend="aot_eager", fullgraph=True)
+    expected = ops.sample(given["logits"], uniform, 0.9, 5, 0.9)
+    assert torch.equal(compiled(given["logits"], uniform, 0.9, 5, 0.9), expected)
+    both = torch.compile(ops.sample_next, backend="aot_eager", fullgraph=True)
+    whole = ops.sample_next(**given, seed=(1 << 63) + 5, top_p=0.9)
+    for ours, theirs in zip(both(**given, seed=(1 << 63) + 5, top_p=0.9), whole, strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.autocast(implementation.device, dtype=torch.bfloat16):
+        tokens, hidden = ops.sample_next(**given, seed=(1 << 63) + 5, top_p=0.9)
+    assert torch.equal(tokens, whole[0])
+    assert torch.equal(hidden, whole[1])
+    meta = ops.sample_next(**{name: tensor.to("meta") for name, tensor in given.items()}, seed=1)
+    assert meta[0].shape == (3,)
+    assert meta[1].shape == (3, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(3, 20).long()}, TypeError, "logits is torch.int64; want a floating-point tensor"),
+        ({"logits": torch.zeros(20)}, ValueError, r"logits has shape \(20,\); want \(N, K\)"),
+        ({"seed": -1}, ValueError, "seed is -1; want an integer"),
+        ({"seed": 1 << 64}, ValueError, "seed is 18446744073709551616"),
+        ({"streams": torch.zeros(3)}, TypeError, "streams is torch.float32; want an int64 tensor"),
+        ({"streams": torch.zeros(2).long()}, ValueError, r"streams has shape \(2,\); want \(N,\) = \(3,\)"),
+        ({"position": 3}, TypeError, "position is int; want an int32 tensor"),
+        ({"position": torch.zeros(2).int()}, ValueError, r"position has shape \(2,\)"),
+        ({"position": torch.zeros(1, device="meta").int()}, ValueError, "position is on meta, logits on cpu"),
+        ({"wte": None}, ValueError, "wte is None; give both or neither"),
+        ({"wpe": torch.zeros(9, 16).half()}, TypeError, "wte is torch.float32, wpe torch.float16"),
+        ({"wte": torch.zeros(19, 16)}, ValueError, r"wte has shape \(19, 16\); want \(V, n_embd\) with V >= 20"),
+        ({"wpe": torch.zeros(9, 15)}, ValueError, r"wpe has shape \(9, 15\); want \(n_positions, 16\)"),
+        ({"wpe": torch.zeros(9, 16, device="meta")}, ValueError, "wpe is on meta"),
+        ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+        ({"top_k": 0}, ValueError, "top_k is 0"),
+        ({"top_p": 2.0}, ValueError, "top_p is 2.0"),
+    ],
+)
+def test_next_misuse(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="sample_next: " + message):
+        ops.sample_next(**{**next_arguments("cpu"), "seed": 0, **change})
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_on() -> None:
+    """One graph, replayed with the next position in the same memory."""
+    given = next_arguments("cuda", n=8, k=512)
+    graph = torch.cuda.CUDAGraph()
+    ops.sample_next(**given, seed=5)
+    with torch.cuda.graph(graph):
+        tokens, hidden = ops.sample_next(**given, seed=5)
+    for t in range(8):
+        given["position"].fill_(t)
+        graph.replay()
+        expected = ops.sample_next(**given, seed=5)
+        assert torch.equal(tokens, expected[0])
+        assert torch.equal(hidden, expected[1])

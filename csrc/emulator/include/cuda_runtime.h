@@ -106,6 +106,8 @@ struct Where {
 };
 
 void barrier(Where where);
+// Ends the launch with an error.
+[[noreturn]] void trap(Where where);
 // Waits for the lanes of `mask`. `orders`: whether memory is ordered among them, as by __syncwarp.
 void sync_warp(unsigned mask, Where where);
 // What lane `source` of the warp brings as `bits`, once all lanes of `mask` have called.
@@ -131,6 +133,9 @@ T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
 // The last two arguments say where the call stands. A lane outside its segment of `width` keeps its own value.
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     igpt::emulator::barrier({file, line});
+}
+[[noreturn]] inline void __trap(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    igpt::emulator::trap({file, line});
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     igpt::emulator::sync_warp(mask, {file, line});

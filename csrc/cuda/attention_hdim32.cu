@@ -1,0 +1,10 @@
+// The attention kernels of head dimension 32; see attention_fwd.cuh and attention_bwd.cuh.
+#include "attention_bwd.cuh"
+#include "attention_fwd.cuh"
+
+namespace igpt::cuda::attention {
+
+template int forward<32>(const AttentionFwdParams& params);
+template int backward<32>(const AttentionBwdParams& params);
+
+}  // namespace igpt::cuda::attention

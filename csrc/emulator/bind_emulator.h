@@ -1,0 +1,73 @@
+// The emulator's schedule and counters for Python: what every test module of compiled kernels has.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "emulator.h"
+#include "record.h"
+
+namespace igpt::emulator {
+
+inline void set_schedule_by_name(const std::string& order, uint64_t seed) {
+    const std::map<std::string, Order> orders{
+        {"fifo", Order::fifo}, {"random", Order::random}, {"skewed", Order::skewed}};
+    set_schedule({orders.at(order), seed});
+}
+
+inline std::map<std::string, uint64_t> counters_by_name() {
+    const Counters c = counters();
+    return {
+        {"launches", c.launches},
+        {"barriers", c.barriers},
+        {"collectives", c.collectives},
+        {"load_requests", c.load_requests},
+        {"load_sectors", c.load_sectors},
+        {"load_bytes", c.load_bytes},
+        {"store_requests", c.store_requests},
+        {"store_sectors", c.store_sectors},
+        {"store_bytes", c.store_bytes},
+        {"shared_requests", c.shared_requests},
+        {"shared_wavefronts", c.shared_wavefronts},
+        {"shared_conflicts", c.shared_conflicts},
+        {"mma", c.mma},
+        {"ldmatrix", c.ldmatrix},
+        {"ldmatrix_wavefronts", c.ldmatrix_wavefronts},
+        {"async_copies", c.async_copies},
+        {"tile_copies", c.tile_copies},
+        {"tile_bytes", c.tile_bytes},
+        {"wgmma", c.wgmma},
+    };
+}
+
+// (kernel's address in the module, blocks, threads of a block, bytes of shared memory) for each.
+using LaunchTuple = std::tuple<uint64_t, uint64_t, uint32_t, size_t>;
+
+inline std::vector<LaunchTuple> stop_recording_tuples() {
+    std::vector<LaunchTuple> found;
+    for (const Launch& l : stop_recording()) {
+        found.emplace_back(l.kernel, uint64_t(l.grid.x) * l.grid.y * l.grid.z, l.block.x * l.block.y * l.block.z,
+                           l.shared_bytes);
+    }
+    return found;
+}
+
+inline void bind_emulator(pybind11::module_& m) {
+    m.def("set_schedule", &set_schedule_by_name, pybind11::arg("order"), pybind11::arg("seed") = 0);
+    m.def("set_blocks", &set_blocks, pybind11::arg("first") = 0, pybind11::arg("count") = kAllBlocks,
+          "Launches run only these blocks, by linear index; without arguments, all.");
+    m.def("counters", &counters_by_name, "Since the last reset, by name; see emulator.h.");
+    m.def("reset_counters", &reset_counters);
+    m.def("start_recording", &start_recording, "Launches are written down from now on, and nothing runs.");
+    m.def(
+        "stop_recording", &stop_recording_tuples,
+        "Launches run again. Those since the start: (kernel's address in the module, blocks, threads, shared bytes).");
+}
+
+}  // namespace igpt::emulator

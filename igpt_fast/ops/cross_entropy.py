@@ -1,0 +1,151 @@
+"""The loss: cross-entropy over the last dimension, in nats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    cuda_kernels,
+    dense,
+    differentiate,
+    is_plain,
+    register,
+    use_kernel,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """``-log softmax(logits)[label]`` in nats over the last dimension; torch's, of logits in fp32.
+
+    The kernel reads the logits once forward, and reads them and writes their gradient backward; it keeps 8 bytes a row.
+
+    Args:
+        logits: (..., K), floating point, K >= 1; computed in fp32 (fp64 in fp64). An entry may be ``-inf``.
+        labels: (...) int64. A label that is neither in 0..K-1 nor ``ignore_index`` is an error: the reference raises
+            ``IndexError`` (on a CUDA device, an assertion there); the kernel, which cannot, gives a loss of NaN for its
+            row, and so for a mean or sum, and a gradient of zero.
+        ignore_index: Rows with this label give 0 and count for nothing.
+        reduction: ``"mean"`` over the rows that count (NaN of none), ``"sum"`` or ``"none"``.
+
+    Returns:
+        fp32 (fp64 for fp64): (), or the shape of ``labels`` for ``"none"``. On a CUDA device the kernel's count never
+        passes through the host.
+
+    Raises:
+        TypeError: ``logits`` are not floating point, ``labels`` not int64, or ``ignore_index`` no integer.
+        ValueError: The shapes do not fit, two devices, or another ``reduction``.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: torch.nn.functional.cross_entropy.
+    """
+    _check(logits, labels, ignore_index, reduction)
+    if not (_covered(logits) and use_kernel("cross_entropy", logits, labels)):
+        return reference.cross_entropy(logits, labels, ignore_index, reduction)
+    if is_plain(logits, labels):
+        return _forward(logits, labels, ignore_index, reduction)[0]
+    loss: Tensor = torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
+    return loss
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
+    check_floating("cross_entropy", logits=logits)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"cross_entropy: labels is {got}; want a tensor of int64")
+    if labels.device != logits.device:
+        raise ValueError(f"cross_entropy: labels is on {labels.device}, logits on {logits.device}; want one device")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits has shape {tuple(logits.shape)}; want (..., K) with K >= 1")
+    if labels.shape != logits.shape[:-1]:
+        want = tuple(logits.shape[:-1])
+        raise ValueError(f"cross_entropy: labels has shape {tuple(labels.shape)}; want {want}, logits' but the last")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"cross_entropy: ignore_index is {ignore_index!r}; want an integer")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"cross_entropy: reduction is {reduction!r}; want one of {', '.join(REDUCTIONS)}")
+
+
+def _covered(logits: Tensor) -> bool:
+    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    return logits.dtype in DTYPES and logits.shape[-1] <= 65536
+
+
+def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward: the loss, how many rows count (empty for "none"), and each row's part for the backward."""
+    kernels = cuda_kernels("cross_entropy", logits)
+    logits, labels = dense(logits), labels.contiguous()
+    rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"
+    parts = kernels.module.cross_entropy_parts(rows)
+    loss, count, statistics = _fake_forward(logits, labels, ignore_index, reduction)
+    partial = torch.empty((parts, 2), dtype=torch.float32, device=logits.device)
+    losses, total, counted = (loss, None, None) if each else (None, loss, count)
+    addresses = map(address, (logits, labels, losses, total, counted, statistics, partial))
+    settings = ignore_index, reduction == "mean", DTYPES[logits.dtype]
+    kernels.module.cross_entropy_fwd_cuda(*addresses, rows, k, parts, *settings, *kernels.place)
+    return loss, count, statistics
+
+
+def _backward(
+    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Launches the backward: the gradient of logits. ``count`` divides it, where the loss was a mean."""
+    kernels = cuda_kernels("cross_entropy", logits)
+    dloss, logits, labels = dense(dloss), dense(logits), labels.contiguous()
+    dlogits = torch.empty_like(logits)
+    addresses = map(address, (dloss, logits, labels, statistics, count, dlogits))
+    sizes = labels.numel(), logits.shape[-1], dloss.shape == labels.shape
+    kernels.module.cross_entropy_bwd_cuda(*addresses, *sizes, ignore_index, DTYPES[logits.dtype], *kernels.place)
+    return dlogits
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    each = reduction == "none"
+    loss = logits.new_empty(labels.shape if each else (), dtype=torch.float32)
+    count = logits.new_empty((0,) if each else (1,), dtype=torch.float32)
+    return loss, count, logits.new_empty((*labels.shape, 2), dtype=torch.float32)
+
+
+def _fake_backward(
+    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, ctx.ignore_index, ctx.reduction = inputs
+    _, count, statistics = output
+    ctx.mark_non_differentiable(count, statistics)
+    ctx.save_for_backward(logits, labels, statistics, count)
+
+
+def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    logits, labels, statistics, count = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = logits, labels, ctx.ignore_index, ctx.reduction
+        return differentiate(reference.cross_entropy, inputs, dloss)[0], None, None, None
+    divisor = count if ctx.reduction == "mean" else None
+    dlogits = torch.ops.igpt_fast.cross_entropy_bwd(dloss, logits, labels, statistics, divisor, ctx.ignore_index)
+    return dlogits, None, None, None
+
+
+register(
+    "cross_entropy(Tensor logits, Tensor labels, int ignore_index, str reduction) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward=(_save, _differentiate),
+)
+register(
+    "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor statistics, Tensor? count, int ignore_index)"
+    " -> Tensor",
+    _backward,
+    _fake_backward,
+)

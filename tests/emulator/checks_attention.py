@@ -1,0 +1,226 @@
+"""What the attention kernels have to stand up to, as functions: the tests call them, and so do the mutations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from checks import SCHEDULES, Counted, schedule
+from kernels import DTYPES, Kernels
+from tolerance import assert_parity
+from torch import Tensor
+
+from igpt_fast import backend, ops, reference
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem: queries, keys, values, the upstream gradient, and what is hidden."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    starts: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def shown(self) -> Tensor:
+        """(B, T_k) bool."""
+        b, t_k = self.k.shape[0], self.k.shape[2]
+        shown = torch.ones(b, t_k, dtype=torch.bool, device=self.q.device)
+        shown = shown if self.key_mask is None else self.key_mask
+        return shown if self.starts is None else reference.shown_keys(self.starts, t_k, shown)
+
+
+def eighths(*shape: int) -> Tensor:
+    """Numbers whose products add up without rounding: of a query with a single key, delta is dP exactly, and so is the
+    gradient of its score zero, whatever the order of the sums."""
+    return torch.randn(shape).mul(8).round().div(8)
+
+
+def make(device: str, dtype: torch.dtype, d: int, t_q: int, t_k: int, mask: str = "", b: int = 2, h: int = 1) -> Case:
+    """``mask``: "starts", "keys", "both" or nothing. The first batch row's starts hide nothing, the last one's most."""
+    q, k, v, dout = (eighths(b, h, t, d).to(dtype).to(device) for t in (t_q, t_k, t_k, t_q))
+    starts = torch.linspace(0, 0.7 * t_k, b).round().int().to(device) if mask in ("starts", "both") else None
+    key_mask = torch.rand(b, t_k).lt(0.7).to(device) if mask in ("keys", "both") else None
+    return Case(q, k, v, dout, starts, key_mask)
+
+
+def heads_apart(x: Tensor) -> Tensor:
+    """The same values in the memory of (B, T, H, D), with the rest of a packed projection, NaN, in between."""
+    b, h, t, d = x.shape
+    packed = torch.full((b, t, 3, h, d), torch.nan, dtype=x.dtype, device=x.device)
+    packed[:, :, 1] = x.transpose(1, 2)
+    return packed[:, :, 1].transpose(1, 2)
+
+
+def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
+    """out, lse, dq, dk, dv by the kernels, into memory that is NaN before."""
+    inputs = [heads_apart(x) for x in (case.q, case.k, case.v)]
+    (b, h, t_q, d), t_k, device = case.q.shape, case.k.shape[2], case.q.device
+    out, dq, dk, dv = (heads_apart(torch.full_like(x, torch.nan)) for x in (case.q, case.q, case.k, case.k))
+    lse = torch.full((b, h, t_q), torch.nan, device=device)
+    terms = torch.full((b, h, t_q, 2), torch.nan, device=device)
+    mask = case.key_mask
+    hidden = (
+        0 if case.starts is None else case.starts.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None else mask.stride(0),
+    )
+    sizes, dtype = (b, h, t_q, t_k, d), DTYPES[case.q.dtype]
+    place = lambda *tensors: [(x.data_ptr(), *x.stride()[:3]) for x in tensors]  # noqa: E731
+    forward, backward = kernels.module.causal_attention_fwd_cuda, kernels.module.causal_attention_bwd_cuda
+    stream = kernels._place()
+    forward(*place(*inputs, out), lse.data_ptr(), sizes, hidden, case.scale, rows, dtype, *stream)
+    everything = place(*inputs, out, case.dout, dq, dk, dv)
+    backward(*everything, lse.data_ptr(), terms.data_ptr(), sizes, hidden, case.scale, dtype, *stream)
+    return [out, lse, dq, dk, dv]
+
+
+def define(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The same without kernels in a dtype: through torch's attention, whose gradient has its correction from out, which
+    is rounded, as the kernels'. lse is in fp32 at least, of scores that are rounded to the dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    with backend.use_backend("reference"):
+        out, _ = ops.causal_attention(*leaves, case.scale, case.key_mask, starts=case.starts)
+    gradients = torch.autograd.grad(out, leaves, case.dout.to(dtype))
+    visible = reference.visible_keys(case.q.shape[2], case.k.shape[2], case.shown(), case.q.device)
+    q, k, _ = (x.detach() for x in leaves)
+    scores = (q @ k.transpose(-1, -2)) * case.scale
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = scores.to(wide).masked_fill(~visible, -torch.inf).logsumexp(-1)
+    return [out.detach(), lse.to(dtype), *gradients]
+
+
+def check(
+    kernels: Kernels, dtype: torch.dtype, d: int, t_q: int, t_k: int, mask: str = "", rows: int = 0, b: int = 2
+) -> None:
+    """Output, lse and gradients against the definition in float64, by the tolerance rule."""
+    case = make(kernels.device, dtype, d, t_q, t_k, mask, b)
+    ours, plain, exact = run(kernels, case, rows), define(case, dtype), define(case, torch.float64)
+    nothing = exact[1] == -torch.inf  # a query without a key
+    assert torch.equal(ours[1] == -torch.inf, nothing), "lse"
+    for i in (0, 2):
+        assert not ours[i][nothing].any(), NAMES[i]
+    hidden = ~case.shown()[:, None, :].expand(case.k.shape[:3])
+    for i in (3, 4):
+        assert not ours[i][hidden].any(), NAMES[i]
+    for name, mine, theirs, wanted in zip(NAMES, ours, plain, exact, strict=True):
+        finite = [x.masked_fill(nothing, 0.0) if name == "lse" else x for x in (mine, theirs, wanted)]
+        assert_parity(*finite, name)
+
+
+def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
+    """The same bits whatever the order of the threads."""
+    case = make(kernels.device, torch.bfloat16, d, 80, 140, "both", b=1, h=2)
+    expected = None
+    for order, seed in SCHEDULES:
+        schedule(kernels, order, seed)
+        found = run(kernels, case, rows)
+        expected = found if expected is None else expected
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (order, seed)
+    schedule(kernels, "fifo", 0)
+
+
+def check_poison(kernels: Kernels) -> None:
+    """What stands in hidden keys, and in queries before the first key of `starts`, reaches nothing."""
+    for d, mask in ((64, "both"), (32, "starts"), (96, "keys")):
+        clean = make(kernels.device, torch.bfloat16, d, 70, 75, mask)
+        hidden = ~clean.shown()[:, None, :, None]
+        k, v = (x.masked_fill(hidden, torch.nan) for x in (clean.k, clean.v))
+        poisoned = replace(clean, k=k, v=v)
+        if clean.starts is not None:
+            before = torch.arange(5, 75, device=kernels.device) < clean.starts[:, None]
+            q, dout = (x.masked_fill(before[:, None, :, None], torch.nan) for x in (clean.q, clean.dout))
+            poisoned = replace(poisoned, q=q, dout=dout)
+        found, expected = run(kernels, poisoned), run(kernels, clean)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (d, mask)
+
+
+def check_access(kernels: Kernels) -> None:
+    """No bank conflicts, in ldmatrix neither; whole sectors of global memory."""
+    for d in (32, 64, 96, 128):
+        case = make("cpu", torch.bfloat16, d, 128, 128, b=1)
+        with Counted(kernels) as counted:
+            run(kernels, case)
+        assert counted["ldmatrix_wavefronts"] == 4 * counted["ldmatrix"], (d, dict(counted))
+        assert counted["shared_conflicts"] == 0, (d, dict(counted))
+        # lse and terms are read and written by fours and eights of bytes, in runs of 32 and 64 bytes at least.
+        assert counted["load_sectors"] * 32 <= counted["load_bytes"] * 1.05, (d, dict(counted))
+        assert counted["store_sectors"] * 32 == counted["store_bytes"], (d, dict(counted))
+
+
+def mma_of(kernels: Kernels, case: Case, rows: int) -> int:
+    with Counted(kernels) as counted:
+        run(kernels, case, rows)
+    return counted["mma"]
+
+
+def check_skipping(kernels: Kernels) -> None:
+    """Only tiles with a shown key in them are multiplied: by warps of 16 rows with blocks of 64."""
+    t, d = 192, 96  # 64 rows in the backward too
+    case = make("cpu", torch.bfloat16, d, t, t, b=1)
+    tile = 4 * (64 // 8) * (d // 16)  # mma of one product of 64 x 64 x d
+    pairs = 1 + 2 + 3
+    assert mma_of(kernels, case, 64) == (2 + 4 + 3) * pairs * tile
+    # A start in the last tile leaves one pair to the query tiles, and the others have none.
+    late = replace(case, starts=torch.tensor([130], dtype=torch.int32))
+    assert mma_of(kernels, late, 64) == (2 + 4 + 3) * tile
+    # Blocks of 128 queries: where a tile is beyond all 32 queries of a warp, it skips its part.
+    d = 64
+    case = make("cpu", torch.bfloat16, d, t, t, b=1)
+    warps = sum(1 for first in range(0, 256, 32) for n0 in range(0, t, 64) if n0 <= first + 31)
+    tile = 2 * (64 // 8) * (d // 16)  # of 32 x 64 x d
+    assert mma_of(kernels, case, 128) - mma_of(kernels, case, 64) == 2 * tile * warps - 2 * pairs * 2 * tile
+
+
+def check_order(kernels: Kernels) -> None:
+    """More pairs of batch and head than fit into a group: the last group's blocks are those of its pairs."""
+    pairs, t, d = 3100, 65, 32
+    group = (24 << 20) // (t * d * 4)
+    assert group < pairs
+    q = eighths(pairs, 1, t, d).bfloat16()
+    out, lse = torch.full_like(q, torch.nan), torch.full((pairs, 1, t), torch.nan)
+    tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, q, q, out)]
+    kernels.module.set_blocks(2 * group, 2 * (pairs - group))
+    try:
+        kernels.module.causal_attention_fwd_cuda(
+            *tensors, lse.data_ptr(), (pairs, 1, t, t, d), (0, 0, 0), 0.2, 64, 1, 0, 0
+        )
+    finally:
+        kernels.module.set_blocks()
+    assert lse[:group].isnan().all()
+    assert not lse[group:].isnan().any()
+    assert not out[group:].isnan().any()
+
+
+def check_huge(kernels: Kernels) -> None:
+    """Strides beyond 2^31 elements, of batch rows and of positions: the same bits as of small ones."""
+    for dtype, b, t, stride in ((torch.bfloat16, 2, 5, 2**31 + 64), (torch.float16, 1, 34, 2**26 + 8)):
+        case = make("cpu", dtype, 32, t, t, b=b)
+        try:
+            memory = torch.empty(2**31 + 2**27, dtype=dtype)
+        except RuntimeError:
+            return  # the system promises no more memory than it has
+        places = []
+        for i, x in enumerate((case.q, case.k, case.v, case.q, case.dout, case.q, case.k, case.v)):
+            strides = (stride, 8, 256, 1) if b > 1 else (8, 8, stride, 1)
+            far = memory[32 * i :].as_strided(x.shape, strides, 32 * i)
+            far.copy_(torch.full_like(x, torch.nan) if i in (3, 5, 6, 7) else x)
+            places.append(far)
+        lse, terms = torch.empty(b, 1, t), torch.empty(b, 1, t, 2)
+        tensors = [(x.data_ptr(), *x.stride()[:3]) for x in places]
+        sizes, kind = (b, 1, t, t, 32), DTYPES[dtype]
+        launch = kernels.module
+        launch.causal_attention_fwd_cuda(*tensors[:4], lse.data_ptr(), sizes, (0, 0, 0), case.scale, 0, kind, 0, 0)
+        pointers = lse.data_ptr(), terms.data_ptr()
+        launch.causal_attention_bwd_cuda(*tensors, *pointers, sizes, (0, 0, 0), case.scale, kind, 0, 0)
+        expected = run(kernels, case)
+        for i, wanted in ((3, 0), (5, 2), (6, 3), (7, 4)):
+            assert torch.equal(places[i], expected[wanted]), (b, NAMES[wanted])

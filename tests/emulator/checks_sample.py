@@ -1,0 +1,219 @@
+"""What sample.cu has to stand up to, through the public ops; see checks.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from checks import SCHEDULES, Counted, schedule
+from drawing import assert_draws
+from kernels import Kernels
+
+from igpt_fast import backend, ops, reference
+
+# temperature, top_k, top_p
+SETTINGS: list[tuple[float, int | None, float | None]] = [
+    (1.0, None, None),
+    (0.7, None, 1.0),
+    (1.3, 5, None),
+    (1.0, 1, None),
+    (0.9, None, 0.8),
+    (1.0, None, 1e-9),
+    (1.1, 40, 0.95),
+    (0.0, 3, 0.5),
+]
+
+
+@contextmanager
+def serving(kernels: Kernels) -> Iterator[None]:
+    """The kernels serve the ops; that they did is made sure of by their launches."""
+    if kernels.device != "cpu":
+        with backend.use_backend("cuda"):
+            yield
+        return
+    kernels.module.reset_counters()
+    with backend.use_backend("auto"), backend.emulate(kernels.module):
+        yield
+    assert kernels.module.counters()["launches"] > 0, "no kernel ran"
+
+
+def rows(n: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a trained model's spread, some equal, some impossible; uniform numbers."""
+    logits = torch.randn(n, k) * 2.5
+    logits[:, k // 3 : k // 2] = logits[:, :1]
+    logits[:, k // 2 : k // 2 + k // 16] = -torch.inf
+    return logits.to(dtype), torch.rand(n)
+
+
+def check_draws(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None:
+    logits, uniform = rows(n, k, dtype)
+    on_device, numbers = logits.to(kernels.device), uniform.to(kernels.device)
+    for settings in SETTINGS:
+        with serving(kernels):
+            ours = ops.sample(on_device, numbers, *settings).cpu()
+        assert_draws(ours, logits, uniform, *settings)
+
+
+def check_ties(kernels: Kernels) -> None:
+    """Equal logits are kept by top-k together, and by top-p from the lowest id on; -0 equals 0."""
+    logits = torch.zeros(64, 100)
+    logits[:, 30:] = -1.0
+    logits[:, ::3] = -0.0
+    uniform = (torch.arange(64) + 0.5) / 64
+    for settings in ((1.0, 7, None), (1.0, None, 0.103), (0.5, 20, 0.71), (0.0, None, None), (1e-30, None, None)):
+        with serving(kernels):
+            ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), *settings).cpu()
+        assert torch.equal(ours, reference.sample(logits, uniform, *settings)), settings
+
+
+def check_edges(kernels: Kernels) -> None:
+    """Ends of the distribution and of the numbers; rows without a distribution."""
+    inf, nan = torch.inf, torch.nan
+    logits = torch.randn(12, 9)
+    logits[0, :] = -inf
+    logits[1, 4], logits[1, 6] = -nan, nan
+    logits[2, 5] = inf
+    logits[3, 0], logits[3, 8] = inf, nan
+    logits[4, :8] = -inf
+    logits[5, 1:] = -inf
+    logits[6, 7:] = -inf
+    logits[7] = torch.finfo(torch.float32).min
+    logits[8, 2] = torch.finfo(torch.float32).max
+    almost = 1.0 - 2.0**-24
+    for number in (0.0, 0.5, almost):
+        uniform = torch.full((12,), number)
+        for settings in (*SETTINGS, (1e-40, None, None), (1e-50, None, None), (1e30, 3, 0.5), (1.0, 8, 0.999)):
+            with serving(kernels):
+                ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), *settings).cpu()
+            assert torch.equal(ours, reference.sample(logits, uniform, *settings)), (number, settings)
+
+
+def check_boundaries(kernels: Kernels) -> None:
+    """Equal weights: the numbers on a boundary belong to the next token, and a K that fills no vector has an end."""
+    for k in (4, 64, 512, 1024):
+        uniform = torch.arange(k) / k
+        with serving(kernels):
+            ours = ops.sample(torch.zeros(k, k, device=kernels.device), uniform.to(kernels.device)).cpu()
+        assert torch.equal(ours, torch.arange(k)), k
+    for top_p, last in ((0.5, 1), (0.75, 2), (0.25, 0)):  # what stands before the third is half, which is enough
+        with serving(kernels):
+            ours = ops.sample(
+                torch.zeros(1, 4, device=kernels.device), torch.ones(1).to(kernels.device) * 0.99, 1.0, None, top_p
+            )
+        assert ours.tolist() == [last], top_p
+    for k in (5, 513, 1023):
+        uniform = torch.full((2,), 1.0 - 2.0**-24)
+        with serving(kernels):
+            ours = ops.sample(torch.zeros(2, k, device=kernels.device), uniform.to(kernels.device)).cpu()
+        assert ours.tolist() == [k - 1] * 2
+
+
+def check_next(kernels: Kernels, dtype: torch.dtype, n_embd: int, shared_position: bool) -> None:
+    """Numbers of the rows' own streams, and the next input bit for bit, zeros behind the last position."""
+    n, k, n_positions, seed = 5, 77, 12, (1 << 64) - 12345
+    logits, _ = rows(n, k)
+    streams = torch.tensor([0, 1, (1 << 32) + 1, (1 << 62) + 77, 5])
+    wte, wpe = torch.randn(k + 1, n_embd).to(dtype), torch.randn(n_positions, n_embd).to(dtype)
+    position = torch.tensor(10 if shared_position else [0, 10, 11, 3, 12], dtype=torch.int32)
+    uniform = reference.uniform_at(seed, streams, position)
+    on_device = [t.to(kernels.device) for t in (logits, streams, position, wte, wpe)]
+    for settings in ((1.0, None, None), (0.9, 20, 0.9), (0.0, None, None)):
+        with serving(kernels):
+            tokens, hidden = ops.sample_next(on_device[0], seed, *on_device[1:3], *settings, *on_device[3:])
+            alone, nothing = ops.sample_next(on_device[0], seed, *on_device[1:3], *settings)
+        assert nothing is None
+        assert_draws(tokens.cpu(), logits, uniform, *settings)
+        assert torch.equal(alone, tokens)
+        following = position.expand(n).long() + 1
+        expected = wte[tokens.cpu()] + wpe[following.clamp(max=n_positions - 1)]
+        expected[following >= n_positions] = 0.0
+        assert torch.equal(hidden.cpu(), expected), settings
+
+
+def check_numbers(kernels: Kernels) -> None:
+    """All 1024 tokens equally likely: the token is the top ten bits of the number, for any key and counter."""
+    n = 40
+    streams, position = torch.randint(0, 1 << 62, (n,)), torch.randint(0, 1 << 30, (n,)).int()
+    logits = torch.zeros(1, 1024, device=kernels.device).expand(n, -1)
+    for seed in (0, 1, 1 << 32, (1 << 64) - 1, 0x0123456789ABCDEF):
+        with serving(kernels):
+            ours, _ = ops.sample_next(logits, seed, streams.to(kernels.device), position.to(kernels.device))
+        assert torch.equal(ours.cpu(), (reference.uniform_at(seed, streams, position) * 1024).long())
+
+
+def check_schedules(kernels: Kernels) -> None:
+    for k in (512, 900):
+        logits, uniform = rows(3, k)
+        results = []
+        for order, seed in SCHEDULES:
+            schedule(kernels, order, seed)
+            with serving(kernels):
+                found = [ops.sample(logits, uniform, *settings) for settings in SETTINGS]
+            results.append(torch.stack(found))
+        assert all(torch.equal(result, results[0]) for result in results)
+        for tokens, settings in zip(results[0], SETTINGS, strict=True):
+            assert_draws(tokens, logits, uniform, *settings)
+
+
+def check_batches(kernels: Kernels) -> None:
+    """A row's token is the same in any batch, at any place, and from rows that stand apart."""
+    logits, uniform = rows(9, 512)
+    wide = torch.full((9, 3, 512), torch.nan, device=kernels.device)
+    wide[:, 1] = logits.to(kernels.device)
+    apart, numbers = wide[:, 1], uniform.to(kernels.device)
+    likely_end = apart.clone()
+    likely_end[:, 509:] = 50.0  # behind the rows of 509
+    for settings in SETTINGS:
+        with serving(kernels):
+            whole = ops.sample(logits.to(kernels.device), numbers, *settings)
+            single = torch.cat([ops.sample(apart[i : i + 1], numbers[i : i + 1], *settings) for i in range(9)])
+            turned = ops.sample(apart.flip(0), numbers.flip(0), *settings).flip(0)
+            strided = ops.sample(apart, numbers, *settings)
+            off = ops.sample(wide[:, 1, 1:509], numbers, *settings)
+            expected_off = ops.sample(logits[:, 1:509].to(kernels.device).contiguous(), numbers, *settings)
+            ragged = ops.sample(likely_end[:, :509], numbers, *settings)
+            expected_ragged = ops.sample(likely_end[:, :509].contiguous(), numbers, *settings)
+        assert torch.equal(single, whole)
+        assert torch.equal(turned, whole)
+        assert torch.equal(strided, whole)
+        assert torch.equal(off, expected_off)
+        assert torch.equal(ragged, expected_ragged)
+
+
+def check_accesses(kernels: Kernels) -> None:
+    """Each logit is read once, in whole sectors; so are the embeddings; no conflict without top-k and top-p."""
+    n, k, n_embd = 2, 512, 256
+    logits, wte, wpe = torch.randn(n, k), torch.randn(k, n_embd), torch.randn(8, n_embd)
+    position = torch.tensor(3, dtype=torch.int32)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        tables = wte.to(dtype), wpe.to(dtype)
+        with Counted(kernels) as counted, serving(kernels):
+            ops.sample_next(logits.to(dtype), 0, torch.arange(n), position, 1.0, None, None, *tables)
+        assert counted["load_bytes"] == counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size, dict(counted)
+        assert counted["store_bytes"] == counted["store_sectors"] * 32 == n * n_embd * size, dict(counted)
+        assert counted["shared_conflicts"] == 0, dict(counted)
+        assert counted["barriers"] == 3 * n, dict(counted)
+    with Counted(kernels) as counted, serving(kernels):
+        ops.sample(logits, torch.rand(n), 1.0, 9, None)
+    assert counted["shared_conflicts"] == 0, dict(counted)
+
+
+def check_far_rows(kernels: Kernels) -> None:
+    """Rows, and embeddings, that begin behind the first 2^32 elements: offsets of 64 bits."""
+    logits, uniform = rows(1, 100)
+    tokens, last, stride = torch.full((4,), -1), 3, 1 << 31
+    from_logits = logits.data_ptr() - 4 * last * stride
+    arguments = from_logits, stride, 0, uniform.data_ptr() - 4 * last, 0, 0, 0, 0, 1.0, 0, 1.0, tokens.data_ptr()
+    kernels.module.set_blocks(last, 1)
+    try:
+        kernels.module.sample_cuda(*arguments, 0, 0, 0, 0, 0, 0, 4, 100, *kernels._place())
+    finally:
+        kernels.module.set_blocks()
+    assert_draws(tokens[last:], logits, uniform)
+    n_embd, position = 1 << 12, torch.tensor([1 << 21], dtype=torch.int32)
+    wte, wpe, hidden = torch.randn(100, n_embd), torch.randn(1, n_embd), torch.zeros(1, n_embd)
+    from_wpe = wpe.data_ptr() - 4 * n_embd * (int(position) + 1)
+    streams, token = torch.zeros(1).long(), tokens[:1]
+    arguments = logits.data_ptr(), 100, 0, 0, 0, streams.data_ptr(), position.data_ptr(), 0, 1.0, 0, 1.0
+    tables = token.data_ptr(), wte.data_ptr(), from_wpe, hidden.data_ptr(), 0, n_embd, 1 << 30
+    kernels.module.sample_cuda(*arguments, *tables, 1, 100, *kernels._place())
+    assert torch.equal(hidden, wte[token] + wpe)

@@ -1,0 +1,216 @@
+"""Compiles csrc/cuda with nvcc as the build does, once for all tests; keeps what it made in build/nvcc.
+
+A folder there is named after the hash of everything that goes into it, as in compiling.py: a change compiles again
+the sources that it touches.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import compiling
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+CACHE = compiling.ROOT / "build" / "nvcc"
+CUDA = compiling.ROOT / "csrc" / "cuda"
+ARCHITECTURES = ("80", "86", "89", "90a")  # the -real ones of cmake/find_cuda.cmake
+FLAGS = (
+    *("-std=c++17", "-O3", "-DNDEBUG", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC"),
+    *("-Xptxas=--warn-on-spills,-v", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES)),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one kernel for one architecture."""
+
+    registers: int
+    shared: int  # bytes, static
+    stack: int  # bytes a thread
+    spill_stores: int
+    spill_loads: int
+    max_threads: int  # of __launch_bounds__
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One source: whether nvcc took it, what it said, and the folder with a .ptx and a .cubin an architecture."""
+
+    source: Path
+    folder: Path
+    output: str
+    success: bool
+    seconds: float  # of one core
+
+
+@functools.cache
+def version() -> str:
+    assert NVCC is not None
+    return re.search(r"V(\d+\.\d+\.\d+)", compiling.run(NVCC, "--version").stdout).group(1)  # type: ignore[union-attr]
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here."""
+    if NVCC is None:
+        return "no nvcc"
+    if shutil.which("c++filt") is None:
+        return "no c++filt (binutils)"
+    return None if CUDA.is_dir() else "the tests run outside the repository"
+
+
+def sources() -> list[Path]:
+    return sorted(CUDA.glob("*.cu"))
+
+
+@functools.cache
+def _own_flags() -> dict[str, tuple[str, ...]]:
+    """The options that CMakeLists.txt gives to single files."""
+    text = (compiling.ROOT / "CMakeLists.txt").read_text("utf-8")
+    found = re.findall(r"set_source_files_properties\(([^)]*\.cu[^)]*?)PROPERTIES COMPILE_OPTIONS ([^)\s]+)\)", text)
+    return {Path(file).name: tuple(flags.strip('"').split(";")) for files, flags in found for file in files.split()}
+
+
+def compile_one(source: Path) -> Compiled:
+    assert NVCC is not None
+    command = [NVCC, *FLAGS, *_own_flags().get(source.name, ())]
+    digest = hashlib.sha256("\0".join([version(), compiling.compiler_version(), *command]).encode())
+    for file in compiling.Tree().closure(source):
+        if file.parent == CUDA:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    folder = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
+    if not folder.exists():
+        _compile(command, source, folder)
+    status, seconds = (folder / "status").read_text().split()
+    return Compiled(source, folder, (folder / "output").read_text("utf-8"), status == "0", float(seconds))
+
+
+def _compile(command: list[str], source: Path, folder: Path) -> None:
+    partial = folder.with_suffix(f".{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    command = [*command, "--keep", "--keep-dir", str(partial), "-c", str(source), "-o", str(partial / "kernel.o")]
+    with (partial / "output").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    (partial / "status").write_text(f"{process.returncode} {usage.ru_utime + usage.ru_stime:.1f}")
+    for path in partial.iterdir():
+        if path.suffix not in (".ptx", ".cubin", ""):
+            path.unlink()
+    if not folder.exists():
+        partial.rename(folder)
+
+
+@functools.cache
+def compile_all() -> tuple[Compiled, ...]:
+    """All sources, side by side, the longest of the last time first."""
+    before: dict[str, float] = {}
+    for path in CACHE.glob("*/status"):
+        before[path.parent.name.rsplit("-", 1)[0]] = float(path.read_text().split()[1])
+    order = sorted(sources(), key=lambda path: -before.get(path.stem, path.stat().st_size / 1000))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+        return tuple(sorted(pool.map(compile_one, order), key=lambda compiled: compiled.source.name))
+
+
+# ---- Names --------------------------------------------------------------------------------------------------
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Mangled -> readable, without namespaces, arguments and what differs between compilers and machines."""
+    if not names:
+        return {}
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return dict(zip(names, map(short, done.stdout.splitlines()), strict=True))
+
+
+def short(name: str) -> str:
+    """``void igpt::cuda::(anonymous namespace)::f<igpt::cuda::g<4> >(Params)`` -> ``f<g<4>>``."""
+    name = re.sub(r"\(anonymous namespace\)::|\bigpt::cuda::|^void ", "", name)
+    name = re.sub(r"\((\w[\w ]*)\)(-?\d+|true|false)", r"\2", name)  # (int)4, (bool)1
+    name = name[: name.index("(")] if "(" in name else name
+    return name.replace("> >", ">>").replace("> >", ">>").strip()
+
+
+def family(name: str) -> str:
+    """The template that a kernel is an instance of."""
+    return name.partition("<")[0]
+
+
+# ---- What ptxas and the PTX say -----------------------------------------------------------------------------
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
+FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+BOUNDS = re.compile(r"^(?:\.\w+ )*\.entry (\w+)\(.*?\)\s*(?:\.maxntid (\d+), (\d+), (\d+))?", re.MULTILINE | re.DOTALL)
+
+
+def resources(compiled: Compiled) -> dict[str, dict[str, Resources]]:
+    """Kernel -> architecture -> resources. A function that is not inlined counts with the kernel it follows."""
+    found: dict[tuple[str, str], Resources] = {}
+    bounds = _bounds(compiled)
+    for part in re.split(r"(?=ptxas info\s*: Compiling entry function)", compiled.output)[1:]:
+        mangled, arch = ENTRY.search(part).groups()  # type: ignore[union-attr]
+        registers, shared = USED.search(part).groups()  # type: ignore[union-attr]
+        frames = [tuple(map(int, frame)) for frame in FRAME.findall(part)]
+        stack, stores, loads = (max(column) for column in zip(*frames, strict=True))
+        found[mangled, arch] = Resources(int(registers), int(shared or 0), stack, stores, loads, bounds[mangled])
+    names = demangle([mangled for mangled, _ in found])
+    table: dict[str, dict[str, Resources]] = {}
+    for (mangled, arch), values in sorted(found.items(), key=lambda item: (names[item[0][0]], item[0][1])):
+        row = table.setdefault(names[mangled], {})
+        assert arch not in row, f"two kernels are called {names[mangled]}"
+        row[arch] = values
+    return table
+
+
+def _bounds(compiled: Compiled) -> dict[str, int]:
+    bounds: dict[str, int] = {}
+    for path in compiled.folder.glob("*.ptx"):
+        for name, *sizes in BOUNDS.findall(path.read_text("utf-8")):
+            bounds[name] = int(sizes[0]) * int(sizes[1]) * int(sizes[2]) if sizes[0] else 1024
+    return bounds
+
+
+# ---- Machine code -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def nvdisasm() -> str | None:
+    """NVIDIA's disassembler: of the toolkit, or of the package nvidia-cuda-nvdisasm."""
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=str(Path(NVCC or "").parent))
+    for package in () if found else ("nvidia.cu13", "nvidia.cuda_nvdisasm"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ImportError:
+            continue
+        for folder in spec.submodule_search_locations or () if spec else ():
+            found = found or shutil.which("nvdisasm", path=f"{folder}/bin")
+    return found
+
+
+def instructions(compiled: Compiled, arch: str) -> dict[str, dict[str, int]]:
+    """Kernel -> instruction with its modifiers, such as LDG.E.128 -> how often it stands there."""
+    program = nvdisasm()
+    assert program is not None
+    (cubin,) = compiled.folder.glob(f"*compute_{arch}*.cubin")
+    listing = compiled.folder / f"{cubin.stem}.sass"
+    if not listing.exists():
+        partial = listing.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(compiling.run(program, cubin).stdout, "utf-8")
+        partial.replace(listing)
+    found: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}
+    for line in listing.read_text("utf-8").splitlines():
+        if section := re.match(r"\.text\.(\w+):", line):
+            current = found.setdefault(section[1], {})
+        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
+            current[code[1]] = current.get(code[1], 0) + 1
+    names = demangle(list(found))
+    return {names[mangled]: counts for mangled, counts in found.items()}

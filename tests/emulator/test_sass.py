@@ -1,0 +1,108 @@
+"""The machine code of every kernel has the instructions that were meant; nvdisasm shows them.
+
+A kernel without a line in ``FAMILIES`` fails. An instruction stands here with its modifiers, such as LDG.E.128; one
+with fewer stands for those with more.
+"""
+
+import re
+from dataclasses import dataclass
+
+import nvcc
+import pytest
+
+REASON = nvcc.unavailable() or (None if nvcc.nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+LOAD16, STORE16 = r"LDG\.E\b.*\.128", r"STG\.E\b.*\.128"
+TENSOR = r"HMMA\.16816\.F32"  # m16n8k16, sums in float32
+ASYNC16 = r"LDGSTS\.E\b.*\.128"  # cp.async of 16 bytes
+NEVER = {r"LDL": "memory of its own", r"STL": "memory of its own", r"(ATOM|ATOMG|RED)\b.*\.F(16|32|64)": "not in order"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all kernels of one template have, and which of them an exception is made for."""
+
+    has: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    but: str = ""  # a pattern of names: instances that only NEVER holds for
+
+
+VECTORS = Family(has=(LOAD16, STORE16))
+# Two 16-bit tiles and their product; the sums leave through shared memory as whole vectors.
+ATTENTION = Family(has=(TENSOR, ASYNC16, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", STORE16, r"MUFU\.EX2"))
+FAMILIES = {
+    "norm_fwd_kernel": VECTORS,
+    "norm_bwd_kernel": VECTORS,
+    "column_sum_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
+    "activation_fwd_kernel": VECTORS,
+    "activation_bwd_kernel": VECTORS,
+    "bias_activation_fwd_kernel": VECTORS,
+    "bias_activation_bwd_kernel": VECTORS,
+    # Single: rows that are no multiple of a vector.
+    "cross_entropy_fwd_kernel": Family(has=(LOAD16,), but="Single<"),
+    "cross_entropy_bwd_kernel": Family(has=(LOAD16, STORE16), but="Single<"),
+    "cross_entropy_total_kernel": Family(has=(r"LDG\.E\.64",)),  # a sum and a count of each block
+    "attention_fwd_kernel": ATTENTION,
+    "attention_dkv_kernel": ATTENTION,
+    "attention_dq_kernel": ATTENTION,
+    "attention_terms_kernel": Family(has=(LOAD16,)),
+    "attention_decode_kernel": VECTORS,
+    "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
+    "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
+    "gemv_kernel": Family(has=(LOAD16,)),
+    "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
+    "quantize_table_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),
+    "quantize_lookup_kernel": VECTORS,
+    "dequantize_kernel": Family(has=(STORE16,)),  # as many tokens as make 4, 8 or 16 bytes
+    "sample_kernel": VECTORS,
+}
+
+
+def faults(name: str, found: dict[str, int], family: Family) -> list[str]:
+    """What is wrong with a kernel that has these instructions."""
+
+    def times(pattern: str) -> int:
+        return sum(n for instruction, n in found.items() if re.match(pattern, instruction))
+
+    wrong = [f"{name} has {pattern}: {why}" for pattern, why in NEVER.items() if times(pattern)]
+    if family.but and re.search(family.but, name):
+        return wrong
+    wrong += [f"{name} has no {pattern}" for pattern in family.has if not times(pattern)]
+    return wrong + [f"{name} has {pattern}" for pattern in family.lacks if times(pattern)]
+
+
+@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+def test_instructions(arch: str) -> None:
+    wrong = []
+    for compiled in nvcc.compile_all():
+        assert compiled.success, compiled.output[-1000:]
+        for name, found in nvcc.instructions(compiled, arch).items():
+            assert found, f"{name}: no code"
+            family = FAMILIES.get(nvcc.family(name))
+            wrong += faults(name, found, family) if family else [f"{name} has no line in FAMILIES"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_family_has_kernels() -> None:
+    names = {nvcc.family(name) for compiled in nvcc.compile_all() for name in nvcc.resources(compiled)}
+    assert set(FAMILIES) <= names, set(FAMILIES) - names
+
+
+def test_quantize_does_not_contract() -> None:
+    """Its definition rounds after every operation: CMakeLists.txt says --fmad=false, and nvcc.py reads it there."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "quantize.cu")
+    for arch in nvcc.ARCHITECTURES:
+        for name, found in nvcc.instructions(compiled, arch).items():
+            if "Float" in name:
+                assert not {i for i in found if i.startswith("FFMA")}, name
+
+
+def test_faults_are_found() -> None:
+    good = {"LDG.E.128.CONSTANT": 4, "STG.E.128": 2, "FADD": 3}
+    assert faults("f", good, VECTORS) == []
+    assert faults("f", {"LDG.E": 4, "STG.E.128": 2}, VECTORS) == [f"f has no {LOAD16}"]
+    assert faults("f", {**good, "LDL.64": 1}, VECTORS) == ["f has LDL: memory of its own"]
+    assert faults("f", {**good, "RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}, VECTORS) != []
+    assert faults("f", {**good, "FFMA": 1}, Family(lacks=("FFMA",))) == ["f has FFMA"]
+    assert faults("f<float>", {"LDG.E": 1}, Family(has=(LOAD16,), but="float")) == []

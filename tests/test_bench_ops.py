@@ -1,0 +1,148 @@
+"""benchmarks/bench_ops.py on the CPU: every candidate of every CUDA row runs, small, and gives the same; the sums."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from implementations import Implementation
+
+from igpt_fast import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+# The ops with rows, and those whose kernels are another op's, or differ from one in a line of arithmetic.
+ROWS = (
+    *("rms_norm", "layer_norm", "quick_gelu", "cross_entropy", "causal_attention", "attention_decode", "gemv"),
+    *("sample", "sample_next", "quantize", "dequantize"),
+)
+NO_ROW = {"activation", "gelu_tanh", "gelu_erf", "causal_attention_packed"}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside the repository")
+
+
+@pytest.fixture
+def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("cuda_timing")
+
+
+@pytest.fixture
+def calls(timing: ModuleType) -> ModuleType:
+    return importlib.import_module("cuda_ops")
+
+
+def wrong(timing: ModuleType, workload: Any) -> dict[str, str]:
+    return {k: v for direction in timing.passes(workload) for k, v in timing.check(workload, CPU, direction).items()}
+
+
+def test_every_op_with_a_kernel_has_a_row(calls: ModuleType) -> None:
+    rows = {workload.op for workload in calls.workloads(None, calls.TINY)}
+    assert rows == set(ROWS) == {name for name, op in backend.OPS.items() if "cuda" in op.native} - NO_ROW
+    assert {workload.op for workload in calls.workloads(["quantize"], calls.TINY)} == {"quantize"}
+
+
+@pytest.mark.parametrize("op", ROWS)
+@pytest.mark.parametrize("kind", ["reference", "emulated"])
+def test_everybody_gives_the_same(
+    timing: ModuleType, calls: ModuleType, request: pytest.FixtureRequest, kind: str, op: str
+) -> None:
+    """The shapes, views and arguments of every row, and that the kernel serves them."""
+    launches = 0
+    if kind == "emulated":
+        emulation: Implementation = request.getfixturevalue("emulation")
+        assert emulation.module is not None
+        emulation.module.reset_counters()
+    for workload in calls.workloads([op], calls.TINY):
+        assert wrong(timing, workload) == {}, workload.size
+        if kind == "emulated":
+            assert emulation.module is not None
+            before, launches = launches, emulation.module.counters()["launches"]
+            assert launches > before or "cuda" not in backend.OPS[op].native, f"{workload.size}: no kernel ran"
+
+
+def test_inputs_differ_and_none_is_zero(calls: ModuleType) -> None:
+    for workload in calls.workloads(None, calls.TINY):
+        first, again, second = (workload.inputs(CPU, seed) for seed in (0, 0, 1))
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+        for tensor in first:
+            assert tensor.numel() == 1 or tensor.count_nonzero() > tensor.numel() // 2
+        assert not torch.equal(first[0], second[0])
+        assert any(workload.bytes) or any(workload.flops)
+
+
+def test_a_wrong_result_is_found(timing: ModuleType) -> None:
+    inputs = lambda device, seed: (torch.randn(50, generator=torch.Generator().manual_seed(seed)).bfloat16(),)  # noqa: E731
+
+    def row(ours: Any, **more: Any) -> dict[str, str]:
+        return wrong(timing, timing.Workload("square", "50", inputs, ours, lambda x: x * x, **more))
+
+    assert row(lambda x: x * x) == {}
+    assert row(lambda x: x * x, differentiable=1) == {}
+    assert "error" in row(lambda x: x * x * 1.02)[timing.OURS]
+    assert "error" in row(lambda x: x * x + torch.nan)[timing.OURS]
+    assert "shape" in row(lambda x: (x * x)[:-1])[timing.OURS]
+    assert "tensors" in row(lambda x: (x * x, x))[timing.OURS]
+    assert "error" in row(lambda x: x * x.detach(), differentiable=1)[timing.OURS]  # half of the gradient
+    assert row(lambda x: x * x, peers={"peer": lambda x: 1 / 0}) == {"peer": "ZeroDivisionError: division by zero"}
+    assert row(lambda x: x * x, peers={"peer": lambda x: -x})["peer"].startswith("output 0: error")
+
+
+def test_integers_may_differ_by_a_share(timing: ModuleType) -> None:
+    right, other = torch.arange(100), torch.arange(100)
+    other[3] = 7
+    assert timing.difference(other, right, right, 0.02) == ""
+    assert "others" in timing.difference(other, right, right, 0.005)
+
+
+def test_rates(timing: ModuleType) -> None:
+    ceilings = timing.Ceilings(4000.0, 800.0)
+    workload = timing.Workload("op", "", lambda *_: (), abs, abs, bytes=(2e9, 0.0), flops=(4e11, 0.0))
+    found = timing.rates(workload, 0, 1000.0, ceilings)  # a millisecond
+    assert found == pytest.approx({"gb_s": 2000.0, "of_bandwidth": 0.5, "tflop_s": 400.0, "of_bf16": 0.5})
+    assert timing.rates(workload, 1, 1000.0, ceilings) == {}
+
+
+def test_turns_and_medians(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two graphs with 10 calls each, replayed 5 times a turn."""
+    turns: list[str] = []
+    milliseconds = {"a": iter([1.0, 9.0, 2.0]), "b": iter([4.0, 4.0, 4.0])}
+
+    def replay(captured: Any) -> float:
+        turns.append(captured.graph)
+        return next(milliseconds[captured.graph])
+
+    monkeypatch.setattr(timing, "replay_ms", replay)
+    graphs = {name: timing.Captured(name, 10, [], 5) for name in ("a", "b")}
+    times = timing.interleave(graphs, rounds=3)
+    assert turns == ["a", "b"] * 3
+    assert math.isclose(times["a"]["us"], 2000.0 / 50)
+    assert times["b"] == {"us": 80.0, "us_spread": 0.0}
+
+
+def test_the_outcome(timing: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """A peer may be missing, one of ours not; no row is no success."""
+    bench = importlib.import_module("bench_ops")
+    row = {"op": "f", "pass": "forward", "size": "1", "name": timing.OURS, "us": 1.0}
+    peer = row | {"name": "peer", "error": "not here"}
+    assert bench.failures([row, peer]) == 0
+    assert bench.failures([row | {"error": "wrong"}, peer]) == 1
+    assert bench.failures([]) == 1
+    assert "wrong" in capsys.readouterr().err
+
+
+def test_the_commands(timing: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = importlib.import_module("bench_ops")
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", "--device", "cuda", "--dry-run", "--ops", "rms_norm"])
+    assert bench.main() == 0
+    assert "torch.compile" in capsys.readouterr().out
+    if backend.unavailable("cuda"):
+        monkeypatch.setattr("sys.argv", ["bench_ops.py", "--device", "cuda"])
+        assert bench.main() == 3
+        assert "no kernel can be measured" in capsys.readouterr().err
