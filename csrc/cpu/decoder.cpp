@@ -298,4 +298,9 @@ void Decoder::advance(int64_t count) {
     position_ += count;
 }
 
+void Decoder::rewind(int64_t position) {
+    if (position < 0 || position > position_) throw std::invalid_argument("decoder: rewind goes back only");
+    position_ = position;
+}
+
 }  // namespace igpt::cpu

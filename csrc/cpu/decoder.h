@@ -85,6 +85,9 @@ class Decoder {
     void load(int64_t layer, const float* keys, const float* values, int64_t count, int threads);
     void advance(int64_t count);
 
+    // Forgets the positions from `position` on.
+    void rewind(int64_t position);
+
     int64_t position() const { return position_; }
     size_t bytes() const { return cache_.size() + scales_.size(); }
 
