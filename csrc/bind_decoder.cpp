@@ -32,17 +32,14 @@ void bind_decoder(py::module_& m) {
     py::class_<cpu::DecoderWeights, std::shared_ptr<cpu::DecoderWeights>>(m, "DecoderWeights")
         .def(py::init([](int64_t layers, int64_t embd, int64_t heads, int64_t inner, int64_t positions, int64_t vocab,
                          float eps, int32_t activation, int32_t format) {
-                 return std::make_shared<cpu::DecoderWeights>(cpu::DecoderShape{layers, embd, heads, inner, positions,
-                                                                                vocab, eps, cpu::Then(activation),
-                                                                                cpu::Format(format)});
+                 return std::make_shared<cpu::DecoderWeights>(cpu::DecoderShape{
+                     layers, embd, heads, inner, positions, vocab, eps, cpu::Then(activation), cpu::Format(format)});
              }),
              unlocked)
         .def(
             "set_tables",
             [](cpu::DecoderWeights& self, uintptr_t wte, uintptr_t wpe, uintptr_t norm, const Address& head,
-               int32_t threads) {
-                self.set_tables(floats(wte), floats(wpe), floats(norm), source(head), threads);
-            },
+               int32_t threads) { self.set_tables(floats(wte), floats(wpe), floats(norm), source(head), threads); },
             unlocked)
         .def(
             "set_layer",

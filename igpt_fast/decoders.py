@@ -80,9 +80,7 @@ class TorchDecoder:
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
 _ACTIVATIONS = {
     "quick_gelu": 2,
-    **dict.fromkeys(
-        ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), 3
-    ),
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), 3),
     **dict.fromkeys(("gelu", "gelu_python"), 4),
 }
 # The modules of a model that is computed as this package computes it; anything else may mean anything.
@@ -216,7 +214,9 @@ def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
     ours = {"": "ImageGPTForCausalImageModeling", "transformer": "ImageGPTModel"}
     for name, module in model.named_modules():
         kind = type(module)
-        known = (kind.__module__, kind.__name__) == ("igpt_fast.model", ours[name]) if name in ours else kind in _MODULES
+        known = (
+            (kind.__module__, kind.__name__) == ("igpt_fast.model", ours[name]) if name in ours else kind in _MODULES
+        )
         if not known:
             return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
@@ -255,7 +255,7 @@ def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
         by_input, by_output = kept[-1].stride()[::-1] if transposed else kept[-1].stride()
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
-    body = model.transformer
+    body: Any = model.transformer
     weights.set_tables(
         vector(body.wte.weight),
         vector(body.wpe.weight),

@@ -239,7 +239,7 @@ def test_int8_is_asked_for_by_name() -> None:
 
 def test_int8_is_never_something_else() -> None:
     model = small()
-    with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match="int8.*'reference'"):
+    with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match=r"int8.*'reference'"):
         model.generate(dtype="int8")
     with pytest.raises(backend.BackendUnavailableError, match=r"int8.*relu"):
         small(activation_function="relu").generate(dtype="int8")

@@ -46,12 +46,16 @@ inline float int8_scale(const float* x, int64_t n) {
 
 void remember(const AttentionParams& p) {
     switch (p.format) {
-        case Format::fp32: return scatter<Fp32, float>(p, [](float x, int) { return x; });
-        case Format::bf16: return scatter<Bf16, uint16_t>(p, [](float x, int) { return to_bf16(x); });
-        case Format::int8: break;
+        case Format::fp32:
+            return scatter<Fp32, float>(p, [](float x, int) { return x; });
+        case Format::bf16:
+            return scatter<Bf16, uint16_t>(p, [](float x, int) { return to_bf16(x); });
+        case Format::int8:
+            break;
     }
     const float scales[2] = {int8_scale(p.k, p.head_dim), int8_scale(p.v, p.head_dim)};
-    const float inverse[2] = {scales[0] > 1e-37f ? 1.0f / scales[0] : 0.0f, scales[1] > 1e-37f ? 1.0f / scales[1] : 0.0f};
+    const float inverse[2] = {scales[0] > 1e-37f ? 1.0f / scales[0] : 0.0f,
+                              scales[1] > 1e-37f ? 1.0f / scales[1] : 0.0f};
     int32_t sums[2] = {0, 0};
     scatter<Int8, int8_t>(p, [&](float x, int which) {
         const float q = x * inverse[which];
@@ -188,17 +192,20 @@ void attend_in(const AttentionParams& p, int64_t size) {
 
 void attend(const AttentionParams& p) {
     switch (p.format) {
-        case Format::fp32: return attend_in<Fp32>(p, 4);
-        case Format::bf16: return attend_in<Bf16>(p, 2);
-        case Format::int8: return attend_in<Int8>(p, 1);
+        case Format::fp32:
+            return attend_in<Fp32>(p, 4);
+        case Format::bf16:
+            return attend_in<Bf16>(p, 2);
+        case Format::int8:
+            return attend_in<Int8>(p, 1);
     }
 }
 
 }  // namespace
 
 namespace {
-constexpr DecoderKernels decoder_kernels{kLanes, kTile, Int8::step, pack_tile<Int8::step>, norm, sum, split, linear,
-                                         remember, attend};
+constexpr DecoderKernels decoder_kernels{kLanes, kTile,    Int8::step, pack_tile<Int8::step>, norm, sum, split,
+                                         linear, remember, attend};
 }  // namespace
 
 }  // namespace igpt::cpu

@@ -158,9 +158,10 @@ class Worker {
     void layer(int64_t i) {
         const DecoderWeights::Layer& l = w_.layer(i);
         const Range proj = share(l.proj), fc = share(l.fc), fc_proj = share(l.fc_proj), qkv = qkv_share(i);
-        const char* next = i + 1 < w_.shape.layers ? start(w_.layer(i + 1).qkv, qkv_share(i + 1))
-                                                   : start(w_.head(), share(w_.head()));
-        const int64_t first_unit = part(w_.shape.heads * (own_heads_ ? 1 : d_.batch_)).begin * (own_heads_ ? d_.batch_ : 1);
+        const char* next =
+            i + 1 < w_.shape.layers ? start(w_.layer(i + 1).qkv, qkv_share(i + 1)) : start(w_.head(), share(w_.head()));
+        const int64_t first_unit =
+            part(w_.shape.heads * (own_heads_ ? 1 : d_.batch_)).begin * (own_heads_ ? d_.batch_ : 1);
         const bool idle = first_unit >= w_.shape.heads * d_.batch_;
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
                  idle ? start(l.proj, proj) : d_.head_of(i, first_unit).keys);
@@ -247,8 +248,8 @@ void Decoder::reserve(int threads) {
 
 void Decoder::check_free(int64_t count) const {
     if (count < 0 || position_ + count > capacity_)
-        throw std::out_of_range("decoder: " + std::to_string(position_ + count) + " positions do not fit into capacity " +
-                                std::to_string(capacity_));
+        throw std::out_of_range("decoder: " + std::to_string(position_ + count) +
+                                " positions do not fit into capacity " + std::to_string(capacity_));
 }
 
 void Decoder::step(const int64_t* tokens, float* logits, int threads) {

@@ -27,10 +27,10 @@ struct Source {
 };
 
 struct LayerSource {
-    const float *norm_1, *norm_2;                              // (embd,)
-    Source qkv, proj, fc, fc_proj;                             // (embd, 3 embd), (embd, embd), (embd, inner), (inner, embd)
+    const float *norm_1, *norm_2;   // (embd,)
+    Source qkv, proj, fc, fc_proj;  // (embd, 3 embd), (embd, embd), (embd, inner), (inner, embd)
     const float *qkv_bias, *proj_bias, *fc_bias, *fc_proj_bias;  // fp32
-    float scale;                                               // of the scores
+    float scale;                                                 // of the scores
 };
 
 // The weights of a model, packed for the instruction set that is chosen when it is made. Immutable once filled, and

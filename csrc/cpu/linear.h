@@ -70,8 +70,7 @@ inline void each_group(const Piece& p, int64_t groups, Group group) {
 template <int R, int C>
 inline void begin(const Piece& p, Vec (&acc)[R][C], int half = 0) {
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-            acc[r][c] = p.first ? zero() : load(p.sums + (2 * r + half) * p.width + c * kLanes);
+        for (int c = 0; c < C; ++c) acc[r][c] = p.first ? zero() : load(p.sums + (2 * r + half) * p.width + c * kLanes);
 }
 
 template <int R, int C>
@@ -96,9 +95,8 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
     begin(p, even);
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) odd[r][c] = zero();
-    each_group(p, groups, [&](const char* w, const char* far, int64_t g) {
-        group(w, far, g, even, R == 1 ? odd : even);
-    });
+    each_group(p, groups,
+               [&](const char* w, const char* far, int64_t g) { group(w, far, g, even, R == 1 ? odd : even); });
     if (R == 1)
         for (int c = 0; c < C; ++c) even[0][c] += odd[0][c];
     finish(p, even);
@@ -286,11 +284,16 @@ inline Vec gelu_erf(Vec x) {
 
 inline Vec apply(Then then, Vec v, const float* y) {
     switch (then) {
-        case Then::add: return load(y) + v;
-        case Then::quick_gelu: return quick_gelu(v);
-        case Then::gelu_tanh: return gelu_tanh(v);
-        case Then::gelu_erf: return gelu_erf(v);
-        case Then::store: break;
+        case Then::add:
+            return load(y) + v;
+        case Then::quick_gelu:
+            return quick_gelu(v);
+        case Then::gelu_tanh:
+            return gelu_tanh(v);
+        case Then::gelu_erf:
+            return gelu_erf(v);
+        case Then::store:
+            break;
     }
     return v;
 }
@@ -355,9 +358,12 @@ void linear_in(const LinearParams& p) {
 
 void linear(const LinearParams& p) {
     switch (p.matrix->format) {
-        case Format::fp32: return linear_in<Fp32>(p);
-        case Format::bf16: return linear_in<Bf16>(p);
-        case Format::int8: return linear_in<Int8>(p);
+        case Format::fp32:
+            return linear_in<Fp32>(p);
+        case Format::bf16:
+            return linear_in<Bf16>(p);
+        case Format::int8:
+            return linear_in<Int8>(p);
     }
 }
 

@@ -49,8 +49,8 @@ void fill(const Matrix& m, const Source& source, const float* bias, const std::v
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * tile;
         kernels.pack({source.data, source.is_bf16, source.stride_k, source.stride_n, order.data() + first,
-                      std::min(tile, int64_t(order.size()) - first), m.k, m.format, const_cast<char*>(m.data) + t * bytes,
-                      m.scale ? const_cast<float*>(m.scale) + first : nullptr,
+                      std::min(tile, int64_t(order.size()) - first), m.k, m.format,
+                      const_cast<char*>(m.data) + t * bytes, m.scale ? const_cast<float*>(m.scale) + first : nullptr,
                       m.sums ? const_cast<int32_t*>(m.sums) + first : nullptr});
     }
     if (bias)
@@ -82,7 +82,8 @@ Matrix DecoderWeights::take(int64_t n, int64_t k) {
 DecoderWeights::DecoderWeights(const DecoderShape& wanted) : shape(checked(wanted)), kernels(ops().decoder) {
     const int64_t d = shape.embd, f = shape.inner, colours = shape.vocab - 1;
     const size_t vector = Arena::bytes<float>(d);
-    const size_t layer = 2 * vector + matrix_bytes(3 * d, d) + matrix_bytes(d, d) + matrix_bytes(f, d) + matrix_bytes(d, f);
+    const size_t layer =
+        2 * vector + matrix_bytes(3 * d, d) + matrix_bytes(d, d) + matrix_bytes(f, d) + matrix_bytes(d, f);
     arena_ = Arena(size_t(shape.layers) * layer + matrix_bytes(colours, d) + vector +
                    Arena::bytes<float>(shape.vocab * d) + Arena::bytes<float>(shape.positions * d));
     // In the order in which a step reads them.

@@ -149,7 +149,7 @@ inline Vec exp(Vec x) {
     const Vec shifted = fma(x, set1(1.44269504f), set1(12582912.0f));  // 1.5 2^23: the low bits are round(x / ln 2)
     const Vec n = shifted - set1(12582912.0f);
     const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));  // x - n ln 2, ln 2 in two parts
-    Vec p = set1(1.0f / 5040);  // Taylor's, |r| <= 0.347
+    Vec p = set1(1.0f / 5040);                                                   // Taylor's, |r| <= 0.347
     p = fma(p, r, set1(1.0f / 720));
     p = fma(p, r, set1(1.0f / 120));
     p = fma(p, r, set1(1.0f / 24));
