@@ -99,6 +99,21 @@ def test_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert out.read_bytes() == first
 
 
+def test_sample_in_int8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Asked for by name, on the CPU; where it is not to be had, nothing else is drawn."""
+    if backend._C is None:
+        pytest.skip(backend.native_reason)
+    command = ("sample", "-n", 1, "--seed", 5, "--device", "cpu", "--dtype", "int8", "--out", tmp_path / "int8.png")
+    code, text, _ = run(capsys, *command, "--json")
+    assert code == 0
+    assert json.loads(text)["dtype"] == "int8"
+    before = backend.get_backend()
+    try:
+        assert "int8" in fails(capsys, 3, *command, "--force", "--backend", "reference")
+    finally:
+        backend.set_backend(before)
+
+
 def test_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
     out = tmp_path / "completions.png"
     code, text, _ = run(capsys, "complete", photo, photo, "-n", 2, "--keep", 0.25, "--seed", 1, "--out", out, "--json")
