@@ -101,11 +101,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class CpuDecoder:
     """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
 
-    The weights are packed when the decoder is made; what changes them afterwards does not reach it. Activations are
-    float32 throughout, and so are the logits, whatever the weights are:
+    The weights are packed when the decoder is made; what changes them afterwards does not reach it. Activations and
+    logits are float32, whatever the weights are:
 
     - float32: the model's own numbers.
-    - bfloat16: the model's weights; keys and values are rounded to bfloat16.
+    - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
+      where they meet weights, on processors that multiply bfloat16.
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
       and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
 

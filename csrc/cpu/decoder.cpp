@@ -120,8 +120,8 @@ class Worker {
     }
 
     Rows rows_of(const float* x, int64_t ld, int64_t k) const {
-        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.scale};
-        if (w_.shape.format == Format::int8) w_.kernels.split(rows, k);
+        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale};
+        w_.kernels.split(rows, k, w_.shape.format);
         return rows;
     }
 
@@ -232,7 +232,8 @@ void Decoder::reserve(int threads) {
     if (int(scratch_.size()) >= threads) return;
     const int64_t widest = std::max(width_, weights_->layer(0).fc.n), tile = weights_->kernels.tile;
     const size_t each = Arena::bytes<float>(batch_ * width_) + 2 * Arena::bytes<uint8_t>(batch_ * widest) +
-                        Arena::bytes<float>(batch_) + Arena::bytes<float>(batch_ * 2 * tile);
+                        Arena::bytes<uint16_t>(batch_ * widest) + Arena::bytes<float>(batch_) +
+                        Arena::bytes<float>(batch_ * 2 * tile);
     scratch_.clear();
     scratch_block_ = Arena(each * size_t(threads));
     for (int t = 0; t < threads; ++t) {
@@ -240,6 +241,7 @@ void Decoder::reserve(int threads) {
         s.normed = scratch_block_.take<float>(batch_ * width_);
         s.high = scratch_block_.take<uint8_t>(batch_ * widest);
         s.low = scratch_block_.take<uint8_t>(batch_ * widest);
+        s.half = scratch_block_.take<uint16_t>(batch_ * widest);
         s.scale = scratch_block_.take<float>(batch_);
         s.sums = scratch_block_.take<float>(batch_ * 2 * tile);
         scratch_.push_back(s);

@@ -98,6 +98,7 @@ class Decoder {
     struct Scratch {
         float* normed;
         uint8_t *high, *low;
+        uint16_t* half;
         float *scale, *sums;
     };
 

@@ -36,11 +36,12 @@ struct Matrix {
 // each row as 15 bits: x = scale (128 (high - 128) + low).
 struct Rows {
     const float* x;
-    int64_t ld;  // from row to row, of all three
+    int64_t ld;  // from row to row, of all four
     int64_t count;
     uint8_t* high;
     uint8_t* low;
-    float* scale;  // (count,)
+    uint16_t* half;  // bf16, where the instruction set multiplies them
+    float* scale;    // (count,)
 };
 
 // One tile of a matrix from a checkpoint's, whose element (k, n) is at source[k stride_k + n stride_n].
@@ -94,8 +95,8 @@ struct DecoderKernels {
     void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
     // out[i] = a[i] + b[i]
     void (*sum)(const float* a, const float* b, int64_t n, float* out);
-    // Fills high, low and scale of rows of k; nothing where int8_step is 1.
-    void (*split)(const Rows& rows, int64_t k);
+    // Fills what of high, low, scale and half a product of rows of k takes.
+    void (*split)(const Rows& rows, int64_t k, Format format);
     void (*linear)(const LinearParams& params);
     // Writes k and v into the cache.
     void (*remember)(const AttentionParams& params);

@@ -31,7 +31,9 @@ int isas(Isa* out) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     out[n++] = {&avx512_ops, avx512};
-    out[n++] = {&avx512_vnni_ops, avx512 && __builtin_cpu_supports("avx512vnni")};
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    out[n++] = {&avx512_vnni_ops, vnni};
+    out[n++] = {&avx512_bf16_ops, vnni && __builtin_cpu_supports("avx512bf16")};
 #endif
     return n;
 }

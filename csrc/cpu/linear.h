@@ -5,9 +5,10 @@
 // reading: a prefetch runs kAhead bytes in front, and past the end of the thread's share to `next`. With more rows it
 // is bound by multiply-adds: 2 k n rows FLOPs.
 //
-// bf16 becomes fp32 by a shift (the even one of a pair) or a mask (the odd one). int8 weights become fp32, or, where
-// there is a byte product (VNNI), meet the inputs as two unsigned halves of 15 bits: sums are exact in 32 bits up to
-// k = 2^16, and only the weights' rounding is felt.
+// bf16 becomes fp32 by a shift (the even one of a pair) or a mask (the odd one); where there is a product of bf16
+// pairs, several rows are rounded to bf16 and take that. int8 weights become fp32, or, where there is a byte product
+// (VNNI), meet the inputs as two unsigned halves of 15 bits: sums are exact in 32 bits up to k = 2^16, and only the
+// weights' rounding is felt.
 #pragma once
 
 #include "decoder_kernels.h"
@@ -26,7 +27,8 @@ struct Piece {
     int64_t count;
     const float* x;  // the first row at the piece's first k
     const uint8_t *high, *low;
-    int64_t ld;     // of x, high, low
+    const uint16_t* half;
+    int64_t ld;     // of x, high, low, half
     float* sums;    // (R, 2, width): fp32 sums in the first, or 32-bit integers of the high and low halves
     int64_t width;  // of `sums`
     bool first;     // whether the sums begin at zero
@@ -123,7 +125,13 @@ struct Fp32 {
 struct Bf16 {
     static constexpr int step = 2, bytes = 4 * kLanes, max_rows = kMaxRows;
     template <int R, int C>
+    static void dot(const Piece& p);
+    template <int R, int C>
     static void run(const Piece& p) {
+#if defined(__AVX512BF16__)
+        // Several rows are bound by multiply-adds, and this one does two.
+        if constexpr (R > 1) return dot<R, C>(p);
+#endif
         two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
             for (int c = 0; c < C; ++c) {
                 prefetch(far + c * bytes);
@@ -137,6 +145,36 @@ struct Bf16 {
         });
     }
 };
+
+#if defined(__AVX512BF16__)
+template <int R, int C>
+void Bf16::dot(const Piece& p) {
+    Vec acc[R][C];
+    begin(p, acc);
+    each_group(p, p.count / 2, [&](const char* w, const char* far, int64_t g) {
+        for (int c = 0; c < C; ++c) {
+            prefetch(far + c * bytes);
+            const auto v = (__m512bh)load_ints(w + c * bytes);
+            for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                __builtin_memcpy(&pair, p.half + r * p.ld + 2 * g, 4);
+                acc[r][c] = _mm512_dpbf16_ps(acc[r][c], (__m512bh)_mm512_set1_epi32(pair), v);
+            }
+        }
+    });
+    finish(p, acc);
+}
+
+inline void halve_row(const float* x, int64_t n, uint16_t* half) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+        const auto v = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
+        _mm256_mask_storeu_epi16(half + i, mask, v);
+    }
+}
+#else
+inline void halve_row(const float*, int64_t, uint16_t*) {}
+#endif
 
 #if defined(__AVX512VNNI__)
 
@@ -207,7 +245,7 @@ inline float split_row(const float* x, int64_t n, uint8_t* high, uint8_t* low) {
     return scale + reduce_add(poison);
 }
 
-void split(const Rows& rows, int64_t k) {
+inline void split_bytes(const Rows& rows, int64_t k) {
     for (int64_t r = 0; r < rows.count; ++r)
         rows.scale[r] = split_row<true>(rows.x + r * rows.ld, k, rows.high + r * rows.ld, rows.low + r * rows.ld);
 }
@@ -232,9 +270,15 @@ struct Int8 {
     }
 };
 
-void split(const Rows&, int64_t) {}
+inline void split_bytes(const Rows&, int64_t) {}
 
 #endif
+
+void split(const Rows& rows, int64_t k, Format format) {
+    if (format == Format::int8) split_bytes(rows, k);
+    if (format == Format::bf16 && rows.count > 1)
+        for (int64_t r = 0; r < rows.count; ++r) halve_row(rows.x + r * rows.ld, k, rows.half + r * rows.ld);
+}
 
 // A piece of any number of registers up to 4.
 template <class F, int R>
@@ -341,6 +385,7 @@ void linear_in(const LinearParams& p) {
                 piece.x = rows.x + at;
                 piece.high = rows.high + at;
                 piece.low = rows.low + at;
+                piece.half = rows.half + at;
                 piece.ld = rows.ld;
                 piece.sums = p.scratch + 2 * row * kTile;
                 piece.width = kTile;
