@@ -233,7 +233,7 @@ void gemv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t norm_weight, 
           int64_t ld, int32_t rows, int32_t n_in, int32_t n_out, bool transposed, float eps, int32_t activation,
           int32_t dtype, int32_t device, uintptr_t stream) {
     check("gemv", cuda::gemv({pointer(x), pointer(weight), pointer(bias), pointer(norm_weight), pointer(residual),
-                              pointer(out), ld, rows, n_in, n_out, transposed, eps, cuda::GemvActivation(activation),
+                              pointer(out), ld, rows, n_in, n_out, transposed, eps, cuda::Activation(activation),
                               cuda::DType(dtype), device, pointer(stream), 0}));
 }
 

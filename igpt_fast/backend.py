@@ -86,8 +86,6 @@ OPS: dict[str, Op] = {
     "causal_attention_packed": Op(
         native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
     ),
-    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
-    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
     "attention_decode": Op(
         native=("cuda",),
         covers="head_dim 32, 64, 96, 128; bf16, fp16, and fp32 without a prefix",
@@ -99,6 +97,8 @@ OPS: dict[str, Op] = {
         "a weight with a contiguous dimension",
         otherwise="torch linear",
     ),
+    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
+    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
 }
 DECODERS: dict[str, str] = {"torch": "the PyTorch model with a static key/value cache"}
 

@@ -264,6 +264,7 @@ __device__ __forceinline__ void store_rows(const float (&c)[R][D / 8][4], const 
     using L = Tile<D>;
     using V = Vector<T>;
     const int lane = threadIdx.x % kWarpSize;
+    __syncwarp();  // all lanes have read their part of the rows
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -277,7 +278,7 @@ __device__ __forceinline__ void store_rows(const float (&c)[R][D / 8][4], const 
             }
         }
     }
-    __syncwarp();
+    __syncwarp();  // and have written the result
     constexpr int kRowsAtOnce = kWarpSize / L::kLanes;
 #pragma unroll
     for (int i = 0; i < 16 * R / kRowsAtOnce; ++i) {

@@ -36,8 +36,10 @@ struct Shape {
     static constexpr int kOwn = kVectors / kLanes;            // vectors of a lane
     static constexpr int kElements = kOwn * V::kSize;         // elements of a lane
     static constexpr int kGroups = kThreads / kLanes;         // keys side by side
-    static constexpr int kUnroll = kKeys / kGroups;           // keys after one another, loaded at once
-    static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;    // for a multiprocessor, at least
+    // Keys after one another, loaded at once with their values.
+    static constexpr int kUnroll = kOwn == 1 ? kKeys / kGroups : 2;
+    static constexpr int kSpan = kGroups * kUnroll;
+    static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;  // for a multiprocessor, at least
     static constexpr size_t kShared = kWarps * (kDim + 2) * sizeof(float);
 };
 
@@ -139,7 +141,7 @@ __device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::
                                            const void* values, int begin, int end) {
     constexpr size_t kSize = sizeof(typename S::T);
     const int group = int(threadIdx.x) / S::kLanes;
-    for (int base = begin; base < end; base += kKeys) {
+    for (int base = begin; base < end; base += S::kSpan) {
         Piece<S> k[S::kUnroll], v[S::kUnroll];
 #pragma unroll
         for (int u = 0; u < S::kUnroll; ++u) {

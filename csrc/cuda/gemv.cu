@@ -240,29 +240,45 @@ __device__ __forceinline__ void fill_x(const GemvParams& p, float* x, int slab, 
     }
 }
 
-__device__ __forceinline__ float activate(GemvActivation activation, float x) {
+__device__ __forceinline__ float activate(Activation activation, float x) {
     switch (activation) {
-        case GemvActivation::quick_gelu:
+        case Activation::quick_gelu:
             return x / (1.0f + __expf(-1.702f * x));
-        case GemvActivation::gelu_tanh:
+        case Activation::gelu_tanh:
             return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-        case GemvActivation::gelu_erf:
+        case Activation::gelu_erf:
             return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
-        case GemvActivation::none:
-            break;
     }
     return x;
 }
 
-// Adds the warps' shares up, and does to them what comes after the product.
+// The output that a thread writes, if any, and what is added to it: asked for early, since it takes its time.
 template <typename L>
-__device__ __forceinline__ void finish(const GemvParams& p, const Shared<L>& shared) {
+struct Output {
     using T = typename L::T;
-    const int tile = L::tile(p), splits = L::splits(p);
-    for (int i = threadIdx.x; i < p.rows * tile; i += kThreads) {
-        const int row = i / tile, in_tile = i % tile, column = int(blockIdx.x) * tile + in_tile;
-        if (column >= p.n_out) continue;
-        const int warp = in_tile / L::kWide * splits;
+    int row, in_tile;
+    int64_t at;
+    bool there;
+    float bias = 0.0f, residual = 0.0f;
+
+    __device__ __forceinline__ explicit Output(const GemvParams& p) {
+        static_assert(L::kTile * L::kRows <= kThreads);
+        const int tile = L::tile(p), column = int(blockIdx.x) * tile + int(threadIdx.x) % tile;
+        row = int(threadIdx.x) / tile;
+        in_tile = int(threadIdx.x) % tile;
+        at = int64_t(row) * p.n_out + column;
+        there = row < p.rows && column < p.n_out;
+        if (there && p.bias) bias = to_float(load_global(static_cast<const T*>(p.bias) + column));
+    }
+    // Behind the wait for the launch before.
+    __device__ __forceinline__ void load_residual(const GemvParams& p) {
+        if (there && p.residual) residual = to_float(load_global(static_cast<const T*>(p.residual) + at));
+    }
+
+    // Adds the warps' shares up, and does to the sum what comes after the product.
+    __device__ __forceinline__ void finish(const GemvParams& p, const Shared<L>& shared) const {
+        if (!there) return;
+        const int splits = L::splits(p), warp = in_tile / L::kWide * splits;
         float y = 0.0f;
         for (int s = 0; s < splits; ++s) {
             y += load_shared(shared.sums + ((warp + s) * L::kRows + row) * L::kWide + in_tile % L::kWide);
@@ -273,22 +289,21 @@ __device__ __forceinline__ void finish(const GemvParams& p, const Shared<L>& sha
             for (int w = 0; w < kWarps; ++w) square += load_shared(shared.squares + w * L::kRows + row);
             y *= rsqrtf(square / float(p.n_in) + p.eps);
         }
-        if (p.bias) y += to_float(load_global(static_cast<const T*>(p.bias) + column));
-        y = activate(p.activation, y);
-        const int64_t at = int64_t(row) * p.n_out + column;
-        if (p.residual) y += to_float(load_global(static_cast<const T*>(p.residual) + at));
+        y = activate(p.activation, y + bias) + residual;
         store_global(static_cast<T*>(p.out) + at, from_float<T>(y));
     }
-}
+};
 
 template <typename L>
-__global__ void __launch_bounds__(kThreads) gemv_kernel(GemvParams p) {
+__global__ void __launch_bounds__(kThreads, L::kRows == 8 ? 1 : 2) gemv_kernel(GemvParams p) {
     const Shared<L> shared;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int column = int(blockIdx.x) * L::tile(p) + L::column(p), first = L::first(p), step = L::step(p);
     L now, next;
     now.load(p, column, first);  // the weight does not come from the launch before
+    Output<L> output(p);
     ptx::grid_dependency_wait();
+    output.load_residual(p);
     float sums[L::kN] = {}, square = 0.0f;
     for (int slab = 0; slab < p.n_in; slab += L::kSlab) {
         if (slab > 0) __syncthreads();  // the one before is still being read
@@ -312,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(GemvParams p) {
         if (scatter.alone) store_shared(shared.sums + (warp * L::kRows + row) * L::kWide + in_warp + c, sums[i]);
     }
     __syncthreads();
-    finish<L>(p, shared);
+    output.finish(p, shared);
 }
 
 // About one block for every multiprocessor of an H100.

@@ -286,7 +286,7 @@ constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
     return int32_t(wanted < most ? wanted : most);
 }
 
-enum class GemvActivation : int32_t { none = -1, quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2 };
+constexpr Activation kNoActivation{-1};
 
 // out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
 struct GemvParams {
@@ -301,8 +301,8 @@ struct GemvParams {
     int32_t n_in, n_out;      // multiples of 8
     bool transposed;
     float eps;
-    GemvActivation activation;
-    DType dtype;  // bf16 or f16, of all of them
+    Activation activation;  // or kNoActivation
+    DType dtype;            // bf16 or f16, of all of them
     int32_t device;
     void* stream;
     int32_t splits;  // the launcher's own

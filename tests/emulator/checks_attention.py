@@ -116,17 +116,9 @@ def check(
         assert_parity(*finite, name)
 
 
-def check_few(kernels: Kernels) -> None:
-    """A selection for the mutations: all layouts, both heights of a block, every kind of mask."""
-    check(kernels, torch.bfloat16, 64, 65, 129, "both", rows=128)
-    check(kernels, torch.float16, 96, 64, 65, "", rows=64)
-    check(kernels, torch.bfloat16, 32, 130, 130, "starts", rows=128)
-
-
 def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
-    """The same bits whatever the order of the threads, and the right ones."""
-    check(kernels, torch.bfloat16, d, 130, 140, "both", rows)
-    case = make(kernels.device, torch.bfloat16, d, 130, 140, "both")
+    """The same bits whatever the order of the threads."""
+    case = make(kernels.device, torch.bfloat16, d, 80, 140, "both", b=1, h=2)
     expected = None
     for order, seed in SCHEDULES:
         schedule(kernels, order, seed)

@@ -47,6 +47,10 @@ FAMILIES = {
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
+    "attention_decode_kernel": VECTORS,
+    "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
+    "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
+    "gemv_kernel": Family(has=(LOAD16,)),
     "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
     "quantize_table_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),
     "quantize_lookup_kernel": VECTORS,
