@@ -76,8 +76,8 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
      attention.check_skipping),
     (Mutation("attention_skips_too_much_padding", BACKWARD, "const int begin = max(0, keys.start - past);",
               "const int begin = max(0, keys.start);"), narrow),
-    (Mutation("attention_32_bit_offset", COMMON, "source + first * position", "source + int(first * int(position))"),
-     attention.check_huge),
+    (Mutation("attention_offset_of_31_bits", COMMON, "batch * tensor.batch + head * tensor.head + row * position",
+              "(batch * tensor.batch & 0x7fffffff) + head * tensor.head + row * position"), attention.check_huge),
     (Mutation("attention_last_group", COMMON, "min(order.group, order.pairs - first)", "order.group"),
      attention.check_order),
 ]  # fmt: skip
