@@ -203,6 +203,9 @@ def causal_attention(size: Size) -> Iterator[Workload]:
         q, k, v = packed.view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    def ours(packed: Tensor) -> Tensor:
+        return ops.causal_attention_packed(packed.view(b, t, 3, h, d)).transpose(1, 2)
+
     def attend(packed: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*split(packed), is_causal=True)
 
@@ -211,7 +214,7 @@ def causal_attention(size: Size) -> Iterator[Workload]:
         op="causal_attention",
         size=f"{size.name}: {b} x {h} x {t} x {d}",
         inputs=inputs,
-        ours=lambda packed: ops.causal_attention(*split(packed))[0],
+        ours=ours,
         definition=lambda packed: reference.causal_attention(*split(packed), scale=d**-0.5)[0],
         peers={"SDPA": attend, **{name: forced(backend, attend) for name, backend in SDPA.items()}},
         differentiable=1,
@@ -344,7 +347,7 @@ def _sample(size: Size, n: int, settings: dict[str, Any]) -> Workload:
         uniform = torch.rand(n, generator=torch.Generator(device).manual_seed(seed), device=device)
         return normal(n, k, at=(device, seed), scale=2.0), uniform
 
-    temperature, top_k, top_p = 1.0, settings.get("top_k"), settings.get("top_p")
+    temperature, top_k, top_p = 0.9, settings.get("top_k"), settings.get("top_p")
     return Workload(
         op="sample",
         size=f"{n} x {k}{''.join(f', {name} {value}' for name, value in settings.items())}",
@@ -353,6 +356,51 @@ def _sample(size: Size, n: int, settings: dict[str, Any]) -> Workload:
         definition=lambda logits, uniform: reference.sample(logits.float(), uniform.float(), temperature, top_k, top_p),
         bytes=(2.0 * n * k, 0.0),
         may_differ=0.02,
+    )
+
+
+def sample_next(size: Size) -> Iterator[Workload]:
+    """The draw with its random numbers and the next input, which torch makes of about ten ops."""
+    for n in size.decode:
+        yield _sample_next(size, n)
+
+
+def _sample_next(size: Size, n: int) -> Workload:
+    k, width, t = size.colours, size.n_embd, size.positions
+
+    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
+        at, other = (device, seed), (device, seed + 7000)
+        streams = torch.arange(1, n + 1, device=device) + n * seed
+        position = torch.tensor(t // 2, dtype=torch.int32, device=device)
+        return (
+            normal(n, k, at=at, scale=2.0),
+            streams,
+            position,
+            normal(k + 1, width, at=at),
+            normal(t, width, at=other),
+        )
+
+    def ours(logits: Tensor, streams: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Any:
+        return ops.sample_next(logits, 5, streams, position, wte=wte, wpe=wpe)
+
+    def plain(logits: Tensor, streams: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Any:
+        return reference.sample_next(logits, 5, streams, position, 1.0, None, None, wte, wpe)
+
+    def torch_ops(logits: Tensor, _: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Any:
+        """With torch's own generator: other draws, so it is timed and not compared."""
+        tokens = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
+        return tokens, wte[tokens] + wpe.index_select(0, position.view(1).long() + 1)
+
+    return Workload(
+        op="sample_next",
+        size=f"{size.name}: {n} x {k}, {width} wide",
+        inputs=inputs,
+        ours=ours,
+        definition=plain,
+        peers={"torch multinomial": torch_ops},
+        bytes=(2.0 * n * k + 3 * 2.0 * n * width, 0.0),
+        may_differ=0.02,
+        not_compared=("torch multinomial",),
     )
 
 
@@ -367,7 +415,7 @@ def clusters(size: Size, device: torch.device) -> Tensor:
 def quantize(size: Size) -> Iterator[Workload]:
     if size.name in ("M", "L"):
         return
-    n, k = 32 * size.images * size.positions, size.colours  # a megapixel: the table of all colours has paid
+    n, k = 32 * size.images * size.positions, size.colours
     palettes: dict[torch.device, Tensor] = {}
 
     def palette(device: torch.device) -> Tensor:
@@ -381,24 +429,24 @@ def quantize(size: Size) -> Iterator[Workload]:
         pixels = integers(1 << 20, n, 3, at=(device, seed), dtype=torch.int32)
         return pixels.float() / (1 << 19) - 1.0, palette(device)
 
-    for name, make, size_of_pixel, operations in (
-        (
-            "uint8",
-            lambda device, seed: (integers(256, n, 3, at=(device, seed), dtype=torch.uint8), palette(device)),
-            3,
-            0,
-        ),
-        ("float32", float_pixels, 12, 8),
+    def bytes_of_pixels(device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+        return integers(256, 16 * n, 3, at=(device, seed), dtype=torch.uint8), palette(device)
+
+    # A table of all colours serves uint8, but for the first megapixel, and not while a graph is captured.
+    for name, count, make, size_of_pixel, operations in (
+        ("uint8", 16 * n, bytes_of_pixels, 3, 0),
+        ("float32", n, float_pixels, 12, 8),
     ):
         yield Workload(
             op="quantize",
-            size=f"{name}: {n} pixels, {k} clusters",
+            size=f"{name}: {count} pixels, {k} clusters",
             inputs=make,
             ours=lambda x, palette: ops.quantize(x, palette),
             definition=chunked,
-            bytes=((size_of_pixel + 8.0) * n, 0.0),
-            flops=(float(operations) * n * k, 0.0),
+            bytes=((size_of_pixel + 8.0) * count, 0.0),
+            flops=(float(operations) * count * k, 0.0),
             may_differ=1e-3,  # cdist rounds otherwise; near ties go the other way
+            graph=name != "uint8",
         )
 
 
@@ -428,15 +476,16 @@ MAKERS: dict[str, Maker] = {
     "attention_decode": attention_decode,
     "gemv": gemv,
     "sample": sample,
+    "sample_next": sample_next,
     "quantize": quantize,
     "dequantize": dequantize,
 }
 
 
 def workloads(names: list[str] | None, sizes: tuple[Size, ...]) -> Iterator[Workload]:
-    """Those of the named ops, or of all that there are."""
+    """Those of the named ops, or of all."""
     for name, make in MAKERS.items():
-        if hasattr(ops, name) and (names is None or name in names):
+        if names is None or name in names:
             for size in sizes:
                 yield from make(size)
 

@@ -42,6 +42,8 @@ class Workload:
         bytes: Moved at least, forward and backward; 0 where arithmetic is the limit.
         flops: Done at least, forward and backward; 0 where memory is the limit.
         may_differ: Share of integer outputs that may be others: near ties, draws beside a boundary.
+        not_compared: Peers that draw other numbers.
+        graph: Whether a graph calls it. Without one the calls have to last longer than it takes to start them.
     """
 
     op: str
@@ -54,6 +56,8 @@ class Workload:
     bytes: tuple[float, float] = (0.0, 0.0)
     flops: tuple[float, float] = (0.0, 0.0)
     may_differ: float = 0.0
+    not_compared: tuple[str, ...] = ()
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def check(workload: Workload, device: torch.device, direction: str) -> dict[str,
         for name, function in everybody(workload).items():
             try:
                 found = prepare(function, copied(inputs), count)()
-                problem = difference(found, plain, exact, workload.may_differ)
+                skipped = name in workload.not_compared
+                problem = "" if skipped else difference(found, plain, exact, workload.may_differ)
             except Exception as failure:  # a peer that this machine or this torch does not have
                 problem = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}"
             if problem:
@@ -181,17 +186,32 @@ def input_sets(workload: Workload, device: torch.device) -> tuple[list[tuple[Any
 
 
 @dataclass
+class Calls:
+    """In place of a graph."""
+
+    calls: list[Callable[[], Any]]
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@dataclass
 class Captured:
     """A graph with one call for each set of inputs."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | Calls
     calls: int
     held: list[Callable[[], Any]]  # whose tensors the graph uses
     replays: int = 1
 
 
-def capture(function: Function, sets: Sequence[Sequence[Any]], differentiable: int) -> Captured:
+def capture(function: Function, sets: Sequence[Sequence[Any]], differentiable: int, as_graph: bool = True) -> Captured:
     """Captures the calls on a stream of their own; the forward of a backward runs on it too."""
+    if not as_graph:
+        return measured(
+            Captured(Calls(found := [prepare(function, x, differentiable) for x in sets]), len(sets), found)
+        )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), gradients(bool(differentiable)):
@@ -203,7 +223,11 @@ def capture(function: Function, sets: Sequence[Sequence[Any]], differentiable: i
     with gradients(bool(differentiable)), torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    captured = Captured(graph, len(calls), calls)
+    return measured(Captured(graph, len(calls), calls))
+
+
+def measured(captured: Captured) -> Captured:
+    """With as many replays in a turn as make it long enough."""
     replay_ms(captured)
     captured.replays = max(1, min(1000, round(REPLAY_MS / max(replay_ms(captured), 1e-3))))
     return captured
@@ -259,7 +283,7 @@ def bench(workload: Workload, device: torch.device, ceilings: Ceilings) -> list[
         for name, function in everybody(workload).items():
             if name not in wrong:
                 try:
-                    graphs[name] = capture(function, sets, count)
+                    graphs[name] = capture(function, sets, count, workload.graph)
                 except Exception as failure:
                     wrong[name] = f"not captured: {type(failure).__name__}: {str(failure).strip()[:200]}"
         times = interleave(graphs) if graphs else {}

@@ -294,6 +294,7 @@ def make_steps(device: Device) -> list[Step]:
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
     without = _missing(*MODELS_NEED)
     tests = GPU_TESTS + (() if without else MODEL_TESTS)
+    ignored = [f"--ignore={path}" for path in CONFORMANCE]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -310,12 +311,7 @@ def make_steps(device: Device) -> list[Step]:
         Step("build", [*pip, str(ROOT)], 240, building, before=clean_site),
         Step("module", [sys.executable, "-c", CHECK_MODULE, str(SITE)], 60, modules, ("build",)),
         Step("conformance", _pytest(*CONFORMANCE), 120, **look),
-        Step(
-            "tests",
-            _pytest("-k", f"not {DETERMINISM}", *(f"--ignore={path}" for path in CONFORMANCE), *tests),
-            180,
-            **look,
-        ),
+        Step("tests", _pytest("-k", f"not {DETERMINISM}", *ignored, *tests), 180, **look),
         Step("determinism", _pytest("-k", DETERMINISM, *tests), 120, **look),
         sanitize("memcheck"),
         sanitize("racecheck"),

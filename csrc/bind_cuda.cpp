@@ -188,6 +188,55 @@ void cross_entropy_bwd(uintptr_t dloss, uintptr_t logits, uintptr_t labels, uint
                                    for_each, ignore_index, cuda::DType(dtype), device, pointer(stream)}));
 }
 
+void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t position,
+                      uintptr_t starts, uintptr_t prefix_k, uintptr_t prefix_v, uintptr_t out, uintptr_t partial,
+                      int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,
+                      int64_t prefix_row, int64_t prefix_head, int64_t rows, int64_t heads, int64_t positions,
+                      int64_t group, int64_t prefix, int32_t dim, bool position_by_row, int32_t splits,
+                      int32_t prefix_splits, float scale, int32_t dtype, int32_t device, uintptr_t stream) {
+    const cuda::AttentionDecodeParams params{pointer(q),
+                                             pointer(k),
+                                             pointer(v),
+                                             pointer(k_cache),
+                                             pointer(v_cache),
+                                             pointer<int32_t>(position),
+                                             pointer<int32_t>(starts),
+                                             pointer(prefix_k),
+                                             pointer(prefix_v),
+                                             pointer(out),
+                                             pointer<float>(partial),
+                                             q_row,
+                                             q_head,
+                                             k_row,
+                                             k_head,
+                                             v_row,
+                                             v_head,
+                                             prefix_row,
+                                             prefix_head,
+                                             rows,
+                                             heads,
+                                             positions,
+                                             group,
+                                             prefix,
+                                             dim,
+                                             position_by_row,
+                                             splits,
+                                             prefix_splits,
+                                             scale,
+                                             cuda::DType(dtype),
+                                             device,
+                                             pointer(stream)};
+    check("attention_decode", cuda::attention_decode(params));
+}
+
+void gemv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t norm_weight, uintptr_t residual, uintptr_t out,
+          int64_t ld, int32_t rows, int32_t n_in, int32_t n_out, bool transposed, float eps, int32_t activation,
+          int32_t dtype, int32_t device, uintptr_t stream) {
+    check("gemv", cuda::gemv({pointer(x), pointer(weight), pointer(bias), pointer(norm_weight), pointer(residual),
+                              pointer(out), ld, rows, n_in, n_out, transposed, eps, cuda::Activation(activation),
+                              cuda::DType(dtype), device, pointer(stream), 0}));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -211,4 +260,9 @@ void bind_cuda(py::module_& m) {
     m.def("norm_bwd_parts", &cuda::norm_bwd_parts);
     m.def("activation_bwd_parts", &cuda::activation_bwd_parts);
     m.def("cross_entropy_parts", &cuda::cross_entropy_parts);
+
+    m.def("attention_decode_cuda", &attention_decode, unlocked);
+    m.def("attention_decode_splits", &cuda::attention_decode_splits,
+          "Into how many parts to split a number of keys when there are so many blocks without.");
+    m.def("gemv_cuda", &gemv, unlocked);
 }

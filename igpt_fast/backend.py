@@ -39,7 +39,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
-INTERFACE = 1
+INTERFACE = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,17 @@ OPS: dict[str, Op] = {
     ),
     "causal_attention_packed": Op(
         native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
+    ),
+    "attention_decode": Op(
+        native=("cuda",),
+        covers="head_dim 32, 64, 96, 128; bf16, fp16, and fp32 without a prefix",
+        otherwise="torch expression over the whole cache",
+    ),
+    "gemv": Op(
+        native=("cuda",),
+        covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
+        "a weight with a contiguous dimension",
+        otherwise="torch linear",
     ),
     "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
     "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),

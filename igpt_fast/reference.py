@@ -140,6 +140,67 @@ def causal_attention(
     return weights @ v, weights
 
 
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+) -> Tensor:
+    """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
+
+    q, k, v: (B, H, D). k_cache, v_cache: (B, H, T_max, D), written to. position: integers, (), (1,) or (B,). Row b sees
+    the keys of prefix ``b // (B / G)``, (G, H, T_p, D), where there is one, then those of its cache at 0 to position,
+    without the first ``starts[b]`` of them all. Where it sees none it gives zero. A position outside the cache writes
+    nothing and gives NaN. Nothing depends on a value on the host, so the work is that of a full cache.
+    """
+    rows, _, t_max, _ = k_cache.shape
+    place = position.reshape(-1).long().expand(rows)
+    inside = ((place >= 0) & (place < t_max))[:, None, None]
+    row, column = torch.arange(rows, device=q.device), place.clamp(0, t_max - 1)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[row, :, column] = torch.where(inside, new, cache[row, :, column])
+    keys, values, before = k_cache, v_cache, 0
+    if prefix_k is not None and prefix_v is not None:
+        before = prefix_k.shape[2]
+        group = rows // max(prefix_k.shape[0], 1)
+        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), k_cache], dim=2)
+        values = torch.cat([prefix_v.repeat_interleave(group, dim=0), v_cache], dim=2)
+    key = torch.arange(before + t_max, device=q.device)
+    visible = key <= before + place[:, None]
+    if starts is not None:
+        visible = visible & (key >= starts[:, None])
+    out, _ = causal_attention(q[:, :, None], keys, values, scale, visible)
+    return out[:, :, 0].masked_fill(~inside, math.nan)
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(rms_norm(x) @ weight + bias) + residual``; every part but the product may be left out.
+
+    x: (..., n_in); weight: (n_in, n_out); bias: (n_out,); norm_weight: (n_in,); residual: (..., n_out). activation:
+    ``"quick_gelu"``, ``"gelu_tanh"`` or ``"gelu_erf"``. Each part rounds to the dtype here; a kernel rounds once.
+    """
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    y = F.linear(x, weight.transpose(0, 1), bias)
+    if activation is not None:
+        y = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf}[activation](y)
+    return y if residual is None else y + residual
+
+
 def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     """Index of the nearest cluster: ``argmin_k sum_c (x_c - clusters_kc)^2``, the lowest index on ties.
 

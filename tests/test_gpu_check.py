@@ -243,7 +243,8 @@ def collect(without: tuple[str, ...], *paths: str) -> set[str]:
 def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
     everywhere = collect((), "tests")
     assert collect((), *check.GPU_TESTS, *check.MODEL_TESTS) == everywhere
-    assert {name for name in everywhere if name.startswith(check.CONFORMANCE)}
+    for path in check.CONFORMANCE:
+        assert {name for name in everywhere if name.startswith(path)}, path
     assert {name for name in everywhere if check.DETERMINISM in name}
 
 

@@ -246,6 +246,70 @@ struct AttentionBwdParams {
 int attention_fwd(const AttentionFwdParams& params);
 int attention_bwd(const AttentionBwdParams& params);
 
+// One new position of every sequence against its cache, into which its key and value go. The formula, and what the
+// kernels ask of layouts: attention_decode.cu.
+struct AttentionDecodeParams {
+    const void* q;            // (rows, heads, dim), the last dimension contiguous, like k and v
+    const void* k;            // of the new position
+    const void* v;            // of the new position
+    void* k_cache;            // (rows, heads, positions, dim)
+    void* v_cache;            // (rows, heads, positions, dim)
+    const int32_t* position;  // of the new key: (rows,), or (1,) for all
+    const int32_t* starts;    // (rows,): the first key that each sees, counted from the prefix's first; or null
+    const void* prefix_k;     // (rows / group, heads, prefix, dim), the last two dimensions contiguous; or null
+    const void* prefix_v;     // likewise, of the same strides
+    void* out;                // (rows, heads, dim)
+    float* partial;           // rows * heads * slots * (dim + 2) to work in; null if slots is 1
+    int64_t q_row, q_head;    // strides in elements, multiples of 16 bytes
+    int64_t k_row, k_head;
+    int64_t v_row, v_head;
+    int64_t prefix_row, prefix_head;
+    int64_t rows, heads, positions;
+    int64_t group, prefix;  // rows that share a prefix, its length; 1 and 0 without
+    int32_t dim;            // 32, 64, 96 or 128
+    int32_t position_step;  // 1 for a position of each row, 0 for one of all
+    int32_t splits;         // blocks for the cache of a (row, head)
+    int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
+    float scale;
+    DType dtype;
+    int32_t device;
+    void* stream;
+};
+
+int attention_decode(const AttentionDecodeParams& params);
+
+// Into how many parts `keys` are split, so that about two blocks for each of 132 multiprocessors are at work, each with
+// 64 keys or more. `blocks`: how many there are without.
+constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
+    const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
+    const int64_t most = keys < 64 ? 1 : (keys + 63) / 64;
+    return int32_t(wanted < most ? wanted : most);
+}
+
+constexpr Activation kNoActivation{-1};
+
+// out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
+struct GemvParams {
+    const void* x;            // (rows, n_in)
+    const void* weight;       // (n_in, n_out), ld elements from row to row; transposed: (n_out, n_in), likewise
+    const void* bias;         // (n_out,), or null
+    const void* norm_weight;  // (n_in,) of the rms_norm of x, or null for none
+    const void* residual;     // (rows, n_out), or null
+    void* out;                // (rows, n_out)
+    int64_t ld;               // a multiple of 8
+    int32_t rows;             // 0 to 8
+    int32_t n_in, n_out;      // multiples of 8
+    bool transposed;
+    float eps;
+    Activation activation;  // or kNoActivation
+    DType dtype;            // bf16 or f16, of all of them
+    int32_t device;
+    void* stream;
+    int32_t splits;  // the launcher's own
+};
+
+int gemv(const GemvParams& params);
+
 // The runtime's text for an error code.
 const char* error_string(int code);
 

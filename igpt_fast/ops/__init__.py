@@ -5,8 +5,10 @@ file of ``csrc/cuda``.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
+from igpt_fast.ops.attention_decode import attention_decode
 from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed
 from igpt_fast.ops.cross_entropy import cross_entropy
+from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
 from igpt_fast.ops.sample import check_sampling, sample, sample_next
@@ -14,6 +16,7 @@ from igpt_fast.ops.sample import check_sampling, sample, sample_next
 __all__ = [
     "ACTIVATIONS",
     "activation",
+    "attention_decode",
     "causal_attention",
     "causal_attention_packed",
     "check_activation",
@@ -22,9 +25,10 @@ __all__ = [
     "dequantize",
     "gelu_erf",
     "gelu_tanh",
+    "gemv",
     "layer_norm",
-    "quick_gelu",
     "quantize",
+    "quick_gelu",
     "rms_norm",
     "sample",
     "sample_next",

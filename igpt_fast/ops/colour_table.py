@@ -88,7 +88,7 @@ class ColourTables:
         k = clusters.shape[0]
         if pixels == 0 or not MIN_CLUSTERS <= k <= MAX_CLUSTERS or clusters.is_inference():
             return None
-        if clusters.is_cuda and torch.cuda.is_current_stream_capturing():
+        if clusters.is_cuda and _capturing(clusters.device):
             return None
         with self._lock:
             entry = self._find(clusters)
@@ -118,6 +118,12 @@ class ColourTables:
         holders = [entry for entry in list(self._entries.values()) if entry.table is not None]
         for entry in holders[: max(0, len(holders) - MAX_TABLES + 1)]:
             entry.table, entry.ready, entry.pixels = None, None, 0
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the device's current stream records a CUDA graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _state(clusters: Tensor) -> tuple[Any, ...]:

@@ -80,7 +80,7 @@ def _covered(logits: Tensor) -> bool:
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward: the loss, how many rows count (empty for "none"), and of each row what the backward needs."""
+    """Launches the forward: the loss, how many rows count (empty for "none"), and each row's part for the backward."""
     kernels = cuda_kernels("cross_entropy", logits)
     logits, labels = dense(logits), labels.contiguous()
     rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"

@@ -32,7 +32,7 @@ SANITIZERS = {
 MACROS = {"": (), "address": ("-DIGPT_ASAN",), "thread": ("-DIGPT_TSAN",)}
 
 
-def run(*command: object, ok: bool = True, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def run(*command: object, ok: bool = True, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done

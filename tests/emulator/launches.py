@@ -48,13 +48,72 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def layer_norm(size: Size) -> None:
+    x = blank(IMAGES, T, size.n_embd, grad=True)
+    weight, bias = blank(size.n_embd, grad=True), blank(size.n_embd, grad=True)
+    differentiate(ops.layer_norm(x, weight, bias), x, weight, bias)
+
+
+def quick_gelu(size: Size) -> None:
+    x, bias = blank(IMAGES, T, 4 * size.n_embd, grad=True), blank(4 * size.n_embd, grad=True)
+    differentiate(ops.quick_gelu(x), x)
+    differentiate(ops.quick_gelu(x, bias), x, bias)
+
+
+def cross_entropy(dtype: torch.dtype) -> None:
+    logits = blank(IMAGES, T, COLOURS, dtype=dtype, grad=True)
+    differentiate(ops.cross_entropy(logits, torch.zeros(IMAGES, T, dtype=torch.int64)), logits)
+
+
 def causal_attention_packed(size: Size) -> None:
-    qkv = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
-    differentiate(ops.causal_attention_packed(qkv), qkv)
+    packed = blank(IMAGES, T, 3, size.heads, size.head_dim, grad=True)
+    differentiate(ops.causal_attention_packed(packed), packed)
 
 
 def quantize(dtype: torch.dtype) -> None:
     ops.quantize(torch.zeros(IMAGES * T, 3, dtype=dtype), torch.zeros(COLOURS, 3))
+
+
+def quantize_table(pixels: int) -> None:
+    ops.quantize(torch.zeros(pixels, 3, dtype=torch.uint8), torch.zeros(COLOURS, 3))
+
+
+def dequantize(dtype: torch.dtype) -> None:
+    ops.dequantize(torch.zeros(IMAGES, T, dtype=dtype), torch.zeros(COLOURS, 3))
+
+
+def sample(settings: dict[str, Any]) -> None:
+    ops.sample(blank(IMAGES, COLOURS), torch.zeros(IMAGES), **settings)
+
+
+def attention_decode(size: Size) -> None:
+    for b in (1, IMAGES, 8 * IMAGES):
+        _decode(size, b)
+
+
+def _decode(size: Size, b: int, **prefix: Tensor) -> None:
+    cache, position = (b, size.heads, T, size.head_dim), torch.zeros((), dtype=torch.int32)
+    q, k, v = blank(b, 3, size.heads, size.head_dim).unbind(1)
+    ops.attention_decode(q, k, v, blank(*cache), blank(*cache), position, **prefix)
+
+
+def attention_decode_shared(size: Size) -> None:
+    primer = (IMAGES // 8, size.heads, T // 2, size.head_dim)
+    _decode(size, IMAGES, prefix_k=blank(*primer), prefix_v=blank(*primer))
+
+
+def gemv(size: Size) -> None:
+    n = size.n_embd
+    for b in (1, 8):
+        ops.gemv(blank(b, n), blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
+        ops.gemv(blank(b, n), blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
+        ops.gemv(blank(b, 4 * n), blank(4 * n, n), blank(n), residual=blank(b, n))
+
+
+def sample_next(size: Size) -> None:
+    logits, streams, position = blank(IMAGES, COLOURS), torch.arange(IMAGES), torch.tensor(5, dtype=torch.int32)
+    wte, wpe = blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
+    ops.sample_next(logits, 0, streams, position, top_k=100, top_p=0.9, wte=wte, wpe=wpe)
 
 
 Call = Callable[[Any], None]
@@ -62,11 +121,24 @@ Call = Callable[[Any], None]
 BY_SIZE: dict[str, Call] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
+    "quick_gelu": quick_gelu,
     "causal_attention_packed": causal_attention_packed,
+    "attention_decode": attention_decode,
+    "attention_decode, shared primers": attention_decode_shared,
+    "gemv": gemv,
+    "sample_next": sample_next,
 }
 OTHERS: dict[str, tuple[Call, Any]] = {
+    "cross_entropy, bf16": (cross_entropy, torch.bfloat16),
+    "cross_entropy, fp32": (cross_entropy, torch.float32),
+    "sample": (sample, {}),
+    "sample, top_k": (sample, {"top_k": 40}),
+    "sample, top_p": (sample, {"top_p": 0.9}),
     "quantize, uint8": (quantize, torch.uint8),
     "quantize, float32": (quantize, torch.float32),
+    "quantize, uint8, a table and its use": (quantize_table, 1 << 20),
+    "dequantize, int64": (dequantize, torch.int64),
 }
 
 

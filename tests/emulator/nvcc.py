@@ -148,7 +148,7 @@ def family(name: str) -> str:
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-BOUNDS = re.compile(r"^\.entry (\w+)\(.*?\)\s*(?:\.maxntid (\d+), (\d+), (\d+))?", re.MULTILINE | re.DOTALL)
+BOUNDS = re.compile(r"^(?:\.\w+ )*\.entry (\w+)\(.*?\)\s*(?:\.maxntid (\d+), (\d+), (\d+))?", re.MULTILINE | re.DOTALL)
 
 
 def resources(compiled: Compiled) -> dict[str, dict[str, Resources]]:

@@ -32,14 +32,30 @@ VECTORS = Family(has=(LOAD16, STORE16))
 # Two 16-bit tiles and their product; the sums leave through shared memory as whole vectors.
 ATTENTION = Family(has=(TENSOR, ASYNC16, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", STORE16, r"MUFU\.EX2"))
 FAMILIES = {
+    "norm_fwd_kernel": VECTORS,
+    "norm_bwd_kernel": VECTORS,
+    "column_sum_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
+    "activation_fwd_kernel": VECTORS,
+    "activation_bwd_kernel": VECTORS,
+    "bias_activation_fwd_kernel": VECTORS,
+    "bias_activation_bwd_kernel": VECTORS,
+    # Single: rows that are no multiple of a vector.
+    "cross_entropy_fwd_kernel": Family(has=(LOAD16,), but="Single<"),
+    "cross_entropy_bwd_kernel": Family(has=(LOAD16, STORE16), but="Single<"),
+    "cross_entropy_total_kernel": Family(has=(r"LDG\.E\.64",)),  # a sum and a count of each block
     "attention_fwd_kernel": ATTENTION,
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
-    "rms_norm_fwd_kernel": VECTORS,
-    "rms_norm_bwd_kernel": VECTORS,
-    "rms_norm_dweight_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a row of partial sums
+    "attention_decode_kernel": VECTORS,
+    "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
+    "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
+    "gemv_kernel": Family(has=(LOAD16,)),
     "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
+    "quantize_table_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),
+    "quantize_lookup_kernel": VECTORS,
+    "dequantize_kernel": Family(has=(STORE16,)),  # as many tokens as make 4, 8 or 16 bytes
+    "sample_kernel": VECTORS,
 }
 
 

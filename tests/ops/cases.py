@@ -75,6 +75,51 @@ CASES = [
         lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
         3,
     ),
+    Case("layer_norm", "layer_norm", lambda: (_normal(5, 1032), _normal(1032), _normal(1032)), ops.layer_norm, 3),
+    Case(
+        "layer_norm",
+        "layer_norm_residual",
+        lambda: (_normal(7, 72), _normal(72, seed=1), _normal(7, 72, seed=2)),
+        lambda x, weight, residual: ops.layer_norm(x, weight, residual=residual),
+        3,
+    ),
+    Case("quick_gelu", "quick_gelu", lambda: (_normal(9, 264), _normal(264, seed=1)), ops.quick_gelu, 2),
+    Case("gelu_tanh", "gelu_tanh", lambda: (_normal(9, 264), _normal(264, seed=1)), ops.gelu_tanh, 2),
+    Case("gelu_erf", "gelu_erf", lambda: (_normal(9, 264), _normal(264, seed=1)), ops.gelu_erf, 2),
+    Case("activation", "activation", lambda: (_normal(9, 72),), lambda x: ops.activation(x, "gelu_new"), 1),
+    Case(
+        "cross_entropy",
+        "cross_entropy",
+        lambda: (_normal(13, 512), torch.arange(13).sub(1).mul(40).clamp(min=-100)),
+        lambda logits, labels: ops.cross_entropy(logits, labels, ignore_index=-40),
+        1,
+    ),
+    Case(
+        "cross_entropy",
+        "cross_entropy_streamed",
+        lambda: (_normal(5, 1029), torch.arange(5)),
+        lambda logits, labels: ops.cross_entropy(logits, labels, reduction="none"),
+        1,
+    ),
+    Case(
+        "layer_norm",
+        "layer_norm",
+        lambda: (_normal(5, 520), _normal(520, seed=1), _normal(520, seed=2), _normal(5, 520, seed=3)),
+        lambda x, weight, bias, residual: ops.layer_norm(x, weight, bias, residual=residual),
+        4,
+    ),
+    *(
+        Case(name, name, lambda: (_normal(7, 264, seed=1), _normal(264)), getattr(ops, name), 2)
+        for name in ("quick_gelu", "gelu_tanh", "gelu_erf")
+    ),
+    Case("activation", "activation", lambda: (_normal(3, 5, 72),), lambda x: ops.activation(x, "gelu_new"), 1),
+    Case(
+        "cross_entropy",
+        "cross_entropy",
+        lambda: (_normal(9, 512), torch.arange(9) * 50 - 100),  # -100 is ignored; -50 is nothing's
+        lambda logits, labels: ops.cross_entropy(logits, labels.where(labels != -50, 3)),
+        1,
+    ),
     Case(
         "quantize",
         "quantize",
@@ -120,5 +165,48 @@ CASES = [
         lambda logits, streams, position, wte, wpe: ops.sample_next(
             logits, 1 << 63, streams, position, wte=wte, wpe=wpe
         ),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode",
+        lambda: (
+            *(_normal(2, 2, 64, seed=i) for i in range(3)),
+            _normal(2, 2, 150, 64, seed=3),
+            _normal(2, 2, 150, 64, seed=4),
+            torch.tensor(131, dtype=torch.int32),
+            torch.tensor([0, 9], dtype=torch.int32),
+        ),
+        ops.attention_decode,
+        mutated=(3, 4),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_prefix",
+        lambda: (
+            *(_normal(4, 1, 96, seed=i) for i in range(3)),
+            _normal(4, 1, 40, 96, seed=3),
+            _normal(4, 1, 40, 96, seed=4),
+            torch.tensor(33, dtype=torch.int32),
+            _normal(2, 1, 70, 96, seed=5),
+            _normal(2, 1, 70, 96, seed=6),
+        ),
+        lambda q, k, v, k_cache, v_cache, position, prefix_k, prefix_v: ops.attention_decode(
+            q, k, v, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v
+        ),
+        mutated=(3, 4),
+    ),
+    Case(
+        "gemv",
+        "gemv",
+        lambda: (_normal(3, 264), _normal(264, 72, seed=1), _normal(72, seed=2), _normal(264, seed=3)),
+        lambda x, weight, bias, norm_weight: ops.gemv(
+            x, weight, bias, norm_weight=norm_weight, activation="quick_gelu"
+        ),
+    ),
+    Case(
+        "gemv",
+        "gemv_linear",
+        lambda: (_normal(1, 136), _normal(512, 136, seed=1), _normal(1, 512, seed=2)),
+        lambda x, weight, residual: ops.gemv(x, weight.T, residual=residual),
     ),
 ]  # fmt: skip

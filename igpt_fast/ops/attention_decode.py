@@ -1,0 +1,215 @@
+"""Attention of one new position against a key/value cache that it is added to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+
+HEAD_DIMS = (32, 64, 96, 128)
+_ROWS = 16  # that a block of the prefix's kernel serves
+_MOST_KEYS = 2**31 - 1025  # of a cache or a prefix
+
+
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    starts: Tensor | None = None,
+    scale: float | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new position of each sequence; its key and value are written into the cache.
+
+    The keys that row b sees are those of its prefix, if there is one, then those of its cache at 0 to ``position``,
+    the new one among them, without the first ``starts[b]`` of them all. A row that sees none gives zero, and what
+    stands in a key that is not seen, be it NaN, reaches nothing; of a prefix, a key that none of its rows sees.
+
+    A kernel reads ``position`` and ``starts`` on the device, and nothing on the host depends on their values: a
+    captured CUDA graph may be replayed as they change. It moves ``2 (position + 1) D`` elements for each row and head,
+    and ``2 T_p D`` for each head and 16 rows of a prefix; ``4 D`` floating-point operations for each key that a row
+    sees.
+
+    Args:
+        q, k, v: (B, H, D) of the new position. Strides are free but for the last dimension's, as in views of the
+            packed projection.
+        k_cache, v_cache: (B, H, T_max, D), contiguous, of the dtype of ``q``; written at ``position``.
+        position: int32 on the device of ``q``: (), (1,), one for all rows, or (B,). Where it is outside 0..T_max-1
+            nothing is written and the row's output is NaN.
+        starts: (B,) int32: how many keys from the first on are hidden, the prefix's counted; ``None`` hides none.
+        scale: Of the scores; ``D ** -0.5`` when ``None``.
+        prefix_k, prefix_v: (G, H, T_p, D) with B a multiple of G: rows ``g B/G`` to ``(g + 1) B/G - 1`` share prefix g,
+            as continuations of one primer do. Read once for up to 16 rows. A view of a longer cache is taken as it is.
+
+    Returns:
+        (B, H, D), dtype and device of ``q``. Decoding is for inference: there is no gradient.
+
+    Raises:
+        TypeError: A dtype that is not as above.
+        ValueError: Shapes that do not fit, a cache that is not contiguous, several devices, one half of a prefix, or a
+            tensor that wants a gradient while gradients are recorded.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
+    """
+    _check(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v)
+    if scale is None:
+        scale = float(q.shape[-1] ** -0.5)
+    optional = [tensor for tensor in (starts, prefix_k, prefix_v) if tensor is not None]
+    tensors = [q, k, v, k_cache, v_cache, position, *optional]
+    if _covered(q, k_cache, prefix_k) and use_kernel("attention_decode", *tensors):
+        run = _attention_decode if is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
+        return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, scale)
+    return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v)
+
+
+def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None) -> bool:
+    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
+        return False
+    return prefix_k is None or (q.dtype != torch.float32 and prefix_k.shape[2] <= _MOST_KEYS)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    starts: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+) -> None:
+    op = "attention_decode"
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError(f"{op}: prefix_k and prefix_v come together; want both or neither")
+    named = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    if prefix_k is not None and prefix_v is not None:
+        named |= {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    check_floating(op, **named)
+    for name, tensor in named.items():
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {q.dtype}, q's")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} wants a gradient; there is none: decode under torch.no_grad()")
+    if q.ndim != 3:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; want (B, H, D)")
+    _check_shape("k", k, tuple(q.shape), "q's")
+    _check_shape("v", v, tuple(q.shape), "q's")
+    rows, heads, dim = q.shape
+    if k_cache.ndim != 4 or (*k_cache.shape[:2], k_cache.shape[3]) != (rows, heads, dim) or k_cache.shape[2] < 1:
+        raise ValueError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; want ({rows}, {heads}, T_max, {dim})")
+    _check_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {cache.stride()}; want a contiguous tensor, to write to")
+    _check_integers("position", position, q, ((), (1,), (rows,)))
+    if starts is not None:
+        _check_integers("starts", starts, q, ((rows,),))
+    if prefix_k is None or prefix_v is None:
+        return
+    shape = prefix_k.shape
+    if len(shape) != 4 or (shape[1], shape[3]) != (heads, dim) or shape[2] < 1 or rows % max(shape[0], 1):
+        want = f"(G, {heads}, T_p, {dim}) with G a divisor of {rows}"
+        raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want {want}")
+    if shape[0] == 0 and rows > 0:
+        raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want one prefix or more")
+    _check_shape("prefix_v", prefix_v, tuple(shape), "prefix_k's")
+
+
+def _check_shape(name: str, tensor: Tensor, want: tuple[int, ...], whose: str) -> None:
+    if tuple(tensor.shape) != want:
+        raise ValueError(f"attention_decode: {name} has shape {tuple(tensor.shape)}; want {want}, {whose}")
+
+
+def _check_integers(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"attention_decode: {name} is {got}; want an int32 tensor")
+    if tuple(tensor.shape) not in shapes:
+        want = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"attention_decode: {name} has shape {tuple(tensor.shape)}; want {want}")
+    if tensor.device != q.device:
+        raise ValueError(f"attention_decode: {name} is on {tensor.device}, others on {q.device}; want one device")
+
+
+def _rows_of_heads(tensor: Tensor) -> Tensor:
+    """Itself, if every (row, head) is contiguous and 16-byte aligned, as in a view of the packed projection."""
+    vector = 16 // tensor.element_size()
+    *outer, last = tensor.stride()
+    fits = last == 1 and not any(stride % vector for stride in outer) and tensor.data_ptr() % 16 == 0
+    return tensor if fits else dense(tensor)
+
+
+def _prefixes(prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Themselves, if every (prefix, head) is contiguous and aligned, at the same strides for both."""
+    k, v = (_rows_of_heads(prefix) for prefix in (prefix_k, prefix_v))
+    return (k, v) if k.stride() == v.stride() and k.stride(2) == k.shape[3] else (dense(k), dense(v))
+
+
+def _attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    starts: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Launches the kernels."""
+    kernels = cuda_kernels("attention_decode", q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.data_ptr() % 16:
+            raise ValueError(f"attention_decode: {name} begins at {cache.data_ptr():#x}; want a multiple of 16 bytes")
+    q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
+    position, starts = position.contiguous(), None if starts is None else starts.contiguous()
+    (rows, heads, t_max, dim), count = k_cache.shape, kernels.module.attention_decode_splits
+    splits, prefix_splits, group, prefix = count(rows * heads, t_max), 0, 1, 0
+    prefix_strides: tuple[int, ...] = (0, 0)
+    if prefix_k is not None and prefix_v is not None and rows > 0:
+        prefix_k, prefix_v = _prefixes(prefix_k, prefix_v)
+        group, prefix, prefix_strides = rows // prefix_k.shape[0], prefix_k.shape[2], prefix_k.stride()[:2]
+        prefix_splits = count(prefix_k.shape[0] * heads * -(-group // _ROWS), prefix)
+    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    slots = splits + prefix_splits
+    partial = None
+    if slots > 1:
+        partial = torch.empty(rows * heads * slots * (dim + 2), dtype=torch.float32, device=q.device)
+    tensors = map(address, (q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, out, partial))
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *prefix_strides
+    sizes = rows, heads, t_max, group, prefix, dim, position.numel() > 1, splits, prefix_splits
+    kernels.module.attention_decode_cuda(*tensors, *strides, *sizes, scale, DTYPES[q.dtype], *kernels.place)
+    return out
+
+
+def _fake_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    starts: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+register(
+    "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
+    "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, float scale) -> Tensor",
+    _attention_decode,
+    _fake_attention_decode,
+)

@@ -1,0 +1,155 @@
+"""A linear layer for few rows, with what comes before and after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+
+# As csrc/cuda/ops.h numbers them.
+GEMV_ACTIVATIONS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+MAX_ROWS = 8
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(rms_norm(x) @ weight + bias) + residual``, every part but the product optional.
+
+    One kernel where ``x`` has 1 to 8 rows, as in decoding: it reads the weight once, ``n_in n_out`` elements, which
+    bound it, and does ``2 rows n_in n_out`` floating-point operations. It computes all of it in float32, the norm too,
+    and rounds once, where the expression of torch's ops that runs elsewhere rounds after each of them.
+
+    Args:
+        x: (..., n_in), floating point.
+        weight: (n_in, n_out), of the dtype of ``x``: contiguous, as transformers' Conv1D has it, or the transpose of a
+            contiguous one, as ``linear.weight.T``; the kernel takes slices of either as they are.
+        bias: (n_out,), of the dtype of ``x``.
+        norm_weight: (n_in,): ``x`` goes through ``rms_norm`` with it first.
+        eps: Of the norm.
+        activation: ``"quick_gelu"``, ``"gelu_tanh"``, ``"gelu_erf"`` or ``None``.
+        residual: (..., n_out): added at the end.
+
+    Returns:
+        (..., n_out), dtype of ``x``. Differentiable: with a gradient to be recorded, torch's ops run.
+
+    Raises:
+        TypeError: Not floating-point tensors, or a weight or bias of another dtype outside autocast.
+        ValueError: Shapes that do not fit, two devices, a negative ``eps``, or another activation.
+        BackendUnavailableError: The chosen backend does not serve the device.
+
+    Source: openai/image-gpt src/model.py ``conv1d``, ``norm``, ``gelu``.
+    """
+    _check(x, weight, bias, norm_weight, eps, activation, residual)
+    tensors = [tensor for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None]
+    if _covered(x, weight, tensors) and use_kernel("gemv", *tensors):
+        run = _gemv if is_plain(*tensors) else torch.ops.igpt_fast.gemv
+        return run(x, weight, bias, norm_weight, residual, activation, eps)
+    return reference.gemv(x, weight, bias, norm_weight, eps, activation, residual)
+
+
+def _covered(x: Tensor, weight: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(tensor.dtype != x.dtype for tensor in tensors):
+        return False
+    n_in, n_out = weight.shape
+    if n_in % 8 or n_out % 8 or min(n_in, n_out) < 8:
+        return False
+    return 1 <= x.numel() // n_in <= MAX_ROWS and _layout(weight) is not None
+
+
+def _layout(weight: Tensor) -> tuple[bool, int] | None:
+    """Whether the weight is transposed, and how far apart its rows, or columns, are; ``None`` for other strides."""
+    n_in, n_out = weight.shape
+    first, second = weight.stride()
+    if second == 1 and first % 8 == 0 and first >= n_out:
+        return False, first
+    if first == 1 and second % 8 == 0 and second >= n_in:
+        return True, second
+    return None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    optional = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
+    check_floating("gemv", x=x, weight=weight, **{name: t for name, t in optional.items() if t is not None})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"gemv: {name} is {tensor.dtype}; want {x.dtype}, x's")
+    if weight.ndim != 2:
+        raise ValueError(f"gemv: weight has shape {tuple(weight.shape)}; want (n_in, n_out)")
+    n_in, n_out = weight.shape
+    if x.ndim == 0 or x.shape[-1] != n_in:
+        raise ValueError(f"gemv: x has shape {tuple(x.shape)}; want (..., {n_in})")
+    wanted = {"bias": (n_out,), "norm_weight": (n_in,), "residual": (*x.shape[:-1], n_out)}
+    for name, tensor in optional.items():
+        if tensor is not None and tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"gemv: {name} has shape {tuple(tensor.shape)}; want {wanted[name]}")
+    if not eps >= 0.0:
+        raise ValueError(f"gemv: eps is {eps}; want 0 or above")
+    if activation not in GEMV_ACTIVATIONS:
+        names = ", ".join(repr(name) for name in GEMV_ACTIVATIONS)
+        raise ValueError(f"gemv: activation is {activation!r}; want one of {names}")
+
+
+def _gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+) -> Tensor:
+    """Launches the kernel."""
+    kernels = cuda_kernels("gemv", x)
+    if weight.data_ptr() % 16:
+        weight = weight.clone()
+    layout = _layout(weight)
+    assert layout is not None
+    (transposed, distance), (n_in, n_out) = layout, weight.shape
+    x = dense(x)
+    bias, norm_weight, residual = (None if t is None else dense(t) for t in (bias, norm_weight, residual))
+    out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
+    tensors = map(address, (x, weight, bias, norm_weight, residual, out))
+    sizes = distance, x.numel() // n_in, n_in, n_out, transposed, eps, GEMV_ACTIVATIONS[activation]
+    kernels.module.gemv_cuda(*tensors, *sizes, DTYPES[x.dtype], *kernels.place)
+    return out
+
+
+def _fake_gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+register(
+    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, str? activation, float eps)"
+    " -> Tensor",
+    _gemv,
+    _fake_gemv,
+)

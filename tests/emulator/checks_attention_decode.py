@@ -1,0 +1,240 @@
+"""What attention_decode has to stand up to, as functions of a device; the op runs there as the caller has chosen."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from checks import SCHEDULES, Counted, schedule
+from kernels import Kernels
+from tolerance import assert_parity
+from torch import Tensor
+
+from igpt_fast import ops, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of the op. What is not to be seen in the caches and the prefix is NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    position: Tensor
+    starts: Tensor | None = None
+    prefix_k: Tensor | None = None
+    prefix_v: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def op(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The output and the caches afterwards; the case keeps its own."""
+        k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
+        prefix = self.prefix_k, self.prefix_v
+        out = ops.attention_decode(self.q, self.k, self.v, k_cache, v_cache, self.position, self.starts, None, *prefix)
+        return out, k_cache, v_cache
+
+    def definition(self, dtype: torch.dtype) -> Tensor:
+        tensors = self.q, self.k, self.v, self.k_cache.clone(), self.v_cache.clone()
+        wide = [t.to(dtype) for t in tensors]
+        prefix = [None if t is None else t.to(dtype) for t in (self.prefix_k, self.prefix_v)]
+        return reference.attention_decode(*wide, self.position, self.scale, self.starts, *prefix)
+
+
+def case(
+    device: str,
+    dtype: torch.dtype,
+    dim: int,
+    position: int | Sequence[int],
+    t_max: int = 130,
+    rows: int = 3,
+    heads: int = 2,
+    starts: Sequence[int] | None = None,
+    prefixes: int = 0,
+    prefix: int = 0,
+) -> Case:
+    """q, k, v are views of a packed projection; the scores spread over several units."""
+    packed = torch.randn(rows, 3, heads, dim)
+    packed[:, :2] *= 1.5
+    q, k, v = packed.to(dtype).to(device).unbind(1)
+    caches = [torch.randn(rows, heads, t_max, dim).to(dtype) for _ in range(2)]
+    shared = [torch.randn(prefixes, heads, prefix, dim).to(dtype) for _ in range(2)] if prefixes else []
+    first = list(starts) if starts is not None else [0] * rows
+    for row in range(rows):
+        at = position if isinstance(position, int) else position[row]
+        for cache in caches:
+            cache[row, :, max(at, 0) :] = torch.nan
+            cache[row, :, : max(first[row] - prefix, 0)] = torch.nan
+    for group in range(prefixes):
+        n = rows // prefixes
+        hidden = max(min(first[group * n : group * n + n]), 0)
+        for keys in shared:
+            keys[group, :, :hidden] = torch.nan
+    return Case(
+        *(q, k, v),
+        *(cache.to(device) for cache in caches),
+        torch.tensor(position, dtype=torch.int32, device=device),
+        None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device),
+        *(keys.to(device) for keys in shared),
+    )
+
+
+def check(made: Case) -> None:
+    """The output by the tolerance rule, the caches bit for bit."""
+    out, k_cache, v_cache = made.op()
+    assert out.shape == made.q.shape
+    assert out.dtype == made.q.dtype
+    rows, _, t_max, _ = made.k_cache.shape
+    positions = made.position.reshape(-1).expand(rows).tolist()
+    for cache, before, new in ((k_cache, made.k_cache, made.k), (v_cache, made.v_cache, made.v)):
+        wanted = before.clone()
+        for row, at in enumerate(positions):
+            if 0 <= at < t_max:
+                wanted[row, :, at] = new[row]
+        bits = torch.int32 if cache.element_size() == 4 else torch.int16
+        assert torch.equal(cache.view(bits), wanted.view(bits)), "cache"
+    inside = [0 <= at < t_max for at in positions]
+    outside = [not x for x in inside]
+    assert out[outside].isnan().all()
+    exact, plain = made.definition(torch.float64), made.definition(made.q.dtype)
+    assert_parity(out[inside], plain[inside], exact[inside], "out")
+
+
+# Both ends of the kernels' spans of 64 keys, and of the cache; some rows see nothing.
+POSITIONS = [0, 1, 62, 63, 64, 97, 129]
+STARTS = [0, 1, 63, 62, 70, 64, -5]
+# (prefixes, rows, prefix): 1, several, 16 and more than 16 rows for each; less than a warp's keys, ragged, split.
+PREFIXES = [(3, 3, 1), (1, 2, 63), (2, 10, 65), (1, 16, 97), (1, 17, 33), (1, 35, 130)]
+
+
+def check_positions(device: str, dtype: torch.dtype, dim: int, starts: bool = False) -> None:
+    check(case(device, dtype, dim, POSITIONS, rows=7, heads=1, starts=STARTS if starts else None))
+
+
+def check_prefix(device: str, dtype: torch.dtype, dim: int, prefixes: int, rows: int, prefix: int) -> None:
+    position = [(37 * row) % 70 for row in range(rows)]
+    starts = [row % 3 * (prefix + 2) // 2 for row in range(rows)]
+    for some in (None, starts):
+        check(case(device, dtype, dim, position, 70, rows, 1 + prefixes % 2, some, prefixes, prefix))
+
+
+def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> None:
+    """Every split has a part, of one or two spans, and the last is ragged."""
+    for position in (1023, 1000, 511):
+        check(case(device, dtype, dim, position, t_max=1024, rows=1, heads=1))
+    check(case(device, dtype, 32, 399, t_max=400, rows=1, heads=66))
+
+
+def check_many_blocks(device: str) -> None:
+    """So many that nothing is split: the one kernel writes the output."""
+    position = [row % 7 - 1 for row in range(128)]
+    check(case(device, torch.bfloat16, 32, position, t_max=5, rows=128, heads=2))
+
+
+def check_outside(device: str) -> None:
+    """Nothing is written, and NaN says so; with splits and a prefix as well."""
+    check(case(device, torch.bfloat16, 64, [-1, 130, 5], starts=[0, 0, 2]))
+    check(case(device, torch.bfloat16, 64, [2**31 - 1, -(2**31), 0, 70], 70, 4, prefixes=2, prefix=20))
+
+
+def check_nan_stays(device: str, prefixes: int = 0) -> None:
+    """A NaN in one row's query, key, value, or cache is in its output and no other row's."""
+    made = case(device, torch.bfloat16, 64, 70, rows=4, prefixes=prefixes, prefix=40 if prefixes else 0)
+    for poison in (made.q[1], made.k[1], made.v[1], made.k_cache[1, :, 3], made.v_cache[1, :, 3]):
+        kept = poison.clone()
+        poison.fill_(torch.nan)
+        out = made.op()[0]
+        assert out[1].isnan().all()
+        assert not out[[0, 2, 3]].isnan().any()
+        poison.copy_(kept)
+
+
+def check_huge(device: str, dim: int = 64) -> None:
+    """A cache, and a prefix, whose second head begins behind 2^32 elements, of which a few are touched."""
+
+    def lazy(*shape: int) -> Tensor:
+        """Memory that is there once it is written to."""
+        count = torch.Size(shape).numel()
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        return torch.frombuffer(mmap.mmap(-1, 2 * count, flags=flags), dtype=torch.bfloat16, count=count).view(shape)
+
+    assert device == "cpu"
+    t_max = 2**32 // dim + 8
+    q, k, v = (torch.randn(1, 2, dim).bfloat16() for _ in range(3))
+    k_cache, v_cache = lazy(1, 2, t_max, dim), lazy(1, 2, t_max, dim)
+    near = slice(t_max - 5, t_max)
+    k_cache[:, :, near], v_cache[:, :, near] = torch.randn(2, 1, 2, 5, dim).bfloat16()
+    position = torch.tensor(t_max - 1, dtype=torch.int32)
+    starts = torch.tensor([t_max - 5], dtype=torch.int32)
+    small = Case(q, k, v, k_cache[:, :, near].clone(), v_cache[:, :, near].clone(), position * 0 + 4)
+    out = ops.attention_decode(q, k, v, k_cache, v_cache, position, starts)
+    assert torch.equal(k_cache[:, :, -1], k)
+    assert torch.equal(v_cache[:, :, -1], v)
+    assert_parity(out, small.definition(torch.bfloat16), small.definition(torch.float64), "out")
+    # The second head's first four keys, in a view of that cache.
+    k_cache[:, :, :4], v_cache[:, :, :4] = torch.randn(2, 1, 2, 4, dim).bfloat16()
+    keys, values = k_cache[:, :, :4], v_cache[:, :, :4]
+    empty = torch.zeros(1, 2, 3, dim).bfloat16()
+    with_prefix = Case(q, k, v, empty, empty, position * 0, None, keys.clone(), values.clone())
+    out = ops.attention_decode(q, k, v, empty.clone(), empty.clone(), position * 0, None, None, keys, values)
+    assert_parity(out, with_prefix.definition(torch.bfloat16), with_prefix.definition(torch.float64), "prefix")
+
+
+def check_determinism(kernels: Kernels) -> None:
+    """The same bits under every schedule."""
+    cases = [
+        case("cpu", torch.bfloat16, 64, 300, 320, 1),
+        case("cpu", torch.float16, 96, 70, 70 + 1, 5, prefixes=1, prefix=150),
+    ]
+    for made in cases:
+        results = []
+        for order, seed in SCHEDULES:
+            schedule(kernels, order, seed)
+            results.append(made.op()[0])
+        assert not results[0].isnan().any()
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def check_coalescing(kernels: Kernels) -> None:
+    """Every key and value moves once, in whole sectors; no more shared-memory conflicts than are known."""
+    for dim in (32, 64, 96, 128):
+        # 256 blocks for 128 keys each, of which the last is the new one: a span of 64, one of 63, and one more.
+        made = case("cpu", torch.bfloat16, dim, 128, 192, rows=2, heads=128)
+        with Counted(kernels) as counted:
+            made.op()
+        size = 2 * dim
+        # Each of a block's 16 or 32 groups of lanes loads the query, the new key and the new value.
+        groups = 128 // (8 if dim % 64 == 0 else 4)
+        position = 256 * 128 * 4
+        assert counted["launches"] == 1, dict(counted)
+        assert counted["load_bytes"] - position == 256 * size * (2 * 128 + 3 * groups), dict(counted)
+        assert counted["store_bytes"] == 256 * size * 3, dict(counted)
+        # A warp's lanes share the query's sectors, and the position's.
+        warp_groups = groups // 4
+        sectors = 256 * (size * (2 * 128 + 3 * groups // warp_groups) // 32 + 4)
+        assert counted["load_sectors"] == sectors, (sectors, dict(counted))
+        # 8 lanes, which write each vector of 8 sums in two halves, meet in twos.
+        assert counted["shared_conflicts"] == (256 * 4 * dim // 32 if dim % 64 == 0 else 0), dict(counted)
+
+
+def check_prefix_reads_once(kernels: Kernels) -> None:
+    """16 rows read a key of their prefix once, in whole sectors, and multiply it on the tensor cores."""
+    for dim in (32, 64, 96, 128):
+        counts = []
+        for prefix in (32, 64):
+            made = case("cpu", torch.bfloat16, dim, 0, 1, rows=16, heads=2, prefixes=1, prefix=prefix)
+            with Counted(kernels) as counted:
+                made.op()
+            counts.append(dict(counted))
+        assert counts[0]["launches"] == counts[1]["launches"] == 3, counts
+        more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
+        # For 32 keys more of two heads, in two tensors.
+        assert more["load_bytes"] == more["load_sectors"] * 32 == 2 * 32 * 2 * 2 * dim, more
+        assert more["mma"] == 2 * 32 * 2 * 16 * dim // (16 * 8 * 16), more
+        assert more["shared_requests"] == 0, more

@@ -1,0 +1,157 @@
+"""What gemv has to stand up to, as functions of a device; the op runs there as the caller has chosen."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from checks import SCHEDULES, Counted, schedule
+from kernels import Kernels
+from tolerance import assert_parity
+from torch import Tensor
+
+from igpt_fast import ops, reference
+
+ACTIVATIONS = [None, "quick_gelu", "gelu_tanh", "gelu_erf"]
+# (rows, n_in, n_out): every number of rows that a kernel is compiled for and ones between; n_in of less than a step,
+# ragged, and of several slabs; n_out of half a tile, ragged, and of both sizes of tile.
+SHAPES = [
+    *((1, 8, 8), (1, 512, 40), (1, 8232, 16), (1, 72, 4104), (2, 264, 24), (2, 4104, 8), (3, 520, 48), (4, 2056, 8)),
+    *((5, 96, 136), (7, 1032, 24), (8, 1544, 16), (8, 3080, 8), (8, 40, 4136)),
+]
+
+
+def operands(
+    device: str, dtype: torch.dtype, rows: int, n_in: int, n_out: int, transposed: bool, seed: int = 0
+) -> dict[str, Tensor]:
+    """Arguments of the op, every one of them; the products are of size 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    weight = (normal(n_out, n_in).T if transposed else normal(n_in, n_out)) * n_in**-0.5
+    assert weight.is_contiguous() != transposed or min(n_in, n_out) == 1
+    named = {"x": 3 * normal(rows, n_in), "weight": weight, "bias": normal(n_out)}
+    return named | {"norm_weight": 1 + 0.5 * normal(n_in), "residual": normal(rows, n_out)}
+
+
+def check(named: dict[str, Tensor], activation: str | None = None, eps: float = 1e-5) -> None:
+    """By the tolerance rule against the definition."""
+    out = ops.gemv(**named, eps=eps, activation=activation)
+    plain = reference.gemv(**named, eps=eps, activation=activation)
+    exact = reference.gemv(**{k: t.double() for k, t in named.items()}, eps=eps, activation=activation)
+    assert out.dtype == plain.dtype
+    assert_parity(out, plain, exact, "out")
+
+
+def check_shape(device: str, dtype: torch.dtype, rows: int, n_in: int, n_out: int, transposed: bool) -> None:
+    """With everything, and with nothing but the product."""
+    named = operands(device, dtype, rows, n_in, n_out, transposed)
+    check(named, ACTIVATIONS[1 + (rows + n_in // 8) % 3])
+    check({name: named[name] for name in ("x", "weight")})
+
+
+def check_options(device: str, transposed: bool) -> None:
+    """Each part alone, each activation; an eps that matters."""
+    named = operands(device, torch.float16, 2, 264, 24, transposed)
+    product = {name: named[name] for name in ("x", "weight")}
+    for option in ("bias", "norm_weight", "residual"):
+        check(product | {option: named[option]})
+    for activation in ACTIVATIONS:
+        check(named, activation)
+    check(product | {"x": 1e-3 * named["x"], "norm_weight": named["norm_weight"]}, eps=1e-3)
+
+
+def check_range(device: str) -> None:
+    """float16 of magnitude 300, whose squares overflow, and 1e-4, whose squares are zero, through the norm."""
+    for transposed in (False, True):
+        for value in (300.0, 1e-4):
+            x = torch.full((2, 64), value, dtype=torch.float16, device=device)
+            eye = torch.eye(64, dtype=torch.float16, device=device)
+            ones = torch.ones(64, dtype=torch.float16, device=device)
+            out = ops.gemv(x, eye.T if transposed else eye, norm_weight=ones, eps=0.0)
+            assert torch.equal(out, torch.ones_like(x)), value
+
+
+def check_one_rounding(device: str) -> None:
+    """Sums that bfloat16 cannot hold on the way: the product, the norm and the bias are not rounded."""
+    x = torch.full((1, 64), 1.0, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(64, 8, dtype=torch.bfloat16, device=device)
+    weight[0], weight[1] = 256.0, 1.0
+    bias = torch.full((8,), -256.0, dtype=torch.bfloat16, device=device)
+    assert torch.equal(ops.gemv(x, weight, bias), torch.full_like(bias, 1.0)[None])
+    assert torch.equal(ops.gemv(x, weight, residual=bias[None]), torch.full_like(bias, 1.0)[None])
+
+
+def check_nan_stays(device: str) -> None:
+    """A NaN in a row of x is in that row's output and no other's; one in a column of the weight likewise."""
+    for transposed in (False, True):
+        named = operands(device, torch.bfloat16, 3, 264, 24, transposed)
+        named["x"][1, 5] = torch.nan
+        out = ops.gemv(**named)
+        assert out[1].isnan().all()
+        assert not out[[0, 2]].isnan().any()
+        named = operands(device, torch.bfloat16, 3, 264, 24, transposed)
+        named["weight"][7, 9] = torch.nan
+        out = ops.gemv(**named)
+        assert out[:, 9].isnan().all()
+        assert not out[:, [*range(9), *range(10, 24)]].isnan().any()
+
+
+def check_slices(device: str) -> None:
+    """Columns of a wider weight, with NaN around them, are taken as they are."""
+    for transposed in (False, True):
+        named = operands(device, torch.bfloat16, 2, 264, 24, transposed)
+        weight = named["weight"].T if transposed else named["weight"]
+        around = torch.full((weight.shape[0], weight.shape[1] + 16), torch.nan, dtype=weight.dtype, device=device)
+        around[:, 8:-8] = weight
+        inside = around[:, 8:-8]
+        want = ops.gemv(**named)
+        assert torch.equal(ops.gemv(**(named | {"weight": inside.T if transposed else inside})), want)
+
+
+def check_huge(device: str) -> None:
+    """Rows of a weight so far apart that they span more than 2^32 elements."""
+    assert device == "cpu"
+    distance, rows = 2**28 + 8, 24
+    count = distance * (rows - 1) + 64
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * count, flags=flags), dtype=torch.bfloat16, count=count)
+    for transposed in (False, True):
+        far = memory.as_strided((rows, 16), (distance, 1))
+        far.copy_(torch.randn(rows, 16))
+        weight = far.T if transposed else far
+        check({"x": torch.randn(2, weight.shape[0]).bfloat16(), "weight": weight})
+
+
+def check_determinism(kernels: Kernels) -> None:
+    """The same bits under every schedule."""
+    for transposed in (False, True):
+        for rows, n_in, n_out in [(1, 1032, 24), (6, 1544, 24)]:
+            named = operands("cpu", torch.bfloat16, rows, n_in, n_out, transposed)
+            results = []
+            for order, seed in SCHEDULES:
+                schedule(kernels, order, seed)
+                results.append(ops.gemv(**named, activation="quick_gelu"))
+            assert all(torch.equal(result, results[0]) for result in results)
+
+
+def check_coalescing(kernels: Kernels) -> None:
+    """Every weight moves once, in whole sectors; bank conflicts are where they are known to be."""
+    for rows in (1, 2, 4, 8):
+        for transposed in (False, True):
+            n_in, n_out = 2048, 64
+            named = operands("cpu", torch.bfloat16, rows, n_in, n_out, transposed)
+            with Counted(kernels) as counted:
+                ops.gemv(named["x"], named["weight"])
+            assert counted["launches"] == 1, dict(counted)
+            # n_in goes among 8 warps, or 4 where their part of x for 8 rows would not fit into shared memory.
+            tile = 16 if not transposed else 4 if rows <= 4 else 8
+            blocks = n_out // tile
+            x_bytes, weight_bytes = 2 * rows * n_in * blocks, 2 * n_in * n_out
+            assert counted["load_bytes"] == x_bytes + weight_bytes, (rows, transposed, dict(counted))
+            assert counted["load_sectors"] * 32 == counted["load_bytes"], (rows, transposed, dict(counted))
+            # Two rows of x are written in twos; else it is the sums at the end.
+            share = 0.25 if rows == 2 and not transposed else 0.05
+            assert counted["shared_conflicts"] <= share * counted["shared_wavefronts"], (rows, dict(counted))

@@ -1,0 +1,83 @@
+"""Known ways to be wrong in attention_decode's kernels; see test_mutations.py."""
+
+from collections.abc import Callable
+
+import checks_attention_decode as checks
+import torch
+from compiling import Check, Mutation
+from kernels import Kernels
+
+from igpt_fast import backend
+
+
+def on(*parts: Callable[[], None]) -> Check:
+    """A check that runs the op on the kernels."""
+
+    def check(kernels: Kernels) -> None:
+        with backend.use_backend("auto"), backend.emulate(kernels.module):
+            for part in parts:
+                part()
+
+    return check
+
+
+def counted(part: Callable[[Kernels], None]) -> Check:
+    def check(kernels: Kernels) -> None:
+        with backend.use_backend("auto"), backend.emulate(kernels.module):
+            part(kernels)
+
+    return check
+
+
+positions = on(
+    lambda: checks.check_positions("cpu", torch.bfloat16, 64),
+    lambda: checks.check_positions("cpu", torch.float16, 96, starts=True),
+)
+long = on(lambda: checks.check_long("cpu"))
+prefixes = on(*(lambda some=some: checks.check_prefix("cpu", torch.bfloat16, 96, *some) for some in checks.PREFIXES))
+huge, outside = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_outside("cpu"))
+reads_once = counted(checks.check_prefix_reads_once)
+THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
+
+SHARED, OWN, PREFIX = (f"cuda/attention_decode{name}" for name in (".cuh", ".cu", "_prefix.cu"))
+BARRIER = "    __syncthreads();\n"
+MUTATIONS: list[tuple[Mutation, Check]] = [
+    (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
+    (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? load_global(p.starts + row) : 0", "0"), positions),
+    (Mutation("decode_sees_itself_always", SHARED, "sees_it = own_start <= position;", "sees_it = true;"), positions),
+    (Mutation("decode_position_of_each_row", SHARED, "row * p.position_step", "row"), ADDRESS),
+    (Mutation("decode_behind_the_cache", SHARED, "position < p.positions;", "position <= p.positions;"), ADDRESS),
+    (Mutation("decode_starts_without_prefix", SHARED, "start - p.prefix;", "start;"), prefixes),
+    (Mutation("decode_part_too_short", SHARED, "(share + kKeys - 1) / kKeys * kKeys", "share / kKeys * kKeys"), long),
+    (Mutation("decode_writes_beside", OWN, "int64_t(own.position) * S::kDim;",
+              "int64_t(own.position / 2 * 2) * S::kDim;"), positions),
+    (Mutation("decode_reads_what_it_writes", OWN, "has_new ? own.position :", "has_new ? own.position + 1 :"),
+     positions),
+    (Mutation("decode_last_split_has_the_key", OWN, "split == own.parts - 1;", "split == p.splits - 1;"), positions),
+    (Mutation("decode_loads_two_more", OWN, "if (key < end) {", "if (key < end + 2) {"), positions),
+    (Mutation("decode_sum_not_rescaled", OWN, "        l *= factor;\n", ""), long),
+    (Mutation("decode_score_misses_a_step", OWN, "lane = 1; lane < S::kLanes;", "lane = 1; lane < S::kLanes / 2;"),
+     positions),
+    (Mutation("decode_no_barrier", OWN, BARRIER, ""), THREAD),
+    (Mutation("decode_merge_misses_a_part", OWN, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
+    (Mutation("decode_no_nan", OWN, "!valid ? NAN :", "!valid ? 0.0f :"), outside),
+    (Mutation("decode_nothing_seen", OWN, "l == 0.0f ? 0.0f : sum / l", "sum / l"), positions),
+    (Mutation("decode_row_of_32_bits", OWN, "int64_t(row_head) * p.positions * S::kDim",
+              "row_head * unsigned(p.positions) * S::kDim"), huge),
+    (Mutation("decode_key_of_32_bits", OWN, "k[u].load(offset(keys, int64_t(key) *",
+              "k[u].load(offset(keys, unsigned(key) *"), huge),
+    (Mutation("decode_unsplit_needs_a_merge", OWN, "slots_of(p) == 1) {", "slots_of(p) == 0) {"), ADDRESS),
+    (Mutation("decode_prefix_one_start", PREFIX, "key >= starts[e / 2]", "key >= starts[0]"), prefixes),
+    (Mutation("decode_prefix_keys_swapped", PREFIX, "low_halves(v0, v1)", "low_halves(v1, v0)"), prefixes),
+    (Mutation("decode_prefix_rows_behind", PREFIX, "if (g + 8 * half < place.rows) words", "words"), ADDRESS),
+    (Mutation("decode_prefix_keys_behind", PREFIX, "if (key < end) wide", "if (key < end + 8) wide"), ADDRESS),
+    (Mutation("decode_prefix_no_barrier", PREFIX, BARRIER, ""), THREAD),
+    (Mutation("decode_prefix_lanes", PREFIX, "    l += __shfl_xor_sync(kFullMask, l, 2);\n", ""), prefixes),
+    (Mutation("decode_prefix_columns", PREFIX, "64 * S::kWide + 4 * at;", "64 * S::kWide + 8 * at % 32;"), prefixes),
+    (Mutation("decode_prefix_one_slot", PREFIX, "slots.at(place.split)", "slots.at(0)"), prefixes),
+    (Mutation("decode_prefix_reads_the_hidden", PREFIX, "first = max(first, place.begin);", "first = place.begin;"),
+     prefixes),
+    (Mutation("decode_prefix_maximum", PREFIX, "largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, 2));", ""),
+     prefixes),
+    (Mutation("decode_prefix_tile_twice", PREFIX, "kWarps * S::kTile) {", "kWarps / 2 * S::kTile) {"), reads_once),
+]  # fmt: skip
