@@ -134,6 +134,18 @@ def test_strides_of_masks_and_upstream(implementation: Implementation) -> None:
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, leaves, one), wanted, strict=True))
 
 
+def test_strides_of_dimensions_of_size_1(implementation: Implementation) -> None:
+    """They say nothing, and may be no multiple of a vector."""
+    for t_k in (1, 5):
+        tensors = [x.to(implementation.device) for x in make(1, t_k, 64, b=1, h=3)]
+        upstream = torch.randn(1, 3, 1, 64).to(implementation.device, BF16)
+        expected = contract.with_gradients(attending(), tensors, [upstream])
+        odd = [x if x.shape[2] > 1 else x.as_strided(x.shape, (7, 64, 1, 1)) for x in (*tensors, upstream)]
+        with contract.launching(implementation):
+            found = contract.with_gradients(attending(), odd[:3], odd[3:])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), t_k
+
+
 def test_compiles(implementation: Implementation) -> None:
     options = hiding("both", 2, 9, implementation.device)
     contract.check_compiles(implementation, attending(), make())
@@ -216,6 +228,7 @@ def test_autocast(implementation: Implementation) -> None:
         (make(), {"need_weights": True}),
         (make(), {"scale": -0.5}),
         (make(), {"scale": 0.0}),
+        (make(), {"scale": 1e-50}),  # 0 in fp32
     ],
 )
 def test_what_no_kernel_covers_is_the_reference(
