@@ -189,6 +189,18 @@ def test_second_derivative(emulation: Implementation) -> None:
         assert (other - wanted).abs().max() <= room
 
 
+def test_one_tensor_in_three_places(implementation: Implementation) -> None:
+    """Its gradient is the sum of three, to be differentiated again or not."""
+    x = make(6)[0].to(implementation.device).requires_grad_()
+    with contract.launching(implementation):
+        out = ops.causal_attention(x, x, x)[0]
+    upstream = torch.randn_like(out)
+    plain = torch.autograd.grad(out, x, upstream, retain_graph=True)[0]
+    again = torch.autograd.grad(out, x, upstream, create_graph=True)[0]
+    assert (again - plain).abs().max() <= 0.05 * plain.abs().max()
+    assert again.requires_grad
+
+
 def test_transforms_take_the_definition(implementation: Implementation) -> None:
     tensors = [torch.stack([x, x.flip(0)]).to(implementation.device) for x in make()]
     with backend.use_backend("reference"):
