@@ -98,8 +98,10 @@ def differentiate(function: Function, inputs: tuple[Any, ...], *upstream: Tensor
     kernel's backward has no derivative, and torch would give zeros in its place with no more than a warning.
     """
     wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
+    # Views, so that a tensor which is there twice, as queries and as keys, has a gradient for each place.
+    places = [value.view_as(value) if i in wanted else value for i, value in enumerate(inputs)]
     found = torch.autograd.grad(
-        function(*inputs), [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True
+        function(*places), [places[i] for i in wanted], upstream, create_graph=True, allow_unused=True
     )
     gradients: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):
