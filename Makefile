@@ -34,7 +34,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 mutate: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m mutation --every $(EVERY) tests/emulator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -n auto -m mutation --every $(EVERY) tests/emulator
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -214,14 +214,18 @@ def test_autocast(implementation: Implementation) -> None:
         (make(d=48), {}),
         (make(), {"upcast": True}),
         (make(), {"need_weights": True}),
-        (make(), {"scale": -0.5}),
-        (make(), {"scale": 0.0}),
     ],
 )
 def test_what_no_kernel_covers_is_the_reference(
     implementation: Implementation, tensors: list[Tensor], options: dict[str, Any]
 ) -> None:
     contract.check_parity(implementation, attending(**options), tensors, covered=False)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, float("inf")])
+def test_a_scale_that_orders_scores_otherwise_is_torchs(implementation: Implementation, scale: float) -> None:
+    with contract.launching(implementation, some=False):
+        ops.causal_attention(*(x.to(implementation.device) for x in make()), scale=scale)
 
 
 def test_dropout_is_torchs(implementation: Implementation) -> None:
@@ -244,20 +248,17 @@ def test_nothing_to_do(implementation: Implementation, b: int, h: int, t_q: int,
             assert not gradient.any()
 
 
-@pytest.mark.parametrize("mask", ["", "both"])
-def test_opcheck(emulation: Implementation, mask: str) -> None:
-    options = hiding(mask, 2, 7, "cpu")
-    masks = options.get("key_mask"), options.get("starts"), 0.2
-    q, k, v = (x.requires_grad_() for x in make(5, 7))
-    qkv = make_packed(7).requires_grad_()
-    contract.check_opcheck(emulation, registered.causal_attention.default, (q, k, v, *masks))
-    contract.check_opcheck(emulation, registered.causal_attention_packed.default, (qkv, *masks))
-    plain = [x.detach() for x in (q, k, v)]
-    out, lse = registered.causal_attention(*plain, *masks)
-    contract.check_opcheck(emulation, registered.causal_attention_bwd.default, (out, *plain, out, lse, *masks))
-    out, lse = registered.causal_attention_packed(qkv.detach(), *masks)
-    arguments = out, qkv.detach(), out, lse, *masks
-    contract.check_opcheck(emulation, registered.causal_attention_packed_bwd.default, arguments)
+def test_opcheck(emulation: Implementation) -> None:
+    options = hiding("both", 2, 5, "cpu")
+    masks = options["key_mask"], options["starts"], 0.2
+    tensors, qkv = make(3, 5), make_packed(5)
+    leaves = [x.clone().requires_grad_() for x in (*tensors, qkv)]
+    contract.check_opcheck(emulation, registered.causal_attention.default, (*leaves[:3], None, None, 0.2))
+    contract.check_opcheck(emulation, registered.causal_attention_packed.default, (leaves[3], *masks))
+    out, lse = registered.causal_attention(*tensors, *masks)
+    contract.check_opcheck(emulation, registered.causal_attention_bwd.default, (out, *tensors, out, lse, *masks))
+    out, lse = registered.causal_attention_packed(qkv, *masks)
+    contract.check_opcheck(emulation, registered.causal_attention_packed_bwd.default, (out, qkv, out, lse, *masks))
 
 
 def test_a_gradient_of_one_input(implementation: Implementation) -> None:
