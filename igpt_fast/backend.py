@@ -306,7 +306,8 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     assert _C is not None
     if device.type == "cpu":
         return Kernels(_C, "cpu", 0, 0)
-    return Kernels(_C, "cuda", device.index, torch.cuda.current_stream(device.index).cuda_stream)
+    # Not torch.cuda.current_stream, which makes an object of it each time: this is on the way of every call.
+    return Kernels(_C, "cuda", device.index, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def _no_kernels(op: str, device: torch.device) -> str | None:
