@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+EVERY ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export PIP_ROOT_USER_ACTION := ignore
@@ -19,7 +20,7 @@ NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test       install with the development extra, and run the tests"
-	@echo "make mutate     check that the kernel tests find known mistakes; compiles each"
+	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      benchmarks against transformers; writes into benchmarks/results/"
@@ -33,7 +34,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 mutate: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m mutation tests/emulator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -n auto -m mutation --every $(EVERY) tests/emulator
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

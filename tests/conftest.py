@@ -21,7 +21,15 @@ from implementations import Implementation
 from igpt_fast import backend
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of the mutations run every Nth only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mutations = [item for item in items if item.get_closest_marker("mutation")]
+    left_out = set(mutations) - set(mutations[:: config.getoption("--every")])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     reason = backend.unavailable("cuda")
     for item in items:
         if reason is not None and item.get_closest_marker("gpu"):

@@ -4,6 +4,7 @@ An object file is named after the hash of everything that goes into it: its sour
 compiler and its flags. So a change compiles again what it touches and nothing else.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -12,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -32,10 +34,19 @@ SANITIZERS = {
 MACROS = {"": (), "address": ("-DIGPT_ASAN",), "thread": ("-DIGPT_TSAN",)}
 
 
-def run(*command: object, ok: bool = True, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def run(*command: object, ok: bool = True, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Keeps other processes of the tests, which run in parallel, from making the same file at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f"{target.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
@@ -113,11 +124,11 @@ class Tree:
         for file in self.closure(path):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
         target = CACHE / f"{path.stem}-{digest.hexdigest()[:20]}.o"
-        if not target.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            run(*command, *(f"-I{folder}" for folder in includes), "-x", "c++", "-c", path, "-o", partial)
-            partial.replace(target)
+        with alone(target):
+            if not target.exists():
+                partial = target.with_suffix(f".{os.getpid()}.partial")
+                run(*command, *(f"-I{folder}" for folder in includes), "-x", "c++", "-c", path, "-o", partial)
+                partial.replace(target)
         return target
 
     def objects(self, sources: Sequence[tuple[Path, tuple[str, ...]]]) -> list[Path]:

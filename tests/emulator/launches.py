@@ -91,10 +91,10 @@ def attention_decode(size: Size) -> None:
         _decode(size, b)
 
 
-def _decode(size: Size, b: int, **prefix: Tensor) -> None:
+def _decode(size: Size, b: int, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None) -> None:
     cache, position = (b, size.heads, T, size.head_dim), torch.zeros((), dtype=torch.int32)
     q, k, v = blank(b, 3, size.heads, size.head_dim).unbind(1)
-    ops.attention_decode(q, k, v, blank(*cache), blank(*cache), position, **prefix)
+    ops.attention_decode(q, k, v, blank(*cache), blank(*cache), position, prefix_k=prefix_k, prefix_v=prefix_v)
 
 
 def attention_decode_shared(size: Size) -> None:

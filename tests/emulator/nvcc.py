@@ -85,8 +85,9 @@ def compile_one(source: Path) -> Compiled:
         if file.parent == CUDA:
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
-    if not folder.exists():
-        _compile(command, source, folder)
+    with compiling.alone(folder):
+        if not folder.exists():
+            _compile(command, source, folder)
     status, seconds = (folder / "status").read_text().split()
     return Compiled(source, folder, (folder / "output").read_text("utf-8"), status == "0", float(seconds))
 
