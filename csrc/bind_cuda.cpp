@@ -1,5 +1,5 @@
 // The CUDA ops for Python: raw addresses and sizes in, Params out to the launchers. No maths, no torch.
-// Whoever calls them has checked every argument (igpt_fast/ops.py).
+// Whoever calls them has checked every argument (igpt_fast/ops).
 #include <cstdint>
 #include <stdexcept>
 #include <string>

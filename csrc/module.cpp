@@ -1,5 +1,5 @@
 // pybind11 module igpt_fast._C: raw addresses and sizes in, Params out to the launchers. No maths, no torch.
-// Whoever calls it has checked every argument (igpt_fast/ops.py).
+// Whoever calls it has checked every argument (igpt_fast/ops).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,8 +80,9 @@ OPS: dict[str, Op] = {
     "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
     "causal_attention": Op(
         native=("cuda",),
-        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale above 0; no dropout, weights or upcast",
-        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions or upcast",
+        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
+        "another scale",
     ),
     "causal_attention_packed": Op(
         native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
@@ -236,6 +237,20 @@ def use_backend(name: str) -> Iterator[None]:
         _block_backend.reset(token)
 
 
+def keep_choice(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under the backend that is chosen now, whenever and in whatever thread it is called.
+
+    For what torch calls again in the backward, such as a block whose activations are recomputed.
+    """
+    name = get_backend()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        with use_backend(name):
+            return function(*args, **kwargs)
+
+    return chosen
+
+
 class Kernels(NamedTuple):
     """What an op calls: the compiled module, whose functions of it, and where to launch."""
 
@@ -291,7 +306,8 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     assert _C is not None
     if device.type == "cpu":
         return Kernels(_C, "cpu", 0, 0)
-    return Kernels(_C, "cuda", device.index, torch.cuda.current_stream(device.index).cuda_stream)
+    # Not torch.cuda.current_stream, which makes an object of it each time: this is on the way of every call.
+    return Kernels(_C, "cuda", device.index, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def _no_kernels(op: str, device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import ops
+from igpt_fast import backend, ops
 from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
@@ -180,7 +180,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             all_hidden.append(hidden)
             arguments = (hidden, cache, past, key_mask, output_attentions)
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every_n_layers == 0:
-                hidden, weights = checkpoint(block, *arguments, **self.checkpoint_kwargs)
+                # A compiled function keeps its choice by itself.
+                again = block if torch.compiler.is_compiling() else backend.keep_choice(block)
+                hidden, weights = checkpoint(again, *arguments, **self.checkpoint_kwargs)
             else:
                 hidden, weights = block(*arguments)
             all_attentions.append(weights)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
+
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Norms, softmax and losses keep their statistics in fp32 at least."""
@@ -295,7 +297,8 @@ def sample(
     scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    # At most 0, so that no temperature overflows; one of infinity would make NaN of a token that has -inf.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / min(temperature, MAX_TEMPERATURE)
     if top_k is not None and top_k < scores.shape[-1]:
         smallest = scores.topk(top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -math.inf)

@@ -146,7 +146,9 @@ def check_second_derivative(implementation: Implementation, op: Function, tensor
 
 
 def check_transforms(implementation: Implementation, op: Function, tensors: Sequence[Tensor], mapped: int = 1) -> None:
-    """torch.func goes the way of the definition: vmap over the first ``mapped`` tensors, grad, forward-mode."""
+    """torch.func goes the way of the definition: vmap over the first ``mapped`` tensors, grad, forward-mode.
+
+    Inside a compiled function as well."""
     tensors = [t.to(implementation.device) for t in tensors]
     dims = tuple(0 if i < mapped else None for i in range(len(tensors)))
     with backend.use_backend("reference"):
@@ -160,7 +162,12 @@ def check_transforms(implementation: Implementation, op: Function, tensors: Sequ
         found = torch.vmap(lambda *inputs: outputs_of(op, inputs), dims)(*tensors)
         assert all(torch.allclose(a, torch.stack(b)) for a, b in zip(found, zip(*rows, strict=True), strict=True))
         assert torch.allclose(torch.func.grad(total)(*tensors), wanted)
-        assert torch.allclose(torch.func.jvp(one, (tensors[0],), (tensors[0],))[1], tangent)
+        along = lambda x: torch.func.jvp(one, (x,), (x,))[1]  # noqa: E731
+        assert torch.allclose(along(tensors[0]), tangent)
+        for function, inputs, result in ((torch.func.grad(total), tensors, wanted), (along, tensors[:1], tangent)):
+            torch._dynamo.reset()
+            compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+            assert torch.allclose(compiled(*inputs), result, atol=1e-6)
 
 
 def check_backward_keeps_the_choice(implementation: Implementation, op: Function, tensors: Sequence[Tensor]) -> None:

@@ -125,7 +125,7 @@ def test_why_cuda_is_not_available(
     found, device = backend.unavailable("cuda"), torch.device("cuda", 0)
     if reason is None:
         assert found is None
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
         with backend.use_backend("cuda"):
             assert backend.kernels("quantize", device) == (built, "cuda", 0, 7)
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):

@@ -38,7 +38,10 @@ LAYERS: dict[str, set[str]] = {
     "layers": {"cache", "config", "ops.__init__"},
     "decoders": {"backend", "cache", "config", "ops.__init__"},
     "generation": {"decoders", "ops.__init__", "reference"},
-    "model": {"cache", "checkpoint", "config", "generation", "layers", "ops.__init__", "outputs", "trainable"},
+    "model": {
+        *("backend", "cache", "checkpoint", "config"),
+        *("generation", "layers", "ops.__init__", "outputs", "trainable"),
+    },
     # images
     "clusters": {"files", "ops.__init__"},
     "pictures": {"clusters", "files"},

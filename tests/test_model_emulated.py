@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -139,3 +140,20 @@ def test_training_steps(emulation: Implementation) -> None:
         plain = train()
     assert ours[-1] < ours[0] - 0.5
     assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) < 0.05 * (plain[0] - plain[-1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_keeps_the_choice(emulation: Implementation, reentrant: bool) -> None:
+    """Blocks are computed again in the backward, on a GPU in torch's own thread, by what computed them before."""
+    assert emulation.module is not None
+    model = make(torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = tokens(model.config, 2, 9)
+    with backend.use_backend("reference"):
+        loss = model(input_ids=ids, labels=ids).loss
+    emulation.module.reset_counters()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert emulation.module.counters()["launches"] == 0
+    assert all(parameter.grad is not None for parameter in model.transformer.h.parameters())

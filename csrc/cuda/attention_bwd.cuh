@@ -11,8 +11,8 @@
 //   keys (64 for D of 96 and 128), which runs over tiles of 64 queries; attention_dq_kernel one for as many queries,
 //   which runs over tiles of 64 keys: in both the sums stay in the registers of the warp that owns the rows, and P and
 //   dS go from one product into the next without shared memory. A key's rows are a warp's own in the former, so that
-//   hidden keys need no mask there: their sums are dropped. Hidden keys, and the queries before the first key that
-//   `starts` shows, are zeros in shared memory and are not read.
+//   hidden keys need no mask there: their sums are dropped. Hidden keys, and the queries before the first key that is
+//   shown, are zeros in shared memory and are not read.
 //   Bound by the tensor cores: 7 products of T_q T_k D multiply-adds a head, half of it causal.
 //
 // Seven products and not five: S and dP are formed in both kernels. One kernel for all three gradients has to add up dq
@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dq_kernel
     const uint32_t q_tile = ptx::shared_address(shared), dout_tile = q_tile + R * L::kBytes;
     const uint32_t kv_tiles = dout_tile + R * L::kBytes;
     Keys keys(shape, block.batch);
+    keys.skip_hidden();  // q and dout of a query that is shown no key, be they NaN, become zeros
     const int first = keys.start / kTile * kTile, end = min(shape.t_k, q0 + K::kRows + past);
     const Loader<T, D> k(args.p.k, block.batch, block.head), v(args.p.v, block.batch, block.head);
     if (first < end) {
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
     const uint32_t q_tiles = v_tile + R * L::kBytes;
     float2* const all_terms = reinterpret_cast<float2*>(shared + (2 * R + 4) * L::kBytes);
     Keys keys(shape, block.batch);
+    keys.skip_hidden();  // q and dout of a query that is shown no key, be they NaN, become zeros
     uint64_t shown[R], any = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) {

@@ -68,6 +68,19 @@ struct Keys {
         const bool high = key + 32 < end && load_global(mask + key + 32) != 0;
         return inside & (__ballot_sync(kFullMask, low) | uint64_t(__ballot_sync(kFullMask, high)) << 32);
     }
+
+    // Moves `start` on to the first key that is shown. Queries before it see none, and are then told by it alone. All
+    // lanes of the warp take part.
+    __device__ __forceinline__ void skip_hidden() {
+        if (!mask) return;
+        for (; start < end; start += kTile) {
+            if (const uint64_t shown = bits(start)) {
+                start += __ffsll(static_cast<long long>(shown)) - 1;
+                return;
+            }
+        }
+        start = end;
+    }
 };
 
 // ---- Tiles -----------------------------------------------------------------------------------------------------

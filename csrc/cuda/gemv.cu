@@ -10,9 +10,10 @@
 //   Launch: 8 warps for a tile of columns: 16 or 32 of Conv1D's, 16 bytes of a row of the weight for a lane; 4 to 32 of
 //   Linear's, 4 for a warp, whose lanes have 8 of n_in each. n_in is divided among the warps so that small layers, too,
 //   occupy the GPU. A weight is loaded once, for all rows; the next loads are on their way while the last ones are
-//   multiplied, and the first ones before the launch before has ended. x * norm_weight is in shared memory in float32,
-//   up to 32 KB at a time; since s is a factor of the whole sum, the squares are added up on the way. Sums are put
-//   together by shuffles that leave each lane a share of them, then in shared memory in the warps' order.
+//   multiplied, and the first ones before grid_dependency_wait: weight and bias must not come from the launch before
+//   (as long as launches are plain ones, all wait for it anyway). x * norm_weight is in shared memory in float32, up to
+//   32 KB at a time; since s is a factor of the whole sum, the squares are added up on the way. Sums are put together
+//   by shuffles that leave each lane a share of them, then in shared memory in the warps' order.
 //
 //   Bound by bytes: n_in * n_out elements of the weight.
 //

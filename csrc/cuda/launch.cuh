@@ -54,7 +54,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
     if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return error;
+        if (error != cudaSuccess) return cudaGetLastError();  // takes it, lest the next launch report it
     }
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();

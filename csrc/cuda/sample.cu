@@ -2,8 +2,7 @@
 //
 //   score = (logit - max) / temperature;  top-k keeps the scores not below the k-th largest
 //   weight = exp(score), fp32;  top-p keeps the shortest run, from the heaviest down (the lower id first on ties),
-//   whose
-//     weight reaches top_p of the total
+//     whose weight reaches top_p of the total
 //   token = first id at which the cumulative weight exceeds uniform * total;  temperature 0: the largest logit
 //   embedding = wte[token] + wpe[position + 1]
 //

@@ -23,6 +23,8 @@ from igpt_fast.ops.dispatch import (
 )
 
 HEAD_DIMS = (32, 64, 96, 128)  # that the kernel is compiled for
+# A normal float32. Hidden scores are minus infinity, of which 0 times makes NaN, and a negative number the largest.
+_LEAST_SCALE = 2.0**-126
 
 
 def causal_attention(
@@ -39,10 +41,10 @@ def causal_attention(
     """``softmax(scale * q k^T + causal mask) v``; the queries are the last T_q of T_k positions.
 
     The kernel takes bf16 and fp16 (fp32 under autocast, which casts as it does for torch's own attention), head
-    dimensions of 32, 64, 96 and 128, a ``scale`` above 0, no dropout, no ``upcast``, and returns no weights; the rest
-    is torch's attention, or the definition. It reads q, k and v where they are, as long as their last dimension is
-    contiguous and every row aligned to 16 bytes, and its output has the memory of a contiguous (B, T_q, H, D), so
-    that the transposition that puts heads side by side is free. Its gradients are the same bits at every run.
+    dimensions of 32, 64, 96 and 128, a ``scale`` of 2^-126 or above, no dropout, no ``upcast``, and returns no weights;
+    the rest is torch's attention, or the definition. It reads q, k and v where they are, as long as their last
+    dimension is contiguous and every row aligned to 16 bytes, and its output has the memory of a contiguous (B, T_q, H,
+    D), so that the transposition that puts heads side by side is free. Its gradients are the same bits at every run.
 
     For a head it takes about 2 T_q T_k D FLOPs forward where T_q = T_k, 7 T_q T_k D backward (5 by the usual count),
     and moves q, k, v and out once.
@@ -84,6 +86,8 @@ def causal_attention(
         key_mask = reference.shown_keys(starts, k.shape[2], key_mask)
     if need_weights or upcast:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+    if not scale >= _LEAST_SCALE:  # of which torch's attention makes NaN
+        return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
     return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
 
 
@@ -155,7 +159,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 def _covered(x: Tensor, scale: float, dropout_p: float) -> bool:
     """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
     low = _autocast_dtype(x) in (torch.bfloat16, torch.float16)
-    return low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and 0.0 < scale < math.inf
+    return low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf
 
 
 def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
@@ -202,8 +206,13 @@ def _heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _place(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of a (B, H, T, D) tensor for the kernel."""
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+    """Address and strides of a (B, H, T, D) tensor for the kernel.
+
+    The stride of a dimension of size 1 may be any number, and the kernel forms addresses, which have to be aligned, of
+    rows that it does not read.
+    """
+    batch, head, position = (step if size > 1 else 0 for size, step in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x.data_ptr(), batch, head, position
 
 
 def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor], tuple[int, int, int]]:

@@ -124,10 +124,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     logits, labels, ctx.ignore_index, ctx.reduction = inputs
     _, count, statistics = output
     ctx.mark_non_differentiable(count, statistics)
+    ctx.set_materialize_grads(False)  # no tensors of zeros for those two
     ctx.save_for_backward(logits, labels, statistics, count)
 
 
-def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _differentiate(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    if dloss is None:
+        return None, None, None, None
     logits, labels, statistics, count = ctx.saved_tensors
     if torch.is_grad_enabled():
         inputs = logits, labels, ctx.ignore_index, ctx.reduction

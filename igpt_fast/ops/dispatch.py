@@ -48,11 +48,19 @@ def register(
         torch.library.register_autograd(f"igpt_fast::{name}", formula, setup_context=setup_context, lib=library)
 
 
+def _transforming() -> bool:
+    """Whether torch.func or a forward-mode derivative looks at what runs now."""
+    return _C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
 def _choice_when_traced(op: str, device: torch.device) -> bool:
-    """A compiled function keeps the choice that held when it was traced."""
+    """A compiled function keeps the choice that held when it was traced.
+
+    The transforms inside it are on torch's own stack while it is traced.
+    """
     chosen = backend.kernels(op, device)
-    return chosen is not None and chosen.kind == "cuda"
+    return chosen is not None and chosen.kind == "cuda" and not _transforming()
 
 
 def use_kernel(op: str, *tensors: Tensor) -> bool:
@@ -68,9 +76,7 @@ def use_kernel(op: str, *tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return _choice_when_traced(op, device)
     chosen = backend.kernels(op, device)
-    if chosen is None or chosen.kind != "cuda":
-        return False
-    if _C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if chosen is None or chosen.kind != "cuda" or _transforming():
         return False
     return all(
         type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout == torch.strided
@@ -98,8 +104,10 @@ def differentiate(function: Function, inputs: tuple[Any, ...], *upstream: Tensor
     kernel's backward has no derivative, and torch would give zeros in its place with no more than a warning.
     """
     wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
+    # Views, so that a tensor which is there twice, as queries and as keys, has a gradient for each place.
+    places = [value.view_as(value) if i in wanted else value for i, value in enumerate(inputs)]
     found = torch.autograd.grad(
-        function(*inputs), [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True
+        function(*places), [places[i] for i in wanted], upstream, create_graph=True, allow_unused=True
     )
     gradients: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):

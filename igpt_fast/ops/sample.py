@@ -153,8 +153,8 @@ def _covered(logits: Tensor) -> bool:
 
 def _settings(temperature: float, top_k: int | None, top_p: float | None) -> tuple[float, int, float]:
     """As the kernel takes them: 0 keeps all, 1.0 keeps all."""
-    temperature = 0.0 if temperature < 2.0**-149 else float(temperature)
-    return temperature, 0 if top_k is None else min(top_k, 1 << 30), 1.0 if top_p is None else float(top_p)
+    temperature = 0.0 if temperature < 2.0**-149 else min(temperature, reference.MAX_TEMPERATURE)
+    return float(temperature), 0 if top_k is None else min(top_k, 1 << 30), 1.0 if top_p is None else float(top_p)
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -129,17 +129,18 @@ def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
 
 
 def check_poison(kernels: Kernels) -> None:
-    """What stands in hidden keys, and in queries before the first key of `starts`, reaches nothing."""
+    """What stands in hidden keys, and in queries that are shown none, reaches nothing."""
     for d, mask in ((64, "both"), (32, "starts"), (96, "keys")):
         clean = make(kernels.device, torch.bfloat16, d, 70, 75, mask)
+        if clean.key_mask is not None:
+            clean.key_mask[0, :9] = False
+            clean.key_mask[1, :69] = False
         hidden = ~clean.shown()[:, None, :, None]
         k, v = (x.masked_fill(hidden, torch.nan) for x in (clean.k, clean.v))
-        poisoned = replace(clean, k=k, v=v)
-        if clean.starts is not None:
-            before = torch.arange(5, 75, device=kernels.device) < clean.starts[:, None]
-            q, dout = (x.masked_fill(before[:, None, :, None], torch.nan) for x in (clean.q, clean.dout))
-            poisoned = replace(poisoned, q=q, dout=dout)
-        found, expected = run(kernels, poisoned), run(kernels, clean)
+        nothing = ~reference.visible_keys(70, 75, clean.shown(), kernels.device).any(-1, keepdim=True)
+        assert nothing.any()
+        q, dout = (x.masked_fill(nothing, torch.nan) for x in (clean.q, clean.dout))
+        found, expected = run(kernels, replace(clean, q=q, k=k, v=v, dout=dout)), run(kernels, clean)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (d, mask)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from implementations import Implementation
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_fast import backend, ops
 
@@ -156,6 +157,22 @@ def test_opcheck(emulation: Implementation, reduction: str) -> None:
     divisor = count if reduction == "mean" else None
     arguments = torch.ones_like(loss), logits, labels, statistics, divisor, -100
     contract.check_opcheck(emulation, registered.cross_entropy_bwd.default, arguments)
+
+
+def test_the_backward_launches_its_kernel_alone(emulation: Implementation) -> None:
+    """No zeros for the outputs that have no gradient."""
+    logits, labels = batch(6, 24)
+    loss = ops.cross_entropy(logits.requires_grad_(), labels)
+    called: list[str] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        torch.autograd.grad(loss, logits, torch.ones(()))
+    assert [name for name in called if name not in ("aten::ones", "aten::detach")] == ["igpt_fast::cross_entropy_bwd"]
 
 
 def test_what_the_backward_keeps_has_no_gradient(emulation: Implementation) -> None:

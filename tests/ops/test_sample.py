@@ -143,6 +143,15 @@ def test_a_temperature_below_float32_is_greedy(implementation: Implementation) -
     assert torch.equal(ops.sample(logits, number, 1e-60), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300])
+def test_a_temperature_beyond_float32(implementation: Implementation, temperature: float) -> None:
+    """All tokens are alike but those that minus infinity rules out."""
+    logits = torch.randn(3, 10)
+    logits[:, 8:] = -math.inf
+    number = torch.tensor([0.0, 0.49, 0.99]).to(implementation.device)
+    assert ops.sample(logits.to(implementation.device), number, temperature).tolist() == [0, 3, 7]
+
+
 def next_arguments(device: str, n: int = 3, k: int = 20, n_embd: int = 16) -> dict[str, torch.Tensor]:
     tensors = {
         "logits": torch.randn(n, k),
