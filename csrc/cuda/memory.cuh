@@ -12,9 +12,15 @@ template <typename V>
 __device__ __forceinline__ V load_global(const V* address) {
     return *address;
 }
+// 16 bytes leave as one word: written as an assignment, the compiler takes a struct apart, and does not always put it
+// together again, so that a vector can become eight stores of two bytes.
 template <typename V>
 __device__ __forceinline__ void store_global(V* address, const V& value) {
-    *address = value;
+    if constexpr (sizeof(V) == 16) {
+        __stwb(reinterpret_cast<uint4*>(address), *reinterpret_cast<const uint4*>(&value));
+    } else {
+        *address = value;
+    }
 }
 template <typename V>
 __device__ __forceinline__ V load_shared(const V* address) {

@@ -133,7 +133,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 def short(name: str) -> str:
     """``void igpt::cuda::(anonymous namespace)::f<igpt::cuda::g<4> >(Params)`` -> ``f<g<4>>``."""
-    name = re.sub(r"\(anonymous namespace\)::|\bigpt::cuda::|^void ", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name)
     name = re.sub(r"\((\w[\w ]*)\)(-?\d+|true|false)", r"\2", name)  # (int)4, (bool)1
     name = name[: name.index("(")] if "(" in name else name
     return name.replace("> >", ">>").replace("> >", ">>").strip()
