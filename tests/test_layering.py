@@ -57,7 +57,7 @@ LAYERS: dict[str, set[str]] = {
     "recipes.emoji": {"clusters", "image", "recipes.data"},
     "recipes.state": {"files", "model", "recipes.data", "recipes.settings", "weights"},
     "recipes.train": {
-        *("config", "files", "image", "model", "pipeline"),
+        *("config", "files", "image", "model", "ops.__init__", "pipeline"),
         *("recipes.data", "recipes.settings", "recipes.state"),
     },
     "terminal": {"backend", "clusters", "generation", "image", "pipeline"},

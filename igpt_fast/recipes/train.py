@@ -25,10 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_fast import files
+from igpt_fast import files, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.recipes.data import TokenData, histogram_nats, load_tokens, lookup_table_nats
@@ -90,7 +89,7 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> Tensor:
     tokens = tokens.long()
     sos = torch.full_like(tokens[:, :1], model.config.sos_token_id)
     logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    return ops.cross_entropy(logits, tokens, reduction="none")
 
 
 @torch.no_grad()
