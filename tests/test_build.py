@@ -182,7 +182,7 @@ def test_the_source_distribution_builds(built: Path) -> None:
     run(sys.executable, "-c", code, cwd=built / "source")
     with tarfile.open(next(folder.glob("igpt_fast-*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"CMakeLists.txt", "pyproject.toml", "csrc/module.cpp", "csrc/cuda/quantize.cu", "igpt_fast/ops/norm.py"} <= names
+    assert {"CMakeLists.txt", "pyproject.toml", "csrc/cuda/norm.cu", "igpt_fast/ops/norm.py"} <= names
     assert not {name for name in names if name.startswith("build/")}
 
 
