@@ -183,13 +183,18 @@ def load(path: Path, name: str) -> ModuleType:
     return module
 
 
-def emulated(mutation: Mutation | None = None) -> ModuleType:
-    """The module _emulated: the CUDA functions of _C for tensors of the CPU."""
+def build_emulated(mutation: Mutation | None = None) -> Path:
+    """The file of the module _emulated: the CUDA functions of _C for tensors of the CPU."""
     tree = Tree(mutation)
     sources = tree.sources()
     sources += [(tree.csrc / "bind_cuda.cpp", python_flags()), (tree.csrc / "emulator" / "module.cpp", python_flags())]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return load(link(tree.objects(sources), f"_emulated{suffix}", "-shared"), "_emulated")
+    return link(tree.objects(sources), f"_emulated{suffix}", "-shared")
+
+
+def emulated() -> ModuleType:
+    """See ``build_emulated``; imported."""
+    return load(build_emulated(), "_emulated")
 
 
 def probes(name: str = "probes", *others: str) -> ModuleType:
