@@ -210,7 +210,7 @@ def test_files_of_an_instruction_set_give_the_linker_nothing_but_their_table(bui
 def test_no_other_file_uses_their_instructions(built: Path) -> None:
     wide = re.compile(r"%[yz]mm|\bv[a-z0-9]+\s.*%xmm")
     uses = {name for name, path in objects(built).items() if wide.search(run("objdump", "-d", path).stdout)}
-    assert uses == {"isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16"}
+    assert uses == {"isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16", "isa_amx"}
     assert "%zmm" not in run("objdump", "-d", objects(built)["isa_avx2"]).stdout
 
 

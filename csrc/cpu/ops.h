@@ -65,6 +65,7 @@ extern const Ops avx2_ops;
 extern const Ops avx512_ops;
 extern const Ops avx512_vnni_ops;
 extern const Ops avx512_bf16_ops;
+extern const Ops amx_ops;
 #endif
 
 // All compiled tables, slowest first; returns how many were written into `out` (room for 8).
