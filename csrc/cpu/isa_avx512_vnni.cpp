@@ -1,7 +1,6 @@
 // The avx512_vnni table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
-#include "attend.h"
-#include "quantize.h"
+#include "bodies.h"
 
 namespace igpt::cpu {
-const Ops avx512_vnni_ops{"avx512_vnni", quantize_u8, quantize_f32, decoder_kernels};
+const Ops avx512_vnni_ops = make_ops("avx512_vnni");
 }

@@ -1,0 +1,14 @@
+// All bodies, and the table of them that every isa_*.cpp defines under its name.
+#pragma once
+
+#include "attend.h"
+#include "ops.h"
+#include "quantize.h"
+
+namespace igpt::cpu {
+namespace {
+
+constexpr Ops make_ops(const char* isa) { return {isa, quantize_u8, quantize_f32, decoder_kernels}; }
+
+}  // namespace
+}  // namespace igpt::cpu
