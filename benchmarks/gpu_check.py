@@ -3,9 +3,9 @@
     python benchmarks/gpu_check.py [--commit NAME] [--out FILE] [--steps NAME ...]
 
 Needs nvcc, a C++ compiler, torch with CUDA, pip, pytest, pybind11, scikit-build-core, cmake and ninja; no network, and
-no git: a copy of the tree is enough. The module is built into ``build/gpu_check``, for this GPU alone. Every step runs,
-whatever became of those before it, unless it needs their result; each is written down with its time, its outcome and
-the end of what it printed, after every step anew.
+no git: a copy of the tree is enough. The module is built into ``build/gpu_check``, for this GPU alone; what each step
+prints lies beside it. Every step runs, whatever became of those before it, unless it needs their result; each is put
+down with its time, its outcome and the end of what it printed, after every step anew.
 
 Exit status: 0 if every step passed (or was skipped for a reason that is written down), 1 if one failed, 3 if there is
 no GPU, when nothing is written.
@@ -143,7 +143,8 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
     try:
         if step.before:
             step.before()
-        returncode, output = _run(step.command, os.environ | step.environment, seconds)
+        log = WORK / f"{step.name}.log"
+        returncode, output = _run(step.command, os.environ | step.environment, seconds, log)
         result["tail"] = _plain(output)[-TAIL:]
         reason = "" if returncode == 0 else f"exit status {returncode}"
         if returncode is None:
@@ -167,10 +168,9 @@ def _plain(text: str) -> str:
     return text.replace(sys.executable, "python").replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
 
 
-def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """(exit status, or None when the time was over; stdout and stderr together)."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    log = WORK / "step.log"
+def _run(command: Sequence[str], environment: dict[str, str], seconds: float, log: Path) -> tuple[int | None, str]:
+    """(exit status, or None when the time was over; stdout and stderr together, which stay in ``log``)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -282,6 +282,8 @@ def _missing(*names: str) -> list[str]:
 
 def _pytest(*arguments: str) -> list[str]:
     options = ["-m", "gpu", "-p", "no:cacheprovider", "--durations=5", f"--junitxml={REPORT}"]
+    # Where pytest-xdist is installed, side by side: most of a test's time is the host's.
+    options += [] if _missing("xdist") else ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
