@@ -119,8 +119,8 @@ inline cudaError_t make_tensor_map(TensorMap* map, const void* base, const Tenso
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// Begins the copy of the box at these coordinates to shared memory (aligned to 128 bytes, with a swizzle to 1024); its
-// bytes count towards `barrier`. One thread calls it.
+// Begins the copy of the box at these coordinates, c0 a multiple of 8, to shared memory (aligned to 128 bytes, with a
+// swizzle to 1024); its bytes count towards `barrier`. One thread calls it.
 __device__ __forceinline__ void tma_load_4d(uint32_t dst, const TensorMap* map, uint32_t barrier, int c0, int c1,
                                             int c2, int c3) {
     asm volatile(

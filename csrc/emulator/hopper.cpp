@@ -225,6 +225,12 @@ unsigned char* check_tile(uint32_t to, const TensorMap* map, uint32_t barrier, W
     return shared_at("tma_load_4d", to, size_t(tile_bytes(*map)), alignment, where);
 }
 
+void check_start(Tile tile, Where where) {
+    if (tile.at[0] % 8 == 0) return;  // a GPU finds an illegal instruction, and the context is lost
+    fail("tma_load_4d at " + text(where) + ": the innermost coordinate is " + std::to_string(tile.at[0]) +
+         ", not a multiple of 16 bytes");
+}
+
 void issue_tile(uint32_t to, const TensorMap* map, uint32_t barrier, Tile tile) {
     // What this thread has done to the destination comes before what others do after the phase.
     auto& counted = unit<Barriers>().at[barrier];

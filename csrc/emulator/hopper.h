@@ -49,6 +49,7 @@ struct Tile {
 bool valid(const cuda::ptx::TensorShape& shape, const void* base);
 // Checks it; gives the destination. The caller overwrites it and then calls issue_tile.
 unsigned char* check_tile(uint32_t to, const TensorMap* map, uint32_t barrier, Where where);
+void check_start(Tile tile, Where where);
 void issue_tile(uint32_t to, const TensorMap* map, uint32_t barrier, Tile tile);
 int64_t tile_bytes(const TensorMap& map);
 
@@ -132,6 +133,7 @@ inline void tma_load_4d(uint32_t dst, const TensorMap* map, uint32_t barrier, in
     emulator::check_barrier("tma_load_4d", barrier, {file, line});
     unsigned char* to = emulator::check_tile(dst, map, barrier, {file, line});
     const emulator::Tile tile{{c0, c1, c2, c3}};
+    emulator::check_start(tile, {file, line});
     emulator::touch(*map, tile);
     emulator::poison(to, emulator::tile_bytes(*map));
     emulator::issue_tile(dst, map, barrier, tile);

@@ -54,6 +54,7 @@ enum Bug {
     no_swizzle,
     base_offset,
     unaligned_tile,
+    unaligned_coordinate,
     unaligned_operand,
     operand_past_the_end,
     tile_past_the_end,
@@ -89,7 +90,7 @@ void load_step(const Probe& p, Ring r, int step) {
     if (kBug == announces_too_many) bytes += 2;
     ptx::mbarrier_expect_tx(barrier, bytes);
     if (kBug == too_many_arrivals) ptx::mbarrier_arrive(barrier);
-    ptx::tma_load_4d(to, &p.a, barrier, step * 64, 0, 0, 0);
+    ptx::tma_load_4d(to, &p.a, barrier, step * 64 + (kBug == unaligned_coordinate ? 4 : 0), 0, 0, 0);
     ptx::tma_load_4d(to + kTile, &p.b, barrier, 0, step * 64, 0, 0);
 }
 
@@ -196,6 +197,7 @@ const std::map<std::string, void (*)(Probe)> kProbes{
     {"no_swizzle", matmul<no_swizzle>},
     {"base_offset", matmul<base_offset>},
     {"unaligned_tile", matmul<unaligned_tile>},
+    {"unaligned_coordinate", matmul<unaligned_coordinate>},
     {"unaligned_operand", matmul<unaligned_operand>},
     {"operand_past_the_end", matmul<operand_past_the_end>},
     {"tile_past_the_end", matmul<tile_past_the_end>},

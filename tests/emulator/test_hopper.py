@@ -72,7 +72,7 @@ def swizzled(tile: Tensor) -> Tensor:
 def test_tma_load(runner: Callable[[int], Run], name: str) -> None:
     """Boxes of 64 x 2 x 6 x 1, inside the tensor, over its borders on either side, and outside."""
     x = torch.randint(1, 2**15, (3, 7, 5, 72)).to(torch.int16)
-    starts = [[0, 0, 0, 0], [8, 3, 1, 2], [1, 2, 0, 1], [-5, 0, 0, 1], [40, 4, 3, 1], [0, -1, -2, 0], [0, 0, 0, 3]]
+    starts = [[0, 0, 0, 0], [8, 3, 1, 2], [16, 2, 0, 1], [-8, 0, 0, 1], [40, 4, 3, 1], [0, -1, -2, 0], [0, 0, 0, 3]]
     out = runner(0)(name, torch.full((len(starts), 12, 64), -1, dtype=torch.int16), x, torch.tensor(starts).int())
     wide = torch.zeros(3 + 2, 7 + 12, 5 + 4, 72 + 128, dtype=torch.int16)
     wide[1:-1, 6:-6, 2:-2, 64:-64] = x
@@ -153,6 +153,7 @@ FAULTS = [
     ("no_swizzle", "unsupported in the emulator: a descriptor without the 128-byte swizzle"),
     ("base_offset", "unsupported in the emulator: a descriptor with a base offset"),
     ("unaligned_tile", rf"tma_load_4d at {HERE_CPP}: shared address \d+: not aligned to 1024; thread \(0, 0, 0\)"),
+    ("unaligned_coordinate", f"tma_load_4d at {HERE_CPP}: the innermost coordinate is 4, not a multiple of 16 bytes"),
     ("unaligned_operand", rf"wgmma at {HERE_CPP}: an operand at shared address \d+, which is not the start of a"),
     ("operand_past_the_end", f"wgmma at {HERE_CPP}: shared address .*outside the block's"),
     ("tile_past_the_end", f"tma_load_4d at {HERE_CPP}: shared address .*outside the block's"),
