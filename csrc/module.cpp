@@ -61,4 +61,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
     bind_decoder(m);
+    bind_elementwise(m);
 }
