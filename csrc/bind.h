@@ -8,3 +8,6 @@ void bind_cuda(pybind11::module_& m);
 
 // The CPU decoder, into _C.
 void bind_decoder(pybind11::module_& m);
+
+// The CPU's norms, activations, loss and dequantize, into _C.
+void bind_elementwise(pybind11::module_& m);

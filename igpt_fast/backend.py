@@ -39,7 +39,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
-INTERFACE = 3
+INTERFACE = 4
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,19 @@ class Op:
         native: Device types with a native implementation.
         covers: What the native implementation on a CUDA device takes; the rest goes the other way.
         otherwise: What of PyTorch runs where there is none.
+        covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
+        least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
     """
 
     native: tuple[str, ...] = ()
     covers: str = ""
     otherwise: str = "torch expression"
+    covers_cpu: str = ""
+    least_cpu: int = 0
 
+
+# Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
+LEAST_CPU = 1 << 16
 
 # Every op of igpt_fast.ops.
 OPS: dict[str, Op] = {
@@ -64,20 +71,42 @@ OPS: dict[str, Op] = {
         "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
     ),
     "dequantize": Op(
-        ("cuda",), "tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most", otherwise="torch indexing"
+        native=("cpu", "cuda"),
+        covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
+        otherwise="torch indexing",
+        covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
     ),
     "rms_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; a weight of either",
+        least_cpu=LEAST_CPU,
     ),
     "layer_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
+        least_cpu=LEAST_CPU,
     ),
     **dict.fromkeys(
         ("quick_gelu", "gelu_tanh", "gelu_erf"),
-        Op(("cuda",), "fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8"),
+        Op(
+            native=("cpu", "cuda"),
+            covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
+            covers_cpu="fp32, bf16; x and bias of one dtype",
+            least_cpu=LEAST_CPU,
+        ),
     ),
-    "activation": Op(("cuda",), "the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it"),
-    "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
+    "activation": Op(
+        native=("cpu", "cuda"),
+        covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
+        "without a bias",
+        least_cpu=LEAST_CPU,
+    ),
+    "cross_entropy": Op(
+        native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16", least_cpu=LEAST_CPU
+    ),
     "causal_attention": Op(
         native=("cuda",),
         covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
@@ -330,8 +359,8 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     """What runs for an op on ``"cpu"`` or ``"cuda"`` under the chosen backend, and why nothing faster does.
 
     Returns:
-        (implementation, reason). Where the native one runs, the reason says what it covers on a CUDA device, and is
-        empty on the CPU.
+        (implementation, reason). Where the native one runs, the reason says what it covers, and is empty where that
+        is everything.
     """
     entry, chosen = OPS[op], get_backend()
     if chosen == "reference" and entry.native:
@@ -344,7 +373,10 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     if reason is not None:
         return "reference", reason
     assert _C is not None
-    return (f"native ({_C.cpu_isa()})", "") if device_type == "cpu" else ("native", f"for {entry.covers}")
+    if device_type == "cpu":
+        least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
+        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
+    return "native", f"for {entry.covers}"
 
 
 def _decoder(name: str) -> tuple[str, str]:
