@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 int32_t check_clusters(int64_t k) {
     if (k < 1 || k > INT32_MAX) throw std::invalid_argument("quantize: clusters has " + std::to_string(k) + " rows");
@@ -60,5 +60,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
+    bind_attention(m);
     bind_decoder(m);
 }

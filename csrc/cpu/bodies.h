@@ -2,13 +2,16 @@
 #pragma once
 
 #include "attend.h"
+#include "attention_fwd.h"
 #include "ops.h"
 #include "quantize.h"
 
 namespace igpt::cpu {
 namespace {
 
-constexpr Ops make_ops(const char* isa) { return {isa, quantize_u8, quantize_f32, decoder_kernels}; }
+constexpr Ops make_ops(const char* isa) {
+    return {isa, quantize_u8, quantize_f32, decoder_kernels, causal_attention_kernels};
+}
 
 }  // namespace
 }  // namespace igpt::cpu

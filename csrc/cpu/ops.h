@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
 #include "decoder_kernels.h"
 
 namespace igpt::cpu {
@@ -51,6 +52,7 @@ struct Ops {
     void (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
+    CausalAttentionKernels causal_attention;
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.
