@@ -50,11 +50,13 @@ class Op:
         native: Device types with a native implementation.
         covers: What the native implementation on a CUDA device takes; the rest goes the other way.
         otherwise: What of PyTorch runs where there is none.
+        covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
     """
 
     native: tuple[str, ...] = ()
     covers: str = ""
     otherwise: str = "torch expression"
+    covers_cpu: str = ""
 
 
 # Every op of igpt_fast.ops.
@@ -330,8 +332,8 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     """What runs for an op on ``"cpu"`` or ``"cuda"`` under the chosen backend, and why nothing faster does.
 
     Returns:
-        (implementation, reason). Where the native one runs, the reason says what it covers on a CUDA device, and is
-        empty on the CPU.
+        (implementation, reason). Where the native one runs, the reason says what it covers, and is empty where that
+        is everything.
     """
     entry, chosen = OPS[op], get_backend()
     if chosen == "reference" and entry.native:
@@ -344,7 +346,9 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     if reason is not None:
         return "reference", reason
     assert _C is not None
-    return (f"native ({_C.cpu_isa()})", "") if device_type == "cpu" else ("native", f"for {entry.covers}")
+    if device_type == "cpu":
+        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}" if entry.covers_cpu else ""
+    return "native", f"for {entry.covers}"
 
 
 def _decoder(name: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # For tolerance.py, compiling.py and such: the importlib mode leaves sys.path alone.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import compiling
 import pytest
 import torch
-from implementations import Implementation
+from implementations import ISAS, CountedModule, Implementation
 
 from igpt_fast import backend
 
@@ -57,12 +58,44 @@ def emulation(emulated_module: ModuleType) -> Iterator[Implementation]:
         yield Implementation("emulated", "cpu", emulated_module)
 
 
-@pytest.fixture(params=["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """The definition, the kernels on the emulator, the kernels on a GPU."""
-    if request.param == "emulated":
-        yield request.getfixturevalue("emulation")
+@pytest.fixture
+def native_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Implementation]:
+    """The CPU kernels, counted: of the instruction set that the parameter names, or of the fastest."""
+    if backend._C is None:
+        pytest.skip(backend.native_reason)
+    module, before = CountedModule(backend._C), backend._C.cpu_isa()
+    monkeypatch.setattr(backend, "_C", module)
+    assert module.select_cpu_isa(getattr(request, "param", None) or ISAS[-1])
+    with backend.use_backend("cpu"):
+        yield Implementation("cpu", "cpu", module)
+    module.select_cpu_isa(before)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``implementation``: the definition, the CPU kernels where the op has them, those on the emulator, on a GPU.
+
+    The op is named by the file, test_<op>.py. A test that is marked ``every_isa`` meets the CPU kernels of every
+    instruction set of this machine, another those of the fastest.
+    """
+    if "implementation" not in metafunc.fixturenames:
         return
-    device = "cuda" if request.param == "cuda" else "cpu"
-    with backend.use_backend(request.param):
-        yield Implementation(request.param, device)
+    kinds: list[Any] = ["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+    op = metafunc.definition.path.stem.removeprefix("test_").removesuffix("_kernels")
+    if op in backend.OPS and "cpu" in backend.OPS[op].native:
+        every = metafunc.definition.get_closest_marker("every_isa") is not None
+        kinds[1:1] = [f"cpu-{isa}" for isa in ISAS] if every else ["cpu"]
+    metafunc.parametrize("implementation", kinds, indirect=True)
+
+
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    kind, _, isa = request.param.partition("-")
+    if kind == "emulated":
+        yield request.getfixturevalue("emulation")
+    elif kind == "cpu":
+        found = request.getfixturevalue("native_cpu")
+        assert not isa or found.module.select_cpu_isa(isa)
+        yield found
+    else:
+        with backend.use_backend(kind):
+            yield Implementation(kind, "cuda" if kind == "cuda" else "cpu")

@@ -1,7 +1,7 @@
 """What every op with a kernel has to stand up to, as functions that take the op and tensors for it.
 
-``implementation`` is the fixture's: the same is asked of the definition and of the kernels; where the kernels are
-emulated, their launches are counted, so that the one cannot pass for the other.
+``implementation`` is the fixture's: the same is asked of the definition and of the kernels; the launches of emulated
+ones and of the CPU's are counted, so that the one cannot pass for the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 @contextmanager
 def launching(implementation: Implementation, some: bool = True) -> Iterator[None]:
-    """Asserts that emulated kernels run in the block, or that none does."""
+    """Asserts that kernels run in the block, or that none does, where they are counted."""
     if implementation.module is None:
         yield
         return
@@ -207,7 +207,7 @@ def check_shapes_alone(implementation: Implementation, op: Function, tensors: Se
 
 
 def check_opcheck(implementation: Implementation, op: Any, arguments: tuple[Any, ...]) -> None:
-    """torch.library's own tests of a registered op, on the emulator or a GPU."""
+    """torch.library's own tests of a registered op."""
     arguments = tuple(a.to(implementation.device) if isinstance(a, Tensor) else a for a in arguments)
     with launching(implementation):
         torch.library.opcheck(op, arguments)

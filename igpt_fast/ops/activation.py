@@ -15,10 +15,10 @@ from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
     check_floating,
-    cuda_kernels,
     dense,
     differentiate,
     is_plain,
+    native_kernels,
     register,
     use_kernel,
 )
@@ -178,7 +178,7 @@ def _covered(x: Tensor, bias: Tensor | None) -> bool:
 
 def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
     """Launches the forward."""
-    kernels = cuda_kernels(op, x)
+    kernels = native_kernels(op, x)
     x, bias = dense(x), None if bias is None else dense(bias)
     out = torch.empty_like(x)
     n, kind = x.shape[-1], DEFINITIONS[op][0]
@@ -189,7 +189,7 @@ def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of x and of bias, which is empty where there is none."""
-    kernels = cuda_kernels(op, x)
+    kernels = native_kernels(op, x)
     dout, x, bias = dense(dout), dense(x), None if bias is None else dense(bias)
     dx, n = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // n

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    dense,
+    is_plain,
+    native_kernels,
+    register,
+    use_kernel,
+)
 
 HEAD_DIMS = (32, 64, 96, 128)
 _ROWS = 16  # that a block of the prefix's kernel serves
@@ -167,7 +176,7 @@ def _attention_decode(
     scale: float,
 ) -> Tensor:
     """Launches the kernels."""
-    kernels = cuda_kernels("attention_decode", q)
+    kernels = native_kernels("attention_decode", q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.data_ptr() % 16:
             raise ValueError(f"attention_decode: {name} begins at {cache.data_ptr():#x}; want a multiple of 16 bytes")

@@ -14,10 +14,10 @@ from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
     check_floating,
-    cuda_kernels,
     dense,
     differentiate,
     is_plain,
+    native_kernels,
     register,
     use_kernel,
 )
@@ -237,7 +237,7 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
 ) -> Tensor:
     """Launches the forward into ``out``; gives lse."""
-    kernels = cuda_kernels("causal_attention", q)
+    kernels = native_kernels("causal_attention", q)
     b, h, t_q, d = q.shape
     lse = torch.empty((b, h, t_q), dtype=torch.float32, device=q.device)
     kept, hidden = _hidden(key_mask, starts)
@@ -261,7 +261,7 @@ def _launch_bwd(
     scale: float,
 ) -> None:
     """Launches the backward into ``gradients``: of q, k and v."""
-    kernels = cuda_kernels("causal_attention", out)
+    kernels = native_kernels("causal_attention", out)
     b, h, t_q, d = out.shape
     lse = lse.contiguous()
     terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)

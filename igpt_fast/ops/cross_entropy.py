@@ -12,10 +12,10 @@ from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
     check_floating,
-    cuda_kernels,
     dense,
     differentiate,
     is_plain,
+    native_kernels,
     register,
     use_kernel,
 )
@@ -81,7 +81,7 @@ def _covered(logits: Tensor) -> bool:
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward: the loss, how many rows count (empty for "none"), and each row's part for the backward."""
-    kernels = cuda_kernels("cross_entropy", logits)
+    kernels = native_kernels("cross_entropy", logits)
     logits, labels = dense(logits), labels.contiguous()
     rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"
     parts = kernels.module.cross_entropy_parts(rows)
@@ -98,7 +98,7 @@ def _backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
 ) -> Tensor:
     """Launches the backward: the gradient of logits. ``count`` divides it, where the loss was a mean."""
-    kernels = cuda_kernels("cross_entropy", logits)
+    kernels = native_kernels("cross_entropy", logits)
     dloss, logits, labels = dense(dloss), dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
     addresses = map(address, (dloss, logits, labels, statistics, count, dlogits))

@@ -20,7 +20,7 @@ from igpt_fast import backend
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
 
-# As csrc/cuda/ops.h numbers them.
+# As csrc/cuda/ops.h numbers them; of csrc/cpu/decoder_kernels.h, `Format`, the first two.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -34,7 +34,7 @@ def register(
 
     Args:
         schema: ``"name(Tensor x, ...) -> ..."``.
-        implementation: Called with tensors that have memory, on a CUDA device (or, emulated, on the CPU).
+        implementation: Called with tensors that have memory; it asks ``native_kernels`` whose.
         fake: Gives shapes, strides, dtypes and devices alone.
         backward: (setup_context, backward) as ``torch.library.register_autograd`` takes them.
     """
@@ -54,19 +54,19 @@ def _transforming() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _choice_when_traced(op: str, device: torch.device) -> bool:
+def _choice_when_traced(op: str, device: torch.device) -> str | None:
     """A compiled function keeps the choice that held when it was traced.
 
     The transforms inside it are on torch's own stack while it is traced.
     """
     chosen = backend.kernels(op, device)
-    return chosen is not None and chosen.kind == "cuda" and not _transforming()
+    return None if chosen is None or _transforming() else chosen.kind
 
 
-def use_kernel(op: str, *tensors: Tensor) -> bool:
-    """Whether the CUDA kernel of ``op`` shall serve tensors that it covers.
+def kernel_kind(op: str, *tensors: Tensor) -> str | None:
+    """Whose kernel of ``op`` shall serve the tensors, if it covers them: ``"cuda"``, ``"cpu"`` or ``None``.
 
-    Not for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts: the
+    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts: the
     reference serves those.
 
     Raises:
@@ -76,16 +76,21 @@ def use_kernel(op: str, *tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return _choice_when_traced(op, device)
     chosen = backend.kernels(op, device)
-    if chosen is None or chosen.kind != "cuda" or _transforming():
-        return False
-    return all(
-        type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout == torch.strided
-        for tensor in tensors
-    )
+    if chosen is None or _transforming():
+        return None
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor) or tensor.layout != torch.strided:
+            return None
+    return chosen.kind
 
 
-def cuda_kernels(op: str, tensor: Tensor) -> backend.Kernels:
-    """The kernels for a registered op's implementation, which has come here because ``use_kernel`` said so.
+def use_kernel(op: str, *tensors: Tensor) -> bool:
+    """``kernel_kind`` of an op that has a CUDA kernel alone: whether it shall serve tensors that it covers."""
+    return kernel_kind(op, *tensors) == "cuda"
+
+
+def native_kernels(op: str, tensor: Tensor) -> backend.Kernels:
+    """The kernels for a registered op's implementation, which has come here because ``kernel_kind`` said so.
 
     A graph that was compiled where they were may run where they are not.
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    dense,
+    is_plain,
+    native_kernels,
+    register,
+    use_kernel,
+)
 
 # As csrc/cuda/ops.h numbers them.
 GEMV_ACTIVATIONS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
@@ -120,7 +129,7 @@ def _gemv(
     eps: float,
 ) -> Tensor:
     """Launches the kernel."""
-    kernels = cuda_kernels("gemv", x)
+    kernels = native_kernels("gemv", x)
     if weight.data_ptr() % 16:
         weight = weight.clone()
     layout = _layout(weight)

@@ -12,10 +12,10 @@ from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
     check_floating,
-    cuda_kernels,
     dense,
     differentiate,
     is_plain,
+    native_kernels,
     register,
     use_kernel,
 )
@@ -143,7 +143,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    kernels = cuda_kernels("rms_norm", x)
+    kernels = native_kernels("rms_norm", x)
     x, weight, residual = dense(x), dense(weight), _dense(residual)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     tensors = map(address, (x, residual, weight, total, out))
@@ -164,7 +164,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _layer_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    kernels = cuda_kernels("layer_norm", x)
+    kernels = native_kernels("layer_norm", x)
     x, weight, bias, residual = dense(x), dense(weight), _dense(bias), _dense(residual)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     tensors = map(address, (x, residual, weight, bias, total, out))
@@ -186,7 +186,7 @@ def _add_layer_norm(
 
 def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of what was normalised, and of the weight."""
-    kernels = cuda_kernels("rms_norm", x)
+    kernels = native_kernels("rms_norm", x)
     dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))
@@ -200,7 +200,7 @@ def _layer_norm_bwd(
     dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward: the gradients of what was normalised, of the weight, and of a bias."""
-    kernels = cuda_kernels("layer_norm", x)
+    kernels = native_kernels("layer_norm", x)
     dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast import backend, reference
 from igpt_fast.ops import colour_table
-from igpt_fast.ops.dispatch import cuda_kernels, dense, is_plain, library, register, use_kernel
+from igpt_fast.ops.dispatch import dense, is_plain, library, native_kernels, register, use_kernel
 
 # As csrc/cuda/ops.h numbers them.
 TOKEN_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
@@ -116,7 +116,7 @@ def _quantize_cuda(x: Tensor, clusters: Tensor, out: Tensor, kernels: backend.Ke
 
 
 def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
-    kernels = cuda_kernels("dequantize", tokens)
+    kernels = native_kernels("dequantize", tokens)
     tokens, clusters = dense(tokens), dense(clusters)
     out = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
     addresses = tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], clusters.data_ptr(), out.data_ptr()

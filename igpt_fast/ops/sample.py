@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.ops.dispatch import DTYPES, address, check_floating, cuda_kernels, dense, is_plain, register, use_kernel
+from igpt_fast.ops.dispatch import (
+    DTYPES,
+    address,
+    check_floating,
+    dense,
+    is_plain,
+    native_kernels,
+    register,
+    use_kernel,
+)
 
 
 def sample(
@@ -163,7 +172,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    kernels = cuda_kernels("sample", logits)
+    kernels = native_kernels("sample", logits)
     logits, uniform = _rows(logits), uniform.contiguous()
     n, k = logits.shape
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
@@ -185,7 +194,7 @@ def _sample_next(
     wte: Tensor | None,
     wpe: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = cuda_kernels("sample_next", logits)
+    kernels = native_kernels("sample_next", logits)
     logits, streams, position = _rows(logits), streams.contiguous(), position.contiguous()
     wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
     n, k = logits.shape

@@ -51,6 +51,15 @@ class Case:
         tensors = [tensor.to(device, copy=True) for tensor in self.inputs()]
         return [tensor.requires_grad_(i < self.differentiable) for i, tensor in enumerate(tensors)]
 
+    def enlarged(self, times: int) -> list[Tensor]:
+        """Its tensors on the CPU, those that have as many rows as the first with ``times`` as many."""
+        tensors = self.on("cpu")
+        rows = tensors[0].shape[:-1]
+        return [
+            torch.cat([t.detach()] * times).requires_grad_(t.requires_grad) if t.shape[: len(rows)] == rows else t
+            for t in tensors
+        ]
+
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Everything that comes out: results, what was written, gradients for an upstream gradient of 1, 2, ... ."""
         found = self.call(*tensors)

@@ -1,17 +1,33 @@
-"""What every op with a CUDA kernel has to stand up to, one small call each: see cases.py."""
+"""What every op with a kernel has to stand up to, one small call each: see cases.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import CASES, Case
-from implementations import Implementation
+from implementations import ISAS, Implementation
 from torch import Tensor
 
 from igpt_fast import backend
 
 SCHEDULES = [("random", 1), ("random", 2), ("skewed", 1), ("skewed", 2)]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# On the emulator and, where the op has kernels there, on the CPU.
+EACH_NATIVE = pytest.mark.parametrize(
+    ("native", "case"),
+    [
+        pytest.param(kind, case, id=f"{kind}-{case.name}")
+        for kind, device in (("emulation", "cuda"), ("native_cpu", "cpu"))
+        for case in CASES
+        if device in backend.OPS[case.op].native
+    ],
+    indirect=["native"],
+)
+
+
+@pytest.fixture
+def native(request: pytest.FixtureRequest) -> Implementation:
+    return request.getfixturevalue(request.param)
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -22,7 +38,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def test_every_op_with_a_kernel_has_a_case() -> None:
-    assert {case.op for case in CASES} == {name for name, op in backend.OPS.items() if "cuda" in op.native}
+    assert {case.op for case in CASES} == {name for name, op in backend.OPS.items() if op.native}
 
 
 @EACH
@@ -36,34 +52,52 @@ def test_the_same_bits_under_every_schedule(emulation: Implementation, case: Cas
         assert same(case.run(case.on("cpu")), expected), (order, seed)
 
 
-@EACH
-def test_the_reference_can_be_chosen(emulation: Implementation, case: Case) -> None:
+@pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [c for c in CASES if "cpu" in backend.OPS[c.op].native], ids=lambda case: case.name)
+def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, case: Case, isa: str) -> None:
+    """Of 300 times as many rows, so that there are shares for all threads; more of them than cores too."""
+    assert native_cpu.module.select_cpu_isa(isa)
+    before = torch.get_num_threads()
+    tensors = [case.enlarged(300) for _ in range(4)]
+    try:
+        results = []
+        for threads, inputs in zip((1, 2, 3, 7), tensors, strict=True):
+            torch.set_num_threads(threads)
+            native_cpu.module.reset_counters()
+            results.append(case.run(inputs))
+            assert native_cpu.module.counters()["launches"] > 0, "no kernel ran"
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+@EACH_NATIVE
+def test_the_reference_can_be_chosen(native: Implementation, case: Case) -> None:
     """``set_backend("reference")`` and the environment variable turn the kernel off."""
-    assert emulation.module is not None
-    emulation.module.reset_counters()
+    native.module.reset_counters()
     with backend.use_backend("reference"):
         found = case.run(case.on("cpu"))
-    assert emulation.module.counters()["launches"] == 0
+    assert native.module.counters()["launches"] == 0
     shapes = [(result.shape, result.dtype) for result in case.run(case.on("cpu"))]
     assert shapes == [(result.shape, result.dtype) for result in found]
 
 
-@EACH
-def test_fake_tensors_never_reach_a_kernel(emulation: Implementation, case: Case) -> None:
+@EACH_NATIVE
+def test_fake_tensors_never_reach_a_kernel(native: Implementation, case: Case) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert emulation.module is not None
     real = case.run(case.on("cpu"))
-    emulation.module.reset_counters()
+    native.module.reset_counters()
     with FakeTensorMode() as mode:
         tensors = [mode.from_tensor(tensor) for tensor in case.on("cpu")]
         fake = case.run(tensors)
-    assert emulation.module.counters()["launches"] == 0
+    assert native.module.counters()["launches"] == 0
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
 
 
-@EACH
-def test_meta_tensors(emulation: Implementation, case: Case) -> None:
+@EACH_NATIVE
+def test_meta_tensors(native: Implementation, case: Case) -> None:
     shapes = [(r.shape, r.dtype) for r in case.run(case.on("cpu"))]
     meta = case.run(case.on("meta"))
     assert all(result.is_meta for result in meta)
