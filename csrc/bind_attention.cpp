@@ -47,12 +47,17 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ou
     cpu::causal_attention_fwd(params(q, k, v, out, lse, sizes, hidden, scale, threads));
 }
 
+void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& dout,
+              const Tensor& dq, const Tensor& dk, const Tensor& dv, uintptr_t lse, const Sizes& sizes,
+              const Hidden& hidden, float scale, int32_t threads) {
+    cpu::causal_attention_bwd(
+        {params(q, k, v, out, lse, sizes, hidden, scale, threads), heads(dout), heads(dq), heads(dk), heads(dv)});
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        "has_causal_attention_cpu", [] { return igpt::cpu::ops().causal_attention.fwd != nullptr; },
-        "Whether the chosen instruction set has its kernels.");
     m.def("causal_attention_fwd_cpu", &forward, unlocked);
+    m.def("causal_attention_bwd_cpu", &backward, unlocked);
 }

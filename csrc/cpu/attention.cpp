@@ -47,11 +47,16 @@ void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
     }
 }
 
+const CausalAttentionKernels& kernels_here() {
+    const CausalAttentionKernels& kernels = ops().causal_attention;
+    if (kernels.fwd == nullptr) throw std::logic_error("causal_attention: no kernel for this instruction set");
+    return kernels;
+}
+
 }  // namespace
 
 void causal_attention_fwd(const CausalAttention& p) {
-    const CausalAttentionKernels& kernels = ops().causal_attention;
-    if (kernels.fwd == nullptr) throw std::logic_error("causal_attention: no kernel for this instruction set");
+    const CausalAttentionKernels& kernels = kernels_here();
     const int64_t heads = p.batch * p.heads;
     if (heads <= 0 || p.t_q <= 0) return;
     // Few heads are cut into shares of their queries, so that there is work for all threads.
@@ -63,6 +68,14 @@ void causal_attention_fwd(const CausalAttention& p) {
         kernels.fwd(p, item % heads, strips * share / shares * 32, std::min(p.t_q, strips * (share + 1) / shares * 32),
                     scratch);
     });
+}
+
+void causal_attention_bwd(const CausalAttentionBwd& p) {
+    const CausalAttentionKernels& kernels = kernels_here();
+    const int64_t heads = p.of.batch * p.of.heads;
+    if (heads <= 0 || p.of.t_k <= 0) return;
+    share_out(heads, p.of.threads, kernels.bwd_scratch(p.of),
+              [&](int64_t head, char* scratch) { kernels.bwd(p, head, scratch); });
 }
 
 }  // namespace igpt::cpu

@@ -130,12 +130,6 @@ void causal_fwd(const CausalAttention& p, int64_t head, int64_t first, int64_t e
     }
 }
 
-constexpr CausalAttentionKernels causal_attention_kernels{causal_fwd, nullptr, causal_fwd_scratch, nullptr};
-
-#else
-
-constexpr CausalAttentionKernels causal_attention_kernels{};
-
 #endif
 
 }  // namespace

@@ -2,12 +2,20 @@
 #pragma once
 
 #include "attend.h"
+#include "attention_bwd.h"
 #include "attention_fwd.h"
 #include "ops.h"
 #include "quantize.h"
 
 namespace igpt::cpu {
 namespace {
+
+#if defined(__AMX_TILE__)
+constexpr CausalAttentionKernels causal_attention_kernels{causal_fwd, causal_bwd, causal_fwd_scratch,
+                                                          causal_bwd_scratch};
+#else
+constexpr CausalAttentionKernels causal_attention_kernels{};
+#endif
 
 constexpr Ops make_ops(const char* isa) {
     return {isa, quantize_u8, quantize_f32, decoder_kernels, causal_attention_kernels};
