@@ -68,20 +68,35 @@ OPS: dict[str, Op] = {
         "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
     ),
     "dequantize": Op(
-        ("cuda",), "tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most", otherwise="torch indexing"
+        native=("cpu", "cuda"),
+        covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
+        otherwise="torch indexing",
+        covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
     ),
     "rms_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; a weight of either",
     ),
     "layer_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; weight and bias of either",
     ),
     **dict.fromkeys(
         ("quick_gelu", "gelu_tanh", "gelu_erf"),
-        Op(("cuda",), "fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8"),
+        Op(
+            native=("cpu", "cuda"),
+            covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
+            covers_cpu="fp32, bf16; x and bias of one dtype",
+        ),
     ),
-    "activation": Op(("cuda",), "the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it"),
-    "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
+    "activation": Op(
+        native=("cpu", "cuda"),
+        covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+    ),
+    "cross_entropy": Op(native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16"),
     "causal_attention": Op(
         native=("cpu", "cuda"),
         covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",

@@ -66,7 +66,7 @@ def native_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     module, before = CountedModule(backend._C), backend._C.cpu_isa()
     monkeypatch.setattr(backend, "_C", module)
     assert module.select_cpu_isa(getattr(request, "param", None) or ISAS[-1])
-    with backend.use_backend("cpu"):
+    with backend.use_backend("auto"):
         yield Implementation("cpu", "cpu", module)
     module.select_cpu_isa(before)
 

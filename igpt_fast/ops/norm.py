@@ -7,17 +7,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from igpt_fast import reference
+from igpt_fast import backend, reference
 from igpt_fast.ops.dispatch import (
+    CPU_DTYPES,
     DTYPES,
     address,
     check_floating,
     dense,
     differentiate,
     is_plain,
+    kernel_kind,
     native_kernels,
     register,
-    use_kernel,
 )
 
 
@@ -50,7 +51,7 @@ def rms_norm(
     """
     _check_norm("rms_norm", x, weight, None, eps, residual)
     others = () if residual is None else (residual,)
-    if _covered(x, weight) and use_kernel("rms_norm", x, weight, *others):
+    if _covered(kernel_kind("rms_norm", x, weight, *others), x, weight):
         plain = is_plain(x, weight, *others)
         if residual is None:
             return _rms_norm(x, weight, eps) if plain else torch.ops.igpt_fast.rms_norm(x, weight, eps)
@@ -95,7 +96,7 @@ def layer_norm(
     """
     _check_norm("layer_norm", x, weight, bias, eps, residual)
     others = tuple(t for t in (bias, residual) if t is not None)
-    if _covered(x, weight, bias) and use_kernel("layer_norm", x, weight, *others):
+    if _covered(kernel_kind("layer_norm", x, weight, *others), x, weight, bias):
         plain = is_plain(x, weight, *others)
         if residual is None:
             return (_layer_norm if plain else torch.ops.igpt_fast.layer_norm)(x, weight, bias, eps)
@@ -106,11 +107,13 @@ def layer_norm(
     return reference.layer_norm(total, weight, bias, eps), total
 
 
-def _covered(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the kernels take it; the rule is in ``backend.OPS`` in words."""
-    if x.dtype not in DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+def _covered(kind: str | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the kernels of a kind take it; the rule is in ``backend.OPS`` in words."""
+    if kind is None or (bias is not None and bias.dtype != weight.dtype):
         return False
-    return x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
+    if kind == "cpu":
+        return x.dtype in CPU_DTYPES and weight.dtype in CPU_DTYPES and x.shape[-1] > 0
+    return x.dtype in DTYPES and weight.dtype == x.dtype and x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
@@ -142,9 +145,39 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else dense(tensor)
 
 
+def _forward_cpu(
+    kernels: backend.Kernels,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Of (x, residual, weight, bias)."""
+    x, weight = tensors[0], tensors[2]
+    out, total = torch.empty_like(x), None if tensors[1] is None else torch.empty_like(x)
+    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[out.dtype]
+    if x.numel():
+        sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
+        kernels.module.norm_fwd_cpu(*map(address, (*tensors, total, out)), *sizes)
+    return out, total
+
+
+def _backward_cpu(
+    kernels: backend.Kernels, tensors: tuple[Tensor, Tensor | None, Tensor, Tensor], eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of (dout, dsum, x, weight): the gradients of what was normalised, of the weight and, ``centred``, of a bias."""
+    dout, _, x, weight = tensors
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
+    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[dout.dtype]
+    sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
+    kernels.module.norm_bwd_cpu(*map(address, (*tensors, *found)), *sizes)
+    return found
+
+
 def _rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     kernels = native_kernels("rms_norm", x)
     x, weight, residual = dense(x), dense(weight), _dense(residual)
+    if kernels.kind == "cpu":
+        return _forward_cpu(kernels, (x, residual, weight, None), eps, centred=False)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     tensors = map(address, (x, residual, weight, total, out))
     kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
@@ -166,6 +199,8 @@ def _layer_forward(
 ) -> tuple[Tensor, Tensor | None]:
     kernels = native_kernels("layer_norm", x)
     x, weight, bias, residual = dense(x), dense(weight), _dense(bias), _dense(residual)
+    if kernels.kind == "cpu":
+        return _forward_cpu(kernels, (x, residual, weight, bias), eps, centred=True)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     tensors = map(address, (x, residual, weight, bias, total, out))
     kernels.module.layer_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
@@ -188,6 +223,8 @@ def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, 
     """Launches the backward: the gradients of what was normalised, and of the weight."""
     kernels = native_kernels("rms_norm", x)
     dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
+    if kernels.kind == "cpu":
+        return _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=False)[:2]
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))
     partial = torch.empty((parts, x.shape[-1]), dtype=torch.float32, device=x.device)
@@ -202,6 +239,10 @@ def _layer_norm_bwd(
     """Launches the backward: the gradients of what was normalised, of the weight, and of a bias."""
     kernels = native_kernels("layer_norm", x)
     dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
+    if kernels.kind == "cpu":
+        found, by_weight, by_bias = _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=True)
+        assert by_bias is not None
+        return found, by_weight, by_bias
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))
     partial = torch.empty((2, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
