@@ -42,9 +42,10 @@ def causal_attention(
 
     The kernels take bf16 and, on a GPU, fp16 (fp32 under autocast, which casts as it does for torch's own attention),
     head dimensions of 32, 64, 96 and 128, a ``scale`` of 2^-126 or above, no dropout, no ``upcast``, and return no
-    weights; on the CPU they need its tile unit (AMX). The rest is torch's attention, or the definition. A kernel reads q, k and v where they are, as long as their
-    last dimension is contiguous and every row aligned to 16 bytes, and its output has the memory of a contiguous (B, T_q, H,
-    D), so that the transposition that puts heads side by side is free. Its gradients are the same bits at every run.
+    weights; on the CPU they need its tile unit (AMX). The rest is torch's attention, or the definition. A kernel reads
+    q, k and v where they are, as long as their last dimension is contiguous and every row aligned to 16 bytes, and its
+    output has the memory of a contiguous (B, T_q, H, D), so that the transposition that puts heads side by side is
+    free. Its gradients are the same bits at every run.
 
     For a head it takes about 2 T_q T_k D FLOPs forward where T_q = T_k, 7 T_q T_k D backward (5 by the usual count),
     and moves q, k, v and out once.
