@@ -52,6 +52,7 @@ class Op:
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
         needs_isa: The only instruction set that has it on the CPU; empty: all have.
+        least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
     """
 
     native: tuple[str, ...] = ()
@@ -59,7 +60,11 @@ class Op:
     otherwise: str = "torch expression"
     covers_cpu: str = ""
     needs_isa: str = ""
+    least_cpu: int = 0
 
+
+# Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
+LEAST_CPU = 1 << 16
 
 # Every op of igpt_fast.ops.
 OPS: dict[str, Op] = {
@@ -77,11 +82,13 @@ OPS: dict[str, Op] = {
         native=("cpu", "cuda"),
         covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
         covers_cpu="fp32, bf16; a weight of either",
+        least_cpu=LEAST_CPU,
     ),
     "layer_norm": Op(
         native=("cpu", "cuda"),
         covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
-        covers_cpu="fp32, bf16; weight and bias of either",
+        covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
+        least_cpu=LEAST_CPU,
     ),
     **dict.fromkeys(
         ("quick_gelu", "gelu_tanh", "gelu_erf"),
@@ -89,14 +96,19 @@ OPS: dict[str, Op] = {
             native=("cpu", "cuda"),
             covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
             covers_cpu="fp32, bf16; x and bias of one dtype",
+            least_cpu=LEAST_CPU,
         ),
     ),
     "activation": Op(
         native=("cpu", "cuda"),
         covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
-        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
+        "without a bias",
+        least_cpu=LEAST_CPU,
     ),
-    "cross_entropy": Op(native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16"),
+    "cross_entropy": Op(
+        native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16", least_cpu=LEAST_CPU
+    ),
     "causal_attention": Op(
         native=("cpu", "cuda"),
         covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
@@ -379,7 +391,8 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     if device_type == "cpu":
         if reason := _no_isa(op):
             return entry.otherwise, reason
-        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}" if entry.covers_cpu else ""
+        least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
+        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
     return "native", f"for {entry.covers}"
 
 

@@ -12,80 +12,139 @@
 namespace igpt::cpu {
 namespace {
 
-// s(x), 0 below -87: an infinite z times it is NaN, as it is defined, and no large one anything but 0.
-inline Vec logistic(Vec x) { return drop_below(reciprocal(set1(1.0f) + exp(zero() - x)), x, set1(-87.0f)); }
+// What the results need: all bits of fp32, or enough that those of bf16 are not the worse for it.
+struct Fine {
+    static Vec inverse(Vec x) { return reciprocal(x); }
+    // 2^r for |r| <= 0.5, to 2e-9.
+    static Vec power(Vec r) {
+        Vec p = set1(0.000153458124f);
+        p = fma(p, r, set1(0.00133999309f));
+        p = fma(p, r, set1(0.00961848907f));
+        p = fma(p, r, set1(0.0555032864f));
+        p = fma(p, r, set1(0.240226462f));
+        p = fma(p, r, set1(0.693147182f));
+        return fma(p, r, set1(1.0f));
+    }
+    // erfcx(z / sqrt(2)) / (2 t) with t = 1 / (1 + 0.29698 z), for z >= 0, to 4e-8.
+    static Vec tail(Vec t) {
+        Vec p = set1(0.03800484095f);
+        p = fma(p, t, set1(-0.1725376155f));
+        p = fma(p, t, set1(0.242501497f));
+        p = fma(p, t, set1(-0.086554594f));
+        p = fma(p, t, set1(0.146222561f));
+        p = fma(p, t, set1(0.093548449f));
+        p = fma(p, t, set1(0.120449289f));
+        return fma(p, t, set1(0.11836558f));
+    }
+};
+struct Coarse {
+    static Vec inverse(Vec x) { return reciprocal_coarse(x); }
+    static Vec power(Vec r) {  // to 8e-5
+        const Vec p = fma(set1(0.0551716685f), r, set1(0.242611125f));
+        return fma(fma(p, r, set1(0.693260968f)), r, set1(0.999928057f));
+    }
+    static Vec tail(Vec t) {  // to 2e-4
+        const Vec p = fma(set1(0.221843721f), t, set1(0.0199600701f));
+        return fma(fma(p, t, set1(0.141966227f)), t, set1(0.116288554f));
+    }
+};
+inline Fine bits_for(float) { return {}; }
+inline Coarse bits_for(uint16_t) { return {}; }
 
-// s(x) and its derivative s (1 - s), which does not suffer where s is nearly one.
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x for |x| <= 126; NaN stays NaN, or what is multiplied by it has to.
+template <class P>
+inline Vec exp2(Vec x) {
+    const Vec shifted = x + set1(12582912.0f);  // 1.5 2^23: the low bits are round(x)
+    const Vec p = P::power(x - (shifted - set1(12582912.0f)));
+    return floats(add_ints(bits(p), shift_left<23>(bits(shifted))));
+}
+
+// z / (1 + 2^x): z s(-x ln 2). 0 z beyond 2^125: an infinite z gives NaN, as it is defined, and a large one 0.
+template <class P>
+inline Vec times_logistic(Vec z, Vec x) {
+    const Vec s = P::inverse(set1(1.0f) + exp2<P>(max(set1(-126.0f), x)));
+    return z * drop_below(s, zero() - x, set1(-125.0f));
+}
+
+// s(x ln 2) and its derivative s (1 - s), which does not suffer where s is nearly one, for |x| <= 126.
 struct Logistic {
     Vec value, slope;
 };
+template <class P>
 inline Logistic logistic_with_slope(Vec x) {
-    const Vec e = exp(zero() - abs(x)), r = reciprocal(set1(1.0f) + e);
-    return {by_sign(x, e * r, r), e * r * r};
+    const Vec e = exp2<P>(zero() - abs(x)), r = P::inverse(set1(1.0f) + e), er = e * r;
+    return {by_sign(x, er, r), er * r};
 }
 
-// Beyond 30 every derivative is 0 or 1 to the last bit.
-inline Vec near(Vec z) { return min(set1(30.0f), max(set1(-30.0f), z)); }
+inline Vec within(Vec z, float limit) { return min(set1(limit), max(set1(-limit), z)); }
 
+// The derivatives are 0 or 1 to the last bit beyond the limits that keep their exponents in range.
+template <class P>
 struct QuickGelu {
-    static Vec value(Vec z) { return z * logistic(z * set1(1.702f)); }
+    static constexpr float kSlope = 1.702f;
+
+    static Vec value(Vec z) { return times_logistic<P>(z, z * set1(-kSlope * kLog2e)); }
     static Vec derivative(Vec far) {
-        const Vec z = near(far);
-        const Logistic s = logistic_with_slope(z * set1(1.702f));
-        return fma(z * set1(1.702f), s.slope, s.value);
+        const Vec z = within(far, 50.0f);
+        const Logistic s = logistic_with_slope<P>(z * set1(kSlope * kLog2e));
+        return fma(z * set1(kSlope), s.slope, s.value);
     }
 };
 
+template <class P>
 struct GeluTanh {
     static constexpr float kLinear = 1.59576912f, kCubic = kLinear * 0.044715f;  // 2 sqrt(2 / pi)
 
-    static Vec value(Vec z) { return z * logistic(z * fma(z * z, set1(kCubic), set1(kLinear))); }
+    static Vec value(Vec z) {
+        return times_logistic<P>(z, z * fma(z * z, set1(-kCubic * kLog2e), set1(-kLinear * kLog2e)));
+    }
     static Vec derivative(Vec far) {
-        const Vec z = near(far), square = z * z;
-        const Logistic s = logistic_with_slope(z * fma(square, set1(kCubic), set1(kLinear)));
+        const Vec z = within(far, 9.8f), square = z * z;
+        const Logistic s = logistic_with_slope<P>(z * fma(square, set1(kCubic * kLog2e), set1(kLinear * kLog2e)));
         return fma(z * fma(square, set1(3.0f * kCubic), set1(kLinear)), s.slope, s.value);
     }
 };
 
-// erfc(y) = exp(-y^2) t P(t), t = 1 / (1 + 0.42 y), for y >= 0, P fitted to 4e-8.
+template <class P>
 struct GeluErf {
-    // Gauss's exp(-z^2 / 2), and the share of its integral beyond |z|.
+    // Gauss's exp(-z^2 / 2), and the share of its integral beyond |z|, for |z| <= 13.
     struct Normal {
         Vec bell, tail;
     };
     static Normal normal(Vec z) {
-        const Vec y = abs(z) * set1(0.707106781f), t = reciprocal(fma(y, set1(0.42f), set1(1.0f)));
-        Vec p = set1(0.0760096819f);
-        p = fma(p, t, set1(-0.345075231f));
-        p = fma(p, t, set1(0.485002994f));
-        p = fma(p, t, set1(-0.173109188f));
-        p = fma(p, t, set1(0.292445122f));
-        p = fma(p, t, set1(0.187096898f));
-        p = fma(p, t, set1(0.240898579f));
-        p = fma(p, t, set1(0.23673116f));
-        const Vec bell = exp(zero() - y * y);
-        return {bell, set1(0.5f) * p * t * bell};
+        const Vec t = P::inverse(fma(abs(z), set1(0.29698485f), set1(1.0f)));
+        const Vec bell = exp2<P>(z * z * set1(-0.5f * kLog2e));
+        return {bell, P::tail(t) * t * bell};
     }
-    static Vec share(Vec z, Vec tail) { return by_sign(z, tail, set1(1.0f) - tail); }
-
-    static Vec value(Vec z) { return z * drop_below(share(z, normal(near(z)).tail), z, set1(-14.0f)); }
+    // z > 0: z (1 - tail); z < 0: |z| -tail. Both are max(z, 0) - |z| tail; NaN for -inf.
+    static Vec value(Vec z) {
+        const Vec near = within(z, 13.0f);
+        return (z - min(zero(), z)) - abs(near) * normal(near).tail;
+    }
     static Vec derivative(Vec far) {
-        const Vec z = near(far);
+        const Vec z = within(far, 13.0f);
         const Normal n = normal(z);
-        return fma(z * set1(0.398942280f), n.bell, share(z, n.tail));  // 1 / sqrt(2 pi)
+        const Vec share = by_sign(z, n.tail, set1(1.0f) - n.tail);
+        return fma(z * set1(0.398942280f), n.bell, share);  // 1 / sqrt(2 pi)
     }
 };
 
+// f(type of the elements, activation)
 template <class F>
-inline void dispatch_activation(Activation kind, F&& f) {
-    switch (kind) {
-        case Activation::quick_gelu:
-            return f(QuickGelu{});
-        case Activation::gelu_tanh:
-            return f(GeluTanh{});
-        case Activation::gelu_erf:
-            return f(GeluErf{});
-    }
+inline void dispatch_activation(Activation kind, Format format, F&& f) {
+    dispatch_format(format, [&](auto type) {
+        using P = decltype(bits_for(type));
+        switch (kind) {
+            case Activation::quick_gelu:
+                return f(type, QuickGelu<P>{});
+            case Activation::gelu_tanh:
+                return f(type, GeluTanh<P>{});
+            case Activation::gelu_erf:
+                return f(type, GeluErf<P>{});
+        }
+    });
 }
 
 template <class T, class Gelu>
@@ -104,9 +163,8 @@ void activate(const ActivationParams& p, int64_t begin, int64_t end) {
 }
 
 void activation_fwd(const ActivationParams& p, int64_t begin, int64_t end) {
-    dispatch_format(p.format, [&](auto type) {
-        dispatch_activation(p.kind, [&](auto gelu) { activate<decltype(type), decltype(gelu)>(p, begin, end); });
-    });
+    dispatch_activation(p.kind, p.format,
+                        [&](auto type, auto gelu) { activate<decltype(type), decltype(gelu)>(p, begin, end); });
 }
 
 template <class T, class Gelu>
@@ -129,9 +187,8 @@ void activate_grad(const ActivationGradParams& p, int64_t begin, int64_t end, fl
 }
 
 void activation_bwd(const ActivationGradParams& p, int64_t begin, int64_t end, float* partial) {
-    dispatch_format(p.format, [&](auto type) {
-        dispatch_activation(p.kind,
-                            [&](auto gelu) { activate_grad<decltype(type), decltype(gelu)>(p, begin, end, partial); });
+    dispatch_activation(p.kind, p.format, [&](auto type, auto gelu) {
+        activate_grad<decltype(type), decltype(gelu)>(p, begin, end, partial);
     });
 }
 

@@ -39,8 +39,12 @@ inline void write(float* p, Vec v, Whole) { store(p, v); }
 inline void write(float* p, Vec v, Part part) { _mm512_mask_storeu_ps(p, mask(part), v); }
 
 inline Vec from_bf16(__m256i v) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-// To nearest, ties to even. Not vcvtneps2bf16, which takes denormals for zeros.
+// To nearest, ties to even.
 inline __m256i as_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+    // The instruction takes denormals for zeros.
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20) == 0, 1)) return __m256i(_mm512_cvtneps_pbh(v));
+#endif
     const Ints u = bits(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const Ints rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);  // rounding could make a NaN infinite
@@ -60,7 +64,8 @@ inline Vec drop_below(Vec v, Vec x, Vec limit) {
 }
 // a where x is below zero, else b.
 inline Vec by_sign(Vec x, Vec a, Vec b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ), a); }
-// 1 / x to a unit of rounding, for x of 1 and above; NaN stays. Above 2^126 what is found is not specified.
+// 1 / x for x of 1 to 2^126, to a unit of rounding; NaN stays. Coarse: to 2^-14.
+inline Vec reciprocal_coarse(Vec x) { return _mm512_rcp14_ps(x); }
 inline Vec reciprocal(Vec x) {
     const Vec r = _mm512_rcp14_ps(x);
     return fma(r, fma(zero() - x, r, set1(1.0f)), r);
@@ -73,6 +78,11 @@ inline void write(float* p, Vec v, Whole) { store(p, v); }
 inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }
 
 #if defined(__AVX2__)
+
+inline Vec reciprocal_coarse(Vec x) {  // 12 bits, and twice as many
+    const Vec r = _mm256_rcp_ps(x);
+    return r * fma(zero() - x, r, set1(2.0f));
+}
 
 inline Vec read(const uint16_t* p, Whole) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -92,6 +102,7 @@ inline Vec by_sign(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_c
 
 #else
 
+inline Vec reciprocal_coarse(Vec x) { return reciprocal(x); }
 inline Vec read(const uint16_t* p, Whole) {
     typedef uint16_t Halves __attribute__((vector_size(8)));
     Halves v;

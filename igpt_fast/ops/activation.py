@@ -134,7 +134,9 @@ def activation(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
     def otherwise(x: Tensor, bias: Tensor | None) -> Tensor:
         return function(x) if bias is None else function(x + bias).to(x.dtype)
 
-    return _apply(KERNELS[name], x, bias, otherwise) if name in KERNELS else otherwise(x, bias)
+    if name not in KERNELS:
+        return otherwise(x, bias)
+    return _apply(KERNELS[name], x, bias, otherwise, fast_on_cpu=name == "gelu" and bias is None)
 
 
 def check_activation(name: str) -> str:
@@ -159,10 +161,17 @@ def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; want {tuple(x.shape[-1:])}, x's last one")
 
 
-def _apply(op: str, x: Tensor, bias: Tensor | None, otherwise: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """Runs the kernel of ``op`` where it may, else ``otherwise``."""
+def _apply(
+    op: str,
+    x: Tensor,
+    bias: Tensor | None,
+    otherwise: Callable[[Tensor, Tensor | None], Tensor],
+    fast_on_cpu: bool = False,
+) -> Tensor:
+    """Runs the kernel of ``op`` where it may, else ``otherwise``, which on the CPU may be as fast."""
     tensors = (x,) if bias is None else (x, bias)
-    if not _covered(kernel_kind(op, *tensors), x, bias):
+    kind = kernel_kind(op, *tensors)
+    if not _covered(kind, x, bias) or (kind == "cpu" and fast_on_cpu):
         return otherwise(x, bias)
     if is_plain(*tensors):
         return _forward(op, x, bias)

@@ -67,17 +67,20 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
 def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     """Whose kernel of ``op`` shall serve the tensors, if it covers them: ``"cuda"``, ``"cpu"`` or ``None``.
 
-    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts: the
-    reference serves those.
+    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts, and on the CPU
+    for little work: the reference serves those.
 
     Raises:
         BackendUnavailableError: The chosen backend does not serve the device.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
-        return _choice_when_traced(op, device)
+        kind = _choice_when_traced(op, device)
+        return None if kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu else kind
     chosen = backend.kernels(op, device)
     if chosen is None or _transforming():
+        return None
+    if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor) or tensor.layout != torch.strided:
