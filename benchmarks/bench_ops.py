@@ -33,8 +33,8 @@ CUDA_COLUMNS = (
     *("times_best_peer", "cold", "error"),
 )
 CPU_COLUMNS = (
-    *("op", "pass", "size", "threads", "name", "ms", "ms_spread", "cpu_ms", "gb_s", "of_copy", "times_best_peer"),
-    "error",
+    *("op", "pass", "size", "threads", "name", "ms", "ms_spread", "cpu_ms", "gb_s", "of_copy", "tflop_s"),
+    *("times_best_peer", "error"),
 )
 CLUSTERS = 512
 

@@ -13,6 +13,7 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
+from cpu_ops_attention import causal_attention
 from cuda_timing import OURS, Function, Workload, check, everybody, gradients, passes, prepare
 from torch import Tensor
 
@@ -209,6 +210,7 @@ MAKERS: dict[str, Maker] = {
     "gelu_erf": gelu_erf,
     "cross_entropy": cross_entropy,
     "dequantize": dequantize,
+    "causal_attention": causal_attention,
 }
 
 
@@ -253,6 +255,7 @@ def bench(workload: Workload, threads: int, rounds: int, ceiling: float) -> list
                 continue
             gb_s = workload.bytes[number] / times[name]["ms"] / 1e6
             row |= times[name] | {"gb_s": gb_s, "of_copy": gb_s / ceiling}
+            row["tflop_s"] = workload.flops[number] / times[name]["ms"] / 1e9
             if name == OURS and peers:
                 row["times_best_peer"] = min(peers) / times[name]["ms"]
             rows.append(row)

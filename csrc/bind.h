@@ -9,5 +9,8 @@ void bind_cuda(pybind11::module_& m);
 // The CPU decoder, into _C.
 void bind_decoder(pybind11::module_& m);
 
+// Causal attention on the CPU, into _C.
+void bind_attention(pybind11::module_& m);
+
 // The CPU's norms, activations, loss and dequantize, into _C.
 void bind_elementwise(pybind11::module_& m);

@@ -60,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
+    bind_attention(m);
     bind_decoder(m);
     bind_elementwise(m);
 }

@@ -51,6 +51,7 @@ class Op:
         covers: What the native implementation on a CUDA device takes; the rest goes the other way.
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
+        needs_isa: The only instruction set that has it on the CPU; empty: all have.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
     """
 
@@ -58,6 +59,7 @@ class Op:
     covers: str = ""
     otherwise: str = "torch expression"
     covers_cpu: str = ""
+    needs_isa: str = ""
     least_cpu: int = 0
 
 
@@ -108,13 +110,19 @@ OPS: dict[str, Op] = {
         native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16", least_cpu=LEAST_CPU
     ),
     "causal_attention": Op(
-        native=("cuda",),
+        native=("cpu", "cuda"),
         covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+        covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+        needs_isa="amx",
         otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
         "another scale",
     ),
     "causal_attention_packed": Op(
-        native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
+        native=("cpu", "cuda"),
+        covers="what causal_attention's does",
+        covers_cpu="what causal_attention's does",
+        needs_isa="amx",
+        otherwise="causal_attention of the three parts",
     ),
     "attention_decode": Op(
         native=("cuda",),
@@ -351,8 +359,15 @@ def _no_kernels(op: str, device: torch.device) -> str | None:
     if device.type not in OPS[op].native:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
-        return None
+        return _no_isa(op)
     return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
+
+
+def _no_isa(op: str) -> str | None:
+    """Why the chosen instruction set has no kernel of an op on the CPU."""
+    assert _C is not None
+    needed = OPS[op].needs_isa
+    return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
 
 
 def implementation(op: str, device_type: str) -> tuple[str, str]:
@@ -374,6 +389,8 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
         return "reference", reason
     assert _C is not None
     if device_type == "cpu":
+        if reason := _no_isa(op):
+            return entry.otherwise, reason
         least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
         return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
     return "native", f"for {entry.covers}"

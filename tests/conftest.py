@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import compiling
 import pytest
 import torch
-from implementations import ISAS, CountedModule, Implementation
+from implementations import ISAS, CountedModule, Implementation, isas_of
 
 from igpt_fast import backend
 
@@ -84,9 +84,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     kinds: list[Any] = ["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
     op = metafunc.definition.path.stem.removeprefix("test_").removesuffix("_kernels")
-    if op in backend.OPS and "cpu" in backend.OPS[op].native:
+    if op in backend.OPS and (isas := isas_of(op)):
         every = metafunc.definition.get_closest_marker("every_isa") is not None
-        kinds[1:1] = [f"cpu-{isa}" for isa in ISAS] if every else ["cpu"]
+        kinds[1:1] = [f"cpu-{isa}" for isa in isas] if every else ["cpu"]
     metafunc.parametrize("implementation", kinds, indirect=True)
 
 

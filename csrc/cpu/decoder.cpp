@@ -20,32 +20,15 @@
 #include <string>
 
 #include "barrier.h"
+#include "denormals.h"
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#if defined(__x86_64__)
-#include <xmmintrin.h>
 #endif
 
 namespace igpt::cpu {
 namespace {
 
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Flushes denormals in this thread: a step meets them in the far tails of softmax and activation, at a hundred cycles
-// each.
-class FlushDenormals {
-  public:
-#if defined(__x86_64__)
-    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before_); }
-
-  private:
-    unsigned before_;
-#else
-    FlushDenormals() {}
-#endif
-};
 
 struct Busy {
     explicit Busy(std::atomic<bool>& flag) : flag_(flag) {

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
 #include "decoder_kernels.h"
 #include "elementwise.h"
 
@@ -52,6 +53,7 @@ struct Ops {
     void (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
+    CausalAttentionKernels causal_attention;
     ElementwiseKernels elementwise;
 };
 

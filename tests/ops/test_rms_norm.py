@@ -210,13 +210,38 @@ def test_autocast(implementation: Implementation) -> None:
             assert ops.rms_norm(x.bfloat16(), weight).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+def test_a_dtype_of_its_own(implementation: Implementation, wide: torch.dtype, dtype: torch.dtype) -> None:
+    """The bits, and the gradients', of a conversion afterwards."""
+    x, weight, residual = (t.to(implementation.device) for t in tensors((1030, 72), (72,), (1030, 72), dtype=wide))
+    upstream = [torch.randn(1030, 72).to(implementation.device, dtype), torch.randn_like(x)]
+
+    def fused(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, weight, residual=residual, dtype=dtype)
+
+    def apart(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, total = ops.rms_norm(x, weight, residual=residual)
+        return out.to(dtype), total
+
+    with contract.launching(implementation):
+        found = contract.with_gradients(fused, [x, weight, residual], upstream)
+        alone = contract.with_gradients(lambda *t: ops.rms_norm(*t, dtype=dtype), [x, weight], upstream[:1])
+    wanted = contract.with_gradients(apart, [x, weight, residual], upstream)
+    assert found[0].dtype == alone[0].dtype == dtype
+    assert found[1].dtype == wide
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    wanted = contract.with_gradients(lambda *t: ops.rms_norm(*t).to(dtype), [x, weight], upstream[:1])
+    assert all(torch.equal(a, b) for a, b in zip(alone, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(emulation: Implementation, dtype: torch.dtype) -> None:
     x, weight = tensors((3, 72), (72,), dtype=dtype)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     registered = torch.ops.igpt_fast
-    contract.check_opcheck(emulation, registered.rms_norm.default, (*leaves, 1e-5))
-    contract.check_opcheck(emulation, registered.add_rms_norm.default, (leaves[0], x, leaves[1], 1e-5))
+    contract.check_opcheck(emulation, registered.rms_norm.default, (*leaves, 1e-5, leaves[0].dtype))
+    contract.check_opcheck(emulation, registered.add_rms_norm.default, (leaves[0], x, leaves[1], 1e-5, torch.bfloat16))
     contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, None, x, weight, 1e-5))
     contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, x, x, weight, 1e-5))
 

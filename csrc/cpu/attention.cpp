@@ -1,0 +1,81 @@
+// Causal attention, the drivers: memory, threads, and the kernels of the chosen instruction set.
+#include "attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "arena.h"
+#include "denormals.h"
+#include "ops.h"
+
+namespace igpt::cpu {
+namespace {
+
+constexpr int64_t kQueries = 128;  // the fewest of a share: every share packs the keys and values it sees
+
+// At least `bytes`, kept by the calling thread for its next call: pages of new memory cost more than a short call.
+char* workspace(int64_t bytes) {
+    static thread_local Arena memory;
+    if (int64_t(memory.size()) < bytes) {
+        memory = Arena();  // the old one goes before the new one comes
+        memory = Arena(size_t(bytes));
+    }
+    return memory.data();
+}
+
+// Calls work(item, scratch of its thread) for all items, the last first: those are the longest.
+template <class Work>
+void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
+    const int threads = int(std::min<int64_t>(usable_threads(wanted), items));
+    const int64_t each = (scratch + 4095) / 4096 * 4096;
+    char* memory = workspace(each * threads);
+    // Nothing in the region throws.
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        char* mine = memory + each * omp_get_thread_num();
+#else
+        char* mine = memory;
+#endif
+        const FlushDenormals flush;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = items - 1; i >= 0; --i) work(i, mine);
+    }
+}
+
+const CausalAttentionKernels& kernels_here() {
+    const CausalAttentionKernels& kernels = ops().causal_attention;
+    if (kernels.fwd == nullptr) throw std::logic_error("causal_attention: no kernel for this instruction set");
+    return kernels;
+}
+
+}  // namespace
+
+void causal_attention_fwd(const CausalAttention& p) {
+    const CausalAttentionKernels& kernels = kernels_here();
+    const int64_t heads = p.batch * p.heads;
+    if (heads <= 0 || p.t_q <= 0) return;
+    // Few heads are cut into shares of their queries, so that there is work for all threads.
+    const int64_t most = (p.t_q + kQueries - 1) / kQueries, wanted = (4 * int64_t(p.threads) + heads - 1) / heads;
+    const int64_t shares = p.threads == 1 || heads >= 2 * p.threads ? 1 : std::min(most, wanted);
+    const int64_t strips = (p.t_q + 31) / 32;
+    share_out(heads * shares, p.threads, kernels.fwd_scratch(p), [&](int64_t item, char* scratch) {
+        const int64_t share = item / heads;
+        kernels.fwd(p, item % heads, strips * share / shares * 32, std::min(p.t_q, strips * (share + 1) / shares * 32),
+                    scratch);
+    });
+}
+
+void causal_attention_bwd(const CausalAttentionBwd& p) {
+    const CausalAttentionKernels& kernels = kernels_here();
+    const int64_t heads = p.of.batch * p.of.heads;
+    if (heads <= 0 || p.of.t_k <= 0) return;
+    share_out(heads, p.of.threads, kernels.bwd_scratch(p.of),
+              [&](int64_t head, char* scratch) { kernels.bwd(p, head, scratch); });
+}
+
+}  // namespace igpt::cpu
