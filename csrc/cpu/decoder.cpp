@@ -103,7 +103,7 @@ class Worker {
     }
 
     Rows rows_of(const float* x, int64_t ld, int64_t k) const {
-        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale};
+        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale, scratch_.tiles};
         w_.kernels.split(rows, k, w_.shape.format);
         return rows;
     }
@@ -216,7 +216,8 @@ void Decoder::reserve(int threads) {
     const int64_t widest = std::max(width_, weights_->layer(0).fc.n), tile = weights_->kernels.tile;
     const size_t each = Arena::bytes<float>(batch_ * width_) + 2 * Arena::bytes<uint8_t>(batch_ * widest) +
                         Arena::bytes<uint16_t>(batch_ * widest) + Arena::bytes<float>(batch_) +
-                        Arena::bytes<float>(batch_ * 2 * tile);
+                        Arena::bytes<float>(sums_rows(batch_) * 2 * tile) +
+                        Arena::bytes<char>(tiles_bytes(batch_, widest));
     scratch_.clear();
     scratch_block_ = Arena(each * size_t(threads));
     for (int t = 0; t < threads; ++t) {
@@ -226,7 +227,8 @@ void Decoder::reserve(int threads) {
         s.low = scratch_block_.take<uint8_t>(batch_ * widest);
         s.half = scratch_block_.take<uint16_t>(batch_ * widest);
         s.scale = scratch_block_.take<float>(batch_);
-        s.sums = scratch_block_.take<float>(batch_ * 2 * tile);
+        s.sums = scratch_block_.take<float>(sums_rows(batch_) * 2 * tile);
+        s.tiles = scratch_block_.take<char>(tiles_bytes(batch_, widest));
         scratch_.push_back(s);
     }
 }

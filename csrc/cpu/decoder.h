@@ -100,6 +100,7 @@ class Decoder {
         uint8_t *high, *low;
         uint16_t* half;
         float *scale, *sums;
+        char* tiles;
     };
 
     AttentionParams head_of(int64_t layer, int64_t unit) const;
