@@ -4,6 +4,8 @@
 #include "attend.h"
 #include "attention_bwd.h"
 #include "attention_fwd.h"
+#include "gemm.h"
+#include "heads.h"
 #include "ops.h"
 #include "quantize.h"
 
@@ -13,12 +15,15 @@ namespace {
 #if defined(__AMX_TILE__)
 constexpr CausalAttentionKernels causal_attention_kernels{causal_fwd, causal_bwd, causal_fwd_scratch,
                                                           causal_bwd_scratch};
+constexpr ForwardKernels forward_kernels{gemm,      norm_tiles, embed_row,    residual_row,
+                                         tiles_row, pack_heads, attend_blocks};
 #else
 constexpr CausalAttentionKernels causal_attention_kernels{};
+constexpr ForwardKernels forward_kernels{};
 #endif
 
 constexpr Ops make_ops(const char* isa) {
-    return {isa, quantize_u8, quantize_f32, decoder_kernels, causal_attention_kernels};
+    return {isa, quantize_u8, quantize_f32, decoder_kernels, causal_attention_kernels, forward_kernels};
 }
 
 }  // namespace

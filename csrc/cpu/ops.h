@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "decoder_kernels.h"
+#include "forward_kernels.h"
 
 namespace igpt::cpu {
 
@@ -53,6 +54,7 @@ struct Ops {
     void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
+    ForwardKernels forward;
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.
