@@ -37,9 +37,10 @@ LAYERS: dict[str, set[str]] = {
     "checkpoint": {"config", "files", "weights"},
     "layers": {"cache", "config", "ops.__init__"},
     "decoders": {"backend", "cache", "config", "layers", "ops.__init__"},
+    "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch"},
     "generation": {"decoders", "ops.__init__", "reference"},
     "model": {
-        *("backend", "cache", "checkpoint", "config"),
+        *("backend", "cache", "checkpoint", "config", "forwards"),
         *("generation", "layers", "ops.__init__", "outputs", "trainable"),
     },
     # images
@@ -79,6 +80,7 @@ OUTSIDE: dict[str, set[str]] = {
     "trainable": {"torch"},
     "layers": {"torch"},
     "decoders": {"torch"},
+    "forwards": {"torch"},
     "generation": {"torch"},
     "backend": {"torch", "numpy"},
     "recipes.settings": set(),
