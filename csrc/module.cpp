@@ -63,4 +63,5 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_decoder(m);
     bind_elementwise(m);
+    bind_forward(m);
 }

@@ -144,6 +144,12 @@ DECODERS: dict[str, str] = {
     " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
     "torch": "for everything else",
 }
+# Every forward pass of igpt_fast.forwards, the faster one first: what it covers.
+FORWARDS: dict[str, str] = {
+    "cpu": "for CPU models in bf16 and eval mode, without gradient, as the decoder covers them; token ids alone: no"
+    " mask, cache to extend, embeddings, positions or attention weights; no compiling or transforms",
+    "torch": "for everything else",
+}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -407,6 +413,25 @@ def _decoder(name: str) -> tuple[str, str]:
     return f"native ({_C.cpu_isa()})", DECODERS[name]
 
 
+def _forward(name: str) -> tuple[str, str]:
+    """As ``_decoder``, for a forward pass."""
+    if name == "torch":
+        return "the PyTorch layers", FORWARDS[name]
+    reason = no_native_forward()
+    if reason is not None:
+        return "none", reason
+    assert _C is not None
+    return f"native ({_C.cpu_isa()})", FORWARDS[name]
+
+
+def no_native_forward() -> str | None:
+    """Why the compiled module's forward pass serves no model on the CPU; ``None`` when it does."""
+    if reason := no_native_decoder():
+        return reason
+    assert _C is not None
+    return None if _C.has_cpu_forward() else f"the instruction set {_C.cpu_isa()!r} has no tiles (AMX)"
+
+
 def no_native_decoder() -> str | None:
     """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
     if reason := unavailable("cpu"):
@@ -455,6 +480,7 @@ def config() -> dict[str, Any]:
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := unavailable(name))},
         "ops": ops,
         "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
+        "forwards": {name: dict(zip(("runs", "reason"), _forward(name), strict=True)) for name in FORWARDS},
     }
 
 
@@ -480,11 +506,12 @@ def format_config(report: dict[str, Any]) -> str:
         for device, live in by_device.items():
             lines.append(f"op         {op:<17}{device:<5} {_line(live)}")
     lines += [f"decoder    {name:<17}      {_line(live)}" for name, live in report["decoders"].items()]
+    lines += [f"forward    {name:<17}      {_line(live)}" for name, live in report["forwards"].items()]
     return "\n".join(lines)
 
 
 def show_config() -> None:
-    """Prints versions, build, devices, instruction sets and the live implementation of every op and decoder."""
+    """Prints versions, build, devices, instruction sets and what runs for every op, decoder and forward pass."""
     print(format_config(config()))
 
 

@@ -7,18 +7,19 @@ measure for the faster ones. ``CpuDecoder`` runs the compiled module's decode st
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast import backend
-from igpt_fast.cache import DynamicCache, StaticCache
+from igpt_fast.cache import StaticCache
 from igpt_fast.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
 from igpt_fast.packed import packed
 
 if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
+    from igpt_fast.config import ImageGPTConfig
+    from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
 
 # What a caller may ask for besides the model's own dtype.
 DTYPES = (None, "int8")
@@ -85,7 +86,7 @@ _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), 4),
 }
 # The modules of a model that is computed as this package computes it; anything else may mean anything.
-_MODULES = (
+MODULES = (
     ImageGPTBlock,
     ImageGPTAttention,
     ImageGPTMLP,
@@ -96,7 +97,7 @@ _MODULES = (
     nn.Dropout,
     nn.ModuleList,
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class CpuDecoder:
@@ -111,7 +112,8 @@ class CpuDecoder:
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
       and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
 
-    A primer is read by the PyTorch model, in its own dtype. As many threads compute as torch is set to.
+    A primer is read by the model's forward pass (``forwards``), in the model's own dtype and from its weights, not
+    the int8 ones. As many threads compute as torch is set to.
 
     Args:
         model: The model, on the CPU; in eval mode.
@@ -165,11 +167,11 @@ class CpuDecoder:
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         """At the speed of a forward pass: the model's keys and values become the cache's."""
-        cache, threads = DynamicCache(), torch.get_num_threads()
+        threads = torch.get_num_threads()
         with torch.no_grad():
-            output = self.model.transformer(tokens, past_key_values=cache, use_cache=True, return_dict=True)
+            output = self.model.transformer(tokens, use_cache=True, return_dict=True)
             logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
-        for layer, (keys, values) in enumerate(cache):
+        for layer, (keys, values) in enumerate(output.past_key_values):
             pair = keys.float().contiguous(), values.float().contiguous()
             self._decoder.load(layer, pair[0].data_ptr(), pair[1].data_ptr(), tokens.shape[1], threads)
         self._decoder.advance(tokens.shape[1])
@@ -192,14 +194,14 @@ def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
-    return _why_not_shape(model) or _why_not_modules(model)
+    return why_not_shape(model.config) or _why_not_modules(model)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_not_shape(model: ImageGPTForCausalImageModeling) -> str | None:
-    config = model.config
+def why_not_shape(config: ImageGPTConfig) -> str | None:
+    """Why the compiled module's kernels do not take a model's sizes; ``None`` when they do."""
     inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     if config.activation_function not in _ACTIVATIONS:
         return f"activation_function is {config.activation_function!r}; want {', '.join(_ACTIVATIONS)}"
@@ -216,12 +218,10 @@ def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
     ours = {"": "ImageGPTForCausalImageModeling", "transformer": "ImageGPTModel"}
     for name, module in model.named_modules():
         kind = type(module)
-        known = (
-            (kind.__module__, kind.__name__) == ("igpt_fast.model", ours[name]) if name in ours else kind in _MODULES
-        )
+        known = (kind.__module__, kind.__name__) == ("igpt_fast.model", ours[name]) if name in ours else kind in MODULES
         if not known:
             return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
             return f"{name or 'the model'} has a hook or a forward of its own"
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
@@ -238,8 +238,13 @@ def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> 
 
 def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
     """The compiled module's copy of the weights."""
+    return pack(model.transformer, model.lm_head.weight, dtype or model.dtype)
+
+
+def pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
+    """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
-    config, threads = model.config, torch.get_num_threads()
+    config, threads = body.config, torch.get_num_threads()
     inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     weights = backend._C.DecoderWeights(
         config.n_layer,
@@ -250,7 +255,7 @@ def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
         config.vocab_size,
         config.layer_norm_epsilon,
         _ACTIVATIONS[config.activation_function],
-        _FORMATS[dtype or model.dtype],
+        _FORMATS[dtype],
     )
     kept: list[Tensor] = []  # temporary copies, until the module has read them
 
@@ -264,15 +269,14 @@ def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
         by_input, by_output = kept[-1].stride()[::-1] if transposed else kept[-1].stride()
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
-    body: Any = model.transformer
     weights.set_tables(
         vector(body.wte.weight),
         vector(body.wpe.weight),
         vector(body.ln_f.weight),
-        matrix(model.lm_head.weight, transposed=True),
+        (0, False, 0, 0) if head is None else matrix(head, transposed=True),
         threads,
     )
-    for i, block in enumerate(body.h):
+    for i, block in enumerate(cast("list[Any]", body.h)):
         kept.clear()
         linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         pairs = [part for layer in linear for part in (matrix(layer.weight), vector(layer.bias))]

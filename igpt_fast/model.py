@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import backend, ops
+from igpt_fast import backend, forwards, ops
 from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
@@ -168,6 +168,13 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if not output_attentions and all(argument is None for argument in others):
+            with_cache = bool(self.config.use_cache if use_cache is None else use_cache)
+            states = forwards.run(self, input_ids, bool(output_hidden_states), with_cache)
+            if states is not None:
+                output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
+                return output if return_dict else output.to_tuple()
         cache = self._cache(past_key_values, use_cache)
         past = int(cache.get_seq_length()) if cache is not None else 0
         tokens = self._tokens(input_ids, inputs_embeds)
@@ -416,6 +423,17 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         if config.problem_type == "regression":
             return F.mse_loss(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
+    """The output of a forward pass by the compiled module, for tokens of a shape."""
+    last, hidden, keys, values = states
+    last = last.view(*shape, last.shape[-1])
+    return BaseModelOutput(
+        last_hidden_state=last,
+        past_key_values=DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None,
+        hidden_states=(*hidden, last) if hidden is not None else None,
+    )
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -178,7 +178,9 @@ def test_every_op_and_decoder_is_reported() -> None:
         for device, live in by_device.items():
             assert live["runs"]
             assert live["reason"] or live["runs"].startswith("native"), f"no reason why nothing faster runs on {device}"
-    assert all(live["runs"] and live["reason"] for live in report["decoders"].values())
+    for live in (*report["decoders"].values(), *report["forwards"].values()):
+        assert live["runs"]
+        assert live["reason"]
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:

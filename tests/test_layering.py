@@ -38,9 +38,10 @@ LAYERS: dict[str, set[str]] = {
     "layers": {"cache", "config", "ops.__init__"},
     "packed": {"backend"},
     "decoders": {"backend", "cache", "config", "layers", "ops.__init__", "packed"},
+    "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders", "ops.__init__", "reference"},
     "model": {
-        *("backend", "cache", "checkpoint", "config"),
+        *("backend", "cache", "checkpoint", "config", "forwards"),
         *("generation", "layers", "ops.__init__", "outputs", "trainable"),
     },
     # images
@@ -80,6 +81,7 @@ OUTSIDE: dict[str, set[str]] = {
     "trainable": {"torch"},
     "layers": {"torch"},
     "decoders": {"torch"},
+    "forwards": {"torch"},
     "generation": {"torch"},
     "backend": {"torch", "numpy"},
     "recipes.settings": set(),

@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "decoder_kernels.h"
 #include "elementwise.h"
+#include "forward_kernels.h"
 
 namespace igpt::cpu {
 
@@ -55,6 +56,7 @@ struct Ops {
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
     ElementwiseKernels elementwise;
+    ForwardKernels forward;
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.

@@ -149,7 +149,7 @@ void DecoderWeights::set_tables(const float* wte, const float* wpe, const float*
     std::copy_n(wte, shape.vocab * shape.embd, wte_);
     std::copy_n(wpe, shape.positions * shape.embd, wpe_);
     std::copy_n(norm, shape.embd, norm_);
-    fill(head_, head, nullptr, in_order(shape.vocab - 1), kernels, threads);
+    if (head.data) fill(head_, head, nullptr, in_order(shape.vocab - 1), kernels, threads);
 }
 
 void DecoderWeights::set_layer(int64_t layer, const LayerSource& source, int threads) {

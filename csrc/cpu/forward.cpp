@@ -1,0 +1,345 @@
+// The forward pass's driver: memory, threads, and the order of the work.
+//
+//   x = wte[token] + wpe[position]                                         | own rows
+//   per layer:  q, k, v = norm(x) Wqkv                                     | own rows     barrier
+//               mixed = softmax(q K^T) V                                   | own queries  barrier
+//               x += mixed Wproj; x += act(norm(x) Wfc) Wfc_proj           | own rows
+//
+// A thread takes a span of rows, kSpanRows at a time through everything between two attentions, so that a span's
+// activations stay in its own cache. Where there are fewer rows than that makes sense for, several threads form a team
+// that shares rows and divides outputs; a team has a barrier of its own. Queries are divided so that every thread has
+// the same number of scores. Every number is computed by one thread, in one order: results do not depend on how many
+// there are.
+//
+// Long batches go through all layers some sequences at a time: activations take kMostRows positions, or a sequence.
+#include "forward.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "barrier.h"
+#include "denormals.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace igpt::cpu {
+namespace {
+
+constexpr int64_t kSpanRows = 256;
+constexpr int64_t kTeamRows = 128;  // of a team at least, before there is a second one
+constexpr int64_t kMostRows = 2048;
+
+int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Range {
+    int64_t begin, end;
+};
+
+// Part `index` of `count` of `units`.
+Range part(int64_t units, int64_t index, int64_t count) { return {units * index / count, units * (index + 1) / count}; }
+
+}  // namespace
+
+// Activations of some sequences.
+struct Forward::Space {
+    Space(const DecoderShape& s, int64_t rows_, int threads_) : rows(rows_), threads(threads_) {
+        const int64_t embd = padded(s.embd, 32), inner_width = padded(s.inner, 32), qkv_width = padded(3 * s.embd, 32);
+        const int64_t dim = padded(s.head_dim(), 32), span = std::min(rows, kSpanRows), heads = rows * s.heads;
+        arena = Arena(Arena::bytes<float>(rows * embd) + 2 * Arena::bytes<uint16_t>(rows * embd) +
+                      3 * Arena::bytes<uint16_t>(heads * dim) + Arena::bytes<uint32_t>(heads * dim / 32) +
+                      Arena::bytes<uint8_t>(heads / kRows) +
+                      size_t(threads) * (Arena::bytes<uint16_t>(span * inner_width) +
+                                         Arena::bytes<uint16_t>(span * qkv_width) + Arena::bytes<float>(span * 64)));
+        x = arena.take<float>(rows * embd);
+        normed = arena.take<uint16_t>(rows * embd);
+        mixed = arena.take<uint16_t>(rows * embd);
+        for (uint16_t** packed : {&q, &k, &v}) *packed = arena.take<uint16_t>(heads * dim);
+        flaws = arena.take<uint32_t>(heads * dim / 32);
+        flawed = arena.take<uint8_t>(heads / kRows);
+        for (int t = 0; t < threads; ++t) {
+            inner.push_back(arena.take<uint16_t>(span * inner_width));
+            qkv.push_back(arena.take<uint16_t>(span * qkv_width));
+            sums.push_back(arena.take<float>(span * 64));
+        }
+    }
+
+    const int64_t rows;
+    const int threads;
+    Arena arena;
+    float* x;
+    uint16_t *normed, *mixed, *q, *k, *v;
+    uint32_t* flaws;
+    uint8_t* flawed;
+    std::vector<uint16_t*> inner, qkv;  // of each team
+    std::vector<float*> sums;           // of each thread
+};
+
+// One thread's part of a forward pass of `count` sequences from `first` on.
+class ForwardWorker {
+  public:
+    ForwardWorker(const Forward& forward, const ForwardParams& params, Forward::Space& space, Barrier* barriers,
+                  int index, int count)
+        : w_(*forward.weights_),
+          kernels_(forward.kernels_),
+          p_(params),
+          s_(space),
+          barriers_(barriers),
+          index_(index),
+          count_(count),
+          positions_(padded(params.length, kRows)),
+          embd_(padded(w_.shape.embd, 32)),
+          dim_(padded(w_.shape.head_dim(), 32)) {}
+
+    void run(int64_t first, int64_t sequences) {
+        first_ = first;
+        sequences_ = sequences;
+        const int64_t blocks = sequences * positions_ / kRows;
+        int64_t teams = count_;
+        while (count_ % teams != 0 || (teams > 1 && blocks * kRows < teams * kTeamRows)) --teams;
+        members_ = count_ / teams;
+        team_ = index_ / members_;
+        member_ = index_ % members_;
+        const Range own = part(blocks, team_, teams);
+        barriers_[0].wait(count_);  // the rows of the sequences before may have been others'
+        for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) embed(span(own, b));
+        for (int64_t i = 0; i < w_.shape.layers; ++i) {
+            for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) {
+                if (i > 0) mlp(i - 1, span(own, b));
+                project(i, span(own, b));
+            }
+            barriers_[0].wait(count_);
+            attend(i);
+            barriers_[0].wait(count_);
+        }
+        for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) {
+            mlp(w_.shape.layers - 1, span(own, b));
+            finish(span(own, b));
+        }
+    }
+
+  private:
+    Range span(Range own, int64_t block) const {
+        return {block * kRows, std::min(block + kSpanRows / kRows, own.end) * kRows};
+    }
+
+    void meet_team() { barriers_[1 + team_].wait(int(members_)); }
+
+    // This member's part of a span, in whole blocks.
+    Range share(Range rows) const {
+        const Range blocks = part((rows.end - rows.begin) / kRows, member_, members_);
+        return {rows.begin + blocks.begin * kRows, rows.begin + blocks.end * kRows};
+    }
+
+    // Calls visit(row, sequence, position) for the member's rows that are there.
+    template <class Visit>
+    void each_row(Range rows, Visit visit) const {
+        const Range own = share(rows);
+        for (int64_t row = own.begin; row < own.end; ++row)
+            if (row % positions_ < p_.length) visit(row, first_ + row / positions_, row % positions_);
+    }
+
+    void embed(Range rows) const {
+        const int64_t n = w_.shape.embd;
+        const Range own = share(rows);
+        for (int64_t row = own.begin; row < own.end; ++row) {
+            const int64_t sequence = first_ + row / positions_, t = row % positions_;
+            const bool there = t < p_.length;
+            const int64_t token = there ? p_.tokens[sequence * p_.length + t] : 0;
+            kernels_.embed(there ? w_.wte() + token * n : nullptr, w_.wpe() + t * n, n, embd_, row, s_.x);
+        }
+        // No meeting: the rows are this member's until `norm` has read them.
+    }
+
+    void norm(const float* weight, Range rows) const {
+        const Range own = share(rows);
+        kernels_.norm({s_.x, weight, w_.shape.embd, embd_, w_.shape.eps, own.begin, own.end - own.begin, s_.normed});
+    }
+
+    GemmParams gemm(const Matrix& m, const uint16_t* x, Range rows, int64_t n, Then then) const {
+        GemmParams g{};
+        g.matrix = &m;
+        g.x = x;
+        g.rows = rows.end - rows.begin;
+        g.first = rows.begin;
+        g.positions = positions_;
+        g.width = padded(n, 32);
+        const Range outputs = part(g.width / 32, member_, members_);
+        g.begin = outputs.begin * 32;
+        g.end = outputs.end * 32;
+        g.then = then;
+        g.residual = s_.x + rows.begin * embd_;
+        g.scratch = s_.sums[size_t(index_)];
+        return g;
+    }
+
+    // x to q, k and v of layer i.
+    void project(int64_t i, Range rows) {
+        const DecoderWeights::Layer& l = w_.layer(i);
+        if (p_.hidden) {
+            uint16_t* hidden = p_.hidden + i * p_.batch * p_.length * w_.shape.embd;
+            each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
+                kernels_.residual_row(s_.x, w_.shape.embd, embd_, row,
+                                      hidden + (sequence * p_.length + t) * w_.shape.embd);
+            });
+        }
+        norm(l.norm_1, rows);
+        meet_team();
+        GemmParams g = gemm(l.qkv, s_.normed + rows.begin * embd_, rows, 3 * w_.shape.embd, Then::store);
+        g.plain = s_.qkv[size_t(team_)];
+        kernels_.gemm(g);
+        meet_team();
+        const Range own = share(rows);
+        for (int64_t row = own.begin; row < own.end; row += kRows) pack(i, row, g.plain + (row - rows.begin) * g.width);
+        meet_team();  // before the next span's
+    }
+
+    void pack(int64_t i, int64_t row, const uint16_t* qkv) const {
+        const int64_t local = row / positions_, t = row % positions_, heads = w_.shape.heads, d = w_.shape.head_dim();
+        HeadsParams h{};
+        h.qkv = qkv;
+        h.ld = padded(3 * w_.shape.embd, 32);
+        h.head_dim = d;
+        h.heads = heads;
+        h.head_stride = positions_ * dim_;
+        const int64_t at = local * heads * h.head_stride + t * dim_;
+        h.q = s_.q + at;
+        h.k = s_.k + at;
+        h.v = s_.v + at;
+        h.flaw_stride = h.head_stride / 32;
+        h.flaws = s_.flaws + at / 32;
+        h.flawed_stride = positions_ / kRows;
+        h.flawed = s_.flawed + local * heads * h.flawed_stride + t / kRows;
+        h.seen = std::min(kRows, p_.length - t);
+        if (p_.keys) {
+            h.cache_stride = p_.length * d;
+            const int64_t to = ((i * p_.batch + first_ + local) * heads * p_.length + t) * d;
+            h.keys = p_.keys + to;
+            h.values = p_.values + to;
+        }
+        kernels_.pack_heads(h);
+    }
+
+    // The blocks of queries, over all heads of all sequences, in which this thread's share of the scores lies.
+    void attend(int64_t i) const {
+        const int64_t heads = w_.shape.heads, units = sequences_ * heads, blocks = positions_ / kRows;
+        const int64_t each = blocks * (blocks + 1) / 2;
+        const auto begin_in = [&](int64_t index, int64_t unit) {
+            // The first block of a unit that thread `index` has: where its share of the scores begins.
+            const int64_t target = units * each * index / count_ - unit * each;
+            int64_t block = 0;
+            while (block < blocks && block * (block + 1) / 2 < target) ++block;
+            return block;
+        };
+        for (int64_t u = 0; u < units; ++u) {
+            const Range own{begin_in(index_, u), begin_in(index_ + 1, u)};
+            if (own.begin >= own.end) continue;
+            const int64_t at = u * positions_ * dim_;
+            AttendParams a{};
+            a.q = s_.q + at;
+            a.k = s_.k + at;
+            a.v = s_.v + at;
+            a.flaws = s_.flaws + at / 32;
+            a.flawed = s_.flawed + u * blocks;
+            a.head_dim = w_.shape.head_dim();
+            a.scale = w_.layer(i).scale;
+            a.begin = own.begin;
+            a.end = own.end;
+            a.tiles = s_.mixed + u / heads * positions_ * embd_;
+            a.column = u % heads * a.head_dim;
+            a.width = embd_;
+            a.columns = w_.shape.embd;
+            kernels_.attend(a);
+        }
+    }
+
+    void mlp(int64_t i, Range rows) {
+        const DecoderWeights::Layer& l = w_.layer(i);
+        const uint16_t* normed = s_.normed + rows.begin * embd_;
+        uint16_t* inner = s_.inner[size_t(team_)];
+        kernels_.gemm(gemm(l.proj, s_.mixed + rows.begin * embd_, rows, w_.shape.embd, Then::add));
+        meet_team();
+        norm(l.norm_2, rows);
+        meet_team();
+        GemmParams g = gemm(l.fc, normed, rows, w_.shape.inner, w_.shape.activation);
+        g.tiles = inner;
+        kernels_.gemm(g);
+        meet_team();
+        kernels_.gemm(gemm(l.fc_proj, inner, rows, w_.shape.embd, Then::add));
+        meet_team();
+    }
+
+    void finish(Range rows) {
+        const int64_t n = w_.shape.embd;
+        if (!p_.last) return;
+        norm(w_.norm(), rows);
+        each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
+            kernels_.tiles_row(s_.normed, n, embd_, row, p_.last + (sequence * p_.length + t) * n);
+        });
+    }
+
+    const DecoderWeights& w_;
+    const ForwardKernels& kernels_;
+    const ForwardParams& p_;
+    Forward::Space& s_;
+    Barrier* const barriers_;  // everybody's, and each team's
+    const int index_, count_;
+    const int64_t positions_, embd_, dim_;  // padded
+    int64_t first_ = 0, sequences_ = 0, members_ = 1, team_ = 0, member_ = 0;
+};
+
+Forward::Forward(std::shared_ptr<const DecoderWeights> weights)
+    : weights_(std::move(weights)), kernels_(ops().forward) {
+    if (kernels_.gemm == nullptr || weights_->shape.format != Format::bf16 || weights_->kernels.tile != 64)
+        throw std::invalid_argument("forward: want bf16 weights that are packed for an instruction set with tiles");
+    for (int64_t i = 0; i < weights_->shape.layers; ++i)
+        if (!(weights_->layer(i).scale > 0.0f))
+            throw std::invalid_argument("forward: a scale of scores is not positive");
+}
+
+Forward::~Forward() { delete spare_.load(); }
+
+size_t Forward::bytes() const {
+    const Space* spare = spare_.load();
+    return spare ? spare->arena.size() : 0;
+}
+
+std::unique_ptr<Forward::Space> Forward::take(int64_t rows, int threads) const {
+    std::unique_ptr<Space> space(spare_.exchange(nullptr));
+    if (space && space->rows >= rows && space->threads >= threads) return space;
+    space.reset();
+    return std::make_unique<Space>(weights_->shape, rows, threads);
+}
+
+void Forward::run(const ForwardParams& params, int threads) const {
+    const DecoderShape& s = weights_->shape;
+    if (params.batch < 1 || params.length < 1 || params.length > s.positions)
+        throw std::invalid_argument("forward: " + std::to_string(params.batch) + " sequences of " +
+                                    std::to_string(params.length) + " positions");
+    for (int64_t i = 0; i < params.batch * params.length; ++i)
+        if (params.tokens[i] < 0 || params.tokens[i] >= s.vocab)
+            throw std::out_of_range("forward: token " + std::to_string(params.tokens[i]) + " is not in 0.." +
+                                    std::to_string(s.vocab - 1));
+    const int64_t positions = padded(params.length, kRows);
+    const int64_t together = std::min(params.batch, std::max<int64_t>(1, kMostRows / positions));
+    const int wanted = usable_threads(threads);
+    std::unique_ptr<Space> space = take(together * positions, wanted);
+    std::vector<Barrier> barriers(size_t(wanted) + 1);
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
+    {
+#ifdef _OPENMP
+        const int index = omp_get_thread_num(), count = omp_get_num_threads();
+#else
+        const int index = 0, count = 1;
+#endif
+        const FlushDenormals flush;
+        ForwardWorker worker(*this, params, *space, barriers.data(), index, count);
+        for (int64_t first = 0; first < params.batch; first += together)
+            worker.run(first, std::min(together, params.batch - first));
+    }
+    delete spare_.exchange(space.release());
+}
+
+}  // namespace igpt::cpu

@@ -1,0 +1,92 @@
+// The forward pass's kernels: what the driver (forward.cpp) asks of an instruction set with tiles. Included by ops.h;
+// layouts stand here. All are bf16 but for the residual, which is fp32.
+//
+// Rows are positions of sequences, each padded to a multiple of kRows; k and n are inputs and outputs of a product.
+//   tiles     (rows, k): [rows / 16][k / 32][16][32], what a product reads and the next one's input is written as
+//   residual  (rows, n): [rows / 32][n / 32][32][32]
+//   weights   (n, k):    [n / 64][k / 2][64][2], the decoder's (decoder_kernels.h)
+// k and n are rounded up to 32; what is beyond is zero in all that a product reads, so that it adds nothing.
+// Of a head, D rounded up to 32:
+//   queries   (t, d):    [t / 16][d / 32][16][32]
+//   keys      (t, d):    [t / 16][d / 32][16 pairs of d][16 positions][2]
+//   values    (t, d):    [t / 32][d / 16][16 pairs of positions][16 of d][2]
+#pragma once
+
+#include <cstdint>
+
+#include "decoder_kernels.h"
+
+namespace igpt::cpu {
+
+constexpr int64_t kRows = 32;  // of a block: two tiles
+
+// y = then(x W + bias) of `rows` rows, a multiple of kRows, for the outputs begin .. end - 1, multiples of 32.
+struct GemmParams {
+    const Matrix* matrix;
+    const uint16_t* x;  // tiles
+    int64_t rows;
+    int64_t first, positions;  // the first row's number; rows of a sequence: what decides the order of sums
+    int64_t begin, end;
+    Then then;
+    // Where y goes: Then::add adds it to `residual`; Then::store writes `plain`; activations write `tiles`.
+    float* residual;
+    uint16_t* plain;  // (rows, width)
+    uint16_t* tiles;
+    int64_t width;   // of y, rounded up to 32
+    float* scratch;  // (rows, 64)
+};
+
+// Rows first .. first + count - 1 of a residual of n columns, `width` rounded up; multiples of kRows.
+struct NormParams {
+    const float* residual;
+    const float* weight;
+    int64_t n, width;
+    float eps;
+    int64_t first, count;
+    uint16_t* tiles;  // of the same rows as `residual`
+};
+
+// kRows positions of a sequence, from row-major q, k, v of each head, one after the other, to what attention reads.
+struct HeadsParams {
+    const uint16_t* qkv;  // (kRows, ld)
+    int64_t ld, head_dim, heads;
+    uint16_t *q, *k, *v;  // where head 0's of these positions go
+    int64_t head_stride;  // from head to head, of q, k and v
+    // Of each position and 32 of D: where a value is not finite. Such a value is zero in v, as 0 times it is not, and
+    // would reach positions before it; `flaw` says that these positions have one.
+    uint32_t* flaws;      // (heads, ..): head 0's
+    int64_t flaw_stride;  // from head to head
+    uint8_t* flawed;
+    int64_t flawed_stride;
+    // Copies of k and v as a cache has them, rows of D; null: none are asked for. `seen` of the positions are there.
+    uint16_t *keys, *values;
+    int64_t cache_stride, seen;
+};
+
+// The queries of the blocks begin .. end - 1, kRows each, of one head, to tiles.
+struct AttendParams {
+    const uint16_t *q, *k, *v;
+    const uint32_t* flaws;
+    const uint8_t* flawed;
+    int64_t head_dim;
+    float scale;  // greater than 0
+    int64_t begin, end;
+    uint16_t* tiles;        // the sequence's first row
+    int64_t column, width;  // the head's first column; of all heads, rounded up to 32
+    int64_t columns;        // of all heads: what lies behind is zeroed
+};
+
+// Null where there are no tiles.
+struct ForwardKernels {
+    void (*gemm)(const GemmParams&);
+    void (*norm)(const NormParams&);
+    // residual = a + b in row `row`, n columns; a null: zero.
+    void (*embed)(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual);
+    // Row `row` of a residual, and of tiles, as n numbers.
+    void (*residual_row)(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out);
+    void (*tiles_row)(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out);
+    void (*pack_heads)(const HeadsParams&);
+    void (*attend)(const AttendParams&);
+};
+
+}  // namespace igpt::cpu

@@ -1,0 +1,167 @@
+"""The forward pass of a whole network in one call of the compiled module, and where it is offered.
+
+``ImageGPTModel.forward`` asks ``run`` first; where that gives ``None``, the PyTorch layers run. ``why_not`` is the
+rule: the network must be what this package makes of its configuration, in bf16 on the CPU, with nothing that only torch
+sees: gradients, hooks, autocast, transforms, tracing, compiling.
+
+The weights are packed at the first such call, a copy of their size, and again when they have changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import backend, ops
+from igpt_fast.decoders import HOOKS, MODULES, pack, why_not_shape
+from igpt_fast.ops.dispatch import is_plain
+
+if TYPE_CHECKING:
+    from igpt_fast.model import ImageGPTModel
+
+
+class States(NamedTuple):
+    """What a forward pass gives, bf16: ``last`` (B, T, n_embd); ``hidden``, (n_layer, B, T, n_embd), and ``keys`` and
+    ``values``, (n_layer, B, H, T, D), where they were asked for.
+    """
+
+    last: Tensor
+    hidden: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+
+class _Packed(NamedTuple):
+    mark: tuple[Any, ...]
+    weights: list[Tensor]  # kept, so that no other tensor can come to lie where they do
+    forward: Any
+
+
+_packed: WeakKeyDictionary[ImageGPTModel, _Packed] = WeakKeyDictionary()
+
+
+def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
+    """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
+
+    Raises:
+        IndexError: A token is not in the vocabulary.
+    """
+    # First, and a constant for a compiler: nothing below is for it.
+    if torch.compiler.is_compiling():
+        return None
+    if why_not(model, tokens) is not None:
+        if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+            _packed.pop(model, None)
+        return None
+    assert tokens is not None
+    config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
+    batch, length = tokens.shape
+    last = torch.empty(batch, length, config.n_embd, dtype=torch.bfloat16)
+    states = last.new_empty(config.n_layer, *last.shape) if hidden else None
+    heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
+    keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
+    _pack(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    return States(last, states, keys, values)
+
+
+def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
+    """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
+    if reason := backend.no_native_forward():
+        return reason
+    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+        return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
+    if tokens.ndim == 0 or tokens.numel() == 0 or tokens.shape[-1] > model.config.n_positions:
+        return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    return why_not_shape(model.config) or _why_not_modules(model) or _why_not_weights(model)
+
+
+def _why_not_modules(model: ImageGPTModel) -> str | None:
+    """Whether something has been put into the network that only PyTorch runs. Its own hooks run around it."""
+    if model.training:
+        return "the network is in training mode"
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks of all modules"
+    for module in model.modules():
+        if module is model:
+            continue
+        if type(module) not in MODULES:
+            return f"there is a {type(module).__module__}.{type(module).__qualname__}"
+        state = module.__dict__
+        if "forward" in state or any(state[hooks] for hooks in HOOKS):
+            return f"a {type(module).__name__} has a hook or a forward of its own"
+        if module.training and type(module) is nn.Dropout and module.p > 0.0:
+            return "dropout is on"
+    return _why_not_settings(model)
+
+
+def _why_not_settings(model: ImageGPTModel) -> str | None:
+    """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
+    config, blocks = model.config, _blocks(model)
+    embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
+    linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
+    shapes += config.n_layer * [(embd,), (embd,), *linear]
+    if [tuple(weight.shape) for weight in _weights(model)] != shapes:
+        return "a weight has another shape than the configuration says"
+    activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
+    norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+    if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
+        return "a norm or an activation is not the configuration's"
+    if any(block.attn.n_head != config.n_head or not block.attn.scale > 0.0 for block in blocks):
+        return "the heads are not the configuration's, or their scale is not positive"
+    if model.wte.max_norm is not None or model.wpe.max_norm is not None:
+        return "an embedding has a max_norm"
+    return None
+
+
+def _why_not_weights(model: ImageGPTModel) -> str | None:
+    weights = _weights(model)
+    # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
+    if any(type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 for weight in weights):
+        return "the weights are not all bfloat16 parameters"
+    if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
+        return "the weights want a gradient, or are not plain tensors on the CPU"
+    return None
+
+
+def _blocks(model: ImageGPTModel) -> list[Any]:
+    return list(model.h)
+
+
+def _weights(model: ImageGPTModel) -> list[Any]:
+    found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
+    for block in _blocks(model):
+        found += [block.ln_1.weight, block.ln_2.weight]
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            found += [linear.weight, linear.bias]
+    return found
+
+
+def _pack(model: ImageGPTModel) -> Any:
+    """The compiled module's forward pass on the weights as they are now.
+
+    A change is seen by a weight's memory and version and, since ``parameter.data`` changes neither, by some of its
+    numbers.
+    """
+    assert backend._C is not None
+    weights = _weights(model)
+    places = [(weight.data_ptr(), weight.numel()) for weight in weights]
+    mark = (
+        [(weight._version, weight.stride()) for weight in weights],
+        places,
+        backend._C.sample_halves(places) if all(weight.is_contiguous() for weight in weights) else None,
+        [block.attn.scale for block in _blocks(model)],
+        (model.config.layer_norm_epsilon, model.config.activation_function, backend._C.cpu_isa()),
+    )
+    packed = _packed.get(model)
+    if packed is None or packed.mark != mark:
+        _packed.pop(model, None)  # before the new copy is made
+        forward = backend._C.Forward(pack(model, None, torch.bfloat16))
+        packed = _packed[model] = _Packed(mark, [weight.detach() for weight in weights], forward)
+    return packed.forward
