@@ -134,7 +134,8 @@ def bench_steps(
     for (dtype, name), time in times.items():
         time = {k: v / length if "ms" in k else v for k, v in time.items()}
         read_ms = times[dtype, common.REFERENCE]["ms"] / length
-        limit = max(read_ms, 1e3 * works[dtype].flops / max(measured.peak(dtype), 1e-9) / 1e12)
+        peak = measured.peak(dtype)
+        limit = max(read_ms, works[dtype].flops / peak / 1e9 if peak else 0.0)
         rows.append(
             {**row, "dtype": dtype, "name": name, **time, "limit_ms": limit, "error": errors.get((dtype, name))}
         )
@@ -252,8 +253,8 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 
 def bench_memory(config: ImageGPTConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Largest resident sets, with the allocator as the system has it."""
-    kinds = [(dtype, "igpt_fast") for dtype in BYTES]
-    kinds += [] if options.quick else [("bfloat16", "transformers")]
+    kinds = [("int8", "igpt_fast")] if options.dry_run else [(dtype, "igpt_fast") for dtype in BYTES]
+    kinds += [] if options.quick or options.dry_run else [("bfloat16", "transformers")]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(config, "bfloat16").save_pretrained(folder)

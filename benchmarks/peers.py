@@ -202,7 +202,7 @@ class OpenVino:
         kept: dict[str, Tensor] = {}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept[f"past_{2 * layer}"], kept[f"past_{2 * layer + 1}"] = k.contiguous(), v.contiguous()
+            kept[f"past_{2 * layer}"], kept[f"past_{2 * layer + 1}"] = k.detach().contiguous(), v.detach().contiguous()
             return causal(layer, q, k, v)
 
         logits = self.expert(tokens, None, attend)[:, -1]
