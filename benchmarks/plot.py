@@ -24,7 +24,7 @@ SERIES = {
     "PyTorch": ("expert's PyTorch", "#d0d7de"),
     "PyTorch, compiled": ("... under torch.compile", "#a3adb8"),
     "torchao, int8": ("... and torchao int8", "#77828e"),
-    "OpenVINO": ("OpenVINO bf16", "#a9c7e8"),
+    "OpenVINO": ("OpenVINO", "#a9c7e8"),
     "OpenVINO, int8": ("OpenVINO int8", "#5b8fc7"),
     "scipy cKDTree": ("scipy cKDTree", "#5fa595"),
     "igpt_fast": ("igpt_fast", "#f5a35c"),

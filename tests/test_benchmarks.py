@@ -234,14 +234,23 @@ def test_a_wrong_peer_is_refused(common: ModuleType, model: ImageGPTForCausalIma
 
 def test_images_take_the_strongest(common: ModuleType) -> None:
     generate = importlib.import_module("bench_generate")
-    row = {"work": "step", "batch": 1, "name": "OpenVINO"}
     rows = [
-        row | {"dtype": "float32", "ms": 3.0},
-        row | {"dtype": "bfloat16", "ms": 2.0},
-        row | {"dtype": "int8", "ms": 1.0},
-        row | {"dtype": "float32", "ms": 0.1, "batch": 8},
+        {"work": "step", "batch": batch, "name": name, "dtype": dtype, "ms": ms}
+        for batch, name, dtype, ms in (
+            (1, "transformers", "float32", 20.0),
+            (1, "transformers", "bfloat16", 30.0),
+            (1, "OpenVINO", "float32", 3.0),
+            (1, "OpenVINO", "bfloat16", 2.0),
+            (1, "OpenVINO", "int8", 1.5),
+            (1, "torchao, weights", "int8", 1.0),
+            (1, "igpt_fast", "bfloat16", 0.1),
+            (1, "streaming read", "int8", 0.1),
+            (8, "OpenVINO", "float32", 0.1),
+        )
     ]
-    assert generate.strongest(rows, 1, ("OpenVINO", "PyTorch")) == {("bfloat16", "OpenVINO"), ("int8", "OpenVINO")}
+    chosen = {("float32", "transformers"), ("bfloat16", "OpenVINO"), ("int8", "torchao, weights")}
+    assert generate.strongest(rows, 1) == chosen
+    assert generate.strongest(rows, 8) == {("float32", "OpenVINO")}
 
 
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
