@@ -23,7 +23,7 @@ help:
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
-	@echo "make bench      benchmarks against transformers; writes into benchmarks/results/"
+	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  all checks that need a GPU, with what PYTHON has installed; writes benchmarks/results/gpu_check.json"
 	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
@@ -47,9 +47,12 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(VENV)/installed-dev
+bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json
 	$(BIN)/python benchmarks/bench_ops.py --json benchmarks/results/ops.json
+	$(BIN)/python benchmarks/bench_generate.py --json benchmarks/results/generate.json
+	$(BIN)/python benchmarks/bench_model.py --json benchmarks/results/model.json
+	$(BIN)/python benchmarks/plot.py
 
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
 gpu-check:
@@ -57,7 +60,7 @@ gpu-check:
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png
-	rm -f $(VENV)/installed $(VENV)/installed-dev
+	rm -f $(VENV)/installed $(VENV)/installed-dev $(VENV)/installed-bench
 	find igpt_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment without a working pip, such as one that was interrupted, is made anew; a folder that is none is
@@ -83,3 +86,8 @@ $(VENV)/installed-dev: $(VENV)/ready $(NATIVE)
 	@echo "building and installing igpt_fast with the development extra"
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	@echo "installing the peers of the benchmarks"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e ".[bench]"
+	@touch $@

@@ -1,266 +1,276 @@
-"""Decoding on the CPU against its peers: milliseconds a token, and a whole image.
+"""Decoding on the CPU against its peers: milliseconds a token, whole images, and memory.
 
     python benchmarks/bench_generate.py --json benchmarks/results/generate.json
 
-iGPT-S with seeded weights. Peers: transformers' cached step, what an expert writes in plain PyTorch (SDPA on a static
-cache), eager and under torch.compile, and this project's own PyTorch model. Every candidate's logits are checked first,
-against transformers in float32. ``of_read`` is the time in which the same number of bytes, weights and cache, streams
-through the processor, measured in turn with the candidates, over the candidate's time: 1 is the limit at batch 1.
+iGPT-S with seeded weights. Peers: transformers, an expert's plain PyTorch (peers.py) eager, under torch.compile and
+with torchao's int8 weights, OpenVINO, and this project's own PyTorch model. Everybody's logits are checked first,
+against transformers in float32; a peer that is wrong, or fails, is named and left out.
+
+- ``step``: one more token at a position. A turn goes on where the last one ended, so that all turns of all candidates
+  lie around the position.
+- ``image``: 1,024 tokens with sampling; transformers and this project by their own ``generate``, the others by a loop,
+  as far as their steps were the fastest.
+- ``memory``: the largest resident set of a fresh process that loads a checkpoint and draws an image, Python and torch
+  included, in MB.
+
+``of_limit``: the time in which the bytes of the weights and the cache stream through the processor, measured in turn
+with the candidates, over the candidate's; 1 is the limit. For images the sum over the steps, by the ceilings that were
+measured at the start.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import ceilings as limits
 import common
+import peers
 import torch
-import torch.nn.functional as F
+from ceilings import Ceilings, Work
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.decoders import CpuDecoder, TorchDecoder
-from igpt_fast.generation import Sampling, decode
+from igpt_fast.decoders import TorchDecoder, make_decoder
 
-COLUMNS = ("work", "batch", "position", "dtype", "threads", "name", "ms", "ms_spread", "cpu_ms", "times_hf", "of_read")
-COLUMNS += ("error",)
+COLUMNS = ("work", "batch", "position", "dtype", "name", "ms", "ms_spread", "cpu_ms", "times_hf", "times_peer")
+COLUMNS += ("of_limit", "error", "mb")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 # Relative root-mean-square error of logits that still counts as the same computation.
 ERRORS = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 5e-2}
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+
+Key = tuple[str, str]  # dtype, name
+Makers = dict[Key, Callable[[], Any]]
 
 
-class Candidate(Protocol):
-    """Reads tokens, and can go back to where it was."""
-
-    def prefill(self, tokens: Tensor) -> Tensor: ...
-    def step(self, tokens: Tensor) -> Tensor: ...
-    def back(self, position: int) -> None: ...
-
-
-class Ours(CpuDecoder):
-    def back(self, position: int) -> None:
-        self._decoder.rewind(position)
-
-
-class OursInTorch(TorchDecoder):
-    def back(self, position: int) -> None:
-        self._cache._lengths = [position] * len(self._cache)
-
-
-class Transformers:
-    """``forward`` with a growing cache, as its ``generate`` calls it."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.cache = model, DynamicCache()
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, past_key_values=self.cache, use_cache=True).logits[:, -1]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        return self.prefill(tokens[:, None])
-
-    def back(self, position: int) -> None:
-        if surplus := self.cache.get_seq_length() - position:
-            self.cache.crop(-surplus)
-
-
-class Expert:
-    """Plain PyTorch as one would write it for speed: no modules, a static cache, SDPA.
-
-    Args:
-        model: Where the weights come from.
-        batch: Sequences.
-        capacity: Positions of the cache.
-        compiled: Under torch.compile, which wants fixed shapes: attention runs over the whole cache with a mask.
-    """
-
-    def __init__(self, model: ImageGPTForCausalImageModeling, batch: int, capacity: int, compiled: bool) -> None:
-        config, body = model.config, model.transformer
-        self.heads, self.eps, self.compiled = config.n_head, config.layer_norm_epsilon, compiled
-        self.wte, self.wpe, self.norm, self.head = (
-            t.detach() for t in (body.wte.weight, body.wpe.weight, body.ln_f.weight, model.lm_head.weight)
-        )
-        self.layers = []
-        for block in body.h:
-            linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-            pairs = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in linear]
-            shape = (batch, self.heads, capacity, config.head_dim)
-            cache = torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype)
-            self.layers.append((block.ln_1.weight.detach(), block.ln_2.weight.detach(), pairs, cache))
-        self.position = 0
-        self.run: Callable[..., Tensor] = torch.compile(self._run) if compiled else self._run
-
-    def _run(self, tokens: Tensor, where: Tensor, mask: Tensor | None, seen: int) -> Tensor:
-        batch, length = tokens.shape
-        x = self.wte[tokens] + self.wpe[where]
-        for norm_1, norm_2, (qkv, proj, fc, fc_proj), (keys, values) in self.layers:
-            parts = F.linear(F.rms_norm(x, x.shape[-1:], norm_1, self.eps), *qkv)
-            q, k, v = parts.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            keys.index_copy_(2, where, k)
-            values.index_copy_(2, where, v)
-            if mask is None:
-                attended = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen])
-            else:
-                attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-            x = x + F.linear(attended.transpose(1, 2).reshape(batch, length, -1), *proj)
-            inner = F.linear(F.rms_norm(x, x.shape[-1:], norm_2, self.eps), *fc)
-            x = x + F.linear(inner * torch.sigmoid(1.702 * inner), *fc_proj)
-        return F.linear(F.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps), self.head)
-
-    def _mask(self, where: Tensor) -> Tensor:
-        return torch.arange(self.layers[0][3][0].shape[2]) <= where[:, None]
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        where = torch.arange(self.position, self.position + tokens.shape[1])
-        self.position += tokens.shape[1]
-        return self._run(tokens, where, self._mask(where), 0)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        where = torch.tensor([self.position])
-        self.position += 1
-        mask = self._mask(where) if self.compiled else None
-        return self.run(tokens[:, None], where, mask, 0 if self.compiled else self.position)
-
-    def back(self, position: int) -> None:
-        self.position = position
-
-
-class Reader:
-    """Streams memory through the processor."""
-
-    def __init__(self, most: int) -> None:
-        # Private, as shared memory has no huge pages, and a walk through small ones is slower than the memory.
-        self.block = mmap.mmap(-1, (most + 4096) // 4096 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.block.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, len(self.block), 1 << 24):  # untouched pages are all one page of zeros
-            self.block[start : start + (1 << 24)] = b"\1" * min(1 << 24, len(self.block) - start)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.block))
-        source = Path(__file__).with_name("streaming_read.cpp")
-        library = Path(tempfile.mkdtemp()) / "streaming_read.so"
-        # Loads of 64 bytes where there are: those of 32 read memory at four fifths of its rate.
-        level = "x86-64-v4" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "x86-64-v3"
-        flags = ["-O3", f"-march={level}", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-        subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
-        self.read = ctypes.CDLL(str(library)).streaming_read
-        self.read.argtypes, self.read.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_uint64
-
-    def __call__(self, count: int) -> None:
-        self.read(self.address, count // 4096 * 4096, torch.get_num_threads())
-
-
-def make_model(dtype: torch.dtype) -> ImageGPTForCausalImageModeling:
+def make_model(config: ImageGPTConfig, dtype: str) -> ImageGPTForCausalImageModeling:
     torch.manual_seed(0)
-    return ImageGPTForCausalImageModeling(ImageGPTConfig()).eval().to(dtype)
+    return ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(DTYPES[dtype])
 
 
-def candidates(batch: int, capacity: int, compiled: bool) -> dict[tuple[str, str], Candidate]:
-    """(dtype, name) -> candidate."""
-    import transformers
-
-    found: dict[tuple[str, str], Candidate] = {}
-    for name, dtype in DTYPES.items():
-        model = make_model(dtype)
-        theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
-        theirs.load_state_dict(model.state_dict())
-        found[name, "transformers"] = Transformers(theirs.to(dtype).eval())
-        found[name, "expert's PyTorch"] = Expert(model, batch, capacity, compiled=False)
-        if compiled:
-            found[name, "expert's, compiled"] = Expert(model, batch, capacity, compiled=True)
-        found[name, "igpt_fast TorchDecoder"] = OursInTorch(model, batch, capacity)
-        found[name, "igpt_fast"] = Ours(model, batch, capacity)
-        if dtype == torch.float32:
-            found["int8", "igpt_fast"] = Ours(model, batch, capacity, "int8")
+def decoders(config: ImageGPTConfig, batch: int, capacity: int, options: argparse.Namespace) -> Makers:
+    """What makes each of them, transformers in float32 first."""
+    made = {name: make_model(config, name) for name in DTYPES}
+    found: Makers = {}
+    for name, model in made.items():
+        found[name, "transformers"] = lambda model=model: peers.Transformers(peers.transformers_model(model))
+    for name, model in made.items():
+        expert = peers.Expert(model)
+        found[name, "PyTorch"] = lambda e=expert: peers.ExpertDecoder(e, batch, capacity, compiled=False)
+        if options.compiled:
+            found[name, "PyTorch, compiled"] = lambda e=expert: peers.ExpertDecoder(e, batch, capacity, compiled=True)
+        if options.openvino:
+            whole = peers.Expert(made["float32"])
+            found[name, "OpenVINO"] = lambda name=name, e=whole: peers.OpenVino(e, batch, name)
+        found[name, "igpt_fast, PyTorch"] = lambda model=model: TorchDecoder(model, batch, capacity)
+        found[name, "igpt_fast"] = lambda model=model: make_decoder(model, batch, capacity)
+    if options.openvino:
+        found["int8", "OpenVINO"] = lambda: peers.OpenVino(peers.Expert(made["float32"]), batch, "int8")
+    if options.torchao:
+        for kind, dynamic in (("weights", False), ("dynamic", True)):
+            found["int8", f"torchao, {kind}"] = lambda dynamic=dynamic: peers.ExpertDecoder(
+                peers.quantized(peers.Expert(made["bfloat16"]), dynamic), batch, capacity, compiled=True
+            )
+    found["int8", "igpt_fast"] = lambda: make_decoder(made["bfloat16"], batch, capacity, "int8")
     return found
 
 
-def moved(config: ImageGPTConfig, batch: int, position: int, dtype: str) -> int:
-    """Bytes that a step must read: the weights once and the cache of every sequence."""
-    size = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+def moved(config: ImageGPTConfig, batch: int, position: int, dtype: str) -> Work:
+    """What a step reads and multiplies: the weights once, and the cache of every sequence."""
     weights = config.n_layer * 12 * config.n_embd**2 + (config.vocab_size - 1) * config.n_embd
-    return size * (weights + 2 * config.n_layer * batch * position * config.n_embd)
+    cache = 2 * config.n_layer * position * config.n_embd
+    return Work(read=BYTES[dtype] * (weights + batch * cache), flops=2.0 * batch * (weights + cache))
 
 
-def bench_steps(batch: int, position: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds of a step at a position."""
-    common.say(f"decode: batch {batch}, position {position}, {torch.get_num_threads()} thread(s)")
-    config, length = ImageGPTConfig(), options.steps
-    tokens = torch.randint(512, (batch, position + length), generator=torch.Generator().manual_seed(1))
-    runs: dict[Any, Callable[[], Any]] = {}
-    errors, want = {}, None
-    for key, candidate in candidates(batch, position + length, options.compiled).items():
-        common.say(f"  checking {key[1]}, {key[0]}")
-        candidate.prefill(tokens[:, :position])
-        logits = torch.stack([candidate.step(column) for column in tokens[:, position:].unbind(1)], 1).float()
-        want = logits if want is None else want  # transformers in float32 comes first
-        errors[key] = float((logits - want).square().mean().sqrt() / want.square().mean().sqrt())
-        if not errors[key] <= ERRORS[key[0]]:
-            raise SystemExit(f"{key}: logits differ by {errors[key]:.1e}; its time means nothing")
-
-        def run(candidate: Candidate = candidate) -> None:
-            candidate.back(position)
-            for column in tokens[:, position:].unbind(1):
-                candidate.step(column)
-
-        runs[key] = run
-    sizes = {dtype: moved(config, batch, position, dtype) for dtype in ERRORS}
-    reader = Reader(max(sizes.values()))
-    for dtype, count in sizes.items():
-        runs[dtype, "streaming read"] = lambda count=count: [reader(count) for _ in range(length)]
-    times = common.interleave(runs, options.rounds)
-    times = {key: {k: v / length if "ms" in k else v for k, v in time.items()} for key, time in times.items()}
-    best = min(times[dtype, "transformers"]["ms"] for dtype in DTYPES)
-    return [
-        {
-            "work": "step",
-            "batch": batch,
-            "position": position,
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-            "name": name,
-            **time,
-            "times_hf": best / time["ms"],
-            "of_read": times[dtype, "streaming read"]["ms"] / time["ms"],
-            "error": errors.get((dtype, name)),
-        }
-        for (dtype, name), time in times.items()
-    ]
+def check(key: Key, decoder: Any, tokens: Tensor, start: int, want: Tensor | None) -> tuple[Tensor, float]:
+    """Reads the tokens, all after the first ``start`` by steps; the logits and their error."""
+    common.say(f"  checking {common.label(key)}")
+    decoder.prefill(tokens[:, :start])
+    logits = torch.stack([decoder.step(column).float() for column in tokens[:, start:].unbind(1)], 1)
+    error = common.relative_error(logits, logits if want is None else want)
+    if not error <= ERRORS[key[0]]:
+        raise common.Refused(f"its logits are wrong by {error:.1e}")
+    return logits, error
 
 
-def bench_images(batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Whole images, 1,024 tokens with sampling; transformers by its own ``generate``."""
-    import transformers
+def bench_steps(
+    config: ImageGPTConfig, batch: int, position: int, measured: Ceilings, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Milliseconds of a step around a position."""
+    common.say(f"step: batch {batch}, position {position}")
+    torch.compiler.reset()
+    length, rounds = options.steps, options.rounds
+    start = position - length * (rounds + 1) // 2
+    tokens = torch.randint(config.vocab_size - 1, (batch, start + length * (rounds + 1)), generator=_seeded())
+    runs: dict[Key, Callable[[], Any]] = {}
+    errors: dict[Key, float] = {}
+    want = None
+    for key, make in decoders(config, batch, tokens.shape[1], options).items():
+        if key in options.left_out:
+            continue
 
-    common.say(f"whole images: batch {batch}")
-    uniforms = torch.rand(batch, 1024, generator=torch.Generator().manual_seed(1))
-    context = torch.full((batch, 1), 512)
-    runs: dict[Any, Callable[[], Any]] = {}
-    for name, dtype in DTYPES.items():
-        model = make_model(dtype)
-        theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
-        theirs.load_state_dict(model.state_dict())
-        theirs = theirs.to(dtype).eval()
-        runs[name, "transformers"] = lambda theirs=theirs: theirs.generate(
-            context, max_length=1025, do_sample=True, top_k=0, attention_mask=torch.ones_like(context)
+        def prepare(
+            key: Key = key, make: Callable[[], Any] = make, want: Tensor | None = want
+        ) -> tuple[Any, Tensor, float]:
+            decoder = make()
+            return decoder, *check(key, decoder, tokens[:, : start + length], start, want)
+
+        if (ready := common.attempt(key, prepare)) is None:
+            options.left_out.add(key)  # at other batches as well: it takes a minute to find out
+            continue
+        decoder, logits, errors[key] = ready
+        want = logits if want is None else want
+        runs[key] = turns(decoder, tokens[:, start + length :].split(length, dim=1))
+    works = {dtype: moved(config, batch, position, dtype) for dtype in BYTES}
+    memory = limits.Memory(max(int(work.read) for work in works.values()), torch.get_num_threads())
+    for dtype, work in works.items():
+        runs[dtype, common.REFERENCE] = lambda work=work: [memory.read(int(work.read)) for _ in range(length)]
+    times = common.interleave(runs, rounds, warm=True)
+    row = {"work": "step", "batch": batch, "position": position, "threads": torch.get_num_threads()}
+    rows = []
+    for (dtype, name), time in times.items():
+        time = {k: v / length if "ms" in k else v for k, v in time.items()}
+        read_ms = times[dtype, common.REFERENCE]["ms"] / length
+        peak = measured.peak(dtype)
+        limit = max(read_ms, works[dtype].flops / peak / 1e9 if peak else 0.0)
+        rows.append(
+            {**row, "dtype": dtype, "name": name, **time, "limit_ms": limit, "error": errors.get((dtype, name))}
         )
-        runs[name, "igpt_fast"] = lambda model=model: decode(model, context, uniforms, Sampling())
-        if dtype == torch.float32:
-            runs["int8", "igpt_fast"] = lambda model=model: decode(model, context, uniforms, Sampling(), dtype="int8")
-    times = common.interleave(runs, max(1, options.rounds // 3))
-    best = min(times[dtype, "transformers"]["ms"] for dtype in DTYPES)
-    row = {"work": "image", "batch": batch, "position": None, "threads": torch.get_num_threads()}
-    return [
-        {**row, "dtype": dtype, "name": name, **time, "times_hf": best / time["ms"]}
-        for (dtype, name), time in times.items()
-    ]
+    common.add_ratios(rows, ("work", "batch", "position"))
+    return rows
+
+
+def turns(decoder: Any, parts: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Reads the next part by steps, each time that it is called."""
+    rest = iter(parts)
+
+    def run() -> None:
+        for column in next(rest).unbind(1):
+            decoder.step(column)
+
+    return run
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def drawing(decoder: Any, context: Tensor, count: int) -> Callable[[], Tensor]:
+    """The loop that one writes around a decoder."""
+
+    def run() -> Tensor:
+        decoder.restart()
+        logits, tokens = decoder.prefill(context), [context[:, 0]]
+        for position in range(count):
+            tokens.append(torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0])
+            if position + 1 < count:
+                logits = decoder.step(tokens[-1])
+        return torch.stack(tokens, 1)
+
+    return run
+
+
+def strongest(rows: list[dict[str, Any]], batch: int) -> set[Key]:
+    """Who draws whole images: transformers and the plain expert in the dtype in which their steps were fastest, and of
+    the others the fastest, with 8 bits and without."""
+    steps = [row for row in rows if row["work"] == "step" and row["batch"] == batch]
+    steps = [row for row in steps if not row["name"].startswith(("igpt_fast", common.REFERENCE))]
+    plain = ("transformers", "PyTorch")
+    others = [row for row in steps if row["name"] not in plain]
+    kinds = [[row for row in steps if row["name"] == name] for name in plain]
+    kinds += [[row for row in others if (row["dtype"] == "int8") == int8] for int8 in (True, False)]
+    fastest = (min(kind, key=lambda row: row["ms"]) for kind in kinds if kind)
+    return {(row["dtype"], row["name"]) for row in fastest}
+
+
+def bench_images(
+    config: ImageGPTConfig,
+    batch: int,
+    steps: list[dict[str, Any]],
+    measured: Ceilings,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Whole images by those whom ``strongest`` names, and by us."""
+    common.say(f"image: batch {batch}")
+    torch.compiler.reset()
+    count = config.n_positions
+    context = torch.full((batch, 1), config.vocab_size - 1)
+    chosen = strongest(steps, batch)
+    runs: dict[Key, Callable[[], Tensor]] = {}
+    for name in DTYPES:
+        model = make_model(config, name)
+        if (name, "transformers") in chosen:
+            theirs = peers.transformers_model(model)
+            settings = {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(context)}
+            runs[name, "transformers"] = lambda m=theirs, s=settings: m.generate(context, max_length=count + 1, **s)
+        runs[name, "igpt_fast"] = lambda m=model: m.generate(context, do_sample=True, seed=0)
+    runs["int8", "igpt_fast"] = lambda m=model: m.generate(context, do_sample=True, seed=0, dtype="int8")
+    for key, make in decoders(config, batch, count, options).items():
+        if key in chosen and key not in runs:
+            decoder = common.attempt(key, make)
+            if decoder is None or common.attempt(key, drawing(decoder, context, 2)) is None:  # the second step compiles
+                continue
+            runs[key] = drawing(decoder, context, count)
+
+    def checked(key: Key, run: Callable[[], Tensor]) -> Callable[[], None]:
+        def draw() -> None:
+            tokens = run()
+            if tokens.shape != (batch, count + 1) or int(tokens[:, 1:].max()) >= config.vocab_size - 1:
+                raise SystemExit(f"{common.label(key)}: no image")
+
+        return draw
+
+    times = common.interleave(
+        {key: checked(key, run) for key, run in runs.items()}, options.rounds, warm=True, budget=options.image_seconds
+    )
+    row = {"work": "image", "batch": batch, "threads": torch.get_num_threads()}
+    rows = []
+    for (dtype, name), time in times.items():
+        limit = sum(measured.limit_ms(moved(config, batch, t, dtype), dtype) or 0.0 for t in range(count))
+        rows.append({**row, "dtype": dtype, "name": name, **time, "limit_ms": limit})
+    common.add_ratios(rows, ("work", "batch"))
+    return rows
+
+
+# What is run in a process of its own: no part of the benchmark is in its memory.
+DRAW = """
+import sys
+import torch
+if sys.argv[1] == "transformers":
+    from transformers import ImageGPTForCausalImageModeling as Model
+    more = {"attention_mask": torch.ones(1, 1, dtype=torch.int64), "top_k": 0}
+else:
+    from igpt_fast import ImageGPTForCausalImageModeling as Model
+    more = {"dtype": "int8"} if sys.argv[3] == "int8" else {}
+model = Model.from_pretrained(sys.argv[2], dtype=torch.float32 if sys.argv[3] == "float32" else torch.bfloat16).eval()
+context = torch.full((1, 1), model.config.vocab_size - 1)
+model.generate(context, max_length=model.config.n_positions + 1, do_sample=True, **more)
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def bench_memory(config: ImageGPTConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Largest resident sets, with the allocator as the system has it."""
+    kinds = [("int8", "igpt_fast")] if options.dry_run else [(dtype, "igpt_fast") for dtype in BYTES]
+    kinds += [] if options.quick or options.dry_run else [("bfloat16", "transformers")]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(config, "bfloat16").save_pretrained(folder)
+        for dtype, name in kinds:
+            common.say(f"memory: {name}, {dtype}")
+            command = [sys.executable, "-c", DRAW, name, folder, dtype]
+            printed = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=common.plain_allocator()
+            )
+            rows.append({"work": "memory", "batch": 1, "dtype": dtype, "name": name, "mb": int(printed.stdout) / 1e3})
+    return rows
 
 
 def main() -> None:
@@ -271,24 +281,37 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="tokens of a turn")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--position", type=int, nargs="+", default=[512])
-    parser.add_argument("--no-compile", dest="compiled", action="store_false")
-    parser.add_argument("--images", action="store_true", help="whole images as well; minutes")
+    parser.add_argument("--image-seconds", type=float, default=20.0, help="no further image after so long")
+    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")
+    parser.add_argument("--quick", action="store_true", help="batch 1, and no whole images")
+    parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
     options = parser.parse_args()
     if reason := backend.no_native_decoder():
         raise SystemExit(f"there is no native decoder to measure: {reason}")
     torch.set_num_threads(options.threads)
-    rows = []
+    options.openvino = common.installed("openvino") and common.installed("nncf")
+    options.torchao = options.compiled and common.installed("torchao")
+    options.left_out = set()
+    config = ImageGPTConfig()
+    if options.quick:
+        options.batch = [1]
+    if options.dry_run:
+        config, options.rounds, options.steps, options.position = ImageGPTConfig(**TINY), 1, 2, [32]
+    measured = limits.measure(options.threads, (80, 160, 320), 0.01 if options.dry_run else 0.15)
+    limits.report(measured)
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for batch in options.batch:
-            for position in options.position:
-                rows += bench_steps(batch, position, options)
-        if options.images:
-            for batch in options.batch:
-                rows += bench_images(batch, options)
+            steps = [row for at in options.position for row in bench_steps(config, batch, at, measured, options)]
+            rows += steps
+            if not options.quick:
+                rows += bench_images(config, batch, steps, measured, options)
+    rows += bench_memory(config, options)
     print(common.table(rows, COLUMNS))
     if options.json:
-        common.write(options.json, rows)
+        common.write(options.json, rows, ceilings=limits.report(measured))
 
 
 if __name__ == "__main__":
+    common.tune_allocator()
     main()

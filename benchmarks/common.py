@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -28,38 +31,72 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+# glibc gives large blocks back to the system and faults their pages in again, up to half of PyTorch's time.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+def tune_allocator() -> None:
+    """Starts the program anew with an allocator that keeps its memory, for everybody who is measured."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+
+
+def plain_allocator() -> dict[str, str]:
+    """The environment without ``tune_allocator``'s part."""
+    return {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+
+
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 0.05
-) -> dict[str, dict[str, float]]:
+    candidates: Mapping[Any, Callable[[], Any]],
+    rounds: int = 7,
+    seconds: float = 0.05,
+    *,
+    warm: bool = False,
+    budget: float = 60.0,
+) -> dict[Any, dict[str, float]]:
     """Times callables in turns.
 
     Args:
-        candidates: Name -> what to time. Each is warmed up once; their results are not compared here.
+        candidates: Name -> what to time. Their results are not compared here.
         rounds: Turns of each.
         seconds: A turn repeats a fast candidate until it has lasted about this long.
+        warm: The candidates have run before, and one call makes a turn. Else each is warmed up.
+        budget: Seconds after which a slow candidate takes no further turn.
 
     Returns:
         Name -> ``ms`` (median), ``ms_min``, ``ms_spread`` (third minus first quartile), ``cpu_ms`` (median of the
         process's time on all cores; a busy machine lengthens ``ms``, and this much less), ``rounds``.
     """
-    repeats = {}
-    for name, run in candidates.items():
-        say(f"  warming up {name}")
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, round(seconds / max(time.perf_counter() - start, 1e-9)))
-    wall: dict[str, list[float]] = {name: [] for name in candidates}
-    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    repeats = dict.fromkeys(candidates, 1)
+    for name, run in {} if warm else candidates.items():
+        say(f"  warming up {label(name)}")
+        took = _timed(run)
+        took = _timed(run) if took < 5 else took
+        repeats[name] = max(1, round(seconds / max(took, 1e-9)))
+    wall: dict[Any, list[float]] = {name: [] for name in candidates}
+    cpu: dict[Any, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
         say(f"  round {number + 1} of {rounds}")
         for name, run in candidates.items():
+            if sum(wall[name]) * repeats[name] > 1e3 * budget:
+                continue
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats[name]):
                 run()
             wall[name].append(1e3 * (time.perf_counter() - start) / repeats[name])
             cpu[name].append(1e3 * (time.process_time() - start_cpu) / repeats[name])
     return {name: _summary(wall[name], cpu[name]) for name in candidates}
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def label(name: Any) -> str:
+    """A candidate's name as one reads it: its parts, the dtype last."""
+    return name if isinstance(name, str) else ", ".join(map(str, reversed(name)))
 
 
 def _summary(wall: Sequence[float], cpu: Sequence[float]) -> dict[str, float]:
@@ -95,10 +132,77 @@ def machine() -> dict[str, Any]:
 def _peers() -> dict[str, str]:
     """Versions of the peers that are installed."""
     versions = {}
-    for name in ("transformers", "scipy", "scikit-learn"):
+    for name in ("transformers", "scipy", "scikit-learn", "openvino", "nncf", "torchao"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+# From the most exact to the least: a candidate is compared with those that are at least as exact as it is.
+DTYPES = ("float32", "bfloat16", "int8")
+REFERENCE = "streaming read"
+
+
+def add_ratios(rows: Sequence[dict[str, Any]], group: Sequence[str]) -> None:
+    """Adds to rows of equal ``group`` columns, where they have a time:
+
+    - ``times_hf``: as many times faster than transformers in its best dtype;
+    - ``times_peer``: than the strongest of the others, transformers and this project aside, in the same dtype or a more
+      exact one;
+    - ``of_limit``: the roofline's time (``limit_ms``) over the row's.
+    """
+    for row in rows:
+        if "ms" not in row:
+            continue
+        same = [other for other in rows if "ms" in other and all(other.get(c) == row.get(c) for c in group)]
+        exact = DTYPES[: DTYPES.index(row["dtype"]) + 1]
+        hf = [other["ms"] for other in same if other["name"].startswith("transformers")]
+        peers = [
+            other["ms"]
+            for other in same
+            if not other["name"].startswith(("transformers", "igpt_fast", REFERENCE)) and other["dtype"] in exact
+        ]
+        if hf:
+            row["times_hf"] = min(hf) / row["ms"]
+        if peers:
+            row["times_peer"] = min(peers) / row["ms"]
+        if row.get("limit_ms"):
+            row["of_limit"] = row["limit_ms"] / row["ms"]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference over that of ``want``."""
+    return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
+
+
+class Refused(Exception):
+    """A candidate whose result is wrong: its time means nothing."""
+
+
+def attempt(name: Any, run: Callable[[], Any]) -> Any:
+    """What ``run`` returns; ``None`` for a peer that fails or is refused, which is named on stderr.
+
+    Raises:
+        SystemExit: It is this project's.
+    """
+    try:
+        return run()
+    except Exception as error:  # a peer may fail in any way
+        text = (
+            f"{label(name)}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+        )
+        if "igpt_fast" in label(name):
+            raise SystemExit(text) from error
+        say(f"  left out: {text}")
+        return None
+
+
+def installed(name: str) -> bool:
+    """Whether an optional peer's package is there; one that is not is named on stderr."""
+    found = importlib.util.find_spec(name) is not None
+    if not found:
+        say(f"without {name}, which is not installed: pip install 'igpt_fast[bench]'")
+    return found
 
 
 def commit() -> str:

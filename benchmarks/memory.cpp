@@ -1,6 +1,7 @@
-// Reads memory as fast as it comes: the ceiling of the decode benchmark. Compiled by bench_generate.py.
+// Reads and copies memory as fast as it comes: the ceilings of bytes. Compiled by ceilings.py.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 // The exclusive or of `bytes` (a multiple of 4096) at `data`, by `threads` threads.
 extern "C" uint64_t streaming_read(const char* data, size_t bytes, int threads) {
@@ -25,4 +26,13 @@ extern "C" uint64_t streaming_read(const char* data, size_t bytes, int threads) 
         total ^= a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
     }
     return total;
+}
+
+// Copies `bytes` by `threads` threads, each a part of its own; memcpy chooses the stores.
+extern "C" void streaming_copy(char* to, const char* from, size_t bytes, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; ++part) {
+        const size_t first = bytes / threads * part, end = part + 1 == threads ? bytes : bytes / threads * (part + 1);
+        std::memcpy(to + first, from + first, end - first);
+    }
 }
