@@ -13,6 +13,7 @@ import platform
 import subprocess
 import tempfile
 import time
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def compiled(source: str) -> ctypes.CDLL:
     library = Path(tempfile.mkdtemp()) / f"{source}.so"
     flags = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
     if source == "memory" and platform.machine() == "x86_64":
-        flags.append("-march=x86-64-v3")
+        # Loads of 64 bytes where there are: those of 32 read memory at four fifths of its rate.
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        flags.append("-march=x86-64-v4" if wide else "-march=x86-64-v3")
     path = Path(__file__).with_name(f"{source}.cpp")
     subprocess.run([os.environ.get("CXX", "g++"), *flags, "-o", str(library), str(path)], check=True)
     return ctypes.CDLL(str(library))
@@ -84,7 +87,8 @@ class Memory:
 
     def __init__(self, most: int, threads: int) -> None:
         self.size, self.threads = (most + 4095) // 4096 * 4096, threads
-        self.block = mmap.mmap(-1, self.size)
+        # Private, as shared memory has no huge pages, and a walk through small ones is slower than the memory.
+        self.block = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.block.madvise(mmap.MADV_HUGEPAGE)
         for start in range(0, self.size, 1 << 24):  # untouched pages are all one page of zeros
