@@ -28,11 +28,17 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr int64_t kSpanRows = 256;
-constexpr int64_t kTeamRows = 128;  // of a team at least, before there is a second one
+constexpr int64_t kSpan = 512 * 512;  // numbers: of a span's activations, and of a slice of `inner`
+constexpr int64_t kSlice = 512;       // outputs of fc, inputs of fc_proj, at a time
+constexpr int64_t kTeamRows = 128;    // of a team at least, before there is a second one
 constexpr int64_t kMostRows = 2048;
 
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Rows of a span: fewer of wide ones.
+int64_t span_rows(const DecoderShape& s) {
+    return std::max(kRows, std::min<int64_t>(512, kSpan / s.embd / kRows * kRows));
+}
 
 struct Range {
     int64_t begin, end;
@@ -46,12 +52,12 @@ Range part(int64_t units, int64_t index, int64_t count) { return {units * index 
 // Activations of some sequences.
 struct Forward::Space {
     Space(const DecoderShape& s, int64_t rows_, int threads_) : rows(rows_), threads(threads_) {
-        const int64_t embd = padded(s.embd, 32), inner_width = padded(s.inner, 32), qkv_width = padded(3 * s.embd, 32);
-        const int64_t dim = padded(s.head_dim(), 32), span = std::min(rows, kSpanRows), heads = rows * s.heads;
+        const int64_t embd = padded(s.embd, 32), qkv_width = padded(3 * s.embd, 32);
+        const int64_t dim = padded(s.head_dim(), 32), span = std::min(rows, span_rows(s)), heads = rows * s.heads;
         arena = Arena(Arena::bytes<float>(rows * embd) + 2 * Arena::bytes<uint16_t>(rows * embd) +
                       3 * Arena::bytes<uint16_t>(heads * dim) + Arena::bytes<uint32_t>(heads * dim / 32) +
                       Arena::bytes<uint8_t>(heads / kRows) +
-                      size_t(threads) * (Arena::bytes<uint16_t>(span * inner_width) +
+                      size_t(threads) * (Arena::bytes<uint16_t>(span * kSlice) +
                                          Arena::bytes<uint16_t>(span * qkv_width) + Arena::bytes<float>(span * 64)));
         x = arena.take<float>(rows * embd);
         normed = arena.take<uint16_t>(rows * embd);
@@ -60,7 +66,7 @@ struct Forward::Space {
         flaws = arena.take<uint32_t>(heads * dim / 32);
         flawed = arena.take<uint8_t>(heads / kRows);
         for (int t = 0; t < threads; ++t) {
-            inner.push_back(arena.take<uint16_t>(span * inner_width));
+            inner.push_back(arena.take<uint16_t>(span * kSlice));
             qkv.push_back(arena.take<uint16_t>(span * qkv_width));
             sums.push_back(arena.take<float>(span * 64));
         }
@@ -91,7 +97,8 @@ class ForwardWorker {
           count_(count),
           positions_(padded(params.length, kRows)),
           embd_(padded(w_.shape.embd, 32)),
-          dim_(padded(w_.shape.head_dim(), 32)) {}
+          dim_(padded(w_.shape.head_dim(), 32)),
+          span_(span_rows(w_.shape)) {}
 
     void run(int64_t first, int64_t sequences) {
         first_ = first;
@@ -104,9 +111,9 @@ class ForwardWorker {
         member_ = index_ % members_;
         const Range own = part(blocks, team_, teams);
         barriers_[0].wait(count_);  // the rows of the sequences before may have been others'
-        for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) embed(span(own, b));
+        for (int64_t b = own.begin; b < own.end; b += span_ / kRows) embed(span(own, b));
         for (int64_t i = 0; i < w_.shape.layers; ++i) {
-            for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) {
+            for (int64_t b = own.begin; b < own.end; b += span_ / kRows) {
                 if (i > 0) mlp(i - 1, span(own, b));
                 project(i, span(own, b));
             }
@@ -114,7 +121,7 @@ class ForwardWorker {
             attend(i);
             barriers_[0].wait(count_);
         }
-        for (int64_t b = own.begin; b < own.end; b += kSpanRows / kRows) {
+        for (int64_t b = own.begin; b < own.end; b += span_ / kRows) {
             mlp(w_.shape.layers - 1, span(own, b));
             finish(span(own, b));
         }
@@ -122,7 +129,7 @@ class ForwardWorker {
 
   private:
     Range span(Range own, int64_t block) const {
-        return {block * kRows, std::min(block + kSpanRows / kRows, own.end) * kRows};
+        return {block * kRows, std::min(block + span_ / kRows, own.end) * kRows};
     }
 
     void meet_team() { barriers_[1 + team_].wait(int(members_)); }
@@ -158,7 +165,9 @@ class ForwardWorker {
         kernels_.norm({s_.x, weight, w_.shape.embd, embd_, w_.shape.eps, own.begin, own.end - own.begin, s_.normed});
     }
 
-    GemmParams gemm(const Matrix& m, const uint16_t* x, Range rows, int64_t n, Then then) const {
+    // This member's outputs, of `n` from `first` on.
+    GemmParams gemm(const Matrix& m, const uint16_t* x, Range rows, int64_t n, Then then, const Matrix& next,
+                    int64_t first = 0) const {
         GemmParams g{};
         g.matrix = &m;
         g.x = x;
@@ -167,8 +176,11 @@ class ForwardWorker {
         g.positions = positions_;
         g.width = padded(n, 32);
         const Range outputs = part(g.width / 32, member_, members_);
-        g.begin = outputs.begin * 32;
-        g.end = outputs.end * 32;
+        g.begin = first + outputs.begin * 32;
+        g.end = first + outputs.end * 32;
+        g.first_output = first;
+        g.depth = m.k;
+        g.next = next.data;
         g.then = then;
         g.residual = s_.x + rows.begin * embd_;
         g.scratch = s_.sums[size_t(index_)];
@@ -187,7 +199,7 @@ class ForwardWorker {
         }
         norm(l.norm_1, rows);
         meet_team();
-        GemmParams g = gemm(l.qkv, s_.normed + rows.begin * embd_, rows, 3 * w_.shape.embd, Then::store);
+        GemmParams g = gemm(l.qkv, s_.normed + rows.begin * embd_, rows, 3 * w_.shape.embd, Then::store, l.proj);
         g.plain = s_.qkv[size_t(team_)];
         kernels_.gemm(g);
         meet_team();
@@ -259,16 +271,25 @@ class ForwardWorker {
         const DecoderWeights::Layer& l = w_.layer(i);
         const uint16_t* normed = s_.normed + rows.begin * embd_;
         uint16_t* inner = s_.inner[size_t(team_)];
-        kernels_.gemm(gemm(l.proj, s_.mixed + rows.begin * embd_, rows, w_.shape.embd, Then::add));
+        kernels_.gemm(gemm(l.proj, s_.mixed + rows.begin * embd_, rows, w_.shape.embd, Then::add, l.fc));
         meet_team();
         norm(l.norm_2, rows);
         meet_team();
-        GemmParams g = gemm(l.fc, normed, rows, w_.shape.inner, w_.shape.activation);
-        g.tiles = inner;
-        kernels_.gemm(g);
-        meet_team();
-        kernels_.gemm(gemm(l.fc_proj, inner, rows, w_.shape.embd, Then::add));
-        meet_team();
+        const Matrix& after = i + 1 < w_.shape.layers ? w_.layer(i + 1).qkv : w_.layer(0).qkv;
+        for (int64_t from = 0; from < w_.shape.inner; from += kSlice) {
+            const int64_t count = std::min(kSlice, w_.shape.inner - from), to = from + kSlice;
+            GemmParams g = gemm(l.fc, normed, rows, count, w_.shape.activation, l.fc_proj, from);
+            g.tiles = inner;
+            g.next += from * 128;
+            kernels_.gemm(g);
+            meet_team();
+            g = gemm(l.fc_proj, inner, rows, w_.shape.embd, Then::add, to < w_.shape.inner ? l.fc : after);
+            g.from = from;
+            g.depth = count;
+            if (to < w_.shape.inner) g.next += to * l.fc.k * 2;
+            kernels_.gemm(g);
+            meet_team();
+        }
     }
 
     void finish(Range rows) {
@@ -287,6 +308,7 @@ class ForwardWorker {
     Barrier* const barriers_;  // everybody's, and each team's
     const int index_, count_;
     const int64_t positions_, embd_, dim_;  // padded
+    const int64_t span_;
     int64_t first_ = 0, sequences_ = 0, members_ = 1, team_ = 0, member_ = 0;
 };
 

@@ -20,20 +20,24 @@ namespace igpt::cpu {
 
 constexpr int64_t kRows = 32;  // of a block: two tiles
 
-// y = then(x W + bias) of `rows` rows, a multiple of kRows, for the outputs begin .. end - 1, multiples of 32.
+// y = then(x W + bias) of `rows` rows, a multiple of kRows, for the outputs begin .. end - 1, multiples of 32, and the
+// inputs from .. from + depth - 1: x has these. `from` is a multiple of 32, and the bias comes with the first.
 struct GemmParams {
     const Matrix* matrix;
     const uint16_t* x;  // tiles
     int64_t rows;
     int64_t first, positions;  // the first row's number; rows of a sequence: what decides the order of sums
     int64_t begin, end;
+    int64_t from, depth;
     Then then;
     // Where y goes: Then::add adds it to `residual`; Then::store writes `plain`; activations write `tiles`.
     float* residual;
     uint16_t* plain;  // (rows, width)
-    uint16_t* tiles;
-    int64_t width;   // of y, rounded up to 32
-    float* scratch;  // (rows, 64)
+    uint16_t* tiles;  // of the outputs from `first_output` on
+    int64_t first_output;
+    int64_t width;     // of y, or of these, rounded up to 32
+    float* scratch;    // (rows, 64)
+    const char* next;  // weights that this thread reads afterwards
 };
 
 // Rows first .. first + count - 1 of a residual of n columns, `width` rounded up; multiples of kRows.

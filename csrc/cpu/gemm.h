@@ -48,11 +48,14 @@ struct Walk {
     bool back;
 };
 
-template <class Finish>
-inline void walk(const Walk& w, Feed& feed, const Pending& pending, Finish finish) {
+// `before` is the block whose rows are made y on the way. `now` is the one whose sums will be there after this walk:
+// its lines of y, long gone from the caches since they were last written, are fetched, as stores that wait would hold
+// up everything.
+template <class Y>
+inline void walk(const Walk& w, Feed& feed, const Pending& before, const Pending& now, const Y& y) {
     const int64_t rows = (kRows + w.steps - 1) / w.steps;
     for (int64_t i = 0; i < w.steps; ++i) {
-        const int64_t k = w.back ? w.steps - 1 - i : i;
+        const int64_t k = w.back ? w.steps - 1 - i : i, end = least(kRows, (i + 1) * rows);
         const char* weights = w.last && k == w.steps - 1 ? w.last : w.weights + k * kWeightTile;
         load_tile<4>(w.x + k * kTileSize, 64);
         load_tile<6>(weights, kWeightRow);
@@ -63,8 +66,8 @@ inline void walk(const Walk& w, Feed& feed, const Pending& pending, Finish finis
         multiply_bf16<2, 5, 6>();
         multiply_bf16<3, 5, 7>();
         feed.step();
-        if (pending.sums)
-            for (int64_t r = i * rows; r < least(kRows, (i + 1) * rows); ++r) finish(pending, r);
+        for (int64_t r = i * rows; r < end && now.sums; ++r) y.fetch(now.row + r, now.column);
+        for (int64_t r = i * rows; r < end && before.sums; ++r) y.finish(before, r);
     }
 }
 
@@ -76,22 +79,22 @@ inline void copy_last(const char* from, int64_t pairs, char* to) {
                                r < pairs ? load_ints(from + r * kWeightRow + i) : _mm512_setzero_si512());
 }
 
-// finish(block, row) makes y of a row of sums, (32, 32).
-template <class Finish>
-inline void gemm_with(const GemmParams& p, Finish finish) {
+template <class Y>
+inline void gemm_with(const GemmParams& p, const Y& y) {
     const Tiles tiles;
-    const int64_t steps = (p.matrix->k + 31) / 32, rest = p.matrix->k % 32;
+    const int64_t steps = (p.depth + 31) / 32, rest = p.depth % 32;
     alignas(64) float sums[2][kBlockSize];
     alignas(64) char last[kWeightTile];
-    Pending pending;
+    Pending before;
     int turn = 0;
     for (int64_t n = p.begin / 64 * 64; n < p.end; n += 64) {
-        const char* weights = p.matrix->data + n * p.matrix->k * 2;
+        const char* weights = p.matrix->data + n * p.matrix->k * 2 + p.from * kWeightRow / 2;
+        const char* after = n + 64 < p.end ? weights + 64 * p.matrix->k * 2 : p.next;
         if (rest) copy_last(weights + (steps - 1) * kWeightTile, rest / 2, last);
         for (int64_t k = 0; k < steps; k += kWalk) {
             const int64_t count = least(kWalk, steps - k);
             const bool ends = k + count == steps;
-            Feed feed{weights + (k + count) * kWeightTile, (2 * kRows * 16 + p.rows - 1) / p.rows};
+            Feed feed{ends ? after : weights + (k + count) * kWeightTile, (2 * kRows * 16 + p.rows - 1) / p.rows};
             for (int64_t half = 0; half < 64; half += 32) {
                 if (n + half < p.begin || n + half >= p.end) continue;
                 for (int64_t row = 0; row < p.rows; row += kRows) {
@@ -101,19 +104,22 @@ inline void gemm_with(const GemmParams& p, Finish finish) {
                     else
                         load_tiles(parts, 32);
                     const uint16_t* x = p.x + (row / 16 * steps + k) * kTileSize;
-                    walk(
-                        {x, x + steps * kTileSize, weights + k * kWeightTile + 4 * half,
-                         ends && rest ? last + 4 * half : nullptr, count, ((p.first + row) % p.positions & kRows) != 0},
-                        feed, pending, finish);
-                    pending.sums = ends ? sums[turn ^= 1] : nullptr;
-                    pending.row = row;
-                    pending.column = n + half;
+                    const bool back = ((p.first + row) % p.positions & kRows) != 0;
+                    const Walk w{x,
+                                 x + steps * kTileSize,
+                                 weights + k * kWeightTile + 4 * half,
+                                 ends && rest ? last + 4 * half : nullptr,
+                                 count,
+                                 back};
+                    const Pending now{ends ? sums[turn ^= 1] : nullptr, row, n + half};
+                    walk(w, feed, before, now, y);
                     store_tiles(ends ? sums[turn] : parts, 32);
+                    before = now;
                 }
             }
         }
     }
-    for (int64_t r = 0; r < kRows && pending.sums; ++r) finish(pending, r);
+    for (int64_t r = 0; r < kRows && before.sums; ++r) y.finish(before, r);
 }
 
 // The activations of linear.h, to more digits than bf16 keeps and at half the price: 1 / x has 14 bits.
@@ -125,42 +131,68 @@ inline Vec gelu_tanh_near(Vec x) {
     return times_sigmoid(x, x * fma(x * x, set1(0.044715f), set1(1.0f)) * set1(-1.59576912f));
 }
 
-// Calls finish(block, row, y, column) with the two registers of sums and bias.
-template <class Then>
-inline void gemm_then(const GemmParams& p, Then then) {
-    gemm_with(p, [&](const Pending& block, int64_t r) {
-        const float *sums = block.sums + r * 32, *bias = p.matrix->bias + block.column;
-        then(block, r, load(sums) + load(bias), load(sums + 16) + load(bias + 16));
-    });
-}
+// Where y goes, and what it is made of x W + bias.
+struct ToPlain {
+    static constexpr int64_t kLines = 1;
+    const GemmParams& p;
 
-template <class Activation>
-inline void gemm_to_tiles(const GemmParams& p, Activation activation) {
-    gemm_then(p, [&](const Pending& block, int64_t r, Vec a, Vec b) {
-        const int64_t row = block.row + r, tile = row / 16 * (p.width / 32) + block.column / 32;
-        _mm512_store_si512(p.tiles + tile * kTileSize + row % 16 * 32, to_bf16(activation(a), activation(b)));
-    });
-}
+    char* place(int64_t row, int64_t column) const { return reinterpret_cast<char*>(p.plain + row * p.width + column); }
+    static void write(char* y, Vec a, Vec b) { _mm512_store_si512(y, to_bf16(a, b)); }
+};
+
+struct ToResidual {
+    static constexpr int64_t kLines = 2;
+    const GemmParams& p;
+
+    char* place(int64_t row, int64_t column) const {
+        const int64_t block = row / kRows * (p.width / 32) + column / 32;
+        return reinterpret_cast<char*>(p.residual + block * kBlockSize + row % kRows * 32);
+    }
+    static void write(char* y, Vec a, Vec b) {
+        float* x = reinterpret_cast<float*>(y);
+        store(x, load(x) + a);
+        store(x + 16, load(x + 16) + b);
+    }
+};
+
+template <Vec (*Activation)(Vec)>
+struct ToTiles {
+    static constexpr int64_t kLines = 1;
+    const GemmParams& p;
+
+    char* place(int64_t row, int64_t column) const {
+        const int64_t tile = row / 16 * (p.width / 32) + (column - p.first_output) / 32;
+        return reinterpret_cast<char*>(p.tiles + tile * kTileSize + row % 16 * 32);
+    }
+    static void write(char* y, Vec a, Vec b) { _mm512_store_si512(y, to_bf16(Activation(a), Activation(b))); }
+};
+
+template <class To>
+struct Output : To {
+    void fetch(int64_t row, int64_t column) const {
+        for (int64_t i = 0; i < To::kLines; ++i) __builtin_prefetch(this->place(row, column) + 64 * i, 1, 3);
+    }
+    // Row r of a block's sums, (32, 32), and the bias.
+    void finish(const Pending& block, int64_t r) const {
+        const float *sums = block.sums + r * 32, *bias = this->p.matrix->bias + block.column;
+        const bool with_bias = this->p.from == 0;
+        To::write(this->place(block.row + r, block.column), load(sums) + (with_bias ? load(bias) : zero()),
+                  load(sums + 16) + (with_bias ? load(bias + 16) : zero()));
+    }
+};
 
 void gemm(const GemmParams& p) {
     switch (p.then) {
         case Then::store:
-            return gemm_then(p, [&](const Pending& block, int64_t r, Vec a, Vec b) {
-                _mm512_store_si512(p.plain + (block.row + r) * p.width + block.column, to_bf16(a, b));
-            });
+            return gemm_with(p, Output<ToPlain>{{p}});
         case Then::add:
-            return gemm_then(p, [&](const Pending& block, int64_t r, Vec a, Vec b) {
-                const int64_t at = block.row / kRows * (p.width / 32) + block.column / 32;
-                float* y = p.residual + at * kBlockSize + r * 32;
-                store(y, load(y) + a);
-                store(y + 16, load(y + 16) + b);
-            });
+            return gemm_with(p, Output<ToResidual>{{p}});
         case Then::quick_gelu:
-            return gemm_to_tiles(p, quick_gelu_near);
+            return gemm_with(p, Output<ToTiles<quick_gelu_near>>{{p}});
         case Then::gelu_tanh:
-            return gemm_to_tiles(p, gelu_tanh_near);
+            return gemm_with(p, Output<ToTiles<gelu_tanh_near>>{{p}});
         case Then::gelu_erf:
-            return gemm_to_tiles(p, gelu_erf);
+            return gemm_with(p, Output<ToTiles<gelu_erf>>{{p}});
     }
 }
 
