@@ -107,7 +107,10 @@ OPS: dict[str, Op] = {
         least_cpu=LEAST_CPU,
     ),
     "cross_entropy": Op(
-        native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16", least_cpu=LEAST_CPU
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; K to 65536",
+        covers_cpu="fp32, bf16",
+        least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
     ),
     "causal_attention": Op(
         native=("cpu", "cuda"),
