@@ -105,36 +105,36 @@ inline void pack_rows(const Rows16& x, int64_t t, int64_t d, int64_t rounded, ui
 
 // C of 32 x 32, as the tiles 0 to 3.
 inline void zero_tiles() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
 }
 
 inline void load_tiles(const float* c, int64_t ld) {
-    _tile_loadd(0, c, 4 * ld);
-    _tile_loadd(1, c + 16, 4 * ld);
-    _tile_loadd(2, c + 16 * ld, 4 * ld);
-    _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
+    load_tile<0>(c, 4 * ld);
+    load_tile<1>(c + 16, 4 * ld);
+    load_tile<2>(c + 16 * ld, 4 * ld);
+    load_tile<3>(c + 16 * ld + 16, 4 * ld);
 }
 
 inline void store_tiles(float* c, int64_t ld) {
-    _tile_stored(0, c, 4 * ld);
-    _tile_stored(1, c + 16, 4 * ld);
-    _tile_stored(2, c + 16 * ld, 4 * ld);
-    _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+    store_tile<0>(c, 4 * ld);
+    store_tile<1>(c + 16, 4 * ld);
+    store_tile<2>(c + 16 * ld, 4 * ld);
+    store_tile<3>(c + 16 * ld + 16, 4 * ld);
 }
 
 // C += A B: 32 rows of A, `lda` apart, and two tiles of B.
 inline void multiply_tiles(const uint16_t* a, int64_t lda, const uint16_t* b, const uint16_t* b_next) {
-    _tile_loadd(4, a, 2 * lda);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b_next, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * lda, 2 * lda);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    load_tile<4>(a, 2 * lda);
+    load_tile<6>(b, 64);
+    multiply_bf16<0, 4, 6>();
+    load_tile<7>(b_next, 64);
+    multiply_bf16<1, 4, 7>();
+    load_tile<5>(a + 16 * lda, 2 * lda);
+    multiply_bf16<2, 5, 6>();
+    multiply_bf16<3, 5, 7>();
 }
 
 // c (32 x columns) = a (32 x d) times columns packed by pack_columns, from `b` on; `columns` a multiple of 32.

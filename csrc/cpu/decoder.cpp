@@ -103,7 +103,7 @@ class Worker {
     }
 
     Rows rows_of(const float* x, int64_t ld, int64_t k) const {
-        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale};
+        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale, scratch_.tiles};
         w_.kernels.split(rows, k, w_.shape.format);
         return rows;
     }
@@ -120,6 +120,12 @@ class Worker {
         w_.kernels.linear({&m, &rows, y, ld, then, range.begin, range.end, scratch_.sums, next});
     }
 
+    void expect(int64_t layer, int64_t unit) const {
+        AttentionParams p = d_.head_of(layer, unit);
+        p.position = d_.position_;
+        w_.kernels.expect(p);
+    }
+
     void attend(int64_t layer, const char* next) const {
         const int64_t batch = d_.batch_, dim = w_.shape.head_dim(), width = w_.layer(layer).qkv.n;
         const Range units = own_heads_ ? Range{part(w_.shape.heads).begin * batch, part(w_.shape.heads).end * batch}
@@ -133,6 +139,7 @@ class Worker {
             p.out = d_.mixed_ + b * w_.shape.embd + head * dim;
             p.position = d_.position_;
             p.next = u + 1 < units.end ? d_.head_of(layer, u + 1).keys : next;
+            if (u + 1 < units.end) expect(layer, u + 1);
             w_.kernels.remember(p);
             w_.kernels.attend(p);
         }
@@ -146,6 +153,7 @@ class Worker {
         const int64_t first_unit =
             part(w_.shape.heads * (own_heads_ ? 1 : d_.batch_)).begin * (own_heads_ ? d_.batch_ : 1);
         const bool idle = first_unit >= w_.shape.heads * d_.batch_;
+        if (!idle) expect(i, first_unit);
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
                  idle ? start(l.proj, proj) : d_.head_of(i, first_unit).keys);
         if (!own_heads_) meet();
@@ -216,7 +224,8 @@ void Decoder::reserve(int threads) {
     const int64_t widest = std::max(width_, weights_->layer(0).fc.n), tile = weights_->kernels.tile;
     const size_t each = Arena::bytes<float>(batch_ * width_) + 2 * Arena::bytes<uint8_t>(batch_ * widest) +
                         Arena::bytes<uint16_t>(batch_ * widest) + Arena::bytes<float>(batch_) +
-                        Arena::bytes<float>(batch_ * 2 * tile);
+                        Arena::bytes<float>(sums_rows(batch_) * 2 * tile) +
+                        Arena::bytes<char>(tiles_bytes(batch_, widest));
     scratch_.clear();
     scratch_block_ = Arena(each * size_t(threads));
     for (int t = 0; t < threads; ++t) {
@@ -226,7 +235,8 @@ void Decoder::reserve(int threads) {
         s.low = scratch_block_.take<uint8_t>(batch_ * widest);
         s.half = scratch_block_.take<uint16_t>(batch_ * widest);
         s.scale = scratch_block_.take<float>(batch_);
-        s.sums = scratch_block_.take<float>(batch_ * 2 * tile);
+        s.sums = scratch_block_.take<float>(sums_rows(batch_) * 2 * tile);
+        s.tiles = scratch_block_.take<char>(tiles_bytes(batch_, widest));
         scratch_.push_back(s);
     }
 }
