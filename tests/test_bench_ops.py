@@ -72,6 +72,7 @@ def cpu_calls(timing: ModuleType) -> ModuleType:
 
 
 CPU_ROWS = ("rms_norm", "layer_norm", "quick_gelu", "gelu_tanh", "gelu_erf", "cross_entropy", "dequantize")
+CPU_ROWS += ("causal_attention",)
 
 
 def test_every_op_with_a_cpu_kernel_has_a_row_there(cpu_calls: ModuleType) -> None:

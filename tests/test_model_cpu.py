@@ -1,4 +1,4 @@
-"""Training on the CPU's kernels under autocast: loss and gradients against the reference, recomputation, compilation."""
+"""Training under autocast on the CPU's kernels: loss, gradients, recomputation, compilation."""
 
 from __future__ import annotations
 
