@@ -296,6 +296,15 @@ void Decoder::advance(int64_t count) {
 
 void Decoder::rewind(int64_t position) {
     if (position < 0 || position > position_) throw std::invalid_argument("decoder: rewind goes back only");
+    // The values of a group that stays in use must be zero where they are forgotten.
+    const std::vector<float> zeros(size_t(weights_->shape.head_dim()));
+    const int64_t units = weights_->shape.heads * batch_, end = std::min(padded(position, value_rows), position_);
+    for (int64_t layer = 0; layer < weights_->shape.layers; ++layer)
+        for (int64_t u = 0; u < units; ++u) {
+            AttentionParams p = head_of(layer, u);
+            p.k = p.v = zeros.data();
+            for (p.position = position; p.position < end; ++p.position) weights_->kernels.remember(p);
+        }
     position_ = position;
 }
 
