@@ -137,7 +137,8 @@ class Reader:
     """Streams memory through the processor."""
 
     def __init__(self, most: int) -> None:
-        self.block = mmap.mmap(-1, (most + 4096) // 4096 * 4096)
+        # Private, as shared memory has no huge pages, and a walk through small ones is slower than the memory.
+        self.block = mmap.mmap(-1, (most + 4096) // 4096 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.block.madvise(mmap.MADV_HUGEPAGE)
         for start in range(0, len(self.block), 1 << 24):  # untouched pages are all one page of zeros
@@ -145,7 +146,9 @@ class Reader:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.block))
         source = Path(__file__).with_name("streaming_read.cpp")
         library = Path(tempfile.mkdtemp()) / "streaming_read.so"
-        flags = ["-O3", "-march=x86-64-v3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+        # Loads of 64 bytes where there are: those of 32 read memory at four fifths of its rate.
+        level = "x86-64-v4" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "x86-64-v3"
+        flags = ["-O3", f"-march={level}", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
         subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
         self.read = ctypes.CDLL(str(library)).streaming_read
         self.read.argtypes, self.read.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_uint64

@@ -9,101 +9,98 @@
 #pragma once
 
 #include "attend.h"
-#include "tiles.h"
+#include "product_tiles.h"
 
 namespace igpt::cpu {
 namespace {
 
-// Several rows of inputs of the two products, as the format takes them.
+// Several rows of inputs of the two products, as the formats take them.
 struct SplitRows {
     alignas(64) float x[shared_rows][kKeys];
     alignas(64) uint8_t high[shared_rows][kKeys];
     alignas(64) uint8_t low[shared_rows][kKeys];
     float scale[shared_rows];
 #if defined(__AMX_TILE__)
-    bool tiled = false;
-    // Rows 2 r and 2 r + 1: row r in two parts, 64 bytes of each; those beyond the rows that there are mean nothing.
-    alignas(64) char tiles[kKeys / 32][16][64];
+    alignas(64) char tiles[kKeys / 32][shared_rows][2][64];  // two halves of each
 #endif
 };
 static_assert(max_head_dim <= kKeys);
 
-// Queries and probabilities stay fp32 next to bf16 keys and values, as in `attend`.
-struct WideBf16 : Bf16 {
-    template <int R, int C>
-    static void run(const Piece& p) {
-        widen<R, C>(p);
-    }
+// The formats: `split` makes of the first n numbers of row r what its product takes.
+struct SharedFp32 : Fp32 {
+    template <bool Signed>
+    static void split(SplitRows&, int64_t, int64_t) {}
 };
 
 #if defined(__AMX_TILE__)
 
-// n numbers of each row in two parts: bytes as they are, fp32 as the sum of two bf16, which have 16 bits together.
-// False where n does not fill the tiles of the format.
-template <class F>
-inline bool fill_tiles(SplitRows& x, int64_t rows, int64_t n) {
-    if (F::step == 1 || n % (16 * F::step) != 0) return false;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < n; i += 16 * F::step) {
-            auto* tile = x.tiles[i / (16 * F::step)];
-            if constexpr (F::step == 4) {
-                __builtin_memcpy(tile[2 * r], x.high[r] + i, 64);
-                __builtin_memcpy(tile[2 * r + 1], x.low[r] + i, 64);
-            } else {
-                for (int half = 0; half < 2; ++half) {
-                    const Vec v = load(x.x[r] + i + half * kLanes);
-                    const auto first = (__m256i)_mm512_cvtneps_pbh(v);
-                    const Vec rest = v - floats(shift_left<16>(_mm512_cvtepu16_epi32(first)));
-                    const auto second = (__m256i)_mm512_cvtneps_pbh(rest);
-                    __builtin_memcpy(tile[2 * r] + 32 * half, &first, 32);
-                    __builtin_memcpy(tile[2 * r + 1] + 32 * half, &second, 32);
-                }
-            }
-        }
-    return true;
+// Where a product finds its rows.
+inline void take_tiles(Piece& p, const SplitRows& x) {
+    p.tiles = x.tiles[0][0][0];
+    p.tiles_step = sizeof x.tiles[0];
 }
 
-// sums (rows, 2, kTile): of the two parts in int8, of both in the first half in bf16. Always four registers of
-// outputs: the memory behind fewer is there, and what comes of it is not used.
-template <class F>
-inline void tile_rows(const char* weights, ptrdiff_t stride, int64_t count, const SplitRows& x, int64_t rows,
-                      float* sums, int registers, const char* end, const char* next) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < count / (16 * F::step); ++k) {
-        const char* w = weights + k * 16 * stride;
-        const char* far = w + kAhead < end ? w + kAhead : next + (w + kAhead - end);
-        for (int i = 0; i < 16; ++i)
-            for (int c = 0; c < registers; ++c) prefetch(far + i * stride + c * 64);
-        _tile_loadd(4, x.tiles[k], 64);
-        _tile_loadd(5, w, stride);
-        F::step == 4 ? _tile_dpbusd(0, 4, 5) : _tile_dpbf16ps(0, 4, 5);
-        if (registers > 1) {
-            _tile_loadd(6, w + 64, stride);
-            F::step == 4 ? _tile_dpbusd(1, 4, 6) : _tile_dpbf16ps(1, 4, 6);
-        }
-        if (registers > 2) {
-            _tile_loadd(5, w + 128, stride);
-            F::step == 4 ? _tile_dpbusd(2, 4, 5) : _tile_dpbf16ps(2, 4, 5);
-        }
-        if (registers > 3) {
-            _tile_loadd(6, w + 192, stride);
-            F::step == 4 ? _tile_dpbusd(3, 4, 6) : _tile_dpbf16ps(3, 4, 6);
-        }
+// A number is the sum of two in bf16, which have 16 bits together.
+struct SharedBf16 : Tiled<2, 128> {
+    template <int C, int A, int B>
+    static void multiply() {
+        multiply_bf16<C, A, B>();
     }
-    _tile_stored(0, sums, 4 * kTile);
-    _tile_stored(1, sums + kLanes, 4 * kTile);
-    _tile_stored(2, sums + 2 * kLanes, 4 * kTile);
-    _tile_stored(3, sums + 3 * kLanes, 4 * kTile);
-    if (F::step == 4) return;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int c = 0; c < registers; ++c) {
-            float* sum = sums + 2 * r * kTile + c * kLanes;
-            store(sum, load(sum) + load(sum + kTile));
+    template <int R, int C>
+    static void run(const Piece& p) {
+        run_tiles<SharedBf16, C>(p);
+    }
+    template <bool Signed>
+    static void split(SplitRows& rows, int64_t r, int64_t n) {
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+            const Vec v = _mm512_maskz_loadu_ps(mask, rows.x[r] + i);
+            const auto most = (__m256i)_mm512_cvtneps_pbh(v);
+            const auto rest = (__m256i)_mm512_cvtneps_pbh(v - floats(shift_left<16>(_mm512_cvtepu16_epi32(most))));
+            auto& row = rows.tiles[i / deep][r];
+            __builtin_memcpy(row[0] + i % deep * 2, &most, sizeof most);
+            __builtin_memcpy(row[1] + i % deep * 2, &rest, sizeof rest);
         }
-}
+        // The other half of the last tile meets zeros, which a NaN that was left there would outlive.
+        if (const int64_t end = padded(n, kLanes); end % deep != 0)
+            for (auto& half : rows.tiles[end / deep][r]) __builtin_memset(half + 32, 0, 32);
+    }
+};
+
+struct SharedInt8 : TiledInt8 {
+    static_assert(max_rows == shared_rows);
+    template <bool Signed>
+    static void split(SplitRows& rows, int64_t r, int64_t n) {
+        auto* high = reinterpret_cast<uint8_t*>(rows.tiles[0][r][0]);
+        rows.scale[r] = split_row<Signed>(rows.x[r], n, high, high + 64, sizeof rows.tiles[0]);
+    }
+};
+
+#else
+
+inline void take_tiles(Piece&, const SplitRows&) {}
+
+// Queries and probabilities stay fp32, as in `attend`.
+struct SharedBf16 : Bf16 {
+    template <int R, int C>
+    static void run(const Piece& p) {
+        widen<R, C>(p);
+    }
+    template <bool Signed>
+    static void split(SplitRows&, int64_t, int64_t) {}
+};
+
+struct SharedInt8 : Int8 {
+#if defined(__AVX512VNNI__)
+    template <bool Signed>
+    static void split(SplitRows& rows, int64_t r, int64_t n) {
+        rows.scale[r] = split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
+    }
+#else
+    template <bool Signed>
+    static void split(SplitRows&, int64_t, int64_t) {}
+#endif
+};
 
 #endif
 
@@ -111,9 +108,6 @@ inline void tile_rows(const char* weights, ptrdiff_t stride, int64_t count, cons
 template <class F>
 inline void several_rows(const char* weights, ptrdiff_t stride, int64_t count, const SplitRows& x, int64_t rows,
                          float* sums, int registers, const char* end, const char* next) {
-#if defined(__AMX_TILE__)
-    if (x.tiled) return tile_rows<F>(weights, stride, count, x, rows, sums, registers, end, next);
-#endif
     const int64_t blocks = (rows + F::max_rows - 1) / F::max_rows;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = rows * b / blocks, here = rows * (b + 1) / blocks - row;
@@ -132,8 +126,19 @@ inline void several_rows(const char* weights, ptrdiff_t stride, int64_t count, c
             prefetch_in_front(piece, end, next);
         else
             prefetch_in_parts(piece, end, next, count / F::step, b, blocks);
-        run_rows<F>(piece, here == 1 ? 2 : here, registers);
+        if constexpr (F::tiled) {
+            take_tiles(piece, x);
+            run_columns<F, F::max_rows>(piece, registers);
+        } else {
+            run_rows<F>(piece, here == 1 ? 2 : here, registers);
+        }
     }
+    if constexpr (F::tiled && F::step == 2)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < registers; ++c) {
+                float* sum = sums + 2 * r * kTile + c * kLanes;
+                store(sum, load(sum) + load(sum + kTile));
+            }
 }
 
 constexpr int64_t kSums = (shared_rows + 1) * 2 * kTile;  // of a tile, with a row that was computed twice
@@ -195,9 +200,9 @@ inline void mix_rows(const AttentionParams& p, const SplitRows& probabilities, i
     }
 }
 
-// The scores of `count` positions become probabilities, and zeros beyond them to `end`; returns what to multiply the
-// past with.
-inline float weigh_row(const AttentionParams& p, SplitRows& scores, int64_t r, int64_t from, int64_t count, int64_t end,
+// The scores of `count` positions become probabilities; returns what to multiply the past with.
+template <class F>
+inline float weigh_row(const AttentionParams& p, SplitRows& scores, int64_t r, int64_t from, int64_t count,
                        Running& sofar) {
     float* x = scores.x[r];
     const int64_t rounded = padded(count, kLanes);
@@ -207,55 +212,41 @@ inline float weigh_row(const AttentionParams& p, SplitRows& scores, int64_t r, i
     const float keep = from == 0 ? 0.0f : __builtin_expf(before - most);
     sofar.most[r] = most;
     sofar.total[r] = (from == 0 ? 0.0f : sofar.total[r] * keep) + weigh(x, count, most);
-    for (int64_t i = rounded; i < end; ++i) x[i] = 0.0f;
-    if (p.format != Format::int8) return keep;
-    for (int64_t i = 0; i < count; ++i) x[i] *= p.value_scale[from + i];
-#if defined(__AVX512VNNI__)
-    scores.scale[r] = split_row<false>(x, end, scores.high[r], scores.low[r]);
-#endif
+    if (p.format == Format::int8)
+        for (int64_t i = 0; i < count; ++i) x[i] *= p.value_scale[from + i];
+    F::template split<false>(scores, r, padded(count, value_rows));
     return keep;
 }
 
 template <class F>
 void attend_primer(const AttentionParams& p, const AttentionParams* rows, int64_t count, int64_t size, Running& sofar) {
     const int64_t keys = p.position + 1;
-    int64_t multiple = value_rows;
     SplitRows q, probabilities;
     float keep[shared_rows];
     for (int64_t r = 0; r < count; ++r) {
         for (int64_t i = 0; i < p.head_dim; ++i) q.x[r][i] = rows[r].q[i] * p.scale;
-#if defined(__AVX512VNNI__)
-        if (p.format == Format::int8) q.scale[r] = split_row<true>(q.x[r], p.head_dim, q.high[r], q.low[r]);
-#endif
+        F::template split<true>(q, r, p.head_dim);
     }
-#if defined(__AMX_TILE__)
-    const Tiles tiles;
-    q.tiled = probabilities.tiled = fill_tiles<F>(q, count, p.head_dim);
-    if (q.tiled) multiple = 16 * F::step;
-#endif
     for (int64_t from = 0; from < keys; from += kKeys) {
-        const int64_t here = keys - from < kKeys ? keys - from : kKeys, end = padded(here, multiple);
+        const int64_t here = keys - from < kKeys ? keys - from : kKeys;
         score_rows<F>(p, q, count, from, padded(here, kLanes), size, probabilities);
-        for (int64_t r = 0; r < count; ++r) keep[r] = weigh_row(p, probabilities, r, from, here, end, sofar);
-#if defined(__AMX_TILE__)
-        if (probabilities.tiled) fill_tiles<F>(probabilities, count, end);
-#endif
-        mix_rows<F>(p, probabilities, count, from, end, keep, sofar);
+        for (int64_t r = 0; r < count; ++r) keep[r] = weigh_row<F>(p, probabilities, r, from, here, sofar);
+        mix_rows<F>(p, probabilities, count, from, padded(here, value_rows), keep, sofar);
     }
 }
 
 void attend_shared(const AttentionParams& primer, const AttentionParams* sequences, int64_t count) {
     Running sofar;
-    switch (primer.format) {
-        case Format::fp32:
-            attend_primer<Fp32>(primer, sequences, count, 4, sofar);
-            break;
-        case Format::bf16:
-            attend_primer<WideBf16>(primer, sequences, count, 2, sofar);
-            break;
-        case Format::int8:
-            attend_primer<Int8>(primer, sequences, count, 1, sofar);
-            break;
+    if (primer.format == Format::fp32) {
+        attend_primer<SharedFp32>(primer, sequences, count, 4, sofar);
+    } else {
+#if defined(__AMX_TILE__)
+        const Tiles unit;
+#endif
+        if (primer.format == Format::bf16)
+            attend_primer<SharedBf16>(primer, sequences, count, 2, sofar);
+        else
+            attend_primer<SharedInt8>(primer, sequences, count, 1, sofar);
     }
     for (int64_t r = 0; r < count; ++r) {
         float own[2];

@@ -70,6 +70,10 @@ class Worker {
         const DecoderShape& s = w_.shape;
         const int64_t outputs = 3 * s.head_dim() * (s.heads / count_);
         own_heads_ = s.heads % count_ == 0 && outputs % w_.kernels.lanes == 0;
+        // As few groups as there can be or, where the heads do not divide evenly, enough to share them out.
+        const int64_t pairs = (d_.copies_ + 1) / 2, shares = (4 * count_ - 1) / (s.heads * d_.primers_) + 1;
+        groups_ = (d_.copies_ + shared_rows - 1) / shared_rows;
+        if (!own_heads_) groups_ = std::max(groups_, std::min(pairs, shares));
     }
 
     void step(const int64_t* tokens, float* logits) {
@@ -120,7 +124,7 @@ class Worker {
     }
 
     Rows rows_of(const float* x, int64_t ld, int64_t k) const {
-        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale};
+        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale, scratch_.tiles};
         w_.kernels.split(rows, k, w_.shape.format);
         return rows;
     }
@@ -137,19 +141,16 @@ class Worker {
         w_.kernels.linear({&m, &rows, y, ld, then, range.begin, range.end, scratch_.sums, next});
     }
 
-    // A unit is a head of one sequence or, after a fork, of up to shared_rows sequences of a primer. Which of them go
-    // together decides the order of sums, so it does not depend on the threads.
-    int64_t groups() const { return (d_.copies_ + shared_rows - 1) / shared_rows; }
-
+    // A unit is a head of one sequence or, after a fork, of a group of a primer's sequences.
     Range attention_units() const {
-        const int64_t heads = w_.shape.heads, each = d_.primers_ * groups();
+        const int64_t heads = w_.shape.heads, each = d_.primers_ * groups_;
         if (!own_heads_) return part(heads * each);
         return {part(heads).begin * each, part(heads).end * each};
     }
 
     // Where a unit begins to read.
     const char* start(int64_t layer, int64_t unit) const {
-        return d_.copies_ == 1 ? d_.head_of(layer, unit).keys : d_.primer_of(layer, unit / groups()).keys;
+        return d_.copies_ == 1 ? d_.head_of(layer, unit).keys : d_.primer_of(layer, unit / groups_).keys;
     }
 
     AttentionParams head_of(int64_t layer, int64_t head, int64_t sequence) const {
@@ -175,8 +176,8 @@ class Worker {
                 w_.kernels.attend(p);
                 continue;
             }
-            const int64_t unit = u / groups(), group = u % groups(), head = unit / d_.primers_;
-            const int64_t begin = copies * group / groups(), count = copies * (group + 1) / groups() - begin;
+            const int64_t unit = u / groups_, group = u % groups_, head = unit / d_.primers_;
+            const int64_t begin = copies * group / groups_, count = copies * (group + 1) / groups_ - begin;
             AttentionParams sequences[shared_rows], primer = d_.primer_of(layer, unit);
             for (int64_t i = 0; i < count; ++i)
                 sequences[i] = head_of(layer, head, unit % d_.primers_ * copies + begin + i);
@@ -211,6 +212,7 @@ class Worker {
     const Decoder::Scratch& scratch_;
     const int index_, count_;
     bool own_heads_;
+    int64_t groups_;  // of the sequences of a primer
 };
 
 Decoder::Decoder(std::shared_ptr<const DecoderWeights> weights, int64_t batch, int64_t capacity)
@@ -263,7 +265,8 @@ void Decoder::reserve(int threads) {
     const int64_t widest = std::max(width_, weights_->layer(0).fc.n), tile = weights_->kernels.tile;
     const size_t each = Arena::bytes<float>(batch_ * width_) + 2 * Arena::bytes<uint8_t>(batch_ * widest) +
                         Arena::bytes<uint16_t>(batch_ * widest) + Arena::bytes<float>(batch_) +
-                        Arena::bytes<float>(batch_ * 2 * tile);
+                        Arena::bytes<float>(sums_rows(batch_) * 2 * tile) +
+                        Arena::bytes<char>(tiles_bytes(batch_, widest));
     scratch_.clear();
     scratch_block_ = Arena(each * size_t(threads));
     for (int t = 0; t < threads; ++t) {
@@ -273,7 +276,8 @@ void Decoder::reserve(int threads) {
         s.low = scratch_block_.take<uint8_t>(batch_ * widest);
         s.half = scratch_block_.take<uint16_t>(batch_ * widest);
         s.scale = scratch_block_.take<float>(batch_);
-        s.sums = scratch_block_.take<float>(batch_ * 2 * tile);
+        s.sums = scratch_block_.take<float>(sums_rows(batch_) * 2 * tile);
+        s.tiles = scratch_block_.take<char>(tiles_bytes(batch_, widest));
         scratch_.push_back(s);
     }
 }

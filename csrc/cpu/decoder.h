@@ -108,6 +108,7 @@ class Decoder {
         uint8_t *high, *low;
         uint16_t* half;
         float *scale, *sums;
+        char* tiles;
     };
 
     // Unit: a head of a sequence, or of a primer; the sequences of a head follow each other.

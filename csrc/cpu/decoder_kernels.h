@@ -42,7 +42,15 @@ struct Rows {
     uint8_t* low;
     uint16_t* half;  // bf16, where the instruction set multiplies them
     float* scale;    // (count,)
+    // Several rows, where there are tiles: groups of 64 bytes along k, [k / 32][row][32] of bf16 and
+    // [k / 64][row][2][64] of high and low halves.
+    char* tiles;
 };
+
+// What `tiles` takes; a tile has 16 rows whether they are there or not.
+constexpr int64_t tiles_bytes(int64_t rows, int64_t k) { return (k + 63) / 64 * rows * 128 + 16 * 64; }
+// Rows that `scratch` of a product has room for.
+constexpr int64_t sums_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 // One tile of a matrix from a checkpoint's, whose element (k, n) is at source[k stride_k + n stride_n].
 struct PackParams {
@@ -65,7 +73,7 @@ struct LinearParams {
     int64_t ld;
     Then then;
     int64_t begin, end;  // outputs; multiples of `lanes`
-    float* scratch;      // (rows, 2, tile)
+    float* scratch;      // (sums_rows(rows), 2, tile)
     const char* next;    // what this thread reads afterwards
 };
 
@@ -85,7 +93,7 @@ struct AttentionParams {
 };
 
 constexpr int64_t max_head_dim = 256;
-constexpr int64_t shared_rows = 4;  // sequences that attend to their primer together, at most
+constexpr int64_t shared_rows = 8;  // sequences that attend to their primer together, at most
 constexpr int64_t value_rows = 4;   // positions of `values` are allocated in multiples of it, and zero at first
 
 struct DecoderKernels {
