@@ -70,13 +70,19 @@ def primed(model: ImageGPTForCausalImageModeling, batch: int, n: int, primer: in
 
 
 def run(decoder: Decoder, tokens: Tensor, primer: int, n: int | None = None) -> Tensor:
-    """Logits from the primer's last position on, (B, T, K); with n, the decoder reads each primer once and forks."""
+    """Logits from the primer's last position on, (B, T, K); with n, the decoder reads each primer once and forks.
+
+    PyTorch reads the primer, and rounds as its threads fall: always one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     if n is None:
         first = decoder.prefill(tokens[:, :primer])
     else:
         first = decoder.prefill(tokens[::n, :primer]).repeat_interleave(n, dim=0)
         decoder.fork(n)
         assert decoder.batch_size == len(tokens)
+    torch.set_num_threads(threads)
     return torch.stack([first, *(decoder.step(column) for column in tokens[:, primer:].unbind(1))], dim=1)
 
 
