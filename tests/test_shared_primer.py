@@ -129,6 +129,18 @@ def test_long_primers(isa: str, kind: str, primer: int, n: int) -> None:
 
 
 @needs_module
+@pytest.mark.parametrize("width", [80, 128])
+@pytest.mark.parametrize("primer", [33, 300])
+def test_queries_and_probabilities_keep_their_precision(isa: str, width: int, primer: int) -> None:
+    """Next to bf16 keys and values. In one layer all that precedes attention is equal, so only it can differ."""
+    model = small(torch.bfloat16, n_positions=600, n_layer=1, n_embd=width)
+    tokens = primed(model, 1, 7, primer, primer + 20)
+    shared = run(native(model, 600, None)(1), tokens, primer, 7)[:, 1:]
+    apart = run(native(model, 600, None)(7), tokens, primer)[:, 1:]
+    assert error(shared, apart) < 1.5e-3  # 2e-3 to 4e-3 where they are rounded to bf16
+
+
+@needs_module
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_position_counts(isa: str, kind: str) -> None:
     """Another token anywhere in the primer, its first and last position included, is felt as it is without a fork."""
@@ -199,13 +211,8 @@ def test_memory(kind: str) -> None:
     assert each / whole == pytest.approx((192 / 8 + 64) / 256)
     assert cache_bytes(model, name) == pytest.approx(whole, rel=0.01)
     assert cache_bytes(model, name, primer=192, copies=8) == pytest.approx(each, rel=0.01)
-    with backend.use_backend("reference"):
-        assert why_all(model) == cache_bytes(model)
-
-
-def why_all(model: ImageGPTForCausalImageModeling) -> int:
-    """PyTorch's decoder copies the primer: all positions count."""
-    return cache_bytes(model, primer=192, copies=8)
+    with backend.use_backend("reference"):  # PyTorch's decoder copies the primer
+        assert cache_bytes(model, primer=192, copies=8) == cache_bytes(model)
 
 
 @needs_module
@@ -359,12 +366,10 @@ def test_completions_do_not_depend_on_the_batch(
 
 @needs_module
 def test_more_completions_fit_when_they_share(bundled: Pipeline) -> None:
-    model = bundled.model
-    assert 4 * cache_bytes(model, primer=256, copies=4) == pytest.approx(cache_bytes(model))
-    monkey = Pipeline(model, bundled.processor)
-    big = small(n_positions=1024, n_embd=512, n_head=8, n_layer=24)
-    monkey.model = big
-    alone, shared = monkey.default_batch_size(), monkey.default_batch_size(None, 513, 8)
-    assert alone == (1 << 30) // cache_bytes(big)
-    assert shared > 1.7 * alone
-    assert monkey.default_batch_size("int8") > 3 * alone
+    assert 4 * cache_bytes(bundled.model, primer=256, copies=4) == cache_bytes(bundled.model)
+    pipeline = Pipeline(bundled.model, bundled.processor)
+    pipeline.model = ImageGPTForCausalImageModeling(ImageGPTConfig(vocab_size=129, n_layer=24))
+    alone, shared = pipeline.default_batch_size(), pipeline.default_batch_size(None, 513, 8)
+    assert alone == (1 << 30) // cache_bytes(pipeline.model)
+    assert shared >= 1.6 * alone
+    assert pipeline.default_batch_size("int8") > 3 * alone
