@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from igpt_fast import backend
 from igpt_fast.cache import DynamicCache, StaticCache
 from igpt_fast.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
+from igpt_fast.packed import packed
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -121,8 +122,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class CpuDecoder:
     """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
 
-    The weights are packed when the decoder is made; what changes them afterwards does not reach it. Activations and
-    logits are float32, whatever the weights are:
+    The weights are packed for a model's first decoder, and again for the first after a change of them; what changes
+    them during a decoder's life does not reach it. Activations and logits are float32, whatever the weights are:
 
     - float32: the model's own numbers.
     - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
@@ -154,7 +155,7 @@ class CpuDecoder:
         self.batch_size = batch_size
         self.capacity = capacity
         self._forked = False
-        self._decoder = backend._C.Decoder(_pack(model, dtype), batch_size, capacity)
+        self._decoder = backend._C.Decoder(packed_weights(model, dtype), batch_size, capacity)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
@@ -254,6 +255,13 @@ def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
         if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
             return f"{name} is a {type(parameter).__name__}"
     return "lm_head has a bias" if model.lm_head.bias is not None else None
+
+
+def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
+    """The compiled module's copy of the weights of a model that ``why_not_cpu`` has nothing against."""
+    scales = tuple(block.attn.scale for block in model.transformer.h)  # type: ignore[union-attr]
+    settings = (tuple(sorted(model.config.to_dict().items(), key=repr)), scales)
+    return packed(model, dtype, repr(settings), lambda: _pack(model, dtype))
 
 
 def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:

@@ -36,7 +36,8 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"files"},
     "checkpoint": {"config", "files", "weights"},
     "layers": {"cache", "config", "ops.__init__"},
-    "decoders": {"backend", "cache", "config", "layers", "ops.__init__"},
+    "packed": {"backend"},
+    "decoders": {"backend", "cache", "config", "layers", "ops.__init__", "packed"},
     "generation": {"decoders", "ops.__init__", "reference"},
     "model": {
         *("backend", "cache", "checkpoint", "config"),

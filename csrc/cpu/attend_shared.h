@@ -218,8 +218,10 @@ inline float weigh_row(const AttentionParams& p, SplitRows& scores, int64_t r, i
     return keep;
 }
 
+// GCC takes its own vector functions for something that may throw, and would clean up after it with the C++ runtime.
 template <class F>
-void attend_primer(const AttentionParams& p, const AttentionParams* rows, int64_t count, int64_t size, Running& sofar) {
+[[gnu::nothrow]] void attend_primer(const AttentionParams& p, const AttentionParams* rows, int64_t count, int64_t size,
+                                    Running& sofar) {
     const int64_t keys = p.position + 1;
     SplitRows q, probabilities;
     float keep[shared_rows];

@@ -153,37 +153,53 @@ class Worker {
         return d_.copies_ == 1 ? d_.head_of(layer, unit).keys : d_.primer_of(layer, unit / groups_).keys;
     }
 
-    AttentionParams head_of(int64_t layer, int64_t head, int64_t sequence) const {
-        const int64_t dim = w_.shape.head_dim();
-        AttentionParams p = d_.head_of(layer, head * d_.batch_ + sequence);
-        p.q = d_.qkv_ + sequence * w_.layer(layer).qkv.n + head * 3 * dim;
+    // Sequences `first` .. `first` + `count` - 1, of which `unit` is the primer's head.
+    struct Group {
+        int64_t unit, head, first, count;
+    };
+
+    Group group(int64_t u) const {
+        const int64_t copies = d_.copies_, unit = u / groups_, index = u % groups_;
+        const int64_t begin = copies * index / groups_, end = copies * (index + 1) / groups_;
+        return {unit, unit / d_.primers_, unit % d_.primers_ * copies + begin, end - begin};
+    }
+
+    AttentionParams head_of(int64_t layer, const Group& g, int64_t i) const {
+        const int64_t dim = w_.shape.head_dim(), sequence = g.first + i;
+        AttentionParams p = d_.head_of(layer, g.head * d_.batch_ + sequence);
+        p.q = d_.qkv_ + sequence * w_.layer(layer).qkv.n + g.head * 3 * dim;
         p.k = p.q + dim;
         p.v = p.k + dim;
-        p.out = d_.mixed_ + sequence * w_.shape.embd + head * dim;
+        p.out = d_.mixed_ + sequence * w_.shape.embd + g.head * dim;
         p.position = d_.position_ - d_.shared_;
-        w_.kernels.remember(p);
         return p;
     }
 
+    void expect(int64_t layer, int64_t u) const {
+        const Group g = group(u);
+        for (int64_t i = 0; i < g.count; ++i) w_.kernels.expect(head_of(layer, g, i));
+    }
+
     void attend(int64_t layer, const char* next) const {
-        const int64_t batch = d_.batch_, copies = d_.copies_;
         const Range units = attention_units();
         for (int64_t u = units.begin; u < units.end; ++u) {
+            const Group g = group(u);
             const char* after = u + 1 < units.end ? start(layer, u + 1) : next;
-            if (copies == 1) {
-                AttentionParams p = head_of(layer, u / batch, u % batch);
-                p.next = after;
-                w_.kernels.attend(p);
+            if (u + 1 < units.end) expect(layer, u + 1);
+            AttentionParams sequences[shared_rows];
+            for (int64_t i = 0; i < g.count; ++i) {
+                sequences[i] = head_of(layer, g, i);
+                sequences[i].next = after;
+                w_.kernels.remember(sequences[i]);
+                if (i > 0) sequences[i - 1].next = sequences[i].keys;
+            }
+            if (d_.copies_ == 1) {
+                w_.kernels.attend(sequences[0]);
                 continue;
             }
-            const int64_t unit = u / groups_, group = u % groups_, head = unit / d_.primers_;
-            const int64_t begin = copies * group / groups_, count = copies * (group + 1) / groups_ - begin;
-            AttentionParams sequences[shared_rows], primer = d_.primer_of(layer, unit);
-            for (int64_t i = 0; i < count; ++i)
-                sequences[i] = head_of(layer, head, unit % d_.primers_ * copies + begin + i);
-            for (int64_t i = 0; i < count; ++i) sequences[i].next = i + 1 < count ? sequences[i + 1].keys : after;
+            AttentionParams primer = d_.primer_of(layer, g.unit);
             primer.next = sequences[0].keys;
-            w_.kernels.attend_shared(primer, sequences, count);
+            w_.kernels.attend_shared(primer, sequences, g.count);
         }
     }
 
@@ -193,6 +209,7 @@ class Worker {
         const char* next =
             i + 1 < w_.shape.layers ? start(w_.layer(i + 1).qkv, qkv_share(i + 1)) : start(w_.head(), share(w_.head()));
         const Range units = attention_units();
+        if (units.begin < units.end) expect(i, units.begin);
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
                  units.begin < units.end ? start(i, units.begin) : start(l.proj, proj));
         if (!own_heads_) meet();

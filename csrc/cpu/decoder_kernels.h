@@ -115,6 +115,8 @@ struct DecoderKernels {
     // The same for `count` sequences, shared_rows at most, over all of a primer's positions and each sequence's own
     // 0 .. position after them. The primer's q, k, v and out are not used.
     void (*attend_shared)(const AttentionParams& primer, const AttentionParams* sequences, int64_t count);
+    // Prefetches what `remember` will write, and what `attend` would have to wait for at its beginning.
+    void (*expect)(const AttentionParams& params);
 };
 
 }  // namespace igpt::cpu
