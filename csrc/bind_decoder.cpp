@@ -83,6 +83,7 @@ void bind_decoder(py::module_& m) {
             },
             unlocked)
         .def("advance", &cpu::Decoder::advance)
+        .def("fork", &cpu::Decoder::fork, unlocked)
         .def("rewind", &cpu::Decoder::rewind)
         .def_property_readonly("position", &cpu::Decoder::position)
         .def_property_readonly("bytes", &cpu::Decoder::bytes);

@@ -140,6 +140,17 @@ class StaticCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    def repeat_interleave(self, n: int) -> StaticCache:
+        """A cache with n copies of each image, those of the first one first."""
+        layers, batch, heads, length, dim = self._keys.shape
+        device = self._keys.device
+        copies = StaticCache(layers, batch * n, heads, length, dim, dtype=self._keys.dtype, device=device)
+        copies._lengths = list(self._lengths)
+        for layer, end in enumerate(self._lengths):
+            copies._keys[layer, :, :, :end] = self._keys[layer, :, :, :end].repeat_interleave(n, dim=0)
+            copies._values[layer, :, :, :end] = self._values[layer, :, :, :end].repeat_interleave(n, dim=0)
+        return copies
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Puts image ``beam_idx[i]`` in place i, for each of the (B,) int64; in place, as the buffers are fixed.
 

@@ -1,8 +1,9 @@
 """Decoders: a model that reads tokens one position at a time, behind one interface.
 
 ``prefill`` reads a primer in one go, ``step`` one more token of every image; both return the logits of the next
-position. ``TorchDecoder`` runs the PyTorch model on a static key/value cache; it is right everywhere and the
-measure for the faster ones. ``CpuDecoder`` runs the compiled module's decode step. ``make_decoder`` chooses.
+position. ``fork`` goes on with several images for each primer. ``TorchDecoder`` runs the PyTorch model on a static
+key/value cache; it is right everywhere and the measure for the faster ones. ``CpuDecoder`` runs the compiled module's
+decode step. ``make_decoder`` chooses.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ class Decoder(Protocol):
         """Reads (B,) int64 tokens; returns the (B, vocab_size - 1) logits of the next position."""
         ...
 
+    def fork(self, n: int) -> None:
+        """Continues each of the B images n times: from here on there are B n, the n of the first one first.
+
+        They share what has been read so far; it cannot be taken back. The logits that came last are those of all n.
+
+        Raises:
+            ValueError: ``n`` is not a positive integer, nothing has been read, or it was forked before.
+        """
+        ...
+
 
 class TorchDecoder:
     """The PyTorch model on a static cache.
@@ -58,6 +69,7 @@ class TorchDecoder:
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
+        self._forked = False
         self._cache = StaticCache(
             config.n_layer,
             batch_size,
@@ -76,6 +88,14 @@ class TorchDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""
         return self.prefill(tokens[:, None])
+
+    def fork(self, n: int) -> None:
+        """See ``Decoder.fork``. Every image takes a copy of its primer's keys and values."""
+        _check_fork(n, self._cache.get_seq_length(), self._forked)
+        self._forked = True
+        self.batch_size *= n
+        if n > 1:
+            self._cache = self._cache.repeat_interleave(n)
 
 
 # As csrc/cpu/decoder_kernels.h numbers them.
@@ -136,6 +156,7 @@ class CpuDecoder:
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
+        self._forked = False
         self._decoder = backend._C.Decoder(packed_weights(model, dtype), batch_size, capacity)
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -159,6 +180,13 @@ class CpuDecoder:
         logits = torch.empty(self.batch_size, self.model.config.vocab_size - 1)
         self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         return logits
+
+    def fork(self, n: int) -> None:
+        """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
+        _check_fork(n, self._decoder.position, self._forked)
+        self._decoder.fork(n, torch.get_num_threads())
+        self._forked = True
+        self.batch_size *= n
 
     def _check_room(self, count: int) -> None:
         end = self._decoder.position + count
@@ -284,10 +312,27 @@ def pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> 
     return weights
 
 
-def cache_bytes(model: ImageGPTForCausalImageModeling) -> int:
-    """Bytes of key/value cache that one whole image takes."""
+def cache_bytes(
+    model: ImageGPTForCausalImageModeling, dtype: str | None = None, primer: int = 0, copies: int = 1
+) -> int:
+    """Bytes of key/value cache that one whole image takes, on average where several share a primer.
+
+    Args:
+        model: The model.
+        dtype: As in ``make_decoder``.
+        primer: Positions that are read before the fork.
+        copies: Images made of each primer.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
     config = model.config
-    return 2 * config.n_layer * config.n_positions * config.n_embd * _cache_dtype(model).itemsize
+    native = why_not_cpu(model, dtype) is None
+    positions = config.n_positions - (primer - -(-primer // copies) if native else 0)
+    a_position = 2 * config.n_embd * _cache_dtype(model).itemsize
+    if native and dtype == "int8":
+        a_position = 2 * config.n_embd + 12 * config.n_head  # two scales and a sum for each head
+    return config.n_layer * positions * a_position
 
 
 def _cache_dtype(model: ImageGPTForCausalImageModeling) -> torch.dtype:
@@ -302,6 +347,15 @@ def _cache_dtype(model: ImageGPTForCausalImageModeling) -> torch.dtype:
 def _check_capacity(capacity: int, n_positions: int) -> None:
     if not 1 <= capacity <= n_positions:
         raise ValueError(f"decoder: capacity is {capacity}; want 1..{n_positions}, the model's n_positions")
+
+
+def _check_fork(n: int, position: int, forked: bool) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"decoder: fork is given n={n!r}; want a positive integer")
+    if forked:
+        raise ValueError("decoder: it was forked before; a decoder forks once")
+    if position == 0:
+        raise ValueError("decoder: nothing has been read that a fork could share; call prefill first")
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -94,24 +94,26 @@ def decode(
     callback: StepCallback | None = None,
     dtype: str | None = None,
 ) -> Drawn:
-    """Continues every row of a context by as many tokens as there are uniform numbers for it.
+    """Continues every row of a context n times, by as many tokens as there are uniform numbers.
 
     Args:
         model: The model.
         context: (B, T_0) int64 on the model's device; SOS first.
-        uniforms: (B, T) float32 in [0, 1) on the model's device, one number a draw.
+        uniforms: (B n, T) float32 in [0, 1) on the model's device, one number a draw; the n continuations of the
+            first row come first. They share what is computed of the context.
         sampling: How tokens are drawn.
-        callback: Called after every position with its number, counted from 0, and its (B,) tokens.
+        callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
         dtype: ``None`` for the model's, or ``"int8"``; see ``decoders.make_decoder``.
 
     Returns:
-        The T new tokens of every row.
+        The T new tokens of every continuation, (B n, T).
 
     Raises:
         BackendUnavailableError: Nothing here decodes this model in ``dtype``.
         ValueError: An unknown ``dtype``.
     """
     batch, steps = uniforms.shape
+    copies = batch // context.shape[0] if batch else 1
     drawn = Drawn(
         torch.empty(batch, steps, dtype=torch.int64, device=context.device),
         torch.empty(batch, steps, dtype=torch.float32, device=context.device),
@@ -120,8 +122,9 @@ def decode(
     if steps == 0 or batch == 0:
         return drawn
     with _evaluating(model):
-        decoder = make_decoder(model, batch, context.shape[1] + steps - 1, dtype)
-        logits = decoder.prefill(context)
+        decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
+        logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
+        decoder.fork(copies)
         for t in range(steps):
             token = ops.sample(logits, uniforms[:, t], sampling.temperature, sampling.top_k, sampling.top_p)
             drawn.tokens[:, t] = token
@@ -196,12 +199,13 @@ class GenerationMixin:
             temperature, top_k, top_p: See ``Sampling``; ``top_k=0`` is ``None``, as in transformers. Without
                 ``do_sample`` they must stay at their defaults.
             num_return_sequences: Continuations of each row, which follow each other in the result; more than
-                one needs ``do_sample``.
+                one needs ``do_sample``. The row is read, and kept in the cache, once for all of them.
             seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch; needs
                 ``do_sample``, as ``generator`` does.
             generator: Draws from this generator instead, on its device; one of the two at most. Without either,
                 a seed is drawn from torch's global generator.
-            callback: Called after every position with its number, counted from 0, and its (B,) tokens.
+            callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
+                result.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
                 the CPU; see ``decoders.CpuDecoder``). ``None`` decodes in the model's own dtype.
 
@@ -237,10 +241,10 @@ class GenerationMixin:
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p)
         context = _check_context(input_ids, model)
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
-        context = context.repeat_interleave(num_return_sequences, dim=0)
-        uniforms = _uniforms(context.shape[0], steps, do_sample, seed, generator, model.device)
+        count = context.shape[0] * num_return_sequences
+        uniforms = _uniforms(count, steps, do_sample, seed, generator, model.device)
         drawn = decode(model, context, uniforms, sampling, callback, dtype)
-        return torch.cat([context, drawn.tokens], dim=1)
+        return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), drawn.tokens], dim=1)
 
 
 def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,9 +232,9 @@ class Pipeline:
         """Device of the model."""
         return self.model.device
 
-    def default_batch_size(self) -> int:
-        """As many images as have their key/value caches in 1 GiB, 64 at most."""
-        return int(min(64, max(1, CACHE_BUDGET // cache_bytes(self.model))))
+    def default_batch_size(self, dtype: str | None = None, primer: int = 0, copies: int = 1) -> int:
+        """As many images as have their key/value caches in 1 GiB, 64 at most; arguments as in ``cache_bytes``."""
+        return int(min(64, max(1, CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies))))
 
     def sample(
         self,
@@ -257,7 +257,7 @@ class Pipeline:
         Args:
             n: How many.
             seed: 0..2^64-1; ``None`` draws one from torch's global generator. The result tells it.
-            batch_size: Images computed together; ``None`` see ``default_batch_size``.
+            batch_size: Images computed together at most; ``None`` see ``default_batch_size``.
             temperature, top_k, top_p: See ``Sampling``.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
                 CPU; see ``decoders.CpuDecoder``). ``None`` draws in the model's own dtype.
@@ -294,7 +294,8 @@ class Pipeline:
             images: An image or several, of any size and kind that ``to_rgb`` takes, or paths of files; the middle is
                 cut out in the model's aspect, then resized to its size.
             keep: Fraction of the rows that is given, in [0, 1); rounded to whole rows.
-            n: Completions of each image; completion j of image i has a stream made of (seed, i, j).
+            n: Completions of each image; completion j of image i has a stream made of (seed, i, j). Those that are
+                computed together share what is computed of the given part.
             seed, batch_size, temperature, top_k, top_p, dtype, progress: As in ``sample``.
 
         Returns:
@@ -338,10 +339,13 @@ class Pipeline:
         extra: dict[str, Any] | None = None,
     ) -> Generation:
         """Draws the pixels behind the (N, T_0) given ones, batch after batch."""
-        batch_size = self.default_batch_size() if batch_size is None else check_count("batch_size", batch_size)
         check_dtype(dtype)
         total = self.model.config.n_positions
         n, first = given.shape
+        copies = settings["n"] if settings else 1
+        if batch_size is None:
+            batch_size = self.default_batch_size(dtype, first + 1, copies)
+        check_count("batch_size", batch_size)
         settings = {
             **(settings or {}),
             "temperature": sampling.temperature,
@@ -366,11 +370,10 @@ class Pipeline:
             return Generation(tokens, logprobs, self.processor, seed, settings, **rest)
 
         try:
-            for start in range(0, n, batch_size):
-                rows = slice(start, start + batch_size)
-                context = torch.nn.functional.pad(given[rows], (1, 0), value=self.model.config.sos_token_id)
+            for rows, together in _batches(n, copies, batch_size):
+                context = torch.nn.functional.pad(given[rows][::together], (1, 0), value=self.model.config.sos_token_id)
                 uniforms = stream_uniforms(seed, streams[rows], first, total - first, self.device)
-                before = start * (total - first)
+                before = rows.start * (total - first)
 
                 def report(step: int, tokens: Tensor, before: int = before) -> None:
                     if progress is not None:
@@ -383,6 +386,21 @@ class Pipeline:
             inputs = None if extra is None else sum(len(part.tokens) for part in parts) // settings["n"]
             raise InterruptedGeneration(collect(inputs) if parts and inputs != 0 else None) from error
         return collect()
+
+
+def _batches(n: int, copies: int, batch_size: int) -> Iterator[tuple[slice, int]]:
+    """Parts of n rows, and how many of a part's rows follow each other that are copies of one.
+
+    A part has all copies of some rows or, when they are more than a batch, some copies of one row.
+    """
+    if copies <= batch_size:
+        size = batch_size // copies * copies
+        yield from ((slice(start, min(start + size, n)), copies) for start in range(0, n, size))
+        return
+    for first in range(0, n, copies):
+        for start in range(first, first + copies, batch_size):
+            stop = min(start + batch_size, first + copies)
+            yield slice(start, stop), stop - start
 
 
 def kept_rows(keep: float, height: int) -> int:

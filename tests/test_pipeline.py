@@ -164,7 +164,7 @@ def test_interruption_keeps_the_inputs_with_all_their_completions(pipeline: Pipe
             pipeline.complete(images, n=2, seed=2, batch_size=3, progress=stop)
         return caught.value.partial
 
-    partial = interrupted(after=3)  # the first batch: both completions of one image, and one of the next
+    partial = interrupted(after=3)  # in the second batch; a batch has all completions of an image
     assert partial is not None
     expected = pipeline.complete(images[:1], n=2, seed=2)
     assert torch.equal(partial.tokens, expected.tokens)

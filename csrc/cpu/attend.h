@@ -226,6 +226,10 @@ void attend_in(const AttentionParams& p, int64_t size) {
         const char* next = left > block ? p.keys + (from + block) * p.head_dim * size : p.next;
         mix<F>(p, probabilities, from, wide, keep, acc, next);
     }
+    if (p.state) {
+        p.state[0] = most;
+        p.state[1] = total;
+    }
     const Vec inverse = set1(1.0f / total);
     for (int64_t i = 0; i < width; i += kLanes) store(acc + i, load(acc + i) * inverse);
     __builtin_memcpy(p.out, acc, size_t(p.head_dim) * sizeof(float));
@@ -242,11 +246,6 @@ void attend(const AttentionParams& p) {
     }
 }
 
-}  // namespace
-
-namespace {
-constexpr DecoderKernels decoder_kernels{kLanes,   kTile,  Int8::step, pack_tile<Int8::step>, norm, sum, split, linear,
-                                         remember, attend, expect};
 }  // namespace
 
 }  // namespace igpt::cpu

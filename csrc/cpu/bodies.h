@@ -2,7 +2,7 @@
 #pragma once
 
 #include "activation.h"
-#include "attend.h"
+#include "attend_shared.h"
 #include "attention_bwd.h"
 #include "attention_fwd.h"
 #include "cross_entropy.h"
@@ -14,6 +14,9 @@
 
 namespace igpt::cpu {
 namespace {
+
+constexpr DecoderKernels decoder_kernels{kLanes, kTile,    Int8::step, pack_tile<Int8::step>, norm,  sum, split,
+                                         linear, remember, attend,     attend_shared,         expect};
 
 #if defined(__AMX_TILE__)
 constexpr CausalAttentionKernels causal_attention_kernels{causal_fwd, causal_bwd, causal_fwd_scratch,

@@ -28,6 +28,8 @@
 namespace igpt::cpu {
 namespace {
 
+constexpr int64_t kMaxBatch = 1 << 20;
+
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Busy {
@@ -53,6 +55,10 @@ class Worker {
         const DecoderShape& s = w_.shape;
         const int64_t outputs = 3 * s.head_dim() * (s.heads / count_);
         own_heads_ = s.heads % count_ == 0 && outputs % w_.kernels.lanes == 0;
+        // As few groups as there can be or, where the heads do not divide evenly, enough to share them out.
+        const int64_t pairs = (d_.copies_ + 1) / 2, shares = (4 * count_ - 1) / (s.heads * d_.primers_) + 1;
+        groups_ = (d_.copies_ + shared_rows - 1) / shared_rows;
+        if (!own_heads_) groups_ = std::max(groups_, std::min(pairs, shares));
     }
 
     void step(const int64_t* tokens, float* logits) {
@@ -120,28 +126,65 @@ class Worker {
         w_.kernels.linear({&m, &rows, y, ld, then, range.begin, range.end, scratch_.sums, next});
     }
 
-    void expect(int64_t layer, int64_t unit) const {
-        AttentionParams p = d_.head_of(layer, unit);
-        p.position = d_.position_;
-        w_.kernels.expect(p);
+    // A unit is a head of one sequence or, after a fork, of a group of a primer's sequences.
+    Range attention_units() const {
+        const int64_t heads = w_.shape.heads, each = d_.primers_ * groups_;
+        if (!own_heads_) return part(heads * each);
+        return {part(heads).begin * each, part(heads).end * each};
+    }
+
+    // Where a unit begins to read.
+    const char* start(int64_t layer, int64_t unit) const {
+        return d_.copies_ == 1 ? d_.head_of(layer, unit).keys : d_.primer_of(layer, unit / groups_).keys;
+    }
+
+    // Sequences `first` .. `first` + `count` - 1, of which `unit` is the primer's head.
+    struct Group {
+        int64_t unit, head, first, count;
+    };
+
+    Group group(int64_t u) const {
+        const int64_t copies = d_.copies_, unit = u / groups_, index = u % groups_;
+        const int64_t begin = copies * index / groups_, end = copies * (index + 1) / groups_;
+        return {unit, unit / d_.primers_, unit % d_.primers_ * copies + begin, end - begin};
+    }
+
+    AttentionParams head_of(int64_t layer, const Group& g, int64_t i) const {
+        const int64_t dim = w_.shape.head_dim(), sequence = g.first + i;
+        AttentionParams p = d_.head_of(layer, g.head * d_.batch_ + sequence);
+        p.q = d_.qkv_ + sequence * w_.layer(layer).qkv.n + g.head * 3 * dim;
+        p.k = p.q + dim;
+        p.v = p.k + dim;
+        p.out = d_.mixed_ + sequence * w_.shape.embd + g.head * dim;
+        p.position = d_.position_ - d_.shared_;
+        return p;
+    }
+
+    void expect(int64_t layer, int64_t u) const {
+        const Group g = group(u);
+        for (int64_t i = 0; i < g.count; ++i) w_.kernels.expect(head_of(layer, g, i));
     }
 
     void attend(int64_t layer, const char* next) const {
-        const int64_t batch = d_.batch_, dim = w_.shape.head_dim(), width = w_.layer(layer).qkv.n;
-        const Range units = own_heads_ ? Range{part(w_.shape.heads).begin * batch, part(w_.shape.heads).end * batch}
-                                       : part(w_.shape.heads * batch);
+        const Range units = attention_units();
         for (int64_t u = units.begin; u < units.end; ++u) {
-            const int64_t head = u / batch, b = u % batch;
-            AttentionParams p = d_.head_of(layer, u);
-            p.q = d_.qkv_ + b * width + head * 3 * dim;
-            p.k = p.q + dim;
-            p.v = p.k + dim;
-            p.out = d_.mixed_ + b * w_.shape.embd + head * dim;
-            p.position = d_.position_;
-            p.next = u + 1 < units.end ? d_.head_of(layer, u + 1).keys : next;
+            const Group g = group(u);
+            const char* after = u + 1 < units.end ? start(layer, u + 1) : next;
             if (u + 1 < units.end) expect(layer, u + 1);
-            w_.kernels.remember(p);
-            w_.kernels.attend(p);
+            AttentionParams sequences[shared_rows];
+            for (int64_t i = 0; i < g.count; ++i) {
+                sequences[i] = head_of(layer, g, i);
+                sequences[i].next = after;
+                w_.kernels.remember(sequences[i]);
+                if (i > 0) sequences[i - 1].next = sequences[i].keys;
+            }
+            if (d_.copies_ == 1) {
+                w_.kernels.attend(sequences[0]);
+                continue;
+            }
+            AttentionParams primer = d_.primer_of(layer, g.unit);
+            primer.next = sequences[0].keys;
+            w_.kernels.attend_shared(primer, sequences, g.count);
         }
     }
 
@@ -150,12 +193,10 @@ class Worker {
         const Range proj = share(l.proj), fc = share(l.fc), fc_proj = share(l.fc_proj), qkv = qkv_share(i);
         const char* next =
             i + 1 < w_.shape.layers ? start(w_.layer(i + 1).qkv, qkv_share(i + 1)) : start(w_.head(), share(w_.head()));
-        const int64_t first_unit =
-            part(w_.shape.heads * (own_heads_ ? 1 : d_.batch_)).begin * (own_heads_ ? d_.batch_ : 1);
-        const bool idle = first_unit >= w_.shape.heads * d_.batch_;
-        if (!idle) expect(i, first_unit);
+        const Range units = attention_units();
+        if (units.begin < units.end) expect(i, units.begin);
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
-                 idle ? start(l.proj, proj) : d_.head_of(i, first_unit).keys);
+                 units.begin < units.end ? start(i, units.begin) : start(l.proj, proj));
         if (!own_heads_) meet();
         attend(i, start(l.proj, proj));
         meet();
@@ -173,49 +214,51 @@ class Worker {
     const Decoder::Scratch& scratch_;
     const int index_, count_;
     bool own_heads_;
+    int64_t groups_;  // of the sequences of a primer
 };
 
 Decoder::Decoder(std::shared_ptr<const DecoderWeights> weights, int64_t batch, int64_t capacity)
-    : weights_(std::move(weights)), batch_(batch), capacity_(capacity) {
-    const DecoderShape& s = weights_->shape;
-    const DecoderKernels& kernels = weights_->kernels;
-    if (batch < 1 || batch > (1 << 20) || capacity < 1 || capacity > s.positions)
+    : weights_(std::move(weights)), primers_(batch), capacity_(capacity), batch_(batch) {
+    if (batch < 1 || batch > kMaxBatch || capacity < 1 || capacity > weights_->shape.positions)
         throw std::invalid_argument("decoder: batch " + std::to_string(batch) + ", capacity " +
                                     std::to_string(capacity) + " is out of range");
-    const int64_t dim = s.head_dim(), size = format_bytes(s.format), tiled = padded(capacity, kernels.tile);
-    key_bytes_ = padded(tiled * dim * size, 64);
-    unit_bytes_ = key_bytes_ + padded(padded(capacity, value_rows) * padded(dim, kernels.lanes) * size, 64);
-    unit_scales_ = 3 * padded(tiled, 16);
-    const int64_t units = s.layers * s.heads * batch;
-    cache_ = Arena(size_t(units * unit_bytes_));
-    if (s.format == Format::int8) scales_ = Arena(size_t(units * unit_scales_) * sizeof(float));
-
     width_ = weights_->layer(0).proj.n;
+    own_ = make_cache(batch, capacity);
+    make_rows(batch);
+}
+
+KvCache Decoder::make_cache(int64_t sequences, int64_t capacity) const {
+    const DecoderShape& s = weights_->shape;
+    return {weights_->kernels, s.format, s.head_dim(), s.layers * s.heads * sequences, capacity};
+}
+
+void Decoder::make_rows(int64_t batch) {
     const DecoderWeights::Layer& l = weights_->layer(0);
-    const int64_t widths[] = {width_, l.qkv.n, s.embd, l.fc.n, weights_->head().n};
+    const int64_t widths[] = {width_, l.qkv.n, weights_->shape.embd, l.fc.n, weights_->head().n};
     size_t bytes = 0;
     for (int64_t width : widths) bytes += Arena::bytes<float>(batch * width);
-    shared_ = Arena(bytes);
+    rows_ = Arena(bytes);
     float** rows[] = {&x_, &qkv_, &mixed_, &inner_, &logits_};
-    for (int i = 0; i < 5; ++i) *rows[i] = shared_.take<float>(batch * widths[i]);
+    for (int i = 0; i < 5; ++i) *rows[i] = rows_.take<float>(batch * widths[i]);
+}
+
+AttentionParams Decoder::unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const {
+    AttentionParams p{};
+    cache.point(layer * units + unit, p);
+    p.head_dim = weights_->shape.head_dim();
+    p.scale = weights_->layer(layer).scale;
+    p.format = weights_->shape.format;
+    p.next = p.keys;
+    return p;
 }
 
 AttentionParams Decoder::head_of(int64_t layer, int64_t unit) const {
-    const DecoderShape& s = weights_->shape;
-    const int64_t index = layer * s.heads * batch_ + unit;
-    AttentionParams p{};
-    p.keys = cache_.data() + index * unit_bytes_;
-    p.values = p.keys + key_bytes_;
-    if (s.format == Format::int8) {
-        const int64_t each = unit_scales_ / 3;
-        p.key_scale = reinterpret_cast<float*>(scales_.data()) + index * unit_scales_;
-        p.value_scale = p.key_scale + each;
-        p.key_sums = reinterpret_cast<int32_t*>(p.value_scale + each);
-    }
-    p.head_dim = s.head_dim();
-    p.scale = weights_->layer(layer).scale;
-    p.format = s.format;
-    p.next = p.keys;
+    return unit_of(own_, layer, weights_->shape.heads * batch_, unit);
+}
+
+AttentionParams Decoder::primer_of(int64_t layer, int64_t unit) const {
+    AttentionParams p = unit_of(primer_, layer, weights_->shape.heads * primers_, unit);
+    p.position = shared_ - 1;
     return p;
 }
 
@@ -294,16 +337,44 @@ void Decoder::advance(int64_t count) {
     position_ += count;
 }
 
+void Decoder::fork(int64_t copies, int threads) {
+    const Busy busy(busy_);
+    if (forked_) throw std::logic_error("decoder: it has been forked before");
+    if (position_ == 0) throw std::logic_error("decoder: nothing has been read that a fork could share");
+    if (copies < 1 || copies > kMaxBatch / primers_)
+        throw std::invalid_argument("decoder: " + std::to_string(copies) + " copies are out of range");
+    if (copies == 1) {
+        forked_ = true;
+        return;
+    }
+    // The old cache goes when the new ones are there; memory of theirs that is not written yet takes no room.
+    KvCache primer = make_cache(primers_, position_), own = make_cache(primers_ * copies, capacity_ - position_);
+    make_rows(primers_ * copies);
+    const int64_t units = weights_->shape.layers * weights_->shape.heads * primers_;
+    const int wanted = usable_threads(threads);
+#pragma omp parallel for schedule(static) num_threads(wanted) if (wanted > 1)
+    for (int64_t u = 0; u < units; ++u) primer.copy(u, own_);
+    primer_ = std::move(primer);
+    own_ = std::move(own);
+    scratch_.clear();
+    forked_ = true;
+    shared_ = position_;
+    copies_ = copies;
+    batch_ = primers_ * copies;
+}
+
 void Decoder::rewind(int64_t position) {
-    if (position < 0 || position > position_) throw std::invalid_argument("decoder: rewind goes back only");
+    if (position < shared_ || position > position_)
+        throw std::invalid_argument("decoder: rewind goes back only, and to a fork at most");
     // The values of a group that stays in use must be zero where they are forgotten.
     const std::vector<float> zeros(size_t(weights_->shape.head_dim()));
-    const int64_t units = weights_->shape.heads * batch_, end = std::min(padded(position, value_rows), position_);
+    const int64_t units = weights_->shape.heads * batch_, first = position - shared_;
+    const int64_t end = std::min(padded(first, value_rows), position_ - shared_);
     for (int64_t layer = 0; layer < weights_->shape.layers; ++layer)
         for (int64_t u = 0; u < units; ++u) {
             AttentionParams p = head_of(layer, u);
             p.k = p.v = zeros.data();
-            for (p.position = position; p.position < end; ++p.position) weights_->kernels.remember(p);
+            for (p.position = first; p.position < end; ++p.position) weights_->kernels.remember(p);
         }
     position_ = position;
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "kv_cache.h"
 #include "ops.h"
 
 namespace igpt::cpu {
@@ -77,6 +78,9 @@ class DecoderWeights {
 };
 
 // The state of `batch` sequences, all at the same position. A step is one OpenMP region.
+//
+// A fork makes `copies` sequences of each. They share the positions before it, the primer, which are stored once and
+// stay as they are; what follows is in caches of their own. Sequence j of primer i is sequence i copies + j.
 class Decoder {
   public:
     // Throws std::bad_alloc or std::invalid_argument.
@@ -92,11 +96,15 @@ class Decoder {
     void load(int64_t layer, const float* keys, const float* values, int64_t count, int threads);
     void advance(int64_t count);
 
-    // Forgets the positions from `position` on.
+    // Goes on with `copies` sequences for each. Throws std::bad_alloc, and then nothing has changed, or
+    // std::logic_error for what cannot be forked.
+    void fork(int64_t copies, int threads);
+
+    // Forgets the positions from `position` on; those of a primer stay.
     void rewind(int64_t position);
 
     int64_t position() const { return position_; }
-    size_t bytes() const { return cache_.size() + scales_.size(); }
+    size_t bytes() const { return primer_.bytes() + own_.bytes(); }
 
   private:
     friend class Worker;
@@ -110,16 +118,24 @@ class Decoder {
         char* tiles;
     };
 
+    // Unit: a head of a sequence, or of a primer; the sequences of a head follow each other.
     AttentionParams head_of(int64_t layer, int64_t unit) const;
+    AttentionParams primer_of(int64_t layer, int64_t unit) const;
+    AttentionParams unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const;
+    KvCache make_cache(int64_t sequences, int64_t capacity) const;
+    void make_rows(int64_t batch);
     void reserve(int threads);
     void check_free(int64_t count) const;
 
     const std::shared_ptr<const DecoderWeights> weights_;
-    const int64_t batch_, capacity_;
+    const int64_t primers_, capacity_;
+    int64_t copies_ = 1, batch_;  // batch_ = primers_ copies_
+    int64_t shared_ = 0;          // positions that are in `primer_`
     int64_t position_ = 0;
-    int64_t unit_bytes_, unit_scales_, key_bytes_;  // of one head of one sequence
-    int64_t width_;                                 // n_embd, padded to whole tiles
-    Arena cache_, scales_, shared_, scratch_block_;
+    int64_t width_;  // n_embd, padded to whole tiles
+    bool forked_ = false;
+    KvCache primer_, own_;
+    Arena rows_, scratch_block_;
     float *x_, *qkv_, *mixed_, *inner_, *logits_;  // (batch, width), shared by the threads
     std::vector<Scratch> scratch_;
     std::atomic<bool> busy_{false};

@@ -89,11 +89,13 @@ struct AttentionParams {
     float scale;
     Format format;
     const char* next;
+    float* state;  // (2,) or null: takes the largest score and the sum of e^(score - largest)
 };
 
 constexpr int64_t max_head_dim = 256;
-constexpr int64_t value_rows =
-    4;  // positions of `values` are allocated in multiples of it, and zero before they are written
+constexpr int64_t shared_rows = 8;  // sequences that attend to their primer together, at most
+// Positions of `values` are allocated in multiples of it, and zero before they are written.
+constexpr int64_t value_rows = 4;
 
 struct DecoderKernels {
     int64_t lanes;      // of a register
@@ -111,6 +113,9 @@ struct DecoderKernels {
     void (*remember)(const AttentionParams& params);
     // out = softmax(scale q K^T) V over the positions 0 .. position.
     void (*attend)(const AttentionParams& params);
+    // The same for `count` sequences, shared_rows at most, over all of a primer's positions and each sequence's own
+    // 0 .. position after them. The primer's q, k, v and out are not used.
+    void (*attend_shared)(const AttentionParams& primer, const AttentionParams* sequences, int64_t count);
     // Prefetches what `remember` will write, and what `attend` would have to wait for at its beginning.
     void (*expect)(const AttentionParams& params);
 };

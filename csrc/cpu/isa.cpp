@@ -13,6 +13,7 @@
 namespace igpt::cpu {
 namespace {
 
+#ifdef IGPT_X86
 // Whether the processor multiplies tiles of bf16 and int8, the operating system saves them, and the kernel lets this
 // process use them: tiles are a state that has to be asked for, once in a process.
 bool have_amx() {
@@ -29,6 +30,7 @@ bool have_amx() {
     return false;
 #endif
 }
+#endif
 
 const Ops* fastest() {
     Isa all[8];

@@ -134,6 +134,10 @@ struct Bf16 {
         // Several rows are bound by multiply-adds, and this one does two.
         if constexpr (R > 1) return dot<R, C>(p);
 #endif
+        widen<R, C>(p);
+    }
+    template <int R, int C>
+    static void widen(const Piece& p) {
         two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
             for (int c = 0; c < C; ++c) {
                 prefetch(far + c * bytes);
