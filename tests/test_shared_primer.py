@@ -72,14 +72,16 @@ def primed(model: ImageGPTForCausalImageModeling, batch: int, n: int, primer: in
 def run(decoder: Decoder, tokens: Tensor, primer: int, n: int | None = None) -> Tensor:
     """Logits from the primer's last position on, (B, T, K); with n, the decoder reads each primer once and forks.
 
-    PyTorch reads the primer, and rounds as its threads fall: always one.
+    Plain PyTorch reads the primer, on one thread: its rounding, and which kernels serve it, depend on the batch.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if n is None:
-        first = decoder.prefill(tokens[:, :primer])
-    else:
-        first = decoder.prefill(tokens[::n, :primer]).repeat_interleave(n, dim=0)
+    with backend.use_backend("reference"):
+        if n is None:
+            first = decoder.prefill(tokens[:, :primer])
+        else:
+            first = decoder.prefill(tokens[::n, :primer]).repeat_interleave(n, dim=0)
+    if n is not None:
         decoder.fork(n)
         assert decoder.batch_size == len(tokens)
     torch.set_num_threads(threads)
