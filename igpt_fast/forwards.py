@@ -78,7 +78,12 @@ def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
         return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return why_not_shape(model.config) or _why_not_modules(model) or _why_not_weights(model)
+    if tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
+        return "the input is many short sequences, which would be padded to 32 positions each"
+    if reason := why_not_shape(model.config) or _why_not_modules(model):
+        return reason
+    weights = _weights(model)
+    return _why_not_settings(model, weights) or _why_not_weights(weights)
 
 
 def _why_not_modules(model: ImageGPTModel) -> str | None:
@@ -87,7 +92,9 @@ def _why_not_modules(model: ImageGPTModel) -> str | None:
         return "the network is in training mode"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks of all modules"
-    for module in model.modules():
+    modules: list[nn.Module] = [model]  # not nn.Module.modules(), which takes a millisecond for 24 layers
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
         if module is model:
             continue
         if type(module) not in MODULES:
@@ -97,17 +104,17 @@ def _why_not_modules(model: ImageGPTModel) -> str | None:
             return f"a {type(module).__name__} has a hook or a forward of its own"
         if module.training and type(module) is nn.Dropout and module.p > 0.0:
             return "dropout is on"
-    return _why_not_settings(model)
+    return None
 
 
-def _why_not_settings(model: ImageGPTModel) -> str | None:
+def _why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
     config, blocks = model.config, _blocks(model)
     embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
     shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
     linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
     shapes += config.n_layer * [(embd,), (embd,), *linear]
-    if [tuple(weight.shape) for weight in _weights(model)] != shapes:
+    if [weight.shape for weight in weights] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
     norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
@@ -120,8 +127,7 @@ def _why_not_settings(model: ImageGPTModel) -> str | None:
     return None
 
 
-def _why_not_weights(model: ImageGPTModel) -> str | None:
-    weights = _weights(model)
+def _why_not_weights(weights: list[Any]) -> str | None:
     # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
     if any(type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 for weight in weights):
         return "the weights are not all bfloat16 parameters"
