@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from igpt_fast import backend
 from igpt_fast.cache import StaticCache
 from igpt_fast.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
+from igpt_fast.packed import packed
 
 if TYPE_CHECKING:
     from igpt_fast.config import ImageGPTConfig
@@ -102,8 +103,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class CpuDecoder:
     """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
 
-    The weights are packed when the decoder is made; what changes them afterwards does not reach it. Activations and
-    logits are float32, whatever the weights are:
+    The weights are packed for a model's first decoder, and again for the first after a change of them; what changes
+    them during a decoder's life does not reach it. Activations and logits are float32, whatever the weights are:
 
     - float32: the model's own numbers.
     - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
@@ -135,7 +136,9 @@ class CpuDecoder:
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
-        self._decoder = backend._C.Decoder(_pack(model, dtype), batch_size, capacity)
+        self._decoder = backend._C.Decoder(
+            packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
+        )
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
@@ -228,12 +231,18 @@ def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
     return "lm_head has a bias" if model.lm_head.bias is not None else None
 
 
-def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
-    """The compiled module's copy of the weights."""
-    return pack(model.transformer, model.lm_head.weight, dtype or model.dtype)
+def packed_weights(body: ImageGPTModel, head: Tensor | None, dtype: str | None) -> Any:
+    """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
+
+    One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
+    """
+    scales = tuple(block.attn.scale for block in cast("list[Any]", body.h))
+    settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
+    others = {} if head is None else {"head": head}
+    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
 
 
-def pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
+def _pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
     config, threads = body.config, torch.get_num_threads()

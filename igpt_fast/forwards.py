@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import backend, ops
-from igpt_fast.decoders import HOOKS, MODULES, pack, why_not_shape
+from igpt_fast.decoders import HOOKS, MODULES, packed_weights, why_not_shape
 from igpt_fast.ops.dispatch import is_plain
+from igpt_fast.packed import forget, kept
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTModel
@@ -34,13 +35,14 @@ class States(NamedTuple):
     values: Tensor | None
 
 
-class _Packed(NamedTuple):
+class _Made(NamedTuple):
     mark: tuple[Any, ...]
-    weights: list[Tensor]  # kept, so that no other tensor can come to lie where they do
+    weights: list[Tensor]  # held, so that no other tensor can come to lie where they do
+    packed: Any
     forward: Any
 
 
-_packed: WeakKeyDictionary[ImageGPTModel, _Packed] = WeakKeyDictionary()
+_made: WeakKeyDictionary[ImageGPTModel, _Made] = WeakKeyDictionary()
 
 
 def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
@@ -54,7 +56,8 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
         return None
     if why_not(model, tokens) is not None:
         if model.dtype != torch.bfloat16 or model.device.type != "cpu":
-            _packed.pop(model, None)
+            _made.pop(model, None)
+            forget(model, None)
         return None
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
@@ -64,7 +67,7 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
-    _pack(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    _forward(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
     return States(last, states, keys, values)
 
 
@@ -149,11 +152,11 @@ def _weights(model: ImageGPTModel) -> list[Any]:
     return found
 
 
-def _pack(model: ImageGPTModel) -> Any:
+def _forward(model: ImageGPTModel) -> Any:
     """The compiled module's forward pass on the weights as they are now.
 
-    A change is seen by a weight's memory and version and, since ``parameter.data`` changes neither, by some of its
-    numbers.
+    Whether they have changed is seen by each one's memory and version and, since what goes through ``parameter.data``
+    leaves these alone, by some of its numbers: reading all of them takes some milliseconds.
     """
     assert backend._C is not None
     weights = _weights(model)
@@ -165,9 +168,11 @@ def _pack(model: ImageGPTModel) -> Any:
         [block.attn.scale for block in _blocks(model)],
         (model.config.layer_norm_epsilon, model.config.activation_function, backend._C.cpu_isa()),
     )
-    packed = _packed.get(model)
-    if packed is None or packed.mark != mark:
-        _packed.pop(model, None)  # before the new copy is made
-        forward = backend._C.Forward(pack(model, None, torch.bfloat16))
-        packed = _packed[model] = _Packed(mark, [weight.detach() for weight in weights], forward)
-    return packed.forward
+    made = _made.get(model)
+    # A decoder may have packed them again, with its head.
+    if made is None or made.mark != mark or made.packed is not kept(model, None):
+        _made.pop(model, None)  # before a new copy is made
+        del made
+        packed = packed_weights(model, None, None)
+        made = _made[model] = _Made(mark, [weight.detach() for weight in weights], packed, backend._C.Forward(packed))
+    return made.forward

@@ -157,7 +157,8 @@ def load_pipeline(drawing: Drawing) -> Pipeline:
     device = choose_device(drawing.device)
     from igpt_fast.pipeline import Pipeline
 
-    dtype = "float32" if drawing.dtype == "int8" else drawing.dtype  # rounded when the decoder is made
+    # int8 is made of bfloat16, which takes half the memory of float32 and adds a hundredth to the rounding.
+    dtype = "bfloat16" if drawing.dtype == "int8" else drawing.dtype
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 

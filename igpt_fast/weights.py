@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,18 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         for name in file_.keys():  # noqa: SIM118, not a mapping
             part = file_.get_slice(name)
             kind = part.get_dtype()
-            read = _reader(path, name, file_.get_tensor)
+            read = _reader(path, name, partial(_read_safetensor, path))
             tensors[name] = StoredTensor(path, tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind), read)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a usable safetensors file: {error}") from error
     return tensors
+
+
+def _read_safetensor(path: Path, name: str) -> Tensor:
+    """A view of the file, mapped for this tensor alone: what is read of a mapping counts as the process's memory."""
+    from safetensors import safe_open
+
+    return safe_open(path, "pt").get_tensor(name)
 
 
 def _reader(path: Path, name: str, get: Callable[[str], Tensor]) -> Callable[[], Tensor]:

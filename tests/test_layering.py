@@ -36,8 +36,9 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"files"},
     "checkpoint": {"config", "files", "weights"},
     "layers": {"cache", "config", "ops.__init__"},
-    "decoders": {"backend", "cache", "config", "layers", "ops.__init__"},
-    "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch"},
+    "packed": {"backend"},
+    "decoders": {"backend", "cache", "config", "layers", "ops.__init__", "packed"},
+    "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders", "ops.__init__", "reference"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),

@@ -12,60 +12,92 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr int64_t kKeys = 256;  // a multiple of kTile
+constexpr int64_t kKeys = 256;       // a multiple of kTile
+constexpr int64_t kBurst = 4 << 10;  // bytes
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Writes one weight: element k of output n, `width` outputs in a tile.
+// Where the groups of a position's key lie, and its value.
 template <class F>
-inline char* place(char* data, int64_t n, int64_t k, int64_t width, int64_t size) {
-    return data + ((k / F::step * width + n) * F::step + k % F::step) * size;
+inline char* key_of(const AttentionParams& p, int64_t size) {
+    const int64_t t = p.position;
+    return p.keys + (t / kTile * kTile * p.head_dim + t % kTile * F::step) * size;
+}
+template <class F>
+inline char* value_of(const AttentionParams& p, int64_t size) {
+    const int64_t t = p.position;
+    return p.values + (t / F::step * padded(p.head_dim, kLanes) * F::step + t % F::step) * size;
 }
 
-template <class F, class T, class Convert>
-inline void scatter(const AttentionParams& p, Convert convert) {
-    const int64_t t = p.position, d = p.head_dim;
-    char* keys = p.keys + t / kTile * kTile * d * int64_t(sizeof(T));
-    for (int64_t i = 0; i < d; ++i) {
-        const T k = convert(p.k[i], 0), v = convert(p.v[i], 1);
-        __builtin_memcpy(place<F>(keys, t % kTile, i, kTile, sizeof(T)), &k, sizeof(T));
-        __builtin_memcpy(place<F>(p.values, i, t, padded(d, kLanes), sizeof(T)), &v, sizeof(T));
+template <class F, class T>
+inline void scatter(const AttentionParams& p, const T* key, const T* value) {
+    char *k = key_of<F>(p, sizeof(T)), *v = value_of<F>(p, sizeof(T));
+    for (int64_t i = 0; i < p.head_dim; i += F::step, k += kTile * F::step * sizeof(T))
+        __builtin_memcpy(k, key + i, F::step * sizeof(T));
+    for (int64_t i = 0; i < p.head_dim; ++i, v += F::step * sizeof(T)) __builtin_memcpy(v, value + i, sizeof(T));
+}
+
+// n numbers as int8, rounded to nearest, and their sum; returns the scale, which is NaN when one is not finite.
+inline float to_int8(const float* x, int64_t n, int8_t* out, int32_t& sum) {
+    alignas(64) float padded_x[max_head_dim + kLanes] = {};
+    __builtin_memcpy(padded_x, x, size_t(n) * sizeof(float));
+    Vec most = zero(), poison = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Vec v = load(padded_x + i);
+        most = max(most, abs(v));
+        poison = fma(v, zero(), poison);
     }
-}
-
-// The scale of n numbers as int8; NaN when one is not finite.
-inline float int8_scale(const float* x, int64_t n) {
-    float most = 0.0f, poison = 0.0f;
+    const float scale = reduce_max(most) / 127.0f, inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;
+    int32_t total = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const float magnitude = __builtin_fabsf(x[i]);
-        most = magnitude > most ? magnitude : most;
-        poison += x[i] * 0.0f;
+        const float q = x[i] * inverse;
+        const int32_t rounded = int32_t(q + (q < 0 ? -0.5f : 0.5f));
+        total += rounded;
+        out[i] = int8_t(rounded);
     }
-    return most / 127.0f + poison;
+    sum = total;
+    return scale + reduce_add(poison);
 }
 
 void remember(const AttentionParams& p) {
+    const int64_t d = p.head_dim;
+    if (p.format == Format::fp32) return scatter<Fp32>(p, p.k, p.v);
+    if (p.format == Format::bf16) {
+        uint16_t rounded[2][max_head_dim];
+        for (int64_t i = 0; i < d; ++i) rounded[0][i] = to_bf16(p.k[i]);
+        for (int64_t i = 0; i < d; ++i) rounded[1][i] = to_bf16(p.v[i]);
+        return scatter<Bf16>(p, rounded[0], rounded[1]);
+    }
+    int8_t rounded[2][max_head_dim];
+    int32_t unused;
+    p.key_scale[p.position] = to_int8(p.k, d, rounded[0], p.key_sums[p.position]);
+    p.value_scale[p.position] = to_int8(p.v, d, rounded[1], unused);
+    scatter<Int8>(p, rounded[0], rounded[1]);
+}
+
+template <class F>
+inline void expect_in(const AttentionParams& p, int64_t size) {
+    const char *k = key_of<F>(p, size), *v = value_of<F>(p, size);
+    for (int64_t i = 0; i < p.head_dim; i += F::step, k += kTile * F::step * size) __builtin_prefetch(k, 1, 2);
+    for (int64_t i = 0; i < p.head_dim * F::step * size; i += 64) __builtin_prefetch(v + i, 1, 2);
+    if (p.format != Format::int8) return;
+    for (int64_t t = 0; t <= p.position; t += 16) {  // these are too short to be prefetched while they are read
+        prefetch(reinterpret_cast<const char*>(p.key_scale + t));
+        prefetch(reinterpret_cast<const char*>(p.value_scale + t));
+        prefetch(reinterpret_cast<const char*>(p.key_sums + t));
+    }
+}
+
+// Prefetches what `remember` will write and what `attend` would wait for.
+void expect(const AttentionParams& p) {
     switch (p.format) {
         case Format::fp32:
-            return scatter<Fp32, float>(p, [](float x, int) { return x; });
+            return expect_in<Fp32>(p, 4);
         case Format::bf16:
-            return scatter<Bf16, uint16_t>(p, [](float x, int) { return to_bf16(x); });
+            return expect_in<Bf16>(p, 2);
         case Format::int8:
-            break;
+            return expect_in<Int8>(p, 1);
     }
-    const float scales[2] = {int8_scale(p.k, p.head_dim), int8_scale(p.v, p.head_dim)};
-    const float inverse[2] = {scales[0] > 1e-37f ? 1.0f / scales[0] : 0.0f,
-                              scales[1] > 1e-37f ? 1.0f / scales[1] : 0.0f};
-    int32_t sums[2] = {0, 0};
-    scatter<Int8, int8_t>(p, [&](float x, int which) {
-        const float q = x * inverse[which];
-        const int32_t rounded = int32_t(q + (q < 0 ? -0.5f : 0.5f));
-        sums[which] += rounded;
-        return int8_t(rounded);
-    });
-    p.key_scale[p.position] = scales[0];
-    p.value_scale[p.position] = scales[1];
-    p.key_sums[p.position] = sums[0];
 }
 
 // The inputs of the two products as the format takes them.
@@ -93,16 +125,17 @@ inline void one_row(const char* weights, ptrdiff_t stride, int64_t count, const 
     run_rows<F>(piece, 1, registers);
 }
 
-// Scores of the positions from .. from + count - 1, a multiple of kLanes.
+// Scores of the positions from .. from + count - 1, a multiple of kLanes; `next` is read afterwards.
 template <class F>
-inline void score(const AttentionParams& p, const Split& q, int64_t from, int64_t count, int64_t size, float* scores) {
-    const int64_t d = p.head_dim, tile_bytes = kTile * d * size, seen = padded(p.position + 1, kTile);
+inline void score(const AttentionParams& p, const Split& q, int64_t from, int64_t count, int64_t size, float* scores,
+                  const char* next) {
+    const int64_t d = p.head_dim, tile_bytes = kTile * d * size;
+    const char* end = p.keys + padded(from + count, kTile) / kTile * tile_bytes;
     alignas(64) float sums[2 * kTile];
     for (int64_t t = from; t < from + count; t += kTile) {
         const int64_t left = (from + count - t) / kLanes;
         const int registers = int(left < 4 ? left : 4);
-        one_row<F>(p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q, sums, registers,
-                   p.keys + seen / kTile * tile_bytes, p.values);
+        one_row<F>(p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q, sums, registers, end, next);
         for (int c = 0; c < registers; ++c) {
             const int64_t at = t + c * kLanes;
             Vec v = load(sums + c * kLanes);
@@ -117,17 +150,16 @@ inline void score(const AttentionParams& p, const Split& q, int64_t from, int64_
     }
 }
 
-// acc = acc * keep + probabilities V, over count positions, a multiple of 4.
+// acc = acc * keep + probabilities V, over count positions, a multiple of value_rows; `next` is read afterwards.
 template <class F>
 inline void mix(const AttentionParams& p, const Split& probabilities, int64_t from, int64_t count, float keep,
-                float* acc) {
+                float* acc, const char* next) {
     const int64_t width = padded(p.head_dim, kLanes), stride = width / kLanes * F::bytes;
-    const char *base = p.values + from / F::step * stride,
-               *end = p.values + padded(p.position + 1, value_rows) / F::step * stride;
+    const char *base = p.values + from / F::step * stride, *end = base + count / F::step * stride;
     alignas(64) float sums[2 * kTile];
     for (int64_t n = 0; n < width; n += kTile) {
         const int registers = int((width - n < kTile ? width - n : kTile) / kLanes);
-        one_row<F>(base + n / kLanes * F::bytes, stride, count, probabilities, sums, registers, end, p.next);
+        one_row<F>(base + n / kLanes * F::bytes, stride, count, probabilities, sums, registers, end, next);
         for (int c = 0; c < registers; ++c) {
             Vec v = load(sums + c * kLanes);
 #if defined(__AVX512VNNI__)
@@ -167,9 +199,14 @@ void attend_in(const AttentionParams& p, int64_t size) {
 #endif
     float most = -__builtin_inff(), total = 0.0f;
     float* scores = probabilities.x;
-    for (int64_t from = 0; from < keys; from += kKeys) {
-        const int64_t count = keys - from < kKeys ? keys - from : kKeys, rounded = padded(count, kLanes);
-        score<F>(p, q, from, rounded, size, scores);
+    // Blocks of equal length: a short last one would leave no time to prefetch what comes after it.
+    const int64_t blocks = (keys + kKeys - 1) / kKeys, block = padded((keys + blocks - 1) / blocks, kTile);
+    for (int64_t from = 0; from < keys; from += block) {
+        const int64_t left = keys - from, count = left < block ? left : block, rounded = padded(count, kLanes);
+        const char* values = p.values + from * width * size;
+        score<F>(p, q, from, rounded, size, scores, values);
+        // Memory is not to rest in the meantime.
+        for (int64_t i = 0; i < kBurst; i += 64) prefetch(values + kAhead + i);
         // What lies beyond the newest key must not decide the maximum.
         for (int64_t i = count; i < rounded; ++i) scores[i] = -__builtin_inff();
         const float here = largest(scores, rounded), before = most;
@@ -183,7 +220,8 @@ void attend_in(const AttentionParams& p, int64_t size) {
             probabilities.scale = split_row<false>(scores, wide, probabilities.high, probabilities.low);
 #endif
         }
-        mix<F>(p, probabilities, from, wide, keep, acc);
+        const char* next = left > block ? p.keys + (from + block) * p.head_dim * size : p.next;
+        mix<F>(p, probabilities, from, wide, keep, acc, next);
     }
     const Vec inverse = set1(1.0f / total);
     for (int64_t i = 0; i < width; i += kLanes) store(acc + i, load(acc + i) * inverse);
@@ -204,8 +242,8 @@ void attend(const AttentionParams& p) {
 }  // namespace
 
 namespace {
-constexpr DecoderKernels decoder_kernels{kLanes, kTile,    Int8::step, pack_tile<Int8::step>, norm, sum, split,
-                                         linear, remember, attend};
+constexpr DecoderKernels decoder_kernels{kLanes,   kTile,  Int8::step, pack_tile<Int8::step>, norm, sum, split, linear,
+                                         remember, attend, expect};
 }  // namespace
 
 }  // namespace igpt::cpu

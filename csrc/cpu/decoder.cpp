@@ -120,6 +120,12 @@ class Worker {
         w_.kernels.linear({&m, &rows, y, ld, then, range.begin, range.end, scratch_.sums, next});
     }
 
+    void expect(int64_t layer, int64_t unit) const {
+        AttentionParams p = d_.head_of(layer, unit);
+        p.position = d_.position_;
+        w_.kernels.expect(p);
+    }
+
     void attend(int64_t layer, const char* next) const {
         const int64_t batch = d_.batch_, dim = w_.shape.head_dim(), width = w_.layer(layer).qkv.n;
         const Range units = own_heads_ ? Range{part(w_.shape.heads).begin * batch, part(w_.shape.heads).end * batch}
@@ -133,6 +139,7 @@ class Worker {
             p.out = d_.mixed_ + b * w_.shape.embd + head * dim;
             p.position = d_.position_;
             p.next = u + 1 < units.end ? d_.head_of(layer, u + 1).keys : next;
+            if (u + 1 < units.end) expect(layer, u + 1);
             w_.kernels.remember(p);
             w_.kernels.attend(p);
         }
@@ -146,6 +153,7 @@ class Worker {
         const int64_t first_unit =
             part(w_.shape.heads * (own_heads_ ? 1 : d_.batch_)).begin * (own_heads_ ? d_.batch_ : 1);
         const bool idle = first_unit >= w_.shape.heads * d_.batch_;
+        if (!idle) expect(i, first_unit);
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
                  idle ? start(l.proj, proj) : d_.head_of(i, first_unit).keys);
         if (!own_heads_) meet();

@@ -33,6 +33,13 @@ struct LayerSource {
     float scale;                                                 // of the scores
 };
 
+// A number for what lies in each of `count` blocks of memory: it changes when a byte changes, but once in 2^64 times.
+struct Block {
+    const void* data;
+    size_t bytes;
+};
+void checksums(const Block* blocks, int64_t count, uint64_t* out, int threads);
+
 // The weights of a model, packed for the instruction set that is chosen when it is made. Immutable once filled, and
 // shared by decoders.
 class DecoderWeights {

@@ -110,6 +110,8 @@ struct DecoderKernels {
     void (*remember)(const AttentionParams& params);
     // out = softmax(scale q K^T) V over the positions 0 .. position.
     void (*attend)(const AttentionParams& params);
+    // Prefetches what `remember` will write, and what `attend` would have to wait for at its beginning.
+    void (*expect)(const AttentionParams& params);
 };
 
 }  // namespace igpt::cpu

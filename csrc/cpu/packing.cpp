@@ -1,5 +1,6 @@
-// From a checkpoint's matrices to packed ones; layouts: decoder_kernels.h.
+// From a checkpoint's matrices to packed ones, and whether they are still the same; layouts: decoder_kernels.h.
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,7 +58,47 @@ void fill(const Matrix& m, const Source& source, const float* bias, const std::v
         for (size_t n = 0; n < order.size(); ++n) const_cast<float*>(m.bias)[n] = bias[order[n]];
 }
 
+constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
+
+uint64_t mix(uint64_t state, uint64_t word) {
+    state ^= word;
+    return (state << 29 | state >> 35) * kOdd;
+}
+
+uint64_t checksum(const char* data, size_t bytes) {
+    constexpr size_t chains = 8;  // a multiplication waits for the one before
+    uint64_t state[chains] = {}, words[chains];
+    size_t at = 0;
+    for (; at + sizeof words <= bytes; at += sizeof words) {
+        std::memcpy(words, data + at, sizeof words);
+        for (size_t i = 0; i < chains; ++i) state[i] = mix(state[i], words[i]);
+    }
+    std::memset(words, 0, sizeof words);
+    std::memcpy(words, data + at, bytes - at);
+    uint64_t all = bytes;
+    for (size_t i = 0; i < chains; ++i) all = mix(all, mix(state[i], words[i]));
+    return all;
+}
+
 }  // namespace
+
+void checksums(const Block* blocks, int64_t count, uint64_t* out, int threads) {
+    constexpr size_t part = size_t(1) << 20;
+    std::vector<Block> parts;
+    for (int64_t i = 0; i < count; ++i)
+        for (size_t at = 0; at < blocks[i].bytes; at += part)
+            parts.push_back({static_cast<const char*>(blocks[i].data) + at, std::min(part, blocks[i].bytes - at)});
+    std::vector<uint64_t> sums(parts.size());
+    const int used = usable_threads(threads);
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (size_t i = 0; i < parts.size(); ++i)
+        sums[i] = checksum(static_cast<const char*>(parts[i].data), parts[i].bytes);
+    size_t next = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = 0;
+        for (size_t at = 0; at < blocks[i].bytes; at += part) out[i] = mix(out[i], sums[next++]);
+    }
+}
 
 size_t DecoderWeights::matrix_bytes(int64_t n, int64_t k) const {
     const int64_t wide = padded(n, kernels.tile);

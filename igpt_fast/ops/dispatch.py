@@ -53,7 +53,6 @@ def _transforming() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
 def _choice_when_traced(op: str, device: torch.device) -> str | None:
     """A compiled function keeps the choice that held when it was traced.
 
@@ -61,6 +60,10 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
     """
     chosen = backend.kernels(op, device)
     return None if chosen is None or _transforming() else chosen.kind
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler: 80 MB and seconds.
+_choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernel_kind(op: str, *tensors: Tensor) -> str | None:
