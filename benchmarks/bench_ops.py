@@ -6,9 +6,10 @@
 On a GPU: the calls of cuda_ops.py, timed as cuda_timing.py says, with their share of what the GPU was measured to do at
 its best. ``--dry-run`` makes every candidate of them once on the CPU, at small sizes, and compares the results.
 
-On the CPU, so far, ``quantize``. Its peers: transformers' numpy path (``color_quantize`` of its ImageGPT image
-processor, on a whole batch as the processor calls it, and cut into pieces that stay in the cache), torch's ``cdist`` +
-``argmin`` in chunks, scipy's ``cKDTree``. Every peer's tokens are checked first, by distance.
+On the CPU: the calls of cpu_ops.py against torch's expression, torch's own fused op and torch.compile, each result
+checked first by its error to float64; and ``quantize``. Its peers: transformers' numpy path (``color_quantize`` of its
+ImageGPT image processor, on a whole batch as the processor calls it, and cut into pieces that stay in the cache),
+torch's ``cdist`` + ``argmin`` in chunks, scipy's ``cKDTree``. Every peer's tokens are checked first, by distance.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ COLUMNS = ("op", "content", "pixels", "dtype", "threads", "name", "ms", "ms_spre
 CUDA_COLUMNS = (
     *("op", "pass", "size", "name", "us", "us_spread", "gb_s", "of_bandwidth", "tflop_s", "of_bf16"),
     *("times_best_peer", "cold", "error"),
+)
+CPU_COLUMNS = (
+    *("op", "pass", "size", "threads", "name", "ms", "ms_spread", "cpu_ms", "gb_s", "of_copy", "tflop_s"),
+    *("times_best_peer", "error"),
 )
 CLUSTERS = 512
 
@@ -125,7 +130,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the 256 images alone")
+    parser.add_argument("--quick", action="store_true", help="the 256 images, and S with one image, alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ops", nargs="+", help="these alone")
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: compares small results on the CPU")
@@ -138,20 +143,30 @@ def main() -> int:
 
 
 def bench_cpu(options: argparse.Namespace) -> int:
-    if options.dry_run or options.ops not in (None, ["quantize"]):
-        raise SystemExit("on the CPU there is quantize alone, and no dry run")
+    import cpu_ops
+
+    if options.dry_run:
+        raise SystemExit("--dry-run is for the calls of --device cuda")
     if reason := backend.unavailable("cpu"):
         common.say(f"without the compiled module, igpt_fast's rows are the reference's: {reason}")
-    sizes = [(256, 32)] if options.quick else [(256, 32), (1, 1024)]
+    threads = list(dict.fromkeys(options.threads))
     rows = []
-    for threads in dict.fromkeys(options.threads):
-        for count, side in sizes:
-            for content in ("random", "photograph"):
-                rows += bench_quantize(content, count, side, threads, options.rounds)
-    print(common.table(rows, COLUMNS))
+    if options.ops is None or "quantize" in options.ops:
+        sizes = [(256, 32)] if options.quick else [(256, 32), (1, 1024)]
+        for number in threads:
+            for count, side in sizes:
+                for content in ("random", "photograph"):
+                    rows += bench_quantize(content, count, side, number, options.rounds)
+        print(common.table(rows, COLUMNS))
+    copies = {number: cpu_ops.copy_gb_s(number) for number in threads}
+    others: list[dict[str, Any]] = []
+    for workload in cpu_ops.workloads(options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):
+        for number in threads:
+            others += cpu_ops.bench(workload, number, options.rounds, copies[number])
+    print(common.table(others, CPU_COLUMNS))
     if options.json:
-        common.write(options.json, rows)
-    return 0
+        common.write(options.json, rows + others, copy_gb_s={str(number): speed for number, speed in copies.items()})
+    return failures(others) if others else int(not rows)
 
 
 def bench_cuda(names: list[str] | None, path: Path | None) -> int:

@@ -62,5 +62,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
     bind_attention(m);
     bind_decoder(m);
+    bind_elementwise(m);
     bind_forward(m);
 }

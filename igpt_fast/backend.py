@@ -51,13 +51,20 @@ class Op:
         covers: What the native implementation on a CUDA device takes; the rest goes the other way.
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
+        needs_isa: The only instruction set that has it on the CPU; empty: all have.
+        least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
     """
 
     native: tuple[str, ...] = ()
     covers: str = ""
     otherwise: str = "torch expression"
     covers_cpu: str = ""
+    needs_isa: str = ""
+    least_cpu: int = 0
 
+
+# Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
+LEAST_CPU = 1 << 16
 
 # Every op of igpt_fast.ops.
 OPS: dict[str, Op] = {
@@ -66,28 +73,56 @@ OPS: dict[str, Op] = {
         "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
     ),
     "dequantize": Op(
-        ("cuda",), "tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most", otherwise="torch indexing"
+        native=("cpu", "cuda"),
+        covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
+        otherwise="torch indexing",
+        covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
     ),
     "rms_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; a weight of either",
+        least_cpu=LEAST_CPU,
     ),
     "layer_norm": Op(
-        native=("cuda",), covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192"
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
+        covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
+        least_cpu=LEAST_CPU,
     ),
     **dict.fromkeys(
         ("quick_gelu", "gelu_tanh", "gelu_erf"),
-        Op(("cuda",), "fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8"),
+        Op(
+            native=("cpu", "cuda"),
+            covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
+            covers_cpu="fp32, bf16; x and bias of one dtype",
+            least_cpu=LEAST_CPU,
+        ),
     ),
-    "activation": Op(("cuda",), "the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it"),
-    "cross_entropy": Op(("cuda",), "fp32, bf16, fp16; K to 65536"),
+    "activation": Op(
+        native=("cpu", "cuda"),
+        covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
+        "without a bias",
+        least_cpu=LEAST_CPU,
+    ),
+    "cross_entropy": Op(
+        native=("cpu", "cuda"), covers="fp32, bf16, fp16; K to 65536", covers_cpu="fp32, bf16", least_cpu=LEAST_CPU
+    ),
     "causal_attention": Op(
-        native=("cuda",),
+        native=("cpu", "cuda"),
         covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+        covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+        needs_isa="amx",
         otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
         "another scale",
     ),
     "causal_attention_packed": Op(
-        native=("cuda",), covers="what causal_attention's does", otherwise="causal_attention of the three parts"
+        native=("cpu", "cuda"),
+        covers="what causal_attention's does",
+        covers_cpu="what causal_attention's does",
+        needs_isa="amx",
+        otherwise="causal_attention of the three parts",
     ),
     "attention_decode": Op(
         native=("cuda",),
@@ -331,8 +366,15 @@ def _no_kernels(op: str, device: torch.device) -> str | None:
     if device.type not in OPS[op].native:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
-        return None
+        return _no_isa(op)
     return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
+
+
+def _no_isa(op: str) -> str | None:
+    """Why the chosen instruction set has no kernel of an op on the CPU."""
+    assert _C is not None
+    needed = OPS[op].needs_isa
+    return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
 
 
 def implementation(op: str, device_type: str) -> tuple[str, str]:
@@ -354,7 +396,10 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
         return "reference", reason
     assert _C is not None
     if device_type == "cpu":
-        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}" if entry.covers_cpu else ""
+        if reason := _no_isa(op):
+            return entry.otherwise, reason
+        least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
+        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
     return "native", f"for {entry.covers}"
 
 

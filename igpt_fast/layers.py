@@ -12,6 +12,14 @@ from igpt_fast.cache import Cache
 from igpt_fast.config import ImageGPTConfig
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of the input of a product; fp64 it leaves alone."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 class ImageGPTLayerNorm(nn.Module):
     """iGPT's norm: root mean square, not mean-centred, weight only. See ``ops.rms_norm``."""
 
@@ -21,14 +29,16 @@ class ImageGPTLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     @overload
-    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    def forward(self, x: Tensor, residual: None = None, dtype: torch.dtype | None = None) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x``; with ``residual``, the norm of the sum and the sum, in the residual's dtype."""
+    def forward(self, x: Tensor, residual: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``, in ``dtype``; with ``residual``, of the sum, and the sum in the residual's dtype."""
         if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps)
-        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual)
+            return ops.rms_norm(x, self.weight, self.eps, dtype=dtype)
+        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual, dtype=dtype)
 
 
 class Conv1D(nn.Module):
@@ -112,6 +122,7 @@ class ImageGPTBlock(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.attn(self.ln_1(x), cache, past, key_mask, need_weights)
-        normed, x = self.ln_2(attended, residual=x)
+        dtype = _autocast_dtype(x)  # as the linear layers would convert it
+        attended, weights = self.attn(self.ln_1(x, dtype=dtype), cache, past, key_mask, need_weights)
+        normed, x = self.ln_2(attended, residual=x, dtype=dtype)
         return x + self.mlp(normed), weights

@@ -1,5 +1,6 @@
 """What all tests share: GPU tests skip with a reason, threads are bounded, seeds are fixed."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import compiling
 import pytest
 import torch
-from implementations import ISAS, CountedModule, Implementation
+from implementations import ISAS, CountedModule, Implementation, isas_of
 
 from igpt_fast import backend
 
@@ -60,13 +61,15 @@ def emulation(emulated_module: ModuleType) -> Iterator[Implementation]:
 
 @pytest.fixture
 def native_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Implementation]:
-    """The CPU kernels, counted: of the instruction set that the parameter names, or of the fastest."""
+    """The CPU kernels, counted, for small inputs too: of the instruction set of the parameter, or the fastest."""
     if backend._C is None:
         pytest.skip(backend.native_reason)
     module, before = CountedModule(backend._C), backend._C.cpu_isa()
     monkeypatch.setattr(backend, "_C", module)
+    every_size = {name: dataclasses.replace(op, least_cpu=0) for name, op in backend.OPS.items()}
+    monkeypatch.setattr(backend, "OPS", every_size)
     assert module.select_cpu_isa(getattr(request, "param", None) or ISAS[-1])
-    with backend.use_backend("cpu"):
+    with backend.use_backend("auto"):
         yield Implementation("cpu", "cpu", module)
     module.select_cpu_isa(before)
 
@@ -81,9 +84,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     kinds: list[Any] = ["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
     op = metafunc.definition.path.stem.removeprefix("test_").removesuffix("_kernels")
-    if op in backend.OPS and "cpu" in backend.OPS[op].native:
+    if op in backend.OPS and (isas := isas_of(op)):
         every = metafunc.definition.get_closest_marker("every_isa") is not None
-        kinds[1:1] = [f"cpu-{isa}" for isa in ISAS] if every else ["cpu"]
+        kinds[1:1] = [f"cpu-{isa}" for isa in isas] if every else ["cpu"]
     metafunc.parametrize("implementation", kinds, indirect=True)
 
 

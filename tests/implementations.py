@@ -12,6 +12,12 @@ from igpt_fast import backend
 ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
 
 
+def isas_of(op: str) -> list[str]:
+    """The instruction sets of this machine that have kernels of an op for the CPU's tensors."""
+    entry = backend.OPS[op]
+    return [isa for isa in ISAS if "cpu" in entry.native and entry.needs_isa in ("", isa)]
+
+
 class Counting(Protocol):
     """A module that counts its launches: the emulated one, or ``CountedModule``."""
 

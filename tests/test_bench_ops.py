@@ -66,6 +66,59 @@ def test_everybody_gives_the_same(
             assert launches > before or "cuda" not in backend.OPS[op].native, f"{workload.size}: no kernel ran"
 
 
+@pytest.fixture
+def cpu_calls(timing: ModuleType) -> ModuleType:
+    return importlib.import_module("cpu_ops")
+
+
+CPU_ROWS = ("rms_norm", "layer_norm", "quick_gelu", "gelu_tanh", "gelu_erf", "cross_entropy", "dequantize")
+CPU_ROWS += ("causal_attention",)
+
+
+def test_every_op_with_a_cpu_kernel_has_a_row_there(cpu_calls: ModuleType) -> None:
+    """quantize has rows of its own; an activation by name is one of the others."""
+    rows = {workload.op for workload in cpu_calls.workloads(None, cpu_calls.TINY)}
+    native = {name for name, op in backend.OPS.items() if "cpu" in op.native}
+    assert rows == set(CPU_ROWS) == native & set(CPU_ROWS)
+
+
+@pytest.mark.parametrize("op", CPU_ROWS)
+@pytest.mark.parametrize("kind", ["reference", "native_cpu"])
+def test_everybody_gives_the_same_on_the_cpu(
+    timing: ModuleType,
+    cpu_calls: ModuleType,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    op: str,
+) -> None:
+    """But torch.compile, which takes seconds for each."""
+    native = request.getfixturevalue(kind) if kind == "native_cpu" else None
+    monkeypatch.setattr(cpu_calls, "compiled", lambda function: function)
+    for workload in cpu_calls.workloads([op], cpu_calls.TINY):
+        if native is not None:
+            native.module.reset_counters()
+        assert wrong(timing, workload) == {}, workload.size
+        assert native is None or native.module.counters()["launches"] > 0, f"{workload.size}: no kernel ran"
+
+
+def test_rows_of_the_cpu(timing: ModuleType, cpu_calls: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_calls, "compiled", lambda function: function)
+    (workload, *_) = cpu_calls.workloads(["quick_gelu"], cpu_calls.TINY)
+    before = torch.get_num_threads()
+    rows = cpu_calls.bench(workload, 1, 2, ceiling=10.0)
+    torch.set_num_threads(before)
+    assert [(row["pass"], row["name"]) for row in rows] == [
+        (direction, name)
+        for direction in ("forward", "backward")
+        for name in ("igpt_fast", "torch eager", "torch.compile")
+    ]
+    for row in rows:
+        assert "error" not in row
+        assert math.isclose(row["of_copy"], row["gb_s"] / 10.0)
+    assert math.isclose(rows[0]["times_best_peer"], min(row["ms"] for row in rows[1:3]) / rows[0]["ms"])
+
+
 def test_inputs_differ_and_none_is_zero(calls: ModuleType) -> None:
     for workload in calls.workloads(None, calls.TINY):
         first, again, second = (workload.inputs(CPU, seed) for seed in (0, 0, 1))

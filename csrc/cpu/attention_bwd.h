@@ -174,26 +174,26 @@ inline void query_gradients(const KeyBlock& k, const BwdScratch& s, int64_t bloc
         const uint16_t* pairs = s.dscore_pairs + (q - block) / kStrip * 2 * kTileSize;
         for (int64_t i = 0; i < k.d; i += 32) {
             float* dq = s.dq + q * k.d + i * kStrip;  // 4 tiles of 256
-            _tile_loadd(0, dq, 64);
-            _tile_loadd(1, dq + 256, 64);
-            _tile_loadd(2, dq + 512, 64);
-            _tile_loadd(3, dq + 768, 64);
+            load_tile<0>(dq, 64);
+            load_tile<1>(dq + 256, 64);
+            load_tile<2>(dq + 512, 64);
+            load_tile<3>(dq + 768, 64);
             for (int64_t strip = 0; strip < strips; ++strip) {
                 const uint16_t* turned = s.keys_turned + strip * kStrip * k.d + i / 16 * kTileSize;
                 const uint16_t* b = pairs + strip * kStrip * kQueryBlock;
-                _tile_loadd(4, turned, 64);
-                _tile_loadd(6, b, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, b + kTileSize, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, turned + kTileSize, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                load_tile<4>(turned, 64);
+                load_tile<6>(b, 64);
+                multiply_bf16<0, 4, 6>();
+                load_tile<7>(b + kTileSize, 64);
+                multiply_bf16<1, 4, 7>();
+                load_tile<5>(turned + kTileSize, 64);
+                multiply_bf16<2, 5, 6>();
+                multiply_bf16<3, 5, 7>();
             }
-            _tile_stored(0, dq, 64);
-            _tile_stored(1, dq + 256, 64);
-            _tile_stored(2, dq + 512, 64);
-            _tile_stored(3, dq + 768, 64);
+            store_tile<0>(dq, 64);
+            store_tile<1>(dq + 256, 64);
+            store_tile<2>(dq + 512, 64);
+            store_tile<3>(dq + 768, 64);
         }
     }
 }

@@ -1,11 +1,14 @@
 // All bodies, and the table of them that every isa_*.cpp defines under its name.
 #pragma once
 
+#include "activation.h"
 #include "attend.h"
 #include "attention_bwd.h"
 #include "attention_fwd.h"
+#include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
+#include "norm.h"
 #include "ops.h"
 #include "quantize.h"
 
@@ -22,8 +25,17 @@ constexpr CausalAttentionKernels causal_attention_kernels{};
 constexpr ForwardKernels forward_kernels{};
 #endif
 
+constexpr ElementwiseKernels elementwise_kernels = {
+    widen, narrow, add, norm_fwd, norm_bwd, activation_fwd, activation_bwd, cross_entropy_fwd, cross_entropy_bwd};
+
 constexpr Ops make_ops(const char* isa) {
-    return {isa, quantize_u8, quantize_f32, decoder_kernels, causal_attention_kernels, forward_kernels};
+    return {isa,
+            quantize_u8,
+            quantize_f32,
+            decoder_kernels,
+            causal_attention_kernels,
+            elementwise_kernels,
+            forward_kernels};
 }
 
 }  // namespace

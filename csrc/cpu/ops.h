@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "decoder_kernels.h"
+#include "elementwise.h"
 #include "forward_kernels.h"
 
 namespace igpt::cpu {
@@ -54,6 +55,7 @@ struct Ops {
     void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
+    ElementwiseKernels elementwise;
     ForwardKernels forward;
 };
 

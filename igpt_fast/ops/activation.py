@@ -12,15 +12,16 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.ops.dispatch import (
+    CPU_DTYPES,
     DTYPES,
     address,
     check_floating,
     dense,
     differentiate,
     is_plain,
+    kernel_kind,
     native_kernels,
     register,
-    use_kernel,
 )
 
 # transformers' ACT2FN but for "prelu" and "xielu", which have parameters of their own.
@@ -133,7 +134,9 @@ def activation(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
     def otherwise(x: Tensor, bias: Tensor | None) -> Tensor:
         return function(x) if bias is None else function(x + bias).to(x.dtype)
 
-    return _apply(KERNELS[name], x, bias, otherwise) if name in KERNELS else otherwise(x, bias)
+    if name not in KERNELS:
+        return otherwise(x, bias)
+    return _apply(KERNELS[name], x, bias, otherwise, fast_on_cpu=name == "gelu" and bias is None)
 
 
 def check_activation(name: str) -> str:
@@ -158,10 +161,17 @@ def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; want {tuple(x.shape[-1:])}, x's last one")
 
 
-def _apply(op: str, x: Tensor, bias: Tensor | None, otherwise: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """Runs the kernel of ``op`` where it may, else ``otherwise``."""
+def _apply(
+    op: str,
+    x: Tensor,
+    bias: Tensor | None,
+    otherwise: Callable[[Tensor, Tensor | None], Tensor],
+    fast_on_cpu: bool = False,
+) -> Tensor:
+    """Runs the kernel of ``op`` where it may, else ``otherwise``, which on the CPU may be as fast."""
     tensors = (x,) if bias is None else (x, bias)
-    if not (_covered(x, bias) and use_kernel(op, *tensors)):
+    kind = kernel_kind(op, *tensors)
+    if not _covered(kind, x, bias) or (kind == "cpu" and fast_on_cpu):
         return otherwise(x, bias)
     if is_plain(*tensors):
         return _forward(op, x, bias)
@@ -169,11 +179,13 @@ def _apply(op: str, x: Tensor, bias: Tensor | None, otherwise: Callable[[Tensor,
     return out
 
 
-def _covered(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels take it; the rule is in ``backend.OPS`` in words."""
-    if x.dtype not in DTYPES or (bias is not None and bias.dtype != x.dtype):
+def _covered(kind: str | None, x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels of a kind take it; the rule is in ``backend.OPS`` in words."""
+    if kind is None or (bias is not None and bias.dtype != x.dtype):
         return False
-    return x.ndim > 0 and 8 <= x.shape[-1] < 2**31 and x.shape[-1] % 8 == 0
+    if kind == "cpu":
+        return x.dtype in CPU_DTYPES and x.ndim > 0 and x.shape[-1] > 0
+    return x.dtype in DTYPES and x.ndim > 0 and 8 <= x.shape[-1] < 2**31 and x.shape[-1] % 8 == 0
 
 
 def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,6 +195,11 @@ def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     n, kind = x.shape[-1], DEFINITIONS[op][0]
     addresses = map(address, (x, bias, out))
+    if kernels.kind == "cpu":
+        settings = kind, CPU_DTYPES[x.dtype], torch.get_num_threads()
+        if x.numel():
+            kernels.module.activation_fwd_cpu(*addresses, x.numel() // n, n, *settings)
+        return out
     kernels.module.activation_fwd_cuda(*addresses, x.numel() // n, n, kind, DTYPES[x.dtype], *kernels.place)
     return out
 
@@ -193,8 +210,14 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     dout, x, bias = dense(dout), dense(x), None if bias is None else dense(bias)
     dx, n = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // n
-    parts = 0 if bias is None else kernels.module.activation_bwd_parts(rows, n)
     dbias = x.new_empty(0 if bias is None else n)
+    if kernels.kind == "cpu":
+        addresses = map(address, (dout, x, bias, dx, None if bias is None else dbias))
+        settings = DEFINITIONS[op][0], CPU_DTYPES[x.dtype], torch.get_num_threads()
+        if rows or bias is not None:
+            kernels.module.activation_bwd_cpu(*addresses, rows, n, *settings)
+        return dx, dbias
+    parts = 0 if bias is None else kernels.module.activation_bwd_parts(rows, n)
     partial = torch.empty((parts, n), dtype=torch.float32, device=x.device)
     addresses = map(address, (dout, x, bias, dx, None if bias is None else dbias, partial))
     kind = DEFINITIONS[op][0]

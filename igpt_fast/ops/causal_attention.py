@@ -17,12 +17,12 @@ from igpt_fast.ops.dispatch import (
     dense,
     differentiate,
     is_plain,
+    kernel_kind,
     native_kernels,
     register,
-    use_kernel,
 )
 
-HEAD_DIMS = (32, 64, 96, 128)  # that the kernel is compiled for
+HEAD_DIMS = (32, 64, 96, 128)  # that the kernels take
 # A normal float32. Hidden scores are minus infinity, of which 0 times makes NaN, and a negative number the largest.
 _LEAST_SCALE = 2.0**-126
 
@@ -40,11 +40,12 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale * q k^T + causal mask) v``; the queries are the last T_q of T_k positions.
 
-    The kernel takes bf16 and fp16 (fp32 under autocast, which casts as it does for torch's own attention), head
-    dimensions of 32, 64, 96 and 128, a ``scale`` of 2^-126 or above, no dropout, no ``upcast``, and returns no weights;
-    the rest is torch's attention, or the definition. It reads q, k and v where they are, as long as their last
-    dimension is contiguous and every row aligned to 16 bytes, and its output has the memory of a contiguous (B, T_q, H,
-    D), so that the transposition that puts heads side by side is free. Its gradients are the same bits at every run.
+    The kernels take bf16 and, on a GPU, fp16 (fp32 under autocast, which casts as it does for torch's own attention),
+    head dimensions of 32, 64, 96 and 128, a ``scale`` of 2^-126 or above, no dropout, no ``upcast``, and return no
+    weights; on the CPU they need its tile unit (AMX). The rest is torch's attention, or the definition. A kernel reads
+    q, k and v where they are, as long as their last dimension is contiguous and every row aligned to 16 bytes, and its
+    output has the memory of a contiguous (B, T_q, H, D), so that the transposition that puts heads side by side is
+    free. Its gradients are the same bits at every run.
 
     For a head it takes about 2 T_q T_k D FLOPs forward where T_q = T_k, 7 T_q T_k D backward (5 by the usual count),
     and moves q, k, v and out once.
@@ -77,7 +78,7 @@ def causal_attention(
     _check_masks(op, q, k.shape[2], key_mask, starts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = [mask for mask in (key_mask, starts) if mask is not None]
-    if not need_weights and not upcast and _covered(q, scale, dropout_p) and use_kernel(op, q, k, v, *masks):
+    if not need_weights and not upcast and _use_kernel(op, scale, dropout_p, q, k, v, *masks):
         q, k, v = (_autocast(x) for x in (q, k, v))
         if is_plain(q, k, v, *masks):
             return _causal_attention(q, k, v, key_mask, starts, scale)[0], None
@@ -123,7 +124,7 @@ def causal_attention_packed(
     _check_masks(op, q, q.shape[2], key_mask, starts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = [mask for mask in (key_mask, starts) if mask is not None]
-    if not upcast and _covered(qkv, scale, dropout_p) and use_kernel(op, qkv, *masks):
+    if not upcast and _use_kernel(op, scale, dropout_p, qkv, *masks):
         qkv = _autocast(qkv)
         if is_plain(qkv, *masks):
             return _causal_attention_packed(qkv, key_mask, starts, scale)[0]
@@ -156,10 +157,14 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(_autocast_dtype(tensor))
 
 
-def _covered(x: Tensor, scale: float, dropout_p: float) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
-    low = _autocast_dtype(x) in (torch.bfloat16, torch.float16)
-    return low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf
+def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
+    """Whether a kernel takes it; the rule is in ``backend.OPS`` in words."""
+    dtype = _autocast_dtype(x)
+    low = dtype in (torch.bfloat16, torch.float16)
+    if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf):
+        return False
+    kind = kernel_kind(op, x, *others)
+    return kind == "cuda" or (kind == "cpu" and dtype == torch.bfloat16)
 
 
 def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
@@ -242,10 +247,11 @@ def _launch(
     lse = torch.empty((b, h, t_q), dtype=torch.float32, device=q.device)
     kept, hidden = _hidden(key_mask, starts)
     tensors = [_readable(x) for x in (q, k, v)]
-    sizes = b, h, t_q, k.shape[2], d
-    kernels.module.causal_attention_fwd_cuda(
-        *map(_place, (*tensors, out)), lse.data_ptr(), sizes, hidden, scale, 0, DTYPES[q.dtype], *kernels.place
-    )
+    arguments = *map(_place, (*tensors, out)), lse.data_ptr(), (b, h, t_q, k.shape[2], d), hidden, scale
+    if kernels.kind == "cpu":
+        kernels.module.causal_attention_fwd_cpu(*arguments, torch.get_num_threads())
+    else:
+        kernels.module.causal_attention_fwd_cuda(*arguments, 0, DTYPES[q.dtype], *kernels.place)
     del kept
     return lse
 
@@ -264,20 +270,16 @@ def _launch_bwd(
     kernels = native_kernels("causal_attention", out)
     b, h, t_q, d = out.shape
     lse = lse.contiguous()
-    terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)
     kept, hidden = _hidden(key_mask, starts)
     tensors = [_readable(x) for x in (*inputs, out, dout)]
+    places = *map(_place, (*tensors, *gradients)), lse.data_ptr()
     sizes = b, h, t_q, inputs[1].shape[2], d
-    kernels.module.causal_attention_bwd_cuda(
-        *map(_place, (*tensors, *gradients)),
-        lse.data_ptr(),
-        terms.data_ptr(),
-        sizes,
-        hidden,
-        scale,
-        DTYPES[out.dtype],
-        *kernels.place,
-    )
+    if kernels.kind == "cpu":
+        kernels.module.causal_attention_bwd_cpu(*places, sizes, hidden, scale, torch.get_num_threads())
+    else:
+        terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)
+        settings = sizes, hidden, scale, DTYPES[out.dtype]
+        kernels.module.causal_attention_bwd_cuda(*places, terms.data_ptr(), *settings, *kernels.place)
     del kept
 
 

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.ops.dispatch import (
+    CPU_DTYPES,
     DTYPES,
     address,
     check_floating,
     dense,
     differentiate,
     is_plain,
+    kernel_kind,
     native_kernels,
     register,
-    use_kernel,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,9 +31,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
 
     Args:
         logits: (..., K), floating point, K >= 1; computed in fp32 (fp64 in fp64). An entry may be ``-inf``.
-        labels: (...) int64. A label that is neither in 0..K-1 nor ``ignore_index`` is an error: the reference raises
-            ``IndexError`` (on a CUDA device, an assertion there); the kernel, which cannot, gives a loss of NaN for its
-            row, and so for a mean or sum, and a gradient of zero.
+        labels: (...) int64. A label that is neither in 0..K-1 nor ``ignore_index`` is an error: on the CPU an
+            ``IndexError`` (the reference on a CUDA device: an assertion there); the CUDA kernel, which cannot raise,
+            gives a loss of NaN for its row, and so for a mean or sum, and a gradient of zero.
         ignore_index: Rows with this label give 0 and count for nothing.
         reduction: ``"mean"`` over the rows that count (NaN of none), ``"sum"`` or ``"none"``.
 
@@ -48,7 +49,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
     Source: torch.nn.functional.cross_entropy.
     """
     _check(logits, labels, ignore_index, reduction)
-    if not (_covered(logits) and use_kernel("cross_entropy", logits, labels)):
+    if not _covered(kernel_kind("cross_entropy", logits, labels), logits):
         return reference.cross_entropy(logits, labels, ignore_index, reduction)
     if is_plain(logits, labels):
         return _forward(logits, labels, ignore_index, reduction)[0]
@@ -74,9 +75,11 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) ->
         raise ValueError(f"cross_entropy: reduction is {reduction!r}; want one of {', '.join(REDUCTIONS)}")
 
 
-def _covered(logits: Tensor) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
-    return logits.dtype in DTYPES and logits.shape[-1] <= 65536
+def _covered(kind: str | None, logits: Tensor) -> bool:
+    """Whether the kernel of a kind takes it; the rule is in ``backend.OPS`` in words."""
+    if kind == "cpu":
+        return logits.dtype in CPU_DTYPES
+    return kind is not None and logits.dtype in DTYPES and logits.shape[-1] <= 65536
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +87,15 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) 
     kernels = native_kernels("cross_entropy", logits)
     logits, labels = dense(logits), labels.contiguous()
     rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"
-    parts = kernels.module.cross_entropy_parts(rows)
     loss, count, statistics = _fake_forward(logits, labels, ignore_index, reduction)
+    if kernels.kind == "cpu":
+        outputs = (loss, None, None) if each else (loss.new_empty(rows), loss, count)
+        addresses = map(address, (logits, labels, *outputs, statistics))
+        sizes = rows, k, ignore_index, reduction == "mean", CPU_DTYPES[logits.dtype], torch.get_num_threads()
+        if rows or not each:
+            kernels.module.cross_entropy_fwd_cpu(*addresses, *sizes)
+        return loss, count, statistics
+    parts = kernels.module.cross_entropy_parts(rows)
     partial = torch.empty((parts, 2), dtype=torch.float32, device=logits.device)
     losses, total, counted = (loss, None, None) if each else (None, loss, count)
     addresses = map(address, (logits, labels, losses, total, counted, statistics, partial))
@@ -102,8 +112,11 @@ def _backward(
     dloss, logits, labels = dense(dloss), dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
     addresses = map(address, (dloss, logits, labels, statistics, count, dlogits))
-    sizes = labels.numel(), logits.shape[-1], dloss.shape == labels.shape
-    kernels.module.cross_entropy_bwd_cuda(*addresses, *sizes, ignore_index, DTYPES[logits.dtype], *kernels.place)
+    sizes = labels.numel(), logits.shape[-1], dloss.shape == labels.shape, ignore_index
+    if kernels.kind == "cpu":
+        kernels.module.cross_entropy_bwd_cpu(*addresses, *sizes, CPU_DTYPES[logits.dtype], torch.get_num_threads())
+    else:
+        kernels.module.cross_entropy_bwd_cuda(*addresses, *sizes, DTYPES[logits.dtype], *kernels.place)
     return dlogits
 
 

@@ -20,8 +20,9 @@ from igpt_fast import backend
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
 
-# As csrc/cuda/ops.h numbers them; of csrc/cpu/decoder_kernels.h, `Format`, the first two.
+# As csrc/cuda/ops.h numbers them, and csrc/cpu/decoder_kernels.h, `Format`.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 Function = Callable[..., Any]
@@ -69,17 +70,20 @@ _choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     """Whose kernel of ``op`` shall serve the tensors, if it covers them: ``"cuda"``, ``"cpu"`` or ``None``.
 
-    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts: the
-    reference serves those.
+    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts, and on the CPU
+    for little work: the reference serves those.
 
     Raises:
         BackendUnavailableError: The chosen backend does not serve the device.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
-        return _choice_when_traced(op, device)
+        kind = _choice_when_traced(op, device)
+        return None if kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu else kind
     chosen = backend.kernels(op, device)
     if chosen is None or _transforming():
+        return None
+    if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor) or tensor.layout != torch.strided:

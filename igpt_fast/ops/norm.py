@@ -7,26 +7,35 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from igpt_fast import reference
+from igpt_fast import backend, reference
 from igpt_fast.ops.dispatch import (
+    CPU_DTYPES,
     DTYPES,
     address,
     check_floating,
     dense,
     differentiate,
     is_plain,
+    kernel_kind,
     native_kernels,
     register,
-    use_kernel,
 )
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: None = None) -> Tensor: ...
-@overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: None = None, dtype: torch.dtype | None = None
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """iGPT's norm: ``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, not mean-centred.
 
@@ -37,9 +46,11 @@ def rms_norm(
         weight: (n_embd,).
         eps: Added to the mean square.
         residual: Of shape and dtype of ``x``: added to it first, and the sum, rounded to the dtype, is normalised.
+        dtype: Of the norm, that of ``x`` when ``None``: the same bits as by a conversion afterwards, which the CPU's
+            kernel saves where it is from fp32 to bf16.
 
     Returns:
-        Shape and dtype of ``x``. With ``residual`` a pair: the norm and the sum.
+        Shape of ``x``, in ``dtype``. With ``residual`` a pair: the norm and the sum, which has the dtype of ``x``.
 
     Raises:
         TypeError: Not floating-point tensors, or a ``residual`` of another dtype.
@@ -49,16 +60,17 @@ def rms_norm(
     Source: openai/image-gpt src/model.py ``norm``; transformers ``ImageGPTLayerNorm``.
     """
     _check_norm("rms_norm", x, weight, None, eps, residual)
+    dtype = x.dtype if dtype is None else dtype
     others = () if residual is None else (residual,)
-    if _covered(x, weight) and use_kernel("rms_norm", x, weight, *others):
+    if _covered(kernel_kind("rms_norm", x, weight, *others), x, weight):
         plain = is_plain(x, weight, *others)
         if residual is None:
-            return _rms_norm(x, weight, eps) if plain else torch.ops.igpt_fast.rms_norm(x, weight, eps)
-        return (_add_rms_norm if plain else torch.ops.igpt_fast.add_rms_norm)(x, residual, weight, eps)
+            return (_rms_norm if plain else torch.ops.igpt_fast.rms_norm)(x, weight, eps, dtype)
+        return (_add_rms_norm if plain else torch.ops.igpt_fast.add_rms_norm)(x, residual, weight, eps, dtype)
     if residual is None:
-        return reference.rms_norm(x, weight, eps)
+        return reference.rms_norm(x, weight, eps).to(dtype)
     total = x + residual
-    return reference.rms_norm(total, weight, eps), total
+    return reference.rms_norm(total, weight, eps).to(dtype), total
 
 
 @overload
@@ -95,7 +107,7 @@ def layer_norm(
     """
     _check_norm("layer_norm", x, weight, bias, eps, residual)
     others = tuple(t for t in (bias, residual) if t is not None)
-    if _covered(x, weight, bias) and use_kernel("layer_norm", x, weight, *others):
+    if _covered(kernel_kind("layer_norm", x, weight, *others), x, weight, bias):
         plain = is_plain(x, weight, *others)
         if residual is None:
             return (_layer_norm if plain else torch.ops.igpt_fast.layer_norm)(x, weight, bias, eps)
@@ -106,11 +118,13 @@ def layer_norm(
     return reference.layer_norm(total, weight, bias, eps), total
 
 
-def _covered(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the kernels take it; the rule is in ``backend.OPS`` in words."""
-    if x.dtype not in DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+def _covered(kind: str | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the kernels of a kind take it; the rule is in ``backend.OPS`` in words."""
+    if kind is None or (bias is not None and bias.dtype != weight.dtype):
         return False
-    return x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
+    if kind == "cpu":
+        return x.dtype in CPU_DTYPES and weight.dtype in CPU_DTYPES and x.shape[-1] > 0
+    return x.dtype in DTYPES and weight.dtype == x.dtype and x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
@@ -142,21 +156,60 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else dense(tensor)
 
 
-def _rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    kernels = native_kernels("rms_norm", x)
-    x, weight, residual = dense(x), dense(weight), _dense(residual)
-    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    tensors = map(address, (x, residual, weight, total, out))
-    kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
+def _forward_cpu(
+    kernels: backend.Kernels,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    eps: float,
+    centred: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Of (x, residual, weight, bias)."""
+    x, weight = tensors[0], tensors[2]
+    out, total = torch.empty_like(x, dtype=dtype), None if tensors[1] is None else torch.empty_like(x)
+    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[out.dtype]
+    if x.numel():
+        sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
+        kernels.module.norm_fwd_cpu(*map(address, (*tensors, total, out)), *sizes)
     return out, total
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _rms_forward(x, None, weight, eps)[0]
+def _backward_cpu(
+    kernels: backend.Kernels, tensors: tuple[Tensor, Tensor | None, Tensor, Tensor], eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of (dout, dsum, x, weight): the gradients of what was normalised, of the weight and, ``centred``, of a bias."""
+    dout, _, x, weight = tensors
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
+    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[dout.dtype]
+    sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
+    kernels.module.norm_bwd_cpu(*map(address, (*tensors, *found)), *sizes)
+    return found
 
 
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, total = _rms_forward(x, residual, weight, eps)
+def _written(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the CPU's kernel writes, and reads the gradient of, where ``dtype`` is wanted."""
+    return dtype if (x.dtype, dtype) == (torch.float32, torch.bfloat16) else x.dtype
+
+
+def _rms_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    kernels = native_kernels("rms_norm", x)
+    x, weight, residual = dense(x), dense(weight), _dense(residual)
+    if kernels.kind == "cpu":
+        out, total = _forward_cpu(kernels, (x, residual, weight, None), eps, False, _written(x, dtype))
+        return out.to(dtype), total
+    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    tensors = map(address, (x, residual, weight, total, out))
+    kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
+    return out.to(dtype), total
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return _rms_forward(x, None, weight, eps, dtype)[0]
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out, total = _rms_forward(x, residual, weight, eps, dtype)
     assert total is not None
     return out, total
 
@@ -166,6 +219,8 @@ def _layer_forward(
 ) -> tuple[Tensor, Tensor | None]:
     kernels = native_kernels("layer_norm", x)
     x, weight, bias, residual = dense(x), dense(weight), _dense(bias), _dense(residual)
+    if kernels.kind == "cpu":
+        return _forward_cpu(kernels, (x, residual, weight, bias), eps, True, x.dtype)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     tensors = map(address, (x, residual, weight, bias, total, out))
     kernels.module.layer_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
@@ -187,7 +242,10 @@ def _add_layer_norm(
 def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of what was normalised, and of the weight."""
     kernels = native_kernels("rms_norm", x)
-    dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
+    read = _written(x, dout.dtype) if kernels.kind == "cpu" else x.dtype
+    dout, x, weight, dsum = dense(dout.to(read)), dense(x), dense(weight), _dense(dsum)
+    if kernels.kind == "cpu":
+        return _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=False)[:2]
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))
     partial = torch.empty((parts, x.shape[-1]), dtype=torch.float32, device=x.device)
@@ -202,6 +260,10 @@ def _layer_norm_bwd(
     """Launches the backward: the gradients of what was normalised, of the weight, and of a bias."""
     kernels = native_kernels("layer_norm", x)
     dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
+    if kernels.kind == "cpu":
+        found, by_weight, by_bias = _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=True)
+        assert by_bias is not None
+        return found, by_weight, by_bias
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     parts = kernels.module.norm_bwd_parts(_rows(x))
     partial = torch.empty((2, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
@@ -225,6 +287,16 @@ def _fake_add_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x), _like(x)
 
 
+def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _fake_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _fake_rms_norm(x, weight, eps, dtype), _like(x)
+
+
 def _fake_rms_norm_bwd(
     dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -239,7 +311,7 @@ def _fake_layer_norm_bwd(
 
 def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keeps what was normalised: x, or the sum."""
-    *_, weight, ctx.eps = inputs
+    *_, weight, ctx.eps, _dtype = inputs
     ctx.save_for_backward(inputs[0] if isinstance(output, Tensor) else output[1], weight)
     ctx.set_materialize_grads(False)  # no tensor of zeros for an output that was not used
 
@@ -256,7 +328,7 @@ def _rms_gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[
     if dout is None:
         return dsum, None
     if torch.is_grad_enabled():
-        dx, dweight, _ = differentiate(reference.rms_norm, (x, weight, ctx.eps), dout)
+        dx, dweight, _ = differentiate(reference.rms_norm, (x, weight, ctx.eps), dout.to(x.dtype))
         return _sum(dx, dsum), dweight
     dx, dweight = torch.ops.igpt_fast.rms_norm_bwd(dout, dsum, x, weight, ctx.eps)
     return dx, dweight
@@ -279,12 +351,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _differentiate_rms(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_rms_gradients(ctx, dout, None), None
+    return *_rms_gradients(ctx, dout, None), None, None
 
 
 def _differentiate_add_rms(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dweight = _rms_gradients(ctx, dout, dsum)
-    return dx, dx, dweight, None
+    return dx, dx, dweight, None, None
 
 
 def _differentiate_layer(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -297,15 +369,15 @@ def _differentiate_add_layer(ctx: Any, dout: Tensor | None, dsum: Tensor | None)
 
 
 register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
     _rms_norm,
-    _fake_norm,
+    _fake_rms_norm,
     backward=(_save_rms, _differentiate_rms),
 )
 register(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _add_rms_norm,
-    _fake_add_norm,
+    _fake_add_rms_norm,
     backward=(_save_rms, _differentiate_add_rms),
 )
 register(

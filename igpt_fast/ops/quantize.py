@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast import backend, reference
 from igpt_fast.ops import colour_table
-from igpt_fast.ops.dispatch import dense, is_plain, library, native_kernels, register, use_kernel
+from igpt_fast.ops.dispatch import dense, is_plain, kernel_kind, library, native_kernels, register
 
 # As csrc/cuda/ops.h numbers them.
 TOKEN_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
@@ -71,7 +71,7 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
         raise ValueError(f"dequantize: tokens is on {tokens.device}, clusters on {clusters.device}; want one device")
     clusters = clusters.detach()
     covered = tokens.dtype in TOKEN_TYPES and clusters.dtype == torch.float32 and clusters.shape[0] <= 8192
-    if covered and use_kernel("dequantize", tokens, clusters):
+    if covered and kernel_kind("dequantize", tokens, clusters):
         return (_dequantize if is_plain(tokens, clusters) else torch.ops.igpt_fast.dequantize)(tokens, clusters)
     return reference.dequantize(tokens, clusters)
 
@@ -119,6 +119,11 @@ def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     kernels = native_kernels("dequantize", tokens)
     tokens, clusters = dense(tokens), dense(clusters)
     out = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
+    if kernels.kind == "cpu":
+        addresses = tokens.data_ptr(), tokens.element_size(), clusters.data_ptr(), out.data_ptr()
+        if tokens.numel():
+            kernels.module.dequantize_cpu(*addresses, tokens.numel(), clusters.shape[0], torch.get_num_threads())
+        return out
     addresses = tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], clusters.data_ptr(), out.data_ptr()
     kernels.module.dequantize_cuda(*addresses, tokens.numel(), clusters.shape[0], *kernels.place)
     return out

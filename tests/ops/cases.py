@@ -54,10 +54,9 @@ class Case:
     def enlarged(self, times: int) -> list[Tensor]:
         """Its tensors on the CPU, those that have as many rows as the first with ``times`` as many."""
         tensors = self.on("cpu")
-        rows = tensors[0].shape[:-1]
+        rows = tensors[0].shape[0]
         return [
-            torch.cat([t.detach()] * times).requires_grad_(t.requires_grad) if t.shape[: len(rows)] == rows else t
-            for t in tensors
+            torch.cat([t.detach()] * times).requires_grad_(t.requires_grad) if len(t) == rows else t for t in tensors
         ]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -90,12 +90,14 @@ def test_the_names_mean_the_formulas_of_transformers() -> None:
         assert torch.allclose(getattr(reference, op)(x), functions[name](x), rtol=0, atol=1e-9), name
 
 
+@pytest.mark.every_isa
 @BY_NAME
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (3, 65, 64), (97, 72), (2, 2048), (520,), (0, 4, 64), (3, 0, 8)])
 def test_parity(implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype, op) -> None:
-    contract.check_parity(implementation, op, tensors(shape, dtype=dtype), covered=0 not in shape)
-    contract.check_parity(implementation, op, tensors(shape, shape[-1:], dtype=dtype))
+    covered = implementation.name != "cpu" or dtype != torch.float16
+    contract.check_parity(implementation, op, tensors(shape, dtype=dtype), covered and 0 not in shape)
+    contract.check_parity(implementation, op, tensors(shape, shape[-1:], dtype=dtype), covered)
 
 
 @pytest.mark.parametrize("name", sorted(ops.ACTIVATIONS))
@@ -122,9 +124,11 @@ def test_what_no_kernel_covers_is_the_reference(
     implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype, bias_dtype: torch.dtype | None, op
 ) -> None:
     inputs = tensors(shape, dtype=dtype) + ([] if bias_dtype is None else tensors(shape[-1:], dtype=bias_dtype))
-    contract.check_parity(implementation, op, inputs, covered=False)
+    covered = implementation.name == "cpu" and shape == (3, 63)
+    contract.check_parity(implementation, op, inputs, covered)
 
 
+@pytest.mark.every_isa
 @BY_NAME
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_far_out(implementation: Implementation, op, with_bias: bool) -> None:
@@ -138,10 +142,11 @@ def test_far_out(implementation: Implementation, op, with_bias: bool) -> None:
         x = torch.tensor([largest, -largest, largest / 7, -largest / 7, 30.0, -30.0, 0.0, -0.0], dtype=dtype)
         inputs = [x.to(implementation.device)] + ([torch.zeros_like(x).to(implementation.device)] if with_bias else [])
         out, dx, *_ = contract.with_gradients(op, inputs, [torch.ones_like(inputs[0])])
-        if implementation.name != "reference" or largest < 1e30:
+        kernel = implementation.name != "reference" and (implementation.name, dtype) != ("cpu", torch.float16)
+        if kernel or largest < 1e30:
             assert torch.allclose(out.cpu().float(), x.float().clamp(min=0.0)), (dtype, largest)
         # The plain expression's own intermediate results overflow: the square, or cube, of a large number.
-        if implementation.name != "reference" or (dtype, largest) == (torch.float32, 1e4):
+        if kernel or (dtype, largest) == (torch.float32, 1e4):
             step = torch.where(x == 0, 0.5, (x > 0).float())
             assert torch.allclose(dx.cpu().float(), step), (dtype, largest)
     infinite = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0] * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, Case
-from implementations import ISAS, Implementation
+from implementations import Implementation, isas_of
 from torch import Tensor
 
 from igpt_fast import backend
@@ -17,9 +17,9 @@ EACH_NATIVE = pytest.mark.parametrize(
     ("native", "case"),
     [
         pytest.param(kind, case, id=f"{kind}-{case.name}")
-        for kind, device in (("emulation", "cuda"), ("native_cpu", "cpu"))
+        for kind in ("emulation", "native_cpu")
         for case in CASES
-        if device in backend.OPS[case.op].native
+        if ("cuda" in backend.OPS[case.op].native if kind == "emulation" else isas_of(case.op))
     ],
     indirect=["native"],
 )
@@ -53,8 +53,10 @@ def test_the_same_bits_under_every_schedule(emulation: Implementation, case: Cas
 
 
 @pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("case", [c for c in CASES if "cpu" in backend.OPS[c.op].native], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "isa"),
+    [pytest.param(case, isa, id=f"{case.name}-{isa}") for case in CASES for isa in isas_of(case.op)],
+)
 def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, case: Case, isa: str) -> None:
     """Of 300 times as many rows, so that there are shares for all threads; more of them than cores too."""
     assert native_cpu.module.select_cpu_isa(isa)

@@ -54,7 +54,8 @@ def attending_packed(**options: Any) -> Callable[..., Tensor]:
 )
 def test_parity(implementation: Implementation, d: int, dtype: torch.dtype, t_q: int, t_k: int, mask: str) -> None:
     options = hiding(mask, 3, t_k, implementation.device)
-    contract.check_parity(implementation, attending(**options), make(t_q, t_k, d, dtype, b=3))
+    covered = implementation.name != "cpu" or dtype == BF16
+    contract.check_parity(implementation, attending(**options), make(t_q, t_k, d, dtype, b=3), covered)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,8 @@ def test_parity(implementation: Implementation, d: int, dtype: torch.dtype, t_q:
 )
 def test_parity_packed(implementation: Implementation, d: int, dtype: torch.dtype, t: int, mask: str) -> None:
     options = hiding(mask, 3, t, implementation.device)
-    contract.check_parity(implementation, attending_packed(**options), [make_packed(t, d, dtype, b=3)])
+    covered = implementation.name != "cpu" or dtype == BF16
+    contract.check_parity(implementation, attending_packed(**options), [make_packed(t, d, dtype, b=3)], covered)
 
 
 @pytest.mark.parametrize("mask", ["", "both"])

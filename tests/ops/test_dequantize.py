@@ -58,11 +58,15 @@ def test_negative_tokens_count_from_the_end(implementation: Implementation) -> N
 
 
 @pytest.mark.parametrize("token", [7, -8])
-def test_tokens_out_of_range(token: int, emulation: Implementation) -> None:
+@pytest.mark.parametrize("native", ["emulation", "native_cpu"])
+def test_tokens_out_of_range(token: int, native: str, request: pytest.FixtureRequest) -> None:
     tokens, clusters = torch.tensor([0, token]), palette(7)
     with pytest.raises(IndexError):
         reference.dequantize(tokens, clusters)
-    with pytest.raises(RuntimeError, match="trap"):  # on a GPU it would end the process's use of the device
+    request.getfixturevalue(native)
+    # On a GPU it would end the process's use of the device.
+    expected = (RuntimeError, "trap") if native == "emulation" else (IndexError, f"dequantize: token {token} is out of")
+    with pytest.raises(expected[0], match=expected[1]):
         ops.dequantize(tokens, clusters)
 
 

@@ -53,14 +53,15 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(ops.layer_norm, leaves[:2])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 97, 64), (65, 72), (2, 1032), (512,), (0, 4, 64), (3, 0, 8)])
 def test_parity(implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    n = shape[-1:]
-    contract.check_parity(implementation, ops.layer_norm, tensors(shape, n, n, dtype=dtype))
-    contract.check_parity(implementation, ops.layer_norm, tensors(shape, n, dtype=dtype))
-    contract.check_parity(implementation, add_layer_norm, tensors(shape, shape, n, n, dtype=dtype))
-    contract.check_parity(implementation, add_layer_norm, tensors(shape, shape, n, dtype=dtype))
+    n, covered = shape[-1:], implementation.name != "cpu" or dtype != torch.float16
+    contract.check_parity(implementation, ops.layer_norm, tensors(shape, n, n, dtype=dtype), covered)
+    contract.check_parity(implementation, ops.layer_norm, tensors(shape, n, dtype=dtype), covered)
+    contract.check_parity(implementation, add_layer_norm, tensors(shape, shape, n, n, dtype=dtype), covered)
+    contract.check_parity(implementation, add_layer_norm, tensors(shape, shape, n, dtype=dtype), covered)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,10 @@ def test_what_no_kernel_covers_is_the_reference(
     implementation: Implementation, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     inputs = [torch.randn(s).to(dtype) for s, dtype in zip((shape, shape[-1:], shape[-1:]), dtypes, strict=True)]
-    contract.check_parity(implementation, ops.layer_norm, inputs, covered=False)
+    # The CPU's kernels have their own bounds: any length, and a wider weight with its bias.
+    wanted = {(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)}
+    covered = implementation.name == "cpu" and dtypes in wanted
+    contract.check_parity(implementation, ops.layer_norm, inputs, covered)
 
 
 def test_an_empty_batch_gives_gradients_of_zero(implementation: Implementation) -> None:
