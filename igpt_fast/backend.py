@@ -150,7 +150,8 @@ DECODERS: dict[str, str] = {
 # Every forward pass of igpt_fast.forwards, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
     "cpu": "for CPU models in bf16 and eval mode, without gradient, as the decoder covers them; token ids alone: no"
-    " mask, cache to extend, embeddings, positions or attention weights; no compiling or transforms",
+    " mask, cache to extend, embeddings, positions or attention weights; sequences of 8 positions or more, or 8 of them"
+    " at most; no compiling or transforms",
     "torch": "for everything else",
 }
 

@@ -157,7 +157,9 @@ class CpuDecoder:
         self.batch_size = batch_size
         self.capacity = capacity
         self._forked = False
-        self._decoder = backend._C.Decoder(packed_weights(model, dtype), batch_size, capacity)
+        self._decoder = backend._C.Decoder(
+            packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
+        )
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
@@ -257,19 +259,18 @@ def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
     return "lm_head has a bias" if model.lm_head.bias is not None else None
 
 
-def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
-    """The compiled module's copy of the weights of a model that ``why_not_cpu`` has nothing against."""
-    scales = tuple(block.attn.scale for block in model.transformer.h)  # type: ignore[union-attr]
-    settings = (tuple(sorted(model.config.to_dict().items(), key=repr)), scales)
-    return packed(model, dtype, repr(settings), lambda: _pack(model, dtype))
+def packed_weights(body: ImageGPTModel, head: Tensor | None, dtype: str | None) -> Any:
+    """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
+
+    One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
+    """
+    scales = tuple(block.attn.scale for block in cast("list[Any]", body.h))
+    settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
+    others = {} if head is None else {"head": head}
+    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
 
 
-def _pack(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
-    """The compiled module's copy of the weights."""
-    return pack(model.transformer, model.lm_head.weight, dtype or model.dtype)
-
-
-def pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
+def _pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
     config, threads = body.config, torch.get_num_threads()

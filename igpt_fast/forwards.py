@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import backend, ops
-from igpt_fast.decoders import HOOKS, MODULES, pack, why_not_shape
+from igpt_fast.decoders import HOOKS, MODULES, packed_weights, why_not_shape
 from igpt_fast.ops.dispatch import is_plain
+from igpt_fast.packed import forget, kept
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTModel
@@ -34,13 +35,14 @@ class States(NamedTuple):
     values: Tensor | None
 
 
-class _Packed(NamedTuple):
+class _Made(NamedTuple):
     mark: tuple[Any, ...]
-    weights: list[Tensor]  # kept, so that no other tensor can come to lie where they do
+    weights: list[Tensor]  # held, so that no other tensor can come to lie where they do
+    packed: Any
     forward: Any
 
 
-_packed: WeakKeyDictionary[ImageGPTModel, _Packed] = WeakKeyDictionary()
+_made: WeakKeyDictionary[ImageGPTModel, _Made] = WeakKeyDictionary()
 
 
 def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
@@ -54,7 +56,8 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
         return None
     if why_not(model, tokens) is not None:
         if model.dtype != torch.bfloat16 or model.device.type != "cpu":
-            _packed.pop(model, None)
+            _made.pop(model, None)
+            forget(model, None)
         return None
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
@@ -64,7 +67,7 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
-    _pack(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    _forward(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
     return States(last, states, keys, values)
 
 
@@ -78,7 +81,12 @@ def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
         return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return why_not_shape(model.config) or _why_not_modules(model) or _why_not_weights(model)
+    if tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
+        return "the input is many short sequences, which would be padded to 32 positions each"
+    if reason := why_not_shape(model.config) or _why_not_modules(model):
+        return reason
+    weights = _weights(model)
+    return _why_not_settings(model, weights) or _why_not_weights(weights)
 
 
 def _why_not_modules(model: ImageGPTModel) -> str | None:
@@ -87,7 +95,9 @@ def _why_not_modules(model: ImageGPTModel) -> str | None:
         return "the network is in training mode"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks of all modules"
-    for module in model.modules():
+    modules: list[nn.Module] = [model]  # not nn.Module.modules(), which takes a millisecond for 24 layers
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
         if module is model:
             continue
         if type(module) not in MODULES:
@@ -97,17 +107,17 @@ def _why_not_modules(model: ImageGPTModel) -> str | None:
             return f"a {type(module).__name__} has a hook or a forward of its own"
         if module.training and type(module) is nn.Dropout and module.p > 0.0:
             return "dropout is on"
-    return _why_not_settings(model)
+    return None
 
 
-def _why_not_settings(model: ImageGPTModel) -> str | None:
+def _why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
     config, blocks = model.config, _blocks(model)
     embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
     shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
     linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
     shapes += config.n_layer * [(embd,), (embd,), *linear]
-    if [tuple(weight.shape) for weight in _weights(model)] != shapes:
+    if [weight.shape for weight in weights] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
     norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
@@ -120,8 +130,7 @@ def _why_not_settings(model: ImageGPTModel) -> str | None:
     return None
 
 
-def _why_not_weights(model: ImageGPTModel) -> str | None:
-    weights = _weights(model)
+def _why_not_weights(weights: list[Any]) -> str | None:
     # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
     if any(type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 for weight in weights):
         return "the weights are not all bfloat16 parameters"
@@ -143,11 +152,11 @@ def _weights(model: ImageGPTModel) -> list[Any]:
     return found
 
 
-def _pack(model: ImageGPTModel) -> Any:
+def _forward(model: ImageGPTModel) -> Any:
     """The compiled module's forward pass on the weights as they are now.
 
-    A change is seen by a weight's memory and version and, since ``parameter.data`` changes neither, by some of its
-    numbers.
+    Whether they have changed is seen by each one's memory and version and, since what goes through ``parameter.data``
+    leaves these alone, by some of its numbers: reading all of them takes some milliseconds.
     """
     assert backend._C is not None
     weights = _weights(model)
@@ -159,9 +168,11 @@ def _pack(model: ImageGPTModel) -> Any:
         [block.attn.scale for block in _blocks(model)],
         (model.config.layer_norm_epsilon, model.config.activation_function, backend._C.cpu_isa()),
     )
-    packed = _packed.get(model)
-    if packed is None or packed.mark != mark:
-        _packed.pop(model, None)  # before the new copy is made
-        forward = backend._C.Forward(pack(model, None, torch.bfloat16))
-        packed = _packed[model] = _Packed(mark, [weight.detach() for weight in weights], forward)
-    return packed.forward
+    made = _made.get(model)
+    # A decoder may have packed them again, with its head.
+    if made is None or made.mark != mark or made.packed is not kept(model, None):
+        _made.pop(model, None)  # before a new copy is made
+        del made
+        packed = packed_weights(model, None, None)
+        made = _made[model] = _Made(mark, [weight.detach() for weight in weights], packed, backend._C.Forward(packed))
+    return made.forward

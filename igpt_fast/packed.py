@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +16,15 @@ from torch import Tensor, nn
 
 from igpt_fast import backend
 
-# model -> purpose -> (what it was made from, what was made)
-_kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, Any]]] = WeakKeyDictionary()
+
+class _Kept(NamedTuple):
+    source: Hashable  # settings and parameters that it was made from
+    others: Hashable  # and further tensors
+    result: Any
+
+
+# model -> purpose -> what was made
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 _lock = Lock()
 
 
@@ -31,7 +38,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def packed(model: nn.Module, purpose: Hashable, settings: Hashable, pack: Callable[[], Any]) -> Any:
+def packed(
+    model: nn.Module, purpose: Hashable, settings: Hashable, pack: Callable[[], Any], others: dict[str, Tensor]
+) -> Any:
     """The result of ``pack()``, kept for the next call.
 
     Parameters are compared by what they hold: PyTorch counts changes in place, but not those through ``.data``, numpy
@@ -42,23 +51,36 @@ def packed(model: nn.Module, purpose: Hashable, settings: Hashable, pack: Callab
         purpose: One result is kept for each.
         settings: What else the result depends on, besides the parameters and the instruction set.
         pack: Makes it; called by one thread at a time.
+        others: What is packed with the parameters. A result with more serves where there are none.
     """
     assert backend._C is not None
     with _lock:
-        source = (settings, backend._C.cpu_isa(), _contents(model))
+        source = (settings, backend._C.cpu_isa(), _contents(dict(model.named_parameters(remove_duplicate=False))))
+        more = _contents(others)
         results = _kept.setdefault(model, {})
-        if purpose in results and results[purpose][0] == source:
-            return results[purpose][1]
-        results.pop(purpose, None)  # first, so that both are never there
-        result = pack()
-        results[purpose] = (source, result)
-        return result
+        old = results.pop(purpose, None)
+        if old is None or old.source != source or (others and old.others != more):
+            del old  # before the new one is there
+            old = _Kept(source, more, pack())
+        results[purpose] = old
+        return old.result
 
 
-def _contents(model: nn.Module) -> Hashable:
-    """A number of 64 bits for each parameter, its layout, and its name."""
+def kept(model: nn.Module, purpose: Hashable) -> Any:
+    """What the last ``packed`` gave, or ``None``, without a look at the parameters."""
+    entry = _kept.get(model, {}).get(purpose)
+    return None if entry is None else entry.result
+
+
+def forget(model: nn.Module, purpose: Hashable) -> None:
+    """Gives up what is kept."""
+    _kept.get(model, {}).pop(purpose, None)
+
+
+def _contents(tensors: dict[str, Tensor]) -> Hashable:
+    """A number of 64 bits for each tensor, its layout, and its name."""
     assert backend._C is not None
-    found = [(name, parameter.detach()) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    found = [(name, tensor.detach()) for name, tensor in tensors.items()]
     sums = backend._C.checksums([(tensor.data_ptr(), _span(tensor)) for _, tensor in found], torch.get_num_threads())
     return tuple(
         (name, tensor.dtype, tensor.shape, tensor.stride(), sum_)

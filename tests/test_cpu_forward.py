@@ -21,7 +21,9 @@ from igpt_fast import (
     ImageGPTForImageClassification,
     ImageGPTModel,
     backend,
+    decoders,
     forwards,
+    packed,
 )
 from igpt_fast.decoders import CpuDecoder
 
@@ -268,20 +270,32 @@ def test_a_change_is_seen(change: Callable[[nn.Module], object], calls: list[boo
     assert (after - want).norm() < 0.1 * (before - want).norm()
 
 
+def test_one_copy_of_the_weights_for_all() -> None:
+    model = small()
+    network = body(model)
+    model(ids(model, 1, 20))
+    decoder = CpuDecoder(model, 1, 30)
+    decoder.prefill(ids(model, 1, 20))
+    shared = packed.kept(network, None)
+    assert forwards._made[network].packed is shared
+    assert decoders.packed_weights(network, model.lm_head.weight, None) is shared
+    assert decoders.packed_weights(network, None, None) is shared
+
+
 def test_memory_is_given_back() -> None:
     """The packed weights go with the model, and with a change of its dtype at the next pass."""
     model = small()
     tokens = ids(model, 1, 20)
     model(tokens)
     network = body(model)
-    assert network in forwards._packed
+    assert network in forwards._made
     model.float()(tokens)
-    assert network not in forwards._packed
+    assert network not in forwards._made
     other = small()
     other(tokens)
-    count = len(forwards._packed)
+    count = len(forwards._made)
     del other
-    assert len(forwards._packed) == count - 1
+    assert len(forwards._made) == count - 1
 
 
 # ---- What it is not for -------------------------------------------------------------------------------------

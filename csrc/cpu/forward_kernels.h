@@ -41,7 +41,7 @@ struct GemmParams {
 };
 
 // Rows first .. first + count - 1 of a residual of n columns, `width` rounded up; multiples of kRows.
-struct NormTilesParams {
+struct NormTiles {
     const float* residual;
     const float* weight;
     int64_t n, width;
@@ -83,7 +83,7 @@ struct AttendParams {
 // Null where there are no tiles.
 struct ForwardKernels {
     void (*gemm)(const GemmParams&);
-    void (*norm)(const NormTilesParams&);
+    void (*norm)(const NormTiles&);
     // residual = a + b in row `row`, n columns; a null: zero.
     void (*embed)(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual);
     // Row `row` of a residual, and of tiles, as n numbers.

@@ -36,7 +36,7 @@ void embed_row(const float* a, const float* b, int64_t n, int64_t width, int64_t
     }
 }
 
-void norm_tiles(const NormTilesParams& p) {
+void norm_tiles(const NormTiles& p) {
     for (int64_t row = p.first; row < p.first + p.count; ++row) {
         const float* x = residual_at(p.residual, p.width, row);
         uint16_t* to = tiles_at(p.tiles, p.width, row);
