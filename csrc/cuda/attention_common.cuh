@@ -38,6 +38,9 @@ template <int D>
 int forward(const AttentionFwdParams& params);
 template <int D>
 int backward(const AttentionBwdParams& params);
+// The forward for Hopper: attention_fwd_hopper.cu. D is 64, 96 or 128; there is no key_mask; TMA takes q, k and v.
+template <int D>
+int forward_hopper(const AttentionFwdParams& params);
 
 // ---- Bit masks of 64 rows or columns ---------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <map>
@@ -86,6 +87,7 @@ struct Block {
 Schedule schedule;
 uint64_t blocks_begun = 0;
 uint64_t first_block = 0, block_count = kAllBlocks;
+std::atomic<int> device_capability{80};
 Counters total{};
 std::mutex one_launch;
 const std::function<void()>* kernel = nullptr;
@@ -370,6 +372,10 @@ void set_schedule(Schedule wanted) {
     const std::lock_guard<std::mutex> lock(one_launch);
     schedule = wanted;
 }
+
+void set_capability(int ten_times) { device_capability = ten_times; }
+
+int capability() { return device_capability; }
 
 void set_blocks(uint64_t first, uint64_t count) {
     const std::lock_guard<std::mutex> lock(one_launch);

@@ -42,6 +42,10 @@ struct Counters {
 
 void set_schedule(Schedule schedule);
 
+// What the device is from now on, to the launchers that look: 80 at first, 90 for one with wgmma and TMA. The emulator
+// runs what it is given, whatever this says.
+void set_capability(int ten_times);
+
 // From now on launches run only these blocks, by linear index (x fastest), and are an error if they have none of them.
 // For the index arithmetic of launches that are too large to run.
 constexpr uint64_t kAllBlocks = UINT64_MAX;
