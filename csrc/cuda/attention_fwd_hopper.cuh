@@ -25,11 +25,12 @@ namespace igpt::cuda::attention {
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kPanelRow = 128;      // bytes
 
-template <int D_, int kKeys_, int kGroups_, int kStages_, int kBlocks_, bool kLoader_>
+template <int D_, int kKeys_, int kGroups_, int kStages_, int kBlocks_, bool kLoader_, bool kTurns_ = false>
 struct HopperFwd {
     static constexpr int D = D_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_;
     static constexpr int kBlocks = kBlocks_;  // that an SM shall hold
-    static constexpr bool kLoader = kLoader_;
+    static constexpr bool kLoader = kLoader_, kTurns = kTurns_;
+    static constexpr int kBehind = kGroups > 1 ? 2 : 1;
     static constexpr int kRows = kTile * kGroups, kThreads = kGroupThreads * (kGroups + kLoader);
     // Registers are moved from the loading warpgroup to the others.
     static constexpr int kRegisters = 65536 / (kBlocks * kThreads) / 8 * 8, kFewRegisters = 24;
@@ -42,8 +43,9 @@ struct HopperFwd {
     static constexpr int kKeyBytes = kPanels * kKeyPanel;
     static constexpr int kTiles = kGroups * kQBytes + 2 * kStages * kKeyBytes;
     static constexpr int kShared = 1024 + kTiles + 8 * (1 + 4 * kStages);
-    // A warpgroup that has no use for the block's last tiles does not say so: their places are not filled again.
-    static_assert((kGroups - 1) * kTile <= kStages * kKeys);
+    // A warpgroup has no use for the block's last tiles, and leaves neither them nor its own last one: their places are
+    // not filled again.
+    static_assert((kGroups - 1) * kTile <= (kStages - 1) * kKeys);
 };
 
 struct HopperFwdArgs {
@@ -155,8 +157,8 @@ __device__ __forceinline__ void load_first(const HopperFwdArgs& args, const Hopp
 template <typename F>
 __device__ __forceinline__ void load_more(const HopperFwdArgs& args, const HopperWork<F>& work, HopperShared<F> at,
                                           int j) {
-    static_assert(F::kStages > 3 || F::kLoader);
-    const int k = j + F::kStages - 2, v = k - 1, k_stage = k % F::kStages, v_stage = v % F::kStages;
+    static_assert(F::kStages > F::kBehind || F::kLoader);
+    const int k = j + F::kStages - F::kBehind, v = k - 1, k_stage = k % F::kStages, v_stage = v % F::kStages;
     if (k >= F::kStages && k < work.tiles) {
         load_keys(at.k(k_stage), &args.k, at.k_full(k_stage), at.k_empty(k_stage), k, work);
     }
@@ -245,8 +247,9 @@ struct HopperRows {
     }
 };
 
-// Says, for a warp, that it has done with a place of a ring.
+// Says, for a warp, that it has done with a place of a ring: all its lanes have waited for their products.
 __device__ __forceinline__ void leave(uint32_t empty) {
+    __syncwarp();
     if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
 }
 
@@ -268,9 +271,11 @@ __device__ __forceinline__ void attend(HopperRows<T, F>& rows, int tiles, const 
     for (int j = 1; j < tiles; ++j) {
         const int k_stage = j % F::kStages;
         ptx::mbarrier_wait(at.k_full(k_stage), j / F::kStages % 2);
+        if (F::kTurns && work.groups == 2) ptx::named_barrier_sync(4 + group, 2 * kGroupThreads);
         begin_scores<T, F>(rows.s, q, at.k(k_stage));
         ptx::mbarrier_wait(at.v_full(v_stage), v_parity);
         begin_out<T, F>(rows.out, rows.p, at.v(v_stage));
+        if (F::kTurns && work.groups == 2) ptx::named_barrier_arrive(4 + (group ^ 1), 2 * kGroupThreads);
         if (!F::kLoader && loads) load_more(args, work, at, j);
         ptx::wgmma_wait<1>();
         ptx::fence_registers(flat(rows.s));
@@ -301,7 +306,13 @@ __device__ __forceinline__ void compute(const HopperFwdArgs& all, const HopperWo
     rows.scale_log2 = args.scale_log2;
     const int tiles = min(work.tiles, work.tiles_before(q0 + kTile + work.past));
     if (work.tiles > 0) ptx::mbarrier_wait(at.q_full(), 0);
+    const bool turns = F::kTurns && work.groups == 2;
+    if (turns && group == 1 && work.tiles > 1) ptx::named_barrier_arrive(4, 2 * kGroupThreads);
     if (tiles > 0) attend(rows, tiles, all, work, group, at);
+    for (int j = max(tiles, 1); turns && j < work.tiles; ++j) {
+        ptx::named_barrier_sync(4 + group, 2 * kGroupThreads);
+        ptx::named_barrier_arrive(4 + (group ^ 1), 2 * kGroupThreads);
+    }
 
     float factor[1][2];
     const Block& block = work.block;
