@@ -268,9 +268,9 @@ __device__ __forceinline__ void attend(HopperRows<T, F>& rows, int tiles, const 
     rows.weigh(first);
     rows.round();
     int v_stage = 0, v_parity = 0;
+    if (tiles > 1) ptx::mbarrier_wait(at.k_full(1 % F::kStages), 1 / F::kStages % 2);
     for (int j = 1; j < tiles; ++j) {
         const int k_stage = j % F::kStages;
-        ptx::mbarrier_wait(at.k_full(k_stage), j / F::kStages % 2);
         if (F::kTurns && work.groups == 2) ptx::named_barrier_sync(4 + group, 2 * kGroupThreads);
         begin_scores<T, F>(rows.s, q, at.k(k_stage));
         ptx::mbarrier_wait(at.v_full(v_stage), v_parity);
@@ -281,6 +281,10 @@ __device__ __forceinline__ void attend(HopperRows<T, F>& rows, int tiles, const 
         ptx::fence_registers(flat(rows.s));
         leave(at.k_empty(k_stage));
         rows.weigh(first + j * F::kKeys);
+        // The wait for the next keys stands here, in the way of the assembler, which would put off all that weigh()
+        // does until out is there.
+        ptx::fence_registers(flat(rows.s));
+        if (j + 1 < tiles) ptx::mbarrier_wait(at.k_full((j + 1) % F::kStages), (j + 1) / F::kStages % 2);
         ptx::wgmma_wait<0>();
         ptx::fence_registers(flat(rows.out));
         leave(at.v_empty(v_stage));
@@ -341,7 +345,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
         const HopperWork<F> work(args.fwd);
         if (threadIdx.x == 0) at.init_barriers(work.groups);
         __syncthreads();
-        const int group = threadIdx.x / kGroupThreads;
+        // The same in all lanes, as the compiler then knows: operands' addresses stay in uniform registers.
+        const int group = __shfl_sync(kFullMask, int(threadIdx.x) / kGroupThreads, 0);
         if constexpr (!F::kLoader) {
             if (int(threadIdx.x) == kGroupThreads * (work.groups - 1)) load_first(args, work, at);
             __syncwarp();

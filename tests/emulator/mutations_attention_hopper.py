@@ -47,8 +47,10 @@ BARRIER = "    ptx::named_barrier_sync(1 + group, kGroupThreads);  // the querie
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("hopper_no_wait_for_queries", HOPPER_FWD, "if (work.tiles > 0) ptx::mbarrier_wait(at.q_full(), 0);", ""),
      narrow),
-    (Mutation("hopper_no_wait_for_keys", HOPPER_FWD,
-              "        ptx::mbarrier_wait(at.k_full(k_stage), j / F::kStages % 2);\n", ""), narrow),
+    (Mutation("hopper_no_wait_for_keys", HOPPER_FWD, "if (j + 1 < tiles) ptx::mbarrier_wait(",
+              "if (false) ptx::mbarrier_wait("), narrow),
+    (Mutation("hopper_no_wait_for_the_second_keys", HOPPER_FWD, "if (tiles > 1) ptx::mbarrier_wait(",
+              "if (false) ptx::mbarrier_wait("), narrow),
     (Mutation("hopper_no_wait_for_values", HOPPER_FWD,
               "        ptx::mbarrier_wait(at.v_full(v_stage), v_parity);\n", ""), narrow),
     (Mutation("hopper_parity_of_the_values", HOPPER_FWD, "v_parity = j / F::kStages % 2;", "v_parity = 0;"), narrow),
