@@ -1,10 +1,11 @@
 // Causal attention, forward, for Hopper: the formula and the tensors of attention_fwd.cuh, without a key_mask, with
 // wgmma and TMA.
 //
-//   Launch: a block of kGroups warpgroups that compute and one that loads. Each of the former has 64 queries; their
-//   part of out, the scores of one tile of keys and the weights of the one before are in its registers. A thread of the
-//   latter copies the queries once, and K and V in tiles of kKeys rows through two rings of kStages places, each place
-//   with a barrier that says that it is full and one that says that all warps have done with it.
+//   Launch: a block of kGroups warpgroups that compute. Each has 64 queries; their part of out, the scores of one tile
+//   of keys and the weights of the one before are in its registers. One thread copies the queries once, and K and V in
+//   tiles of kKeys rows through two rings of kStages places, each place with a barrier that says that it is full and
+//   one that says that all warps have done with it. It is of a further warpgroup, which gives its registers to the
+//   others; with D of 64, where an SM holds two blocks, of the last one that computes.
 //   While the tensor cores multiply the weights of one tile with V, the warpgroup computes those of the next:
 //     S(j) = Q K(j)^T and out += P(j - 1) V(j - 1) are begun; S(j) is waited for; P(j) = its softmax; out is waited for
 //   and is rescaled. Tiles of keys begin with the first one that is shown, so that a hidden key is not even copied, and
@@ -25,17 +26,15 @@ namespace igpt::cuda::attention {
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kPanelRow = 128;      // bytes
 
-template <int D_, int kKeys_, int kGroups_, int kStages_, int kBlocks_, bool kLoader_, bool kTurns_ = false>
+template <int D_>
 struct HopperFwd {
-    static constexpr int D = D_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // that an SM shall hold
-    static constexpr bool kLoader = kLoader_, kTurns = kTurns_;
-    static constexpr int kBehind = kGroups > 1 ? 2 : 1;
+    static constexpr int D = D_, kKeys = 64;
+    static constexpr bool kLoader = D > 64;  // whether there is a warpgroup that loads
+    static constexpr int kGroups = kLoader ? 3 : 2, kStages = kLoader ? 3 : 4;
+    static constexpr int kBlocks = kLoader ? 1 : 2;  // that an SM shall hold
     static constexpr int kRows = kTile * kGroups, kThreads = kGroupThreads * (kGroups + kLoader);
-    // Registers are moved from the loading warpgroup to the others.
-    static constexpr int kRegisters = 65536 / (kBlocks * kThreads) / 8 * 8, kFewRegisters = 24;
-    static constexpr int kWanted = (kRegisters * (kGroups + 1) - kFewRegisters) / kGroups / 8 * 8;
-    static constexpr int kManyRegisters = kWanted < 240 ? kWanted : 240;
+    // Of a thread, with such a warpgroup: as many as there are, 128 for each of four, are divided anew.
+    static constexpr int kRegisters = 160, kLoaderRegisters = 32;
 
     static constexpr int kPanels = (D + 63) / 64;
     static constexpr int kQPanel = kTile * kPanelRow, kKeyPanel = kKeys * kPanelRow;
@@ -157,8 +156,7 @@ __device__ __forceinline__ void load_first(const HopperFwdArgs& args, const Hopp
 template <typename F>
 __device__ __forceinline__ void load_more(const HopperFwdArgs& args, const HopperWork<F>& work, HopperShared<F> at,
                                           int j) {
-    static_assert(F::kStages > F::kBehind || F::kLoader);
-    const int k = j + F::kStages - F::kBehind, v = k - 1, k_stage = k % F::kStages, v_stage = v % F::kStages;
+    const int k = j + F::kStages - 2, v = k - 1, k_stage = k % F::kStages, v_stage = v % F::kStages;
     if (k >= F::kStages && k < work.tiles) {
         load_keys(at.k(k_stage), &args.k, at.k_full(k_stage), at.k_empty(k_stage), k, work);
     }
@@ -271,11 +269,9 @@ __device__ __forceinline__ void attend(HopperRows<T, F>& rows, int tiles, const 
     if (tiles > 1) ptx::mbarrier_wait(at.k_full(1 % F::kStages), 1 / F::kStages % 2);
     for (int j = 1; j < tiles; ++j) {
         const int k_stage = j % F::kStages;
-        if (F::kTurns && work.groups == 2) ptx::named_barrier_sync(4 + group, 2 * kGroupThreads);
         begin_scores<T, F>(rows.s, q, at.k(k_stage));
         ptx::mbarrier_wait(at.v_full(v_stage), v_parity);
         begin_out<T, F>(rows.out, rows.p, at.v(v_stage));
-        if (F::kTurns && work.groups == 2) ptx::named_barrier_arrive(4 + (group ^ 1), 2 * kGroupThreads);
         if (!F::kLoader && loads) load_more(args, work, at, j);
         ptx::wgmma_wait<1>();
         ptx::fence_registers(flat(rows.s));
@@ -310,13 +306,7 @@ __device__ __forceinline__ void compute(const HopperFwdArgs& all, const HopperWo
     rows.scale_log2 = args.scale_log2;
     const int tiles = min(work.tiles, work.tiles_before(q0 + kTile + work.past));
     if (work.tiles > 0) ptx::mbarrier_wait(at.q_full(), 0);
-    const bool turns = F::kTurns && work.groups == 2;
-    if (turns && group == 1 && work.tiles > 1) ptx::named_barrier_arrive(4, 2 * kGroupThreads);
     if (tiles > 0) attend(rows, tiles, all, work, group, at);
-    for (int j = max(tiles, 1); turns && j < work.tiles; ++j) {
-        ptx::named_barrier_sync(4 + group, 2 * kGroupThreads);
-        ptx::named_barrier_arrive(4 + (group ^ 1), 2 * kGroupThreads);
-    }
 
     float factor[1][2];
     const Block& block = work.block;
@@ -352,10 +342,10 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
             __syncwarp();
             if (group < work.groups) compute<T>(args, work, group, at);
         } else if (group == F::kGroups) {
-            ptx::lower_registers<F::kFewRegisters>();
+            ptx::lower_registers<F::kLoaderRegisters>();
             if (threadIdx.x % kGroupThreads == 0) load_all(args, work, at);
         } else {
-            ptx::raise_registers<F::kManyRegisters>();
+            ptx::raise_registers<F::kRegisters>();
             if (group < work.groups) compute<T>(args, work, group, at);
         }
     } else {
@@ -395,8 +385,7 @@ int launch_hopper(const AttentionFwdParams& params) {
 
 template <int D>
 int forward_hopper(const AttentionFwdParams& params) {
-    using F = HopperFwd<D, D == 64 ? 64 : 128, 2, D == 64 ? 4 : 2, D == 64 ? 2 : 1, D != 64>;
-    return dispatch_half(params.shape.dtype, [&](auto t) { return launch_hopper<decltype(t), F>(params); });
+    return dispatch_half(params.shape.dtype, [&](auto t) { return launch_hopper<decltype(t), HopperFwd<D>>(params); });
 }
 
 }  // namespace igpt::cuda::attention

@@ -208,10 +208,10 @@ def wgmma_of(kernels: Kernels, case: Case) -> int:
 
 
 def check_hopper_skipping(kernels: Kernels) -> None:
-    """A warpgroup multiplies the tiles that its 64 queries see, of 64 keys with D of 64, else 128."""
-    for d, keys in ((64, 64), (96, 128), (128, 128)):
-        tile = 4 * (d // 16 + keys // 16)  # wgmma of 64 queries, for four warps
-        tiles = lambda *ends, keys=keys: sum(-(-end // keys) for end in ends)  # noqa: E731
+    """A warpgroup multiplies the tiles of 64 keys that its 64 queries see."""
+    for d in (64, 96, 128):
+        tile = 4 * (d // 16 + 64 // 16)  # wgmma of 64 queries, for four warps
+        tiles = lambda *ends: sum(-(-end // 64) for end in ends)  # noqa: E731
         case = make("cpu", torch.bfloat16, d, 320, 320, b=1)
         assert wgmma_of(kernels, case) == tile * tiles(64, 128, 192, 256, 320), d
         # From the first key that is shown, whichever that is; queries before it see none.
@@ -255,10 +255,11 @@ def launch_forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def check_order(kernels: Kernels, rows: int = 64) -> None:
-    """More pairs of batch and head than fit into a group: the last group's blocks are those of its pairs."""
-    pairs, t, d = (800, 129, 64) if rows == HOPPER else (3100, 65, 32)
-    group = (24 << 20) // (t * d * 4)
-    assert group < pairs
+    """More pairs of batch and head than fit into a group: the last group's blocks are those of its pairs, and it is as
+    large as the first."""
+    pairs, t, d = (801, 129, 64) if rows == HOPPER else (3101, 65, 32)
+    group = pairs // 2 + 1
+    assert group < (24 << 20) // (t * d * 4) < pairs
     q = eighths(pairs, 1, t, d).bfloat16()
     out, lse = torch.full_like(q, torch.nan), torch.full((pairs, 1, t), torch.nan)
     tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, q, q, out)]

@@ -47,9 +47,9 @@ void all(bool brief) {
     attention(DType::bf16, 32, 65, 66, 128, true, false);
     attention(DType::f16, 64, 66, 66, 64, false, true);
     on_hopper(DType::bf16, 64, 66, 450, false);
-    on_hopper(DType::f16, 128, 65, 400, true);
+    on_hopper(DType::f16, 128, 130, 400, true);
     if (brief) return;
-    on_hopper(DType::bf16, 96, 130, 130, true);
+    on_hopper(DType::bf16, 96, 194, 194, true);
     on_hopper(DType::bf16, 64, 1, 1, false);
     on_hopper(DType::f16, 64, 0, 3, false);
     attention(DType::bf16, 64, 1, 1, 128, false, false);

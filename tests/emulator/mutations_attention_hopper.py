@@ -22,8 +22,8 @@ def narrow(kernels: Kernels) -> None:
 
 
 def wide(kernels: Kernels) -> None:
-    """Two panels, a warpgroup that loads, more than one turn of the ring."""
-    under_schedules(kernels, 96, 66, 520, "")
+    """Two panels, three warpgroups and one that loads, more than one turn of the ring."""
+    under_schedules(kernels, 96, 130, 460, "")
 
 
 def padded(kernels: Kernels) -> None:

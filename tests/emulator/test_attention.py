@@ -35,7 +35,8 @@ def test_parity(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int
     attention.check(kernels, dtype, d, t_q, t_k, mask, rows=min(rows, 64) if d == 128 else rows)
 
 
-# Rings of several tiles that are filled again; ends of a tile of keys and of queries; one warpgroup without queries.
+# Rings of several tiles that are filled again; ends of a tile of keys and of queries; one, two and three warpgroups, and
+# some without queries; more than one block.
 @pytest.mark.parametrize(
     ("d", "dtype", "t_q", "t_k", "mask"),
     [
@@ -49,9 +50,12 @@ def test_parity(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int
         (96, FP16, 2, 2, ""),
         (96, BF16, 65, 66, ""),
         (96, BF16, 97, 450, "starts"),
+        (96, FP16, 193, 193, "starts"),
         (128, BF16, 63, 63, ""),
         (128, FP16, 65, 129, ""),
         (128, BF16, 130, 520, "starts"),
+        (128, BF16, 192, 256, ""),
+        (128, FP16, 250, 251, ""),
     ],
 )
 def test_parity_on_hopper(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int, mask: str) -> None:

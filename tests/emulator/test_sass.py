@@ -6,6 +6,7 @@ with fewer stands for those with more.
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import nvcc
 import pytest
@@ -107,6 +108,28 @@ def test_quantize_does_not_contract() -> None:
         for name, found in nvcc.instructions(compiled, arch).items():
             if "Float" in name:
                 assert not {i for i in found if i.startswith("FFMA")}, name
+
+
+def beside_products(lines: list[str]) -> list[int]:
+    """How many exponentials stand between a wait for all products but the newest and the wait for that one."""
+    waits = [i for i, line in enumerate(lines) if line.startswith("WARPGROUP.DEPBAR")]
+    pairs = [(i, j) for i, j in pairwise(waits) if lines[i].endswith(" 0x1") and lines[j].endswith(" 0x0")]
+    return [sum(line.startswith("MUFU.EX2") for line in lines[i:j]) for i, j in pairs]
+
+
+def test_softmax_runs_beside_the_products() -> None:
+    """In the forward for Hopper: the assembler is free to put it off until they are waited for."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "attention_fwd_hopper.cu")
+    for name, lines in nvcc.code(compiled, "90a").items():
+        assert beside_products(lines) == [64 * 64 // 128 + 2], name  # weights of a thread, and its rows' maxima
+
+
+def test_exponentials_beside_products_are_counted() -> None:
+    first, last = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    exp = "MUFU.EX2 R4, R5"
+    assert beside_products([last, exp, first, exp, "FADD R1, R2, R3", exp, last, exp]) == [2]
+    assert beside_products([exp, first, last, exp]) == [0]
+    assert beside_products([exp, last, exp]) == []
 
 
 def test_faults_are_found() -> None:
