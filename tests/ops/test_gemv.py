@@ -176,10 +176,10 @@ def test_vmap(implementation) -> None:
 def test_fake_and_meta(implementation) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    named = checks.operands("cpu", torch.bfloat16, 2, 72, 24, True)
+    named = checks.operands(implementation.device, torch.bfloat16, 2, 72, 24, True)
     with FakeTensorMode() as mode:
         out = ops.gemv(**{name: mode.from_tensor(tensor) for name, tensor in named.items()})
-    assert (out.shape, out.dtype) == ((2, 24), torch.bfloat16)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 24), torch.bfloat16, implementation.device)
     with backend.use_backend("auto"):
         out = ops.gemv(**{name: tensor.to("meta") for name, tensor in named.items()})
     assert (out.shape, out.device.type) == ((2, 24), "meta")
