@@ -84,6 +84,18 @@ def check_one_rounding(device: str) -> None:
     assert torch.equal(ops.gemv(x, weight, residual=bias[None]), torch.full_like(bias, 1.0)[None])
 
 
+def check_digits_of_the_norm(device: str) -> None:
+    """A normed 1 + 2^-12, which neither dtype holds, less the 1 of the residual."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.ones(1, 64, dtype=dtype, device=device)
+        weight = torch.zeros(64, 8, dtype=dtype, device=device)
+        weight[0] = 1.0
+        ones = torch.ones(64, dtype=dtype, device=device)
+        bias = -torch.ones(8, dtype=dtype, device=device)
+        out = ops.gemv(x, weight, bias, norm_weight=ones, eps=2.0**-11)  # 1 / sqrt(1 + 2^-11) is about 1 - 2^-12
+        assert torch.allclose(out.float(), torch.full_like(out.float(), (1 + 2.0**-11) ** -0.5 - 1), rtol=0.02), dtype
+
+
 def check_nan_stays(device: str) -> None:
     """A NaN in a row of x is in that row's output and no other's; one in a column of the weight likewise."""
     for transposed in (False, True):

@@ -55,6 +55,10 @@ def test_one_rounding(emulation) -> None:
     checks.check_one_rounding(emulation.device)
 
 
+def test_digits_of_the_norm(emulation) -> None:
+    checks.check_digits_of_the_norm(emulation.device)
+
+
 @pytest.mark.parametrize(("order", "seed"), [("random", 3), ("skewed", 3)])
 def test_schedules(emulation, order: str, seed: int) -> None:
     emulation.schedule(order, seed)
