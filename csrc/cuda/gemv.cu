@@ -46,8 +46,15 @@ constexpr int kSums = kWarps * kRows * kColumns;  // floats: the warps'
 
 static_assert(kThreads == kRows * kColumns / 2, "a thread has two sums");
 
-// On a multiprocessor: Linear's eight columns take more registers for their addresses.
-constexpr int blocks_at_a_time(bool transposed) { return transposed ? 1 : 2; }
+// On a multiprocessor: Linear's eight columns take more registers for their addresses. Below sm_90, where there are no
+// clusters, one is seldom followed by a second.
+constexpr int blocks_at_a_time(bool transposed) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return 1;
+#else
+    return transposed ? 1 : 2;
+#endif
+}
 
 struct alignas(16) Words {
     uint32_t at[4];
