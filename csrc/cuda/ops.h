@@ -307,7 +307,7 @@ struct GemvParams {
     DType dtype;            // bf16 or f16, of all of them
     int32_t device;
     void* stream;
-    int32_t splits;  // the launcher's own
+    int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
 int gemv(const GemvParams& params);

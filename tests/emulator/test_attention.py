@@ -35,8 +35,8 @@ def test_parity(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int
     attention.check(kernels, dtype, d, t_q, t_k, mask, rows=min(rows, 64) if d == 128 else rows)
 
 
-# Rings of several tiles that are filled again; ends of a tile of keys and of queries; one, two and three warpgroups, and
-# some without queries; more than one block.
+# Rings of several tiles that are filled again; ends of a tile of keys and of queries; one, two and three warpgroups
+# with queries; more than one block.
 @pytest.mark.parametrize(
     ("d", "dtype", "t_q", "t_k", "mask"),
     [
