@@ -212,7 +212,7 @@ def code(compiled: Compiled, arch: str) -> dict[str, list[str]]:
     for line in listing.read_text("utf-8").splitlines():
         if section := re.match(r"\.text\.(\w+):", line):
             current = found.setdefault(section[1], [])
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*\S)", line):
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;", line):
             current.append(instruction[1])
     names = demangle(list(found))
     return {names[mangled]: lines for mangled, lines in found.items()}
