@@ -4,8 +4,8 @@
 //   Launch: a block of kGroups warpgroups that compute. Each has 64 queries; their part of out, the scores of one tile
 //   of keys and the weights of the one before are in its registers. One thread copies the queries once, and K and V in
 //   tiles of kKeys rows through two rings of kStages places, each place with a barrier that says that it is full and
-//   one that says that all warps have done with it. It is of a further warpgroup, which gives its registers to the
-//   others; with D of 64, where an SM holds two blocks, of the last one that computes.
+//   one that says that all warps have done with it. That thread belongs to a further warpgroup, which gives most of its
+//   registers to the others; with D of 64, where an SM holds two blocks, to the last warpgroup that computes.
 //   While the tensor cores multiply the weights of one tile with V, the warpgroup computes those of the next:
 //     S(j) = Q K(j)^T and out += P(j - 1) V(j - 1) are begun; S(j) is waited for; P(j) = its softmax; out is waited for
 //   and is rescaled. Tiles of keys begin with the first one that is shown, so that a hidden key is not even copied, and
