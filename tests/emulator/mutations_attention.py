@@ -85,5 +85,5 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("attention_last_group", COMMON, "min(order.group, order.pairs - first)", "order.group"),
      attention.check_order),
     (Mutation("attention_groups_of_unequal_size", COMMON, "(pairs + groups - 1) / groups)};",
-              "std::min(fitting, pairs))};"), attention.check_order),
+              "groups > 1 ? fitting : pairs)};"), attention.check_order),
 ]  # fmt: skip
