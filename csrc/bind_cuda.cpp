@@ -234,7 +234,7 @@ void gemv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t norm_weight, 
           int32_t dtype, int32_t device, uintptr_t stream) {
     check("gemv", cuda::gemv({pointer(x), pointer(weight), pointer(bias), pointer(norm_weight), pointer(residual),
                               pointer(out), ld, rows, n_in, n_out, transposed, eps, cuda::Activation(activation),
-                              cuda::DType(dtype), device, pointer(stream), 0}));
+                              cuda::DType(dtype), device, pointer(stream), 0, 0}));
 }
 
 }  // namespace

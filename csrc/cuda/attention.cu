@@ -22,10 +22,46 @@ int dispatch_head_dim(const AttentionShape& shape, F&& f) {
     return cudaErrorInvalidValue;
 }
 
+// Whether TMA takes a tensor. The stride of a dimension with one element is never used.
+bool has_tensor_map(const AttentionTensor& tensor, const AttentionShape& shape, int64_t positions) {
+    const auto good = [](int64_t size, int64_t stride) {
+        return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 39);
+    };
+    return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && good(positions, tensor.position) &&
+           good(shape.heads, tensor.head) && good(shape.batch, tensor.batch);
+}
+
+// What attention_fwd_hopper.cuh solves.
+bool hopper_can_run(const AttentionFwdParams& p) {
+    const AttentionShape& shape = p.shape;
+    return shape.head_dim >= 64 && shape.key_mask == nullptr && has_tensor_map(p.q, shape, shape.t_q) &&
+           has_tensor_map(p.k, shape, shape.t_k) && has_tensor_map(p.v, shape, shape.t_k);
+}
+
+// Whether the device runs wgmma and TMA, and the build has code for it.
+bool is_hopper(int device) {
+#if defined(IGPT_SM_90A) || !defined(__CUDACC__)
+    int major = 0, minor = 0;
+    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+           minor == 0;
+#else
+    static_cast<void>(device);
+    return false;
+#endif
+}
+
 }  // namespace
 
 int attention_fwd(const AttentionFwdParams& params) {
-    return dispatch_head_dim(params.shape, [&](auto d) { return attention::forward<decltype(d)::value>(params); });
+    const bool hopper = params.rows == 0 && hopper_can_run(params) && is_hopper(params.shape.device);
+    return dispatch_head_dim(params.shape, [&](auto d) {
+        constexpr int D = decltype(d)::value;
+        if constexpr (D >= 64) {
+            if (hopper) return attention::forward_hopper<D>(params);
+        }
+        return attention::forward<D>(params);
+    });
 }
 
 int attention_bwd(const AttentionBwdParams& params) {

@@ -17,6 +17,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -38,6 +39,9 @@ template <int D>
 int forward(const AttentionFwdParams& params);
 template <int D>
 int backward(const AttentionBwdParams& params);
+// The forward for Hopper: attention_fwd_hopper.cu. D is 64, 96 or 128; there is no key_mask; TMA takes q, k and v.
+template <int D>
+int forward_hopper(const AttentionFwdParams& params);
 
 // ---- Bit masks of 64 rows or columns ---------------------------------------------------------------------------
 
@@ -314,7 +318,8 @@ __device__ __forceinline__ T* head_of(const AttentionTensor& tensor, int batch, 
 // ---- The order of the blocks -----------------------------------------------------------------------------------
 
 // The (batch, head) pairs are taken in groups whose tensors fit into half of an H100's L2, so that the tiles of a pair
-// read them from there; within a group a tile's number rises slowest, so that what is heaviest begins first.
+// read them from there; within a group a tile's number rises slowest, so that what is heaviest begins first. Groups are
+// of one size, or nearly: a small last one would leave multiprocessors idle beside its heaviest tiles.
 struct Order {
     uint32_t pairs, tiles, group;
 };
@@ -326,8 +331,9 @@ struct Block {
 inline Order make_order(const AttentionShape& shape, int64_t tiles, int64_t bytes) {
     constexpr int64_t kCache = 24 << 20;
     const int64_t pairs = int64_t(shape.batch) * shape.heads;
-    const int64_t fitting = kCache / (bytes > 0 ? bytes : 1);
-    return {uint32_t(pairs), uint32_t(tiles), uint32_t(fitting < 1 ? 1 : fitting > pairs ? pairs : fitting)};
+    const int64_t fitting = std::max(int64_t(1), kCache / std::max(int64_t(1), bytes));
+    const int64_t groups = std::max(int64_t(1), (pairs + fitting - 1) / fitting);
+    return {uint32_t(pairs), uint32_t(tiles), uint32_t((pairs + groups - 1) / groups)};
 }
 inline int64_t blocks(const Order& order) { return int64_t(order.pairs) * order.tiles; }
 

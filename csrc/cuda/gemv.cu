@@ -1,25 +1,27 @@
 // A linear layer for up to 8 rows, with the norm before it and what comes after it in one kernel.
 //
-//   out = activation(s * (x * norm_weight) weight + bias) + residual,  s = rsqrt(mean(x^2) + eps) of each row
-//   (without norm_weight: s = 1 and x alone). The norm is not rounded: all is in float32 and out is rounded once.
+//   out = activation(norm(x) weight + bias) + residual,  norm(x) = x * rsqrt(mean(x^2) + eps) * norm_weight of each row
 //
 //   x (rows, n_in), bias (n_out,), norm_weight (n_in,), residual and out (rows, n_out) contiguous; weight (n_in, n_out)
 //   with n_out contiguous (transformers' Conv1D), or transposed, (n_out, n_in) with n_in contiguous (nn.Linear). All of
-//   one dtype, bfloat16 or float16, n_in and n_out multiples of 8.
+//   one dtype, bfloat16 or float16, n_in and n_out multiples of 8. Sums are in float32, out is rounded once; norm(x) is
+//   a pair of numbers of the dtype, its rounded value and what that leaves, so that it has twice the dtype's digits.
 //
-//   Launch: 8 warps for a tile of columns: 16 or 32 of Conv1D's, 16 bytes of a row of the weight for a lane; 4 to 32 of
-//   Linear's, 4 for a warp, whose lanes have 8 of n_in each. n_in is divided among the warps so that small layers, too,
-//   occupy the GPU. A weight is loaded once, for all rows; the next loads are on their way while the last ones are
-//   multiplied, and the first ones before grid_dependency_wait: weight and bias must not come from the launch before
-//   (as long as launches are plain ones, all wait for it anyway). x * norm_weight is in shared memory in float32, up to
-//   32 KB at a time; since s is a factor of the whole sum, the squares are added up on the way. Sums are put together
-//   by shuffles that leave each lane a share of them, then in shared memory in the warps' order.
+//   Launch: 8 warps for 64 columns, and where these are few up to 8 such blocks, a cluster, which share n_in (below
+//   sm_90 there are none). A warp takes 32 of n_in at a time, straight from memory into registers as tensor cores want
+//   them: mma's rows are columns of the weight, its 8 columns the rows of x. What mma calls k is free, as long as both
+//   operands mean the same: a lane has eight of n_in that follow one another, of Conv1D in 8 rows of the weight, of
+//   which 8 lanes read 128 bytes, and of Linear in one vector of each of 8 columns. Two such chunks of each warp, 4 KB
+//   each, are on their way at any time, the first ones before grid_dependency_wait: weight and bias must not come from
+//   the launch before (as long as launches are plain ones, all wait for it anyway). The rows of x are in shared memory,
+//   a warp for a row. The warps' sums are put together in shared memory in their order, the blocks' in that of the
+//   first block of the cluster.
 //
 //   Bound by bytes: n_in * n_out elements of the weight.
 //
 // Source: openai/image-gpt src/model.py conv1d and norm; activations: reference.py.
+#include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "launch.cuh"
 #include "memory.cuh"
@@ -31,213 +33,173 @@ namespace igpt::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kSlabFloats = 8192;  // of x in shared memory at a time
+constexpr int kRows = 8;      // of x, at most: mma's n
+constexpr int kColumns = 64;  // of a block
+constexpr int kChunk = 32;    // of n_in, of a warp at a time
+constexpr int kStep = kWarps * kChunk;
+constexpr int kSplits = 8;                        // blocks of a cluster, at most
+constexpr int kMultiprocessors = 132;             // of an H100
+constexpr int kLeastChunks = 4;                   // of a block that shares n_in
+constexpr int kPitch = kColumns + 2;              // of a row of sums: float2, and few bank conflicts
+constexpr int kInbox = kRows * kPitch;            // floats: a block's sums
+constexpr int kSums = kWarps * kRows * kColumns;  // floats: the warps'
 
-// Adds up the kN values of the lanes that differ in the bits from kLowest on. Each of them ends with an equal share of
-// the sums, in values[0 ..], the first of which has number `first`; with more lanes than values some have the same one.
-template <int kN, int kLowest>
-struct Scatter {
-    static constexpr int kShared = 32 / kLowest;  // lanes
-    static constexpr int kLeft = kN > kShared ? kN / kShared : 1;
-    int first = 0;
-    bool alone = true;  // no lane below this one has the same share
+static_assert(kThreads == kRows * kColumns / 2, "a thread has two sums");
 
-    __device__ __forceinline__ explicit Scatter(float (&values)[kN]) { add<kN, 16>(values); }
+// On a multiprocessor: Linear's eight columns take more registers for their addresses. Below sm_90, where there are no
+// clusters, one is seldom followed by a second.
+constexpr int blocks_at_a_time(bool transposed) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return 1;
+#else
+    return transposed ? 1 : 2;
+#endif
+}
 
-  private:
-    template <int kCount, int kBit>
-    __device__ __forceinline__ void add(float (&values)[kN]) {
-        const bool upper = threadIdx.x & kBit;
-        constexpr int kHalf = kCount / 2;
-        if constexpr (kCount > 1) {
+struct alignas(16) Words {
+    uint32_t at[4];
+};
+
+// Where a lane's part of the warp's next chunk is: its own eight of n_in begin at k. Of Conv1D it has the columns from
+// 8 g of the tile on, with g = lane / 4, of Linear column g of every eight.
+template <typename T, bool kTransposed>
+struct Cursor {
+    const T* at;
+    int64_t ld;
+    int k, end, columns;  // columns: of the tile that are there, a multiple of 8
+
+    __device__ __forceinline__ Cursor(const GemvParams& p, int tile, int begin, int end_) : ld(p.ld), end(end_) {
+        const int g = int(threadIdx.x) % kWarpSize / 4;
+        k = begin + int(threadIdx.x) % 4 * 8;
+        columns = p.n_out - tile;
+        at = static_cast<const T*>(p.weight);
+        // A lane whose columns are not there has others, and nobody looks at its sums.
+        at += kTransposed ? (tile + g) * ld + k : k * ld + tile + (8 * g < columns ? 8 * g : 0);
+    }
+    __device__ __forceinline__ void advance() {
+        k += kStep;
+        at += kTransposed ? kStep : kStep * ld;
+    }
+};
+
+// What a lane has of 32 of n_in by 64 columns of the weight.
+template <typename T, bool kTransposed>
+struct Chunk {
+    // Conv1D: vector i is eight columns at the lane's k number i. Linear: its eight k at column 8 i + g.
+    Words vectors[8];
+
+    __device__ __forceinline__ void load(Cursor<T, kTransposed>& from) {
+        const T* at = from.at;
 #pragma unroll
-            for (int i = 0; i < kHalf; ++i) {
-                const float keep = upper ? values[i + kHalf] : values[i], give = upper ? values[i] : values[i + kHalf];
-                values[i] = keep + __shfl_xor_sync(kFullMask, give, kBit);
+        for (int i = 0; i < 8; ++i) {
+            vectors[i] = from.k < from.end ? load_global(reinterpret_cast<const Words*>(at)) : Words{};
+            if (!kTransposed || 8 * (i + 1) < from.columns) at += kTransposed ? 8 * from.ld : from.ld;
+        }
+        from.advance();
+    }
+
+    // mma's A of 16 columns, number m, and the lane's own k from 4 j on. Its row g is column_of(m, 0, g), its row g + 8
+    // column_of(m, 1, g).
+    __device__ __forceinline__ void fragment(uint32_t (&a)[4], int m, int j) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (kTransposed) {
+                a[i] = vectors[2 * m + i % 2].at[2 * j + i / 2];
+            } else {  // two k, one column: halves of two vectors
+                const Words &low = vectors[4 * j + i / 2 * 2], &high = vectors[4 * j + i / 2 * 2 + 1];
+                a[i] = __byte_perm(low.at[m], high.at[m], i % 2 == 0 ? 0x5410 : 0x7632);
             }
-            first += upper ? kHalf : 0;
+        }
+    }
+    __device__ static int column_of(int m, int half, int g) {
+        return kTransposed ? 16 * m + 8 * half + g : 8 * g + 2 * m + half;
+    }
+};
+
+// x in shared memory: units of four k of a row, with the norm followed by what their rounding left. Those that a warp
+// reads at a time, first and second halves of the lanes' own k, are side by side; rows are exchanged so that lanes that
+// write one row meet in different banks.
+template <bool kNormed>
+struct alignas(kNormed ? 16 : 8) Unit {
+    static constexpr int kWords = kNormed ? 4 : 2;
+    static constexpr int kSecond = 4 * kRows;            // from the first half to the second
+    static constexpr int kSlab = kNormed ? 1024 : 2048;  // of n_in at a time
+    static_assert(kSlab % (2 * kStep) == 0);
+    uint32_t at[kWords];
+
+    __device__ static int place(int k, int row) {
+        return k / kChunk * 2 * kSecond + (row ^ k / kChunk % kRows) * 4 + k / 8 % 4;
+    }
+    static size_t bytes(int n_in) {
+        return size_t((std::min(n_in, kSlab) + kChunk - 1) / kChunk * 2 * kSecond) * 4 * kWords;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const void* tensor, int64_t at) {
+    return load_global(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(tensor) + at));
+}
+
+// The norm's factor of the warp's row.
+template <typename T>
+__device__ __forceinline__ float norm_of(const GemvParams& p, int row) {
+    float square = 0.0f;
+#pragma unroll 2
+    for (int k = int(threadIdx.x) % kWarpSize * 8; k < p.n_in; k += kWarpSize * 8) {
+        const Vector<T> vector = load_vector<T>(p.x, int64_t(row) * p.n_in + k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) square += to_float(vector.at[i]) * to_float(vector.at[i]);
+    }
+    return rsqrtf(warp_sum(square) / float(p.n_in) + p.eps);
+}
+
+// Puts x from `begin` to `end` into shared memory, a row for each warp.
+template <typename T, bool kNormed>
+__device__ __forceinline__ void fill_x(const GemvParams& p, Unit<kNormed>* x, int begin, int end, float scale) {
+    const int row = int(threadIdx.x) / kWarpSize;
+    if (row >= p.rows) return;
+#pragma unroll 2
+    for (int k = begin + int(threadIdx.x) % kWarpSize * 8; k < end; k += kWarpSize * 8) {
+        const Vector<T> vector = load_vector<T>(p.x, int64_t(row) * p.n_in + k);
+        Unit<kNormed> units[2];
+        if constexpr (kNormed) {
+            const Vector<T> factors = load_vector<T>(p.norm_weight, k);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float low = to_float(vector.at[2 * i]) * scale * to_float(factors.at[2 * i]);
+                const float high = to_float(vector.at[2 * i + 1]) * scale * to_float(factors.at[2 * i + 1]);
+                const uint32_t rounded = ptx::pack2<T>(low, high);
+                const float2 had = ptx::unpack2<T>(rounded);
+                units[i / 2].at[i % 2] = rounded;
+                units[i / 2].at[2 + i % 2] = ptx::pack2<T>(low - had.x, high - had.y);
+            }
         } else {
-            values[0] += __shfl_xor_sync(kFullMask, values[0], kBit);
-            alone &= !upper;
+            const Words words = *reinterpret_cast<const Words*>(&vector);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) units[i / 2].at[i % 2] = words.at[i];
         }
-        if constexpr (kBit > kLowest) add<(kCount > 1 ? kHalf : 1), kBit / 2>(values);
-    }
-};
-
-// The two layouts of a weight. Each has, for a thread,
-//   kUnroll vectors of the weight at a time (Batch), whose first element of n_in is k;
-//   kN sums: of row i / kColumns of x and the thread's column i % kColumns;
-//   a place for x * norm_weight in shared memory, where it finds its own without bank conflicts;
-//   a tile of columns for the block, kWide of them for a warp.
-
-// n_out contiguous. kLanes lanes have a row of the tile, kSteps rows are side by side.
-template <typename T_, int kRows_, int kLanes_>
-struct Conv {
-    using T = T_;
-    using V = Vector<T>;
-    static constexpr int kRows = kRows_, kLanes = kLanes_, kColumns = V::kSize;
-    static constexpr int kTile = kLanes * kColumns, kWide = kTile, kSteps = kThreads / kLanes;
-    static constexpr int kUnroll = kRows <= 2 ? 8 : 4;
-    static constexpr int kN = kRows * kColumns, kLowest = kLanes;
-    static constexpr int kSlab = kSlabFloats / kRows, kSlabShared = kSlabFloats;
-    static_assert(kSlab % (kSteps * kUnroll) == 0);
-
-    V batch[kUnroll];
-
-    __device__ static int tile(const GemvParams&) { return kTile; }
-    __device__ static int step(const GemvParams&) { return kSteps * kUnroll; }
-    __device__ static int first(const GemvParams&) { return int(threadIdx.x) / kLanes; }
-    // The thread's first column in its tile.
-    __device__ static int column(const GemvParams&) { return int(threadIdx.x) % kLanes * kColumns; }
-    // The warps that share the columns of this one, and its number among them.
-    __device__ static int splits(const GemvParams&) { return kWarps; }
-
-    __device__ __forceinline__ void load(const GemvParams& p, int column, int k) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int row = k + u * kSteps;
-            if (row >= p.n_in || column >= p.n_out) continue;
-            const T* address = static_cast<const T*>(p.weight) + row * p.ld + column;
-            batch[u] = load_global(reinterpret_cast<const V*>(address));
+        for (int j = 0; j < 2; ++j) store_shared(x + Unit<kNormed>::place(k - begin, row) + j * x->kSecond, units[j]);
+    }
+}
+
+// sums[m] += mma's C of 16 columns, number m, for one chunk, which begins at k in x.
+template <typename T, bool kNormed, bool kTransposed>
+__device__ __forceinline__ void multiply(const GemvParams& p, float (&sums)[4][4], const Chunk<T, kTransposed>& chunk,
+                                         const Unit<kNormed>* x, int k, int end) {
+    const int row = int(threadIdx.x) % kWarpSize / 4, own = k + int(threadIdx.x) % 4 * 8;
+    const bool there = row < p.rows && own < end;  // else nothing was written
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        Unit<kNormed> unit{};
+        if (there) unit = load_shared(x + Unit<kNormed>::place(own, row) + j * x->kSecond);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            uint32_t a[4];
+            chunk.fragment(a, m, j);
+            ptx::mma_m16n8k16<T>(sums[m], a, unit.at[0], unit.at[1]);
+            if constexpr (kNormed) ptx::mma_m16n8k16<T>(sums[m], a, unit.at[2], unit.at[3]);
         }
-    }
-
-    // x[k][row]. A thread writes eight k of a row, beside threads with other eights: among its eight they are exchanged
-    // so that these meet in different banks. One row's are written as vectors.
-    __device__ static int place(int k) { return (kRows == 1 ? k : k ^ (k / 8 % 8)) * kRows; }
-
-    __device__ static void store_x(float* x, int k, int row, const float (&values)[8]) {
-        if constexpr (kRows == 1) {
-            const bool swap = k / 8 & 4;  // a quarter of a warp has 8 eights: the halves of the last ones first
-            const float4 low = make_float4(values[0], values[1], values[2], values[3]);
-            const float4 high = make_float4(values[4], values[5], values[6], values[7]);
-            store_shared(reinterpret_cast<float4*>(x + k + (swap ? 4 : 0)), swap ? high : low);
-            store_shared(reinterpret_cast<float4*>(x + k + (swap ? 0 : 4)), swap ? low : high);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) store_shared(x + place(k + i) + row, values[i]);
-        }
-    }
-
-    __device__ __forceinline__ void multiply(const GemvParams& p, float (&sums)[kN], const float* x, int k,
-                                             int in_slab) {
-        struct alignas(kRows >= 4 ? 16 : 4 * kRows) Part {
-            float at[kRows >= 4 ? 4 : kRows];
-        };
-        constexpr int kPart = sizeof(Part) / 4;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            if (k + u * kSteps >= p.n_in) break;
-            float w[kColumns];
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) w[c] = to_float(batch[u].at[c]);
-#pragma unroll
-            for (int row = 0; row < kRows; row += kPart) {
-                const float* address = x + place(in_slab + u * kSteps) + row;
-                const Part part = load_shared(reinterpret_cast<const Part*>(address));
-#pragma unroll
-                for (int i = 0; i < kPart; ++i) {
-#pragma unroll
-                    for (int c = 0; c < kColumns; ++c) sums[(row + i) * kColumns + c] += w[c] * part.at[i];
-                }
-            }
-        }
-    }
-};
-
-// n_in contiguous. A warp has kColumns columns and every splits-th 256 of n_in.
-template <typename T_, int kRows_>
-struct Linear {
-    using T = T_;
-    using V = Vector<T>;
-    static constexpr int kRows = kRows_, kColumns = 4;
-    static constexpr int kSpan = kWarpSize * V::kSize;
-    static constexpr int kN = kRows * kColumns, kLowest = 1;
-    static constexpr int kSlab = kSlabFloats / kRows;
-    // Of a row of x: the first halves of its eights, then the second ones, so that lanes read side by side; and so much
-    // more that the lanes that write, of all rows and several eights, do not meet.
-    static constexpr int kPitch = kSlab + 32 / kRows, kSlabShared = kRows * kPitch;
-    static constexpr int kTile = kWarps * kColumns, kWide = kColumns;  // kTile: with all of n_in for each warp
-
-    V batch[kColumns];
-
-    __device__ static int tile(const GemvParams& p) { return kTile / p.splits; }
-    __device__ static int step(const GemvParams& p) { return kSpan * p.splits; }
-    __device__ static int first(const GemvParams& p) {
-        return int(threadIdx.x) / kWarpSize % p.splits * kSpan + int(threadIdx.x) % kWarpSize * V::kSize;
-    }
-    __device__ static int column(const GemvParams& p) { return int(threadIdx.x) / kWarpSize / p.splits * kColumns; }
-    __device__ static int splits(const GemvParams& p) { return p.splits; }
-
-    __device__ __forceinline__ void load(const GemvParams& p, int column, int k) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-            if (k >= p.n_in || column >= p.n_out) continue;  // n_out is a multiple of 8
-            const T* address = static_cast<const T*>(p.weight) + (column + c) * p.ld + k;
-            batch[c] = load_global(reinterpret_cast<const V*>(address));
-        }
-    }
-
-    __device__ static void store_x(float* x, int k, int row, const float (&values)[8]) {
-        float* half = x + row * kPitch + k / 2;
-        store_shared(reinterpret_cast<float4*>(half), make_float4(values[0], values[1], values[2], values[3]));
-        store_shared(reinterpret_cast<float4*>(half + kSlab / 2),
-                     make_float4(values[4], values[5], values[6], values[7]));
-    }
-
-    __device__ __forceinline__ void multiply(const GemvParams& p, float (&sums)[kN], const float* x, int k,
-                                             int in_slab) {
-        if (k >= p.n_in) return;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-            const float* half = x + row * kPitch + in_slab / 2;
-            const float4 low = load_shared(reinterpret_cast<const float4*>(half));
-            const float4 high = load_shared(reinterpret_cast<const float4*>(half + kSlab / 2));
-            const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) sums[row * kColumns + c] += to_float(batch[c].at[i]) * part[i];
-            }
-        }
-    }
-};
-
-// What stands in shared memory, one after another.
-template <typename L>
-struct Shared {
-    static constexpr int kSums = kWarps * L::kRows * L::kWide;
-    static constexpr size_t kBytes = (L::kSlabShared + kSums + kWarps * L::kRows) * sizeof(float);
-    float* x = dynamic_shared<float>();
-    float* sums = x + L::kSlabShared;  // [warp][row][column]
-    float* squares = sums + kSums;     // [warp][row]
-};
-
-// Puts x * norm_weight from `slab` on into shared memory, and adds up the squares of x: each thread those of the row
-// with its number modulo kRows. Rows that are not there count as zeros.
-template <typename L>
-__device__ __forceinline__ void fill_x(const GemvParams& p, float* x, int slab, float& square) {
-    using V = Vector<typename L::T>;
-    const int end = p.n_in - slab < L::kSlab ? p.n_in - slab : L::kSlab;
-    const int row = int(threadIdx.x) % L::kRows;
-    for (int k = int(threadIdx.x) / L::kRows * 8; k < end; k += kThreads / L::kRows * 8) {
-        float values[8] = {};
-        if (row < p.rows) {
-            const auto* from = static_cast<const typename L::T*>(p.x) + int64_t(row) * p.n_in + slab + k;
-            const V vector = load_global(reinterpret_cast<const V*>(from));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                values[i] = to_float(vector.at[i]);
-                square += values[i] * values[i];
-            }
-        }
-        if (p.norm_weight) {
-            const auto* from = static_cast<const typename L::T*>(p.norm_weight) + slab + k;
-            const V vector = load_global(reinterpret_cast<const V*>(from));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] *= to_float(vector.at[i]);
-        }
-        L::store_x(x, k, row, values);
     }
 }
 
@@ -253,121 +215,155 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
     return x;
 }
 
-// The output that a thread writes, if any, and what is added to it: asked for early, since it takes its time.
-template <typename L>
+// Two columns of one row, which a thread of the first block writes, and what is added to them: asked for early, since
+// it takes its time, and kept in shared memory, which there is more of than registers.
+template <typename T>
 struct Output {
-    using T = typename L::T;
-    int row, in_tile;
-    int64_t at;
+    uint32_t* kept;  // bias and residual of all threads
+    int tile;
     bool there;
-    float bias = 0.0f, residual = 0.0f;
 
-    __device__ __forceinline__ explicit Output(const GemvParams& p) {
-        static_assert(L::kTile * L::kRows <= kThreads);
-        const int tile = L::tile(p), column = int(blockIdx.x) * tile + int(threadIdx.x) % tile;
-        row = int(threadIdx.x) / tile;
-        in_tile = int(threadIdx.x) % tile;
-        at = int64_t(row) * p.n_out + column;
-        there = row < p.rows && column < p.n_out;
-        if (there && p.bias) bias = to_float(load_global(static_cast<const T*>(p.bias) + column));
+    __device__ static int row() { return int(threadIdx.x) / kWarpSize; }
+    __device__ static int in_tile() { return int(threadIdx.x) % kWarpSize * 2; }
+    __device__ int64_t at(const GemvParams& p) const { return int64_t(row()) * p.n_out + tile + in_tile(); }
+
+    __device__ __forceinline__ Output(const GemvParams& p, uint32_t* kept_, int tile_) : kept(kept_), tile(tile_) {
+        there = int(blockIdx.x) % p.splits == 0 && row() < p.rows && tile + in_tile() < p.n_out;
     }
-    // Behind the wait for the launch before.
-    __device__ __forceinline__ void load_residual(const GemvParams& p) {
-        if (there && p.residual) residual = to_float(load_global(static_cast<const T*>(p.residual) + at));
+    // Zeros are both, where there is nothing.
+    __device__ __forceinline__ uint32_t ask(const void* tensor, int64_t from) const {
+        if (!tensor || !there) return 0;
+        return load_global(reinterpret_cast<const uint32_t*>(static_cast<const T*>(tensor) + from));
+    }
+    __device__ __forceinline__ void keep(uint32_t bias, uint32_t residual) const {
+        store_shared(kept + threadIdx.x, bias);
+        store_shared(kept + kThreads + threadIdx.x, residual);
     }
 
-    // Adds the warps' shares up, and does to the sum what comes after the product.
-    __device__ __forceinline__ void finish(const GemvParams& p, const Shared<L>& shared) const {
+    // Adds the blocks' shares up, and does to the sum what comes after the product.
+    __device__ __forceinline__ void finish(const GemvParams& p, const float* inbox) const {
         if (!there) return;
-        const int splits = L::splits(p), warp = in_tile / L::kWide * splits;
-        float y = 0.0f;
-        for (int s = 0; s < splits; ++s) {
-            y += load_shared(shared.sums + ((warp + s) * L::kRows + row) * L::kWide + in_tile % L::kWide);
+        float2 y = {0.0f, 0.0f};
+        for (int s = 0; s < p.splits; ++s) {
+            const float* address = inbox + s * kInbox + row() * kPitch + in_tile();
+            const float2 one = load_shared(reinterpret_cast<const float2*>(address));
+            y.x += one.x;
+            y.y += one.y;
         }
-        if (p.norm_weight) {
-            float square = 0.0f;
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) square += load_shared(shared.squares + w * L::kRows + row);
-            y *= rsqrtf(square / float(p.n_in) + p.eps);
-        }
-        y = activate(p.activation, y + bias) + residual;
-        store_global(static_cast<T*>(p.out) + at, from_float<T>(y));
+        const float2 before = ptx::unpack2<T>(load_shared(kept + threadIdx.x));
+        const float2 after = ptx::unpack2<T>(load_shared(kept + kThreads + threadIdx.x));
+        y.x = activate(p.activation, y.x + before.x) + after.x;
+        y.y = activate(p.activation, y.y + before.y) + after.y;
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + at(p)), ptx::pack2<T>(y.x, y.y));
     }
 };
 
-template <typename L>
-__global__ void __launch_bounds__(kThreads, L::kRows == 8 ? 1 : 2) gemv_kernel(GemvParams p) {
-    const Shared<L> shared;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int column = int(blockIdx.x) * L::tile(p) + L::column(p), first = L::first(p), step = L::step(p);
-    L now, next;
-    now.load(p, column, first);  // the weight does not come from the launch before
-    Output<L> output(p);
-    ptx::grid_dependency_wait();
-    output.load_residual(p);
-    float sums[L::kN] = {}, square = 0.0f;
-    for (int slab = 0; slab < p.n_in; slab += L::kSlab) {
-        if (slab > 0) __syncthreads();  // the one before is still being read
-        fill_x<L>(p, shared.x, slab, square);
+// Adds the warps' sums up, and puts them into the first block's inbox.
+template <typename C>
+__device__ __forceinline__ void hand_in(const float (&sums)[4][4], float* scratch, float* inbox, bool alone) {
+    const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+    __syncthreads();  // x has been read
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+        const float4 four = make_float4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+        store_shared(reinterpret_cast<float4*>(scratch) + (warp * 4 + m) * kWarpSize + lane, four);
+    }
+    __syncthreads();
+    // A half of what a lane had for an m: one column, two rows.
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        const float2 one = load_shared(reinterpret_cast<const float2*>(scratch) + w * kThreads + threadIdx.x);
+        sum.x += one.x;
+        sum.y += one.y;
+    }
+    const int m = int(threadIdx.x) / 64, g = int(threadIdx.x) / 8 % 8, t = int(threadIdx.x) / 2 % 4;
+    float* to = inbox + 2 * t * kPitch + C::column_of(m, int(threadIdx.x) % 2, g);
+    if (alone) {
+        store_shared(to, sum.x);
+        store_shared(to + kPitch, sum.y);
         __syncthreads();
-        for (int in_slab = first; in_slab - first < L::kSlab && slab + in_slab - first < p.n_in; in_slab += step) {
-            next.load(p, column, slab + in_slab + step);
-            if (column < p.n_out) now.multiply(p, sums, shared.x, slab + in_slab, in_slab);
-            now = next;
+        return;
+    }
+    ptx::cluster_wait();  // all blocks have begun
+    ptx::store_cluster(to, 0, sum.x);
+    ptx::store_cluster(to + kPitch, 0, sum.y);
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+}
+
+template <typename T, bool kNormed, bool kTransposed>
+__global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_kernel(GemvParams p) {
+    using C = Chunk<T, kTransposed>;
+    using U = Unit<kNormed>;
+    float* inbox = dynamic_shared<float>();
+    uint32_t* kept = reinterpret_cast<uint32_t*>(inbox + p.splits * kInbox);
+    float* scratch = reinterpret_cast<float*>(kept + 2 * kThreads);  // x, then the warps' sums
+    U* x = reinterpret_cast<U*>(scratch);
+    const int tile = int(blockIdx.x) / p.splits * kColumns, split = int(blockIdx.x) % p.splits;
+    const int begin = split * p.share, end = min(begin + p.share, p.n_in);
+    const int warp = int(threadIdx.x) / kWarpSize;
+    Cursor<T, kTransposed> cursor(p, tile, begin + warp * kChunk, end);
+    C now, next;
+    now.load(cursor);  // the weight does not come from the launch before
+    next.load(cursor);
+    const Output<T> output(p, kept, tile);
+    const uint32_t bias = output.ask(p.bias, tile + output.in_tile());
+    if (p.splits > 1) ptx::cluster_arrive_relaxed();
+    ptx::grid_dependency_wait();
+    const uint32_t residual = output.ask(p.residual, output.at(p));
+    float scale = 1.0f;
+    if constexpr (kNormed) {
+        if (warp < p.rows) scale = norm_of<T>(p, warp);
+    }
+    output.keep(bias, residual);
+    float sums[4][4] = {};
+    for (int slab = begin; slab < end; slab += U::kSlab) {
+        if (slab > begin) __syncthreads();  // the one before is still being read
+        const int slab_end = min(slab + U::kSlab, end);
+        fill_x<T>(p, x, slab, slab_end, scale);
+        __syncthreads();
+        for (int k = slab + warp * kChunk; k < slab_end; k += 2 * kStep) {
+            multiply<T>(p, sums, now, x, k - slab, slab_end - slab);
+            __syncwarp();  // lest the compiler load earlier, into registers that there are not
+            now.load(cursor);
+            if (k + kStep < slab_end) multiply<T>(p, sums, next, x, k + kStep - slab, slab_end - slab);
+            __syncwarp();
+            next.load(cursor);
         }
     }
     ptx::grid_dependency_launch();
-    const Scatter<L::kN, L::kLowest> scatter(sums);
-#pragma unroll
-    for (int bit = L::kRows; bit < kWarpSize; bit *= 2) square += __shfl_xor_sync(kFullMask, square, bit);
-    if (lane < L::kRows) store_shared(shared.squares + warp * L::kRows + lane, square);
-    const int in_warp = L::column(p) % L::kWide;
-#pragma unroll
-    for (int i = 0; i < scatter.kLeft; ++i) {
-        const int row = (scatter.first + i) / L::kColumns, c = (scatter.first + i) % L::kColumns;
-        if (scatter.alone) store_shared(shared.sums + (warp * L::kRows + row) * L::kWide + in_warp + c, sums[i]);
-    }
-    __syncthreads();
-    output.finish(p, shared);
+    hand_in<C>(sums, scratch, inbox + split * kInbox, p.splits == 1);
+    output.finish(p, inbox);
 }
 
-// About one block for every multiprocessor of an H100.
-constexpr int kMultiprocessors = 132;
-
-template <typename L>
-int launch_layout(const GemvParams& p, int tile) {
-    const unsigned blocks = unsigned((p.n_out + tile - 1) / tile);
-    return launch(gemv_kernel<L>, blocks, kThreads, Shared<L>::kBytes, p.stream, p);
-}
-
-template <typename T, int kRows>
-int launch_rows(GemvParams p) {
-    if (!p.transposed) {
-        if (p.n_out >= kMultiprocessors * 31) return launch_layout<Conv<T, kRows, 4>>(p, 32);
-        return launch_layout<Conv<T, kRows, 2>>(p, 16);
-    }
-    using L = Linear<T, kRows>;
-    p.splits = 1;
-    while (p.splits < kWarps && p.n_out * p.splits < kMultiprocessors * L::kTile && L::kSpan * p.splits < p.n_in &&
-           L::kSpan * p.splits * 2 <= L::kSlab) {
-        p.splits *= 2;
-    }
-    return launch_layout<L>(p, L::kTile / p.splits);
+template <typename T, bool kNormed>
+int launch_kernel(const GemvParams& p, unsigned blocks) {
+    const size_t scratch = std::max(Unit<kNormed>::bytes(p.share), kSums * sizeof(float));
+    const size_t shared = (size_t(p.splits) * kInbox + 2 * kThreads) * sizeof(float) + scratch;
+    const auto kernel = p.transposed ? gemv_kernel<T, kNormed, true> : gemv_kernel<T, kNormed, false>;
+    return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits));
 }
 
 template <typename T>
-int launch_dtype(const GemvParams& p) {
-    if (p.rows <= 1) return launch_rows<T, 1>(p);
-    if (p.rows <= 2) return launch_rows<T, 2>(p);
-    if (p.rows <= 4) return launch_rows<T, 4>(p);
-    return launch_rows<T, 8>(p);
+int launch_dtype(GemvParams p) {
+    const int tiles = (p.n_out + kColumns - 1) / kColumns, chunks = (p.n_in + kChunk - 1) / kChunk;
+    const int blocks_at_once = kMultiprocessors * blocks_at_a_time(p.transposed);
+    p.splits = 1;
+    while (has_clusters(p.device) && p.splits < kSplits && 2 * p.splits * tiles <= blocks_at_once &&
+           2 * p.splits * kLeastChunks <= chunks) {
+        p.splits *= 2;
+    }
+    p.share = (chunks + p.splits - 1) / p.splits * kChunk;
+    const unsigned blocks = unsigned(tiles) * unsigned(p.splits);
+    return p.norm_weight ? launch_kernel<T, true>(p, blocks) : launch_kernel<T, false>(p, blocks);
 }
 
 }  // namespace
 
 int gemv(const GemvParams& p) {
     if (p.rows == 0) return cudaSuccess;
-    if (p.rows < 0 || p.rows > 8 || p.n_in < 8 || p.n_in % 8 != 0 || p.n_out < 8 || p.n_out % 8 != 0) {
+    if (p.rows < 0 || p.rows > kRows || p.n_in < 8 || p.n_in % 8 != 0 || p.n_out < 8 || p.n_out % 8 != 0) {
         return cudaErrorInvalidValue;
     }
     const DeviceGuard device(p.device);

@@ -11,11 +11,12 @@
 //   the mean loses by its own rounding is made good by the mean of those differences.
 //   Launch: a team of 1, 4 or 8 warps for a row, each thread with up to 8 vectors of 16 bytes of it in registers, so
 //   that a row is read once; four one-warp teams make a block, which then needs no barrier for a row. The backward
-//   makes the statistics anew, which costs no bytes. It runs `parts` blocks over all rows, keeps the gradients of
+//   makes the statistics anew, which costs no bytes. It runs up to `parts` blocks over all rows, keeps the gradients of
 //   weight and bias in registers, writes a partial sum for each block, and columns.cuh adds those up. Bound by bytes:
 //   the forward moves 2 (4 with residual) tensors of (rows, n), the backward 3 (4 with dsum).
 //
 // Source: openai/image-gpt src/model.py norm; Ba, Kiros & Hinton, 2016. Backward: the derivatives, written out.
+#include <algorithm>
 #include <type_traits>
 
 #include "columns.cuh"
@@ -35,7 +36,12 @@ struct Shape {
     static constexpr int kTeams = kWarps == 1 ? 4 : 1;
     static constexpr int kTeamThreads = kWarps * kWarpSize;
     static constexpr int kThreads = kTeams * kTeamThreads;
+    // Blocks of the backward on a multiprocessor, by its registers.
+    static constexpr int at_a_time(bool centred) {
+        return kVectors <= 2 ? 4 : kWarps > 4 ? 1 : sizeof(T) == 4 || !centred ? 3 : 2;
+    }
 };
+constexpr int kMultiprocessors = 132;  // of an H100
 
 // The part of a row that one thread has: vectors thread, thread + kTeamThreads, ...
 template <typename S>
@@ -218,7 +224,7 @@ struct Means {
 };
 
 template <typename S, bool kCentred>
-__global__ void __launch_bounds__(S::kThreads) norm_bwd_kernel(NormBwdParams p) {
+__global__ void __launch_bounds__(S::kThreads, S::at_a_time(kCentred)) norm_bwd_kernel(NormBwdParams p) {
     using T = typename S::T;
     const int n = p.n_embd;
     float* scratch = dynamic_shared<float>();
@@ -281,12 +287,14 @@ int launch_fwd(const NormFwdParams& p) {
 template <bool kCentred, typename S>
 int launch_bwd(const NormBwdParams& p) {
     const size_t floats = S::kTeams == 1 ? 2 * Means<S, kCentred>::kSums * S::kWarps : S::kTeams * p.n_embd;
-    if (p.parts > 0) {
+    // No more than run at a time: a few that come later would have as many rows each, and the GPU for themselves.
+    const int parts = std::min(p.parts, kMultiprocessors * S::at_a_time(kCentred));
+    if (parts > 0) {
         const int error =
-            launch(norm_bwd_kernel<S, kCentred>, unsigned(p.parts), S::kThreads, floats * sizeof(float), p.stream, p);
+            launch(norm_bwd_kernel<S, kCentred>, unsigned(parts), S::kThreads, floats * sizeof(float), p.stream, p);
         if (error != cudaSuccess) return error;
     }
-    return launch_column_sums<typename S::T>(p.partial, p.dweight, p.dbias, p.n_embd, p.parts, p.stream);
+    return launch_column_sums<typename S::T>(p.partial, p.dweight, p.dbias, p.n_embd, parts, p.stream);
 }
 
 template <bool kCentred>

@@ -233,7 +233,9 @@ struct AttentionFwdParams {
     AttentionShape shape;
     AttentionTensor q, k, v, out;
     float* lse;    // (B, H, T_q): log of the sum of exponentials, -infinity where no key is shown
-    int32_t rows;  // queries of a block, 64 or, with a head_dim below 128, 128; 0: whichever suits the sizes
+    // Queries of a block, 64 or, with a head_dim below 128, 128. 0: whichever suits the sizes, or the kernel for Hopper
+    // where that can run (attention_fwd_hopper.cuh).
+    int32_t rows;
 };
 
 struct AttentionBwdParams {
@@ -305,7 +307,7 @@ struct GemvParams {
     DType dtype;            // bf16 or f16, of all of them
     int32_t device;
     void* stream;
-    int32_t splits;  // the launcher's own
+    int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
 int gemv(const GemvParams& params);

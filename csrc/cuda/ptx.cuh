@@ -130,6 +130,42 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A cluster: blocks side by side in x, of a launch with clusters, that run at the same time; sm_90 and later. Every
+// thread arrives at its barrier and then waits for all, which orders memory, and so by turns. A wait also comes before
+// the first access to the shared memory of another block, which may not have begun.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+// The same for threads that have written nothing that others read: it need not wait for memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+// Writes where block `rank` of the cluster has what is at `own` in this block's shared memory.
+__device__ __forceinline__ void store_cluster(float* own, unsigned rank, float value) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#else
+    __trap();
+#endif
+}
+
 // A hint: the line of p will be read.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));

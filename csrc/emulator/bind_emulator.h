@@ -60,6 +60,8 @@ inline std::vector<LaunchTuple> stop_recording_tuples() {
 
 inline void bind_emulator(pybind11::module_& m) {
     m.def("set_schedule", &set_schedule_by_name, pybind11::arg("order"), pybind11::arg("seed") = 0);
+    m.def("set_capability", &set_capability, pybind11::arg("ten_times") = 80,
+          "The device's compute capability, to the launchers that look: 90 for wgmma and TMA.");
     m.def("set_blocks", &set_blocks, pybind11::arg("first") = 0, pybind11::arg("count") = kAllBlocks,
           "Launches run only these blocks, by linear index; without arguments, all.");
     m.def("counters", &counters_by_name, "Since the last reset, by name; see emulator.h.");

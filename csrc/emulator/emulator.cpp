@@ -1,7 +1,8 @@
-// The scheduler: blocks one after another, their threads by turns, barriers and the warps' operations.
+// The scheduler: clusters of blocks one after another, their threads by turns, barriers and the warps' operations.
 #include "emulator.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <map>
@@ -26,6 +27,7 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxShared = 227 * 1024;
+constexpr unsigned kMaxCluster = 8;
 constexpr size_t kSharedAlignment = 1024;
 constexpr size_t kSharedOffset = kSharedBase % kSharedAlignment;
 
@@ -38,13 +40,17 @@ struct Meeting {
     uint64_t bits[kWarpSize] = {};
 };
 
+struct Block;
+
 }  // namespace
 
 struct Thread {
     Fibre fibre;
+    Block* block = nullptr;
     uint3 index{};
     int number = 0;
     bool ended = false;
+    uint64_t cluster_arrivals = 0, cluster_waits = 0;
     std::string waits_in;  // empty: it could run
     Where where{};
     std::shared_ptr<Meeting> meeting;
@@ -58,7 +64,7 @@ struct Thread {
 namespace {
 
 struct Block {
-    Block(dim3 size, uint64_t seed, Counters& counters) : random(seed), requests(counters) {
+    Block(uint3 at, dim3 size, uint64_t seed, Counters& counters) : index(at), random(seed), requests(counters) {
         threads.resize(size_t(size.x) * size.y * size.z);
         const size_t warps = (threads.size() + kWarpSize - 1) / kWarpSize;
         meetings.resize(warps);
@@ -67,7 +73,9 @@ struct Block {
         std::shuffle(priority.begin(), priority.end(), random);
     }
 
+    uint3 index;
     std::vector<Thread> threads;
+    size_t live = 0;                                              // threads that have not ended
     std::vector<std::vector<std::shared_ptr<Meeting>>> meetings;  // by warp: those that wait for lanes
     std::vector<std::vector<Thread*>> ready;                      // by warp: the threads that could run
     std::deque<Thread*> queue;                                    // the same, for fifo
@@ -83,13 +91,32 @@ struct Block {
     std::map<std::type_index, std::unique_ptr<Unit>> units;
 };
 
+// Blocks that run at the same time, and their barrier. Most are a cluster of one.
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    size_t turn = 0;  // for fifo: the block that is next
+    std::mt19937_64 random;
+    uint64_t phases = 0;  // of the barrier, that have ended
+    size_t arrived = 0;   // threads, in this phase
+    std::vector<Thread*> waiting;
+    char sync[2] = {};  // by turns, as barrier_sync
+
+    size_t live() const {
+        size_t count = 0;
+        for (const auto& one : blocks) count += one->live;
+        return count;
+    }
+};
+
 Schedule schedule;
-uint64_t blocks_begun = 0;
+uint64_t clusters_begun = 0;
 uint64_t first_block = 0, block_count = kAllBlocks;
+std::atomic<int> device_capability{80};
 Counters total{};
 std::mutex one_launch;
 const std::function<void()>* kernel = nullptr;
-Block* block = nullptr;
+Cluster* cluster = nullptr;
+Block* block = nullptr;  // the running thread's
 Thread* current = nullptr;
 char launch_sync, grid_sync;  // the host's memory before the launch, the threads' after it
 char fence_sync;              // __threadfence
@@ -104,10 +131,15 @@ std::string text(const Thread& thread) {
 void make_ready(Thread* thread) {
     thread->waits_in.clear();
     if (schedule.order == Order::fifo) {
-        block->queue.push_back(thread);
+        thread->block->queue.push_back(thread);
     } else {
-        block->ready[size_t(thread->warp())].push_back(thread);
+        thread->block->ready[size_t(thread->warp())].push_back(thread);
     }
+}
+
+void enter(Block* next) {
+    block = next;
+    blockIdx = next->index;
 }
 
 Thread* take(std::vector<Thread*>& from, size_t i) {
@@ -117,7 +149,7 @@ Thread* take(std::vector<Thread*>& from, size_t i) {
     return thread;
 }
 
-Thread* next_thread() {
+Thread* next_thread_of_block() {
     if (schedule.order == Order::fifo) {
         if (block->queue.empty()) return nullptr;
         Thread* thread = block->queue.front();
@@ -138,6 +170,20 @@ Thread* next_thread() {
     for (auto& ready : block->ready) {
         if (i < ready.size()) return take(ready, i);
         i -= ready.size();
+    }
+    return nullptr;
+}
+
+// Tries the blocks of the cluster by turns, at random, or the last one first, and goes to the one that has a thread.
+Thread* next_thread() {
+    const size_t count = cluster->blocks.size();
+    size_t first = 0;
+    if (schedule.order == Order::fifo) first = cluster->turn++;
+    if (schedule.order == Order::random && count > 1) first = cluster->random() % count;
+    for (size_t i = 0; i < count; ++i) {
+        const size_t at = schedule.order == Order::skewed ? count - 1 - i : (first + i) % count;
+        enter(cluster->blocks[at].get());
+        if (Thread* thread = next_thread_of_block()) return thread;
     }
     return nullptr;
 }
@@ -202,33 +248,48 @@ Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool 
     return *current->meeting;
 }
 
+// Ends a phase of the cluster's barrier once every thread that has not ended has arrived.
+void settle_cluster() {
+    if (cluster->arrived == 0 || cluster->arrived < cluster->live()) return;
+    ++cluster->phases;
+    cluster->arrived = 0;
+    for (Thread* thread : cluster->waiting) make_ready(thread);
+    cluster->waiting.clear();
+}
+
 // The body of every fibre.
 void run_thread() {
     current->fibre.arrive();
     acquire(&launch_sync);
     (*kernel)();
     for (const auto& unit : block->units) unit.second->thread_ends();
+    if (current->cluster_arrivals != current->cluster_waits) fail("a thread ends without cluster_wait");
     current->ended = true;
+    --block->live;
+    settle_cluster();
     release(&grid_sync);
     current->fibre.suspend(true);
     std::terminate();  // nobody resumes it
 }
 
 std::string describe_standstill() {
-    std::map<std::string, std::pair<int, const Thread*>> groups;
-    for (const Thread& thread : block->threads) {
-        const std::string state =
-            thread.ended ? "ended" : "waiting in " + thread.waits_in + " at " + text(thread.where);
-        auto& group = groups[state];
-        if (group.first++ == 0) group.second = &thread;
+    std::map<std::string, std::pair<int, std::string>> groups;
+    std::string units;
+    for (const auto& one : cluster->blocks) {
+        enter(one.get());
+        for (const Thread& thread : block->threads) {
+            const std::string state =
+                thread.ended ? "ended" : "waiting in " + thread.waits_in + " at " + text(thread.where);
+            auto& group = groups[state];
+            if (group.first++ == 0) group.second = text(thread);
+        }
+        for (const auto& unit : block->units) units += unit.second->standstill();
     }
     std::string message = "deadlock:";
     for (const auto& [state, group] : groups) {
-        message +=
-            " " + std::to_string(group.first) + " threads " + state + " (the first: " + text(*group.second) + ");";
+        message += " " + std::to_string(group.first) + " threads " + state + " (the first: " + group.second + ");";
     }
-    for (const auto& unit : block->units) message += unit.second->standstill();
-    return message;
+    return message + units;
 }
 
 // Memory that ends where an address sanitizer sees it, and begins so, at kSharedBase modulo 1024.
@@ -255,58 +316,84 @@ class SharedMemory {
     void* memory_ = nullptr;
 };
 
-bool all_ended() {
-    return std::all_of(block->threads.begin(), block->threads.end(), [](const Thread& t) { return t.ended; });
-}
-
 std::string units_left() {
     std::string message;
-    for (const auto& unit : block->units) message += unit.second->left();
+    for (const auto& one : cluster->blocks) {
+        enter(one.get());
+        for (const auto& unit : block->units) message += unit.second->left();
+    }
     return message;
 }
 
 bool advance_units() {
     bool any = false;
-    for (const auto& unit : block->units) any |= unit.second->advance();
+    for (const auto& one : cluster->blocks) {
+        enter(one.get());
+        for (const auto& unit : block->units) any |= unit.second->advance();
+    }
     return any;
 }
 
-void run_block(dim3 size, size_t shared_bytes, uint64_t seed) {
-    // On the heap: when it is freed, the thread sanitizer forgets its barriers, which order nothing among blocks.
-    const auto owner = std::make_unique<Block>(size, seed, total);
-    Block& now = *owner;
-    block = &now;
-    const SharedMemory shared(shared_bytes);
+std::string first_error() {
+    for (const auto& one : cluster->blocks) {
+        if (!one->error.empty()) return one->error;
+    }
+    return {};
+}
+
+void add_block(uint64_t number, dim3 size, const SharedMemory& shared, size_t shared_bytes) {
+    const uint64_t plane = uint64_t(gridDim.x) * gridDim.y;
+    const uint3 at{unsigned(number % gridDim.x), unsigned(number / gridDim.x % gridDim.y), unsigned(number / plane)};
+    const uint64_t seed = schedule.seed * 0x9e3779b97f4a7c15u + number;
+    cluster->blocks.push_back(std::make_unique<Block>(at, size, seed, total));
+    Block& now = *cluster->blocks.back();
     now.shared = shared.data();
     now.shared_bytes = shared_bytes;
+    now.live = now.threads.size();
+    const size_t before = (cluster->blocks.size() - 1) * now.threads.size();
     for (size_t i = 0; i < now.threads.size(); ++i) {
         Thread& thread = now.threads[i];
         const unsigned n = unsigned(i);
+        thread.block = &now;
         thread.number = int(i);
         thread.index = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
-        thread.fibre.start(int(i), int(blocks_begun % 2), run_thread);
+        thread.fibre.start(int(before + i), int(clusters_begun % 2), run_thread);
         make_ready(&thread);
     }
-    ++blocks_begun;
-    while (now.error.empty()) {
+}
+
+// Runs the `count` blocks from number `first` on at the same time.
+void run_cluster(uint64_t first, unsigned count, dim3 size, size_t shared_bytes) {
+    // On the heap: when it is freed, the thread sanitizer forgets its barriers, which order nothing among clusters.
+    const auto owner = std::make_unique<Cluster>();
+    cluster = owner.get();
+    cluster->random.seed(schedule.seed + first);
+    std::deque<SharedMemory> shared;
+    for (unsigned i = 0; i < count; ++i) add_block(first + i, size, shared.emplace_back(shared_bytes), shared_bytes);
+    ++clusters_begun;
+    std::string error;
+    while ((error = first_error()).empty()) {
         current = next_thread();
         if (!current) {
-            if (all_ended() && now.error.empty()) now.error = units_left();
-            if (now.error.empty() && advance_units()) continue;
+            if (cluster->live() == 0) error = units_left();
+            if (error.empty() && advance_units()) continue;
             break;
         }
         threadIdx = current->index;
         current->fibre.resume();
     }
-    if (now.error.empty() && !all_ended()) now.error = describe_standstill();
-    now.requests.finish();
-    for (Thread& thread : now.threads) thread.fibre.destroy(thread.ended);
+    if (error.empty() && cluster->live() > 0) error = describe_standstill();
+    for (const auto& one : cluster->blocks) {
+        one->requests.finish();
+        for (Thread& thread : one->threads) thread.fibre.destroy(thread.ended);
+    }
+    cluster = nullptr;
     block = nullptr;
     current = nullptr;
-    if (!now.error.empty()) throw std::runtime_error("emulator: " + now.error);
+    if (!error.empty()) throw std::runtime_error("emulator: " + error);
 }
 
-void check_launch(dim3 grid, dim3 size, size_t shared_bytes) {
+void check_launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster_size) {
     const uint64_t threads = uint64_t(size.x) * size.y * size.z;
     const bool good_grid =
         grid.x >= 1 && grid.x <= INT32_MAX && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
@@ -315,6 +402,10 @@ void check_launch(dim3 grid, dim3 size, size_t shared_bytes) {
                                  std::to_string(grid.y) + ", " + std::to_string(grid.z) + "; " +
                                  std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
                                  " bytes of shared memory");
+    }
+    if (cluster_size < 1 || cluster_size > kMaxCluster || grid.x % cluster_size != 0) {
+        throw std::runtime_error("emulator: clusters of " + std::to_string(cluster_size) + " blocks in a grid of " +
+                                 std::to_string(grid.x));
     }
 }
 
@@ -371,6 +462,10 @@ void set_schedule(Schedule wanted) {
     schedule = wanted;
 }
 
+void set_capability(int ten_times) { device_capability = ten_times; }
+
+int capability() { return device_capability; }
+
 void set_blocks(uint64_t first, uint64_t count) {
     const std::lock_guard<std::mutex> lock(one_launch);
     if (count == 0) throw std::runtime_error("emulator: set_blocks chose no block");
@@ -388,25 +483,23 @@ void reset_counters() {
     total = {};
 }
 
-void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& thread) {
+void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster_size, const std::function<void()>& thread) {
     const std::lock_guard<std::mutex> lock(one_launch);
-    check_launch(grid, size, shared_bytes);
+    check_launch(grid, size, shared_bytes, cluster_size);
     kernel = &thread;
     gridDim = grid;
     blockDim = size;
     ++total.launches;
     release(&launch_sync);
-    std::vector<uint64_t> order(chosen_blocks(uint64_t(grid.x) * grid.y * grid.z));
-    for (size_t i = 0; i < order.size(); ++i) order[i] = first_block + i;
+    // The clusters of the chosen blocks.
+    const uint64_t count = chosen_blocks(uint64_t(grid.x) * grid.y * grid.z), from = first_block / cluster_size;
+    std::vector<uint64_t> order((first_block + count + cluster_size - 1) / cluster_size - from);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = from + i;
     if (schedule.order == Order::skewed) std::reverse(order.begin(), order.end());
     if (schedule.order == Order::random) {
         std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
     }
-    for (uint64_t i : order) {
-        const uint64_t plane = uint64_t(grid.x) * grid.y;
-        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / plane)};
-        run_block(size, shared_bytes, schedule.seed * 0x9e3779b97f4a7c15u + i);
-    }
+    for (uint64_t i : order) run_cluster(i * cluster_size, cluster_size, size, shared_bytes);
     acquire(&grid_sync);
 }
 
@@ -433,6 +526,38 @@ void barrier(Where where) {
         wait("__syncthreads", where);
     }
     acquire(sync);
+}
+
+void cluster_arrive(bool orders, Where where) {
+    if (current->cluster_arrivals != current->cluster_waits) fail("cluster_arrive at " + text(where) + " twice");
+    ++current->cluster_arrivals;
+    ++cluster->arrived;
+    if (orders) release(&cluster->sync[cluster->phases & 1]);
+    settle_cluster();
+}
+
+void cluster_wait(Where where) {
+    if (current->cluster_arrivals == current->cluster_waits) {
+        fail("cluster_wait at " + text(where) + " without cluster_arrive");
+    }
+    if (cluster->phases < current->cluster_arrivals) {
+        cluster->waiting.push_back(current);
+        wait("cluster_wait", where);
+    }
+    ++current->epoch;
+    std::fill(std::begin(current->accesses), std::end(current->accesses), 0);
+    acquire(&cluster->sync[current->cluster_waits++ & 1]);
+}
+
+unsigned char* cluster_shared(const void* own, size_t bytes, unsigned rank, Where where) {
+    const std::string what =
+        "shared memory of block " + std::to_string(rank) + " of a cluster at " + text(where) + ": ";
+    const uint64_t offset = reinterpret_cast<uint64_t>(own) - reinterpret_cast<uint64_t>(block->shared);
+    if (rank >= cluster->blocks.size()) fail(what + "it has " + std::to_string(cluster->blocks.size()));
+    if (offset + bytes > block->shared_bytes) fail(what + "outside");
+    if (current->cluster_waits == 0) fail(what + "the block may not have begun: cluster_wait comes first");
+    if (cluster->blocks[rank]->live == 0) fail(what + "the block has ended");
+    return cluster->blocks[rank]->shared + offset;
 }
 
 void trap(Where where) { fail("__trap at " + text(where)); }

@@ -1,4 +1,5 @@
-// Runs the kernels of csrc/cuda on the CPU: one fibre for every CUDA thread, one block at a time. For tests alone.
+// Runs the kernels of csrc/cuda on the CPU: one fibre for every CUDA thread, one block, or cluster of blocks, at a
+// time. For tests alone.
 //
 // What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
 // thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
@@ -42,15 +43,21 @@ struct Counters {
 
 void set_schedule(Schedule schedule);
 
-// From now on launches run only these blocks, by linear index (x fastest), and are an error if they have none of them.
+// What the device is from now on, to the launchers that look: 80 at first, 90 for one with wgmma and TMA. The emulator
+// runs what it is given, whatever this says.
+void set_capability(int ten_times);
+
+// From now on launches run only these blocks, by linear index (x fastest), and those of their clusters; they are an
+// error if they have none of them.
 // For the index arithmetic of launches that are too large to run.
 constexpr uint64_t kAllBlocks = UINT64_MAX;
 void set_blocks(uint64_t first, uint64_t count);
 Counters counters();
 void reset_counters();
 
-// Runs `thread` for every thread of the grid. Takes one launch at a time; throws std::runtime_error.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` for every thread of the grid, `cluster` blocks that are side by side in x at the same time. Takes one
+// launch at a time; throws std::runtime_error.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& thread);
 
 // The running block's shared memory.
 unsigned char* dynamic_shared();

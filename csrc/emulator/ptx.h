@@ -16,6 +16,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "memory.h"
+
 namespace igpt::emulator {
 
 uint32_t shared_address(const void* p, Where where);
@@ -41,6 +43,12 @@ void ldmatrix(const char* name, uint32_t* r, int matrices, bool transposed, cons
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, Where where);
 
 void named_barrier(bool waits, int id, int threads, Where where);
+
+// `orders`: what the thread has done happens before what others do behind the wait.
+void cluster_arrive(bool orders, Where where);
+void cluster_wait(Where where);
+// Where block `rank` of the cluster has what is at `own` here.
+unsigned char* cluster_shared(const void* own, size_t bytes, unsigned rank, Where where);
 
 template <typename T>
 constexpr bool is_bfloat() {
@@ -158,6 +166,21 @@ inline void named_barrier_sync(int id, int threads, const char* file = __builtin
 inline void named_barrier_arrive(int id, int threads, const char* file = __builtin_FILE(),
                                  int line = __builtin_LINE()) {
     emulator::named_barrier(false, id, threads, {file, line});
+}
+
+inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulator::cluster_arrive(true, {file, line});
+}
+inline void cluster_arrive_relaxed(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulator::cluster_arrive(false, {file, line});
+}
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulator::cluster_wait({file, line});
+}
+inline void store_cluster(float* own, unsigned rank, float value, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+    emulator::note(emulator::Access::shared, own, sizeof value);
+    *reinterpret_cast<float*>(emulator::cluster_shared(own, sizeof value, rank, {file, line})) = value;
 }
 
 inline void prefetch_l2(const void*) {}

@@ -87,8 +87,9 @@ def causal_attention(
         key_mask = reference.shown_keys(starts, k.shape[2], key_mask)
     if need_weights or upcast:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
-    # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process.
-    if not scale >= _LEAST_SCALE or q.numel() == 0:
+    # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
+    # dropped, cuDNN's, an error.
+    if not scale >= _LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
     return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
 

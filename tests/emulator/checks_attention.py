@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +15,19 @@ from torch import Tensor
 from igpt_fast import backend, ops, reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+HOPPER = -1  # in place of `rows`: the kernel for Hopper
+
+
+@contextmanager
+def capability(kernels: Kernels, ten_times: int) -> Iterator[None]:
+    """What the emulated device is; a GPU is what it is."""
+    if kernels.device == "cpu":
+        kernels.module.set_capability(ten_times)
+    try:
+        yield
+    finally:
+        if kernels.device == "cpu":
+            kernels.module.set_capability()
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,9 @@ def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
     place = lambda *tensors: [(x.data_ptr(), *x.stride()[:3]) for x in tensors]  # noqa: E731
     forward, backward = kernels.module.causal_attention_fwd_cuda, kernels.module.causal_attention_bwd_cuda
     stream = kernels._place()
-    forward(*place(*inputs, out), lse.data_ptr(), sizes, hidden, case.scale, rows, dtype, *stream)
+    with capability(kernels, 90 if rows == HOPPER else 80):
+        places = place(*inputs, out)
+        forward(*places, lse.data_ptr(), sizes, hidden, case.scale, max(rows, 0), dtype, *stream)
     everything = place(*inputs, out, case.dout, dq, dk, dv)
     backward(*everything, lse.data_ptr(), terms.data_ptr(), sizes, hidden, case.scale, dtype, *stream)
     return [out, lse, dq, dk, dv]
@@ -118,7 +135,8 @@ def check(
 
 def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
     """The same bits whatever the order of the threads."""
-    case = make(kernels.device, torch.bfloat16, d, 80, 140, "both", b=1, h=2)
+    shape, mask = ((80, 460), "starts") if rows == HOPPER else ((80, 140), "both")
+    case = make(kernels.device, torch.bfloat16, d, *shape, mask, b=1, h=2)
     expected = None
     for order, seed in SCHEDULES:
         schedule(kernels, order, seed)
@@ -128,9 +146,10 @@ def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
     schedule(kernels, "fifo", 0)
 
 
-def check_poison(kernels: Kernels) -> None:
+def check_poison(kernels: Kernels, rows: int = 0) -> None:
     """What stands in hidden keys, and in queries that are shown none, reaches nothing."""
-    for d, mask in ((64, "both"), (32, "starts"), (96, "keys")):
+    masks = ((64, "starts"), (96, "starts")) if rows == HOPPER else ((64, "both"), (32, "starts"), (96, "keys"))
+    for d, mask in masks:
         clean = make(kernels.device, torch.bfloat16, d, 70, 75, mask)
         if clean.key_mask is not None:
             clean.key_mask[0, :9] = False
@@ -140,16 +159,16 @@ def check_poison(kernels: Kernels) -> None:
         nothing = ~reference.visible_keys(70, 75, clean.shown(), kernels.device).any(-1, keepdim=True)
         assert nothing.any()
         q, dout = (x.masked_fill(nothing, torch.nan) for x in (clean.q, clean.dout))
-        found, expected = run(kernels, replace(clean, q=q, k=k, v=v, dout=dout)), run(kernels, clean)
+        found, expected = run(kernels, replace(clean, q=q, k=k, v=v, dout=dout), rows), run(kernels, clean, rows)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (d, mask)
 
 
-def check_access(kernels: Kernels) -> None:
+def check_access(kernels: Kernels, rows: int = 0) -> None:
     """No bank conflicts, in ldmatrix neither; whole sectors of global memory."""
     for d in (32, 64, 96, 128):
         case = make("cpu", torch.bfloat16, d, 128, 128, b=1)
         with Counted(kernels) as counted:
-            run(kernels, case)
+            run(kernels, case, rows)
         assert counted["ldmatrix_wavefronts"] == 4 * counted["ldmatrix"], (d, dict(counted))
         assert counted["shared_conflicts"] == 0, (d, dict(counted))
         # lse and terms are read and written by fours and eights of bytes, in runs of 32 and 64 bytes at least.
@@ -181,19 +200,75 @@ def check_skipping(kernels: Kernels) -> None:
     assert mma_of(kernels, case, 128) - mma_of(kernels, case, 64) == 2 * tile * warps - 2 * pairs * 2 * tile
 
 
-def check_order(kernels: Kernels) -> None:
-    """More pairs of batch and head than fit into a group: the last group's blocks are those of its pairs."""
-    pairs, t, d = 3100, 65, 32
-    group = (24 << 20) // (t * d * 4)
-    assert group < pairs
+def wgmma_of(kernels: Kernels, case: Case) -> int:
+    """Products of 64 x 64 x D that the forward for Hopper makes; both products of a tile count."""
+    with Counted(kernels) as counted:
+        run(kernels, case, HOPPER)
+    return counted["wgmma"]
+
+
+def check_hopper_skipping(kernels: Kernels) -> None:
+    """A warpgroup multiplies the tiles of 64 keys that its 64 queries see."""
+    for d in (64, 96, 128):
+        tile = 4 * (d // 16 + 64 // 16)  # wgmma of 64 queries, for four warps
+        tiles = lambda *ends: sum(-(-end // 64) for end in ends)  # noqa: E731
+        case = make("cpu", torch.bfloat16, d, 320, 320, b=1)
+        assert wgmma_of(kernels, case) == tile * tiles(64, 128, 192, 256, 320), d
+        # From the first key that is shown, whichever that is; queries before it see none.
+        late = replace(case, starts=torch.tensor([130], dtype=torch.int32))
+        assert wgmma_of(kernels, late) == tile * tiles(62, 126, 190), d
+        # The last warpgroup's first query is the last one.
+        assert wgmma_of(kernels, make("cpu", torch.bfloat16, d, 65, 65, b=1)) == tile * tiles(64, 65), d
+
+
+def check_hopper_is_chosen(kernels: Kernels) -> None:
+    """Where it can run, and nowhere else."""
+    case = make("cpu", torch.bfloat16, 64, 2, 3, b=2, h=2)
+    for ten_times in (80, 89, 90, 100, 120):
+        with Counted(kernels) as counted, capability(kernels, ten_times):
+            launch_forward(kernels, case.q, case.k, case.v)
+        assert (counted["wgmma"] > 0) == (ten_times == 90), ten_times
+        assert (counted["mma"] > 0) == (ten_times != 90), ten_times
+    masked = replace(case, key_mask=torch.ones(2, 3, dtype=torch.bool))
+    assert wgmma_of(kernels, masked) == 0
+    assert wgmma_of(kernels, make("cpu", torch.bfloat16, 32, 2, 3)) == 0
+    # A stride of 0 is none that TMA takes, unless the dimension has one element.
+    for b, h in ((2, 1), (1, 2), (1, 1)):
+        q = case.q[:b, :h]
+        k, v = (x.as_strided((b, h, *x.shape[2:]), (0, 0, *x.stride()[2:])) for x in (case.k, case.v))
+        with Counted(kernels) as counted, capability(kernels, 90):
+            out = launch_forward(kernels, q, k, v)
+        assert (counted["wgmma"] > 0) == (b * h == 1), (b, h)
+        with capability(kernels, 90):
+            assert torch.allclose(out, launch_forward(kernels, q, k.contiguous(), v.contiguous()), 1e-2, 1e-2)
+
+
+def launch_forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out, from tensors as they lie in memory."""
+    out, lse = torch.full(q.shape, torch.nan, dtype=q.dtype), torch.full(q.shape[:3], torch.nan)
+    tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, out)]
+    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
+    kernels.module.causal_attention_fwd_cuda(
+        *tensors, lse.data_ptr(), sizes, (0, 0, 0), 0.125, 0, DTYPES[q.dtype], 0, 0
+    )
+    return out
+
+
+def check_order(kernels: Kernels, rows: int = 64) -> None:
+    """More pairs of batch and head than fit into a group: the last group's blocks are those of its pairs, and it is as
+    large as the first."""
+    pairs, t, d = (801, 129, 64) if rows == HOPPER else (3101, 65, 32)
+    group = pairs // 2 + 1
+    assert group < (24 << 20) // (t * d * 4) < pairs
     q = eighths(pairs, 1, t, d).bfloat16()
     out, lse = torch.full_like(q, torch.nan), torch.full((pairs, 1, t), torch.nan)
     tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, q, q, out)]
     kernels.module.set_blocks(2 * group, 2 * (pairs - group))
     try:
-        kernels.module.causal_attention_fwd_cuda(
-            *tensors, lse.data_ptr(), (pairs, 1, t, t, d), (0, 0, 0), 0.2, 64, 1, 0, 0
-        )
+        with capability(kernels, 90 if rows == HOPPER else 80):
+            kernels.module.causal_attention_fwd_cuda(
+                *tensors, lse.data_ptr(), (pairs, 1, t, t, d), (0, 0, 0), 0.2, max(rows, 0), 1, 0, 0
+            )
     finally:
         kernels.module.set_blocks()
     assert lse[:group].isnan().all()
@@ -201,27 +276,29 @@ def check_order(kernels: Kernels) -> None:
     assert not out[group:].isnan().any()
 
 
-def check_huge(kernels: Kernels) -> None:
+def check_huge(kernels: Kernels, rows: int = 0) -> None:
     """Strides beyond 2^31 elements, of batch rows and of positions: the same bits as of small ones."""
+    d = 64 if rows == HOPPER else 32
     for dtype, b, t, stride in ((torch.bfloat16, 2, 5, 2**31 + 64), (torch.float16, 1, 34, 2**26 + 8)):
-        case = make("cpu", dtype, 32, t, t, b=b)
+        case = make("cpu", dtype, d, t, t, b=b)
         try:
             memory = torch.empty(2**31 + 2**27, dtype=dtype)
         except RuntimeError:
             return  # the system promises no more memory than it has
         places = []
         for i, x in enumerate((case.q, case.k, case.v, case.q, case.dout, case.q, case.k, case.v)):
-            strides = (stride, 8, 256, 1) if b > 1 else (8, 8, stride, 1)
-            far = memory[32 * i :].as_strided(x.shape, strides, 32 * i)
+            strides = (stride, 8, 8 * d, 1) if b > 1 else (8, 8, stride, 1)
+            far = memory[d * i :].as_strided(x.shape, strides, d * i)
             far.copy_(torch.full_like(x, torch.nan) if i in (3, 5, 6, 7) else x)
             places.append(far)
         lse, terms = torch.empty(b, 1, t), torch.empty(b, 1, t, 2)
         tensors = [(x.data_ptr(), *x.stride()[:3]) for x in places]
-        sizes, kind = (b, 1, t, t, 32), DTYPES[dtype]
+        sizes, kind = (b, 1, t, t, d), DTYPES[dtype]
         launch = kernels.module
-        launch.causal_attention_fwd_cuda(*tensors[:4], lse.data_ptr(), sizes, (0, 0, 0), case.scale, 0, kind, 0, 0)
+        with capability(kernels, 90 if rows == HOPPER else 80):
+            launch.causal_attention_fwd_cuda(*tensors[:4], lse.data_ptr(), sizes, (0, 0, 0), case.scale, 0, kind, 0, 0)
         pointers = lse.data_ptr(), terms.data_ptr()
         launch.causal_attention_bwd_cuda(*tensors, *pointers, sizes, (0, 0, 0), case.scale, kind, 0, 0)
-        expected = run(kernels, case)
+        expected = run(kernels, case, rows)
         for i, wanted in ((3, 0), (5, 2), (6, 3), (7, 4)):
             assert torch.equal(places[i], expected[wanted]), (b, NAMES[wanted])

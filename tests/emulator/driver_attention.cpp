@@ -1,4 +1,5 @@
 #include "driver.h"
+#include "emulator.h"
 
 namespace {
 
@@ -35,10 +36,22 @@ void attention(DType dtype, int32_t d, int32_t t_q, int32_t t_k, int32_t rows, b
                                      tensor(dk), tensor(dv), lse.get<float>(), terms.get<float>()}));
 }
 
+// By the forward for Hopper; 0 rows leave the choice to the launcher.
+void on_hopper(DType dtype, int32_t d, int32_t t_q, int32_t t_k, bool starts) {
+    igpt::emulator::set_capability(90);
+    attention(dtype, d, t_q, t_k, 0, starts, false);
+    igpt::emulator::set_capability(80);
+}
+
 void all(bool brief) {
     attention(DType::bf16, 32, 65, 66, 128, true, false);
     attention(DType::f16, 64, 66, 66, 64, false, true);
+    on_hopper(DType::bf16, 64, 66, 450, false);
+    on_hopper(DType::f16, 128, 130, 400, true);
     if (brief) return;
+    on_hopper(DType::bf16, 96, 194, 194, true);
+    on_hopper(DType::bf16, 64, 1, 1, false);
+    on_hopper(DType::f16, 64, 0, 3, false);
     attention(DType::bf16, 64, 1, 1, 128, false, false);
     attention(DType::f16, 96, 65, 129, 128, true, true);
     attention(DType::bf16, 128, 65, 65, 0, false, false);

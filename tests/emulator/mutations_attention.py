@@ -84,4 +84,6 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
               "(batch * tensor.batch & 0x7fffffff) + head * tensor.head + row * position"), attention.check_huge),
     (Mutation("attention_last_group", COMMON, "min(order.group, order.pairs - first)", "order.group"),
      attention.check_order),
+    (Mutation("attention_groups_of_unequal_size", COMMON, "(pairs + groups - 1) / groups)};",
+              "groups > 1 ? fitting : pairs)};"), attention.check_order),
 ]  # fmt: skip

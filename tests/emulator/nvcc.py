@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,8 +197,8 @@ def nvdisasm() -> str | None:
     return found
 
 
-def instructions(compiled: Compiled, arch: str) -> dict[str, dict[str, int]]:
-    """Kernel -> instruction with its modifiers, such as LDG.E.128 -> how often it stands there."""
+def code(compiled: Compiled, arch: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions in their order, without predicates: ``LDG.E.128 R4, desc[UR4][R2.64]``."""
     program = nvdisasm()
     assert program is not None
     (cubin,) = compiled.folder.glob(f"*compute_{arch}*.cubin")
@@ -206,12 +207,17 @@ def instructions(compiled: Compiled, arch: str) -> dict[str, dict[str, int]]:
         partial = listing.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(compiling.run(program, cubin).stdout, "utf-8")
         partial.replace(listing)
-    found: dict[str, dict[str, int]] = {}
-    current: dict[str, int] = {}
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
     for line in listing.read_text("utf-8").splitlines():
         if section := re.match(r"\.text\.(\w+):", line):
-            current = found.setdefault(section[1], {})
-        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
-            current[code[1]] = current.get(code[1], 0) + 1
+            current = found.setdefault(section[1], [])
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;", line):
+            current.append(instruction[1])
     names = demangle(list(found))
-    return {names[mangled]: counts for mangled, counts in found.items()}
+    return {names[mangled]: lines for mangled, lines in found.items()}
+
+
+def instructions(compiled: Compiled, arch: str) -> dict[str, Counter[str]]:
+    """Kernel -> instruction with its modifiers, such as LDG.E.128 -> how often it stands there."""
+    return {name: Counter(line.split()[0] for line in lines) for name, lines in code(compiled, arch).items()}

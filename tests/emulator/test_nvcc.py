@@ -96,7 +96,7 @@ def test_the_launches_fit(built: dict[str, nvcc.Compiled], emulated_module: Modu
         for row in rows:
             bounds = {has.max_threads for has in every[row["kernel"]].values()}
             assert row["threads"] <= min(bounds), (call, row)
-            assert all(int(row[arch].split()[0]) > 0 for arch in nvcc.ARCHITECTURES), (call, row)
+            assert all(int(row[arch].split()[0]) > 0 for arch in nvcc.ARCHITECTURES if arch in row), (call, row)
 
 
 @pytest.mark.parametrize(

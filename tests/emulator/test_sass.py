@@ -6,6 +6,7 @@ with fewer stands for those with more.
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import nvcc
 import pytest
@@ -26,11 +27,19 @@ class Family:
     has: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     but: str = ""  # a pattern of names: instances that only NEVER holds for
+    only: str = ""  # the one architecture that it is for; for the others it is a trap
 
 
+TRAP = Family(has=(r"BPT\.TRAP",), lacks=(r"STG",))
 VECTORS = Family(has=(LOAD16, STORE16))
 # Two 16-bit tiles and their product; the sums leave through shared memory as whole vectors.
 ATTENTION = Family(has=(TENSOR, ASYNC16, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", STORE16, r"MUFU\.EX2"))
+# Products of warpgroups, tile copies, waits for barriers in shared memory; nothing else reads global memory in bulk.
+HOPPER = Family(
+    has=(r"HGMMA\.64x\d+x16\.F32", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", STORE16, r"MUFU\.EX2"),
+    lacks=(TENSOR, ASYNC16, LOAD16),
+    only="90a",
+)
 FAMILIES = {
     "norm_fwd_kernel": VECTORS,
     "norm_bwd_kernel": VECTORS,
@@ -44,6 +53,7 @@ FAMILIES = {
     "cross_entropy_bwd_kernel": Family(has=(LOAD16, STORE16), but="Single<"),
     "cross_entropy_total_kernel": Family(has=(r"LDG\.E\.64",)),  # a sum and a count of each block
     "attention_fwd_kernel": ATTENTION,
+    "attention_fwd_hopper_kernel": HOPPER,
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
@@ -80,6 +90,8 @@ def test_instructions(arch: str) -> None:
         for name, found in nvcc.instructions(compiled, arch).items():
             assert found, f"{name}: no code"
             family = FAMILIES.get(nvcc.family(name))
+            if family and family.only not in ("", arch):
+                family = TRAP
             wrong += faults(name, found, family) if family else [f"{name} has no line in FAMILIES"]
     assert not wrong, "\n".join(wrong)
 
@@ -96,6 +108,28 @@ def test_quantize_does_not_contract() -> None:
         for name, found in nvcc.instructions(compiled, arch).items():
             if "Float" in name:
                 assert not {i for i in found if i.startswith("FFMA")}, name
+
+
+def beside_products(lines: list[str]) -> list[int]:
+    """How many exponentials stand between a wait for all products but the newest and the wait for that one."""
+    waits = [i for i, line in enumerate(lines) if line.startswith("WARPGROUP.DEPBAR")]
+    pairs = [(i, j) for i, j in pairwise(waits) if lines[i].endswith(" 0x1") and lines[j].endswith(" 0x0")]
+    return [sum(line.startswith("MUFU.EX2") for line in lines[i:j]) for i, j in pairs]
+
+
+def test_softmax_runs_beside_the_products() -> None:
+    """In the forward for Hopper: the assembler is free to put it off until they are waited for."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "attention_fwd_hopper.cu")
+    for name, lines in nvcc.code(compiled, "90a").items():
+        assert beside_products(lines) == [64 * 64 // 128 + 2], name  # weights of a thread, and its rows' maxima
+
+
+def test_exponentials_beside_products_are_counted() -> None:
+    first, last = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    exp = "MUFU.EX2 R4, R5"
+    assert beside_products([last, exp, first, exp, "FADD R1, R2, R3", exp, last, exp]) == [2]
+    assert beside_products([exp, first, last, exp]) == [0]
+    assert beside_products([exp, last, exp]) == []
 
 
 def test_faults_are_found() -> None:

@@ -174,9 +174,9 @@ def test_fake_and_meta(implementation) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        fakes = [None if t is None else mode.from_tensor(t) for t in operands()]
+        fakes = [None if t is None else mode.from_tensor(t.to(implementation.device)) for t in operands()]
         out = ops.attention_decode(*fakes)
-    assert (out.shape, out.dtype) == ((4, 2, 32), torch.bfloat16)
+    assert (out.shape, out.dtype, out.device.type) == ((4, 2, 32), torch.bfloat16, implementation.device)
     metas = [None if t is None else t.to("meta") for t in operands()]
     with backend.use_backend("auto"):
         out = ops.attention_decode(*metas)

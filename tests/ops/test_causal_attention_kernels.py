@@ -259,7 +259,11 @@ def test_an_infinite_scale_is_torchs(implementation: Implementation) -> None:
 def test_dropout_is_torchs(implementation: Implementation) -> None:
     qkv = make_packed().to(implementation.device)
     with contract.launching(implementation, some=False):
-        assert torch.equal(ops.causal_attention_packed(qkv, dropout_p=1.0), torch.zeros_like(qkv[:, :, 0]))
+        leaf = qkv.clone().requires_grad_()
+        nothing = ops.causal_attention_packed(leaf, dropout_p=1.0)
+        assert torch.equal(nothing, torch.zeros_like(qkv[:, :, 0]))
+        assert torch.equal(torch.autograd.grad(nothing.sum(), leaf)[0], torch.zeros_like(qkv))
+        assert ops.causal_attention_packed(qkv, dropout_p=0.5).shape == (2, 9, 2, 32)
         assert ops.causal_attention_packed(qkv, upcast=True).shape == (2, 9, 2, 32)
 
 

@@ -55,6 +55,10 @@ def test_one_rounding(emulation) -> None:
     checks.check_one_rounding(emulation.device)
 
 
+def test_digits_of_the_norm(emulation) -> None:
+    checks.check_digits_of_the_norm(emulation.device)
+
+
 @pytest.mark.parametrize(("order", "seed"), [("random", 3), ("skewed", 3)])
 def test_schedules(emulation, order: str, seed: int) -> None:
     emulation.schedule(order, seed)
@@ -176,10 +180,10 @@ def test_vmap(implementation) -> None:
 def test_fake_and_meta(implementation) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    named = checks.operands("cpu", torch.bfloat16, 2, 72, 24, True)
+    named = checks.operands(implementation.device, torch.bfloat16, 2, 72, 24, True)
     with FakeTensorMode() as mode:
         out = ops.gemv(**{name: mode.from_tensor(tensor) for name, tensor in named.items()})
-    assert (out.shape, out.dtype) == ((2, 24), torch.bfloat16)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 24), torch.bfloat16, implementation.device)
     with backend.use_backend("auto"):
         out = ops.gemv(**{name: tensor.to("meta") for name, tensor in named.items()})
     assert (out.shape, out.device.type) == ((2, 24), "meta")
