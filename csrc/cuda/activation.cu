@@ -8,9 +8,10 @@
 //   float32. Contiguous, n a multiple of 8. Computed in float32, z included, and rounded once. out may be x, and dx may
 //   be dout: a thread reads what it writes over. An argument of any finite size gives a finite result.
 //   Launch: without bias, 256 threads take 16-byte vectors from anywhere, grid-stride. With bias, a lane stays with the
-//   columns of one vector, so that their bias is in its registers, and the 8 warps of a block go down the rows; a block
-//   of the backward sums its dbias through shared memory and leaves a partial sum, which columns.cuh adds up. (With n
-//   far below 32 vectors most lanes then idle; no model of ours has such a layer.)
+//   columns of one vector, so that their bias is in its registers, and the 8 warps of a block go down the rows: in the
+//   forward two of them for a warp, since many short blocks are faster than a few that stay. A block of the backward
+//   sums its dbias through shared memory and leaves a partial sum, which columns.cuh adds up. (With n far below 32
+//   vectors most lanes then idle; no model of ours has such a layer.)
 //   Bound by bytes: the forward moves 2 tensors of (rows, n), the backward 3. Two approximate instructions for an
 //   element of 16 bits keep the arithmetic below that; float32 has twice the time and takes the accurate functions.
 //
@@ -30,6 +31,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowsAtOnce = kThreads / kWarpSize;  // of a block that goes down columns
 constexpr int kBlocks = 132 * 8;                   // fill the largest GPU
+constexpr int64_t kMaxGridY = 65535;
 constexpr float kLog2e = 1.44269504f;
 
 template <typename T>
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) activation_bwd_kernel(ActivationBwdP
 template <typename T, typename F>
 __global__ void __launch_bounds__(kThreads) bias_activation_fwd_kernel(ActivationFwdParams p) {
     using V = Vector<T>;
-    constexpr int kUnroll = 4;
+    constexpr int kUnroll = 2;
     const int64_t across = p.n / V::kSize, column = int64_t(blockIdx.x) * kWarpSize + threadIdx.x % kWarpSize;
     if (column >= across) return;
     const V bias = load_global(static_cast<const V*>(p.bias) + column);
@@ -255,7 +257,7 @@ int launch_fwd(const ActivationFwdParams& p) {
         return launch(activation_fwd_kernel<T, F>, blocks, kThreads, 0, p.stream, p);
     }
     const int64_t columns = divide_up(p.n / kSize, kWarpSize);
-    const int64_t parts = std::min(divide_up(p.rows, 4 * kRowsAtOnce), divide_up(kBlocks, columns));
+    const int64_t parts = std::min(divide_up(p.rows, 2 * kRowsAtOnce), kMaxGridY);
     return launch(bias_activation_fwd_kernel<T, F>, dim3(unsigned(columns), unsigned(parts)), kThreads, 0, p.stream, p);
 }
 
@@ -267,7 +269,7 @@ int launch_bwd(const ActivationBwdParams& p) {
         const unsigned blocks = flat_grid(p.rows * p.n / kSize, 2 * kThreads);
         return launch(activation_bwd_kernel<T, F>, blocks, kThreads, 0, p.stream, p);
     }
-    if (p.parts < 0 || p.parts > 65535) return cudaErrorInvalidValue;
+    if (p.parts < 0 || p.parts > kMaxGridY) return cudaErrorInvalidValue;
     if (p.parts > 0) {
         const dim3 grid(unsigned(divide_up(p.n / kSize, kWarpSize)), unsigned(p.parts));
         const int error =

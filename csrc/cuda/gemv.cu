@@ -37,9 +37,10 @@ constexpr int kRows = 8;      // of x, at most: mma's n
 constexpr int kColumns = 64;  // of a block
 constexpr int kChunk = 32;    // of n_in, of a warp at a time
 constexpr int kStep = kWarps * kChunk;
-constexpr int kSplits = 8;                        // blocks of a cluster, at most
-constexpr int kMultiprocessors = 132;             // of an H100
-constexpr int kLeastChunks = 4;                   // of a block that shares n_in
+constexpr int kSplits = 8;  // blocks of a cluster, at most
+// That clusters can count on. An H100 has 132 multiprocessors, but a cluster stays in one of 8 groups of up to 18, and
+// some may be left over in each: 256 blocks in clusters of 4 or 8, two for a multiprocessor, take two waves, 216 one.
+constexpr int kMultiprocessors = 8 * 14;
 constexpr int kPitch = kColumns + 2;              // of a row of sums: float2, and few bank conflicts
 constexpr int kInbox = kRows * kPitch;            // floats: a block's sums
 constexpr int kSums = kWarps * kRows * kColumns;  // floats: the warps'
@@ -92,7 +93,7 @@ struct Chunk {
         const T* at = from.at;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            vectors[i] = from.k < from.end ? load_global(reinterpret_cast<const Words*>(at)) : Words{};
+            vectors[i] = from.k < from.end ? ptx::load_once(reinterpret_cast<const Words*>(at)) : Words{};
             if (!kTransposed || 8 * (i + 1) < from.columns) at += kTransposed ? 8 * from.ld : from.ld;
         }
         from.advance();
@@ -345,16 +346,24 @@ int launch_kernel(const GemvParams& p, unsigned blocks) {
     return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits));
 }
 
+int divide_up(int a, int b) { return a / b + (a % b != 0); }
+
+// Blocks that share n_in: as many as leave a warp the fewest chunks while all blocks run in one wave, and no more.
+int choose_splits(const GemvParams& p, int tiles, int chunks) {
+    const int most = std::min(kSplits, kMultiprocessors * blocks_at_a_time(p.transposed) / tiles);
+    int splits = 1;
+    if (most < 2 || !has_clusters(p.device)) return splits;
+    for (int more = 2; more <= most; ++more) {
+        if (divide_up(chunks, more * kWarps) < divide_up(chunks, splits * kWarps)) splits = more;
+    }
+    return splits;
+}
+
 template <typename T>
 int launch_dtype(GemvParams p) {
-    const int tiles = (p.n_out + kColumns - 1) / kColumns, chunks = (p.n_in + kChunk - 1) / kChunk;
-    const int blocks_at_once = kMultiprocessors * blocks_at_a_time(p.transposed);
-    p.splits = 1;
-    while (has_clusters(p.device) && p.splits < kSplits && 2 * p.splits * tiles <= blocks_at_once &&
-           2 * p.splits * kLeastChunks <= chunks) {
-        p.splits *= 2;
-    }
-    p.share = (chunks + p.splits - 1) / p.splits * kChunk;
+    const int tiles = divide_up(p.n_out, kColumns), chunks = divide_up(p.n_in, kChunk);
+    p.splits = choose_splits(p, tiles, chunks);
+    p.share = divide_up(chunks, p.splits) * kChunk;
     const unsigned blocks = unsigned(tiles) * unsigned(p.splits);
     return p.norm_weight ? launch_kernel<T, true>(p, blocks) : launch_kernel<T, false>(p, blocks);
 }

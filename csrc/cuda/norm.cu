@@ -38,7 +38,7 @@ struct Shape {
     static constexpr int kThreads = kTeams * kTeamThreads;
     // Blocks of the backward on a multiprocessor, by its registers.
     static constexpr int at_a_time(bool centred) {
-        return kVectors <= 2 ? 4 : kWarps > 4 ? 1 : sizeof(T) == 4 || !centred ? 3 : 2;
+        return kVectors == 1 ? 6 : kVectors == 2 ? 4 : kWarps > 4 ? 1 : sizeof(T) == 4 || !centred ? 3 : 2;
     }
 };
 constexpr int kMultiprocessors = 132;  // of an H100
@@ -262,13 +262,14 @@ __global__ void __launch_bounds__(S::kThreads, S::at_a_time(kCentred)) norm_bwd_
     }
 }
 
-// Calls f with the smallest Shape that holds a row of n.
-template <typename T, typename F>
+// Calls f with the smallest Shape that holds a row of n. Where kLone, one warp has up to 128 vectors, not four:
+// layer_norm's forward is faster so, with its two sums one after the other, and all else slower.
+template <typename T, bool kLone, typename F>
 int dispatch_shape(int n, F&& f) {
     const int vectors = n / Vector<T>::kSize;
     if (n < 8 || n % 8 != 0 || n > 8192) return cudaErrorInvalidValue;
     if (vectors <= 64) return f(Shape<T, 1, 2>());
-    if (vectors <= 128) return f(Shape<T, 1, 4>());
+    if (vectors <= 128) return f(std::conditional_t<kLone, Shape<T, 1, 4>, Shape<T, 4, 1>>());
     if (vectors <= 256) return f(Shape<T, 4, 2>());
     if (vectors <= 512) return f(Shape<T, 4, 4>());
     if (vectors <= 1024) return f(Shape<T, 8, 4>());
@@ -303,7 +304,8 @@ int norm_fwd(const NormFwdParams& p) {
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     return dispatch_dtype(p.dtype, [&](auto t) {
-        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_fwd<kCentred, decltype(s)>(p); });
+        return dispatch_shape<decltype(t), kCentred>(p.n_embd,
+                                                     [&](auto s) { return launch_fwd<kCentred, decltype(s)>(p); });
     });
 }
 
@@ -312,7 +314,8 @@ int norm_bwd(const NormBwdParams& p) {
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     return dispatch_dtype(p.dtype, [&](auto t) {
-        return dispatch_shape<decltype(t)>(p.n_embd, [&](auto s) { return launch_bwd<kCentred, decltype(s)>(p); });
+        return dispatch_shape<decltype(t), false>(p.n_embd,
+                                                  [&](auto s) { return launch_bwd<kCentred, decltype(s)>(p); });
     });
 }
 

@@ -183,6 +183,12 @@ inline void store_cluster(float* own, unsigned rank, float value, const char* fi
     *reinterpret_cast<float*>(emulator::cluster_shared(own, sizeof value, rank, {file, line})) = value;
 }
 
+template <typename V>
+V load_once(const V* p) {
+    static_assert(sizeof(V) == 16);
+    return load_global(p);
+}
+
 inline void prefetch_l2(const void*) {}
 
 inline void grid_dependency_wait() {}

@@ -1,5 +1,7 @@
 """What the kernels have to stand up to, as functions: the tests call them, and so do the mutations, which must fail."""
 
+import itertools
+
 import torch
 from kernels import Kernels, definition
 from tolerance import assert_parity
@@ -76,8 +78,8 @@ def check_norm_determinism(kernels: Kernels, centred: bool = False) -> None:
 
 def check_norm_coalescing(kernels: Kernels, centred: bool = False) -> None:
     """Every byte of the tensors moves once, in whole sectors; no shared-memory conflict."""
-    rows, n = 8, 1024
-    for dtype in (torch.bfloat16, torch.float32):
+    rows = 8
+    for dtype, n in itertools.product((torch.bfloat16, torch.float32), (512, 1024)):
         x, weight = normal(rows, n, dtype=dtype, device="cpu"), normal(n, dtype=dtype, device="cpu")
         size = x.element_size()
         with Counted(kernels) as forward:

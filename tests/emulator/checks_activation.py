@@ -112,5 +112,5 @@ def check_activation_coalescing(kernels: Kernels) -> None:
             if not with_bias:
                 assert counted["load_bytes"] == 3 * size, dict(counted)
                 assert counted["load_requests"] == 3 * size // 512, dict(counted)
-            else:  # the bias once for each warp that goes down its columns: two lots of 8 and forward as many parts
-                assert counted["load_bytes"] == 3 * size + sums + 2 * parts * 8 * dbias, dict(counted)
+            else:  # the bias once for each warp that goes down its columns: forward two rows, backward 8 warps a part
+                assert counted["load_bytes"] == 3 * size + sums + (rows // 2 + parts * 8) * dbias, dict(counted)

@@ -2,9 +2,10 @@
 
 import checks_gemv as checks
 import pytest
+import torch
 from kernels import Kernels
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 
 
 @pytest.fixture
@@ -21,6 +22,28 @@ def test_determinism(on: Kernels) -> None:
 
 def test_coalescing(on: Kernels) -> None:
     checks.check_coalescing(on)
+
+
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "transposed", "blocks"),
+    [
+        (1024, 4096, False, 2 * 64),  # four would be more than run at once, three leave a warp as many chunks as two
+        (1536, 4608, False, 3 * 72),
+        (1536, 6144, False, 2 * 96),
+        (2048, 512, False, 8 * 8),
+        (512, 2048, False, 2 * 32),  # a warp has one chunk
+        (8, 64, False, 1),
+        (1024, 4096, True, 64),
+        (4096, 512, True, 8 * 8),
+        (4096, 64 * 225, False, 225),
+    ],
+)
+def test_blocks_that_share_n_in(on: Kernels, n_in: int, n_out: int, transposed: bool, blocks: int) -> None:
+    x, weight = torch.empty(1, n_in).bfloat16(), torch.empty(n_in, n_out).bfloat16()
+    on.module.start_recording()
+    ops.gemv(x, torch.empty(n_out, n_in).bfloat16().T if transposed else weight)
+    ((_, launched, *_),) = on.module.stop_recording()
+    assert launched == blocks
 
 
 def test_huge_weight(on: Kernels) -> None:

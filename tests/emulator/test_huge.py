@@ -36,7 +36,7 @@ def test_rms_norm(emulated: Kernels) -> None:
     x, out, weight = (lazily(*shape, dtype=torch.bfloat16) for shape in ((rows, n), (rows, n), (n,)))
     x[-4:] = torch.randn(4, n)
     weight.normal_()
-    with last_blocks(emulated, rows // 4):
+    with last_blocks(emulated, rows, 4):
         emulated.module.rms_norm_fwd_cuda(x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr(), rows, n, 1e-5, 1, 0, 0)
     exact = reference.rms_norm(x[-4:].double(), weight.double(), 1e-5)
     assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)
@@ -66,6 +66,17 @@ def test_activation_with_bias(emulated: Kernels) -> None:
         emulated.module.activation_fwd_cuda(*addresses, out.data_ptr(), 2, n, 0, 1, 0, 0)
     exact = reference.quick_gelu(x[:, -lanes:].double(), bias[-lanes:].double())
     assert torch.allclose(out[:, -lanes:].double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_activation_of_more_rows_than_a_grid_has(emulated: Kernels) -> None:
+    """With bias: 65535 blocks take 16 rows each, and the first ones then what is left."""
+    rows, n = 65535 * 16 + 5, 8
+    x, out = (lazily(rows, n, dtype=torch.bfloat16) for _ in range(2))
+    x[-5:], bias = torch.randn(5, n), torch.randn(n).bfloat16()
+    with last_blocks(emulated, 1):
+        emulated.module.activation_fwd_cuda(x.data_ptr(), bias.data_ptr(), out.data_ptr(), rows, n, 0, 1, 0, 0)
+    exact = reference.quick_gelu(x[-5:].double(), bias.double())
+    assert torch.allclose(out[-5:].double(), exact, rtol=1e-2, atol=1e-6)
 
 
 def test_cross_entropy(emulated: Kernels) -> None:
