@@ -13,12 +13,12 @@ import platform
 import subprocess
 import tempfile
 import time
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import torch
 
 UNITS = ("avx2_fma", "avx512_fma", "amx_bf16", "amx_int8")
 

@@ -11,15 +11,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders
 from igpt_fast import packed as packed_module
-from igpt_fast.decoders import CpuDecoder, packed_weights
+from igpt_fast.decoders import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 
@@ -28,6 +29,10 @@ def small() -> ImageGPTForCausalImageModeling:
     torch.manual_seed(0)
     config = ImageGPTConfig(vocab_size=17, n_positions=16, n_embd=48, n_layer=2, n_head=2)
     return ImageGPTForCausalImageModeling(config).eval()
+
+
+def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
+    return decoders.packed_weights(model.transformer, model.lm_head.weight, dtype)
 
 
 def checksum(tensor: Tensor, threads: int = 1) -> int:
@@ -150,9 +155,9 @@ def test_it_goes_with_the_model_and_with_what_it_was_made_of() -> None:
             made.append(ref(self))
 
     model = small()
-    packed_module.packed(model, "test", 0, Result)
-    packed_module.packed(model, "test", 1, lambda: (gc.collect(), made[0]() is None, Result()))
-    assert packed_module.packed(model, "test", 1, Result)[1]  # the old one was gone before the new one came
+    packed_module.packed(model, "test", 0, Result, {})
+    packed_module.packed(model, "test", 1, lambda: (gc.collect(), made[0]() is None, Result()), {})
+    assert packed_module.packed(model, "test", 1, Result, {})[1]  # the old one was gone before the new one came
     gone = made[1]
     del model
     gc.collect()
@@ -167,7 +172,7 @@ def test_several_threads_pack_once() -> None:
         return object()
 
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: packed_module.packed(model, "test", 0, pack), range(32)))
+        results = list(pool.map(lambda _: packed_module.packed(model, "test", 0, pack, {}), range(32)))
     assert len(calls) == 1
     assert all(result is results[0] for result in results)
 
