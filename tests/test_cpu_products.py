@@ -9,6 +9,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend
+from igpt_fast.cache import DynamicCache
 from igpt_fast.decoders import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
@@ -89,12 +90,15 @@ def test_what_was_there_before_does_not_count(format_: str) -> None:
     model, dtype = made(format_)
     with torch.no_grad():
         model.transformer.wte.weight[7] = torch.nan
-    for batch in (1, 5, 9):
-        tokens = ids(model, batch, 3, seed=batch) % 7
-        decoder = CpuDecoder(model, batch, 3, dtype)
-        stepped(decoder, torch.full_like(tokens, 7))
-        decoder._decoder.rewind(0)
-        assert torch.equal(stepped(decoder, tokens), stepped(CpuDecoder(model, batch, 3, dtype), tokens)), batch
+    for batch, kept in ((1, 0), (5, 1), (9, 2)):
+        tokens = ids(model, batch, 5, seed=batch) % 7
+        decoder = CpuDecoder(model, batch, 5, dtype)
+        for column in tokens[:, :kept].unbind(1):
+            decoder.step(column)
+        stepped(decoder, torch.full_like(tokens[:, kept:], 7))
+        decoder._decoder.rewind(kept)
+        want = stepped(CpuDecoder(model, batch, 5, dtype), tokens)[:, kept:]
+        assert torch.equal(stepped(decoder, tokens[:, kept:]), want), batch
 
 
 @pytest.mark.usefixtures("isa")
@@ -109,3 +113,42 @@ def test_every_number_of_threads(format_: str, batch: int) -> None:
         got = stepped(CpuDecoder(model, batch, 4, dtype), tokens)
         want = got if want is None else want
         assert torch.equal(got, want), threads
+
+
+@pytest.mark.usefixtures("isa")
+def test_int8_in_long_contexts() -> None:
+    """Keys and values have scales of their own beyond the first block of positions, too."""
+    model = small(n_positions=600, n_layer=1)
+    tokens = ids(model, 1, 600)
+    with torch.no_grad():
+        # Values whose size grows with the position, so that another's scale would show.
+        model.transformer.wpe.weight.mul_(torch.linspace(0.1, 3.0, 600)[:, None])
+        exact = rounded_to_int8(model)(tokens).logits
+    got = stepped(CpuDecoder(model, 1, 600, "int8"), tokens)
+    errors = (got - exact).square().mean((0, 2)).sqrt() / exact.square().mean((0, 2)).sqrt()
+    assert errors.max() < 0.03, errors.argmax()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("at", [3, 300, 598])
+def test_one_score_far_above_all_others(format_: str, at: int) -> None:
+    """In the first block of positions, a middle one, the last: e^score overflows unless the largest one is taken off.
+
+    Of two keys that point in opposite directions, one has the large score.
+    """
+    model = small(FORMATS[format_][0], n_positions=600, n_layer=1)
+    decoder = CpuDecoder(model, 1, 600, FORMATS[format_][1])
+    model.float()  # the measure
+    generator = torch.Generator().manual_seed(at)
+    keys, values = torch.randn(2, 1, 2, 599, 24, generator=generator)
+    keys[:, :, at] *= 1e4
+    keys[:, :, at - 1] = -keys[:, :, at]
+    decoder._decoder.load(0, keys.data_ptr(), values.data_ptr(), 599, 1)
+    decoder._decoder.advance(599)
+    cache = DynamicCache()
+    cache.update(keys, values, 0)
+    token = torch.tensor([5])
+    with torch.no_grad():
+        want = model(token[:, None], past_key_values=cache, use_cache=True).logits[:, 0]
+    got = decoder.step(token)
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
