@@ -32,6 +32,9 @@ inline char* value_of(const AttentionParams& p, int64_t size) {
 template <class F, class T>
 inline void scatter(const AttentionParams& p, const T* key, const T* value) {
     char *k = key_of<F>(p, sizeof(T)), *v = value_of<F>(p, sizeof(T));
+    // What is behind a value meets a probability of zero, and could be a NaN of before the decoder went back.
+    if (p.position % value_rows == 0)
+        __builtin_memset(v, 0, size_t(value_rows * padded(p.head_dim, kLanes)) * sizeof(T));
     for (int64_t i = 0; i < p.head_dim; i += F::step, k += kTile * F::step * sizeof(T))
         __builtin_memcpy(k, key + i, F::step * sizeof(T));
     for (int64_t i = 0; i < p.head_dim; ++i, v += F::step * sizeof(T)) __builtin_memcpy(v, value + i, sizeof(T));

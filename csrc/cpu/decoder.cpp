@@ -381,6 +381,16 @@ void Decoder::fork(int64_t copies, int threads) {
 void Decoder::rewind(int64_t position) {
     if (position < shared_ || position > position_)
         throw std::invalid_argument("decoder: rewind goes back only, and to a fork at most");
+    // The values of a group that stays in use must be zero where they are forgotten.
+    const std::vector<float> zeros(size_t(weights_->shape.head_dim()));
+    const int64_t own = position - shared_, up_to = (own + value_rows - 1) / value_rows * value_rows;
+    const int64_t units = weights_->shape.heads * batch_, end = std::min(up_to, position_ - shared_);
+    for (int64_t layer = 0; layer < weights_->shape.layers; ++layer)
+        for (int64_t u = 0; u < units; ++u) {
+            AttentionParams p = head_of(layer, u);
+            p.k = p.v = zeros.data();
+            for (p.position = own; p.position < end; ++p.position) weights_->kernels.remember(p);
+        }
     position_ = position;
 }
 

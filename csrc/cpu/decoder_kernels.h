@@ -94,7 +94,8 @@ struct AttentionParams {
 
 constexpr int64_t max_head_dim = 256;
 constexpr int64_t shared_rows = 8;  // sequences that attend to their primer together, at most
-constexpr int64_t value_rows = 4;   // positions of `values` are allocated in multiples of it, and zero at first
+// Positions of `values` are allocated in multiples of it, and zero before they are written.
+constexpr int64_t value_rows = 4;
 
 struct DecoderKernels {
     int64_t lanes;      // of a register
@@ -108,7 +109,7 @@ struct DecoderKernels {
     // Fills what of high, low, scale and half a product of rows of k takes.
     void (*split)(const Rows& rows, int64_t k, Format format);
     void (*linear)(const LinearParams& params);
-    // Writes k and v into the cache.
+    // Writes k and v into the cache; the positions before have been written already.
     void (*remember)(const AttentionParams& params);
     // out = softmax(scale q K^T) V over the positions 0 .. position.
     void (*attend)(const AttentionParams& params);
