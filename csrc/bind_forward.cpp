@@ -2,7 +2,6 @@
 // Whoever calls it has checked every argument (igpt_fast/forwards.py).
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -17,12 +16,15 @@ namespace {
 
 namespace cpu = igpt::cpu;
 
-// A number made of some of each array's 16-bit elements: 32 or fewer, evenly spaced.
+// A number made of 64 of each array's 16-bit elements: scattered, as evenly spaced ones may all lie in one column.
 uint64_t sample_halves(const std::vector<std::pair<uintptr_t, int64_t>>& arrays) {
     uint64_t hash = 14695981039346656037u;  // FNV-1a
     for (const auto& [address, count] : arrays)
-        for (int64_t i = 0, step = std::max<int64_t>(1, count / 32); i < count; i += step)
-            hash = (hash ^ reinterpret_cast<const uint16_t*>(address)[i]) * 1099511628211u;
+        for (uint64_t i = 1; count > 0 && i <= 64; ++i) {
+            const uint64_t turn = i * 0x9e3779b97f4a7c15u;  // of 2^64: the golden ratio's multiples are spread
+            const auto at = uint64_t((unsigned __int128)turn * uint64_t(count) >> 64);
+            hash = (hash ^ reinterpret_cast<const uint16_t*>(address)[at]) * 1099511628211u;
+        }
     return hash;
 }
 
@@ -47,6 +49,5 @@ void bind_forward(py::module_& m) {
                           halves(keys), halves(values)},
                          threads);
             },
-            unlocked)
-        .def_property_readonly("bytes", &cpu::Forward::bytes);
+            unlocked);
 }

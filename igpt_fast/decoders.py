@@ -8,12 +8,13 @@ decode step. ``make_decoder`` chooses.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 from igpt_fast.cache import StaticCache
 from igpt_fast.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
 from igpt_fast.packed import packed
@@ -174,12 +175,13 @@ class CpuDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""
-        if tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+        batch, _, _, colours = self._decoder.sizes
+        if tokens.shape != (batch,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
-            raise ValueError(f"decoder: tokens is {got}; want ({self.batch_size},) int64 on the CPU")
+            raise ValueError(f"decoder: tokens is {got}; want ({batch},) int64 on the CPU")
         self._check_room(1)
         tokens = tokens.contiguous()
-        logits = torch.empty(self.batch_size, self.model.config.vocab_size - 1)
+        logits = torch.empty(batch, colours)
         self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         return logits
 
@@ -198,11 +200,15 @@ class CpuDecoder:
     def _read_primer(self, tokens: Tensor) -> Tensor:
         """At the speed of a forward pass: the model's keys and values become the cache's."""
         threads = torch.get_num_threads()
+        batch, heads, dim, _ = self._decoder.sizes
         with torch.no_grad():
             output = self.model.transformer(tokens, use_cache=True, return_dict=True)
             logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
         for layer, (keys, values) in enumerate(output.past_key_values):
             pair = keys.float().contiguous(), values.float().contiguous()
+            shape = torch.Size((batch, heads, tokens.shape[1], dim))
+            if pair[0].shape != shape or pair[1].shape != shape:
+                raise ValueError("decoder: the model has changed its shape since the decoder was made")
             self._decoder.load(layer, pair[0].data_ptr(), pair[1].data_ptr(), tokens.shape[1], threads)
         self._decoder.advance(tokens.shape[1])
         return logits
@@ -224,9 +230,15 @@ def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
-    return why_not_shape(model.config) or _why_not_modules(model)
+    if reason := why_not_shape(model.config) or _why_not_modules(model):
+        return reason
+    head, config = model.lm_head.weight, model.config
+    if head.shape != (config.vocab_size - 1, config.n_embd):
+        return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
+    return why_not_settings(model.transformer, weights_of(model.transformer))
 
 
+_LEAST_SCALE = 2.0**-126  # a normal float32: smaller ones are flushed to zero
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -241,6 +253,42 @@ def why_not_shape(config: ImageGPTConfig) -> str | None:
         if value % multiple or value > 65536:
             return f"{name} is {value}; want a multiple of {multiple}, 65536 at most"
     return None
+
+
+def why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
+    """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
+    config, blocks = model.config, blocks_of(model)
+    embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
+    linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
+    shapes += config.n_layer * [(embd,), (embd,), *linear]
+    if [weight.shape for weight in weights] != shapes:
+        return "a weight has another shape than the configuration says"
+    activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
+    norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+    if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
+        return "a norm or an activation is not the configuration's"
+    if any(block.attn.n_head != config.n_head for block in blocks):
+        return "the heads are not the configuration's"
+    if any(not _LEAST_SCALE <= block.attn.scale < math.inf for block in blocks):
+        return "the scale of the scores is not a normal, positive float32"
+    if model.wte.max_norm is not None or model.wpe.max_norm is not None:
+        return "an embedding has a max_norm"
+    return None
+
+
+def blocks_of(model: ImageGPTModel) -> list[Any]:
+    return list(model.h)
+
+
+def weights_of(model: ImageGPTModel) -> list[Any]:
+    """The parameters of a network whose modules are this package's, in the order of its computation."""
+    found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
+    for block in blocks_of(model):
+        found += [block.ln_1.weight, block.ln_2.weight]
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            found += [linear.weight, linear.bias]
+    return found
 
 
 def _why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:

@@ -15,8 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from igpt_fast import backend, ops
-from igpt_fast.decoders import HOOKS, MODULES, packed_weights, why_not_shape
+from igpt_fast import backend
+from igpt_fast.decoders import (
+    HOOKS,
+    MODULES,
+    blocks_of,
+    packed_weights,
+    weights_of,
+    why_not_settings,
+    why_not_shape,
+)
 from igpt_fast.ops.dispatch import is_plain
 from igpt_fast.packed import forget, kept
 
@@ -85,8 +93,8 @@ def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
         return "the input is many short sequences, which would be padded to 32 positions each"
     if reason := why_not_shape(model.config) or _why_not_modules(model):
         return reason
-    weights = _weights(model)
-    return _why_not_settings(model, weights) or _why_not_weights(weights)
+    weights = weights_of(model)
+    return why_not_settings(model, weights) or _why_not_weights(weights)
 
 
 def _why_not_modules(model: ImageGPTModel) -> str | None:
@@ -110,26 +118,6 @@ def _why_not_modules(model: ImageGPTModel) -> str | None:
     return None
 
 
-def _why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
-    """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
-    config, blocks = model.config, _blocks(model)
-    embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
-    shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
-    linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
-    shapes += config.n_layer * [(embd,), (embd,), *linear]
-    if [weight.shape for weight in weights] != shapes:
-        return "a weight has another shape than the configuration says"
-    activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
-    norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
-    if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
-        return "a norm or an activation is not the configuration's"
-    if any(block.attn.n_head != config.n_head or not block.attn.scale > 0.0 for block in blocks):
-        return "the heads are not the configuration's, or their scale is not positive"
-    if model.wte.max_norm is not None or model.wpe.max_norm is not None:
-        return "an embedding has a max_norm"
-    return None
-
-
 def _why_not_weights(weights: list[Any]) -> str | None:
     # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
     if any(type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 for weight in weights):
@@ -139,19 +127,6 @@ def _why_not_weights(weights: list[Any]) -> str | None:
     return None
 
 
-def _blocks(model: ImageGPTModel) -> list[Any]:
-    return list(model.h)
-
-
-def _weights(model: ImageGPTModel) -> list[Any]:
-    found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
-    for block in _blocks(model):
-        found += [block.ln_1.weight, block.ln_2.weight]
-        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            found += [linear.weight, linear.bias]
-    return found
-
-
 def _forward(model: ImageGPTModel) -> Any:
     """The compiled module's forward pass on the weights as they are now.
 
@@ -159,13 +134,13 @@ def _forward(model: ImageGPTModel) -> Any:
     leaves these alone, by some of its numbers: reading all of them takes some milliseconds.
     """
     assert backend._C is not None
-    weights = _weights(model)
+    weights = weights_of(model)
     places = [(weight.data_ptr(), weight.numel()) for weight in weights]
     mark = (
         [(weight._version, weight.stride()) for weight in weights],
         places,
         backend._C.sample_halves(places) if all(weight.is_contiguous() for weight in weights) else None,
-        [block.attn.scale for block in _blocks(model)],
+        [(block.attn.n_head, block.attn.scale) for block in blocks_of(model)],
         (model.config.layer_norm_epsilon, model.config.activation_function, backend._C.cpu_isa()),
     )
     made = _made.get(model)

@@ -292,6 +292,20 @@ def test_capacity_and_arguments() -> None:
     torch.testing.assert_close(stepped(decoder, tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_configuration_that_changes_later() -> None:
+    """What a decoder reads and writes stays as long as it was when it was made."""
+    model = small()
+    tokens = ids(model, 1, 3)
+    want = stepped(CpuDecoder(model, 1, 8), tokens)
+    decoder = CpuDecoder(model, 1, 8)
+    model.config.vocab_size = 9
+    assert torch.equal(stepped(decoder, tokens), want)
+    decoder = CpuDecoder(small(), 1, 8)
+    decoder.model = small(n_head=6)
+    with pytest.raises(ValueError, match="changed its shape"):
+        decoder.prefill(tokens)
+
+
 def test_nothing_that_is_not_finite_is_hidden(isa: str) -> None:
     """A NaN in the weights reaches the logits, in int8 too, where integers know none."""
     for dtype in (None, "int8"):
@@ -335,6 +349,11 @@ def mixed(model: ImageGPTForCausalImageModeling) -> None:
         ({}, replaced, "transformer.h.1.attn.resid_dropout is a .*Other"),
         ({}, overridden, "forward of its own"),
         ({}, mixed, "torch.bfloat16, torch.float32"),
+        ({}, lambda model: model.set_input_embeddings(nn.Embedding(9, 48)), "a weight has another shape"),
+        ({}, lambda model: setattr(model, "lm_head", nn.Linear(48, 12, bias=False)), "lm_head is"),
+        ({}, lambda model: setattr(model.transformer.ln_f, "eps", 1e-3), "a norm or an activation"),
+        ({}, lambda model: setattr(model.transformer.h[0].attn, "n_head", 4), "heads"),
+        ({}, lambda model: setattr(model.transformer.h[0].attn, "scale", 1e-39), "scale of the scores"),
         ({}, lambda model: model.half(), "torch.float16"),
         ({}, lambda model: model.double(), "torch.float64"),
         ({}, lambda model: model.to("meta"), "meta"),

@@ -333,6 +333,7 @@ void Decoder::load(int64_t layer, const float* keys, const float* values, int64_
 }
 
 void Decoder::advance(int64_t count) {
+    const Busy busy(busy_);
     check_free(count);
     position_ += count;
 }
@@ -364,6 +365,7 @@ void Decoder::fork(int64_t copies, int threads) {
 }
 
 void Decoder::rewind(int64_t position) {
+    const Busy busy(busy_);
     if (position < shared_ || position > position_)
         throw std::invalid_argument("decoder: rewind goes back only, and to a fork at most");
     // The values of a group that stays in use must be zero where they are forgotten.

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "arena.h"
@@ -104,6 +105,12 @@ class Decoder {
     void rewind(int64_t position);
 
     int64_t position() const { return position_; }
+
+    // (batch, heads, head_dim, colours): what `step` and `load` read and write.
+    std::tuple<int64_t, int64_t, int64_t, int64_t> sizes() const {
+        const DecoderShape& s = weights_->shape;
+        return {batch_, s.heads, s.head_dim(), s.vocab - 1};
+    }
     size_t bytes() const { return primer_.bytes() + own_.bytes(); }
 
   private:

@@ -121,7 +121,11 @@ void activation_bwd(const ActivationGradParams& params) {
     kernels.narrow(partial.total(), p.format, p.n, p.dbias);
 }
 
-void cross_entropy_fwd(const CrossEntropyParams& p, float* total, float* count, bool mean) {
+namespace {
+
+// Throws std::out_of_range for a label that is none; the number of rows that count.
+template <class Params>
+int64_t check_labels(const Params& p) {
     int64_t counted = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
         const int64_t label = p.labels[i];
@@ -131,6 +135,13 @@ void cross_entropy_fwd(const CrossEntropyParams& p, float* total, float* count, 
                                     std::to_string(p.k - 1) + ", or ignore_index");
         ++counted;
     }
+    return counted;
+}
+
+}  // namespace
+
+void cross_entropy_fwd(const CrossEntropyParams& p, float* total, float* count, bool mean) {
+    const int64_t counted = check_labels(p);
     const auto body = ops().elementwise.cross_entropy_fwd;
     in_blocks(p.rows, kRowBlock, p.k, p.threads, [&](int64_t, int64_t begin, int64_t end) { body(p, begin, end); });
     if (!total) return;
@@ -141,6 +152,7 @@ void cross_entropy_fwd(const CrossEntropyParams& p, float* total, float* count, 
 }
 
 void cross_entropy_bwd(const CrossEntropyGradParams& p) {
+    check_labels(p);  // again: they may be others by now
     const auto body = ops().elementwise.cross_entropy_bwd;
     in_blocks(p.rows, kRowBlock, p.k, p.threads, [&](int64_t, int64_t begin, int64_t end) { body(p, begin, end); });
 }

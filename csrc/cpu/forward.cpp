@@ -323,11 +323,6 @@ Forward::Forward(std::shared_ptr<const DecoderWeights> weights)
 
 Forward::~Forward() { delete spare_.load(); }
 
-size_t Forward::bytes() const {
-    const Space* spare = spare_.load();
-    return spare ? spare->arena.size() : 0;
-}
-
 std::unique_ptr<Forward::Space> Forward::take(int64_t rows, int threads) const {
     std::unique_ptr<Space> space(spare_.exchange(nullptr));
     if (space && space->rows >= rows && space->threads >= threads) return space;

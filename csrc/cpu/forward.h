@@ -26,9 +26,6 @@ class Forward {
     // std::out_of_range for a token that is out of range.
     void run(const ForwardParams& params, int threads) const;
 
-    // What the next call will find: activations of the last one.
-    size_t bytes() const;
-
   private:
     struct Space;
     std::unique_ptr<Space> take(int64_t rows, int threads) const;

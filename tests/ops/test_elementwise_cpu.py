@@ -170,6 +170,15 @@ def test_no_row_is_touched_but_its_own(cpu: Implementation) -> None:
         assert (out[[0, 33]] == 7.0).all()
 
 
+def test_labels_that_change_before_the_backward(native_cpu: Implementation) -> None:
+    """They point into the gradient, and are looked at again."""
+    logits, labels = torch.randn(3, 17, requires_grad=True), torch.tensor([0, 5, 16])
+    loss = ops.cross_entropy(logits, labels)
+    labels.data[1] = -505
+    with pytest.raises(IndexError, match="label -505 is out of bounds"):
+        loss.backward()
+
+
 def test_small_inputs_run_on_torch(monkeypatch: pytest.MonkeyPatch, native_cpu: Implementation) -> None:
     """Where a call costs as much as the work."""
     least = backend.LEAST_CPU
