@@ -181,7 +181,7 @@ class CpuDecoder:
             raise ValueError(f"decoder: tokens is {got}; want ({batch},) int64 on the CPU")
         self._check_room(1)
         tokens = tokens.contiguous()
-        logits = torch.empty(batch, colours)
+        logits = torch.empty(batch, colours, dtype=torch.float32, device="cpu")
         self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         return logits
 

@@ -4,7 +4,8 @@
 rule: the network must be what this package makes of its configuration, in bf16 on the CPU, with nothing that only torch
 sees: gradients, hooks, autocast, transforms, tracing, compiling.
 
-The weights are packed at the first such call, a copy of their size, and again when they have changed.
+The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
+have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from igpt_fast import backend
 from igpt_fast.decoders import (
     HOOKS,
     MODULES,
-    blocks_of,
     packed_weights,
     weights_of,
     why_not_settings,
     why_not_shape,
 )
 from igpt_fast.ops.dispatch import is_plain
-from igpt_fast.packed import forget, kept
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTModel
@@ -43,14 +42,8 @@ class States(NamedTuple):
     values: Tensor | None
 
 
-class _Made(NamedTuple):
-    mark: tuple[Any, ...]
-    weights: list[Tensor]  # held, so that no other tensor can come to lie where they do
-    packed: Any
-    forward: Any
-
-
-_made: WeakKeyDictionary[ImageGPTModel, _Made] = WeakKeyDictionary()
+# Packed weights -> the forward pass on them, with the activations that it keeps for the next.
+_passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
@@ -63,9 +56,6 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
     if torch.compiler.is_compiling():
         return None
     if why_not(model, tokens) is not None:
-        if model.dtype != torch.bfloat16 or model.device.type != "cpu":
-            _made.pop(model, None)
-            forget(model, None)
         return None
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
@@ -99,8 +89,10 @@ def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
 
 def _why_not_modules(model: ImageGPTModel) -> str | None:
     """Whether something has been put into the network that only PyTorch runs. Its own hooks run around it."""
-    if model.training:
-        return "the network is in training mode"
+    if (type(model).__module__, type(model).__name__) != ("igpt_fast.model", "ImageGPTModel"):
+        return f"the network is a {type(model).__module__}.{type(model).__qualname__}"
+    if model.training or "_embed" in vars(model):
+        return "the network is in training mode, or embeds in a way of its own"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks of all modules"
     modules: list[nn.Module] = [model]  # not nn.Module.modules(), which takes a millisecond for 24 layers
@@ -128,26 +120,9 @@ def _why_not_weights(weights: list[Any]) -> str | None:
 
 
 def _forward(model: ImageGPTModel) -> Any:
-    """The compiled module's forward pass on the weights as they are now.
-
-    Whether they have changed is seen by each one's memory and version and, since what goes through ``parameter.data``
-    leaves these alone, by some of its numbers: reading all of them takes some milliseconds.
-    """
+    """The compiled module's forward pass on the weights as they are now."""
     assert backend._C is not None
-    weights = weights_of(model)
-    places = [(weight.data_ptr(), weight.numel()) for weight in weights]
-    mark = (
-        [(weight._version, weight.stride()) for weight in weights],
-        places,
-        backend._C.sample_halves(places) if all(weight.is_contiguous() for weight in weights) else None,
-        [(block.attn.n_head, block.attn.scale) for block in blocks_of(model)],
-        (model.config.layer_norm_epsilon, model.config.activation_function, backend._C.cpu_isa()),
-    )
-    made = _made.get(model)
-    # A decoder may have packed them again, with its head.
-    if made is None or made.mark != mark or made.packed is not kept(model, None):
-        _made.pop(model, None)  # before a new copy is made
-        del made
-        packed = packed_weights(model, None, None)
-        made = _made[model] = _Made(mark, [weight.detach() for weight in weights], packed, backend._C.Forward(packed))
-    return made.forward
+    weights = packed_weights(model, None, None)
+    if weights not in _passes:
+        _passes[weights] = backend._C.Forward(weights)
+    return _passes[weights]

@@ -432,7 +432,8 @@ def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     return BaseModelOutput(
         last_hidden_state=last,
         past_key_values=DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None,
-        hidden_states=(*hidden, last) if hidden is not None else None,
+        # Each in memory of its own: one that is kept does not keep the others.
+        hidden_states=(*(state.clone() for state in hidden), last) if hidden is not None else None,
     )
 
 

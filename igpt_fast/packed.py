@@ -66,17 +66,6 @@ def packed(
         return old.result
 
 
-def kept(model: nn.Module, purpose: Hashable) -> Any:
-    """What the last ``packed`` gave, or ``None``, without a look at the parameters."""
-    entry = _kept.get(model, {}).get(purpose)
-    return None if entry is None else entry.result
-
-
-def forget(model: nn.Module, purpose: Hashable) -> None:
-    """Gives up what is kept."""
-    _kept.get(model, {}).pop(purpose, None)
-
-
 def _contents(tensors: dict[str, Tensor]) -> Hashable:
     """A number of 64 bits for each tensor, its layout, and its name."""
     assert backend._C is not None

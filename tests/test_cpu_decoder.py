@@ -292,6 +292,18 @@ def test_capacity_and_arguments() -> None:
     torch.testing.assert_close(stepped(decoder, tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_logits_are_float32_by_any_default(dtype: torch.dtype) -> None:
+    model = small()
+    tokens = ids(model, 1, 3)
+    want = stepped(CpuDecoder(model, 1, 8), tokens)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(stepped(CpuDecoder(model, 1, 8), tokens), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_configuration_that_changes_later() -> None:
     """What a decoder reads and writes stays as long as it was when it was made."""
     model = small()

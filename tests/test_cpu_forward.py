@@ -3,6 +3,7 @@ batch; what is not finite stays where it is; a change of the weights is seen; wh
 """
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from igpt_fast import (
     backend,
     decoders,
     forwards,
-    packed,
 )
 from igpt_fast.decoders import CpuDecoder
 
@@ -245,6 +245,12 @@ def changes() -> dict[str, Callable[[nn.Module], object]]:
     def columns(model: nn.Module) -> None:
         model.transformer.h[1].attn.c_attn.weight.data[:, 64:] = 0
 
+    def past_strides(model: nn.Module) -> None:
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        weight.data = weight.data.t().contiguous().t()
+        model(ids(model, 1, 40))
+        model.transformer.wte.weight.data[5:9] *= -2
+
     def heads(model: nn.Module) -> None:
         model.config.n_head = 6
         for block in model.transformer.h:
@@ -257,6 +263,7 @@ def changes() -> dict[str, Callable[[nn.Module], object]]:
         "other memory, twice": swap_twice,
         "data": past_the_version,
         "data of columns": columns,
+        "data, with other strides": past_strides,
         "heads": heads,
         "state dict": lambda model: model.load_state_dict(small(seed=4).state_dict()),
         "another parameter": lambda model: setattr(
@@ -286,26 +293,38 @@ def test_one_copy_of_the_weights_for_all() -> None:
     model(ids(model, 1, 20))
     decoder = CpuDecoder(model, 1, 30)
     decoder.prefill(ids(model, 1, 20))
-    shared = packed.kept(network, None)
-    assert forwards._made[network].packed is shared
+    shared = decoders.packed_weights(network, None, None)
+    assert shared in forwards._passes
     assert decoders.packed_weights(network, model.lm_head.weight, None) is shared
     assert decoders.packed_weights(network, None, None) is shared
 
 
 def test_memory_is_given_back() -> None:
-    """The packed weights go with the model, and with a change of its dtype at the next pass."""
+    """The packed weights go with the model, and one hidden state does not keep the others."""
     model = small()
-    tokens = ids(model, 1, 20)
-    model(tokens)
-    network = body(model)
-    assert network in forwards._made
-    model.float()(tokens)
-    assert network not in forwards._made
-    other = small()
-    other(tokens)
-    count = len(forwards._made)
-    del other
-    assert len(forwards._made) == count - 1
+    states = model(ids(model, 1, 20), output_hidden_states=True).hidden_states
+    assert states[1].untyped_storage().nbytes() == states[1].numel() * 2
+    count = len(forwards._passes)
+    del model
+    gc.collect()
+    assert len(forwards._passes) == count - 1
+
+
+def test_models_of_inference_mode() -> None:
+    """Their tensors count no changes."""
+    with torch.inference_mode():
+        model = small()
+        tokens = ids(model, 1, 20)
+        before = model(tokens).logits
+        model.transformer.h[1].mlp.c_fc.weight[:, 8:].zero_()
+        after = model(tokens).logits
+    assert not torch.equal(after, before)
+
+
+def test_a_network_of_ones_own(calls: list[bool]) -> None:
+    model = small()
+    model.transformer.__class__ = type("Mine", (type(model.transformer),), {})
+    assert "Mine" in str(forwards.why_not(model.transformer, ids(model, 1, 20)))
 
 
 # ---- What it is not for -------------------------------------------------------------------------------------
