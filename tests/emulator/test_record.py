@@ -1,5 +1,6 @@
 """The emulator's record of launches, and by it: which kernels the cases of the GPU checks reach."""
 
+import itertools
 import shutil
 from types import ModuleType
 
@@ -44,12 +45,14 @@ def test_the_cases_reach_every_kernel(emulation: Implementation) -> None:
     module = emulation.module
     assert module is not None
     names, reached = resources.symbols(module), set()
-    for case in (*CASES, *MORE):
+    for case, capability in itertools.product((*CASES, *MORE), (80, 90)):
+        module.set_capability(capability)
         module.start_recording()
         try:
             case.run(case.on("cpu"))
         finally:
             launches = module.stop_recording()
+            module.set_capability(80)
         assert launches, f"{case.name} launches nothing"
         reached |= {nvcc.family(names[kernel]) for kernel, *_ in launches}
     assert families(module) - reached == set()
