@@ -6,8 +6,9 @@ iGPT-S with seeded weights. Peers: transformers, an expert's plain PyTorch (peer
 with torchao's int8 weights, OpenVINO, and this project's own PyTorch model. Everybody's logits are checked first,
 against transformers in float32; a peer that is wrong, or fails, is named and left out.
 
-- ``step``: one more token at a position. A turn goes on where the last one ended, so that all turns of all candidates
-  lie around the position.
+- ``step``: one more token at a position, in the midst of an image. A turn goes on where the last one ended, so that all
+  turns of all candidates lie around the position; it begins with a step that is not timed, which brings the weights
+  back into the processor's caches from which the others' have driven them.
 - ``image``: 1,024 tokens with sampling; transformers and this project by their own ``generate``, the others by a loop,
   as far as their steps were the fastest.
 - ``memory``: the largest resident set of a fresh process that loads a checkpoint and draws an image, Python and torch
@@ -107,9 +108,10 @@ def bench_steps(
     common.say(f"step: batch {batch}, position {position}")
     torch.compiler.reset()
     length, rounds = options.steps, options.rounds
-    start = position - length * (rounds + 1) // 2
-    tokens = torch.randint(config.vocab_size - 1, (batch, start + length * (rounds + 1)), generator=_seeded())
+    start = position - (length + 1) * (rounds + 1) // 2
+    tokens = torch.randint(config.vocab_size - 1, (batch, start + length + rounds * (length + 1)), generator=_seeded())
     runs: dict[Key, Callable[[], Any]] = {}
+    settle: dict[Key, Callable[[], Any]] = {}
     errors: dict[Key, float] = {}
     want = None
     for key, make in decoders(config, batch, tokens.shape[1], options).items():
@@ -127,12 +129,13 @@ def bench_steps(
             continue
         decoder, logits, errors[key] = ready
         want = logits if want is None else want
-        runs[key] = turns(decoder, tokens[:, start + length :].split(length, dim=1))
+        settle[key], runs[key] = turns(decoder, tokens[:, start + length :].split(length + 1, dim=1))
     works = {dtype: moved(config, batch, position, dtype) for dtype in BYTES}
     memory = limits.Memory(max(int(work.read) for work in works.values()), torch.get_num_threads())
     for dtype, work in works.items():
+        settle[dtype, common.REFERENCE] = lambda work=work: memory.read(int(work.read))
         runs[dtype, common.REFERENCE] = lambda work=work: [memory.read(int(work.read)) for _ in range(length)]
-    times = common.interleave(runs, rounds, warm=True)
+    times = common.interleave(runs, rounds, warm=True, settle=settle)
     row = {"work": "step", "batch": batch, "position": position, "threads": torch.get_num_threads()}
     rows = []
     for (dtype, name), time in times.items():
@@ -147,15 +150,21 @@ def bench_steps(
     return rows
 
 
-def turns(decoder: Any, parts: tuple[Tensor, ...]) -> Callable[[], None]:
-    """Reads the next part by steps, each time that it is called."""
-    rest = iter(parts)
+def turns(decoder: Any, parts: tuple[Tensor, ...]) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What reads the first token of the next part, and what reads the rest of it, by steps."""
+    columns = (part.unbind(1) for part in parts)
+    rest: list[Tensor] = []
+
+    def settle() -> None:
+        part = next(columns)
+        decoder.step(part[0])
+        rest[:] = part[1:]
 
     def run() -> None:
-        for column in next(rest).unbind(1):
+        for column in rest:
             decoder.step(column)
 
-    return run
+    return settle, run
 
 
 def _seeded() -> torch.Generator:

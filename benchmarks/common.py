@@ -53,6 +53,7 @@ def interleave(
     *,
     warm: bool = False,
     budget: float = 60.0,
+    settle: Mapping[Any, Callable[[], Any]] | None = None,
 ) -> dict[Any, dict[str, float]]:
     """Times callables in turns.
 
@@ -62,6 +63,7 @@ def interleave(
         seconds: A turn repeats a fast candidate until it has lasted about this long.
         warm: The candidates have run before, and one call makes a turn. Else each is warmed up.
         budget: Seconds after which a slow candidate takes no further turn.
+        settle: What begins a candidate's turn, untimed: it finds caches and threads as another one left them.
 
     Returns:
         Name -> ``ms`` (median), ``ms_min``, ``ms_spread`` (third minus first quartile), ``cpu_ms`` (median of the
@@ -80,6 +82,8 @@ def interleave(
         for name, run in candidates.items():
             if sum(wall[name]) * repeats[name] > 1e3 * budget:
                 continue
+            if settle and name in settle:
+                settle[name]()
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats[name]):
                 run()

@@ -92,6 +92,11 @@ def test_turns(common: ModuleType) -> None:
     turns.clear()
     common.interleave({"a": lambda: turns.append("a")}, 2, seconds=0)
     assert turns == ["a"] * 4  # twice to warm up
+    turns.clear()
+    settle = {"a": lambda: (turns.append("settle"), time.sleep(0.05))}
+    times = common.interleave({"a": lambda: turns.append("a")}, 2, warm=True, settle=settle)
+    assert turns == ["settle", "a"] * 2
+    assert times["a"]["ms"] < 50  # untimed
 
 
 def test_a_peer_may_fail_and_we_may_not(common: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +261,7 @@ def test_images_take_the_strongest(common: ModuleType) -> None:
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
     """The result file of a script."""
     threads, file = torch.get_num_threads(), folder / f"{name.removeprefix('bench_')}.json"
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--dry-run", "--no-compile", "--json", str(file), *options])
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--dry-run", "--json", str(file), *options])
     try:
         importlib.import_module(name).main()
     finally:
@@ -267,7 +272,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
 @needs_compiler
 def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    found = run("bench_model", tmp_path, monkeypatch, "--batch", "2")
+    found = run("bench_model", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
     assert {(row["work"], row["batch"]) for row in found["rows"]} == {("forward", 2), ("train", 4)}
     wanted: set[str] = {"transformers", "PyTorch", "igpt_fast", "igpt_fast, PyTorch"}
     assert wanted <= {row["name"] for row in found["rows"] if row["work"] == "train"}
@@ -275,11 +280,15 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert found["machine"]["commit"]
     assert found["ceilings"]["read_gb_s"]
     if backend.no_native_decoder() is None:
-        found = run("bench_generate", tmp_path, monkeypatch, "--batch", "2")
+        found = run("bench_generate", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
         assert {row["work"] for row in found["rows"]} == {"step", "image", "memory"}
         assert {row["dtype"] for row in found["rows"] if row["name"] == "igpt_fast"} == {"float32", "bfloat16", "int8"}
         assert all(row["mb"] > 50 for row in found["rows"] if row["work"] == "memory")
         assert all(row["ms"] > 0 for row in found["rows"] if row["work"] != "memory")
+        found = run("bench_sample", tmp_path, monkeypatch, "--batch", "1", "3")
+        assert [row["batch"] for row in found["rows"]] == [1] * 5 + [3] * 5
+        assert {row["name"] for row in found["rows"]} == {"transformers", "igpt_fast", "igpt_fast, reference"}
+        assert all(row["images_s"] == row["batch"] / row["seconds"] > 0 for row in found["rows"])
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
     importlib.import_module("plot").main()

@@ -1,0 +1,141 @@
+"""Images a second on the CPU, as one asks for them: ``generate`` of transformers and of this project.
+
+    python benchmarks/bench_sample.py --json benchmarks/results/sample.json
+
+The bundled model (16x16 pixels) and iGPT-S with seeded weights (32x32); whole images, drawn from the full distribution,
+as many together as the batch says; packing the weights counts. Peers: transformers in the dtype in which it draws
+faster, and this project's reference engine. Before that, both draw a greedy image in float32, and each has to find the
+other's tokens the likeliest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import peers
+import torch
+from torch import Tensor
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.pipeline import BUNDLED
+
+COLUMNS = ("model", "batch", "dtype", "name", "seconds", "seconds_spread", "images_s", "times_hf", "times_reference")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TIE = 1e-3  # nats between two tokens that rounding may exchange
+REFERENCE = "igpt_fast, reference"
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+
+
+def make_model(name: str, dtype: str) -> ImageGPTForCausalImageModeling:
+    if name == "bundled":
+        return ImageGPTForCausalImageModeling.from_pretrained(BUNDLED, dtype=DTYPES[dtype]).requires_grad_(False)
+    torch.manual_seed(0)
+    config = ImageGPTConfig() if name == "s" else ImageGPTConfig(**TINY)
+    return ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(DTYPES[dtype])
+
+
+def theirs_draws(model: Any, context: Tensor, **settings: Any) -> Tensor:
+    return model.generate(context, attention_mask=torch.ones_like(context), **settings)
+
+
+def check(ours: ImageGPTForCausalImageModeling, theirs: Any) -> None:
+    """Ends the program unless each finds the other's greedy image the likeliest, token by token."""
+    length, sos = ours.config.n_positions + 1, ours.config.vocab_size - 1
+    context = torch.full((1, 1), sos)
+    greedy = {
+        "transformers": theirs_draws(theirs, context, max_length=length, do_sample=False),
+        "igpt_fast": ours.generate(context),
+    }
+    for reader, drawer in ((ours, "transformers"), (theirs, "igpt_fast")):
+        tokens = greedy[drawer]
+        logits = reader(tokens[:, :-1]).logits
+        gap = logits.amax(-1) - logits.gather(2, tokens[:, 1:, None])[:, :, 0]
+        if not float(gap.max()) <= TIE:
+            raise SystemExit(f"{drawer} draws a token that is {float(gap.max()):.1e} nats from the likeliest")
+
+
+def faster(models: dict[str, Any], batch: int) -> str:
+    """The dtype in which transformers draws faster in the middle of an image."""
+    config = next(iter(models.values())).config
+    context = torch.randint(config.vocab_size - 1, (batch, config.n_positions // 2))
+    seconds = {}
+    for dtype, model in models.items():
+        theirs_draws(model, context, max_new_tokens=2, do_sample=True, top_k=0)
+        start = time.perf_counter()
+        theirs_draws(model, context, max_new_tokens=8, do_sample=True, top_k=0)
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def candidates(models: dict[str, Any], theirs: dict[str, Any], batch: int) -> dict[tuple[str, str], Callable[[], Any]]:
+    """What draws ``batch`` images, by dtype and name."""
+    config = models["float32"].config
+    context = torch.full((batch, 1), config.vocab_size - 1)
+    best = faster(theirs, batch)
+    settings = {"max_length": config.n_positions + 1, "do_sample": True, "top_k": 0}
+
+    def reference() -> None:
+        with backend.use_backend("reference"):
+            models["float32"].generate(context, do_sample=True, seed=0)
+
+    found: dict[tuple[str, str], Callable[[], Any]] = {
+        (best, "transformers"): lambda: theirs_draws(theirs[best], context, **settings),
+        ("float32", REFERENCE): reference,
+    }
+    for dtype, model in models.items():
+        found[dtype, "igpt_fast"] = lambda model=model: model.generate(context, do_sample=True, seed=0)
+    found["int8", "igpt_fast"] = lambda: models["bfloat16"].generate(context, do_sample=True, seed=0, dtype="int8")
+    return found
+
+
+def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    models = {dtype: make_model(name, dtype) for dtype in DTYPES}
+    theirs = {dtype: peers.transformers_model(model).eval() for dtype, model in models.items()}
+    common.say(f"{name}: checking")
+    check(models["float32"], theirs["float32"])
+    rows = []
+    for batch in options.batch:
+        common.say(f"{name}: batch {batch}")
+        runs = candidates(models, theirs, batch)
+        times = common.interleave(runs, options.rounds, warm=True, budget=options.seconds)
+        base = {other: time["ms"] for (_, other), time in times.items() if other in ("transformers", REFERENCE)}
+        for (dtype, other), time_ in times.items():
+            row = {"model": name, "batch": batch, "dtype": dtype, "name": other, "threads": torch.get_num_threads()}
+            row |= {"seconds": time_["ms"] / 1e3, "seconds_spread": time_["ms_spread"] / 1e3, "rounds": time_["rounds"]}
+            row |= {"images_s": 1e3 * batch / time_["ms"], "times_hf": base["transformers"] / time_["ms"]}
+            rows.append(row | {"times_reference": base[REFERENCE] / time_["ms"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="a candidate takes no further turn after so long")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--model", nargs="+", choices=("bundled", "s"), default=["bundled", "s"])
+    parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
+    options = parser.parse_args()
+    if reason := backend.no_native_decoder():
+        raise SystemExit(f"there is no native decoder to measure: {reason}")
+    torch.set_num_threads(options.threads)
+    if options.dry_run:
+        options.model, options.rounds = ["tiny"], 1
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for name in options.model:
+            rows += bench(name, options)
+    print(common.table(rows, COLUMNS))
+    if options.json:
+        common.write(options.json, rows)
+
+
+if __name__ == "__main__":
+    common.tune_allocator()
+    main()
