@@ -7,8 +7,8 @@ with torchao's int8 weights, OpenVINO, and this project's own PyTorch model. Eve
 against transformers in float32; a peer that is wrong, or fails, is named and left out.
 
 - ``step``: one more token at a position, in the midst of an image. A turn goes on where the last one ended, so that all
-  turns of all candidates lie around the position; it begins with a step that is not timed, which brings the weights
-  back into the processor's caches from which the others' have driven them.
+  turns of all candidates lie around the position; it begins with four steps that are not timed, which bring the
+  weights back into the processor's caches, from which the others' have driven them.
 - ``image``: 1,024 tokens with sampling; transformers and this project by their own ``generate``, the others by a loop,
   as far as their steps were the fastest.
 - ``memory``: the largest resident set of a fresh process that loads a checkpoint and draws an image, Python and torch
@@ -46,6 +46,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 # Relative root-mean-square error of logits that still counts as the same computation.
 ERRORS = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 5e-2}
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+
+SETTLE = 4  # steps, or reads, that begin a turn and are not timed
 
 Key = tuple[str, str]  # dtype, name
 Makers = dict[Key, Callable[[], Any]]
@@ -108,8 +110,9 @@ def bench_steps(
     common.say(f"step: batch {batch}, position {position}")
     torch.compiler.reset()
     length, rounds = options.steps, options.rounds
-    start = position - (length + 1) * (rounds + 1) // 2
-    tokens = torch.randint(config.vocab_size - 1, (batch, start + length + rounds * (length + 1)), generator=_seeded())
+    start = position - (length + SETTLE) * (rounds + 1) // 2
+    total = start + length + rounds * (length + SETTLE)
+    tokens = torch.randint(config.vocab_size - 1, (batch, total), generator=_seeded())
     runs: dict[Key, Callable[[], Any]] = {}
     settle: dict[Key, Callable[[], Any]] = {}
     errors: dict[Key, float] = {}
@@ -129,11 +132,11 @@ def bench_steps(
             continue
         decoder, logits, errors[key] = ready
         want = logits if want is None else want
-        settle[key], runs[key] = turns(decoder, tokens[:, start + length :].split(length + 1, dim=1))
+        settle[key], runs[key] = turns(decoder, tokens[:, start + length :].split(length + SETTLE, dim=1))
     works = {dtype: moved(config, batch, position, dtype) for dtype in BYTES}
     memory = limits.Memory(max(int(work.read) for work in works.values()), torch.get_num_threads())
     for dtype, work in works.items():
-        settle[dtype, common.REFERENCE] = lambda work=work: memory.read(int(work.read))
+        settle[dtype, common.REFERENCE] = lambda work=work: [memory.read(int(work.read)) for _ in range(SETTLE)]
         runs[dtype, common.REFERENCE] = lambda work=work: [memory.read(int(work.read)) for _ in range(length)]
     times = common.interleave(runs, rounds, warm=True, settle=settle)
     row = {"work": "step", "batch": batch, "position": position, "threads": torch.get_num_threads()}
@@ -151,14 +154,15 @@ def bench_steps(
 
 
 def turns(decoder: Any, parts: tuple[Tensor, ...]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What reads the first token of the next part, and what reads the rest of it, by steps."""
+    """What reads the first tokens of the next part, and what reads the rest of it, by steps."""
     columns = (part.unbind(1) for part in parts)
     rest: list[Tensor] = []
 
     def settle() -> None:
         part = next(columns)
-        decoder.step(part[0])
-        rest[:] = part[1:]
+        for column in part[:SETTLE]:
+            decoder.step(column)
+        rest[:] = part[SETTLE:]
 
     def run() -> None:
         for column in rest:
