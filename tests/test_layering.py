@@ -40,9 +40,10 @@ LAYERS: dict[str, set[str]] = {
     "decoders": {"backend", "cache", "config", "layers", "ops.__init__", "packed"},
     "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders", "ops.__init__", "reference"},
+    "mixin": {"generation"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),
-        *("generation", "layers", "ops.__init__", "outputs", "trainable"),
+        *("layers", "mixin", "ops.__init__", "outputs", "trainable"),
     },
     # images
     "clusters": {"files", "ops.__init__"},
@@ -51,7 +52,10 @@ LAYERS: dict[str, set[str]] = {
     "processor": {"clusters", "config", "files", "ops.__init__", "pictures", "settings"},
     "image": {"clusters", "pictures", "processor"},
     # what people call
-    "pipeline": {"checkpoint", "config", "decoders", "files", "generation", "image", "model"},
+    "inpainting": {"reference"},
+    "results": {"generation", "image"},
+    "streaming": {"generation", "inpainting", "model", "results"},
+    "pipeline": {"decoders", "generation", "image", "inpainting", "model", "results", "streaming"},
     "hf": {"checkpoint", "config", "generation", "image", "model", "pipeline"},
     "recipes.__init__": set(),
     "recipes.settings": set(),
@@ -83,6 +87,7 @@ OUTSIDE: dict[str, set[str]] = {
     "decoders": {"torch"},
     "forwards": {"torch"},
     "generation": {"torch"},
+    "mixin": {"torch"},
     "backend": {"torch", "numpy"},
     "recipes.settings": set(),
 }
