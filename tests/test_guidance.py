@@ -39,7 +39,12 @@ def log_probabilities(pipeline: Pipeline, begin: torch.Tensor, tokens: torch.Ten
 
 
 def expected_draws(
-    pipeline: Pipeline, begin: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, scale: float, *settings: float
+    pipeline: Pipeline,
+    begin: torch.Tensor,
+    tokens: torch.Tensor,
+    uniforms: torch.Tensor,
+    scale: float,
+    *settings: float,
 ) -> torch.Tensor:
     given, without = (log_probabilities(pipeline, b, tokens) for b in (begin, torch.full_like(begin, SOS)))
     guided = without + scale * (given - without)
@@ -171,9 +176,7 @@ def test_guidance_is_transformers(pipeline: Pipeline) -> None:
         ({"labels": 0, "cfg_scale": True}, ValueError, "cfg_scale is True"),
     ],
 )
-def test_wrong_labels_and_scales(
-    pipeline: Pipeline, options: dict, error: type[Exception], message: str
-) -> None:
+def test_wrong_labels_and_scales(pipeline: Pipeline, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pipeline.sample(2, **options)
     with pytest.raises(error, match=message):

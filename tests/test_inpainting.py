@@ -33,7 +33,9 @@ def pipeline() -> Pipeline:
 def pictures(pipeline: Pipeline, n: int, seed: int = 0) -> tuple[list[Image.Image], torch.Tensor]:
     """Images in the model's colours, and their tokens."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, len(pipeline.processor.clusters), (n, pipeline.model.config.n_positions), generator=generator)
+    tokens = torch.randint(
+        0, len(pipeline.processor.clusters), (n, pipeline.model.config.n_positions), generator=generator
+    )
     return pipeline.processor.decode(tokens), tokens
 
 
