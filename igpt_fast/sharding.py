@@ -4,7 +4,7 @@ Process r of R draws the r-th of R parts, each of images that follow each other.
 operation: a slow process keeps nobody from anything. Each one shows in the store that torchrun keeps that it is alive;
 one that has stopped to do so ends the others. When all have said that they are ready, the images are gathered (gloo).
 
-On SIGTERM, by which torchrun ends the rest when one process has failed, the first says which one is gone. On Ctrl-C,
+On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone. On Ctrl-C,
 which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute for it.
 
 Heavy imports stay inside the functions.
@@ -248,11 +248,11 @@ def world() -> Iterator[World]:
 
 
 def _leave(together: Torchrun) -> None:
-    """On SIGTERM: cleans up as any exit does, and says which process is gone."""
+    """On SIGTERM: cleans up as any exit does; the first process that is left says which one is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not together.first:
-        raise SystemExit(1)
     gone = together.gone()
+    if together.rank != min(set(range(together.size)).difference(gone)):
+        raise SystemExit(1)
     raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; nothing is written")
 
 

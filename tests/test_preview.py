@@ -87,18 +87,18 @@ def test_more_images_than_fit_show_the_batch_at_work(monkeypatch: pytest.MonkeyP
     palette = np.arange(12, dtype=np.uint8).reshape(4, 3) * 20
     tokens = torch.randint(4, (300, 4, 4))
     view = Preview(stream, 300, 4, 4, palette)
-    assert layout(300, 4, 4, 79, 22)[3] == 128
+    assert layout(300, 4, 4, 79, 22)[3] == 144
     draw(view, tokens, 50)
     screen = Screen().feed(stream.getvalue())
     assert screen.furthest <= 22
     shown, _ = screen.pixels(44, 79)
-    assert np.array_equal(shown[:4, :4], palette[tokens[200]])  # 200 + 128 >= 300: the last move
+    assert np.array_equal(shown[:4, :4], palette[tokens[200]])  # the last move
     stream = FakeTerminal()
     view = Preview(stream, 300, 4, 4, palette)
     draw(view, tokens, 300)  # a batch that does not fit either: its beginning
     shown, _ = Screen().feed(stream.getvalue()).pixels(44, 79)
     assert np.array_equal(shown[:4, :4], palette[tokens[0]])
-    assert np.array_equal(shown[40:44, 35:39], palette[tokens[127]])
+    assert np.array_equal(shown[40:44, 75:79], palette[tokens[143]])
 
 
 def test_without_a_terminal_once_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
