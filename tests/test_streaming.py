@@ -19,8 +19,8 @@ from igpt_fast import (
     decoders,
     generation,
 )
+from igpt_fast.batches import Batches
 from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
-from igpt_fast.streaming import batch_end
 
 SIDE, COLOURS = 6, 9
 
@@ -257,6 +257,20 @@ def test_completions_out_of_memory(pipeline: Pipeline, images: list, scarce: Cal
     assert torch.equal(result.tokens, want.tokens)
 
 
+def test_generate_out_of_memory(pipeline: Pipeline, scarce: Callable) -> None:
+    model = pipeline.model
+    prompt = torch.nn.functional.pad(torch.randint(0, COLOURS, (2, 4)), (1, 0), value=COLOURS)
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 5}
+    want = model.generate(prompt, **options)
+    scarce(3, "step", MemoryError())
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        assert torch.equal(model.generate(prompt, **options), want)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        assert model.generate(prompt.repeat(4, 1)).shape == (8, SIDE * SIDE + 1)
+    with pytest.raises(MemoryError):
+        model.generate(prompt, **options, callback=lambda step, tokens: None)
+
+
 def test_rows_come_again_where_memory_did_not_suffice(pipeline: Pipeline, scarce: Callable) -> None:
     scarce(2, "step", MemoryError())
     stream, rows = pipeline.stream(4, seed=3, batch_size=4), {}
@@ -288,7 +302,7 @@ def test_batches() -> None:
         for size in range(1, 40):
             start = 0
             while start < count:
-                stop, together = batch_end(start, count, copies, size)
+                stop, together = Batches(count, copies, size).end(start)
                 assert start < stop <= min(start + size, count)
                 assert (stop - start) % together == 0
                 assert together == copies or (stop - 1) // copies == start // copies
