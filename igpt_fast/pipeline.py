@@ -179,8 +179,8 @@ class Pipeline:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         colours = 0 if processor.clusters is None else len(processor.clusters)
         pixels = processor.height * processor.width
-        if colours != model.config.vocab_size - 1:
-            raise ValueError(f"the processor has {colours} colours, the model {model.config.vocab_size - 1}")
+        if colours != model.config.n_colours:
+            raise ValueError(f"the processor has {colours} colours, the model {model.config.n_colours}")
         if pixels != model.config.n_positions:
             raise ValueError(
                 f"the processor's images have {processor.height}x{processor.width} = {pixels} pixels,"
