@@ -39,7 +39,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
-INTERFACE = 4
+INTERFACE = 5
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ OPS: dict[str, Op] = {
 DECODERS: dict[str, str] = {
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
     " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
-    "torch": "for everything else",
+    "reference": "for everything else",
 }
 # Every forward pass of igpt_fast.forwards, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
@@ -408,7 +408,7 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
 
 def _decoder(name: str) -> tuple[str, str]:
     """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
-    if name == "torch":
+    if name == "reference":
         return "the PyTorch model with a static key/value cache", DECODERS[name]
     reason = no_native_decoder()
     if reason is not None:

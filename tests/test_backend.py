@@ -169,7 +169,7 @@ def test_every_op_and_decoder_is_reported() -> None:
     report = backend.config()
     assert set(report["ops"]) == named
     found = {
-        name.removesuffix("Decoder").lower()
+        value.name
         for name, value in vars(decoders).items()
         if name.endswith("Decoder") and inspect.isclass(value) and not getattr(value, "_is_protocol", False)
     }

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "igpt_fast"
 # One file for each op, or for a few that belong together.
 OPS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("*.py")}
 OPS -= {"ops.__init__", "ops.dispatch", "ops.colour_table"}
+DECODERS = ("protocol", "plain_model", "reference_decoder", "cpu_decoder")
 # Module -> modules of the package that it may import, bottom up. A new module needs a line here.
 LAYERS: dict[str, set[str]] = {
     # the ground: no module of the package
@@ -37,12 +38,18 @@ LAYERS: dict[str, set[str]] = {
     "checkpoint": {"config", "files", "weights"},
     "layers": {"cache", "config", "ops.__init__"},
     "packed": {"backend"},
-    "decoders": {"backend", "cache", "config", "layers", "ops.__init__", "packed"},
-    "forwards": {"backend", "decoders", "ops.__init__", "ops.dispatch", "packed"},
-    "generation": {"decoders", "ops.__init__", "reference"},
+    "decoders.protocol": set(),
+    "decoders.plain_model": {"layers", "ops.__init__"},
+    "decoders.reference_decoder": {"cache", "decoders.protocol"},
+    "decoders.cpu_decoder": {"backend", "decoders.plain_model", "decoders.protocol", "packed"},
+    "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
+    "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
+    "generation": {"decoders.__init__", "ops.__init__", "reference"},
+    "batches": set(),
+    "mixin": {"batches", "generation"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),
-        *("generation", "layers", "ops.__init__", "outputs", "trainable"),
+        *("layers", "mixin", "ops.__init__", "outputs", "trainable"),
     },
     # images
     "clusters": {"files", "ops.__init__"},
@@ -51,7 +58,10 @@ LAYERS: dict[str, set[str]] = {
     "processor": {"clusters", "config", "files", "ops.__init__", "pictures", "settings"},
     "image": {"clusters", "pictures", "processor"},
     # what people call
-    "pipeline": {"checkpoint", "config", "decoders", "files", "generation", "image", "model"},
+    "inpainting": {"reference"},
+    "results": {"generation", "image"},
+    "streaming": {"batches", "generation", "inpainting", "model", "results"},
+    "pipeline": {"decoders.__init__", "generation", "image", "inpainting", "model", "results", "streaming"},
     "hf": {"checkpoint", "config", "generation", "image", "model", "pipeline"},
     "recipes.__init__": set(),
     "recipes.settings": set(),
@@ -80,9 +90,11 @@ OUTSIDE: dict[str, set[str]] = {
     "model": {"torch"},
     "trainable": {"torch"},
     "layers": {"torch"},
-    "decoders": {"torch"},
+    **{f"decoders.{name}": {"torch"} for name in ("__init__", *DECODERS)},
     "forwards": {"torch"},
     "generation": {"torch"},
+    "batches": {"torch"},
+    "mixin": {"torch"},
     "backend": {"torch", "numpy"},
     "recipes.settings": set(),
 }

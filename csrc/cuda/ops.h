@@ -196,6 +196,7 @@ struct SampleParams {
     int64_t rows;
     double top_p;             // 1 keeps all
     float temperature;        // 0: the largest logit
+    float min_score;          // minus infinity keeps all
     int32_t top_k;            // 0 keeps all
     int32_t k;                // 1 to 1024
     int32_t position_stride;  // 1, or 0 for one position of all rows
