@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from igpt_fast.batches import Batches
 from igpt_fast.generation import (
     Guidance,
     Sampling,
@@ -75,7 +77,7 @@ class GenerationMixin:
             generator: Draws from this generator instead, on its device; one of the two at most. Without either,
                 a seed is drawn from torch's global generator.
             callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
-                result.
+                result. Without it, rows for which memory does not suffice together are computed in parts.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
                 the CPU; see ``decoders.CpuDecoder``). ``None`` decodes in the model's own dtype.
 
@@ -84,6 +86,7 @@ class GenerationMixin:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
             TypeError: ``input_ids`` is not an integer tensor, or an argument that is not listed here.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
 
@@ -120,8 +123,17 @@ class GenerationMixin:
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
         count = context.shape[0] * num_return_sequences
         uniforms = _uniforms(count, steps, do_sample, seed, generator, model.device)
-        drawn = decode(model, context, uniforms, sampling, callback, dtype, guidance=guidance)
-        return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), drawn.tokens], dim=1)
+        parts = Batches(count, num_return_sequences, max(1, count))
+
+        def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
+            rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
+            away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
+            numbers = uniforms[start:stop]
+            yield decode(model, context[rows], numbers, sampling, callback, dtype, guidance=away).tokens
+
+        whole = callback is not None or count == 0
+        drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
+        return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
 
 
 def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:

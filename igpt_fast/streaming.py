@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from igpt_fast.batches import Batches
 from igpt_fast.generation import Guidance, Sampling, blank, decoding, stream_uniforms
 from igpt_fast.inpainting import following, primer_lengths, resample
 from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -105,11 +105,10 @@ class Stream:
         collect: Collect,
         progress: Progress | None,
     ) -> None:
-        self.batch_size = batch_size  # halved where memory does not suffice
         self.engine: str | None = None  # name of the decoder, when it has been chosen
         self._model, self._task, self._collect, self._progress = model, task, collect, progress
         self._decoded = task.known.shape[1] - task.primer
-        self._sequences = len(task.streams) * task.candidates
+        self._batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
         self._done = 0
         self._finished: list[Pictures] = []
         self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
@@ -131,9 +130,14 @@ class Stream:
             raise InterruptedGeneration(self.partial) from error
 
     @property
+    def batch_size(self) -> int:
+        """Sequences computed together at most; halved where memory does not suffice."""
+        return self._batches.size
+
+    @property
     def total(self) -> int:
         """Pixels that are computed in all; see ``RowEvent``."""
-        return self._sequences * self._decoded
+        return self._batches.count * self._decoded
 
     @property
     def result(self) -> Generation:
@@ -157,28 +161,7 @@ class Stream:
         return self._collect(Pictures(drawn.tokens[:count], drawn.logprobs[:count], drawn.sizes[:count]), self)
 
     def _run(self) -> Iterator[RowEvent]:
-        start = 0
-        while start < self._sequences:
-            stop, together = batch_end(start, self._sequences, self._task.copies, self.batch_size)
-            reason = None
-            try:
-                yield from self._batch(start, stop, together)
-            except (MemoryError, RuntimeError) as error:
-                if stop - start == 1 or not out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            if reason is None:
-                start = stop
-                continue
-            # Here the error is gone, and with it the frames that held the decoder.
-            self.batch_size = (stop - start) // 2
-            warnings.warn(
-                f"out of memory with {stop - start} images at a time; goes on with {self.batch_size} ({reason})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            if self._model.device.type == "cuda":
-                torch.cuda.empty_cache()
+        yield from self._batches.run(self._batch)
         self._ended = True
 
     def _batch(self, start: int, stop: int, together: int) -> Iterator[RowEvent]:
@@ -247,25 +230,6 @@ class Stream:
         self._done = max(done, self._done)  # a batch that is drawn again, in parts, does not take anything back
         if self._progress is not None:
             self._progress(self._done, self.total)
-
-
-def batch_end(start: int, count: int, copies: int, batch_size: int) -> tuple[int, int]:
-    """The end of the batch of sequences that begins at ``start``, and how many that follow each other are copies.
-
-    A batch has all copies of some inputs or, when they are more than a batch, some copies of one input.
-    """
-    if start % copies == 0 and copies <= batch_size:
-        return min(start + batch_size // copies * copies, count), copies
-    stop = min(start + batch_size, start - start % copies + copies)
-    return stop, stop - start
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice; torch's CPU allocator and drivers say it in words alone."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 def _joined(parts: list[Pictures]) -> Pictures:

@@ -45,7 +45,8 @@ LAYERS: dict[str, set[str]] = {
     "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
     "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders.__init__", "ops.__init__", "reference"},
-    "mixin": {"generation"},
+    "batches": set(),
+    "mixin": {"batches", "generation"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),
         *("layers", "mixin", "ops.__init__", "outputs", "trainable"),
@@ -59,7 +60,7 @@ LAYERS: dict[str, set[str]] = {
     # what people call
     "inpainting": {"reference"},
     "results": {"generation", "image"},
-    "streaming": {"generation", "inpainting", "model", "results"},
+    "streaming": {"batches", "generation", "inpainting", "model", "results"},
     "pipeline": {"decoders.__init__", "generation", "image", "inpainting", "model", "results", "streaming"},
     "hf": {"checkpoint", "config", "generation", "image", "model", "pipeline"},
     "recipes.__init__": set(),
@@ -100,6 +101,7 @@ OUTSIDE: dict[str, set[str]] = {
     **{f"decoders.{name}": {"torch"} for name in ("__init__", *DECODERS)},
     "forwards": {"torch"},
     "generation": {"torch"},
+    "batches": {"torch"},
     "mixin": {"torch"},
     "backend": {"torch", "numpy"},
     "recipes.settings": set(),
