@@ -4,8 +4,8 @@ Process r of R draws the r-th of R parts, each of images that follow each other.
 operation: a slow process keeps nobody from anything. Each one shows in the store that torchrun keeps that it is alive;
 one that has stopped to do so ends the others. When all have said that they are ready, the images are gathered (gloo).
 
-On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone. On Ctrl-C,
-which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute for it.
+On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
+On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
 
 Heavy imports stay inside the functions.
 """

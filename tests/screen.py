@@ -31,7 +31,7 @@ class Screen:
                 self._escape(private, numbers, letter)
             elif back:
                 self.column = 0
-            elif down:
+            elif down:  # as a terminal that turns it into carriage return and line feed
                 self.row, self.column = self.row + 1, 0
                 self.furthest = max(self.furthest, self.row)
             else:

@@ -22,7 +22,11 @@ def _colour(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_blocks_are_the_pixels(height: int, width: int) -> None:
     random = np.random.default_rng(height)
     pixels = random.integers(0, 3, (height, width, 3), dtype=np.uint8) * 100  # few colours, so that some repeat
-    for inked in (np.ones((height, width), bool), random.random((height, width)) < 0.6, np.zeros((height, width), bool)):
+    for inked in (
+        np.ones((height, width), bool),
+        random.random((height, width)) < 0.6,
+        np.zeros((height, width), bool),
+    ):
         screen = Screen().feed("".join(f"{line}\n" for line in half_blocks(pixels, inked)))
         shown, where = screen.pixels(height, width)
         assert np.array_equal(where, inked)
