@@ -116,8 +116,8 @@ def _follow(job: Job, progress: Progress, preview: Preview | None) -> tuple[Gene
     try:
         for event in stream:
             progress(event.done / event.total * len(job.mine))
-            if preview is not None:
-                preview.put(event.first, event.row, event.tokens)
+            if preview is not None and preview.put(event.first, event.row, event.tokens):
+                progress.refresh()  # the picture went over it
         return stream.result, False
     except KeyboardInterrupt:
         return stream.partial, True
@@ -219,12 +219,13 @@ class Progress:
         self._bar = tqdm(
             desc={"sample": "sampling", "complete": "completing"}[job.command],
             total=job.total,
-            unit="images",
+            unit=" images",
             file=sys.stderr,
             disable=None if world.first else True,
             leave=False,
+            miniters=0,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}]",
+            bar_format="{desc} {n:.0f}/{total}, {rate_noinv_fmt}, {remaining} left |{bar}|",  # narrow terminals cut the end
         )
         self._start = time.perf_counter()
 
@@ -240,6 +241,9 @@ class Progress:
     def show(self, images: float) -> None:
         """All have."""
         self._bar.update(images - self._bar.n)
+
+    def refresh(self) -> None:
+        self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

@@ -112,8 +112,8 @@ class Preview:
         self._pixels = np.empty((0, height, width, 3), dtype=np.uint8)
         self._lines, self._time = 0, -math.inf
 
-    def put(self, first: int, row: int, tokens: Tensor) -> None:
-        """The (b, W) tokens of row ``row`` of the images from ``first`` on; shows them if it is time to."""
+    def put(self, first: int, row: int, tokens: Tensor) -> bool:
+        """The (b, W) tokens of row ``row`` of the images from ``first`` on; shows them if it is time to: then true."""
         room = layout(self._count, self._height, self._width, *self._size())[3]
         if first < self._first or first + min(len(tokens), room) > self._first + room:
             self._first, self._pixels = first, self._pixels[:0]  # what does not fit goes; the batch at work is shown
@@ -125,8 +125,10 @@ class Preview:
         colours = self._palette[tokens.numpy()]
         part = self._pixels[begin : begin + len(colours)]
         part[:, row] = colours[: len(part)]
-        if self._live and time.monotonic() - self._time >= SECONDS:
+        due = self._live and time.monotonic() - self._time >= SECONDS
+        if due:
             self.show()
+        return due
 
     def show(self) -> None:
         """Draws what is known by now."""

@@ -208,6 +208,10 @@ class Torchrun(World):
             return True
         return False
 
+    def said(self) -> bool:
+        """Whether some process has said why it failed."""
+        return any(self._store.check([f"failed/{who}"]) for who in ("first", "others"))
+
     def close(self) -> None:
         """Leaves the run. Nobody waits for anybody: who comes last here may be killed, and others are not."""
         import torch.distributed as dist
@@ -248,10 +252,10 @@ def world() -> Iterator[World]:
 
 
 def _leave(together: Torchrun) -> None:
-    """On SIGTERM: cleans up as any exit does; the first process that is left says which one is gone."""
+    """On SIGTERM: cleans up as any exit does; the first process that is left says which one is gone without a word."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gone = together.gone()
-    if together.rank != min(set(range(together.size)).difference(gone)):
+    if together.said() or together.rank != min(set(range(together.size)).difference(gone)):
         raise SystemExit(1)
     raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; nothing is written")
 

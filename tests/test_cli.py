@@ -319,9 +319,9 @@ def test_unwritable_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def terminal_pair() -> Iterator[tuple[int, Callable[[], str]]]:
-    """A terminal of 40 x 24 for a child's stderr, and what has been written to it when the child is gone."""
+    """A terminal of 60 x 24 for a child's stderr, and what has been written to it when the child is gone."""
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     written: list[bytes] = []
 
     def read() -> None:
@@ -351,8 +351,8 @@ def test_progress_and_preview_on_a_terminal(tmp_path: Path, terminal_pair: tuple
     assert done.returncode == 0
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: 2 images")  # results are apart
     shown = text()
-    assert re.search(r"sampling +\d+%.*left, .*(images/s|s/images)", shown)
-    pixels, inked = Screen(40).feed(shown).pixels(16, 33)
+    assert re.search(r"sampling \d/2, +[\d.]+ images/s, \d\d:\d\d left \|", shown)
+    pixels, inked = Screen(60).feed(shown).pixels(16, 33)
     with Image.open(tmp_path / "a.png") as grid:
         assert np.array_equal(pixels[inked], np.asarray(grid)[inked])
     assert inked.sum() == 2 * 16 * 16
@@ -376,7 +376,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     shown = text()
     assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
     assert "Traceback" not in shown
-    assert Screen(40).feed(shown).cursor
+    assert Screen(60).feed(shown).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
     assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
     if report:

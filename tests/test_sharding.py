@@ -17,7 +17,7 @@ from PIL import Image
 from igpt_fast import cli, sharding
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "igpt_fast")
-ENDLESS = ("sample", "-n", "4000", "--batch-size", "2", "--device", "cpu")
+ENDLESS = ("sample", "-n", "1000", "--batch-size", "2", "--device", "cpu")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -75,7 +75,7 @@ def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
     # The same command again finds what is there; the first process says so, once.
     again = two(*commands["two"])
     assert again.returncode == 1
-    assert [line for line in again.stderr.splitlines() if line.startswith("igpt")] == [
+    assert [line for line in again.stderr.splitlines() if line.startswith(("igpt ", "igpt:"))] == [
         f"igpt sample: {folders['two'] / 'a.png'}: exists already; pass --force to overwrite it"
     ]
 
@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, victim: str) -> N
     assert time.monotonic() - start < 30
     assert run.returncode == 1
     assert out == ""
-    said = [line for line in error.splitlines() if line.startswith("igpt")]
+    said = [line for line in error.splitlines() if line.startswith(("igpt ", "igpt:"))]
     assert said[0] == f"igpt: rank {victim} is gone; nothing is written", error
     assert listing(tmp_path) == []
 
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_what_all_have_finished(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1, text=True) as run:
         try:
             eventually(lambda: len(found := workers(run.pid)) == 2 and all(map(draws, found.values())))
-            time.sleep(3)
+            time.sleep(4)
             run.send_signal(signal.SIGINT)
             out, error = run.communicate(timeout=60)
         finally:
@@ -165,10 +165,10 @@ def test_ctrl_c_saves_what_all_have_finished(tmp_path: Path) -> None:
     assert "igpt sample: interrupted" in error.splitlines()
     report = json.loads(out)
     assert report["interrupted"]
-    assert 2 <= report["images"] < 4000
+    assert 2 <= report["images"] < 1000
     numbers = [int(path.stem) for path in sorted((tmp_path / "s").iterdir())]
     assert len(numbers) == report["images"]
-    assert {number >= 2000 for number in numbers} == {False, True}  # of both
+    assert {number >= 500 for number in numbers} == {False, True}  # of both
     with np.load(tmp_path / "a.npz") as arrays:
         assert len(arrays["tokens"]) == report["images"]
     last = tmp_path / "last.npz"  # the number is the image's own
