@@ -49,9 +49,9 @@ void dequantize(uintptr_t tokens, int32_t token_type, uintptr_t clusters, uintpt
 
 // With `uniform`, or with (seed, streams, position); what is not there is 0.
 void sample(uintptr_t logits, int64_t row_stride, int32_t dtype, uintptr_t uniform, uint64_t seed, uintptr_t streams,
-            uintptr_t position, int32_t position_stride, float temperature, int32_t top_k, double top_p, float min_score,
-            uintptr_t tokens, uintptr_t wte, uintptr_t wpe, uintptr_t embedding, int32_t embed_dtype, int32_t n_embd,
-            int32_t n_positions, int64_t rows, int32_t k, int32_t device, uintptr_t stream) {
+            uintptr_t position, int32_t position_stride, float temperature, int32_t top_k, double top_p,
+            float min_score, uintptr_t tokens, uintptr_t wte, uintptr_t wpe, uintptr_t embedding, int32_t embed_dtype,
+            int32_t n_embd, int32_t n_positions, int64_t rows, int32_t k, int32_t device, uintptr_t stream) {
     check("sample", cuda::sample({pointer(logits),
                                   pointer<float>(uniform),
                                   pointer<int64_t>(streams),

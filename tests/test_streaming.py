@@ -20,6 +20,7 @@ from igpt_fast import (
     generation,
 )
 from igpt_fast.batches import Batches
+from igpt_fast.generation import stream_uniforms
 from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
 
 SIDE, COLOURS = 6, 9
@@ -178,6 +179,52 @@ def test_settings_say_how_it_was_drawn(pipeline: Pipeline) -> None:
         single = Pipeline.from_pretrained(device="cpu")
         with backend.use_backend("auto"):
             assert single.sample(1, seed=0).settings["engine"] == "cpu"
+
+
+WIDE = {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
+ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_bits_do_not_depend_on_the_batch(isa: str, dtype: str | None) -> None:
+    """Likelihoods tell what tokens would hide. Where batches of one differ, or odd ones, it is by rounding alone."""
+    before = backend._C.cpu_isa()
+    assert backend._C.select_cpu_isa(isa)
+    try:
+        with backend.use_backend("auto"):
+            bundled = Pipeline.from_pretrained(device="cpu")
+            results = {size: bundled.sample(5, seed=1, batch_size=size, dtype=dtype) for size in (1, 2, 3, 5)}
+    finally:
+        backend._C.select_cpu_isa(before)
+    assert results[1].settings["engine"] == "cpu"
+    same = {2, 3, 5} if isa in WIDE else set()
+    if dtype == "int8" and isa in WIDE - {"avx512"}:
+        same.add(1)
+    for size in (1, 2, 3, 5):
+        tokens, logprobs = (results[size].tokens, results[5].tokens), (results[size].logprobs, results[5].logprobs)
+        if size in same:
+            assert torch.equal(*tokens)
+            assert torch.equal(*logprobs)
+        elif dtype is None:
+            assert torch.equal(*tokens)  # as it happens for this seed
+            torch.testing.assert_close(*logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn with is the same, bit for bit; for the same logits so is the draw (see tests/ops/test_sample.py)."""
+    single = Pipeline.from_pretrained(device="cpu")
+    found: dict[str, list[torch.Tensor]] = {"auto": [], "reference": []}
+    sample = generation.ops.sample
+    for use, numbers in found.items():
+        with backend.use_backend(use), monkeypatch.context() as patch:
+            patch.setattr(
+                generation.ops, "sample", lambda x, u, *s, n=numbers: (n.append(u.clone()), sample(x, u, *s))[1]
+            )
+            single.sample(2, seed=5)
+    assert torch.equal(torch.stack(found["auto"]), torch.stack(found["reference"]))
+    expected = stream_uniforms(5, torch.arange(2), 0, 256, torch.device("cpu"))
+    assert torch.equal(torch.stack(found["auto"], 1), expected)
 
 
 def test_images_have_streams_of_their_own(pipeline: Pipeline) -> None:
