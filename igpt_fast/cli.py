@@ -82,8 +82,9 @@ def overview() -> str:
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """A warning in one line, without the place in the sources."""
-    print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
+    """A warning in one line, without the place in the sources; of several processes, the first one's."""
+    if not sharding.rank():
+        print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:

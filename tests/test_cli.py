@@ -135,6 +135,36 @@ def test_every_file_of_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert (tmp_path / "a.png").read_bytes() == first
 
 
+@pytest.fixture
+def classed(tmp_path: Path) -> Path:
+    """A checkpoint of random weights, with three classes; images are 5 high and 4 wide."""
+    from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor
+
+    config = ImageGPTConfig(vocab_size=9 + 3 + 1, n_positions=20, n_embd=32, n_layer=1, n_head=2, n_classes=3)
+    ImageGPTForCausalImageModeling(config).save_pretrained(tmp_path / "classed")
+    clusters = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
+    ImageGPTImageProcessor(clusters=clusters, size={"height": 5, "width": 4}).save_pretrained(tmp_path / "classed")
+    return tmp_path / "classed"
+
+
+def test_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path, classed: Path, photo: Path) -> None:
+    shared = ("--model", classed, "--seed", 5, "--cfg-scale", 1.5, "--json", "--out", tmp_path / "a.png", "--force")
+    command = ("sample", "-n", 5, "--label", "2,0", "--tokens", tmp_path / "a.npz", *shared)
+    code, text, _ = run(capsys, *command)
+    assert code == 0
+    report = json.loads(text)
+    assert (report["labels"], report["cfg_scale"], report["size"]) == ([2, 0, 2, 0, 2], 1.5, [5, 4])
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["labels"].tolist() == [2, 0, 2, 0, 2]
+        assert arrays["tokens"].shape == (5, 5, 4)
+        assert arrays["tokens"].max() < 9
+    code, text, _ = run(capsys, "complete", photo, photo, "--label", "1,2", "-n", 2, "--preview", *shared)
+    assert code == 0
+    assert json.loads(text)["labels"] == [1, 1, 2, 2]
+    assert "label 3 is not in 0..2" in fails(capsys, 2, "sample", "--label", 3, *shared)
+    assert "label 3 is not in 0..2" in fails(capsys, 2, "complete", photo, photo, "--label", "0,3", *shared)
+
+
 def test_sample_in_int8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Asked for by name, on the CPU; where it is not to be had, nothing else is drawn."""
     if backend._C is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from igpt_fast import cli, sharding
@@ -129,15 +130,14 @@ def draws(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the processes through /proc")
-@pytest.mark.parametrize("victim", ["0", "1"])
-def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, victim: str) -> None:
+def test_a_process_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     command = [*TORCHRUN, *ENDLESS, "--out", str(tmp_path / "a.png"), "--singles", str(tmp_path / "s")]
     with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1, text=True) as run:
         try:
             eventually(lambda: len(found := workers(run.pid)) == 2 and all(map(draws, found.values())))
             time.sleep(1)
             start = time.monotonic()
-            os.kill(workers(run.pid)[victim], signal.SIGKILL)
+            os.kill(workers(run.pid)["1"], signal.SIGKILL)
             out, error = run.communicate(timeout=60)
         finally:
             run.kill()
@@ -145,7 +145,7 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, victim: str) -> N
     assert run.returncode == 1
     assert out == ""
     said = [line for line in error.splitlines() if line.startswith(("igpt ", "igpt:"))]
-    assert said[0] == f"igpt: rank {victim} is gone; nothing is written", error
+    assert said[0] == "igpt: rank 1 is gone; nothing is written", error
     assert listing(tmp_path) == []
 
 
@@ -202,6 +202,34 @@ def test_a_process_that_has_stopped_is_noticed(tmp_path: Path) -> None:
     assert (runs[0].returncode, out) == (1, "")
     assert error == "igpt sample: rank 1 is gone without a sign of life; nothing is written\n"
     assert listing(tmp_path) == []
+
+
+def leaving(together: sharding.Torchrun, rank: int) -> object:
+    """What process ``rank`` leaves with on SIGTERM."""
+    together.rank = rank
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            sharding._leave(together)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return stop.value.code
+
+
+def test_who_says_that_a_process_is_gone() -> None:
+    """The first that is left; nobody, where one has already said why it failed."""
+    together = object.__new__(sharding.Torchrun)
+    together.size, together._store = 3, dist.HashStore()
+    for rank in range(3):
+        together._store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
+    stopped = "igpt: stopped by SIGTERM; nothing is written"
+    assert [leaving(together, rank) for rank in range(3)] == [stopped, 1, 1]
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    together._store.set("process/0", f"{gone.pid} {socket.gethostname()}")
+    assert [leaving(together, rank) for rank in (1, 2)] == ["igpt: rank 0 is gone; nothing is written", 1]
+    together._store.set("failed/others", "1")
+    assert [leaving(together, rank) for rank in (1, 2)] == [1, 1]
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
