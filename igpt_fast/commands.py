@@ -66,7 +66,7 @@ def sample(
                 **asked,
             ),
             exports=exports,
-            values={"model": drawing.model},
+            values={"model": drawing.model or "bundled"},
         )
         run(job, pipeline, drawing, world, json=json)
 
@@ -132,7 +132,7 @@ def complete(
             ),
             exports=exports,
             values={
-                "model": drawing.model,
+                "model": drawing.model or "bundled",
                 "inputs": [str(path) for path in images],
                 "mask": None if mask is None else str(mask),
             },

@@ -225,7 +225,8 @@ class Progress:
             leave=False,
             miniters=0,
             dynamic_ncols=True,
-            bar_format="{desc} {n:.0f}/{total}, {rate_noinv_fmt}, {remaining} left |{bar}|",  # narrow terminals cut the end
+            # A narrow terminal cuts the end.
+            bar_format="{desc} {n:.0f}/{total}, {rate_noinv_fmt}, {remaining} left |{bar}|",
         )
         self._start = time.perf_counter()
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 60.0  # without one, after which a process counts as gone
+SILENCE = 120.0  # without one, after which a process counts as gone: more than reading a file may hold Python up
 START = 300.0  # for all processes to start, and for gathering
 HANDOVER = 20.0  # for all processes to hand over after Ctrl-C; torchrun kills after 30
 
@@ -162,7 +162,7 @@ class Torchrun(World):
         if self.first:
             self._store.set(name, str(value))
             return value
-        self._wait([name], None, lambda _: None)
+        self._wait([name])
         return int(self._store.get(name))
 
     def progress(self, done: float) -> float:
@@ -174,7 +174,7 @@ class Torchrun(World):
         import torch.distributed as dist
 
         self._store.set(f"ready/{self.rank}", "interrupted" if interrupted else "done")
-        self._wait([f"ready/{peer}" for peer in range(self.size)], HANDOVER if interrupted else None, tick)
+        self._wait([f"ready/{peer}" for peer in range(self.size)], tick, HANDOVER if interrupted else None)
         parts: list[Any] | None = [None] * self.size if self.first else None
         try:
             dist.gather_object(part, parts)
@@ -182,18 +182,26 @@ class Torchrun(World):
             raise PeerGoneError(f"another process is gone; nothing is written: {str(error).splitlines()[0]}") from error
         return parts
 
-    def _wait(self, keys: list[str], limit: float | None, tick: Callable[[float], None]) -> None:
-        """Until the keys are there; for ``limit`` seconds, or as long as the others live."""
+    def _wait(self, keys: list[str], tick: Callable[[float], None] | None = None, limit: float | None = None) -> None:
+        """Until the keys are there; for ``limit`` seconds, or as long as the others live.
+
+        With a ``tick`` there is something to hand over: then Ctrl-C, which the others hear as well, is such a limit.
+        """
         start = time.monotonic()
         while not self._store.check(keys):
             try:
                 time.sleep(0.02)
-                tick(self.progress(self._done))
-            except KeyboardInterrupt:  # the others have heard it as well, and hand over what they have
+                done = self.progress(self._done)
+                if tick is not None:
+                    tick(done)
+            except KeyboardInterrupt:
+                if tick is None:
+                    raise
                 start, limit = time.monotonic(), HANDOVER
             if limit is not None and time.monotonic() - start > limit:
                 missing = [i for i, key in enumerate(keys) if not self._store.check([key])]
-                raise PeerGoneError(f"{_ranks(missing)} not ready {limit:.0f} s after Ctrl-C; nothing is written")
+                names = ", ".join(map(str, missing))
+                raise PeerGoneError(f"rank {names} not ready {limit:.0f} s after Ctrl-C; nothing is written")
 
     def speaks(self) -> bool:
         """Whether it is for this process to say that it fails: the first, and others where it does not fail too."""

@@ -397,7 +397,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     command += [word for option, name in files.items() for word in (option, str(tmp_path / name))]
     process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True)
     try:
-        time.sleep(12)
+        time.sleep(6)
         process.send_signal(signal.SIGINT)
         report, _ = process.communicate(timeout=60)
     finally:
