@@ -147,7 +147,9 @@ def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False) -> list[
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_opcheck(emulation, prefix: bool) -> None:
-    torch.library.opcheck(torch.ops.igpt_fast.attention_decode.default, (*operands(prefix=prefix), 0.2))
+    torch.library.opcheck(
+        torch.ops.igpt_fast.attention_decode.default, (*(made := operands(prefix=prefix)), 0.2, made[3].shape[2])
+    )
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -194,7 +196,7 @@ def test_autocast(implementation) -> None:
 def test_registered_op_is_the_function(emulation) -> None:
     tensors = operands()
     direct = ops.attention_decode(*(t if t is None else t.clone() for t in tensors))
-    registered = torch.ops.igpt_fast.attention_decode(*tensors, float(32**-0.5))
+    registered = torch.ops.igpt_fast.attention_decode(*tensors, float(32**-0.5), tensors[3].shape[2])
     assert torch.equal(direct, registered)
 
 
@@ -258,6 +260,8 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "prefixes": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(4, 4, 3, 32)), ValueError, "prefix_k has shape"),
         "no prefix": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(0, 4, 3, 32)), ValueError, ".* want one prefix"),
         "empty": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(1, 4, 0, 32)), ValueError, "prefix_k has shape"),
+        "limit": ({"limit": 6}, ValueError, "limit is 6; want an integer in 1..5, the cache's length"),
+        "no limit": ({"limit": 0}, ValueError, "limit is 0; want"),
         "gradient": ({"q": zeros(2, 4, 32, requires_grad=True)}, ValueError, "q wants a gradient; .* torch.no_grad"),
     }  # fmt: skip
 
