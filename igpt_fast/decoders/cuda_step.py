@@ -16,6 +16,7 @@ Source: PyTorch's notes on CUDA graphs; programmatic dependent launch: CUDA C++ 
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,24 +160,29 @@ class CudaStep:
 
     def _capture(self, limit: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         device = self.keys.device
-        with _capturing, torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
+        here, stream = torch.cuda.current_stream(device), _capture_stream(device)
+        # The outer stream: torch does not put it back where the end of a capture fails.
+        with _capturing, torch.cuda.device(device), torch.cuda.stream(here):
+            stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 self._compute(limit)  # writes what the first replay writes
-            stream.synchronize()
             graph = torch.cuda.CUDAGraph()
+            # A graph has cuBLAS's workspace in its own pool: another one may be replayed beside it.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
                 # Other threads may allocate meanwhile.
                 with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     logits = self._compute(limit)
                     self.position += 1
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                for cause in (error, error.__context__):
+                    if isinstance(cause, torch.OutOfMemoryError):
+                        raise cause from None
                 raise RuntimeError(f"decoder: the step could not be captured in a CUDA graph: {error}") from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
             self._pool = graph.pool()
-            torch.cuda.current_stream(device).wait_stream(stream)
+            here.wait_stream(stream)
         return graph, logits
 
     def _compute(self, limit: int) -> Tensor:
@@ -220,7 +226,14 @@ class CudaStep:
         return out.view(out.shape[0], -1)
 
 
-_capturing = Lock()  # one capture at a time: two would share a stream if torch handed the same one out twice
+_capturing = Lock()  # one capture at a time: torch can do no more, and there is one stream for all
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 _idle_lock = RLock()  # the collector may end a decoder, which gives, inside of a block
 _idle: WeakKeyDictionary[Any, tuple[Any, CudaStep]] = WeakKeyDictionary()  # model -> (its key, a step nobody uses)
 
