@@ -5,6 +5,7 @@ from __future__ import annotations
 import checks_attention_decode as checks
 import pytest
 import torch
+from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
@@ -65,6 +66,23 @@ def test_shapes_of_position(implementation, shape: tuple[int, ...]) -> None:
     position = torch.full(shape, 66, dtype=torch.int32, device=implementation.device)
     arguments = made.q, made.k, made.v, made.k_cache.clone(), made.v_cache.clone()
     assert torch.equal(ops.attention_decode(*arguments, position), made.op()[0])
+
+
+@pytest.mark.parametrize("position", [5, 63, 64, 129])
+def test_limit(implementation, position: int) -> None:
+    """It says how many blocks are launched, and is no border."""
+    made = checks.case(implementation.device, torch.bfloat16, 64, position)
+    arguments = made.q, made.k, made.v, made.k_cache, made.v_cache, made.position
+    plain, exact = made.definition(torch.bfloat16), made.definition(torch.float64)
+    launches = []
+    for limit in (1, 64, 65, 130):
+        if implementation.module is not None:
+            implementation.module.reset_counters()
+        assert_parity(ops.attention_decode(*arguments, limit=limit), plain, exact, f"limit {limit}")
+        if implementation.module is not None:
+            launches.append(implementation.module.counters()["launches"])
+    assert launches in ([], [1, 1, 2, 2])
+    assert torch.equal(ops.attention_decode(*arguments), ops.attention_decode(*arguments, limit=130))
 
 
 def test_scale(implementation) -> None:
