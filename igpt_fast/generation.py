@@ -193,7 +193,7 @@ def decoding(
         context = torch.cat([context, guidance.context])
     given = None if known is None else known >= 0
     some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
-    colours = n_colours(model)
+    colours = model.config.n_colours
     with _evaluating(model):
         decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
         drawn.engine = decoder.name
@@ -220,12 +220,6 @@ def decoding(
 
 def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-
-
-def n_colours(model: ImageGPTForCausalImageModeling) -> int:
-    """Of the model's tokens, the first ones are colours; what is drawn is one of these."""
-    config = model.config
-    return config.vocab_size - 1 - getattr(config, "n_classes", 0)
 
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in training mode that are decoding now

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from igpt_fast import image as images_module
 from igpt_fast.decoders import cache_bytes, check_dtype
-from igpt_fast.generation import Sampling, check_count, check_scale, check_seed, n_colours
+from igpt_fast.generation import Sampling, check_count, check_scale, check_seed
 from igpt_fast.image import ImageGPTImageProcessor
 from igpt_fast.inpainting import following, given_pixels
 from igpt_fast.inpainting import kept_rows as kept_rows
@@ -65,8 +65,8 @@ class Pipeline:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         colours = 0 if processor.clusters is None else len(processor.clusters)
         pixels = processor.height * processor.width
-        if colours != n_colours(model):
-            raise ValueError(f"the processor has {colours} colours, the model {n_colours(model)}")
+        if colours != model.config.n_colours:
+            raise ValueError(f"the processor has {colours} colours, the model {model.config.n_colours}")
         if pixels != model.config.n_positions:
             raise ValueError(
                 f"the processor's images have {processor.height}x{processor.width} = {pixels} pixels,"
@@ -355,7 +355,7 @@ class Pipeline:
         """(count,) int64 classes."""
         if labels is None:
             return None
-        n_classes = self.model.config.vocab_size - 1 - n_colours(self.model)
+        n_classes = self.model.config.n_classes
         if n_classes == 0:
             raise ValueError("labels are given, but the model has no classes")
         single = isinstance(labels, int | np.integer) or (isinstance(labels, Tensor) and labels.ndim == 0)
@@ -382,7 +382,7 @@ class Pipeline:
         # Behind the colours stand the classes, behind these SOS.
         begins = torch.full((1,), config.sos_token_id).expand(len(known))
         if labels is not None:
-            begins = labels + n_colours(self.model)
+            begins = labels + self.model.config.n_colours
         sampling = Sampling(
             options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"), options.get("min_p")
         )

@@ -180,7 +180,7 @@ def test_one_candidate_is_taken_by_the_documented_rule(pipeline: Pipeline, batch
 
 def test_candidates_approach_the_conditional_distribution() -> None:
     """Of an image so small that p(unknown | known) can be listed: pixels 0, 1 and 3 drawn, 2 and 4 given."""
-    pipeline = small_pipeline(1, 5, 3, seed=2, spread=0.5)
+    pipeline = small_pipeline(1, 5, 3, seed=1, spread=0.5)
     model, known = pipeline.model, {2: 1, 4: 2}
     whole = torch.tensor([t for t in itertools.product(range(3), repeat=5) if all(t[i] == k for i, k in known.items())])
     with torch.no_grad():
@@ -190,36 +190,35 @@ def test_candidates_approach_the_conditional_distribution() -> None:
     image = pipeline.processor.decode(whole[:1])[0]
     mask = np.array([[False, False, True, False, True]])
 
-    def distance(candidates: int, n: int = 3000) -> float:
-        result = pipeline.complete(image, keep=mask, n=n, candidates=candidates, seed=5, batch_size=1 << 18)
+    def distance(candidates: int, n: int = 1500) -> float:
+        result = pipeline.complete(image, keep=mask, n=n, candidates=candidates, seed=5, batch_size=4096)
         places = (result.tokens[:, None] == whole).all(-1).float().argmax(1)
         counts = torch.bincount(places, minlength=len(whole)) / n
         return float((counts - exact).abs().sum() / 2)
 
-    alone, many = distance(1), distance(48)
-    assert alone > 0.15, "clamping would do"
-    assert many < 0.05
-    assert many < alone / 4
+    alone, many = distance(1), distance(24)
+    assert alone > 0.25, "clamping would do"
+    assert many < 0.08  # of 1500 exact draws: 0.05
 
 
 def test_candidates_are_better_on_held_out_emoji() -> None:
     """The left half of pictures that the model has not seen, from the right: nearer to the truth with candidates."""
     data = load_tokens(BUNDLED.parent / "emoji16.npz")
     pipeline = Pipeline.from_pretrained(device="cpu")
-    originals = torch.from_numpy(data.tokens[data.heldout][::20].astype(np.int64))[:8]
+    originals = data.tokens[data.heldout][::20][:6].long()
     images = pipeline.processor.decode(originals)
     mask = np.zeros((16, 16), dtype=bool)
     mask[:, 8:] = True
     unknown = torch.from_numpy(~mask).flatten()
     fits, right = [], []
-    for candidates in (1, 12):
+    for candidates in (1, 8):
         result = pipeline.complete(images, keep=mask, n=1, candidates=candidates, seed=0)
         assert torch.equal(result.tokens[:, ~unknown], originals[:, ~unknown])
         fits.append(float(result.known_logprobs.nansum() / len(images)))
         right.append(float((result.tokens == originals)[:, unknown].float().mean()))
     assert fits[1] > fits[0] + 5.0  # nats an image
     assert right[1] > right[0] + 0.02
-    assert 1.0 <= float(result.effective_sample_size.min()) <= float(result.effective_sample_size.max()) <= 12.0
+    assert 1.0 <= float(result.effective_sample_size.min()) <= float(result.effective_sample_size.max()) <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -245,14 +244,14 @@ def test_grid_and_animation_show_what_was_given(pipeline: Pipeline, tmp_path: Pa
     result = pipeline.complete(images, keep=mask, n=2, seed=0)
     grid = np.asarray(result.grid(scale=1).convert("RGB"))
     original = np.asarray(images[0])
-    shown = grid[1 : 1 + 6, 7 : 7 + 5]  # the second cell of the first row, behind gaps of one pixel
+    shown = grid[:6, 6 : 6 + 5]  # the second cell of the first row, behind a gap of one pixel
     assert np.array_equal(shown[mask], original[mask])
     assert (shown[~mask] == 224).all()
     result.save_gif(tmp_path / "draw.gif", scale=1)
     with Image.open(tmp_path / "draw.gif") as animation:
         assert animation.n_frames == 7
         animation.seek(2)
-        frame = np.asarray(animation.convert("RGB"))[1 : 1 + 6, 13 : 13 + 5]
+        frame = np.asarray(animation.convert("RGB"))[:6, 12 : 12 + 5]
     completed = np.asarray(result.images[0])
     assert np.array_equal(frame[:2], completed[:2])
     assert np.array_equal(frame[mask], completed[mask])
