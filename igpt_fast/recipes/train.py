@@ -39,7 +39,8 @@ __all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats"
 
 LOG_EVERY = 50  # steps
 CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's directory holds
-_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_GENERATION = "generation_config.json"
+_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -497,6 +498,8 @@ def export(
 ) -> None:
     """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
 
+    For a model with classes ``generation_config.json`` as well, by which transformers' ``generate`` draws colours only.
+
     Args:
         model: The model.
         data: Its clusters and size.
@@ -509,6 +512,9 @@ def export(
     model.save_pretrained(folder, state_dict=state)
     size = {"height": data.side, "width": data.side}
     ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
+    if classes := list(range(model.config.n_colours, model.config.sos_token_id)):
+        with files.replacing(Path(folder) / _GENERATION) as partial:
+            partial.write_text(json.dumps({"suppress_tokens": classes}) + "\n", encoding="utf-8")
 
 
 def _draw_samples(out: Path, n_classes: int) -> None:

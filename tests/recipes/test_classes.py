@@ -144,6 +144,17 @@ def test_guidance_sharpens(trained: tuple[Path, dict]) -> None:
     assert gains[1] < gains[2] - 0.3
 
 
+def test_transformers_draws_colours_only(trained: tuple[Path, dict]) -> None:
+    """Its logits of the classes, which were never trained, are 0; of a colour they are mostly less."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.ImageGPTForCausalImageModeling.from_pretrained(trained[0] / "model")
+    begin = torch.tensor([[COLOURS + 3]])
+    drawn = model.generate(begin, do_sample=True, num_return_sequences=20, max_length=20, top_k=0)
+    assert int(drawn[:, 1:].max()) < COLOURS
+    drawn = model.generate(begin, do_sample=True, num_return_sequences=20, max_length=20, top_k=0, suppress_tokens=[9])
+    assert int(drawn[:, 1:].max()) >= COLOURS
+
+
 def small() -> TokenData:
     return dataset(30)
 
