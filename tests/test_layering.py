@@ -67,7 +67,7 @@ LAYERS: dict[str, set[str]] = {
     "results": {"generation", "image"},
     "streaming": {"batches", "generation", "inpainting", "model", "results"},
     "pipeline": {"decoders.__init__", "generation", "image", "inpainting", "model", "results", "streaming"},
-    "hf": {"checkpoint", "config", "generation", "image", "model", "pipeline"},
+    "hf": {"checkpoint", "config", "model"},
     "recipes.__init__": set(),
     "recipes.settings": set(),
     "recipes.data": {"clusters", "files", "image"},
@@ -101,6 +101,7 @@ OUTSIDE: dict[str, set[str]] = {
     "batches": {"torch"},
     "mixin": {"torch"},
     "backend": {"torch", "numpy"},
+    "hf": {"torch", "transformers"},
     "recipes.settings": set(),
 }
 # Distributions that only these modules import.
