@@ -344,6 +344,18 @@ def test_other_errors_are_not_taken_for_memory(pipeline: Pipeline, scarce: Calla
         pipeline.sample(4, seed=3)
 
 
+def test_batches_are_planned(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is free on a CUDA device, else by a budget."""
+    assert (pipeline.default_batch_size(), pipeline.default_batch_size(guided=True)) == (64, 64)
+    asked: list[tuple[object, ...]] = []
+    for room, expected in ((100, [100, 50]), (10000, [256, 256]), (1, [1, 1]), (0, [1, 1])):
+        monkeypatch.setattr(
+            "igpt_fast.pipeline.most_images", lambda model, *others, room=room: (asked.append(others), room)[1]
+        )
+        assert [pipeline.default_batch_size(None, 9, 2, guided) for guided in (False, True)] == expected
+    assert set(asked) == {(None, 9, 2)}
+
+
 def test_batches() -> None:
     """Whole inputs, or parts of one; all sequences once, in order."""
     for count, copies in ((1, 1), (10, 1), (12, 3), (12, 12), (30, 5)):
