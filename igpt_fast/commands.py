@@ -273,6 +273,7 @@ def train(
     clusters: Path | None = None,
     holdout: float | None = None,
     skip_unreadable: bool = False,
+    classes: bool = False,
     resume: bool = False,
     device: str | None = None,
     dtype: str = "float32",
@@ -292,6 +293,8 @@ def train(
         clusters: For a directory: a .npy file of colours to use instead of fitting some.
         holdout: For a directory: fraction of the images that is held out for evaluation; 0.1 if not given.
         skip_unreadable: For a directory: leave out files that are not readable images, instead of failing.
+        classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
+            stand in a token file that has labels (and class_names).
         resume: Continue an interrupted run bit for bit; the settings must be the same.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
@@ -337,9 +340,10 @@ def train(
             seed=config.seed,
             clusters=palette,
             skip_unreadable=skip_unreadable,
+            classes=classes,
         )
     else:
-        tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data)
+        tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
 
     def progress(record: dict[str, Any]) -> None:
         print(json_module.dumps(record), file=sys.stderr, flush=True)
@@ -359,7 +363,8 @@ def train(
         summary,
         f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
         f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
-        f" (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})",
+        + (f", {terminal.nats(summary['heldout_class_nats'])} given the class" if classes else "")
+        + f" (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})",
     )
 
 

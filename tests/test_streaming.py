@@ -187,22 +187,23 @@ ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backe
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_bits_do_not_depend_on_the_batch(isa: str, dtype: str | None) -> None:
+def test_bits_do_not_depend_on_the_batch(pipeline: Pipeline, isa: str, dtype: str | None) -> None:
     """Likelihoods tell what tokens would hide. Where batches of one differ, or odd ones, it is by rounding alone."""
     before = backend._C.cpu_isa()
     assert backend._C.select_cpu_isa(isa)
+    single = Pipeline(ImageGPTForCausalImageModeling(pipeline.model.config), pipeline.processor)
+    single.model.load_state_dict(pipeline.model.state_dict())
     try:
         with backend.use_backend("auto"):
-            bundled = Pipeline.from_pretrained(device="cpu")
-            results = {size: bundled.sample(5, seed=1, batch_size=size, dtype=dtype) for size in (1, 2, 3, 5)}
+            results = {size: single.sample(6, seed=1, batch_size=size, dtype=dtype) for size in (1, 2, 3, 4, 6)}
     finally:
         backend._C.select_cpu_isa(before)
     assert results[1].settings["engine"] == "cpu"
-    same = {2, 3, 5} if isa in WIDE else set()
+    same = {2, 3, 4} if isa in WIDE else set()
     if dtype == "int8" and isa in WIDE - {"avx512"}:
         same.add(1)
-    for size in (1, 2, 3, 5):
-        tokens, logprobs = (results[size].tokens, results[5].tokens), (results[size].logprobs, results[5].logprobs)
+    for size in (1, 2, 3, 4):
+        tokens, logprobs = (results[size].tokens, results[6].tokens), (results[size].logprobs, results[6].logprobs)
         if size in same:
             assert torch.equal(*tokens)
             assert torch.equal(*logprobs)
@@ -212,7 +213,7 @@ def test_bits_do_not_depend_on_the_batch(isa: str, dtype: str | None) -> None:
 
 
 def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn with is the same, bit for bit; for the same logits so is the draw (see tests/ops/test_sample.py)."""
+    """Bit for bit the same; for the same logits so is the draw (tests/ops/test_sample.py)."""
     single = Pipeline.from_pretrained(device="cpu")
     found: dict[str, list[torch.Tensor]] = {"auto": [], "reference": []}
     sample = generation.ops.sample
@@ -341,6 +342,18 @@ def test_other_errors_are_not_taken_for_memory(pipeline: Pipeline, scarce: Calla
     scarce(1, "step", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         pipeline.sample(4, seed=3)
+
+
+def test_batches_are_planned(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is free on a CUDA device, else by a budget."""
+    assert (pipeline.default_batch_size(), pipeline.default_batch_size(guided=True)) == (64, 64)
+    asked: list[tuple[object, ...]] = []
+    for room, expected in ((100, [100, 50]), (10000, [256, 256]), (1, [1, 1]), (0, [1, 1])):
+        monkeypatch.setattr(
+            "igpt_fast.pipeline.most_images", lambda model, *others, room=room: (asked.append(others), room)[1]
+        )
+        assert [pipeline.default_batch_size(None, 9, 2, guided) for guided in (False, True)] == expected
+    assert set(asked) == {(None, 9, 2)}
 
 
 def test_batches() -> None:
