@@ -45,12 +45,13 @@ _ALIASES = {
     "ImageGPTImageProcessorFast": "ImageGPTImageProcessor",
     "ImageGPTTokenizer": "ImageGPTImageProcessor",
 }
-_MODULES = ("backend", "image", "ops", "reference")
+_MODULES = ("backend", "hf", "image", "ops", "reference")
 
 __all__ = ["__version__", *_MODULES, *_NAMES, *_ALIASES]
 
 if TYPE_CHECKING:
     from igpt_fast import backend as backend
+    from igpt_fast import hf as hf
     from igpt_fast import image as image
     from igpt_fast import ops as ops
     from igpt_fast import reference as reference

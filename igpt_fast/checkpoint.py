@@ -319,7 +319,7 @@ def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
     return dtype
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Leaves random numbers out: on the meta device they load torch's compiler, 80 MB and a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -341,7 +341,7 @@ def _build(
     _check_trunk(tensors, config, stored.source)
     if dtype is None:
         dtype = _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype") or _stored_dtype(tensors)
-    with torch.device("meta"), _Uninitialised():  # names and shapes only: no memory, no random numbers
+    with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
         model = cls(config)
     state, new = _state_dict(model, tensors, stored.source, dtype, device, strict, ignore_mismatched_sizes)
     model.load_state_dict(state, strict=False, assign=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from igpt_fast import commands
+from igpt_fast import commands, sharding
 from igpt_fast.terminal import DeviceUnavailableError, UsageError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -82,8 +82,9 @@ def overview() -> str:
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """A warning in one line, without the place in the sources."""
-    print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
+    """A warning in one line, without the place in the sources; of several processes, the first one's."""
+    if not sharding.rank():
+        print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -117,9 +118,15 @@ def _parsing(name: str) -> Iterator[None]:
 
 
 def _fail(name: str, error: object, code: int) -> int:
-    """Says the reason in one line."""
+    """Says the reason in one line; of several processes with the same wrong command line, the first does."""
+    number = 0
+    with contextlib.suppress(ValueError):  # what they say may be the error itself
+        number = sharding.rank()
+    if number and code == 2:
+        return code
     text = str(error) if str(error) else type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"igpt {name}".strip() + ": " + " ".join(text.split()), file=sys.stderr)
+    where = f" rank {number}:" if number else ""
+    print(f"igpt {name}".strip() + f":{where} " + " ".join(text.split()), file=sys.stderr)
     return code

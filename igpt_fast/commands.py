@@ -13,9 +13,12 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from igpt_fast import terminal
+from igpt_fast import options, sharding, terminal
+from igpt_fast.drawing import Job, load_pipeline, rehearse, run
+from igpt_fast.exports import Exports
+from igpt_fast.options import Drawing, Files
 from igpt_fast.recipes.settings import TrainConfig
-from igpt_fast.terminal import ANIMATION_SUFFIXES, GRID_SUFFIXES, Drawing
+from igpt_fast.terminal import GRID_SUFFIXES
 
 Paths = Positional[tuple[Path, ...]]
 
@@ -23,78 +26,118 @@ Paths = Positional[tuple[Path, ...]]
 def sample(
     n: Annotated[int, arg(aliases=["-n"])] = 16,
     out: Path = Path("samples.png"),
-    gif: Path | None = None,
-    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008 - a frozen value
+    files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
     columns: int | None = None,
-    scale: int | None = None,
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
     json: bool = False,
-    force: bool = False,
 ) -> None:
-    """Draw images and write them as a grid.
+    """Draw images and write them as a grid; under torchrun, with all its processes.
 
     Args:
         n: Number of images.
         out: Grid to write; .png, .jpg, .webp or .bmp.
-        gif: Also write the grid being drawn; .gif or .apng.
-        drawing: How they are drawn.
+        files: What else is written.
         columns: Images in a row of the grid.
-        scale: Edge of a pixel in the grid.
+        drawing: How they are drawn.
         json: Print one JSON object.
-        force: Overwrite files.
     """
-    terminal.check_output(out, force, GRID_SUFFIXES)
-    terminal.check_output(gif, force, ANIMATION_SUFFIXES)
-    terminal.check_drawing(n, drawing)
-    pipeline = terminal.load_pipeline(drawing)
-    terminal.rehearse(pipeline, out, n, 0, columns, scale)
-    with terminal.progress_bar("sampling") as progress:
-        generation = terminal.saving_on_interrupt(
-            lambda: pipeline.sample(n, progress=progress, **terminal.settings(drawing)),
-            lambda partial: terminal.write_grid(partial, out, gif, columns, scale, json, force, progress.seconds),
+    options.check_drawing(n, drawing)
+    classes = options.labels(drawing.label, n)
+    names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
+    exports = Exports(out, files, names, columns)
+    with sharding.world() as world:
+        if world.first:
+            exports.check()
+        pipeline = load_pipeline(drawing, sharding.local_rank())
+        mine = world.share(n)
+        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
+        with terminal.as_usage():  # before anything is computed
+            pipeline.stream(n, labels=classes, **asked)
+        if world.first:
+            rehearse(pipeline, exports, n, 0)
+        job = Job(
+            command="sample",
+            total=n,
+            mine=mine,
+            stream=lambda: pipeline.stream(
+                len(mine),
+                first=mine.start,
+                labels=None if classes is None else classes[mine.start : mine.stop],
+                **asked,
+            ),
+            exports=exports,
+            values={"model": drawing.model or "bundled"},
         )
-    terminal.write_grid(generation, out, gif, columns, scale, json, force, progress.seconds)
+        run(job, pipeline, drawing, world, json=json)
 
 
 def complete(
     images: Paths,
-    keep: float = 0.5,
+    keep: str | None = None,
+    mask: Path | None = None,
     n: Annotated[int, arg(aliases=["-n"])] = 4,
+    candidates: int = 1,
     out: Path = Path("completions.png"),
-    gif: Path | None = None,
-    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008 - a frozen value
-    scale: int | None = None,
+    files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
     json: bool = False,
-    force: bool = False,
 ) -> None:
-    """Complete images of which the upper part is kept; one row each: input, kept part, completions, original.
+    """Complete images of which a part is kept; one row each: input, kept part, completions, original.
 
     Args:
         images: Image files of any size; the middle is cut out in the model's aspect and resized.
-        keep: Fraction of the rows that is kept, 0 or above and below 1.
+        keep: What is kept: a fraction of the rows, 0 or above and below 1, or a number of them like 12rows; 0.5 if
+            neither this nor a mask is given.
+        mask: Image file that says what is kept instead: white is kept, black is drawn; resized to the model's size by
+            nearest neighbour.
         n: Completions of each image.
+        candidates: Draw so many for each completion, and choose one by how well it goes with what is kept below it;
+            approximate, for masks.
         out: Grid to write; .png, .jpg, .webp or .bmp.
-        gif: Also write the grid being drawn; .gif or .apng.
+        files: What else is written.
         drawing: How they are drawn.
-        scale: Edge of a pixel in the grid.
         json: Print one JSON object.
-        force: Overwrite files.
     """
-    terminal.check_output(out, force, GRID_SUFFIXES)
-    terminal.check_output(gif, force, ANIMATION_SUFFIXES)
     terminal.check_images(images)
-    terminal.check_drawing(n, drawing)
-    pipeline = terminal.load_pipeline(drawing)
-    from igpt_fast.pipeline import kept_rows
+    options.check_drawing(n, drawing)
+    classes = options.labels(drawing.label, len(images))
+    names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
+    exports = Exports(out, files, names)
+    from PIL import Image
 
-    with terminal.as_usage():
-        kept_rows(keep, pipeline.processor.height)
-    terminal.rehearse(pipeline, out, n, len(images), None, scale)
-    with terminal.progress_bar("completing") as progress:
-        generation = terminal.saving_on_interrupt(
-            lambda: pipeline.complete(images, keep=keep, n=n, progress=progress, **terminal.settings(drawing)),
-            lambda partial: terminal.write_grid(partial, out, gif, None, scale, json, force, progress.seconds),
+    with sharding.world() as world:
+        if world.first:
+            exports.check()
+        pipeline = load_pipeline(drawing, sharding.local_rank())
+        height, width = pipeline.processor.height, pipeline.processor.width
+        mine = world.share(len(images))
+        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
+        kept: dict[str, Any] = {"keep": options.kept(keep, mask, height, width), "n": n, "candidates": candidates}
+        with terminal.as_usage():  # before anything is computed; errors of the images themselves are none of usage
+            pipeline.stream(len(images), labels=classes, **asked)
+            blank = Image.new("RGB", (width, height))
+            pipeline.stream_complete(blank, **kept, labels=None if classes is None else classes[0], **asked)
+        if world.first:
+            rehearse(pipeline, exports, n, len(images))
+        job = Job(
+            command="complete",
+            total=n * len(images),
+            mine=range(mine.start * n, mine.stop * n),
+            stream=lambda: pipeline.stream_complete(
+                images[mine.start : mine.stop],
+                first_input=mine.start,
+                labels=None if classes is None else classes[mine.start : mine.stop],
+                **kept,
+                **asked,
+            ),
+            exports=exports,
+            values={
+                "model": drawing.model or "bundled",
+                "inputs": [str(path) for path in images],
+                "mask": None if mask is None else str(mask),
+            },
         )
-    terminal.write_grid(generation, out, gif, None, scale, json, force, progress.seconds)
+        run(job, pipeline, drawing, world, json=json)
 
 
 def quantize(
@@ -230,6 +273,7 @@ def train(
     clusters: Path | None = None,
     holdout: float | None = None,
     skip_unreadable: bool = False,
+    classes: bool = False,
     resume: bool = False,
     device: str | None = None,
     dtype: str = "float32",
@@ -249,6 +293,8 @@ def train(
         clusters: For a directory: a .npy file of colours to use instead of fitting some.
         holdout: For a directory: fraction of the images that is held out for evaluation; 0.1 if not given.
         skip_unreadable: For a directory: leave out files that are not readable images, instead of failing.
+        classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
+            stand in a token file that has labels (and class_names).
         resume: Continue an interrupted run bit for bit; the settings must be the same.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
@@ -294,9 +340,10 @@ def train(
             seed=config.seed,
             clusters=palette,
             skip_unreadable=skip_unreadable,
+            classes=classes,
         )
     else:
-        tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data)
+        tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
 
     def progress(record: dict[str, Any]) -> None:
         print(json_module.dumps(record), file=sys.stderr, flush=True)
@@ -316,7 +363,8 @@ def train(
         summary,
         f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
         f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
-        f" (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})",
+        + (f", {terminal.nats(summary['heldout_class_nats'])} given the class" if classes else "")
+        + f" (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})",
     )
 
 

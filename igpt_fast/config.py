@@ -100,8 +100,9 @@ class ImageGPTConfig:
     ``ImageGPTConfig(**theirs.to_dict())`` works.
 
     Args:
-        vocab_size: Input vocabulary: the colour clusters plus one start-of-sequence (SOS) token, which
-            is the last id. The head predicts ``vocab_size - 1`` colours.
+        vocab_size: Input vocabulary: the colour clusters, the class tokens, and one start-of-sequence (SOS)
+            token, which is the last id. The head has ``vocab_size - 1`` outputs, of which the first ``n_colours``
+            are colours.
         n_positions: Length of the position table; 1024 for 32x32 images.
         n_embd, n_layer, n_head: Width, depth and attention heads; ``n_embd % n_head == 0``.
         n_inner: Width of the MLP; ``None`` means ``4 * n_embd``.
@@ -116,6 +117,9 @@ class ImageGPTConfig:
         num_labels, problem_type: For classification; see ``ImageGPTForImageClassification``.
         id2label, label2id: Names of the classes, ``LABEL_0`` and so on by default. They count, not
             ``num_labels``, where the two differ; setting ``num_labels`` anew brings the default names back.
+        n_classes: Classes that the model draws images of on demand; not a field of transformers, and in
+            ``config.json`` only if it is not 0. Class ``c`` has the token ``n_colours + c``, which stands in place
+            of SOS in front of its images; SOS in front means an image of any class.
         extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
             that writing the file back loses nothing, and readable as attributes. Unknown entries land here
             when the configuration comes from a file or an attribute is set; the constructor refuses them.
@@ -158,6 +162,7 @@ class ImageGPTConfig:
     id2label: dict[int, str] | None = field(default_factory=lambda: None)
     label2id: dict[str, int] | None = field(default_factory=lambda: None)
     problem_type: str | None = None
+    n_classes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "imagegpt"
@@ -177,6 +182,11 @@ class ImageGPTConfig:
             raise ValueError(f"ImageGPTConfig: n_inner must be a positive integer or None, got {self.n_inner!r}")
         if self.vocab_size < 2:
             raise ValueError("ImageGPTConfig: vocab_size must be at least 2 (one colour and the SOS token)")
+        if type(self.n_classes) is not int or not 0 <= self.n_classes <= self.vocab_size - 2:
+            raise ValueError(
+                f"ImageGPTConfig: n_classes must be an integer in 0..{self.vocab_size - 2}, which leaves a colour and"
+                f" the SOS token of vocab_size={self.vocab_size}; got {self.n_classes!r}"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"ImageGPTConfig: n_embd must be divisible by n_head, got n_embd={self.n_embd} n_head={self.n_head}"
@@ -222,6 +232,11 @@ class ImageGPTConfig:
     def sos_token_id(self) -> int:
         """Id of the start-of-sequence token: the last row of ``wte``."""
         return self.vocab_size - 1
+
+    @property
+    def n_colours(self) -> int:
+        """Number of colours: tokens ``0 .. n_colours - 1``, and the outputs of the head that can be drawn."""
+        return self.vocab_size - 1 - self.n_classes
 
     def __getattr__(self, name: str) -> Any:
         """What ``__dict__`` lacks: other names of fields, labels (see there), and the entries of ``extra``."""
@@ -364,8 +379,13 @@ class ImageGPTConfig:
             raise ValueError(f"{path}: not a usable ImageGPT configuration: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names."""
+        """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names.
+
+        And no ``n_classes`` of 0: the files of a model without classes hold what transformers' own do.
+        """
         data = {name: getattr(self, name) for name in _FIELDS if name != "num_labels"}
+        if not self.n_classes:
+            del data["n_classes"]
         return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
 
     def update(self, values: Mapping[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,46 +16,73 @@ from igpt_fast import ops, reference
 from igpt_fast.decoders import check_dtype, make_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from igpt_fast.model import ImageGPTForCausalImageModeling
 
 StepCallback = Callable[[int, Tensor], None]
+MAX_SCALE = 1000.0  # of guidance; its logits stay far within float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """How a token is drawn from logits: temperature, then top-k, top-p and min-p, each among what is left.
 
     Args:
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Draw among the k most likely tokens only; ``None`` for all.
         top_p: Draw among the most likely tokens whose probability reaches it; ``None`` for all.
+        min_p: Draw among the tokens at least ``min_p`` times as likely as the likeliest one; ``None`` for all.
 
     Raises:
         ValueError: A setting out of its range.
+
+    Source: see ``reference.sample``.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
-        ops.check_sampling(self.temperature, self.top_k, self.top_p)
+        ops.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: tokens are drawn from what a context changes, amplified.
+
+    With the log-probabilities of the next token after the context, c, and after another one, u, the logits that are
+    drawn from are ``u + scale * (c - u)``; temperature and filters follow.
+
+    Args:
+        scale: In 0..1000; 1 is no guidance, 0 the other context alone.
+        context: (B, T_0) int64, on the model's device, as long as the guided ones: without class, as a rule.
+
+    Source: "Classifier-Free Diffusion Guidance" (Ho & Salimans, 2022), where w = scale - 1; for tokens, "Stay on topic
+    with Classifier-Free Guidance" (Sanchez et al., 2023) and transformers' guidance_scale.
+    """
+
+    scale: float
+    context: Tensor
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
 
 
 @dataclass
 class Drawn:
-    """Tokens and their log-probabilities.
+    """Tokens and their log-probabilities, of drawn and known positions alike.
 
     Args:
         tokens: (B, T) int64.
-        logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, before
-            temperature, top-k and top-p.
+        logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
+            context: before guidance, temperature, top-k, top-p and min-p.
+        engine: Name of the decoder; ``None`` where there was nothing to decode.
     """
 
     tokens: Tensor
     logprobs: Tensor
+    engine: str | None = None
 
 
 def check_seed(seed: int) -> int:
@@ -69,14 +96,25 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def check_count(name: str, value: int, most: int = 1 << 30) -> int:
+def check_count(name: str, value: int, most: int = 1 << 30, least: int = 1) -> int:
     """The value.
 
     Raises:
-        ValueError: Not an integer in 1..most; the message says ``name``.
+        ValueError: Not an integer in least..most; the message says ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; want an integer in 1..{most}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}; want an integer in {least}..{most}")
+    return value
+
+
+def check_scale(name: str, value: float) -> float:
+    """The scale of a guidance.
+
+    Raises:
+        ValueError: Not a number in 0..1000; the message says ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= MAX_SCALE:
+        raise ValueError(f"{name} is {value!r}; want a number in 0..{MAX_SCALE:.0f}")
     return value
 
 
@@ -85,7 +123,6 @@ def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: 
     return reference.uniform(check_seed(seed), streams.to("cpu", torch.int64), first, count).to(device)
 
 
-@torch.no_grad()
 def decode(
     model: ImageGPTForCausalImageModeling,
     context: Tensor,
@@ -93,47 +130,96 @@ def decode(
     sampling: Sampling,
     callback: StepCallback | None = None,
     dtype: str | None = None,
+    *,
+    known: Tensor | None = None,
+    guidance: Guidance | None = None,
 ) -> Drawn:
-    """Continues every row of a context n times, by as many tokens as there are uniform numbers.
+    """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
     Args:
         model: The model.
-        context: (B, T_0) int64 on the model's device; SOS first.
+        context: (B, T_0) int64 on the model's device; SOS or a class first.
         uniforms: (B n, T) float32 in [0, 1) on the model's device, one number a draw; the n continuations of the
             first row come first. They share what is computed of the context.
         sampling: How tokens are drawn.
         callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
         dtype: ``None`` for the model's, or ``"int8"``; see ``decoders.make_decoder``.
+        known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
+        guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
 
     Returns:
         The T new tokens of every continuation, (B n, T).
 
     Raises:
         BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-        ValueError: An unknown ``dtype``.
+        ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
+    drawn = blank(uniforms)
+    for t in decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance):
+        if callback is not None:
+            callback(t, drawn.tokens[:, t])
+    return drawn
+
+
+def blank(uniforms: Tensor) -> Drawn:
+    """Room for as many tokens as there are numbers."""
+    shape, device = uniforms.shape, uniforms.device
+    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device))
+
+
+@torch.no_grad()
+def decoding(
+    drawn: Drawn,
+    model: ImageGPTForCausalImageModeling,
+    context: Tensor,
+    uniforms: Tensor,
+    sampling: Sampling,
+    dtype: str | None = None,
+    *,
+    known: Tensor | None = None,
+    guidance: Guidance | None = None,
+) -> Iterator[int]:
+    """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled."""
+    check_dtype(dtype)
     batch, steps = uniforms.shape
     copies = batch // context.shape[0] if batch else 1
-    drawn = Drawn(
-        torch.empty(batch, steps, dtype=torch.int64, device=context.device),
-        torch.empty(batch, steps, dtype=torch.float32, device=context.device),
-    )
-    check_dtype(dtype)
+    if guidance is not None and guidance.context.shape != context.shape:
+        shapes = f"{tuple(guidance.context.shape)}, the guided one {tuple(context.shape)}"
+        raise ValueError(f"the context of the guidance has shape {shapes}; want one shape")
     if steps == 0 or batch == 0:
-        return drawn
+        return
+    guided = guidance is not None and guidance.scale != 1.0
+    if guidance is not None and guided:
+        context = torch.cat([context, guidance.context])
+    given = None if known is None else known >= 0
+    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
+    colours = model.config.n_colours
     with _evaluating(model):
         decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
+        drawn.engine = decoder.name
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
         for t in range(steps):
-            token = ops.sample(logits, uniforms[:, t], sampling.temperature, sampling.top_k, sampling.top_p)
+            logits = logits[:, :colours]
+            logprobs = torch.log_softmax(logits[:batch].float(), dim=-1)
+            if guidance is not None and guided and not every[t]:
+                without = torch.log_softmax(logits[batch:].float(), dim=-1)
+                logits = without + guidance.scale * (logprobs - without)
+            if known is not None and given is not None and some[t]:
+                token = known[:, t]
+                if not every[t]:
+                    token = torch.where(given[:, t], token, _draw(logits, uniforms[:, t], sampling))
+            else:
+                token = _draw(logits, uniforms[:, t], sampling)
             drawn.tokens[:, t] = token
-            drawn.logprobs[:, t] = torch.log_softmax(logits.float(), dim=-1).gather(1, token[:, None])[:, 0]
-            if callback is not None:
-                callback(t, token)
+            drawn.logprobs[:, t] = logprobs.gather(1, token[:, None])[:, 0]
+            yield t
             if t + 1 < steps:
-                logits = decoder.step(token)
-    return drawn
+                logits = decoder.step(token.repeat(2) if guided else token)
+
+
+def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in training mode that are decoding now
@@ -157,149 +243,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 if not _users[model]:
                     del _users[model]
                     model.train()
-
-
-class GenerationMixin:
-    """``generate`` in transformers' calling convention."""
-
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool = True,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        num_return_sequences: int = 1,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        callback: StepCallback | None = None,
-        dtype: str | None = None,
-    ) -> Tensor:
-        """Continues contexts by drawn colours.
-
-        Unlike transformers', ``max_length`` defaults to a whole image (``n_positions`` colours after SOS) instead
-        of 20, and ``top_k`` to all colours instead of 50. Options of transformers' ``generate`` that are not
-        listed here raise TypeError.
-
-        Args:
-            input_ids: (B, T_0) int64 with 1 <= T_0; SOS (``config.sos_token_id``) first, as the model was
-                trained. ``None`` means one row of SOS alone.
-            inputs: The same, by its other name.
-            attention_mask: (B, T_0), all ones: contexts have no padding here.
-            use_cache: True; decoding without a cache is not offered.
-            max_length: Length of the result, ``input_ids`` included; at most ``n_positions + 1``.
-            max_new_tokens: The same, counted from the end of ``input_ids``; one of the two at most.
-            do_sample: Draw the tokens; else take the most likely one each time.
-            temperature, top_k, top_p: See ``Sampling``; ``top_k=0`` is ``None``, as in transformers. Without
-                ``do_sample`` they must stay at their defaults.
-            num_return_sequences: Continuations of each row, which follow each other in the result; more than
-                one needs ``do_sample``. The row is read, and kept in the cache, once for all of them.
-            seed: Row i of the result draws from a stream of its own, made of (seed, i), whatever the batch; needs
-                ``do_sample``, as ``generator`` does.
-            generator: Draws from this generator instead, on its device; one of the two at most. Without either,
-                a seed is drawn from torch's global generator.
-            callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
-                result.
-            dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
-                the CPU; see ``decoders.CpuDecoder``). ``None`` decodes in the model's own dtype.
-
-        Returns:
-            (B * num_return_sequences, length) int64, on the model's device.
-
-        Raises:
-            BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            TypeError: ``input_ids`` is not an integer tensor.
-            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
-
-        Source: transformers ``GenerationMixin.generate``.
-        """
-        model = cast("ImageGPTForCausalImageModeling", self)
-        input_ids = _one_input(input_ids, inputs)
-        if not use_cache:
-            raise ValueError("generate: use_cache=False is not supported")
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("generate: attention_mask hides positions; contexts have no padding here")
-        if model.config.eos_token_id is not None:
-            raise ValueError(
-                f"generate: the configuration has eos_token_id {model.config.eos_token_id}, but images end at their"
-                " last pixel; set it to None"
-            )
-        top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
-        check_count("generate: num_return_sequences", num_return_sequences)
-        random = (temperature, top_k, top_p, num_return_sequences, seed, generator)
-        if not do_sample and random != (1.0, None, None, 1, None, None):
-            raise ValueError(
-                "generate: temperature, top_k, top_p, seed, generator and num_return_sequences above 1 have no effect"
-                " on greedy decoding; pass do_sample=True"
-            )
-        sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p)
-        context = _check_context(input_ids, model)
-        steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
-        count = context.shape[0] * num_return_sequences
-        uniforms = _uniforms(count, steps, do_sample, seed, generator, model.device)
-        drawn = decode(model, context, uniforms, sampling, callback, dtype)
-        return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), drawn.tokens], dim=1)
-
-
-def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
-    if input_ids is not None and inputs is not None:
-        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
-    return input_ids if inputs is None else inputs
-
-
-def _check_context(input_ids: Any, model: ImageGPTForCausalImageModeling) -> Tensor:
-    """The context as (B, T_0) int64 on the model's device."""
-    sos = model.config.sos_token_id
-    if input_ids is None:
-        return torch.full((1, 1), sos, dtype=torch.int64, device=model.device)
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16):
-        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"generate: input_ids is {got}; want an integer tensor")
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"generate: input_ids has shape {tuple(input_ids.shape)}; want (B, T) with T >= 1, SOS first")
-    if input_ids.numel():
-        low, high = (int(end) for end in torch.aminmax(input_ids))
-        if low < 0 or high > sos:
-            raise ValueError(f"generate: token {low if low < 0 else high} is not in 0..{sos} (SOS is {sos})")
-    return input_ids.to(model.device, torch.int64)
-
-
-def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, n_positions: int) -> int:
-    """How many tokens to draw after ``given`` ones."""
-    if max_length is not None and max_new_tokens is not None:
-        raise ValueError("generate: give max_length or max_new_tokens, not both")
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"generate: {name} is {value!r}; want an integer")
-    if max_new_tokens is not None:
-        max_length = given + max_new_tokens
-    elif max_length is None:
-        max_length = n_positions + 1
-    if max_length > n_positions + 1:
-        raise ValueError(
-            f"generate: a length of {max_length} tokens exceeds {n_positions + 1}, SOS and the model's n_positions"
-        )
-    if max_length <= given:
-        raise ValueError(f"generate: {given} tokens are given, which leaves none of a length of {max_length} to draw")
-    return max_length - given
-
-
-def _uniforms(
-    batch: int, steps: int, do_sample: bool, seed: int | None, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    """(B, steps) uniform numbers on ``device``."""
-    if seed is not None and generator is not None:
-        raise ValueError("generate: give seed or generator, not both")
-    if not do_sample:
-        return torch.zeros(batch, steps, device=device)
-    if generator is not None:
-        return torch.rand(batch, steps, generator=generator, device=generator.device).to(device)
-    if seed is None:
-        seed = int(torch.randint(0, 1 << 62, ()))
-    return stream_uniforms(seed, torch.arange(batch), 0, steps, device)

@@ -18,8 +18,8 @@ from igpt_fast import backend, forwards, ops
 from igpt_fast.cache import Cache, DynamicCache
 from igpt_fast.checkpoint import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.generation import GenerationMixin
 from igpt_fast.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
+from igpt_fast.mixin import GenerationMixin
 from igpt_fast.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
 from igpt_fast.trainable import TrainableMixin
 

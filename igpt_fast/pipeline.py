@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -14,153 +14,39 @@ from PIL import Image
 from torch import Tensor
 
 from igpt_fast import image as images_module
-from igpt_fast.decoders import cache_bytes, check_dtype
-from igpt_fast.generation import Drawn, Sampling, check_count, check_seed, decode, stream_uniforms
+from igpt_fast.decoders import cache_bytes, check_dtype, most_images
+from igpt_fast.generation import Sampling, check_count, check_scale, check_seed
 from igpt_fast.image import ImageGPTImageProcessor
+from igpt_fast.inpainting import following, given_pixels
+from igpt_fast.inpainting import kept_rows as kept_rows
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.results import Generation as Generation
+from igpt_fast.results import InterruptedGeneration as InterruptedGeneration
+from igpt_fast.streaming import MAX_CANDIDATES, Pictures, Progress, Stream, Task
+from igpt_fast.streaming import RowEvent as RowEvent
 
 BUNDLED = Path(__file__).parent / "assets" / "emoji16"
 CACHE_BUDGET = 1 << 30  # bytes of key/value cache that the default batch size may take
 MAX_IMAGES = 1 << 24  # of one call
+MAX_FIRST = 1 << 30  # index of its first one
 INPUT_EDGE = 1024  # pixels; larger inputs of completions are kept at this size, for the grid
 
-Progress = Callable[[int, int], None]
+Labels = int | Sequence[int] | Tensor | None
 
 
-@dataclass
-class Generation:
-    """Generated images, image-major: for completions, the ``n`` of the first input come first.
+class Options(TypedDict, total=False):
+    """What ``Pipeline.sample`` and its siblings all take; described there."""
 
-    Args:
-        tokens: (N, T) int64 on the CPU, the given pixels included.
-        logprobs: (N, T) float32 on the CPU, nats per pixel under the model itself, before temperature, top-k and
-            top-p; NaN where the pixel was given.
-        processor: Knows the colours and the size.
-        seed: What the streams were made of.
-        settings: Temperature and so on, as plain values.
-        inputs: For completions, the (M) inputs as RGB images, cropped to the model's aspect.
-        originals: For completions, (M, T) int64, the tokens of the whole inputs.
-        given: For completions, how many pixels were given.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    processor: ImageGPTImageProcessor
-    seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    inputs: list[Image.Image] | None = None
-    originals: Tensor | None = None
-    given: int = 0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The N images, RGB, at the model's size."""
-        return self.processor.decode(self.tokens)
-
-    def grid(self, *, columns: int | None = None, scale: int | None = None) -> Image.Image:
-        """All images in one.
-
-        Args:
-            columns: Images in a row; about square when ``None``. Completions have a row for each input instead:
-                input, what was given of it, completions, and the original in the model's colours.
-            scale: Edge of a pixel in the result; ``None`` makes an image 128 pixels high or wide.
-
-        Raises:
-            ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
-        """
-        scale = self._scale(scale, columns)
-        if self.inputs is None:
-            return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
-        return self._completion_grid(self.tokens, scale)
-
-    def save_grid(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        columns: int | None = None,
-        scale: int | None = None,
-        overwrite: bool = True,
-    ) -> None:
-        """Writes ``grid`` to a file, whole or not at all; the suffix names the format.
-
-        Raises:
-            FileExistsError: The file exists and ``overwrite`` is false.
-            ValueError: An unknown suffix.
-        """
-        images_module.save_image(self.grid(columns=columns, scale=scale), path, overwrite=overwrite)
-
-    def save_gif(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        columns: int | None = None,
-        scale: int | None = None,
-        frame_ms: int = 80,
-        overwrite: bool = True,
-    ) -> None:
-        """Writes the grid being drawn, a row of pixels a frame, as ``.gif`` or ``.apng``.
-
-        Args:
-            path: The file.
-            columns, scale: See ``grid``.
-            frame_ms: Milliseconds a frame.
-            overwrite: Whether an existing file may be replaced.
-
-        Raises:
-            FileExistsError: The file exists and ``overwrite`` is false.
-            ValueError: An unknown suffix.
-        """
-        scale = self._scale(scale, columns)
-        width = self.processor.width
-        frames = []
-        for drawn in range(self.given, self.tokens.shape[1] + 1, width):
-            if self.inputs is None:
-                cells = [self._partly(tokens, drawn) for tokens in self.tokens]
-                frames.append(images_module.image_grid(cells, columns, scale=scale, gap=scale))
-            else:
-                frames.append(self._completion_grid(self.tokens, scale, drawn))
-        images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
-
-    def _scale(self, scale: int | None, columns: int | None) -> int:
-        if columns is not None and self.inputs is not None:
-            raise ValueError("columns is given, but completions have a row for each input")
-        if scale is None:
-            return max(1, 128 // max(self.processor.height, self.processor.width))
-        return check_count("scale", scale, 64)
-
-    def _partly(self, tokens: Tensor, drawn: int) -> Image.Image:
-        """The image of (T,) tokens, light grey from pixel ``drawn`` on."""
-        pixels = np.array(self.processor.decode(tokens[None])[0])
-        pixels.reshape(-1, 3)[drawn:] = 224
-        return Image.fromarray(pixels)
-
-    def _completion_grid(self, tokens: Tensor, scale: int, drawn: int | None = None) -> Image.Image:
-        assert self.inputs is not None
-        assert self.originals is not None
-        size = (self.processor.width * scale, self.processor.height * scale)
-        per_input = len(tokens) // len(self.inputs)
-        cells: list[Image.Image] = []
-        for i, original in enumerate(self.originals):
-            given = self._partly(original, self.given)
-            completions = tokens[i * per_input : (i + 1) * per_input]
-            pictures = [given]
-            pictures += [self._partly(row, row.shape[0] if drawn is None else drawn) for row in completions]
-            pictures += self.processor.decode(original[None])
-            smaller = self.inputs[i].width <= self.processor.width  # its pixels are to be seen, as the others' are
-            cells.append(self.inputs[i].resize(size, Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
-            cells += [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
-        return images_module.image_grid(cells, per_input + 3, gap=scale)
-
-
-class InterruptedGeneration(KeyboardInterrupt):
-    """Ctrl-C during a generation; ``partial`` holds the images that were finished, or ``None``."""
-
-    def __init__(self, partial: Generation | None) -> None:
-        super().__init__("interrupted")
-        self.partial = partial
+    seed: int | None
+    batch_size: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    labels: Labels
+    cfg_scale: float
+    dtype: str | None
+    progress: Progress | None
 
 
 class Pipeline:
@@ -179,8 +65,8 @@ class Pipeline:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         colours = 0 if processor.clusters is None else len(processor.clusters)
         pixels = processor.height * processor.width
-        if colours != model.config.vocab_size - 1:
-            raise ValueError(f"the processor has {colours} colours, the model {model.config.vocab_size - 1}")
+        if colours != model.config.n_colours:
+            raise ValueError(f"the processor has {colours} colours, the model {model.config.n_colours}")
         if pixels != model.config.n_positions:
             raise ValueError(
                 f"the processor's images have {processor.height}x{processor.width} = {pixels} pixels,"
@@ -232,9 +118,20 @@ class Pipeline:
         """Device of the model."""
         return self.model.device
 
-    def default_batch_size(self, dtype: str | None = None, primer: int = 0, copies: int = 1) -> int:
-        """As many images as have their key/value caches in 1 GiB, 64 at most; arguments as in ``cache_bytes``."""
-        return int(min(64, max(1, CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies))))
+    def default_batch_size(
+        self, dtype: str | None = None, primer: int = 0, copies: int = 1, guided: bool = False
+    ) -> int:
+        """How many images are computed together: as many as the memory of a CUDA device has room for, 256 at most;
+        elsewhere as many as have their key/value caches in 1 GiB, 64 at most.
+
+        Args:
+            dtype, primer, copies: As in ``decoders.cache_bytes``.
+            guided: Whether each has a second cache, of the context without a class.
+        """
+        room, most = most_images(self.model, dtype, max(primer, 1), copies), 256
+        if room is None:
+            room, most = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies), 64
+        return min(most, max(1, room // 2 if guided else room))
 
     def sample(
         self,
@@ -245,180 +142,306 @@ class Pipeline:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        labels: Labels = None,
+        cfg_scale: float = 1.0,
+        first: int = 0,
         dtype: str | None = None,
         progress: Progress | None = None,
     ) -> Generation:
         """Draws images.
 
-        Image i is drawn from a stream of its own, made of (seed, i): the batch size changes which images are
-        computed together, not the numbers they are drawn with. (It can change the rounding of the logits: a draw
-        differs when its number falls into that rounding, in float32 about one pixel in 10^6.)
+        Image i is drawn from a stream of its own, made of (seed, first + i): the batch size changes which images are
+        computed together, not the numbers they are drawn with. It can change the rounding of the logits, and a draw
+        differs when its number falls into that rounding, in float32 about one pixel in 10^6. On CPUs with AVX-512 it
+        does not, from two images at a time on (in int8 with VNNI, from one on): these are the same bit for bit. A
+        primer of completions is read by a matrix product that rounds by its size, everywhere.
 
         Args:
             n: How many.
             seed: 0..2^64-1; ``None`` draws one from torch's global generator. The result tells it.
-            batch_size: Images computed together at most; ``None`` see ``default_batch_size``.
-            temperature, top_k, top_p: See ``Sampling``.
+            batch_size: Images computed together at most; ``None`` see ``default_batch_size``. Where memory does not
+                suffice it is halved, with a warning.
+            temperature, top_k, top_p, min_p: See ``Sampling``.
+            labels: The class of all images, or of each, for a model that has classes; ``None`` draws without.
+            cfg_scale: Scale of classifier-free guidance, see ``Guidance``; needs labels. 1 is none; above, images
+                are more like their class and less like each other, at twice the work.
+            first: Index of the first image: ``sample(4)`` is ``sample(2)`` and then ``sample(2, first=2)``.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
                 CPU; see ``decoders.CpuDecoder``). ``None`` draws in the model's own dtype.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            ValueError: A value out of its range.
+            MemoryError, RuntimeError: Memory does not suffice for a single image.
+            TypeError: Labels that are not integers.
+            ValueError: A value out of its range, or labels for a model without classes.
             InterruptedGeneration: On Ctrl-C.
         """
+        options = Options(
+            seed=seed,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            labels=labels,
+            cfg_scale=cfg_scale,
+            dtype=dtype,
+            progress=progress,
+        )
+        return _drained(self.stream(n, first=first, **options))
+
+    def stream(self, n: int = 1, *, first: int = 0, **options: Unpack[Options]) -> Stream:
+        """``sample``, row by row: an iterator of ``RowEvent``, whose ``result`` is what ``sample`` returns.
+
+        Args:
+            n, first, options: As of ``sample``.
+
+        Raises:
+            TypeError, ValueError: As ``sample``, here already; what else it raises, the iterator does.
+        """
         check_count("n", n, MAX_IMAGES)
-        seed = _seed(seed)
-        sampling = Sampling(temperature, top_k, top_p)
-        given = torch.empty(n, 0, dtype=torch.int64)
-        return self._run(given, torch.arange(n), seed, sampling, batch_size, dtype, progress)
+        check_count("first", first, MAX_FIRST, least=0)
+        known = torch.full((1, 1), -1).expand(n, self.model.config.n_positions)
+        labels = self._labels(options.get("labels"), n, "n")
+        task = self._task(known, labels, 1, torch.arange(first, first + n), 1, options)
+        settings = {"first": first} if first else {}
+
+        def collect(drawn: Pictures, stream: Stream) -> Generation:
+            count = len(drawn.tokens)
+            return Generation(
+                drawn.tokens,
+                drawn.logprobs,
+                self.processor,
+                task.seed,
+                self._settings(task, stream, settings),
+                labels=None if labels is None else labels[:count],
+            )
+
+        return self._stream(task, collect, options)
 
     def complete(
         self,
         images: Any,
         *,
-        keep: float = 0.5,
+        keep: Any = 0.5,
         n: int = 4,
+        candidates: int = 1,
         seed: int | None = None,
         batch_size: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        labels: Labels = None,
+        cfg_scale: float = 1.0,
+        first_input: int = 0,
         dtype: str | None = None,
         progress: Progress | None = None,
     ) -> Generation:
-        """Draws what is below the upper part of images.
+        """Draws the pixels of images that are not kept: what is below their upper part, or where a mask says so.
 
         Args:
             images: An image or several, of any size and kind that ``to_rgb`` takes, or paths of files; the middle is
                 cut out in the model's aspect, then resized to its size.
-            keep: Fraction of the rows that is given, in [0, 1); rounded to whole rows.
-            n: Completions of each image; completion j of image i has a stream made of (seed, i, j). Those that are
-                computed together share what is computed of the given part.
-            seed, batch_size, temperature, top_k, top_p, dtype, progress: As in ``sample``.
+            keep: What is given. A float in [0, 1): this fraction of the rows, rounded to whole ones. An integer: so
+                many rows. A bool array, (height, width) or one such for each image, at the model's size: the pixels
+                where it is true, anywhere. Images are drawn in raster order with these clamped; what is drawn does
+                not know of given pixels that follow, unless there are ``candidates``.
+            n: Completions of each image; completion j of image i has a stream made of (seed, first_input + i, j).
+                Those that are computed together share what is computed of the primer, the pixels that all images
+                have given before the first drawn one.
+            candidates: Draws so many for each completion and takes one by the likelihood of the given pixels that
+                follow, 1..256; see ``inpainting`` for what this approximates, and how well
+                (``Generation.effective_sample_size``). The work is so many times as much.
+            labels: The class of all images, or one for each of ``images``.
+            first_input: Index of the first image, as ``first`` of ``sample``.
+            seed, batch_size, temperature, top_k, top_p, min_p, cfg_scale, dtype, progress: As in ``sample``.
 
         Returns:
             ``len(images) * n`` images, those of the first input first.
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            TypeError, ValueError: Something that is not an image, or a value out of its range.
+            MemoryError, RuntimeError: Memory does not suffice for a single image.
+            TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
+                given pixel follows a drawn one, or that are all the same as of temperature 0.
             InterruptedGeneration: On Ctrl-C.
         """
+        options = Options(
+            seed=seed,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            labels=labels,
+            cfg_scale=cfg_scale,
+            dtype=dtype,
+            progress=progress,
+        )
+        stream = self.stream_complete(images, keep=keep, n=n, candidates=candidates, first_input=first_input, **options)
+        return _drained(stream)
+
+    def stream_complete(
+        self,
+        images: Any,
+        *,
+        keep: Any = 0.5,
+        n: int = 4,
+        candidates: int = 1,
+        first_input: int = 0,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """``complete``, row by row: an iterator of ``RowEvent``, whose ``result`` is what ``complete`` returns.
+
+        Rows that are given come first, without work. Of candidates the rows come when one of them has been taken.
+
+        Args:
+            images, keep, n, candidates, first_input, options: As of ``complete``.
+
+        Raises:
+            TypeError, ValueError: As ``complete``, here already; what else it raises, the iterator does.
+        """
         check_count("n", n, MAX_IMAGES)
+        check_count("candidates", candidates, MAX_CANDIDATES)
+        check_count("first_input", first_input, MAX_FIRST, least=0)
         height, width = self.processor.height, self.processor.width
-        rows = kept_rows(keep, height)
-        seed = _seed(seed)
-        sampling = Sampling(temperature, top_k, top_p)
+        items = _as_list(images)
+        given = given_pixels(keep, len(items), height, width)
+        _check_candidates(candidates, given, options.get("temperature", 1.0))
+        labels = self._labels(options.get("labels"), len(items), "images")
+        crops, originals = self._read(items)
+        # From 1 on: completion j of the first image is not drawn with the numbers of sample j.
+        streams = (torch.arange(1, len(crops) + 1)[:, None] + first_input << 32) + torch.arange(n)
+        known = originals.masked_fill(~given, -1)
+        task = self._task(known, labels, n, streams.flatten(), candidates, options)
+        settings: dict[str, Any] = {"n": n} if isinstance(keep, int | float) else {"keep": "mask", "n": n}
+        if isinstance(keep, int | float):
+            settings = {"keep": keep, "rows": task.primer // width, "n": n}
+        if candidates > 1:
+            settings["candidates"] = candidates
+        if first_input:
+            settings["first_input"] = first_input
+
+        def collect(drawn: Pictures, stream: Stream) -> Generation:
+            count = len(drawn.tokens)
+            each = torch.arange(count) // n
+            return Generation(
+                drawn.tokens,
+                drawn.logprobs.masked_fill(given[each], torch.nan),
+                self.processor,
+                task.seed,
+                self._settings(task, stream, settings),
+                inputs=crops[: count // n],
+                originals=originals[: count // n],
+                given=task.primer,
+                known=given[: count // n],
+                known_logprobs=drawn.logprobs.masked_fill(~following(given)[each], torch.nan),
+                effective_sample_size=drawn.sizes if candidates > 1 else None,
+                labels=None if labels is None else labels[each],
+            )
+
+        return self._stream(task, collect, options)
+
+    def _read(self, items: Sequence[Any]) -> tuple[list[Image.Image], Tensor]:
+        """Inputs of completions, cropped to the model's aspect, and their (M, T) tokens."""
         crops, tokens = [], []
-        for item in _as_list(images):
+        for item in items:
             opened = images_module.open_image(item) if isinstance(item, str | os.PathLike) else item
-            crop = images_module.center_crop(opened, width / height)
+            crop = images_module.center_crop(opened, self.processor.width / self.processor.height)
             tokens.append(self.processor(crop, return_tensors="pt")["input_ids"])
             crop.thumbnail((INPUT_EDGE, INPUT_EDGE))
             crops.append(crop)
-        originals = torch.cat(tokens)
-        # From 1 on: completion j of the first image is not drawn with the numbers of sample j.
-        streams = (torch.arange(1, len(crops) + 1)[:, None] << 32) + torch.arange(n)
-        given = originals[:, : rows * width].repeat_interleave(n, dim=0)
-        extra = {"inputs": crops, "originals": originals, "given": rows * width}
-        settings = {"keep": keep, "rows": rows, "n": n}
-        return self._run(given, streams.flatten(), seed, sampling, batch_size, dtype, progress, settings, extra)
+        return crops, torch.cat(tokens)
 
-    def _run(
-        self,
-        given: Tensor,
-        streams: Tensor,
-        seed: int,
-        sampling: Sampling,
-        batch_size: int | None,
-        dtype: str | None,
-        progress: Progress | None,
-        settings: dict[str, Any] | None = None,
-        extra: dict[str, Any] | None = None,
-    ) -> Generation:
-        """Draws the pixels behind the (N, T_0) given ones, batch after batch."""
-        check_dtype(dtype)
-        total = self.model.config.n_positions
-        n, first = given.shape
-        copies = settings["n"] if settings else 1
-        if batch_size is None:
-            batch_size = self.default_batch_size(dtype, first + 1, copies)
-        check_count("batch_size", batch_size)
-        settings = {
-            **(settings or {}),
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "batch_size": batch_size,
-            "device": str(self.device),
-            "dtype": dtype or str(self.model.dtype).removeprefix("torch."),
-        }
-        parts: list[Drawn] = []
-
-        def collect(inputs: int | None = None) -> Generation:
-            """What has been drawn; for completions that are not finished, of the first ``inputs`` inputs."""
-            rest = dict(extra or {})
-            if inputs is not None:
-                rest |= {"inputs": rest["inputs"][:inputs], "originals": rest["originals"][:inputs]}
-            done = sum(len(part.tokens) for part in parts) if inputs is None else inputs * settings["n"]
-            drawn = torch.cat([part.tokens for part in parts])[:done]
-            logprobs = torch.cat([part.logprobs for part in parts])[:done]
-            tokens = torch.cat([given[:done], drawn], dim=1)
-            logprobs = torch.cat([torch.full((done, first), torch.nan), logprobs], dim=1)
-            return Generation(tokens, logprobs, self.processor, seed, settings, **rest)
-
+    def _labels(self, labels: Labels, count: int, what: str) -> Tensor | None:
+        """(count,) int64 classes."""
+        if labels is None:
+            return None
+        n_classes = self.model.config.n_classes
+        if n_classes == 0:
+            raise ValueError("labels are given, but the model has no classes")
+        single = isinstance(labels, int | np.integer) or (isinstance(labels, Tensor) and labels.ndim == 0)
         try:
-            for rows, together in _batches(n, copies, batch_size):
-                context = torch.nn.functional.pad(given[rows][::together], (1, 0), value=self.model.config.sos_token_id)
-                uniforms = stream_uniforms(seed, streams[rows], first, total - first, self.device)
-                before = rows.start * (total - first)
+            each = [operator.index(label) for label in ([labels] * count if single else labels)]  # type: ignore
+        except TypeError as error:
+            raise TypeError(f"labels is {labels!r}; want an integer, or one for each of {what}") from error
+        if len(each) != count:
+            raise ValueError(f"labels has {len(each)} entries; want an integer, or one for each of {count} {what}")
+        if wrong := [label for label in each if not 0 <= label < n_classes]:
+            raise ValueError(f"label {wrong[0]} is not in 0..{n_classes - 1}")
+        return torch.tensor(each, dtype=torch.int64)
 
-                def report(step: int, tokens: Tensor, before: int = before) -> None:
-                    if progress is not None:
-                        progress(before + (step + 1) * len(tokens), n * (total - first))
+    def _task(
+        self, known: Tensor, labels: Tensor | None, n: int, streams: Tensor, candidates: int, options: Options
+    ) -> Task:
+        """The options checked, and with their defaults."""
+        seed, dtype, scale = options.get("seed"), options.get("dtype"), options.get("cfg_scale", 1.0)
+        check_dtype(dtype)
+        check_scale("cfg_scale", scale)
+        if scale != 1.0 and labels is None:
+            raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
+        config = self.model.config
+        # Behind the colours stand the classes, behind these SOS.
+        begins = torch.full((1,), config.sos_token_id).expand(len(known))
+        if labels is not None:
+            begins = labels + self.model.config.n_colours
+        sampling = Sampling(
+            options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"), options.get("min_p")
+        )
+        return Task(
+            known,
+            begins,
+            n,
+            streams,
+            int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed),
+            sampling,
+            candidates,
+            scale,
+            dtype,
+            self.processor.width,
+        )
 
-                drawn = decode(self.model, context.to(self.device), uniforms, sampling, report, dtype)
-                parts.append(Drawn(drawn.tokens.cpu(), drawn.logprobs.cpu()))
-        except KeyboardInterrupt as error:
-            # An input of a completion is finished when all its completions are.
-            inputs = None if extra is None else sum(len(part.tokens) for part in parts) // settings["n"]
-            raise InterruptedGeneration(collect(inputs) if parts and inputs != 0 else None) from error
-        return collect()
+    def _stream(self, task: Task, collect: Callable[[Pictures, Stream], Generation], options: Options) -> Stream:
+        batch_size = options.get("batch_size")
+        if batch_size is None:
+            batch_size = self.default_batch_size(task.dtype, task.primer + 1, task.copies, task.scale != 1.0)
+        check_count("batch_size", batch_size)
+        return Stream(self.model, task, batch_size, collect, options.get("progress"))
+
+    def _settings(self, task: Task, stream: Stream, more: dict[str, Any]) -> dict[str, Any]:
+        """How images were drawn, as plain values."""
+        return {
+            **more,
+            "temperature": task.sampling.temperature,
+            "top_k": task.sampling.top_k,
+            "top_p": task.sampling.top_p,
+            "min_p": task.sampling.min_p,
+            "cfg_scale": task.scale,
+            "batch_size": stream.batch_size,
+            "device": str(self.device),
+            "engine": stream.engine,
+            "dtype": task.dtype or str(self.model.dtype).removeprefix("torch."),
+        }
 
 
-def _batches(n: int, copies: int, batch_size: int) -> Iterator[tuple[slice, int]]:
-    """Parts of n rows, and how many of a part's rows follow each other that are copies of one.
+def _drained(stream: Stream) -> Generation:
+    for _ in stream:
+        pass
+    return stream.result
 
-    A part has all copies of some rows or, when they are more than a batch, some copies of one row.
-    """
-    if copies <= batch_size:
-        size = batch_size // copies * copies
-        yield from ((slice(start, min(start + size, n)), copies) for start in range(0, n, size))
+
+def _check_candidates(candidates: int, given: Tensor, temperature: float) -> None:
+    if candidates == 1:
         return
-    for first in range(0, n, copies):
-        for start in range(first, first + copies, batch_size):
-            stop = min(start + batch_size, first + copies)
-            yield slice(start, stop), stop - start
-
-
-def kept_rows(keep: float, height: int) -> int:
-    """How many of ``height`` rows a fraction is.
-
-    Raises:
-        ValueError: Not a number in [0, 1), or none of the rows would be left to draw.
-    """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 <= keep < 1.0:
-        raise ValueError(f"keep is {keep!r}; want a fraction in [0, 1)")
-    rows = round(keep * height)
-    if rows == height:
-        raise ValueError(f"keep is {keep}; want a fraction that leaves a row of {height} to draw")
-    return rows
-
-
-def _seed(seed: int | None) -> int:
-    return int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
+    if not bool(following(given).any()):
+        raise ValueError(
+            f"candidates is {candidates}, but no given pixel follows a drawn one, by which to choose among them"
+        )
+    if temperature == 0.0:
+        raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
 
 
 def _as_list(images: Any) -> Sequence[Any]:

@@ -279,8 +279,18 @@ def uniform_at(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
     return (philox(counter, seed)[..., 0] >> 8).to(torch.float32) * 2.0**-24
 
 
+def least_score(min_p: float | None) -> float:
+    """log(min_p), which is compared as a float32: a token stays whose score, at most 0, is not below. -inf for all."""
+    return math.log(min_p) if min_p else -math.inf
+
+
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Draws a token of each row by inverting the cumulative distribution, in the order of the ids.
 
@@ -288,11 +298,14 @@ def sample(
     weight exceeds ``uniform`` times the total. ``temperature`` 0, or one below the least float32, takes the largest
     logit, the lowest id on ties, and the first NaN before all numbers.
     ``top_k`` keeps the logits that are not below the k-th largest; ``top_p`` then the shortest run, from the most
-    likely down (the lower id first on ties), whose probability reaches ``top_p``. Weights are in fp32 and their
-    sums in fp64, so that the order of summation does not decide a draw. A row that has a NaN, an infinity, or nothing
-    but minus infinity has no distribution: its token is 0 (at temperature 0 it is as any other).
+    likely down (the lower id first on ties), whose probability among those reaches ``top_p``; ``min_p`` of these the
+    tokens whose probability is at least ``min_p`` times the largest one's, which is a matter of their scores alone
+    (``least_score``) and so not of the other two. What is left is drawn in proportion to its weight. Weights are in
+    fp32 and their sums in fp64, so that the order of summation does not decide a draw. A row that has a NaN, an
+    infinity, or nothing but minus infinity has no distribution: its token is 0 (at temperature 0 it is as any other).
 
-    Source: temperature, top-k and top-p as transformers' logits processors define them, in that order.
+    Source: temperature, top-k, top-p and min-p as transformers' logits processors define them, in that order; min-p:
+    "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs" (Nguyen et al., 2024).
     """
     scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
@@ -308,6 +321,8 @@ def sample(
         before = ordered.cumsum(dim=-1) - ordered
         kept = before < top_p * ordered.sum(dim=-1, keepdim=True)
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
+    if min_p:
+        weights = weights.masked_fill(scores < least_score(min_p), 0.0)
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
@@ -321,6 +336,7 @@ def sample_next(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     wte: Tensor | None = None,
     wpe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -331,7 +347,7 @@ def sample_next(
     ``wte[token] + wpe[position + 1]``: SOS stands before the image, so token t is read at position t + 1. Zeros where
     wpe has no such row, behind the last token that is ever read.
     """
-    tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p)
+    tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p, min_p)
     if wte is None or wpe is None:
         return tokens, None
     following = position.to(torch.int64).expand(streams.shape) + 1

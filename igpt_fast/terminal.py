@@ -1,4 +1,4 @@
-"""What the commands share: options of drawing, checks before the work, progress, and the report.
+"""What the commands share: checks before the work, and the report.
 
 Heavy imports stay inside the functions.
 """
@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-    from igpt_fast.pipeline import Generation, Pipeline
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
@@ -30,34 +25,6 @@ class UsageError(Exception):
 
 class DeviceUnavailableError(Exception):
     """The requested device is not there; exit code 3."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Options of the commands that draw images.
-
-    Args:
-        model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
-        seed: The same seed gives the same images; drawn at random, and reported, if not given.
-        temperature: Divides the logits; 0 takes the most likely colour.
-        top_k: Draw among the k most likely colours only.
-        top_p: Draw among the most likely colours that reach this probability only.
-        batch_size: Images computed together; chosen by memory if not given.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
-        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
-            cache rounded to 8 bits, on the CPU.
-        backend: auto, reference, cpu or cuda; see igpt env.
-    """
-
-    model: str | None = None
-    seed: int | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    batch_size: int | None = None
-    device: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
 
 
 def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> None:
@@ -72,23 +39,31 @@ def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> Non
         raise FileNotFoundError(f"{path.parent}: no such directory")
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()  # asks the file system, which permissions alone do not tell
+        tempfile.TemporaryFile(dir=folder).close()  # asks the file system, which permissions alone do not tell
     except OSError as error:
-        raise OSError(f"{path.parent}: cannot be written to: {error.strerror}") from error
+        raise OSError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device of a name; of several processes, each takes the GPU of its number on its machine."""
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device is {name!r}; want cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        device = torch.device("cuda", local_rank)
+        name = f"{device} of LOCAL_RANK (--device cuda:0 lets all processes share one)"
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(f"device {name} is not available: torch sees {torch.cuda.device_count()}")
     return device
@@ -110,56 +85,6 @@ def as_usage() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def settings(drawing: Drawing) -> dict[str, Any]:
-    """The options that ``Pipeline.sample`` and ``complete`` take as keywords."""
-    names = ("seed", "batch_size", "temperature", "top_k", "top_p")
-    options = {name: getattr(drawing, name) for name in names}
-    return options | {"dtype": "int8" if drawing.dtype == "int8" else None}
-
-
-def check_drawing(n: int, drawing: Drawing) -> None:
-    """Fails early, as a mistake of usage, where a value is out of its range."""
-    from igpt_fast.generation import Sampling, check_count, check_seed
-    from igpt_fast.pipeline import MAX_IMAGES
-
-    with as_usage():
-        check_count("n", n, MAX_IMAGES)
-        Sampling(drawing.temperature, drawing.top_k, drawing.top_p)
-        if drawing.seed is not None:
-            check_seed(drawing.seed)
-        if drawing.batch_size is not None:
-            check_count("batch_size", drawing.batch_size)
-
-
-def rehearse(pipeline: Pipeline, out: Path, n: int, inputs: int, columns: int | None, scale: int | None) -> None:
-    """Writes an empty grid of the same size and form to a place of no importance, before hours of work are put in."""
-    import torch
-    from PIL import Image
-
-    from igpt_fast.pipeline import Generation
-
-    shape = (n * max(1, inputs), pipeline.model.config.n_positions)
-    blank = Generation(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), pipeline.processor, 0)
-    if inputs:
-        blank.inputs = [Image.new("RGB", (1, 1))] * inputs
-        blank.originals = blank.tokens[:inputs]
-    with tempfile.TemporaryDirectory() as folder, as_usage():
-        blank.save_grid(Path(folder) / f"grid{out.suffix}", columns=columns, scale=scale)
-
-
-def load_pipeline(drawing: Drawing) -> Pipeline:
-    """The pipeline that the options ask for."""
-    if drawing.dtype not in ("float32", "bfloat16", "float16", "int8", "auto"):
-        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, int8 or auto")
-    choose_backend(drawing.backend)
-    device = choose_device(drawing.device)
-    from igpt_fast.pipeline import Pipeline
-
-    # int8 is made of bfloat16, which takes half the memory of float32 and adds a hundredth to the rounding.
-    dtype = "bfloat16" if drawing.dtype == "int8" else drawing.dtype
-    return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
 def check_clusters(count: int) -> None:
@@ -200,80 +125,6 @@ def read_palette(clusters: Path | None, model: str | None) -> tuple[Any, int]:
     if processor.clusters is None:
         raise ValueError(f"{model}: its preprocessor_config.json has no clusters")
     return processor.clusters, processor.height
-
-
-class _Progress:
-    """A bar of pixels drawn, on a terminal; measures the time in any case."""
-
-    def __init__(self, title: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=title, unit="px", file=sys.stderr, disable=None, leave=False)
-        self._start = time.perf_counter()
-        self.seconds = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        self.seconds = time.perf_counter() - self._start
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[_Progress]:
-    progress = _Progress(title)
-    try:
-        yield progress
-    finally:
-        progress.close()
-
-
-def saving_on_interrupt(run: Callable[[], Generation], save: Callable[[Generation], None]) -> Generation:
-    """Runs a generation; on Ctrl-C saves the images that are finished, and goes on being interrupted."""
-    from igpt_fast.pipeline import InterruptedGeneration
-
-    try:
-        return run()
-    except InterruptedGeneration as stop:
-        if stop.partial is not None:
-            try:
-                save(stop.partial)
-            except (OSError, ValueError) as error:
-                print(f"igpt: the finished images cannot be saved: {error}", file=sys.stderr)
-        raise
-
-
-def write_grid(
-    generation: Generation,
-    out: Path,
-    gif: Path | None,
-    columns: int | None,
-    scale: int | None,
-    json: bool,
-    force: bool,
-    seconds: float,
-) -> None:
-    """Writes grid and animation, and reports."""
-    generation.save_grid(out, columns=columns, scale=scale, overwrite=force)
-    if gif is not None:
-        generation.save_gif(gif, columns=columns, scale=scale, overwrite=force)
-    logprobs = generation.logprobs[:, generation.given :]
-    height, width = generation.processor.height, generation.processor.width
-    values = {
-        "out": str(out),
-        "gif": None if gif is None else str(gif),
-        "images": len(generation),
-        "size": [height, width],
-        "seed": generation.seed,
-        **generation.settings,
-        "nats_per_pixel": -float(logprobs.mean()),
-        "seconds": round(seconds, 3),
-    }
-    report(
-        json, values, f"{out}: {len(generation)} images of {height}x{width}, seed {generation.seed}, {seconds:.1f} s"
-    )
 
 
 def report(json: bool, values: dict[str, Any], text: str) -> None:

@@ -25,6 +25,7 @@ from igpt_fast import backend
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="of the mutations run every Nth only")
+    parser.addoption("--soak", action="store_true", help="1,000 random settings of sampling, and 200 images")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
 """Which draws the definition of ``sample`` leaves open, since they hang on the last bits of the exponential.
 
-Scores are exact: every implementation computes the same float32. Weights are not: two good exponentials differ by a
-unit in the last place. A draw is open when such a difference may decide it, in float64: when ``uniform`` times the
-total lies that close to a boundary of the cumulative weights, or the end of top-p's run does, or the two weights at
-the end of the run are that close to each other. Everything else has to agree, and few draws may be open.
+Scores are exact: every implementation computes the same float32, so top-k and min-p are, too. Weights are not: two
+good exponentials differ by a unit in the last place. A draw is open when such a difference may decide it, in float64:
+when ``uniform`` times the total lies that close to a boundary of the cumulative weights, or the end of top-p's run
+does, or the two weights at the end of the run are that close to each other. Everything else has to agree, and few draws
+may be open.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ EPS = 2.0**-22
 
 
 def open_draws(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """(N,) bool: rows whose token may differ."""
     if temperature == 0.0:
@@ -41,6 +47,8 @@ def open_draws(
         same = torch.where(near, spread, -torch.inf).amax(-1) == torch.where(near, spread, torch.inf).amin(-1)
         unsure |= (near & kept).any(-1) & (near & ~kept).any(-1) & ~same
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
+    if min_p:
+        weights = weights.masked_fill(scores < reference.least_score(min_p), 0.0)
     cumulative = weights.cumsum(dim=-1)
     # The number 0 takes the first weight that is not 0, and below the normal numbers that is a matter of rounding.
     unsure |= (uniform == 0.0) & ((weights > 0.0) & (weights < 2.0**-125)).any(dim=-1)

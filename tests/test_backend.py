@@ -127,7 +127,7 @@ def test_why_cuda_is_not_available(
         assert found is None
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
         with backend.use_backend("cuda"):
-            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7)
+            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7, False)
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):
                 backend.kernels("quantize", CPU)
         runs, covers = backend.implementation("quantize", "cuda")
@@ -169,7 +169,7 @@ def test_every_op_and_decoder_is_reported() -> None:
     report = backend.config()
     assert set(report["ops"]) == named
     found = {
-        name.removesuffix("Decoder").lower()
+        value.name
         for name, value in vars(decoders).items()
         if name.endswith("Decoder") and inspect.isclass(value) and not getattr(value, "_is_protocol", False)
     }

@@ -103,6 +103,21 @@ def test_ours_in_transformers(tmp_path: Path, cls: Any, dtype: torch.dtype, shar
     assert_same(cls.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
+def test_a_model_with_classes_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tiny(n_classes=3).eval()
+    model.save_pretrained(tmp_path)
+    assert ImageGPTForCausalImageModeling.from_pretrained(tmp_path).config.n_classes == 3
+    theirs, report = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.tensor([[6, 0, 4], [8, 1, 2]])  # the second class, and none
+    torch.testing.assert_close(theirs(input_ids=tokens).logits, model(tokens).logits)
+    assert ImageGPTConfig.of(theirs.config, "test").n_classes == 3
+    set_config(tmp_path, n_classes=8)
+    with pytest.raises(ValueError, match=r"config\.json: .*n_classes must be an integer in 0\.\.7"):
+        ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("shard", ["5GB", "5KB"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cls", CLASSES)

@@ -1,16 +1,24 @@
 """The igpt command: results, exit codes, one line an error, nothing half-written."""
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from screen import Screen
 
 from igpt_fast import backend, cli
 
@@ -99,6 +107,64 @@ def test_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert out.read_bytes() == first
 
 
+def test_every_file_of_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = {"--out": "a.png", "--gif": "a.gif", "--singles": "s", "--tokens": "a.npz", "--sidecar": "a.json"}
+    names = [word for option, name in files.items() for word in (option, tmp_path / name)]
+    command = ("sample", "-n", 2, "--seed", 5, "--min-p", 0.02, "--upscale", 2, "--device", "cpu", "--json", *names)
+    code, text, _ = run(capsys, *command)
+    assert code == 0
+    report, sidecar = json.loads(text), json.loads((tmp_path / "a.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == set(files.values())
+    assert sidecar["command"] == "sample"
+    assert (sidecar["seed"], sidecar["min_p"], sidecar["images"], sidecar["interrupted"]) == (5, 0.02, 2, False)
+    assert len(sidecar["model_sha256"]) == 64
+    for values in (report, sidecar):
+        assert values["engine"] == ("reference" if backend._C is None else "cpu")
+        assert values["images_per_second"] == pytest.approx(2 / values["seconds"], rel=0.02)
+    with Image.open(tmp_path / "s" / "00001.png") as single, Image.open(tmp_path / "a.png") as grid:
+        assert single.size == (32, 32)
+        assert grid.size == (2 * 32 + 2, 32)
+    with np.load(tmp_path / "a.npz") as arrays:
+        nats = -arrays["logprobs"].mean()
+    assert report["nats_per_pixel"] == pytest.approx(float(nats))
+    for option, name in list(files.items())[1:]:  # each is looked for before the work
+        assert "--force" in fails(capsys, 1, "sample", "-n", 1, "--out", tmp_path / "new.png", option, tmp_path / name)
+    assert not (tmp_path / "new.png").exists()
+    first = (tmp_path / "a.png").read_bytes()
+    assert run(capsys, *command, "--force", "--scale", 2)[0] == 0  # --upscale's older name
+    assert (tmp_path / "a.png").read_bytes() == first
+
+
+@pytest.fixture
+def classed(tmp_path: Path) -> Path:
+    """A checkpoint of random weights, with three classes; images are 5 high and 4 wide."""
+    from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor
+
+    config = ImageGPTConfig(vocab_size=9 + 3 + 1, n_positions=20, n_embd=32, n_layer=1, n_head=2, n_classes=3)
+    ImageGPTForCausalImageModeling(config).save_pretrained(tmp_path / "classed")
+    clusters = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
+    ImageGPTImageProcessor(clusters=clusters, size={"height": 5, "width": 4}).save_pretrained(tmp_path / "classed")
+    return tmp_path / "classed"
+
+
+def test_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path, classed: Path, photo: Path) -> None:
+    shared = ("--model", classed, "--seed", 5, "--cfg-scale", 1.5, "--json", "--out", tmp_path / "a.png", "--force")
+    command = ("sample", "-n", 5, "--label", "2,0", "--tokens", tmp_path / "a.npz", *shared)
+    code, text, _ = run(capsys, *command)
+    assert code == 0
+    report = json.loads(text)
+    assert (report["labels"], report["cfg_scale"], report["size"]) == ([2, 0, 2, 0, 2], 1.5, [5, 4])
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["labels"].tolist() == [2, 0, 2, 0, 2]
+        assert arrays["tokens"].shape == (5, 5, 4)
+        assert arrays["tokens"].max() < 9
+    code, text, _ = run(capsys, "complete", photo, photo, "--label", "1,2", "-n", 2, "--preview", *shared)
+    assert code == 0
+    assert json.loads(text)["labels"] == [1, 1, 2, 2]
+    assert "label 3 is not in 0..2" in fails(capsys, 2, "sample", "--label", 3, *shared)
+    assert "label 3 is not in 0..2" in fails(capsys, 2, "complete", photo, photo, "--label", "0,3", *shared)
+
+
 def test_sample_in_int8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Asked for by name, on the CPU; where it is not to be had, nothing else is drawn."""
     if backend._C is None:
@@ -123,6 +189,22 @@ def test_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Pat
         width, height = grid.size
     assert width > 5 * 128 > height  # a row each: input, given part, two completions, original
     assert height > 2 * 128
+
+
+def test_complete_by_a_mask(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
+    mask = np.full((16, 16), 255, dtype=np.uint8)
+    mask[6:9, 3:11] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    names = ("--out", tmp_path / "a.png", "--tokens", tmp_path / "a.npz", "--singles", tmp_path / "s")
+    command = ("complete", photo, "--mask", tmp_path / "mask.png", "-n", 2, "--candidates", 3, "--seed", 1, *names)
+    code, text, _ = run(capsys, *command, "--json")
+    assert code == 0
+    assert json.loads(text)["candidates"] == 3
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(np.isnan(arrays["logprobs"]), np.broadcast_to(mask == 255, (2, 16, 16)))
+        assert (arrays["tokens"][0] == arrays["tokens"][1])[mask == 255].all()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["00000-00.png", "00000-01.png"]
+    assert run(capsys, "complete", photo, "--keep", "15rows", "-n", 1, "--out", tmp_path / "b.png")[0] == 0
 
 
 def test_quantize_and_clusters(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
@@ -181,6 +263,20 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "seed" in fails(capsys, 2, "sample", "--seed", -1, *out)
     assert "batch_size" in fails(capsys, 2, "sample", "--batch-size", 0, *out)
     assert "keep" in fails(capsys, 2, "complete", photo, "--keep", 1, *out)
+    assert "16rows" in fails(capsys, 2, "complete", photo, "--keep", "16rows", *out)
+    assert "not both" in fails(capsys, 2, "complete", photo, "--keep", "0.5", "--mask", photo, *out)
+    assert "candidates is 0" in fails(capsys, 2, "complete", photo, "--candidates", 0, *out)
+    assert "no given pixel follows" in fails(capsys, 2, "complete", photo, "--candidates", 2, *out)
+    assert "min_p" in fails(capsys, 2, "sample", "--min-p", 1.5, *out)
+    assert "cfg_scale" in fails(capsys, 2, "sample", "--cfg-scale", "nan", *out)
+    assert "cfg_scale has no effect" in fails(capsys, 2, "sample", "--cfg-scale", 2, *out)
+    assert "--label is 'cat'" in fails(capsys, 2, "sample", "--label", "cat", *out)
+    assert "3 numbers for 2" in fails(capsys, 2, "sample", "-n", 2, "--label", "0,1,2", *out)
+    assert "no classes" in fails(capsys, 2, "sample", "--label", 0, *out)
+    assert "no classes" in fails(capsys, 2, "complete", photo, "--label", 0, *out)
+    for option, suffix in (("--tokens", ".npz"), ("--sidecar", ".json")):
+        assert suffix in fails(capsys, 2, "sample", option, tmp_path / "a.txt", *out)
+    assert "single image" in fails(capsys, 2, "sample", "--out", tmp_path / "00000.png", "--singles", tmp_path)
     # What the grid would run into is found before the images are drawn.
     assert "columns" in fails(capsys, 2, "sample", "--columns", 0, *out)
     assert "scale" in fails(capsys, 2, "sample", "--scale", 1000, *out)
@@ -209,6 +305,11 @@ def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Pat
     assert "text.png" in fails(capsys, 1, "quantize", text, "--out", tmp_path / "t.npy")
     (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:200])
     assert "cut.jpg" in fails(capsys, 1, "complete", tmp_path / "cut.jpg", "--out", out)
+    assert "text.png" in fails(capsys, 1, "complete", photo, "--mask", text, "--out", out)
+    assert "missing.png" in fails(capsys, 1, "complete", photo, "--mask", tmp_path / "missing.png", "--out", out)
+    Image.new("L", (16, 16), 255).save(tmp_path / "white.png")
+    assert "nothing to draw" in fails(capsys, 1, "complete", photo, "--mask", tmp_path / "white.png", "--out", out)
+    assert "not a directory" in fails(capsys, 1, "sample", "--singles", photo, "--out", out)
     assert "missing" in fails(capsys, 1, "sample", "--model", tmp_path / "missing", "--out", out)
     (tmp_path / "empty").mkdir()
     assert "empty" in fails(capsys, 1, "sample", "--model", tmp_path / "empty", "--out", out)
@@ -223,7 +324,7 @@ def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Pat
     )
     assert "bad.npy" in fails(capsys, 1, "train", tmp_path / "bad.npy", "--out", tmp_path / "run")
     assert "no run" in fails(capsys, 1, "train", "--resume", "--out", tmp_path / "run")
-    left = {"photo.jpg", "text.png", "cut.jpg", "empty", "bad.npy", "flat.npy"}
+    left = {"photo.jpg", "text.png", "white.png", "cut.jpg", "empty", "bad.npy", "flat.npy"}
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
@@ -246,23 +347,76 @@ def test_unwritable_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be written" in fails(capsys, 1, "sample", "--out", "/proc/samples.png")
 
 
-def test_interrupt_is_130_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    out = tmp_path / "a.png"
-    command = [sys.executable, "-m", "igpt_fast", "sample", "-n", "2000", "--batch-size", "2", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def terminal_pair() -> Iterator[tuple[int, Callable[[], str]]]:
+    """A terminal of 60 x 24 for a child's stderr, and what has been written to it when the child is gone."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    written: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(ours, 1 << 16):
+                written.append(part)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+
+    def text() -> str:
+        os.close(theirs)
+        thread.join()
+        return b"".join(written).decode().replace("\r\n", "\n")
+
+    yield theirs, text
+    os.close(ours)
+
+
+def test_progress_and_preview_on_a_terminal(tmp_path: Path, terminal_pair: tuple[int, Callable[[], str]]) -> None:
+    theirs, text = terminal_pair
+    command = [sys.executable, "-m", "igpt_fast", "sample", "-n", "2", "--seed", "5", "--preview", "--device", "cpu"]
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    command += ["--out", str(tmp_path / "a.png"), "--upscale", "1"]
+    done = subprocess.run(command, stdout=-1, stderr=theirs, env=environment, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{tmp_path / 'a.png'}: 2 images")  # results are apart
+    shown = text()
+    assert re.search(r"sampling \d/2, +[\d.]+ images/s, \d\d:\d\d left \|", shown)
+    pixels, inked = Screen(60).feed(shown).pixels(16, 33)
+    with Image.open(tmp_path / "a.png") as grid:
+        assert np.array_equal(pixels[inked], np.asarray(grid)[inked])
+    assert inked.sum() == 2 * 16 * 16
+
+
+def test_interrupt_is_130_and_leaves_nothing_half_written(
+    tmp_path: Path, terminal_pair: tuple[int, Callable[[], str]]
+) -> None:
+    theirs, text = terminal_pair
+    command = [sys.executable, "-m", "igpt_fast", "sample", "-n", "4000", "--batch-size", "2", "--preview", "--json"]
+    files = {"--out": "a.png", "--gif": "a.gif", "--singles": "s", "--tokens": "a.npz", "--sidecar": "a.json"}
+    command += [word for option, name in files.items() for word in (option, str(tmp_path / name))]
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, text=True)
     try:
-        time.sleep(12)
+        time.sleep(6)
         process.send_signal(signal.SIGINT)
-        text, error = process.communicate(timeout=60)
+        report, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "igpt sample: interrupted"
-    assert "Traceback" not in error
+    shown = text()
+    assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
+    assert "Traceback" not in shown
+    assert Screen(60).feed(shown).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
-    assert [path.name for path in tmp_path.iterdir()] == (["a.png"] if text else [])
-    if text:
-        Image.open(out).load()
+    assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
+    if report:
+        images = json.loads(report)["images"]
+        assert images % 2 == 0
+        assert json.loads((tmp_path / "a.json").read_text())["interrupted"]
+        assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i:05}.png" for i in range(images)]
+        with np.load(tmp_path / "a.npz") as arrays:
+            assert arrays["tokens"].shape == (images, 16, 16)
+        Image.open(tmp_path / "a.png").load()
 
 
 def test_train_and_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def _same_in_transformers(path: Path, config: ImageGPTConfig) -> None:
         {"id2label": {0: "cat", 1: "dog", 2: "eel"}, "label2id": {"cat": 0, "dog": 1, "eel": 2}},
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "use_cache": False},
         {"eos_token_id": [1, 2], "bos_token_id": 3, "pad_token_id": 0},
+        {"n_classes": 3},
     ],
 )
 def test_both_ways_with_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -133,6 +134,18 @@ def test_absurd_label_counts_cost_nothing() -> None:
     assert "id2label" not in vars(config)
 
 
+def test_classes() -> None:
+    plain, config = ImageGPTConfig(vocab_size=9), ImageGPTConfig(vocab_size=9, n_classes=3)
+    assert (plain.n_classes, plain.n_colours, plain.sos_token_id) == (0, 8, 8)
+    assert (config.n_classes, config.n_colours, config.sos_token_id) == (3, 5, 8)
+    assert "n_classes" not in plain.to_dict()
+    assert ImageGPTConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="n_classes"):
+        config.update({"n_classes": 8})
+    config.update({"n_classes": 0})
+    assert config == plain
+
+
 def test_presets() -> None:
     for name, fields in PRESETS.items():
         config = ImageGPTConfig.preset(name, n_positions=64)
@@ -166,6 +179,8 @@ def test_presets() -> None:
         ({"id2label": {"x": "y"}}, "invalid literal"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"id2label": 3}, "int"),
+        ({"vocab_size": 9, "n_classes": 8}, r"n_classes must be an integer in 0\.\.7.*got 8"),
+        *(({"n_classes": value}, "n_classes") for value in (-1, 1 << 60, 10**400, 2.0, True, "3", None, [1])),
     ],
 )
 def test_bad_files_name_file_and_field(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:

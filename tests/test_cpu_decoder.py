@@ -17,7 +17,7 @@ from tolerance import assert_parity
 from torch import Tensor, nn
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders
-from igpt_fast.decoders import CpuDecoder, TorchDecoder, make_decoder, why_not_cpu
+from igpt_fast.decoders import CpuDecoder, TorchDecoder, cpu_decoder, make_decoder, why_not_cpu
 from igpt_fast.generation import Sampling, decode
 from igpt_fast.pipeline import BUNDLED, Pipeline
 
@@ -388,7 +388,7 @@ def test_autocast_goes_to_torch() -> None:
 
 
 def test_every_activation_of_the_rule_agrees() -> None:
-    for name in decoders._ACTIVATIONS:
+    for name in cpu_decoder.ACTIVATIONS:
         model = small(activation_function=name)
         tokens = ids(model, 1, 5)
         torch.testing.assert_close(stepped(CpuDecoder(model, 1, 5), tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,6 @@
 """generate: equal to the uncached forward at every position; streams, lengths, options, errors."""
 
+import inspect
 from threading import Thread
 
 import pytest
@@ -155,6 +156,8 @@ def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> Non
         ({"attention_mask": torch.tensor([[0]])}, "attention_mask"),
         ({"input_ids": torch.tensor([[16]]), "inputs": torch.tensor([[16]])}, "not both"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
+        ({"do_sample": True, "min_p": -0.5}, "min_p"),
+        ({"min_p": 0.5}, "do_sample"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"seed": 1}, "do_sample"),
         ({"max_new_tokens": 2.0}, "2.0"),
@@ -193,8 +196,49 @@ def test_wrong_types(model: ImageGPTForCausalImageModeling) -> None:
         model.generate(torch.zeros(1, 1))
     with pytest.raises(TypeError, match="list"):
         model.generate([[16]])
-    with pytest.raises(TypeError, match="num_beams"):
-        model.generate(num_beams=4)
+
+
+def test_what_is_not_offered_names_the_way_out(model: ImageGPTForCausalImageModeling) -> None:
+    """Every setting of transformers' generation that is not ours, and what its generate takes beside them."""
+    transformers = pytest.importorskip("transformers")
+    theirs = {
+        *transformers.GenerationConfig().to_dict(),
+        *inspect.signature(transformers.GenerationMixin.generate).parameters,
+    }
+    ours = {*inspect.signature(type(model).generate).parameters} - {"unsupported"}
+    assert {"num_beams", "repetition_penalty", "logits_processor", "generation_config", "typical_p"} <= theirs - ours
+    assert {"min_p", "top_k", "guidance_scale", "max_new_tokens", "negative_prompt_ids"} <= theirs & ours
+    for name in sorted(theirs - ours - {"self", "kwargs"}):
+        way = rf"generate: {name} is not offered.*igpt_fast\.hf\.to_transformers\(model\)\.generate\({name}=\.\.\.\)"
+        with pytest.raises(TypeError, match=way):
+            model.generate(**{name: 2})
+    with pytest.raises(TypeError, match=r"num_beams, penalty_alpha is not offered"):
+        model.generate(penalty_alpha=0.6, num_beams=4)
+
+
+def test_min_p_of_generate(model: ImageGPTForCausalImageModeling) -> None:
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 5}
+    assert torch.equal(model.generate(**options, min_p=1.0), model.generate().expand(5, -1))
+    assert torch.equal(model.generate(**options, min_p=0.0), model.generate(**options))
+    assert not torch.equal(model.generate(**options, min_p=0.2), model.generate(**options))
+
+
+def test_known_tokens_are_read_in_place_of_drawn_ones() -> None:
+    model = small_model().double()
+    known = torch.randint(0, 16, (6, 40)).masked_fill(torch.rand(6, 40) < 0.6, -1)
+    known[:, 7], known[:, 8] = 3, -1
+    context, uniforms = torch.cat([sos(model, 2), torch.randint(0, 16, (2, 9))], dim=1), torch.rand(6, 40)
+    calls: list[torch.Tensor] = []
+    drawn = decode(model, context, uniforms, Sampling(0.9), lambda t, tokens: calls.append(tokens.clone()), known=known)
+    assert torch.equal(torch.stack(calls, 1), drawn.tokens)
+    assert torch.equal(drawn.tokens[known >= 0], known[known >= 0])
+    with torch.no_grad():
+        logits = model(torch.cat([context.repeat_interleave(3, dim=0), drawn.tokens[:, :-1]], dim=1)).logits[:, 9:]
+    for t in range(40):
+        expected = reference.sample(logits[:, t], uniforms[:, t], 0.9)
+        assert torch.equal(drawn.tokens[:, t], torch.where(known[:, t] >= 0, known[:, t], expected))
+    expected = torch.log_softmax(logits, dim=-1).gather(2, drawn.tokens[..., None])[..., 0]
+    torch.testing.assert_close(drawn.logprobs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_decoder_refuses_more_than_it_was_made_for(model: ImageGPTForCausalImageModeling) -> None:

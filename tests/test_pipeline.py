@@ -187,6 +187,7 @@ def test_interruption_keeps_the_inputs_with_all_their_completions(pipeline: Pipe
         ({"temperature": -1}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 2.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
     ],
 )
 def test_wrong_settings(pipeline: Pipeline, options: dict, message: str) -> None:

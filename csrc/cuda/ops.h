@@ -196,6 +196,7 @@ struct SampleParams {
     int64_t rows;
     double top_p;             // 1 keeps all
     float temperature;        // 0: the largest logit
+    float min_score;          // minus infinity keeps all
     int32_t top_k;            // 0 keeps all
     int32_t k;                // 1 to 1024
     int32_t position_stride;  // 1, or 0 for one position of all rows
@@ -274,6 +275,7 @@ struct AttentionDecodeParams {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
+    bool dependent;  // launch.cuh
     int32_t device;
     void* stream;
 };
@@ -305,6 +307,7 @@ struct GemvParams {
     float eps;
     Activation activation;  // or kNoActivation
     DType dtype;            // bf16 or f16, of all of them
+    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
     int32_t device;
     void* stream;
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share

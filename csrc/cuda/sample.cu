@@ -2,7 +2,7 @@
 //
 //   score = (logit - max) / temperature;  top-k keeps the scores not below the k-th largest
 //   weight = exp(score), fp32;  top-p keeps the shortest run, from the heaviest down (the lower id first on ties),
-//     whose weight reaches top_p of the total
+//     whose weight reaches top_p of the total;  min-p keeps the scores not below min_score = log(min_p)
 //   token = first id at which the cumulative weight exceeds uniform * total;  temperature 0: the largest logit
 //   embedding = wte[token] + wpe[position + 1]
 //
@@ -204,7 +204,7 @@ __device__ __forceinline__ int draw(const SampleParams& p, const float (&x)[kOwn
     if (p.top_p < 1.0) keep_top_p(weight, p.top_p, shared);
     double cumulative[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) cumulative[i] = double(weight[i]);
+    for (int i = 0; i < kOwn; ++i) cumulative[i] = score[i] < p.min_score ? 0.0 : double(weight[i]);
     const double total = block_cumulate<kThreads>(cumulative, shared.sums);
     return min(block_count(cumulative, double(uniform) * total, shared), p.k - 1);
 }

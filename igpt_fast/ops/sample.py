@@ -21,9 +21,14 @@ from igpt_fast.ops.dispatch import (
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
-    """Draws a token of each row: temperature, top-k, top-p, then the inverse of the cumulative distribution.
+    """Draws a token of each row: temperature, top-k, top-p, min-p, then the inverse of the cumulative distribution.
 
     A row's token depends on nothing but the row and its number. The kernel's tokens are the definition's but where
     ``uniform`` times the total lies within the rounding of the exponential of a boundary.
@@ -33,7 +38,9 @@ def sample(
         uniform: (N,) float32 in [0, 1), on the device of ``logits``; see ``reference.uniform``.
         temperature: Divides the logits; 0 takes the largest one (the lowest id on ties, NaN before all numbers).
         top_k: Keep the k largest logits, and those equal to the k-th; ``None`` keeps all.
-        top_p: Keep the most likely tokens until their probability reaches it; ``None`` keeps all.
+        top_p: Of these, keep the most likely tokens until their probability reaches it; ``None`` keeps all.
+        min_p: Of these, keep the tokens whose probability is at least ``min_p`` times that of the most likely one;
+            ``None`` and 0 keep all.
 
     Returns:
         (N,) int64. Not differentiable. Bytes: the logits, once.
@@ -47,13 +54,13 @@ def sample(
     if logits.ndim != 2 or uniform.shape != logits.shape[:1]:
         shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
         raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     logits, uniform = logits.detach(), uniform.detach()
     covered = _covered(logits) and uniform.dtype == torch.float32 and uniform.device == logits.device
     if covered and use_kernel("sample", logits, uniform):
         op = _sample if is_plain(logits, uniform) else torch.ops.igpt_fast.sample
-        return op(logits, uniform, *_settings(temperature, top_k, top_p))
-    return reference.sample(logits, uniform, temperature, top_k, top_p)
+        return op(logits, uniform, *_settings(temperature, top_k, top_p, min_p))
+    return reference.sample(logits, uniform, temperature, top_k, top_p, min_p)
 
 
 def sample_next(
@@ -64,6 +71,7 @@ def sample_next(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     wte: Tensor | None = None,
     wpe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +88,7 @@ def sample_next(
         streams: (N,) int64 on the device of ``logits``, not negative: the number of each row's image.
         position: (N,), or () or (1,) for all rows, int32 on the device of ``logits``, not negative: the index of the
             drawn token in its image. The first colour after SOS has index 0.
-        temperature, top_k, top_p: As for ``sample``.
+        temperature, top_k, top_p, min_p: As for ``sample``.
         wte: (V, n_embd), V >= K: the embeddings of the tokens. ``None``: no input is made.
         wpe: (n_positions, n_embd), of the dtype of ``wte``: the embeddings of the positions.
 
@@ -97,7 +105,7 @@ def sample_next(
     Source: see ``reference.sample_next``.
     """
     _check_next(logits, seed, streams, position, wte, wpe)
-    check_sampling(temperature, top_k, top_p, "sample_next")
+    check_sampling(temperature, top_k, top_p, min_p, "sample_next")
     logits = logits.detach()
     wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()
     tensors = [tensor for tensor in (logits, streams, position, wte, wpe) if tensor is not None]
@@ -106,13 +114,15 @@ def sample_next(
         op = _sample_next if is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
-        settings = _settings(temperature, top_k, top_p)
+        settings = _settings(temperature, top_k, top_p, min_p)
         tokens, embedding = op(logits, signed, streams, position, *settings, wte, wpe)
         return tokens, None if wte is None else embedding
-    return reference.sample_next(logits, seed, streams, position, temperature, top_k, top_p, wte, wpe)
+    return reference.sample_next(logits, seed, streams, position, temperature, top_k, top_p, min_p, wte, wpe)
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, op: str = "sample") -> None:
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, op: str = "sample"
+) -> None:
     """Raises ValueError unless the settings are ones that ``sample`` takes."""
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"{op}: temperature is {temperature}; want a finite number, 0 or above")
@@ -120,6 +130,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, o
         raise ValueError(f"{op}: top_k is {top_k!r}; want an integer, 1 or above, or None")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"{op}: top_p is {top_p}; want a number in (0, 1], or None")
+    if min_p is not None and not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"{op}: min_p is {min_p}; want a number in [0, 1], or None")
 
 
 def _check_next(
@@ -160,10 +172,13 @@ def _covered(logits: Tensor) -> bool:
     return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
 
 
-def _settings(temperature: float, top_k: int | None, top_p: float | None) -> tuple[float, int, float]:
-    """As the kernel takes them: 0 keeps all, 1.0 keeps all."""
+def _settings(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[float, int, float, float]:
+    """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
     temperature = 0.0 if temperature < 2.0**-149 else min(temperature, reference.MAX_TEMPERATURE)
-    return float(temperature), 0 if top_k is None else min(top_k, 1 << 30), 1.0 if top_p is None else float(top_p)
+    top_k = 0 if top_k is None else min(top_k, 1 << 30)
+    return float(temperature), top_k, 1.0 if top_p is None else float(top_p), reference.least_score(min_p)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -171,14 +186,14 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
 
 
-def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float) -> Tensor:
     kernels = native_kernels("sample", logits)
     logits, uniform = _rows(logits), uniform.contiguous()
     n, k = logits.shape
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     kernels.module.sample_cuda(
         *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], uniform.data_ptr(), 0, 0, 0, 0),
-        *(temperature, top_k, top_p, tokens.data_ptr(), 0, 0, 0, 0, 0, 0, n, k, *kernels.place),
+        *(temperature, top_k, top_p, min_score, tokens.data_ptr(), 0, 0, 0, 0, 0, 0, n, k, *kernels.place),
     )
     return tokens
 
@@ -191,6 +206,7 @@ def _sample_next(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_score: float,
     wte: Tensor | None,
     wpe: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -198,20 +214,24 @@ def _sample_next(
     logits, streams, position = _rows(logits), streams.contiguous(), position.contiguous()
     wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
     n, k = logits.shape
-    tokens, embedding = _fake_sample_next(logits, seed, streams, position, temperature, top_k, top_p, wte, wpe)
+    tokens, embedding = _fake_sample_next(
+        logits, seed, streams, position, temperature, top_k, top_p, min_score, wte, wpe
+    )
     shape = (0, 0, 0) if wte is None or wpe is None else (DTYPES[wte.dtype], wte.shape[1], wpe.shape[0])
     embeds = wte is not None and embedding.numel() > 0
     # The number of rows says whether a position is one row's or all rows'.
     step = 1 if position.numel() == n and n > 1 else 0
     kernels.module.sample_cuda(
         *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], 0, seed % (1 << 64), streams.data_ptr()),
-        *(position.data_ptr(), step, temperature, top_k, top_p, tokens.data_ptr(), address(wte), address(wpe)),
-        *(embedding.data_ptr() if embeds else 0, *shape, n, k, *kernels.place),
+        *(position.data_ptr(), step, temperature, top_k, top_p, min_score, tokens.data_ptr()),
+        *(address(wte), address(wpe), embedding.data_ptr() if embeds else 0, *shape, n, k, *kernels.place),
     )
     return tokens, embedding
 
 
-def _fake_sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def _fake_sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float
+) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
@@ -223,6 +243,7 @@ def _fake_sample_next(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_score: float,
     wte: Tensor | None,
     wpe: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -231,11 +252,13 @@ def _fake_sample_next(
 
 
 register(
-    "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p) -> Tensor", _sample, _fake_sample
+    "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p, float min_score) -> Tensor",
+    _sample,
+    _fake_sample,
 )
 register(
     "sample_next(Tensor logits, int seed, Tensor streams, Tensor position, float temperature, int top_k, float top_p,"
-    " Tensor? wte, Tensor? wpe) -> (Tensor, Tensor)",
+    " float min_score, Tensor? wte, Tensor? wpe) -> (Tensor, Tensor)",
     _sample_next,
     _fake_sample_next,
 )

@@ -45,6 +45,8 @@ _CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
 
 _STRENGTH = 16.0  # of the smoothing in lookup_table_nats: as many pixels as a context counts before it is seen
 
+_MAX_NAME = 200  # characters
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -58,15 +60,19 @@ class TokenData:
         clusters: (K, 3) float32 in [-1, 1].
         heldout: (N,) bool, images that are never trained on.
         skipped: Files that were left out because they are not readable images.
+        labels: (N,) int64, the class of each image in 0..C-1; ``None``: the images have no classes.
+        class_names: The C names; ``"0"``, ``"1"`` and so on if there are labels alone.
 
     Raises:
-        ValueError: Arrays that do not fit together, or nothing to train on.
+        ValueError: Arrays that do not fit together, nothing to train on, or a class without an image to train on.
     """
 
     tokens: Tensor
     clusters: np.ndarray
     heldout: Tensor
     skipped: int = 0
+    labels: Tensor | None = None
+    class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         tokens, heldout = self.tokens, self.heldout
@@ -77,6 +83,26 @@ class TokenData:
         _check_range(tokens.numpy(), len(self.clusters))
         if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
             raise ValueError("heldout must be (N,) bool with at least one image to train on")
+        if self.labels is not None:
+            self._check_classes(self.labels)
+        elif self.class_names:
+            raise ValueError("there are class_names, and no labels")
+
+    def _check_classes(self, labels: Tensor) -> None:
+        if labels.shape != self.tokens.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be (N,) integers, got {tuple(labels.shape)} {labels.dtype}")
+        low, high = int(labels.min()), int(labels.max())
+        n_classes = len(self.class_names) or min(high + 1, len(labels))  # with a gap there would be no more classes
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"label {low if low < 0 else high} is not in 0..{n_classes - 1}")
+        names = self.class_names = [str(name) for name in self.class_names or range(n_classes)]
+        if len(set(names)) != len(names):
+            raise ValueError("two classes have the same name")
+        if wrong := [name for name in names if not name.isprintable() or not 0 < len(name) <= _MAX_NAME]:
+            raise ValueError(f"a class is called {wrong[0][:_MAX_NAME]!r}; want 1..{_MAX_NAME} printable characters")
+        counts = torch.bincount(labels[~self.heldout], minlength=n_classes)
+        if not bool(counts.all()):
+            raise ValueError(f"class {names[int(counts.argmin())]!r} has no image to train on")
 
     @property
     def side(self) -> int:
@@ -85,8 +111,13 @@ class TokenData:
 
     @property
     def n_clusters(self) -> int:
-        """Number of colours; also the id of the SOS token."""
+        """Number of colours; their ids come first, then those of the classes."""
         return len(self.clusters)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes; 0 if the images have none."""
+        return len(self.class_names)
 
     @property
     def train_tokens(self) -> Tensor:
@@ -98,18 +129,32 @@ class TokenData:
         """(N_heldout, T) of the type of ``tokens``."""
         return self.tokens[self.heldout]
 
+    @property
+    def train_labels(self) -> Tensor | None:
+        """(N_train,) int64, if there are classes."""
+        return None if self.labels is None else self.labels[~self.heldout]
+
+    @property
+    def heldout_labels(self) -> Tensor | None:
+        """(N_heldout,) int64, if there are classes."""
+        return None if self.labels is None else self.labels[self.heldout]
+
     def fingerprint(self) -> str:
-        """SHA-256 of the arrays, the tokens as int64 whatever their type."""
+        """SHA-256 of the arrays, the tokens as int64 whatever their type, and of the names of the classes."""
         digest = hashlib.sha256()
         flat = self.tokens.numpy().reshape(-1)
         for start in range(0, len(flat), _CHUNK):
             digest.update(flat[start : start + _CHUNK].astype(np.int64).tobytes())
         digest.update(self.clusters.tobytes() + self.heldout.numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes() + "\0".join(self.class_names).encode())
         return digest.hexdigest()
 
 
-def load_tokens(path: str | os.PathLike[str]) -> TokenData:
+def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> TokenData:
     """Reads a token file: a .npz with ``tokens`` (N, T), ``clusters`` (K, 3) and ``heldout`` (N,).
+
+    With ``classes`` also ``labels`` (N,), integers, and ``class_names`` (C,), strings, if it has them.
 
     Nothing is unpickled, and the arrays are refused where they would unpack to more than 400 times the file's size
     (1 MiB for a small file). The tokens stay as narrow as they are stored.
@@ -125,13 +170,21 @@ def load_tokens(path: str | os.PathLike[str]) -> TokenData:
     if not path.is_file():
         raise ValueError(f"{path}: not a file")
     try:
-        tokens, clusters, heldout = _read_npz(path, ("tokens", "clusters", "heldout"))
+        names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
+        arrays = _read_npz(path, names, ("class_names",) if classes else ())
+        tokens, clusters, heldout = (arrays[name] for name in names[:3])
         if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
             raise ValueError(f"tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
         if heldout.dtype != np.bool_:
             raise ValueError(f"heldout must be (N,) bool, got {heldout.shape} {heldout.dtype}")
         palette = check_clusters(clusters)
-        return TokenData(_narrow(tokens, len(palette)), palette, torch.from_numpy(heldout.copy()))
+        return TokenData(
+            _narrow(tokens, len(palette)),
+            palette,
+            torch.from_numpy(heldout.copy()),
+            labels=_labels(arrays["labels"]) if classes else None,
+            class_names=_class_names(arrays.get("class_names")),
+        )
     except (PermissionError, MemoryError):
         raise
     # zlib.error, and whatever numpy's header parser raises on a false header, have no common class.
@@ -146,6 +199,20 @@ def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
         raise ValueError(f"token {low if low < 0 else high} is not in 0..{n_clusters - 1}")
 
 
+def _labels(labels: np.ndarray) -> Tensor:
+    if labels.dtype.kind not in "iu" or labels.dtype == np.uint64:
+        raise ValueError(f"labels must be (N,) integers, got {labels.shape} {labels.dtype}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _class_names(names: np.ndarray | None) -> list[str]:
+    if names is None:
+        return []
+    if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
+        raise ValueError(f"class_names must be (C,) strings, got {names.shape} {names.dtype}")
+    return names.tolist()
+
+
 def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     """A copy in the smallest type that holds the ids of the clusters and that torch computes with."""
     _check_range(tokens, n_clusters)
@@ -153,23 +220,24 @@ def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     return torch.from_numpy(tokens.astype(dtype, order="C"))
 
 
-def _read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Arrays of a .npz by name. A zip states sizes it need not keep: each is checked before it is believed."""
+def _read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of a .npz, those of ``optional`` if it has them. A zip states sizes it need not keep: each is checked
+    before it is believed."""
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
             raise ValueError(f"has no array {missing[0]!r}")
-        wanted = [members[f"{name}.npy"] for name in names]
+        wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
         bound = max(_MIN_BOUND, _MAX_RATIO * size)
-        total = sum(info.file_size for info in wanted)
+        total = sum(info.file_size for info in wanted.values())
         if total > bound:
             raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
-        for info in wanted:
+        for info in wanted.values():
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{info.filename} is packed by a method that numpy does not write")
-        return [_read_npy(archive, info) for info in wanted]
+        return {name: _read_npy(archive, info) for name, info in wanted.items()}
 
 
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -182,7 +250,7 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
             shape, fortran, dtype = read(member)
         except MemoryError as error:  # what Python's parser raises on brackets that are nested too deep
             raise ValueError(f"{info.filename} has a header that cannot be parsed") from error
-        if dtype.hasobject or dtype.kind not in "iufb":
+        if dtype.hasobject or dtype.kind not in "iufbU" or not dtype.itemsize:
             raise ValueError(f"{info.filename} holds {dtype}, not numbers")
         if any(length < 0 for length in shape):
             raise ValueError(f"{info.filename} has the shape {shape}")
@@ -219,6 +287,9 @@ def save_tokens(
         "clusters": data.clusters,
         "heldout": data.heldout.numpy(),
     }
+    if data.labels is not None:
+        arrays["labels"] = data.labels.numpy().astype(np.min_scalar_type(data.n_classes - 1))
+        arrays["class_names"] = np.array(list(data.class_names), dtype=np.str_)
     if names is not None:
         if len(names) != len(data.tokens):
             raise ValueError(f"{len(names)} names for {len(data.tokens)} images")
@@ -264,6 +335,7 @@ def tokens_from_images(
     clusters: np.ndarray | Tensor | None = None,
     *,
     skip_unreadable: bool = False,
+    classes: bool = False,
 ) -> TokenData:
     """Turns all images below a folder into tokens.
 
@@ -280,10 +352,12 @@ def tokens_from_images(
         clusters: (K, 3) floats to use instead of fitting; ``n_clusters`` must be K.
         skip_unreadable: Leave out files that are not readable images, with a warning of one line for each, instead
             of failing; ``skipped`` of the result is their number.
+        classes: The sub-directories of ``folder``, in the order of their names, are classes.
 
     Raises:
         NotADirectoryError: No such folder.
-        ValueError: A value out of its range, no images, unreadable ones, or too few colours for the clusters.
+        ValueError: A value out of its range, no images, unreadable ones, too few colours for the clusters, or with
+            ``classes`` an image in none of them.
     """
     if not 1 <= side <= 4096:
         raise ValueError(f"side is {side}; want 1..4096")
@@ -294,13 +368,25 @@ def tokens_from_images(
         raise ValueError(f"n_clusters is {n_clusters}, but {len(palette)} clusters are given")
     folder = Path(folder)
     names, pictures, skipped = _read_pictures(folder, side, skip_unreadable)
+    labels, class_names = _classes_of(folder, names) if classes else (None, [])
     heldout = np.array([held_out(name, holdout) for name in names])
     if heldout.all():
         raise ValueError(f"{folder}: holdout {holdout} leaves none of the {len(names)} images to train on")
     if palette is None:
         palette = fit_clusters(pictures[~heldout], n_clusters, seed=seed)
     tokens = quantize(pictures, palette).reshape(len(pictures), -1)
-    return TokenData(_narrow(tokens, len(palette)), palette, torch.from_numpy(heldout), skipped)
+    narrow = _narrow(tokens, len(palette))
+    return TokenData(narrow, palette, torch.from_numpy(heldout), skipped, labels, class_names)
+
+
+def _classes_of(folder: Path, names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """The class of every image by its name below the folder, and the names of the classes."""
+    if loose := [name for name in names if "/" not in name]:
+        raise ValueError(f"{folder / loose[0]}: lies in no class; those are the sub-directories of {folder}")
+    own = [name.split("/")[0] for name in names]
+    classes = sorted(set(own))
+    index = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([index[name] for name in own]), classes
 
 
 def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list[str], np.ndarray, int]:

@@ -23,6 +23,8 @@ class TrainConfig:
         clip: Largest norm of the gradient.
         flip: Augmentation: mirror half of the training images, or not.
         shift: Largest shift of a training image along each axis, in pixels; the border repeats.
+        label_dropout: With classes: probability that an image is learned without its class, which is what guidance
+            compares with.
         seed: Of the initial weights, the batches, the augmentation and the dropout.
         bf16: Precision: autocast to bfloat16, or train in float32 throughout.
         compile: Speed: compile the network with torch.compile, or run it as it is.
@@ -45,6 +47,7 @@ class TrainConfig:
     clip: float = 1.0
     flip: bool = True
     shift: int = 1
+    label_dropout: float = 0.1
     seed: int = 0
     bf16: bool = True
     compile: bool = False
@@ -67,8 +70,9 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "shift"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; want 0 or more")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; want a probability in [0, 1)")
+        for name in ("dropout", "label_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; want a probability in [0, 1)")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}; want 0..2^32-1")
         if self.n_embd % self.n_head:

@@ -22,7 +22,10 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 def same_run(config: TrainConfig, data: TokenData) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
-    return {"config": dataclasses.asdict(config), "data": data.fingerprint()}
+    settings = dataclasses.asdict(config)
+    if not data.n_classes:
+        del settings["label_dropout"]
+    return {"config": settings, "data": data.fingerprint()}
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Trains an iGPT: images -> clusters -> tokens -> model. One readable script behind ``igpt train``.
 
 The objective is the paper's: the input is ``[SOS, x_0 .. x_{T-2}]`` and position ``t`` predicts ``x_t``, so that
-every pixel counts. AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient clipping, optional bf16
-autocast. The budget is in steps. Each step draws its images, augmentations and dropout from generators seeded
-with (seed, step): a resumed run is bit-identical to one that was never interrupted.
+every pixel counts. With classes, the token of the image's own stands in place of SOS, most of the time; it is no
+target, and the loss is that of the colours alone. AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient
+clipping, optional bf16 autocast. The budget is in steps. Each step draws its images, augmentations and dropouts from
+generators seeded with (seed, step): a resumed run is bit-identical to one that was never interrupted.
 
 Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and appendix.
 """
@@ -38,7 +39,8 @@ __all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats"
 
 LOG_EVERY = 50  # steps
 CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's directory holds
-_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_GENERATION = "generation_config.json"
+_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -57,10 +59,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def batch_at(step: int, tokens: Tensor, side: int, config: TrainConfig) -> Tensor:
     """The augmented batch of a step, (B, T) int64: a pass over all images before any comes again."""
-    n = len(tokens)
-    positions = range(step * config.batch_size, (step + 1) * config.batch_size)
-    chosen = [int(_permutation(n, config.seed, p // n)[p % n]) for p in positions]
-    batch = tokens[chosen].long().view(-1, side, side)
+    batch = tokens[_chosen_at(step, len(tokens), config)].long().view(-1, side, side)
     generator = torch.Generator().manual_seed(_mix(config.seed, 2, step))
     if config.flip:
         flipped = torch.rand(len(batch), generator=generator) < 0.5
@@ -71,6 +70,19 @@ def batch_at(step: int, tokens: Tensor, side: int, config: TrainConfig) -> Tenso
         rows, columns = (torch.arange(side) + offsets).clamp(0, side - 1)
         batch = batch[torch.arange(len(batch))[:, None, None], rows[:, :, None], columns[:, None, :]]
     return batch.reshape(len(batch), -1)
+
+
+def labels_at(step: int, labels: Tensor, config: TrainConfig) -> Tensor:
+    """The classes (B,) of the batch of a step, -1 for the images that are learned without."""
+    batch = labels[_chosen_at(step, len(labels), config)]
+    generator = torch.Generator().manual_seed(_mix(config.seed, 4, step))
+    return batch.masked_fill(torch.rand(len(batch), generator=generator) < config.label_dropout, -1)
+
+
+def _chosen_at(step: int, n: int, config: TrainConfig) -> list[int]:
+    """Which of n images are the batch of a step."""
+    positions = range(step * config.batch_size, (step + 1) * config.batch_size)
+    return [int(_permutation(n, config.seed, p // n)[p % n]) for p in positions]
 
 
 def _mix(seed: int, stream: int, step: int) -> int:
@@ -84,19 +96,29 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, 1, epoch))).numpy()
 
 
-def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of each pixel in nats: (B, T) from (B, T) integers."""
-    tokens = tokens.long()
-    sos = torch.full_like(tokens[:, :1], model.config.sos_token_id)
-    logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
+def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of each pixel among the colours in nats: (B, T) from (B, T) integers.
+
+    ``labels``: (B,) int64, the classes that the images are known to be of, -1 for none; ``None``: none at all.
+    """
+    tokens, config = tokens.long(), model.config
+    begin = torch.full_like(tokens[:, 0], config.sos_token_id)
+    if labels is not None:
+        begin = torch.where(labels < 0, begin, config.n_colours + labels)
+    logits = model(torch.cat([begin[:, None], tokens[:, :-1]], dim=1), use_cache=False).logits
+    if config.n_classes:
+        logits = logits[..., : config.n_colours].contiguous()  # here, or the loss copies it, and its gradient again
     return ops.cross_entropy(logits, tokens, reduction="none")
 
 
 @torch.no_grad()
-def evaluate(model: ImageGPTForCausalImageModeling, tokens: Tensor, batch_size: int = 64) -> float:
+def evaluate(
+    model: ImageGPTForCausalImageModeling, tokens: Tensor, batch_size: int = 64, labels: Tensor | None = None
+) -> float:
     """Mean nats per token of images (N, T), which may be on another device than the model.
 
-    Over the model's palette: numbers of models with other clusters, and 8-bit bits/dim, are not comparable.
+    Over the model's palette: numbers of models with other clusters, and 8-bit bits/dim, are not comparable. Given
+    ``labels`` (N,), see ``image_nats``.
 
     Raises:
         ValueError: No images.
@@ -105,9 +127,23 @@ def evaluate(model: ImageGPTForCausalImageModeling, tokens: Tensor, batch_size: 
         raise ValueError("evaluate: no images")
     training = model.training
     model.eval()
-    total = sum(float(image_nats(model, part.to(model.device)).double().sum()) for part in tokens.split(batch_size))
+    total = 0.0
+    for start in range(0, len(tokens), batch_size):
+        part = slice(start, start + batch_size)
+        given = () if labels is None else (labels[part].to(model.device),)
+        total += float(image_nats(model, tokens[part].to(model.device), *given).double().sum())
     model.train(training)
     return total / tokens.numel()
+
+
+def heldout_nats(model: ImageGPTForCausalImageModeling, data: TokenData) -> dict[str, float]:
+    """``evaluate`` on the held-out images, without their classes and, if they have some, with them; empty if there
+    are no images."""
+    tokens, labels = data.heldout_tokens, data.heldout_labels
+    if not len(tokens):
+        return {}
+    given = {} if labels is None else {"heldout_class_nats": evaluate(model, tokens, labels=labels)}
+    return {"heldout_nats": evaluate(model, tokens), **given}
 
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -125,7 +161,7 @@ def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageMod
         ValueError: A network that ``ImageGPTConfig`` refuses.
     """
     shape = ImageGPTConfig(
-        vocab_size=data.n_clusters + 1,
+        vocab_size=data.n_clusters + data.n_classes + 1,
         n_positions=data.tokens.shape[1],
         n_embd=config.n_embd,
         n_layer=config.n_layer,
@@ -133,6 +169,8 @@ def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageMod
         resid_pdrop=config.dropout,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        n_classes=data.n_classes,
+        id2label=dict(enumerate(data.class_names)) or None,
     )
     cpu = torch.device("cpu")
     with _own_generators(cpu):
@@ -155,7 +193,9 @@ def _own_generators(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable) -> dict[str, Any]:
+def train_step(
+    state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable, labels: Tensor | None = None
+) -> dict[str, Any]:
     """One optimizer step on training images (N, T); returns its record for the log.
 
     It seeds torch's global generators of the CPU and of the model's device, for the dropout.
@@ -165,6 +205,7 @@ def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig
         tokens, side: The training images.
         config: The run.
         nats: ``image_nats``, or that compiled.
+        labels: (N,) int64, the classes of the images, if they have any.
 
     Raises:
         DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
@@ -172,8 +213,9 @@ def train_step(state: TrainState, tokens: Tensor, side: int, config: TrainConfig
     step, model, device = state.step, state.model, state.model.device
     _seed(_mix(config.seed, 3, step), device)  # dropout
     batch = batch_at(step, tokens, side, config).to(device)
+    given = () if labels is None else (labels_at(step, labels, config).to(device),)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        loss = nats(model, batch).mean()
+        loss = nats(model, batch, *given).mean()
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -233,7 +275,7 @@ def _train(
     progress: Progress | None,
     stop_after: int | None = None,
     outdated: Sequence[Path] = (),
-) -> tuple[ImageGPTForCausalImageModeling, float | None]:
+) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
     """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
     of the last step if it was made here."""
     _check_writable(out)
@@ -244,20 +286,21 @@ def _train(
     if resume:
         state.load(output.checkpoint)
         clock -= output.resume(state.step)
-    train_tokens, held_tokens = data.train_tokens, data.heldout_tokens.to(device)
+    train_tokens, train_labels = data.train_tokens, data.train_labels
     nats = torch.compile(image_nats) if config.compile else image_nats
     end = config.steps if stop_after is None else min(stop_after, config.steps)
-    final = None
+    final: dict[str, float] = {}
     model.train()
     with _own_generators(model.device), _delayed_interrupt() as interrupted:
         while state.step < end and not interrupted():
-            record = train_step(state, train_tokens, data.side, config, nats)
+            record = train_step(state, train_tokens, data.side, config, nats, train_labels)
             step, last = state.step, state.step == config.steps
-            evaluated = bool(len(held_tokens)) and (step % config.eval_every == 0 or last)
+            evaluated = bool(data.heldout.any()) and (step % config.eval_every == 0 or last)
             logged = evaluated or step % LOG_EVERY == 0 or last
             if evaluated:
-                record["heldout_nats"] = evaluate(model, held_tokens)
-                final = record["heldout_nats"] if last else None
+                measured = heldout_nats(model, data)
+                record.update(measured)
+                final = measured if last else {}
             if logged:
                 record["seconds"] = round(time.monotonic() - clock, 2)
                 output.append(record)
@@ -399,7 +442,8 @@ def run(
 
     Returns:
         Where the model is, its size, and its held-out nats per token beside the baselines'; ``None`` for
-        figures of a held-out part that is empty.
+        figures of a held-out part that is empty. With classes also how many, and the nats of images whose class is
+        known, ``heldout_class_nats``.
 
     Raises:
         FileExistsError: ``out`` holds a run, with neither ``resume`` nor ``overwrite``.
@@ -407,22 +451,23 @@ def run(
     """
     out = Path(out)
     before = check_directory(out, resume=resume, overwrite=overwrite)
-    model, nats = _train(data, out, config, device, resume, progress, outdated=before if overwrite else ())
+    model, measured = _train(data, out, config, device, resume, progress, outdated=before if overwrite else ())
     export(model, data, out / MODEL, save_dtype)
-    _draw_samples(out)
-    held = data.heldout_tokens
-    if nats is None and len(held):  # a finished run, resumed
-        nats = evaluate(model, held)
+    _draw_samples(out, data.n_classes)
+    held = int(data.heldout.sum())
+    measured = measured or heldout_nats(model, data)  # a finished run, resumed
+    classes = {"classes": data.n_classes, "heldout_class_nats": measured.get("heldout_class_nats")}
     return {
         "model": str(out / MODEL),
         "samples": str(out / SAMPLES),
         "parameters": model.num_parameters(),
         "steps": config.steps,
         "images": len(data.tokens),
-        "heldout_images": len(held),
-        "heldout_nats": nats,
-        "lookup_table_nats": lookup_table_nats(data) if len(held) else None,
-        "histogram_nats": histogram_nats(data) if len(held) else None,
+        "heldout_images": held,
+        "heldout_nats": measured.get("heldout_nats"),
+        "lookup_table_nats": lookup_table_nats(data) if held else None,
+        "histogram_nats": histogram_nats(data) if held else None,
+        **(classes if data.n_classes else {}),
     }
 
 
@@ -453,6 +498,8 @@ def export(
 ) -> None:
     """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
 
+    For a model with classes ``generation_config.json`` as well, by which transformers' ``generate`` draws colours only.
+
     Args:
         model: The model.
         data: Its clusters and size.
@@ -465,10 +512,14 @@ def export(
     model.save_pretrained(folder, state_dict=state)
     size = {"height": data.side, "width": data.side}
     ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
+    if classes := list(range(model.config.n_colours, model.config.sos_token_id)):
+        with files.replacing(Path(folder) / _GENERATION) as partial:
+            partial.write_text(json.dumps({"suppress_tokens": classes}) + "\n", encoding="utf-8")
 
 
-def _draw_samples(out: Path) -> None:
-    """From the files just written, so that they are known to load."""
+def _draw_samples(out: Path, n_classes: int) -> None:
+    """From the files just written, so that they are known to load; of the classes in turn."""
     from igpt_fast.pipeline import Pipeline
 
-    Pipeline.from_pretrained(out / MODEL, device="cpu").sample(16, seed=0).save_grid(out / SAMPLES)
+    labels = [i % n_classes for i in range(16)] if n_classes else None
+    Pipeline.from_pretrained(out / MODEL, device="cpu").sample(16, seed=0, labels=labels).save_grid(out / SAMPLES)

@@ -10,16 +10,19 @@ from kernels import Kernels
 
 from igpt_fast import backend, ops, reference
 
-# temperature, top_k, top_p
-SETTINGS: list[tuple[float, int | None, float | None]] = [
-    (1.0, None, None),
-    (0.7, None, 1.0),
-    (1.3, 5, None),
-    (1.0, 1, None),
-    (0.9, None, 0.8),
-    (1.0, None, 1e-9),
-    (1.1, 40, 0.95),
-    (0.0, 3, 0.5),
+ALL = -torch.inf  # the least score that is kept, where all are
+# temperature, top_k, top_p, min_p
+SETTINGS: list[tuple[float, int | None, float | None, float | None]] = [
+    (1.0, None, None, None),
+    (0.7, None, 1.0, 0.0),
+    (1.3, 5, None, None),
+    (1.0, 1, None, None),
+    (0.9, None, 0.8, None),
+    (1.0, None, 1e-9, None),
+    (1.1, 40, 0.95, None),
+    (1.2, None, None, 0.05),
+    (1.0, 12, 0.9, 0.3),
+    (0.0, 3, 0.5, 0.5),
 ]
 
 
@@ -59,7 +62,14 @@ def check_ties(kernels: Kernels) -> None:
     logits[:, 30:] = -1.0
     logits[:, ::3] = -0.0
     uniform = (torch.arange(64) + 0.5) / 64
-    for settings in ((1.0, 7, None), (1.0, None, 0.103), (0.5, 20, 0.71), (0.0, None, None), (1e-30, None, None)):
+    for settings in (
+        (1.0, 7, None),
+        (1.0, None, 0.103),
+        (0.5, 20, 0.71),
+        (1.0, None, None, 0.4),
+        (0.0, None, None),
+        (1e-30, None, None),
+    ):
         with serving(kernels):
             ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), *settings).cpu()
         assert torch.equal(ours, reference.sample(logits, uniform, *settings)), settings
@@ -81,10 +91,25 @@ def check_edges(kernels: Kernels) -> None:
     almost = 1.0 - 2.0**-24
     for number in (0.0, 0.5, almost):
         uniform = torch.full((12,), number)
-        for settings in (*SETTINGS, (1e-40, None, None), (1e-50, None, None), (1e30, 3, 0.5), (1.0, 8, 0.999)):
+        for settings in (*SETTINGS, (1e-40, None, None), (1e-50, None, None), (1e30, 3, 0.5), (1.0, 8, 0.999, 1e-6)):
             with serving(kernels):
                 ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), *settings).cpu()
             assert torch.equal(ours, reference.sample(logits, uniform, *settings)), (number, settings)
+
+
+def check_min_p(kernels: Kernels) -> None:
+    """A probability of exactly min_p times the largest stays, the next smaller one goes; 1 keeps the largest alone."""
+    for min_p in (0.5, 0.1, 1e-3):
+        least = torch.tensor(reference.least_score(min_p))
+        logits = torch.tensor([[float(least.nextafter(torch.tensor(-9.0))), float(least), 0.0]]).expand(3, -1)
+        uniform = torch.tensor([0.0, 0.999 * min_p / (1 + min_p), 1.001 * min_p / (1 + min_p)])
+        with serving(kernels):
+            ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), min_p=min_p).cpu()
+        assert ours.tolist() == [1, 1, 2], min_p
+    logits, uniform = torch.tensor([[2.0, 3.0, -0.0, 3.0, 2.9999]]).expand(4, -1), torch.tensor([0.0, 0.49, 0.5, 0.99])
+    with serving(kernels):
+        ours = ops.sample(logits.to(kernels.device), uniform.to(kernels.device), 1.0, None, None, 1.0).cpu()
+    assert ours.tolist() == [1, 1, 3, 3]
 
 
 def check_boundaries(kernels: Kernels) -> None:
@@ -116,9 +141,10 @@ def check_next(kernels: Kernels, dtype: torch.dtype, n_embd: int, shared_positio
     position = torch.tensor(10 if shared_position else [0, 10, 11, 3, 12], dtype=torch.int32)
     uniform = reference.uniform_at(seed, streams, position)
     on_device = [t.to(kernels.device) for t in (logits, streams, position, wte, wpe)]
-    for settings in ((1.0, None, None), (0.9, 20, 0.9), (0.0, None, None)):
+    for settings in ((1.0, None, None), (0.9, 20, 0.9, 0.1), (0.0, None, None)):
         with serving(kernels):
-            tokens, hidden = ops.sample_next(on_device[0], seed, *on_device[1:3], *settings, *on_device[3:])
+            tables = {"wte": on_device[3], "wpe": on_device[4]}
+            tokens, hidden = ops.sample_next(on_device[0], seed, *on_device[1:3], *settings, **tables)
             alone, nothing = ops.sample_next(on_device[0], seed, *on_device[1:3], *settings)
         assert nothing is None
         assert_draws(tokens.cpu(), logits, uniform, *settings)
@@ -187,7 +213,7 @@ def check_accesses(kernels: Kernels) -> None:
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         tables = wte.to(dtype), wpe.to(dtype)
         with Counted(kernels) as counted, serving(kernels):
-            ops.sample_next(logits.to(dtype), 0, torch.arange(n), position, 1.0, None, None, *tables)
+            ops.sample_next(logits.to(dtype), 0, torch.arange(n), position, wte=tables[0], wpe=tables[1])
         assert counted["load_bytes"] == counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size, dict(counted)
         assert counted["store_bytes"] == counted["store_sectors"] * 32 == n * n_embd * size, dict(counted)
         assert counted["shared_conflicts"] == 0, dict(counted)
@@ -202,7 +228,7 @@ def check_far_rows(kernels: Kernels) -> None:
     logits, uniform = rows(1, 100)
     tokens, last, stride = torch.full((4,), -1), 3, 1 << 31
     from_logits = logits.data_ptr() - 4 * last * stride
-    arguments = from_logits, stride, 0, uniform.data_ptr() - 4 * last, 0, 0, 0, 0, 1.0, 0, 1.0, tokens.data_ptr()
+    arguments = from_logits, stride, 0, uniform.data_ptr() - 4 * last, 0, 0, 0, 0, 1.0, 0, 1.0, ALL, tokens.data_ptr()
     kernels.module.set_blocks(last, 1)
     try:
         kernels.module.sample_cuda(*arguments, 0, 0, 0, 0, 0, 0, 4, 100, *kernels._place())
@@ -213,7 +239,7 @@ def check_far_rows(kernels: Kernels) -> None:
     wte, wpe, hidden = torch.randn(100, n_embd), torch.randn(1, n_embd), torch.zeros(1, n_embd)
     from_wpe = wpe.data_ptr() - 4 * n_embd * (int(position) + 1)
     streams, token = torch.zeros(1).long(), tokens[:1]
-    arguments = logits.data_ptr(), 100, 0, 0, 0, streams.data_ptr(), position.data_ptr(), 0, 1.0, 0, 1.0
+    arguments = logits.data_ptr(), 100, 0, 0, 0, streams.data_ptr(), position.data_ptr(), 0, 1.0, 0, 1.0, ALL
     tables = token.data_ptr(), wte.data_ptr(), from_wpe, hidden.data_ptr(), 0, n_embd, 1 << 30
     kernels.module.sample_cuda(*arguments, *tables, 1, 100, *kernels._place())
     assert torch.equal(hidden, wte[token] + wpe)

@@ -23,6 +23,7 @@ void draw(DType dtype, int64_t rows, int32_t k, int32_t n_embd, float temperatur
     p.temperature = temperature;
     p.top_k = top_k;
     p.top_p = top_p;
+    p.min_score = -1.0f;
     p.dtype = p.embed_dtype = dtype;
     p.uniform = uniform.get<float>();
     for (int64_t i = 0; i < rows; ++i) uniform.get<float>()[i] = 0.5f;

@@ -113,7 +113,7 @@ def gemv(size: Size) -> None:
 def sample_next(size: Size) -> None:
     logits, streams, position = blank(IMAGES, COLOURS), torch.arange(IMAGES), torch.tensor(5, dtype=torch.int32)
     wte, wpe = blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
-    ops.sample_next(logits, 0, streams, position, top_k=100, top_p=0.9, wte=wte, wpe=wpe)
+    ops.sample_next(logits, 0, streams, position, top_k=100, top_p=0.9, min_p=0.01, wte=wte, wpe=wpe)
 
 
 Call = Callable[[Any], None]

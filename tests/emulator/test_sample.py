@@ -33,6 +33,7 @@ def test_next(kernels: Kernels, dtype: torch.dtype, n_embd: int, shared_position
         checks_sample.check_ties,
         checks_sample.check_edges,
         checks_sample.check_boundaries,
+        checks_sample.check_min_p,
         checks_sample.check_numbers,
         checks_sample.check_batches,
     ],

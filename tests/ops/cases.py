@@ -158,7 +158,7 @@ CASES = [
         "sample",
         "sample",
         lambda: (_normal(3, 512), torch.tensor([0.1, 0.5, 0.9])),
-        lambda logits, uniform: ops.sample(logits, uniform, 0.9, 100, 0.9),
+        lambda logits, uniform: ops.sample(logits, uniform, 0.9, 100, 0.9, 0.01),
     ),
     Case(
         "sample_next",

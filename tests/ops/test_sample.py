@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,14 @@ def test_the_draw_inverts_the_distribution() -> None:
     assert (tokens.diff() >= 0).all()  # the inverse of a cumulative distribution rises
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 4, 500])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
-def test_the_support_is_transformers(top_k: int | None, top_p: float | None) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *itertools.product((None, 1, 4, 500), (None, 1e-9, 0.3, 0.9, 1.0), (None,)),
+        *((*others, min_p) for others in ((None, None), (4, 0.9), (40, 0.3)) for min_p in (0.0, 1e-4, 0.05, 0.7, 1.0)),
+    ],
+)
+def test_the_support_is_transformers(top_k: int | None, top_p: float | None, min_p: float | None) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(20, 64, generator=torch.Generator().manual_seed(3)) * 2
     kept = processors.TemperatureLogitsWarper(0.8)(None, logits)
@@ -68,10 +74,12 @@ def test_the_support_is_transformers(top_k: int | None, top_p: float | None) -> 
         kept = processors.TopKLogitsWarper(top_k)(None, kept)
     if top_p is not None:
         kept = processors.TopPLogitsWarper(top_p)(None, kept)
+    if min_p is not None:
+        kept = processors.MinPLogitsWarper(min_p)(None, kept)
     n = 4000
     uniform = (torch.arange(n) + 0.5) / n
     for row, expected in zip(logits, kept, strict=True):
-        drawn = ops.sample(row.expand(n, -1), uniform, 0.8, top_k, top_p)
+        drawn = ops.sample(row.expand(n, -1), uniform, 0.8, top_k, top_p, min_p)
         likely = torch.softmax(expected, dim=-1) > 2 / n
         assert set(likely.nonzero()[:, 0].tolist()) <= set(drawn.tolist())
         assert torch.isfinite(expected[drawn]).all()
@@ -96,12 +104,22 @@ def test_wrong_arguments() -> None:
         ops.sample(torch.zeros(5), torch.zeros(1))
     with pytest.raises(ValueError, match="uniform"):
         ops.sample(torch.zeros(2, 5), torch.zeros(3))
-    for options in ({"temperature": -0.1}, {"temperature": math.inf}, {"top_k": 2.5}, {"top_k": True}, {"top_p": 0}):
+    for options in (
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"top_p": 0},
+        {"min_p": -0.1},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             ops.sample(torch.zeros(1, 5), torch.zeros(1), **options)
 
 
-SETTINGS = [(1.0, None, None), (0.8, 11, None), (1.2, None, 0.7), (0.9, 30, 0.9), (0.0, None, None)]
+SETTINGS = [
+    *((1.0, None, None), (0.8, 11, None), (1.2, None, 0.7), (0.9, 30, 0.9), (0.0, None, None)),
+    *((1.1, None, None, 0.02), (0.9, 30, 0.9, 0.1)),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -130,7 +148,7 @@ def test_non_contiguous(implementation: Implementation) -> None:
 def test_no_distribution_gives_token_0(implementation: Implementation) -> None:
     logits = torch.randn(4, 10)
     logits[0, 3], logits[1, 4], logits[2] = math.nan, math.inf, -math.inf
-    for settings in SETTINGS[:4]:
+    for settings in (*SETTINGS[:4], *SETTINGS[5:]):
         tokens = ops.sample(logits.to(implementation.device), torch.rand(4).to(implementation.device), *settings)
         assert tokens[:3].tolist() == [0, 0, 0]
     greedy = ops.sample(logits.to(implementation.device), torch.zeros(4).to(implementation.device), 0.0)
@@ -211,9 +229,9 @@ def test_no_gradient(implementation: Implementation) -> None:
 def test_opcheck(emulation: Implementation) -> None:
     given = next_arguments("cpu")
     logits, streams, position = given["logits"], given["streams"], given["position"]
-    torch.library.opcheck(torch.ops.igpt_fast.sample.default, (logits, torch.rand(3), 1.0, 5, 0.9))
+    torch.library.opcheck(torch.ops.igpt_fast.sample.default, (logits, torch.rand(3), 1.0, 5, 0.9, -4.0))
     for tables in ((given["wte"], given["wpe"]), (None, None)):
-        arguments = logits, -5, streams, position, 1.0, 0, 1.0, *tables
+        arguments = logits, -5, streams, position, 1.0, 0, 1.0, -4.0, *tables
         torch.library.opcheck(torch.ops.igpt_fast.sample_next.default, arguments)
 
 
@@ -221,8 +239,8 @@ def test_compile_autocast_and_meta(implementation: Implementation) -> None:
     given, uniform = next_arguments(implementation.device), torch.rand(3).to(implementation.device)
     torch._dynamo.reset()
     compiled = torch.compile(ops.sample, backend="aot_eager", fullgraph=True)
-    expected = ops.sample(given["logits"], uniform, 0.9, 5, 0.9)
-    assert torch.equal(compiled(given["logits"], uniform, 0.9, 5, 0.9), expected)
+    expected = ops.sample(given["logits"], uniform, 0.9, 5, 0.9, 0.05)
+    assert torch.equal(compiled(given["logits"], uniform, 0.9, 5, 0.9, 0.05), expected)
     both = torch.compile(ops.sample_next, backend="aot_eager", fullgraph=True)
     whole = ops.sample_next(**given, seed=(1 << 63) + 5, top_p=0.9)
     for ours, theirs in zip(both(**given, seed=(1 << 63) + 5, top_p=0.9), whole, strict=True):
@@ -257,6 +275,7 @@ def test_compile_autocast_and_meta(implementation: Implementation) -> None:
         ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
         ({"top_k": 0}, ValueError, "top_k is 0"),
         ({"top_p": 2.0}, ValueError, "top_p is 2.0"),
+        ({"min_p": 1.1}, ValueError, "min_p is 1.1"),
     ],
 )
 def test_next_misuse(change: dict[str, object], error: type[Exception], message: str) -> None:

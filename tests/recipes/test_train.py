@@ -612,6 +612,8 @@ def test_evaluate_is_without_dropout_and_leaves_the_mode(tiny: TokenData) -> Non
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
         ("dropout", 1.0),
+        ("label_dropout", 1.0),
+        ("label_dropout", -0.1),
         ("seed", -1),
         ("seed", 1 << 32),
         ("n_head", 5),

@@ -1,0 +1,288 @@
+"""The work of ``igpt sample`` and ``igpt complete``: draws, shows how far it is, writes what is finished, reports.
+
+Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpt_fast import terminal
+from igpt_fast.exports import Exports, weights_hash
+from igpt_fast.options import Drawing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from igpt_fast.pipeline import Generation, Pipeline
+    from igpt_fast.preview import Preview
+    from igpt_fast.sharding import World
+    from igpt_fast.streaming import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a command draws.
+
+    Args:
+        command: Its name.
+        total: Images in all.
+        mine: Which of them this process draws.
+        stream: Begins to draw them; not called where there are none.
+        exports: Where they go.
+        values: For sidecar and report: what is not known from the images.
+    """
+
+    command: str
+    total: int
+    mine: range
+    stream: Callable[[], Stream]
+    exports: Exports
+    values: dict[str, Any]
+
+
+def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
+    """The pipeline that the options ask for."""
+    terminal.choose_backend(drawing.backend)
+    device = terminal.choose_device(drawing.device, local_rank)
+    from igpt_fast.pipeline import Pipeline
+
+    # int8 is made of bfloat16, which takes half the memory of float32 and adds a hundredth to the rounding.
+    dtype = "bfloat16" if drawing.dtype == "int8" else drawing.dtype
+    return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
+
+
+def rehearse(pipeline: Pipeline, exports: Exports, n: int, inputs: int) -> None:
+    """Writes an empty grid of the same size and form to a place of no importance, before hours of work are put in."""
+    import torch
+    from PIL import Image
+
+    from igpt_fast.pipeline import Generation
+
+    shape = (n * max(1, inputs), pipeline.model.config.n_positions)
+    blank = Generation(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), pipeline.processor, 0)
+    if inputs:
+        blank.inputs = [Image.new("RGB", (1, 1))] * inputs
+        blank.originals = blank.tokens[:inputs]
+    with tempfile.TemporaryDirectory() as folder, terminal.as_usage():
+        exports.save_grid(blank, Path(folder) / f"grid{exports.grid.suffix}")
+
+
+def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: bool) -> None:
+    """Draws a job, with the other processes if there are some; the first one writes and reports.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C, after what was finished has been saved.
+        PeerGoneError: Another process is gone.
+    """
+    with _previewing(job, pipeline, drawing, world) as preview:
+        with contextlib.closing(Progress(job, world)) as progress:
+            part, interrupted = _follow(job, progress, preview)
+            mine = list(job.mine), _without_processor(part), interrupted
+            parts = world.gather(mine, interrupted, progress.show)
+            seconds = progress.seconds
+        if parts is None:
+            if interrupted:
+                raise KeyboardInterrupt
+            return
+        interrupted = any(stopped for *_, stopped in parts)
+        finished = [(numbers[: len(part)], part) for numbers, part, _ in parts if part is not None]
+        with _undisturbed():
+            if finished:
+                whole = merge([part for _, part in finished], pipeline)
+                which = [number for numbers, _ in finished for number in numbers]
+                if preview is not None and not interrupted:
+                    preview.finish(_pixels(whole))
+                _save(job, whole, which, pipeline, world, seconds, json, interrupted)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _follow(job: Job, progress: Progress, preview: Preview | None) -> tuple[Generation | None, bool]:
+    """What has been drawn of a job, and whether Ctrl-C ended it before its time: then it is what was finished."""
+    if not job.mine:
+        return None, False
+    stream = job.stream()
+    try:
+        for event in stream:
+            progress(event.done / event.total * len(job.mine))
+            if preview is not None and preview.put(event.first, event.row, event.tokens):
+                progress.refresh()  # the picture went over it
+        return stream.result, False
+    except KeyboardInterrupt:
+        return stream.partial, True
+
+
+def _save(
+    job: Job,
+    generation: Generation,
+    which: Sequence[int],
+    pipeline: Pipeline,
+    world: World,
+    seconds: float,
+    json: bool,
+    interrupted: bool,
+) -> None:
+    import torch
+
+    from igpt_fast import __version__
+
+    height, width = generation.processor.height, generation.processor.width
+    nats = -float(torch.nanmean(generation.logprobs))
+    values = {
+        "images": len(generation),
+        "size": [height, width],
+        "seed": generation.seed,
+        **generation.settings,
+        "labels": None if generation.labels is None else generation.labels.tolist(),
+        "nats_per_pixel": nats if math.isfinite(nats) else None,
+        "processes": world.size,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(generation) / seconds, 3) if seconds else None,
+        "interrupted": interrupted,
+    }
+    details: dict[str, Any] = {}
+    if job.exports.files.sidecar is not None:
+        details = {"command": job.command, **job.values, "model_sha256": weights_hash(pipeline.model), **values}
+        details |= {"igpt_fast": __version__, "torch": torch.__version__}
+    try:
+        names = job.exports.write(generation, which, details)
+    except (OSError, ValueError) as error:
+        if not interrupted:
+            raise
+        print(f"igpt: the finished images cannot be saved: {error}", file=sys.stderr)
+        return
+    terminal.report(
+        json,
+        names | values,
+        f"{names['out']}: {len(generation)} images of {height}x{width}, seed {generation.seed}, {seconds:.1f} s"
+        f" ({values['images_per_second']} images/s, {values['engine']})",
+    )
+
+
+def merge(parts: Sequence[Generation], pipeline: Pipeline) -> Generation:
+    """The images of several processes as those of one; their order is that of the parts."""
+    import torch
+
+    first = parts[0]
+    changes: dict[str, Any] = {"processor": pipeline.processor, "given": min(part.given for part in parts)}
+    for name in ("tokens", "logprobs", "originals", "known", "known_logprobs", "effective_sample_size", "labels"):
+        values = [getattr(part, name) for part in parts]
+        changes[name] = None if values[0] is None else torch.cat(values)
+    if first.inputs is not None:
+        changes["inputs"] = [image for part in parts for image in part.inputs or ()]
+    places = ("first", "first_input")  # of a part in the whole
+    changes["settings"] = {name: value for name, value in first.settings.items() if name not in places}
+    changes["settings"]["batch_size"] = min(part.settings["batch_size"] for part in parts)
+    return dataclasses.replace(first, **changes)
+
+
+def _without_processor(part: Generation | None) -> Generation | None:
+    """What another process is sent: every one has its own processor."""
+    return None if part is None else dataclasses.replace(part, processor=None)  # type: ignore[arg-type]
+
+
+def _pixels(generation: Generation) -> np.ndarray:
+    import numpy as np
+
+    return np.stack([np.asarray(image) for image in generation.images])
+
+
+def _palette(pipeline: Pipeline) -> np.ndarray:
+    """(K, 3) uint8: the colours of the tokens."""
+    import numpy as np
+    import torch
+
+    count, pixels = len(pipeline.processor.clusters), pipeline.model.config.n_positions  # type: ignore[arg-type]
+    tokens = torch.arange(-(-count // pixels) * pixels).clamp(max=count - 1).view(-1, pixels)
+    colours = [np.asarray(image).reshape(-1, 3) for image in pipeline.processor.decode(tokens)]
+    return np.concatenate(colours)[:count]
+
+
+class Progress:
+    """A bar with images a second and the time left, on a terminal; measures the time in any case."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        from tqdm import tqdm
+
+        self._world = world
+        self._bar = tqdm(
+            desc={"sample": "sampling", "complete": "completing"}[job.command],
+            total=job.total,
+            unit=" images",
+            file=sys.stderr,
+            disable=None if world.first else True,
+            leave=False,
+            miniters=0,
+            dynamic_ncols=True,
+            # A narrow terminal cuts the end.
+            bar_format="{desc} {n:.0f}/{total}, {rate_noinv_fmt}, {remaining} left |{bar}|",
+        )
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._start
+
+    def __call__(self, images: float) -> None:
+        """This process has drawn so many, partly drawn ones counted in part."""
+        self.show(self._world.progress(images))
+
+    def show(self, images: float) -> None:
+        """All have."""
+        self._bar.update(images - self._bar.n)
+
+    def refresh(self) -> None:
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def _previewing(job: Job, pipeline: Pipeline, drawing: Drawing, world: World) -> Iterator[Preview | None]:
+    """The preview, if it is asked for; of several processes the first one's share, and at the end the whole."""
+    if not drawing.preview or not world.first:
+        yield None
+        return
+    from igpt_fast.preview import Preview
+
+    size = pipeline.processor.height, pipeline.processor.width
+    with terminal.as_usage():
+        preview = Preview(sys.stderr, len(job.mine), *size, _palette(pipeline))
+    with contextlib.closing(preview):
+        yield preview
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until a block is done, so that it does not cost the finished images; a second one does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal waiting
+        if waiting:
+            raise KeyboardInterrupt
+        waiting = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt

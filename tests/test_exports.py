@@ -1,0 +1,135 @@
+"""What sample and complete write: all of it or nothing, and nothing over something that is there."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from igpt_fast import exports
+from igpt_fast.exports import Exports
+from igpt_fast.options import Files
+from igpt_fast.pipeline import Generation, Pipeline
+from igpt_fast.terminal import UsageError
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline.from_pretrained(device="cpu")
+
+
+@pytest.fixture
+def generation(pipeline: Pipeline) -> Generation:
+    tokens = torch.randint(128, (3, 256))
+    return Generation(tokens, -torch.rand(3, 256), pipeline.processor, (1 << 64) - 1, labels=torch.tensor([2, 0, 1]))
+
+
+NAMES = [f"{i:05}.png" for i in range(5)]
+
+
+def all_files(folder: Path, **more: Any) -> Exports:
+    paths = {"gif": folder / "a.gif", "singles": folder / "s", "tokens": folder / "a.npz", "sidecar": folder / "a.json"}
+    return Exports(folder / "a.png", Files(**(paths | more)), NAMES)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_everything_is_written(generation: Generation, tmp_path: Path) -> None:
+    """Images 0, 1 and 4 of five: the others were not finished."""
+    target = all_files(tmp_path, upscale=3)
+    target.check()
+    told = target.write(generation, [0, 1, 4], {"seed": generation.seed})
+    assert listing(tmp_path) == ["a.gif", "a.json", "a.npz", "a.png", "s", "s/00000.png", "s/00001.png", "s/00004.png"]
+    for number, image in zip([0, 1, 4], generation.images, strict=True):
+        with Image.open(tmp_path / "s" / f"{number:05}.png") as single:
+            assert np.array_equal(np.asarray(single), np.asarray(image).repeat(3, axis=0).repeat(3, axis=1))
+    with Image.open(tmp_path / "a.png") as grid, Image.open(tmp_path / "a.gif") as animation:
+        assert grid.size == animation.size == (2 * 48 + 3, 2 * 48 + 3)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert (arrays["tokens"].shape, arrays["tokens"].dtype) == ((3, 16, 16), np.uint16)
+        assert np.array_equal(arrays["tokens"].reshape(3, -1), generation.tokens.numpy())
+        assert np.array_equal(arrays["logprobs"].reshape(3, -1), generation.logprobs.numpy())
+        assert int(arrays["seed"]) == generation.seed
+        assert arrays["labels"].tolist() == [2, 0, 1]
+        assert np.array_equal(arrays["clusters"], generation.processor.clusters)
+    sidecar = json.loads((tmp_path / "a.json").read_text())
+    assert sidecar["seed"] == generation.seed
+    assert sidecar["files"]["singles"] == [str(tmp_path / "s" / NAMES[i]) for i in (0, 1, 4)]
+    assert told["singles"] == str(tmp_path / "s")
+    assert told["tokens"] == sidecar["files"]["tokens"] == str(tmp_path / "a.npz")
+
+
+def test_without_upscale_single_images_are_as_the_model_has_them(generation: Generation, tmp_path: Path) -> None:
+    all_files(tmp_path).write(generation, [0, 1, 2], {})
+    with Image.open(tmp_path / "s" / "00002.png") as single, Image.open(tmp_path / "a.png") as grid:
+        assert single.size == (16, 16)
+        assert grid.size == (2 * 128 + 8, 2 * 128 + 8)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.npz", "a.json", "s/00003.png"])
+def test_nothing_is_replaced_unless_asked_for(generation: Generation, tmp_path: Path, name: str) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "s" / "other.png").write_text("mine too")
+    with pytest.raises(FileExistsError, match="--force"):
+        all_files(tmp_path).check()
+    with pytest.raises(FileExistsError, match=name):  # it came while the images were drawn
+        all_files(tmp_path).write(generation, [0, 1, 3], {})
+    assert listing(tmp_path) == sorted(["s", "s/other.png", name])
+    assert (tmp_path / name).read_text() == "mine"
+    forced = all_files(tmp_path, force=True)
+    forced.check()
+    forced.write(generation, [0, 1, 3], {})
+    assert (tmp_path / name).read_bytes() != b"mine"
+    assert (tmp_path / "s" / "other.png").read_text() == "mine too"
+
+
+@pytest.mark.parametrize("broken", ["save_tokens", "_save_single"])
+def test_a_failure_leaves_nothing(
+    generation: Generation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exports if broken == "save_tokens" else Exports, broken, fail)
+    with pytest.raises(OSError, match="No space left"):
+        all_files(tmp_path).write(generation, [0, 1, 2], {})
+    assert listing(tmp_path) == []
+
+
+def test_names_that_cannot_be(tmp_path: Path) -> None:
+    wrong = {"gif": "a.png", "tokens": "a.npy", "sidecar": "a.txt"}
+    for option, name in wrong.items():
+        with pytest.raises(UsageError, match="must end in"):
+            Exports(tmp_path / "a.png", Files(**{option: tmp_path / name}), NAMES).check()
+        suffix = {"gif": ".gif", "tokens": ".npz", "sidecar": ".json"}[option]
+        with pytest.raises(FileNotFoundError, match="no such directory"):
+            Exports(tmp_path / "a.png", Files(**{option: tmp_path / "none" / f"a{suffix}"}), NAMES).check()
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        Exports(tmp_path / "a.png", Files(singles=tmp_path / "none" / "s"), NAMES).check()
+    with pytest.raises(UsageError, match="single image"):
+        Exports(tmp_path / NAMES[1], Files(singles=tmp_path), NAMES).check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="not a directory"):
+        Exports(tmp_path / "a.png", Files(singles=tmp_path / "file"), NAMES).check()
+    with pytest.raises(OSError, match="cannot be written"):
+        Exports(tmp_path / "a.png", Files(singles=Path("/proc/singles")), NAMES).check()
+
+
+def test_the_hash_is_of_names_types_shapes_and_values() -> None:
+    model = torch.nn.Linear(2, 3)
+    digest = hashlib.sha256()
+    for name, tensor in (("bias", model.bias), ("weight", model.weight)):
+        digest.update(f"{name} float32 {tuple(tensor.shape)}\n".encode() + tensor.detach().numpy().tobytes())
+    before = exports.weights_hash(model)
+    assert before == digest.hexdigest()
+    with torch.no_grad():
+        model.weight[1, 1] += 1e-6
+    assert exports.weights_hash(model) != before
+    assert exports.weights_hash(model.bfloat16()) != before
