@@ -49,9 +49,9 @@ void dequantize(uintptr_t tokens, int32_t token_type, uintptr_t clusters, uintpt
 
 // With `uniform`, or with (seed, streams, position); what is not there is 0.
 void sample(uintptr_t logits, int64_t row_stride, int32_t dtype, uintptr_t uniform, uint64_t seed, uintptr_t streams,
-            uintptr_t position, int32_t position_stride, float temperature, int32_t top_k, double top_p, float min_score,
-            uintptr_t tokens, uintptr_t wte, uintptr_t wpe, uintptr_t embedding, int32_t embed_dtype, int32_t n_embd,
-            int32_t n_positions, int64_t rows, int32_t k, int32_t device, uintptr_t stream) {
+            uintptr_t position, int32_t position_stride, float temperature, int32_t top_k, double top_p,
+            float min_score, uintptr_t tokens, uintptr_t wte, uintptr_t wpe, uintptr_t embedding, int32_t embed_dtype,
+            int32_t n_embd, int32_t n_positions, int64_t rows, int32_t k, int32_t device, uintptr_t stream) {
     check("sample", cuda::sample({pointer(logits),
                                   pointer<float>(uniform),
                                   pointer<int64_t>(streams),
@@ -194,7 +194,8 @@ void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, 
                       int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,
                       int64_t prefix_row, int64_t prefix_head, int64_t rows, int64_t heads, int64_t positions,
                       int64_t group, int64_t prefix, int32_t dim, bool position_by_row, int32_t splits,
-                      int32_t prefix_splits, float scale, int32_t dtype, int32_t device, uintptr_t stream) {
+                      int32_t prefix_splits, float scale, int32_t dtype, bool dependent, int32_t device,
+                      uintptr_t stream) {
     const cuda::AttentionDecodeParams params{pointer(q),
                                              pointer(k),
                                              pointer(v),
@@ -225,6 +226,7 @@ void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, 
                                              prefix_splits,
                                              scale,
                                              cuda::DType(dtype),
+                                             dependent,
                                              device,
                                              pointer(stream)};
     check("attention_decode", cuda::attention_decode(params));
@@ -232,10 +234,10 @@ void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, 
 
 void gemv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t norm_weight, uintptr_t residual, uintptr_t out,
           int64_t ld, int32_t rows, int32_t n_in, int32_t n_out, bool transposed, float eps, int32_t activation,
-          int32_t dtype, int32_t device, uintptr_t stream) {
+          int32_t dtype, bool dependent, int32_t device, uintptr_t stream) {
     check("gemv", cuda::gemv({pointer(x), pointer(weight), pointer(bias), pointer(norm_weight), pointer(residual),
                               pointer(out), ld, rows, n_in, n_out, transposed, eps, cuda::Activation(activation),
-                              cuda::DType(dtype), device, pointer(stream), 0, 0}));
+                              cuda::DType(dtype), dependent, device, pointer(stream), 0, 0}));
 }
 
 }  // namespace

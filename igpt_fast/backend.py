@@ -143,6 +143,9 @@ OPS: dict[str, Op] = {
 }
 # Every decoder of igpt_fast.decoders, the faster one first: what it covers.
 DECODERS: dict[str, str] = {
+    "cuda": "for CUDA models in bf16, fp16 or fp32; quick_gelu, gelu, gelu_new; head_dim 32, 64, 96, 128; n_embd and"
+    " n_inner multiples of 8; no autocast, hooks or replaced modules; five kernels a layer for 8 images at most in bf16"
+    " and fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
     " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
     "reference": "for everything else",
@@ -303,6 +306,23 @@ def keep_choice(function: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
+_dependent: ContextVar[bool] = ContextVar("igpt_fast_dependent_launches", default=False)
+
+
+@contextmanager
+def dependent_launches() -> Iterator[None]:
+    """For a ``with`` block, in its thread: on sm_90, a launch may begin while the one before ends.
+
+    For ``gemv`` and ``attention_decode``, whose kernels wait before they read what launches before them have written;
+    ``gemv`` reads weight and bias before it waits, so those must not come from the launch before.
+    """
+    token = _dependent.set(True)
+    try:
+        yield
+    finally:
+        _dependent.reset(token)
+
+
 class Kernels(NamedTuple):
     """What an op calls: the compiled module, whose functions of it, and where to launch."""
 
@@ -310,6 +330,7 @@ class Kernels(NamedTuple):
     kind: str  # "cpu" or "cuda": which of the module's functions
     device: int  # number of the CUDA device
     stream: int  # the current one's address
+    dependent: bool = False  # ``dependent_launches``
 
     @property
     def place(self) -> tuple[int, int]:
@@ -359,7 +380,8 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     if device.type == "cpu":
         return Kernels(_C, "cpu", 0, 0)
     # Not torch.cuda.current_stream, which makes an object of it each time: this is on the way of every call.
-    return Kernels(_C, "cuda", device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return Kernels(_C, "cuda", device.index, stream, _dependent.get())
 
 
 def _no_kernels(op: str, device: torch.device) -> str | None:
@@ -410,11 +432,23 @@ def _decoder(name: str) -> tuple[str, str]:
     """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
     if name == "reference":
         return "the PyTorch model with a static key/value cache", DECODERS[name]
+    if name == "cuda":
+        reason = unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
+        return ("none", reason) if reason is not None else ("native", DECODERS[name])
     reason = no_native_decoder()
     if reason is not None:
         return "none", reason
     assert _C is not None
     return f"native ({_C.cpu_isa()})", DECODERS[name]
+
+
+def no_cuda_decoder(device: torch.device) -> str | None:
+    """Why the CUDA kernels' decoder serves no model on a device; ``None`` when it does."""
+    if get_backend() not in ("auto", "cuda"):
+        return f"the backend {get_backend()!r} is chosen"
+    if _emulated is not None and device.type == "cpu":
+        return None
+    return _no_kernels("attention_decode", device) if device.type == "cuda" else f"the model is on {device}"
 
 
 def _forward(name: str) -> tuple[str, str]:

@@ -140,6 +140,11 @@ class StaticCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of all layers, (n_layer, B, H, T_max, D) each, what is not filled included."""
+        return self._keys, self._values
+
     def repeat_interleave(self, n: int) -> StaticCache:
         """A cache with n copies of each image, those of the first one first."""
         layers, batch, heads, length, dim = self._keys.shape

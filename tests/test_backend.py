@@ -127,7 +127,7 @@ def test_why_cuda_is_not_available(
         assert found is None
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
         with backend.use_backend("cuda"):
-            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7)
+            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7, False)
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):
                 backend.kernels("quantize", CPU)
         runs, covers = backend.implementation("quantize", "cuda")

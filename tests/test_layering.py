@@ -16,7 +16,7 @@ PACKAGE = ROOT / "igpt_fast"
 # One file for each op, or for a few that belong together.
 OPS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("*.py")}
 OPS -= {"ops.__init__", "ops.dispatch", "ops.colour_table"}
-DECODERS = ("protocol", "plain_model", "reference_decoder", "cpu_decoder")
+DECODERS = ("protocol", "plain_model", "reference_decoder", "cpu_decoder", "cuda_step", "cuda_decoder")
 # Module -> modules of the package that it may import, bottom up. A new module needs a line here.
 LAYERS: dict[str, set[str]] = {
     # the ground: no module of the package
@@ -42,6 +42,11 @@ LAYERS: dict[str, set[str]] = {
     "decoders.plain_model": {"layers", "ops.__init__"},
     "decoders.reference_decoder": {"cache", "decoders.protocol"},
     "decoders.cpu_decoder": {"backend", "decoders.plain_model", "decoders.protocol", "packed"},
+    "decoders.cuda_step": {"backend", "decoders.plain_model", "ops.__init__", "ops.activation"},
+    "decoders.cuda_decoder": {
+        *("backend", "cache", "ops.__init__", "ops.activation", "ops.attention_decode"),
+        *("decoders.cuda_step", "decoders.plain_model", "decoders.protocol"),
+    },
     "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
     "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders.__init__", "ops.__init__", "reference"},

@@ -20,6 +20,7 @@ from igpt_fast import (
     generation,
 )
 from igpt_fast.batches import Batches
+from igpt_fast.generation import stream_uniforms
 from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
 
 SIDE, COLOURS = 6, 9
@@ -180,6 +181,53 @@ def test_settings_say_how_it_was_drawn(pipeline: Pipeline) -> None:
             assert single.sample(1, seed=0).settings["engine"] == "cpu"
 
 
+WIDE = {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
+ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_bits_do_not_depend_on_the_batch(pipeline: Pipeline, isa: str, dtype: str | None) -> None:
+    """Likelihoods tell what tokens would hide. Where batches of one differ, or odd ones, it is by rounding alone."""
+    before = backend._C.cpu_isa()
+    assert backend._C.select_cpu_isa(isa)
+    single = Pipeline(ImageGPTForCausalImageModeling(pipeline.model.config), pipeline.processor)
+    single.model.load_state_dict(pipeline.model.state_dict())
+    try:
+        with backend.use_backend("auto"):
+            results = {size: single.sample(6, seed=1, batch_size=size, dtype=dtype) for size in (1, 2, 3, 4, 6)}
+    finally:
+        backend._C.select_cpu_isa(before)
+    assert results[1].settings["engine"] == "cpu"
+    same = {2, 3, 4} if isa in WIDE else set()
+    if dtype == "int8" and isa in WIDE - {"avx512"}:
+        same.add(1)
+    for size in (1, 2, 3, 4):
+        tokens, logprobs = (results[size].tokens, results[6].tokens), (results[size].logprobs, results[6].logprobs)
+        if size in same:
+            assert torch.equal(*tokens)
+            assert torch.equal(*logprobs)
+        elif dtype is None:
+            assert torch.equal(*tokens)  # as it happens for this seed
+            torch.testing.assert_close(*logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same; for the same logits so is the draw (tests/ops/test_sample.py)."""
+    single = Pipeline.from_pretrained(device="cpu")
+    found: dict[str, list[torch.Tensor]] = {"auto": [], "reference": []}
+    sample = generation.ops.sample
+    for use, numbers in found.items():
+        with backend.use_backend(use), monkeypatch.context() as patch:
+            patch.setattr(
+                generation.ops, "sample", lambda x, u, *s, n=numbers: (n.append(u.clone()), sample(x, u, *s))[1]
+            )
+            single.sample(2, seed=5)
+    assert torch.equal(torch.stack(found["auto"]), torch.stack(found["reference"]))
+    expected = stream_uniforms(5, torch.arange(2), 0, 256, torch.device("cpu"))
+    assert torch.equal(torch.stack(found["auto"], 1), expected)
+
+
 def test_images_have_streams_of_their_own(pipeline: Pipeline) -> None:
     whole = pipeline.sample(6, seed=4)
     assert torch.equal(pipeline.sample(4, seed=4, first=2).tokens, whole.tokens[2:])
@@ -294,6 +342,18 @@ def test_other_errors_are_not_taken_for_memory(pipeline: Pipeline, scarce: Calla
     scarce(1, "step", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         pipeline.sample(4, seed=3)
+
+
+def test_batches_are_planned(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is free on a CUDA device, else by a budget."""
+    assert (pipeline.default_batch_size(), pipeline.default_batch_size(guided=True)) == (64, 64)
+    asked: list[tuple[object, ...]] = []
+    for room, expected in ((100, [100, 50]), (10000, [256, 256]), (1, [1, 1]), (0, [1, 1])):
+        monkeypatch.setattr(
+            "igpt_fast.pipeline.most_images", lambda model, *others, room=room: (asked.append(others), room)[1]
+        )
+        assert [pipeline.default_batch_size(None, 9, 2, guided) for guided in (False, True)] == expected
+    assert set(asked) == {(None, 9, 2)}
 
 
 def test_batches() -> None:

@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDe
 template <typename T, int kDim>
 int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
     using S = Shape<T, kDim>;
-    return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p);
+    return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1, p.dependent);
 }
 
 template <typename T>
@@ -294,7 +294,7 @@ int launch_all(const AttentionDecodeParams& p) {
     if (p.dim == 96) error = launch_own<T, 96>(p, blocks);
     if (p.dim == 128) error = launch_own<T, 128>(p, blocks);
     if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p);
+    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1, p.dependent);
 }
 
 }  // namespace

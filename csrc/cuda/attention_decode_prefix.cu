@@ -317,7 +317,8 @@ __global__ void __launch_bounds__(kThreads) attention_decode_prefix_kernel(Atten
 template <typename T, int kDim>
 int launch_dim(const AttentionDecodeParams& p, int64_t blocks) {
     using S = Shape<T, kDim>;
-    return launch(attention_decode_prefix_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p);
+    return launch(attention_decode_prefix_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1,
+                  p.dependent);
 }
 
 template <typename T>

@@ -13,7 +13,7 @@
 //   operands mean the same: a lane has eight of n_in that follow one another, of Conv1D in 8 rows of the weight, of
 //   which 8 lanes read 128 bytes, and of Linear in one vector of each of 8 columns. Two such chunks of each warp, 4 KB
 //   each, are on their way at any time, the first ones before grid_dependency_wait: weight and bias must not come from
-//   the launch before (as long as launches are plain ones, all wait for it anyway). The rows of x are in shared memory,
+//   the launch before, where launches are dependent ones. The rows of x are in shared memory,
 //   a warp for a row. The warps' sums are put together in shared memory in their order, the blocks' in that of the
 //   first block of the cluster.
 //
@@ -343,7 +343,7 @@ int launch_kernel(const GemvParams& p, unsigned blocks) {
     const size_t scratch = std::max(Unit<kNormed>::bytes(p.share), kSums * sizeof(float));
     const size_t shared = (size_t(p.splits) * kInbox + 2 * kThreads) * sizeof(float) + scratch;
     const auto kernel = p.transposed ? gemv_kernel<T, kNormed, true> : gemv_kernel<T, kNormed, false>;
-    return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits));
+    return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits), p.dependent);
 }
 
 int divide_up(int a, int b) { return a / b + (a % b != 0); }

@@ -56,32 +56,55 @@ inline bool has_clusters([[maybe_unused]] int device) {
 #endif
 }
 
+#ifdef __CUDACC__
+// Whether a kernel's code has its grid_dependency_wait in it, as code for sm_90 and later has. What was made of older
+// PTX for such a device has not, and would read what is not written yet.
+template <typename Params>
+bool waits(void (*kernel)(Params)) {
+    cudaFuncAttributes code{};
+    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion >= 90;
+    cudaGetLastError();
+    return false;
+}
+#endif
+
 // Launches on `stream` of the current device, which a DeviceGuard has chosen. `cluster`: how many blocks, side by side
-// in x, are a cluster, up to 8; more than one only where has_clusters().
+// in x, are a cluster, up to 8; more than one only where has_clusters(). `dependent`: the kernel, which calls
+// grid_dependency_wait before it reads what launches before it have written, writes anything or returns, may begin when
+// all blocks of the launch before have called grid_dependency_launch or ended (programmatic dependent launch).
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                   const Params& params, unsigned cluster = 1) {
+                   const Params& params, unsigned cluster = 1, [[maybe_unused]] bool dependent = false) {
 #ifdef __CUDACC__
     if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
         if (error != cudaSuccess) return cudaGetLastError();  // takes it, lest the next launch report it
     }
-    if (cluster == 1) {
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        ++count;
+    }
+    if (dependent && waits(kernel)) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count].val.programmaticStreamSerializationAllowed = 1;
+        ++count;
+    }
+    if (count == 0) {
         kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
         return cudaGetLastError();
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = count;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
     cudaGetLastError();
     return error;

@@ -275,6 +275,7 @@ struct AttentionDecodeParams {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
+    bool dependent;  // launch.cuh
     int32_t device;
     void* stream;
 };
@@ -306,6 +307,7 @@ struct GemvParams {
     float eps;
     Activation activation;  // or kNoActivation
     DType dtype;            // bf16 or f16, of all of them
+    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
     int32_t device;
     void* stream;
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share

@@ -53,6 +53,7 @@ class CpuDecoder:
     """
 
     name = "cpu"
+    draws = False
 
     def __init__(
         self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None

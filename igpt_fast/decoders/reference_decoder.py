@@ -27,6 +27,7 @@ class TorchDecoder:
     """
 
     name = "reference"
+    draws = False
 
     def __init__(self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
         config = model.config

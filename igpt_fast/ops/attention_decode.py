@@ -33,6 +33,7 @@ def attention_decode(
     scale: float | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
+    limit: int | None = None,
 ) -> Tensor:
     """Attention of one new position of each sequence; its key and value are written into the cache.
 
@@ -55,14 +56,16 @@ def attention_decode(
         scale: Of the scores; ``D ** -0.5`` when ``None``.
         prefix_k, prefix_v: (G, H, T_p, D) with B a multiple of G: rows ``g B/G`` to ``(g + 1) B/G - 1`` share prefix g,
             as continuations of one primer do. Read once for up to 16 rows. A view of a longer cache is taken as it is.
+        limit: Positions below it are what the launch is made for, in 1..T_max; ``None``: T_max. Others are computed as
+            well, by fewer blocks. For graphs: the number of blocks is the graph's.
 
     Returns:
         (B, H, D), dtype and device of ``q``. Decoding is for inference: there is no gradient.
 
     Raises:
         TypeError: A dtype that is not as above.
-        ValueError: Shapes that do not fit, a cache that is not contiguous, several devices, one half of a prefix, or a
-            tensor that wants a gradient while gradients are recorded.
+        ValueError: Shapes that do not fit, a cache that is not contiguous, several devices, one half of a prefix, a
+            ``limit`` outside its range, or a tensor that wants a gradient while gradients are recorded.
         BackendUnavailableError: The chosen backend does not serve the device.
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
@@ -70,11 +73,17 @@ def attention_decode(
     _check(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
+    if limit is None:
+        limit = k_cache.shape[2]
+    elif isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= k_cache.shape[2]:
+        raise ValueError(
+            f"attention_decode: limit is {limit!r}; want an integer in 1..{k_cache.shape[2]}, the cache's length"
+        )
     optional = [tensor for tensor in (starts, prefix_k, prefix_v) if tensor is not None]
     tensors = [q, k, v, k_cache, v_cache, position, *optional]
     if _covered(q, k_cache, prefix_k) and use_kernel("attention_decode", *tensors):
         run = _attention_decode if is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
-        return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, scale)
+        return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, scale, limit)
     return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v)
 
 
@@ -174,6 +183,7 @@ def _attention_decode(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     scale: float,
+    limit: int,
 ) -> Tensor:
     """Launches the kernels."""
     kernels = native_kernels("attention_decode", q)
@@ -183,7 +193,7 @@ def _attention_decode(
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
     position, starts = position.contiguous(), None if starts is None else starts.contiguous()
     (rows, heads, t_max, dim), count = k_cache.shape, kernels.module.attention_decode_splits
-    splits, prefix_splits, group, prefix = count(rows * heads, t_max), 0, 1, 0
+    splits, prefix_splits, group, prefix = count(rows * heads, limit), 0, 1, 0
     prefix_strides: tuple[int, ...] = (0, 0)
     if prefix_k is not None and prefix_v is not None and rows > 0:
         prefix_k, prefix_v = _prefixes(prefix_k, prefix_v)
@@ -197,7 +207,9 @@ def _attention_decode(
     tensors = map(address, (q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, out, partial))
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *prefix_strides
     sizes = rows, heads, t_max, group, prefix, dim, position.numel() > 1, splits, prefix_splits
-    kernels.module.attention_decode_cuda(*tensors, *strides, *sizes, scale, DTYPES[q.dtype], *kernels.place)
+    kernels.module.attention_decode_cuda(
+        *tensors, *strides, *sizes, scale, DTYPES[q.dtype], kernels.dependent, *kernels.place
+    )
     return out
 
 
@@ -212,13 +224,14 @@ def _fake_attention_decode(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     scale: float,
+    limit: int,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
 register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
-    "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, float scale) -> Tensor",
+    "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, float scale, SymInt limit) -> Tensor",
     _attention_decode,
     _fake_attention_decode,
 )

@@ -130,6 +130,7 @@ def _gemv(
 ) -> Tensor:
     """Launches the kernel."""
     kernels = native_kernels("gemv", x)
+    given = weight, bias
     if weight.data_ptr() % 16:
         weight = weight.clone()
     layout = _layout(weight)
@@ -137,10 +138,12 @@ def _gemv(
     (transposed, distance), (n_in, n_out) = layout, weight.shape
     x = dense(x)
     bias, norm_weight, residual = (None if t is None else dense(t) for t in (bias, norm_weight, residual))
+    # The kernel reads these two before it waits: copies that the launch before has made it would miss.
+    dependent = kernels.dependent and weight is given[0] and bias is given[1]
     out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
     tensors = map(address, (x, weight, bias, norm_weight, residual, out))
     sizes = distance, x.numel() // n_in, n_in, n_out, transposed, eps, GEMV_ACTIVATIONS[activation]
-    kernels.module.gemv_cuda(*tensors, *sizes, DTYPES[x.dtype], *kernels.place)
+    kernels.module.gemv_cuda(*tensors, *sizes, DTYPES[x.dtype], dependent, *kernels.place)
     return out
 
 

@@ -57,6 +57,7 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.prefix_splits,
                                         0.1f,
                                         dtype,
+                                        false,
                                         0,
                                         nullptr}));
 }

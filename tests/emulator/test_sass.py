@@ -132,6 +132,43 @@ def test_exponentials_beside_products_are_counted() -> None:
     assert beside_products([exp, last, exp]) == []
 
 
+# Kernels that may be launched while the one before ends (launch.cuh), and what of memory they read before they wait.
+DEPENDENT = {
+    "attention_decode_kernel": (),
+    "attention_decode_prefix_kernel": (),
+    "attention_decode_merge_kernel": (),
+    "gemv_kernel": (r"LDG\.E",),  # weight and bias
+}
+MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
+
+
+def before_the_wait(lines: list[str]) -> list[str] | None:
+    """What a kernel does with global memory, or ends, before griddepcontrol.wait; ``None`` if it does not wait."""
+    waits = [i for i, line in enumerate(lines) if line.startswith("ACQBULK")]
+    if not waits:
+        return None
+    return [line for line in lines[: waits[0]] if any(re.match(pattern, line) for pattern in MEMORY)]
+
+
+def test_dependent_kernels_wait() -> None:
+    """Before they read what the launch before writes, write anything, or return: else the next one would not wait."""
+    seen = set()
+    for compiled in nvcc.compile_all():
+        for name, lines in nvcc.code(compiled, "90a").items():
+            if (family := nvcc.family(name)) in DEPENDENT:
+                seen.add(family)
+                early = before_the_wait(lines)
+                assert early is not None, name
+                assert [line for line in early if not any(re.match(p, line) for p in DEPENDENT[family])] == [], name
+    assert seen == set(DEPENDENT)
+
+
+def test_what_comes_before_the_wait_is_found() -> None:
+    assert before_the_wait(["LDC R1, c[0x0]", "ACQBULK", "LDG.E R1, desc[UR4][R2.64]", "EXIT"]) == []
+    assert before_the_wait(["LDG.E R1, R2", "EXIT", "ACQBULK"]) == ["LDG.E R1, R2", "EXIT"]
+    assert before_the_wait(["LDG.E R1, R2", "EXIT"]) is None
+
+
 def test_faults_are_found() -> None:
     good = {"LDG.E.128.CONSTANT": 4, "STG.E.128": 2, "FADD": 3}
     assert faults("f", good, VECTORS) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import checks_attention_decode as checks
 import pytest
 import torch
+from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
@@ -65,6 +66,23 @@ def test_shapes_of_position(implementation, shape: tuple[int, ...]) -> None:
     position = torch.full(shape, 66, dtype=torch.int32, device=implementation.device)
     arguments = made.q, made.k, made.v, made.k_cache.clone(), made.v_cache.clone()
     assert torch.equal(ops.attention_decode(*arguments, position), made.op()[0])
+
+
+@pytest.mark.parametrize("position", [5, 63, 64, 129])
+def test_limit(implementation, position: int) -> None:
+    """It says how many blocks are launched, and is no border."""
+    made = checks.case(implementation.device, torch.bfloat16, 64, position)
+    arguments = made.q, made.k, made.v, made.k_cache, made.v_cache, made.position
+    plain, exact = made.definition(torch.bfloat16), made.definition(torch.float64)
+    launches = []
+    for limit in (1, 64, 65, 130):
+        if implementation.module is not None:
+            implementation.module.reset_counters()
+        assert_parity(ops.attention_decode(*arguments, limit=limit), plain, exact, f"limit {limit}")
+        if implementation.module is not None:
+            launches.append(implementation.module.counters()["launches"])
+    assert launches in ([], [1, 1, 2, 2])
+    assert torch.equal(ops.attention_decode(*arguments), ops.attention_decode(*arguments, limit=130))
 
 
 def test_scale(implementation) -> None:
@@ -147,7 +165,9 @@ def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False) -> list[
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_opcheck(emulation, prefix: bool) -> None:
-    torch.library.opcheck(torch.ops.igpt_fast.attention_decode.default, (*operands(prefix=prefix), 0.2))
+    torch.library.opcheck(
+        torch.ops.igpt_fast.attention_decode.default, (*(made := operands(prefix=prefix)), 0.2, made[3].shape[2])
+    )
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -194,7 +214,7 @@ def test_autocast(implementation) -> None:
 def test_registered_op_is_the_function(emulation) -> None:
     tensors = operands()
     direct = ops.attention_decode(*(t if t is None else t.clone() for t in tensors))
-    registered = torch.ops.igpt_fast.attention_decode(*tensors, float(32**-0.5))
+    registered = torch.ops.igpt_fast.attention_decode(*tensors, float(32**-0.5), tensors[3].shape[2])
     assert torch.equal(direct, registered)
 
 
@@ -258,6 +278,8 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "prefixes": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(4, 4, 3, 32)), ValueError, "prefix_k has shape"),
         "no prefix": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(0, 4, 3, 32)), ValueError, ".* want one prefix"),
         "empty": (dict.fromkeys(("prefix_k", "prefix_v"), zeros(1, 4, 0, 32)), ValueError, "prefix_k has shape"),
+        "limit": ({"limit": 6}, ValueError, "limit is 6; want an integer in 1..5, the cache's length"),
+        "no limit": ({"limit": 0}, ValueError, "limit is 0; want"),
         "gradient": ({"q": zeros(2, 4, 32, requires_grad=True)}, ValueError, "q wants a gradient; .* torch.no_grad"),
     }  # fmt: skip
 

@@ -1,0 +1,441 @@
+"""The CUDA decoder: the whole step on the emulated kernels, and on a GPU in CUDA graphs, against the reference."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tolerance import assert_parity, randomise, tokens
+from torch import Tensor
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders, generation, ops, reference
+from igpt_fast.decoders import CudaDecoder, TorchDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
+
+SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
+DTYPES = [torch.bfloat16, torch.float16]
+gpu = pytest.mark.gpu
+
+
+def make(device: str, dtype: torch.dtype = torch.bfloat16, **fields: object) -> ImageGPTForCausalImageModeling:
+    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**{**SIZES, **fields}))
+    randomise(model, 0)
+    return model.to(device, dtype).eval()
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the CUDA kernels serve: emulated on the CPU, without graphs, or on a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulation")
+        yield "cpu"
+    else:
+        with backend.use_backend("auto"):
+            yield "cuda"
+
+
+@torch.no_grad()
+def read(decoder: decoders.Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
+    """(B, T - primer + 1, K) logits: of a primer, whose rows are the first of each ``copies``, and step by step."""
+    logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
+    if copies > 1:
+        decoder.fork(copies)
+    logits += [decoder.step(column) for column in ids[:, primer:].unbind(1)]
+    return torch.stack(logits, dim=1)
+
+
+def assert_reads(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> None:
+    """As the reference does, by the rule of tolerance.py."""
+    rows, capacity = len(ids) // copies, ids.shape[1]
+    decoder = make_decoder(model, rows, capacity)
+    assert isinstance(decoder, CudaDecoder)
+    ours = read(decoder, ids, primer, copies)
+    with backend.use_backend("reference"):
+        plain = read(TorchDecoder(model, rows, capacity), ids, primer, copies)
+        exact = read(TorchDecoder(copy.deepcopy(model).double(), rows, capacity), ids, primer, copies)
+    assert ours.dtype == plain.dtype
+    assert_parity(ours, plain, exact)
+
+
+@pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_reads_as_the_reference(device: str, rows: int, dtype: torch.dtype, heads: int) -> None:
+    """From a primer on, past the position from which attention is launched in another way."""
+    model = make(device, dtype, n_head=heads)
+    assert_reads(model, tokens(model.config, rows, 68).to(device), 60)
+
+
+@pytest.mark.parametrize("fields", [{"activation_function": "gelu"}, {"vocab_size": 39}, {"n_inner": 24, "n_layer": 3}])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_other_models(device: str, rows: int, fields: dict[str, object]) -> None:
+    model = make(device, **fields)
+    assert_reads(model, tokens(model.config, rows, 8).to(device), 1)
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_float32(device: str, rows: int) -> None:
+    model = make(device, torch.float32)
+    assert_reads(model, tokens(model.config, rows, 8).to(device), 3)
+    assert_reads(model, tokens(model.config, 2 * rows, 8).to(device), 3, copies=rows)
+
+
+def shared(rows: int, copies: int, length: int, primer: int, config: ImageGPTConfig) -> Tensor:
+    """(rows * copies, length) tokens; copies that follow each other share the first ``primer``."""
+    ids = tokens(config, rows * copies, length)
+    ids[:, :primer] = ids[::copies, :primer].repeat_interleave(copies, dim=0)
+    return ids
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(1, 1), (1, 3), (2, 4), (3, 3), (1, 17)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fork(device: str, rows: int, copies: int, dtype: torch.dtype) -> None:
+    """Continuations of a primer, which they share: up to 8 of them, and more."""
+    model = make(device, dtype)
+    assert_reads(model, shared(rows, copies, 17, 9, model.config).to(device), 9, copies)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 9])
+@torch.no_grad()
+def test_fork_after_steps(device: str, copies: int) -> None:
+    model = make(device)
+    ids = shared(1, copies, 12, 6, model.config).to(device)
+    results = []
+    for kind in (CudaDecoder, TorchDecoder):
+        decoder = kind(model, 1, 12)
+        logits = read(decoder, ids[:1, :6], 3)[:, -1]
+        decoder.fork(copies)
+        assert decoder.batch_size == copies
+        stepped = [decoder.step(column) for column in ids[:, 6:].unbind(1)]
+        results.append(torch.stack([logits.expand(copies, -1), *stepped], dim=1))
+    torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[1].std()))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])
+@torch.no_grad()
+def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dtype, heads: int) -> None:
+    """From what the reference has drawn before, but where a number falls into the rounding of the logits."""
+    model = make(device, dtype, n_head=heads)
+    context = torch.full((rows, 1), model.config.sos_token_id, device=device)
+    uniforms = generation.stream_uniforms(5, torch.arange(rows), 0, 16, model.device)
+    with backend.use_backend("reference"):
+        expected = generation.decode(model, context, uniforms, generation.Sampling()).tokens
+        sure = read(TorchDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
+    logits = read(CudaDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
+    drawn = ops.sample(logits.flatten(0, 1), uniforms.flatten()).view(rows, 16)
+    boundaries, theirs = (part.double().softmax(dim=-1).cumsum(dim=-1) for part in (logits, sure))
+    rounding = (boundaries - theirs).abs().amax(dim=-1)
+    unsure = ((theirs - uniforms[..., None]).abs() <= rounding[..., None]).any(dim=-1)
+    assert torch.equal(drawn[~unsure], expected[~unsure])
+    assert int((drawn != expected).sum()) <= 1 + drawn.numel() // 10
+    assert float(rounding.max()) < 0.02
+
+
+def test_generation_draws_with_it(device: str) -> None:
+    """All the way through, in float32, where rounding decides about one draw in a million."""
+    model = make(device, torch.float32)
+    context = tokens(model.config, 2, 5).to(device)
+    uniforms = generation.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
+    drawn = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+    with backend.use_backend("reference"):
+        expected = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+    assert torch.equal(drawn.tokens, expected.tokens)
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}, {"temperature": 0.0}])
+def test_draws_on_the_device(device: str, settings: dict[str, float], copies: int) -> None:
+    """``draw`` and ``step_drawn`` are ``sample`` on the streams' numbers, and ``step``."""
+    model, seed, length = make(device), 1 << 63, 9
+    ids, streams = tokens(model.config, 2, 4).to(device), torch.arange(7, 7 + 2 * copies, device=device)
+    ids[:, 0] = model.config.sos_token_id
+    decoder, other = (CudaDecoder(model, 2, length) for _ in range(2))
+    logits = decoder.prefill(ids).repeat_interleave(copies, dim=0)
+    assert torch.equal(other.prefill(ids).repeat_interleave(copies, dim=0), logits)
+    decoder.fork(copies)
+    other.fork(copies)
+    for position in range(4, length + 1):
+        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, **settings)
+        uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
+        assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
+        expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-5)
+        if position < length:
+            logits = decoder.step_drawn()
+            assert torch.equal(logits, other.step(drawn))
+    with pytest.raises(ValueError, match="10 positions do not fit into capacity=9"):
+        decoder.step(drawn)
+
+
+def test_misuse(device: str) -> None:
+    model = make(device)
+    decoder = CudaDecoder(model, 2, 4)
+    ids = tokens(model.config, 2, 5).to(device)
+    for call, message in (
+        (lambda: CudaDecoder(model, 1, 71), r"capacity is 71; want 1\.\.70"),
+        (lambda: decoder.step(ids[:, 0]), "nothing has been read"),
+        (lambda: decoder.draw(torch.zeros(2, 40), 0, ids[:, 0]), "nothing has been read"),
+        (lambda: decoder.fork(2), "nothing has been read"),
+        (lambda: decoder.prefill(ids), "5 positions do not fit into capacity=4"),
+        (lambda: decoder.prefill(ids[0]), r"tokens is \(5,\); want \(2, T\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    decoder.prefill(ids[:, :2])
+    for call, message in (
+        (decoder.step_drawn, "nothing was drawn"),
+        (lambda: decoder.step(ids[:1, 0]), r"tokens is \(1,\) torch.int64 on .*; want \(2,\) int64"),
+        (lambda: decoder.step(ids[:, 0].int()), "torch.int32"),
+        (lambda: decoder.fork(0), "n=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    decoder.fork(2)
+    with pytest.raises(ValueError, match="forked before"):
+        decoder.fork(1)
+
+
+def test_the_rule(device: str) -> None:
+    """What is not covered is said, and goes to the reference; a dtype that nothing offers is an error."""
+    model = make(device)
+    assert why_not_cuda(model) is None
+    assert make_decoder(model, 1, 8).name == "cuda"
+    reasons = {
+        "head_dim is 16; want 32, 64, 96, 128": make(device, n_head=4),
+        "n_inner 20; want multiples of 8": make(device, n_inner=20),
+        "activation_function is 'relu'": make(device, activation_function="relu"),
+        "the weights are torch.float64": make(device, torch.float64),
+    }
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    reasons["c_fc has a hook"] = model
+    for reason, other in reasons.items():
+        assert reason in str(why_not_cuda(other))
+        with pytest.raises(backend.BackendUnavailableError, match="decoder: "):
+            CudaDecoder(other, 1, 8)
+        assert make_decoder(other, 1, 8).name == "reference"
+    with backend.use_backend("reference"):
+        assert why_not_cuda(make(device)) == "the backend 'reference' is chosen"
+    with pytest.raises(backend.BackendUnavailableError, match="dtype 'int8' is not available"):
+        make_decoder(make(device), 1, 8, "int8")
+    with torch.autocast(device, torch.bfloat16):
+        assert why_not_cuda(make(device)) == "autocast is on"
+
+
+def test_a_model_elsewhere() -> None:
+    assert why_not_cuda(make("meta")) == "the model is on meta"
+    assert why_not_cuda(make("cpu")) == "the model is on cpu"
+
+
+def test_a_step_is_used_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next decoder of its kind, which sees nothing of what was there; else it goes, and large ones at once."""
+    model, made = make(device), []
+    original = cuda_step.CudaStep.__init__
+
+    def counted(self: cuda_step.CudaStep, *arguments: object) -> None:
+        made.append(arguments[1])
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cuda_step.CudaStep, "__init__", counted)
+    ids = shared(1, 3, 12, 5, model.config).to(device)
+    first = read(CudaDecoder(model, 1, 12), ids, 5, 3)
+    other = read(CudaDecoder(model, 1, 12), ids.flip(1), 5, 3)
+    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), first)
+    assert torch.equal(read(CudaDecoder(model, 1, 12), ids.flip(1), 5, 3), other)
+    assert made == [3]
+    read(CudaDecoder(model, 3, 12), ids, 5)
+    assert made == [3, 3]  # without a primer to share
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 2 * first)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2.0)
+    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 4 * first)
+    assert made == [3, 3, 3, 3]
+    monkeypatch.setattr(cuda_decoder, "KEPT_BYTES", 0)
+    for _ in range(2):
+        assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 4 * first)
+    assert made == [3, 3, 3, 3, 3]
+
+
+def test_decoders_side_by_side(device: str) -> None:
+    model = make(device)
+    ids = tokens(model.config, 4, 8).to(device)
+    alone = [read(CudaDecoder(model, 2, 8), part, 3) for part in ids.split(2)]
+    pair = [CudaDecoder(model, 2, 8) for _ in range(2)]
+    together = [[decoder.prefill(part[:, :3])] for decoder, part in zip(pair, ids.split(2), strict=True)]
+    for t in range(3, 8):
+        for decoder, part, logits in zip(pair, ids.split(2), together, strict=True):
+            logits.append(decoder.step(part[:, t]))
+    assert all(torch.equal(torch.stack(a, 1), b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("order", ["random", "skewed"])
+def test_the_same_bits_under_every_schedule(emulation, order: str) -> None:
+    model = make("cpu")
+    ids = shared(1, 3, 12, 7, model.config)
+    expected = read(CudaDecoder(model, 1, 12), ids, 7, 3)
+    emulation.schedule(order, 1)
+    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 7, 3), expected)
+
+
+def test_launches_for_short_positions_have_fewer_parts(emulation) -> None:
+    model = make("cpu", n_positions=300)
+    step = CudaDecoder(model, 1, 300)
+    step.prefill(torch.zeros(1, 1, dtype=torch.int64))
+    launches = []
+    for _ in range(2):
+        emulation.module.reset_counters()
+        step.step(torch.zeros(1, dtype=torch.int64))
+        launches.append(emulation.module.counters()["launches"])
+    assert launches == [11, 11]  # five a layer, one for the head
+    assert step._step is not None
+    assert step._step._limits == [64, 256, 300]
+
+
+# ---- Memory -----------------------------------------------------------------------------------------------------
+
+
+def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("cpu")
+    assert decoders.most_images(model) is None
+    monkeypatch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
+    for name, value in (("mem_get_info", (1 << 30, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    room = int(0.9 * ((1 << 30) + (1 << 20))) - decoders.WORKSPACE_BYTES
+    assert decoders.most_images(model) == room // decoders.image_bytes(model)
+    assert decoders.image_bytes(model) > decoders.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
+    assert decoders.image_bytes(model, primer=35, copies=8) < decoders.image_bytes(model, primer=35)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    assert decoders.most_images(model) == 0
+
+
+def test_continuations_take_less_memory(emulation) -> None:
+    """Of a model that the CUDA decoder serves: one primer for all in bf16, a copy each in fp32."""
+    model = make("cpu")
+    assert decoders.cache_bytes(model, None, 35, 5) == 2 * 2 * 64 * 2 * (35 + 7)
+    assert decoders.cache_bytes(model.float(), None, 35, 5) == 2 * 2 * 64 * 4 * 70
+
+
+@gpu
+def test_the_plan_of_memory_holds() -> None:
+    """A decoder takes no more than planned, and no memory is left behind."""
+    model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
+    ids = tokens(model.config, 16, 516).cuda()
+    for primer, copies in ((1, 1), (512, 1), (512, 4)):
+        decoders.most_images(model)  # drops what is kept
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decoder = CudaDecoder(model, 16 // copies, 1024)
+        read(decoder, ids[:, : primer + 3], primer, copies)
+        used = torch.cuda.max_memory_allocated() - before
+        planned = 16 * decoders.image_bytes(model, None, primer, copies) + decoders.WORKSPACE_BYTES
+        assert 16 * decoders.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
+        del decoder
+        decoders.most_images(model)
+        gc.collect()
+        assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
+
+
+# ---- CUDA graphs ------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize(("rows", "copies"), [(1, 1), (8, 1), (33, 1), (1, 4), (2, 9)])
+def test_graphs_change_no_bit(rows: int, copies: int) -> None:
+    """Nor do dependent launches; past every limit, with a graph for each. Above 8 rows the products are cuBLAS's."""
+    model = make("cuda", n_positions=300, n_embd=128)
+    ids = shared(rows, copies, 300, 5, model.config).cuda()
+    results = []
+    for options in ({"graphs": False, "dependent": False}, {"dependent": False}, {}):
+        decoder = CudaDecoder(model, rows, 300, **options)
+        results.append(read(decoder, ids, 5, copies))
+        assert decoder._step is not None
+        graphs = decoder._step._graphs
+        assert (graphs is None) if "graphs" in options else set(graphs or ()) == set(decoder._step._limits)
+    tolerance = 0.0 if rows * copies <= cuda_step.FUSED_ROWS else 0.05 * float(results[0].std())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0.0, atol=tolerance)
+
+
+@gpu
+def test_a_thousand_replays_are_the_same() -> None:
+    """Races of dependent launches would show as bits that differ."""
+    model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=4, vocab_size=513)
+    ids = tokens(model.config, 1, 1001).cuda()
+    first = read(CudaDecoder(model, 1, 1001), ids, 1)
+    assert torch.equal(read(CudaDecoder(model, 1, 1001), ids, 1), first)
+    assert torch.equal(read(CudaDecoder(model, 1, 1001, dependent=False), ids, 1), first)
+
+
+@gpu
+def test_drawing_does_not_wait() -> None:
+    """torch raises where the host would wait for the device."""
+    model = make("cuda", n_positions=300, n_embd=128)
+    decoder = CudaDecoder(model, 4, 300)
+    logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
+    streams = torch.arange(4, device="cuda")
+    for _ in range(2):
+        tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+        logits = decoder.step_drawn()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+            logits = decoder.step_drawn()
+            logits = decoder.step(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(tokens.max()) < 40
+
+
+@gpu
+def test_threads_and_streams() -> None:
+    """Decoders of one model in threads, each on a stream of its own: what each reads alone."""
+    model = make("cuda", n_embd=128)
+    ids = [tokens(model.config, 3, 70, seed=i).cuda() for i in range(4)]
+    alone = [read(CudaDecoder(model, 3, 70), part, 4) for part in ids]
+    torch.cuda.synchronize()
+    found: list[Tensor | None] = [None] * 4
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                found[i] = read(CudaDecoder(model, 3, 70), ids[i], 4)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, expected in zip(found, alone, strict=True):
+        assert got is not None
+        assert torch.equal(got, expected)
+
+
+@gpu
+def test_a_failed_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("cuda")
+    decoder = CudaDecoder(model, 9, 8)
+    logits = decoder.prefill(tokens(model.config, 9, 1).cuda())
+    original = cuda_step.CudaStep._compute
+
+    def fails(self: cuda_step.CudaStep, limit: int) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("lost")
+        return original(self, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_step.CudaStep, "_compute", fails)
+        stream = torch.cuda.current_stream()
+        with pytest.raises(RuntimeError, match="the step could not be captured in a CUDA graph: lost"):
+            decoder.step(logits.argmax(-1))
+        assert torch.cuda.current_stream() == stream
+    assert decoder.step(logits.argmax(-1)).isfinite().all()
