@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import options, sharding, terminal
-from igpt_fast.drawing import Job, load_pipeline, rehearse, run
+from igpt_fast.drawing import Job, check_completion, load_pipeline, rehearse, run
 from igpt_fast.exports import Exports
 from igpt_fast.options import Drawing, Files
 from igpt_fast.recipes.settings import TrainConfig
@@ -103,20 +103,15 @@ def complete(
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
-    from PIL import Image
-
     with sharding.world() as world:
         if world.first:
             exports.check()
         pipeline = load_pipeline(drawing, sharding.local_rank())
-        height, width = pipeline.processor.height, pipeline.processor.width
+        size = pipeline.processor.height, pipeline.processor.width
         mine = world.share(len(images))
         asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
-        kept: dict[str, Any] = {"keep": options.kept(keep, mask, height, width), "n": n, "candidates": candidates}
-        with terminal.as_usage():  # before anything is computed; errors of the images themselves are none of usage
-            pipeline.stream(len(images), labels=classes, **asked)
-            blank = Image.new("RGB", (width, height))
-            pipeline.stream_complete(blank, **kept, labels=None if classes is None else classes[0], **asked)
+        kept: dict[str, Any] = {"keep": options.kept(keep, mask, *size), "n": n, "candidates": candidates}
+        check_completion(pipeline, classes, len(images), kept, asked)
         if world.first:
             rehearse(pipeline, exports, n, len(images))
         job = Job(
@@ -131,11 +126,7 @@ def complete(
                 **asked,
             ),
             exports=exports,
-            values={
-                "model": drawing.model or "bundled",
-                "inputs": [str(path) for path in images],
-                "mask": None if mask is None else str(mask),
-            },
+            values={"model": drawing.model or "bundled", "inputs": list(map(str, images)), "mask": mask and str(mask)},
         )
         run(job, pipeline, drawing, world, json=json)
 

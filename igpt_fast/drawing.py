@@ -62,6 +62,18 @@ def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
+def check_completion(
+    pipeline: Pipeline, labels: list[int] | None, inputs: int, kept: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """Fails as a mistake of usage, before an image is read: errors of the images themselves are none of usage."""
+    from PIL import Image
+
+    blank = Image.new("RGB", (pipeline.processor.width, pipeline.processor.height))
+    with terminal.as_usage():
+        pipeline.stream(inputs, labels=labels, **asked)
+        pipeline.stream_complete(blank, labels=None if labels is None else labels[0], **kept, **asked)
+
+
 def rehearse(pipeline: Pipeline, exports: Exports, n: int, inputs: int) -> None:
     """Writes an empty grid of the same size and form to a place of no importance, before hours of work are put in."""
     import torch
