@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -37,6 +38,7 @@ WORK = ROOT / "build" / "gpu_check"
 SITE = WORK / "site"
 REPORT = WORK / "junit.xml"
 ROWS = WORK / "ops.json"
+SAMPLING = WORK / "sampling.json"
 OUT = common.RESULTS / "gpu_check.json"
 BUDGET = 480.0  # seconds, for all steps together
 TAIL = 4000  # characters of a step's output that are kept
@@ -265,9 +267,9 @@ def tests_that_ran() -> tuple[str, dict[str, Any]]:
     return problem, {"tests": counts, "skipped_because": reasons}
 
 
-def rows_that_came() -> tuple[str, dict[str, Any]]:
-    """The benchmark's rows."""
-    written = json.loads(ROWS.read_text("utf-8"))
+def rows_that_came(path: Path) -> tuple[str, dict[str, Any]]:
+    """A benchmark's rows."""
+    written = json.loads(path.read_text("utf-8"))
     return "" if written["rows"] else "no row", {key: written[key] for key in written if key != "machine"}
 
 
@@ -308,7 +310,11 @@ def make_steps(device: Device) -> list[Step]:
         skip = "" if sanitizer else "compute-sanitizer is not installed"
         return Step(tool, command, 120, watched, needs, skip=skip)
 
-    bench = [sys.executable, "benchmarks/bench_ops.py", "--device", "cuda", "--json", str(ROWS)]
+    def bench(name: str, script: str, path: Path, seconds: float) -> Step:
+        command = [sys.executable, *script.split(), "--json", str(path)]
+        look = functools.partial(rows_that_came, path)
+        return Step(name, command, seconds, modules, needs, look=look, before=forget(path))
+
     return [
         Step("build", [*pip, str(ROOT)], 240, building, before=clean_site),
         Step("module", [sys.executable, "-c", CHECK_MODULE, str(SITE)], 60, modules, ("build",)),
@@ -317,7 +323,8 @@ def make_steps(device: Device) -> list[Step]:
         Step("determinism", _pytest("-k", DETERMINISM, *tests), 120, **look),
         sanitize("memcheck"),
         sanitize("racecheck"),
-        Step("benchmark", bench, 200, modules, needs, look=rows_that_came, before=forget(ROWS)),
+        bench("benchmark", "benchmarks/bench_ops.py --device cuda", ROWS, 200),
+        bench("sampling", "benchmarks/bench_sampling.py", SAMPLING, 120),
     ]
 
 

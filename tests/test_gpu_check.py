@@ -202,7 +202,8 @@ def test_the_commit_of_a_copy(check: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_the_steps(check: ModuleType) -> None:
     steps = check.make_steps(device(check))
     names = [step.name for step in steps]
-    assert names == ["build", "module", "conformance", "tests", "determinism", "memcheck", "racecheck", "benchmark"]
+    checks, figures = ["conformance", "tests", "determinism", "memcheck", "racecheck"], ["benchmark", "sampling"]
+    assert names == ["build", "module", *checks, *figures]
     for i, step in enumerate(steps):
         assert set(step.needs) <= set(names[:i])
     assert steps[0].environment["IGPT_CUDA_ARCHS"] == "90a-real"

@@ -104,7 +104,7 @@ def image_bytes(
     item = cache_dtype(model).itemsize
     # Of a position while it is computed: some ten tensors of n_embd at once, the MLP's two, and logits.
     position = item * (10 * config.n_embd + 2 * inner) + 16 * config.vocab_size
-    # What was read is copied into the images' own caches, unless they share it.
+    # What was read is there twice for a moment: as it was read, and where the images keep it.
     read = 2 * config.n_layer * config.n_embd * item + position
     return cache_bytes(model, dtype, primer, copies) + position + -(-primer * read // copies)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -344,6 +346,63 @@ def test_the_plan_of_memory_holds() -> None:
 
 
 # ---- CUDA graphs ------------------------------------------------------------------------------------------------
+
+
+class Replayed:
+    """In place of a CUDA graph: does again what was done last before it was finished."""
+
+    done: tuple[cuda_step.CudaStep, int, Tensor] | None = None
+
+    def replay(self) -> None:
+        assert self.done is not None
+        step, limit, logits = self.done
+        logits.copy_(step._compute(limit))
+        step.position += 1
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
+
+@pytest.mark.parametrize(("copies", "primer"), [(1, 60), (3, 3)])
+def test_the_bookkeeping_of_graphs(emulation, copies: int, primer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each launch of attention, of what is in fixed memory; a captured step is one that has not been done."""
+    last: list[tuple[cuda_step.CudaStep, int, Tensor]] = []
+    pools: list[object] = []
+    compute = cuda_step.CudaStep._compute
+
+    def noted(self: cuda_step.CudaStep, limit: int) -> Tensor:
+        logits = compute(self, limit)
+        last.append((self, limit, logits))
+        return logits
+
+    @contextlib.contextmanager
+    def captured(graph: Replayed, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        yield
+        graph.done = last[-1]
+        graph.done[0].position -= 1
+        graph.done[2].fill_(torch.nan)
+
+    stream = types.SimpleNamespace(wait_stream=lambda _: None)
+    fakes = {"Stream": lambda _: stream, "current_stream": lambda _: stream, "CUDAGraph": Replayed, "graph": captured}
+    fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    model = make("cpu")
+    ids = shared(1, copies, 70, primer, model.config)
+    expected = read(CudaDecoder(model, 1, 70), ids, primer, copies)
+    monkeypatch.setattr(cuda_step.CudaStep, "_compute", noted)
+    monkeypatch.setattr(cuda_step, "_capture_stream", lambda _: stream)
+    results = []
+    for _ in range(2):
+        decoder = CudaDecoder(model, 1, 70)
+        decoder._options = (True, True)
+        results.append(read(decoder, ids, primer, copies))
+    assert decoder._step is not None
+    assert pools == [None, (0, 1)], "a second decoder captures nothing, and graphs share a pool"
+    assert list(decoder._step._graphs or ()) == decoder._step._limits
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @gpu
