@@ -124,9 +124,12 @@ def _fill_masks(theirs: nn.Module) -> None:
     masks: dict[torch.device, torch.Tensor] = {}
     for module in theirs.modules():
         for name, buffer in module.named_buffers(recurse=False):
+            device = next(module.parameters()).device
+            if name == "masked_bias":  # of transformers 4, whose forward does without
+                module._buffers[name] = torch.tensor(-1e4, device=device)
+                continue
             if name != "bias" or buffer.ndim != 4:
                 raise RuntimeError(f"transformers' {type(module).__name__} has an unknown buffer {name!r}")
-            device = next(module.parameters()).device
             if device not in masks:
                 masks[device] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device).tril_()
             module._buffers[name] = masks[device]

@@ -21,7 +21,8 @@ from igpt_fast import (
 transformers = pytest.importorskip("transformers")
 
 CLASSES = [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification]
-FIELDS: dict[str, Any] = {"vocab_size": 9, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 3}
+# Heads of 16: transformers before 5 divided by the integer part of the root of their size.
+FIELDS: dict[str, Any] = {"vocab_size": 9, "n_positions": 8, "n_embd": 32, "n_layer": 2, "n_head": 2, "num_labels": 3}
 TOKENS = torch.tensor([[8, 0, 4, 7], [8, 1, 2, 3]])
 
 
@@ -195,7 +196,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn\.lora"):
         hf.to_transformers(model)
     del model.transformer.h[0].attn.c_attn.lora
-    model.transformer.wte = torch.nn.Embedding(12, 16)
+    model.transformer.wte = torch.nn.Embedding(12, 32)
     with pytest.raises(ValueError, match=r"transformer\.wte\.weight"):
         hf.to_transformers(model)
 

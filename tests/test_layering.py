@@ -73,9 +73,10 @@ LAYERS: dict[str, set[str]] = {
     "recipes.data": {"clusters", "files", "image"},
     "recipes.emoji": {"clusters", "image", "recipes.data"},
     "recipes.state": {"files", "model", "recipes.data", "recipes.settings", "weights"},
+    "recipes.output": {"files", "recipes.state"},
     "recipes.train": {
         *("config", "files", "image", "model", "ops.__init__", "pipeline"),
-        *("recipes.data", "recipes.settings", "recipes.state"),
+        *("recipes.data", "recipes.output", "recipes.settings", "recipes.state"),
     },
     "terminal": {"backend", "clusters", "generation", "image", "pipeline"},
     "commands": {

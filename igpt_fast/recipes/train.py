@@ -16,7 +16,6 @@ import json
 import math
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +31,14 @@ from igpt_fast import files, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.recipes.data import TokenData, histogram_nats, load_tokens, lookup_table_nats
+from igpt_fast.recipes.output import CHECKPOINT, LOG, Output, check_writable
 from igpt_fast.recipes.settings import TrainConfig
 from igpt_fast.recipes.state import TrainState, same_run
 
 __all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats", "load_tokens", "run", "train"]
 
 LOG_EVERY = 50  # steps
-CHECKPOINT, LOG, MODEL, SAMPLES = "train.pt", "log.jsonl", "model", "samples.png"  # what a run's directory holds
+MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides the output's files
 _GENERATION = "generation_config.json"
 _MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
 
@@ -278,10 +278,10 @@ def _train(
 ) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
     """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
     of the last step if it was made here."""
-    _check_writable(out)
+    check_writable(out)
     model = new_model(data, config).to(device)
     state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
-    output = _Output(out, outdated)
+    output = Output(out, outdated)
     clock = time.monotonic()
     if resume:
         state.load(output.checkpoint)
@@ -314,57 +314,7 @@ def _train(
     return model.eval(), final
 
 
-class _Output:
-    """The log and the checkpoint of a run. Its directory is made, and an outdated run in it removed, only when the
-    first of them is written: a run that fails before costs nothing.
-
-    Args:
-        out: The directory.
-        outdated: Files to remove.
-    """
-
-    def __init__(self, out: Path, outdated: Sequence[Path]) -> None:
-        self.checkpoint, self.log = out / CHECKPOINT, out / LOG
-        self._outdated = outdated
-        self._begun = False
-
-    def resume(self, step: int) -> float:
-        """Goes on after ``step``; returns the seconds that the run took so far."""
-        self._begun = True
-        return _cut_log(self.log, step)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a record to the log."""
-        self._begin()
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
-
-    def save(self, state: TrainState) -> None:
-        """Writes the checkpoint."""
-        self._begin()
-        state.save(self.checkpoint)
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            for path in self._outdated:
-                path.unlink(missing_ok=True)
-            _cut_log(self.log, 0)
-            self._begun = True
-
-
-def _check_writable(out: Path) -> None:
-    """Fails now rather than after the first steps when ``out`` cannot be made or written to; leaves no trace."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{existing}: is not a directory")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
-    except OSError as error:
-        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
-
-
-def _tell(progress: Progress, record: dict[str, Any], state: TrainState, output: _Output) -> None:
+def _tell(progress: Progress, record: dict[str, Any], state: TrainState, output: Output) -> None:
     """Calls ``progress``, which may be where a program notices that it shall stop."""
     try:
         progress(record)
@@ -398,25 +348,6 @@ def _delayed_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hits:
         raise KeyboardInterrupt
-
-
-def _cut_log(path: Path, step: int) -> float:
-    """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
-    kept: list[str] = []
-    seconds = 0.0
-    if path.exists() and step > 0:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                if not 0 < record["step"] <= step:
-                    break
-                seconds = float(record["seconds"])
-            except (ValueError, TypeError, KeyError):
-                break  # half a line, from a kill
-            kept.append(line + "\n")
-    with files.replacing(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
-    return seconds
 
 
 def run(

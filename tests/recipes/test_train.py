@@ -199,7 +199,7 @@ def test_overwriting_costs_nothing_until_there_is_something_new(
         raise ValueError("n_layer, or the device is out of memory")
 
     if fault != "model":
-        monkeypatch.setattr(recipe, "train_step" if fault == "first step" else "_check_writable", broken)
+        monkeypatch.setattr(recipe, "train_step" if fault == "first step" else "check_writable", broken)
     with pytest.raises(ValueError, match="n_layer"):
         run(tiny, tmp_path, config, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
