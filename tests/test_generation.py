@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, reference
-from igpt_fast.decoders import TorchDecoder
+from igpt_fast.decoders import ReferenceDecoder
 from igpt_fast.generation import Sampling, decode, stream_uniforms
 
 
@@ -243,8 +243,8 @@ def test_known_tokens_are_read_in_place_of_drawn_ones() -> None:
 
 def test_decoder_refuses_more_than_it_was_made_for(model: ImageGPTForCausalImageModeling) -> None:
     with pytest.raises(ValueError, match="capacity"):
-        TorchDecoder(model, 1, 65)
-    decoder = TorchDecoder(model, 1, 2)
+        ReferenceDecoder(model, 1, 65)
+    decoder = ReferenceDecoder(model, 1, 2)
     with torch.no_grad():
         decoder.prefill(torch.zeros(1, 2, dtype=torch.int64))
         with pytest.raises(ValueError, match="fit"):

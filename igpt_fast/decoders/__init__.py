@@ -1,7 +1,7 @@
 """Decoders: a model that reads tokens one position at a time, behind one interface.
 
 ``prefill`` reads a primer in one go, ``step`` one more token of every image; both return the logits of the next
-position. ``fork`` goes on with several images for each primer. ``TorchDecoder`` runs the PyTorch model on a static
+position. ``fork`` goes on with several images for each primer. ``ReferenceDecoder`` runs the PyTorch model on a static
 key/value cache; it is right everywhere and the measure for the faster ones. ``CpuDecoder`` runs the compiled module's
 decode step, ``CudaDecoder`` the CUDA kernels'. ``make_decoder`` chooses.
 """
@@ -18,7 +18,7 @@ from igpt_fast.decoders.cuda_decoder import CudaDecoder, why_not_cuda
 from igpt_fast.decoders.cuda_step import FUSED_DTYPES, forget
 from igpt_fast.decoders.plain_model import HOOKS, MODULES, blocks_of, weights_of, why_not_settings
 from igpt_fast.decoders.protocol import DTYPES, Decoder, check_dtype
-from igpt_fast.decoders.reference_decoder import TorchDecoder, cache_dtype
+from igpt_fast.decoders.reference_decoder import ReferenceDecoder, cache_dtype
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -30,7 +30,7 @@ __all__ = [
     "CpuDecoder",
     "CudaDecoder",
     "Decoder",
-    "TorchDecoder",
+    "ReferenceDecoder",
     "blocks_of",
     "cache_bytes",
     "check_dtype",
@@ -123,10 +123,10 @@ def make_decoder(
     model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
 ) -> Decoder:
     """The fastest decoder there is for the model: ``CudaDecoder`` or ``CpuDecoder`` where ``why_not_cuda`` or
-    ``why_not_cpu`` finds nothing against it, else ``TorchDecoder``.
+    ``why_not_cpu`` finds nothing against it, else ``ReferenceDecoder``.
 
     Args:
-        model, batch_size, capacity: See ``TorchDecoder``.
+        model, batch_size, capacity: See ``ReferenceDecoder``.
         dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder`` has it.
 
     Raises:
@@ -140,4 +140,4 @@ def make_decoder(
         return CpuDecoder(model, batch_size, capacity, dtype)
     if dtype is not None:
         raise backend.BackendUnavailableError(f"decoder: dtype {dtype!r} is not available: {reason}")
-    return TorchDecoder(model, batch_size, capacity)
+    return ReferenceDecoder(model, batch_size, capacity)

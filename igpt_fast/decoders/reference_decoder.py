@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
-class TorchDecoder:
+class ReferenceDecoder:
     """The PyTorch model on a static cache.
 
     Args:

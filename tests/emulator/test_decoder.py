@@ -15,7 +15,7 @@ from tolerance import assert_parity, randomise, tokens
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders, generation, ops, reference
-from igpt_fast.decoders import CudaDecoder, TorchDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
+from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
 DTYPES = [torch.bfloat16, torch.float16]
@@ -56,8 +56,8 @@ def assert_reads(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int
     assert isinstance(decoder, CudaDecoder)
     ours = read(decoder, ids, primer, copies)
     with backend.use_backend("reference"):
-        plain = read(TorchDecoder(model, rows, capacity), ids, primer, copies)
-        exact = read(TorchDecoder(copy.deepcopy(model).double(), rows, capacity), ids, primer, copies)
+        plain = read(ReferenceDecoder(model, rows, capacity), ids, primer, copies)
+        exact = read(ReferenceDecoder(copy.deepcopy(model).double(), rows, capacity), ids, primer, copies)
     assert ours.dtype == plain.dtype
     assert_parity(ours, plain, exact)
 
@@ -106,7 +106,7 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     model = make(device)
     ids = shared(1, copies, 12, 6, model.config).to(device)
     results = []
-    for kind in (CudaDecoder, TorchDecoder):
+    for kind in (CudaDecoder, ReferenceDecoder):
         decoder = kind(model, 1, 12)
         logits = read(decoder, ids[:1, :6], 3)[:, -1]
         decoder.fork(copies)
@@ -127,7 +127,7 @@ def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dty
     uniforms = generation.stream_uniforms(5, torch.arange(rows), 0, 16, model.device)
     with backend.use_backend("reference"):
         expected = generation.decode(model, context, uniforms, generation.Sampling()).tokens
-        sure = read(TorchDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
+        sure = read(ReferenceDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     logits = read(CudaDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     drawn = ops.sample(logits.flatten(0, 1), uniforms.flatten()).view(rows, 16)
     boundaries, theirs = (part.double().softmax(dim=-1).cumsum(dim=-1) for part in (logits, sure))
