@@ -1,6 +1,6 @@
 """Sampling on a GPU: tokens drawn by iGPT-S in bf16, against transformers eager.
 
-    python benchmarks/bench_sample_cuda.py --json benchmarks/results/sampling.json
+    python benchmarks/bench_sample_cuda.py --json benchmarks/results/sample_cuda.json
 
 Drawn are the 256 tokens around the middle of an image, in turns, from a context of 384: a step's time grows linearly
 with its position, so that 1,024 such steps are an image's. Everybody's logits are checked first, against the model's in
