@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.batches import Batches
-from igpt_fast.generation import Guidance, Sampling, blank, decoding, stream_uniforms
+from igpt_fast.generation import Guidance, Sampling, Streams, blank, decoding, stream_uniforms
 from igpt_fast.inpainting import following, primer_lengths, resample
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.results import Generation, InterruptedGeneration
@@ -184,7 +184,15 @@ class Stream:
         if task.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         steps = decoding(
-            drawn, self._model, context, uniforms, task.sampling, task.dtype, known=known, guidance=guidance
+            drawn,
+            self._model,
+            context,
+            uniforms,
+            task.sampling,
+            task.dtype,
+            known=known,
+            guidance=guidance,
+            streams=Streams(task.seed, streams),
         )
         for t in steps:
             self._advance(start * self._decoded + (t + 1) * len(sequence))

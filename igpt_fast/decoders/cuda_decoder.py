@@ -48,7 +48,6 @@ class CudaDecoder:
     """
 
     name = "cuda"
-    draws = True
 
     def __init__(
         self,

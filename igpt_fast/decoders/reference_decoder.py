@@ -27,7 +27,6 @@ class ReferenceDecoder:
     """
 
     name = "reference"
-    draws = False
 
     def __init__(self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
         config = model.config

@@ -138,16 +138,42 @@ def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dty
     assert float(rounding.max()) < 0.02
 
 
-def test_generation_draws_with_it(device: str) -> None:
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All the way through, in float32, where rounding decides about one draw in a million."""
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
     uniforms = generation.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    drawn = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+    streams, calls = generation.Streams(5, torch.arange(6)) if by_itself else None, []
+    draw = CudaDecoder.draw
+    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    sampling = generation.Sampling(0.9, 20, 0.95, 0.01)
+    drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
+    assert len(calls) == (12 if by_itself else 0)
     with backend.use_backend("reference"):
-        expected = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+        expected = generation.decode(model, context, uniforms, sampling, streams=streams)
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0.0, atol=1e-4)
+
+
+def test_generate_draws_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers of streams from the first pixel on, and greedily; another generator's come from the host."""
+    model = make(device, torch.float32)
+    calls: list[int] = []
+    draw = CudaDecoder.draw
+    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    for options, drawn in (
+        ({"do_sample": True, "seed": 3, "num_return_sequences": 3}, 6),
+        ({}, 6),
+        ({"do_sample": True, "generator": torch.Generator().manual_seed(1)}, 0),
+    ):
+        calls.clear()
+        with_it = model.generate(max_new_tokens=6, **options)
+        assert len(calls) == drawn
+        if "generator" in options:
+            options["generator"].manual_seed(1)
+        with backend.use_backend("reference"):
+            assert torch.equal(model.generate(max_new_tokens=6, **options), with_it)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
