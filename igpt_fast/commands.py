@@ -88,8 +88,8 @@ def complete(
         images: Image files of any size; the middle is cut out in the model's aspect and resized.
         keep: What is kept: a fraction of the rows, 0 or above and below 1, or a number of them like 12rows; 0.5 if
             neither this nor a mask is given.
-        mask: Image file that says what is kept instead: white is kept, black is drawn; resized to the model's size by
-            nearest neighbour.
+        mask: Image file that says what is kept instead: white is kept, black is drawn; cut out like the images, and
+            resized by nearest neighbour.
         n: Completions of each image.
         candidates: Draw so many for each completion, and choose one by how well it goes with what is kept below it;
             approximate, for masks.
