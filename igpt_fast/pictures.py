@@ -50,7 +50,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _ANIMATED = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 # Pixels of all frames, which Pillow keeps until the last one, in a byte each or in twice four; and of an edge.
-_MOST_ANIMATED = {"GIF": 1 << 30, "PNG": 1 << 28}
+_MOST_ANIMATED = {"GIF": 1 << 31, "PNG": 1 << 28}
 _GIF_EDGE = (1 << 16) - 1
 
 
@@ -442,18 +442,25 @@ def _indexed(pictures: Iterable[Image.Image]) -> list[Image.Image]:
     """
     pages, own, shared = [], [], np.empty(0, np.int32)
     for picture in pictures:
-        code = np.asarray(picture).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-        colours = np.unique(code)
+        pixels = np.asarray(picture)
+        bands = [pixels[top : top + 64] for top in range(0, len(pixels), 64)]  # what is wider than a byte is of a few
+        colours = np.unique(np.concatenate([np.unique(_codes(band)) for band in bands]))
         shared = np.union1d(shared, colours) if len(shared) <= 256 else shared
         if len(colours) > 256:
             pages.append(picture.quantize(256, dither=Image.Dither.NONE))
         else:
-            pages.append(_page(np.searchsorted(colours, code).astype(np.uint8), colours))
+            indices = [np.searchsorted(colours, _codes(band)).astype(np.uint8) for band in bands]
+            pages.append(_page(np.concatenate(indices), colours))
             own.append(colours)
     if len(shared) <= 256:
         for i, colours in enumerate(own):
             pages[i] = _page(np.searchsorted(shared, colours).astype(np.uint8)[np.asarray(pages[i])], shared)
     return pages
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 as (H, W) int32, a number for each colour."""
+    return pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
 
 def _page(index: np.ndarray, colours: np.ndarray) -> Image.Image:
