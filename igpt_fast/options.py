@@ -70,7 +70,8 @@ class Files:
             .json.
         upscale: Edge of a pixel in grid, animation and single images, which are enlarged by nearest neighbour. If not
             given, a grid's images are enlarged to 128 pixels and single ones stay as they are.
-        force: Overwrite files.
+        force: Overwrite files; of the directory of singles, also remove the files that are numbered like these, with
+            other numbers: they are images of another run.
     """
 
     gif: Path | None = None
