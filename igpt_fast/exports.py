@@ -114,8 +114,8 @@ class Exports:
 
         files, singles = self.files, self.files.singles
         paths = {"out": self.grid, "gif": files.gif, "tokens": files.tokens, "sidecar": files.sidecar}
-        told = {name: None if path is None else str(path) for name, path in paths.items()}
-        told["singles"] = None if singles is None else str(singles)
+        shown = {name: None if path is None else str(path) for name, path in paths.items()}
+        shown["singles"] = None if singles is None else str(singles)
         pictures = [] if singles is None else [singles / self.names[i] for i in which]
         targets = [path for path in paths.values() if path is not None] + pictures
         made = singles is not None and not singles.exists()
@@ -133,7 +133,7 @@ class Exports:
                 if files.tokens is not None:
                     save_tokens(generation, at[files.tokens])
                 if files.sidecar is not None:
-                    listed = told | {"singles": [str(picture) for picture in pictures] if pictures else None}
+                    listed = shown | {"singles": [str(picture) for picture in pictures] if pictures else None}
                     at[files.sidecar].write_text(
                         json_module.dumps(values | {"files": listed}, indent=2) + "\n", "utf-8"
                     )
@@ -143,7 +143,7 @@ class Exports:
             if made and singles is not None and singles.is_dir() and not any(singles.iterdir()):
                 singles.rmdir()
             raise
-        return told
+        return shown
 
     def _save_single(self, image: Any, path: Path) -> None:
         from PIL import Image
