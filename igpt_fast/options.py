@@ -70,7 +70,8 @@ class Files:
             .json.
         upscale: Edge of a pixel in grid, animation and single images, which are enlarged by nearest neighbour. If not
             given, a grid's images are enlarged to 128 pixels and single ones stay as they are.
-        force: Overwrite files.
+        force: Overwrite files; of the directory of singles, also remove the files that are numbered like these, with
+            other numbers: they are images of another run.
     """
 
     gif: Path | None = None
@@ -143,13 +144,18 @@ def kept(text: str | None, mask: Path | None, height: int, width: int) -> float 
 
 
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """The (height, width) bool of an image file, true where it is bright; of another size, its nearest pixels."""
+    """The (height, width) bool of an image file, true where it is bright.
+
+    The middle is cut out as it is of the images, so that both lie over each other; of another size, the nearest pixels
+    are taken.
+    """
     import numpy as np
     from PIL import Image
 
-    from igpt_fast.image import open_image
+    from igpt_fast.image import center_crop, open_image
 
-    picture = open_image(path).convert("L").resize((width, height), Image.Resampling.NEAREST)
+    picture = center_crop(open_image(path), width / height).convert("L")
+    picture = picture.resize((width, height), Image.Resampling.NEAREST)
     mask = np.asarray(picture) >= 128
     if mask.all():
         raise ValueError(f"{path}: is white everywhere, which leaves nothing to draw; black is drawn")
