@@ -75,9 +75,9 @@ class Exports:
                 raise IsADirectoryError(f"{there[name]}: is a directory")
             if not self.files.force:
                 raise FileExistsError(f"{there[name]}: exists already; pass --force to overwrite it")
-        if not self.files.force and (others := self._numbered(folder)):
+        if others := [path for path in self._numbered(folder) if path.name not in names]:
             raise FileExistsError(
-                f"{others[0]}: is an image of another run, one of {len(others)}; pass --force to remove them"
+                f"{others[0]}: is not among this run's images, one of {len(others)}; choose an empty directory"
             )
 
     def _numbered(self, folder: Path) -> list[Path]:
@@ -119,13 +119,10 @@ class Exports:
         pictures = [] if singles is None else [singles / self.names[i] for i in which]
         targets = [path for path in paths.values() if path is not None] + pictures
         made = singles is not None and not singles.exists()
-        outdated: list[Path] = []
-        if singles is not None and not made and files.force:
-            outdated = sorted(set(self._numbered(singles)).difference(pictures))
         try:
             if singles is not None:
                 singles.mkdir(exist_ok=True)
-            with replacing_together(targets, overwrite=files.force, outdated=outdated) as partials:
+            with replacing_together(targets, overwrite=files.force) as partials:
                 at = dict(zip(targets, partials, strict=True))
                 generation.save_grid(at[self.grid], columns=self.columns, scale=files.upscale)
                 if files.gif is not None:

@@ -64,14 +64,13 @@ class Files:
     Args:
         gif: Also write the grid being drawn; .gif or .apng.
         singles: Also write every image by itself into this directory: 00000.png and so on; of complete 00000-00.png,
-            the numbers of input and completion.
+            the numbers of input and completion. The directory may not have other files that are numbered so.
         tokens: Also write tokens and log-probabilities; .npz.
         sidecar: Also write how the images were made: seed, settings, hash of the weights, engine, images a second;
             .json.
         upscale: Edge of a pixel in grid, animation and single images, which are enlarged by nearest neighbour. If not
             given, a grid's images are enlarged to 128 pixels and single ones stay as they are.
-        force: Overwrite files; of the directory of singles, also remove the files that are numbered like these, with
-            other numbers: they are images of another run.
+        force: Overwrite files.
     """
 
     gif: Path | None = None

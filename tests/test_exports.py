@@ -140,25 +140,26 @@ def test_singles_and_a_file_of_one_name(tmp_path: Path) -> None:
 
 
 def test_images_of_another_run(generation: Generation, tmp_path: Path) -> None:
-    """They would be taken for this one's: refused, or removed with --force, and nothing else is."""
+    """They would be taken for this one's: refused; nothing is removed."""
     others = ["00005.png", "00077.png", "123456.png"]
     stay = ["00000-00.png", "0005.png", "000005.png", "00006.PNG", "00007.png.bak", "x00008.png", "٠٠٠٠٩.png"]
     (tmp_path / "s" / "00009.png").mkdir(parents=True)
     for name in others + stay:
         (tmp_path / "s" / name).write_text("old")
-    with pytest.raises(FileExistsError, match=r"00005\.png: is an image of another run, one of 3; pass --force"):
-        all_files(tmp_path).check()
-    forced = all_files(tmp_path, force=True)
-    forced.check()
-    forced.write(generation, [0, 1, 4], {})
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match=r"00005\.png: is not among this run's images, one of 3; choose an"):
+            all_files(tmp_path, force=force).check()
+    for name in others:
+        (tmp_path / "s" / name).unlink()
+    target = all_files(tmp_path)
+    target.check()
+    target.write(generation, [0, 1, 4], {})
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
     assert names == sorted([*stay, "00009.png", "00000.png", "00001.png", "00004.png"])
-    (tmp_path / "s" / "00003-10.png").write_text("old")
-    pairs = Exports(
-        tmp_path / "b.png", Files(singles=tmp_path / "s", force=True), [f"00000-{i:02}.png" for i in range(3)]
-    )
-    pairs.write(generation, [0, 1, 2], {})
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == sorted([*names, "00000-01.png", "00000-02.png"])
+    again = all_files(tmp_path, force=True)
+    with pytest.raises(FileExistsError, match="exists already; pass --force"):
+        Exports(tmp_path / "b.png", Files(singles=tmp_path / "s"), NAMES).check()
+    again.check()
 
 
 def test_a_failed_export_leaves_the_tokens(generation: Generation, tmp_path: Path) -> None:
