@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -258,24 +258,24 @@ def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
-_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in training mode that are decoding now
-_users_lock = Lock()
+# Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.
+_users: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+_users_lock = RLock()  # the collector may end an abandoned decoding, which counts, inside of a block
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off for the length of a block; on again after the last of the threads that decode with the model."""
-    with _users_lock:
-        counts = model.training or model in _users
-        if counts:
-            _users[model] = _users.get(model, 0) + 1
-            model.eval()
+    users, counts = _users.setdefault(model, [0]), False
     try:
+        with _users_lock:
+            if counts := model.training or users[0] > 0:
+                users[0] += 1
+                model.eval()
         yield
     finally:
         if counts:
             with _users_lock:
-                _users[model] -= 1
-                if not _users[model]:
-                    del _users[model]
+                users[0] -= 1
+                if not users[0]:
                     model.train()

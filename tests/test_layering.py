@@ -50,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
     "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders.__init__", "ops.__init__", "reference"},
-    "batches": set(),
+    "batches": {"decoders.__init__"},
     "mixin": {"batches", "generation"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),

@@ -15,7 +15,7 @@ import torch
 from igpt_fast import backend
 from igpt_fast.decoders.cpu_decoder import CpuDecoder, packed_weights, why_not_cpu, why_not_shape
 from igpt_fast.decoders.cuda_decoder import CudaDecoder, why_not_cuda
-from igpt_fast.decoders.cuda_step import FUSED_DTYPES, forget
+from igpt_fast.decoders.cuda_step import FUSED_DTYPES, forget, idle_bytes
 from igpt_fast.decoders.plain_model import HOOKS, MODULES, blocks_of, weights_of, why_not_settings
 from igpt_fast.decoders.protocol import DTYPES, Decoder, check_dtype
 from igpt_fast.decoders.reference_decoder import ReferenceDecoder, cache_dtype
@@ -34,6 +34,7 @@ __all__ = [
     "blocks_of",
     "cache_bytes",
     "check_dtype",
+    "forget",
     "image_bytes",
     "make_decoder",
     "most_images",
@@ -88,8 +89,8 @@ def most_images(
     check_dtype(dtype)
     if model.device.type != "cuda":
         return None
-    forget(model)
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += idle_bytes(model)
     # What torch holds without using it is free for it, though it may be in pieces.
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
