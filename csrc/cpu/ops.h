@@ -30,19 +30,32 @@ struct QuantizeParams {
     int32_t threads;
 };
 
-// The candidate lists of one thread; see quantize.h. The arrays belong to the driver.
+// Sixteen candidates of a cell, or what is left of them: then the ids are -1 and the colours infinitely far away.
+struct alignas(64) QuantizeBlock {
+    float c[3][16];
+    int32_t id[16];
+};
+
+// Where the list of a cell starts, in blocks, and its candidates; first = -1: not made yet.
+struct QuantizeNode {
+    int32_t first;
+    int32_t size;
+};
+
+// The lists of one thread; see quantize.h. The arrays belong to the driver.
 struct QuantizeCells {
-    const float* axes;     // (3, k): the clusters in units of pixel values
-    const double* wide;    // (k, 3): the clusters
-    const double* levels;  // (256,): v / 127.5 - 1
-    int64_t* first;        // per cell of every level: where its list starts; -1: not made yet
-    int32_t* size;         // per cell
-    int32_t* list;         // the lists; the first k entries are 0 .. k - 1
-    float* near;           // (k,) scratch
-    int64_t capacity;      // of `list`, at least k (bits + 2)
-    int64_t used;          // of `list`
+    const QuantizeBlock* root;  // all clusters, id = place; one that is not finite is infinitely far away
+    const double* levels;       // (256,): v / 127.5 - 1
+    const float* levels32;      // (256,): the same
+    QuantizeNode* nodes;        // the cells of the levels 1 .. bits
+    int32_t* leaf;              // (2^15,) by the upper five bits of r, g, b: a block; -1: not made yet; -2 - i: node i
+    QuantizeBlock* blocks;      // the lists
+    int32_t* list;              // (k + 16,) scratch
+    float* near;                // (k + 16,) scratch
+    int64_t capacity;           // of `blocks`, at least bits (k + 15) / 16
+    int64_t used;               // of `blocks`
     int32_t k;
-    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
+    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side, 5 at most; 0: none
 };
 
 // Cells of the levels 1 .. bits.
