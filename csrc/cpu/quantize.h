@@ -54,6 +54,28 @@ int select(QuantizeCells& cells, float limit, const QuantizeBlock* parent, int p
     return n;
 }
 
+// The block of the candidates i .. i + 15 of the `n` in `cells.list`.
+inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n) {
+#if defined(__AVX512F__)
+    const __mmask16 here = n - i < kWidth ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff);
+    const __m512i ids = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), here, cells.list + i);
+    _mm512_store_si512(block.id, ids);
+    // Four rows of 16 to a block.
+    const __m512i high = _mm512_slli_epi32(_mm512_srai_epi32(ids, 4), 6);
+    const __m512i place = _mm512_or_si512(high, _mm512_and_si512(ids, _mm512_set1_epi32(15)));
+    for (int c = 0; c < 3; ++c)
+        _mm512_store_ps(block.c[c], _mm512_mask_i32gather_ps(set1(kInfinity), here, place, cells.root->c[c], 4));
+#else
+    for (int j = 0; j < kWidth; ++j) {
+        const bool here = i + j < n;
+        const int32_t id = here ? cells.list[i + j] : 0;
+        const QuantizeBlock& all = cells.root[id / kWidth];
+        block.id[j] = here ? id : -1;
+        for (int c = 0; c < 3; ++c) block.c[c][j] = here ? all.c[c][id % kWidth] : kInfinity;
+    }
+#endif
+}
+
 // Makes the list of the cell at `at` of a level from its parent's. `reach`: by how much the colours of a cell stop
 // short of its width; 1 for whole pixel values.
 void build(QuantizeCells& cells, QuantizeNode& node, int level, const int (&at)[3], float reach,
@@ -80,16 +102,7 @@ void build(QuantizeCells& cells, QuantizeNode& node, int level, const int (&at)[
     float limit[kLanes];
     store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
     const int n = select(cells, limit[0], parent, parent_size);
-    for (int i = n; i < blocks_of(n) * kWidth; ++i) cells.list[i] = -1;
-    for (int i = 0; i < n; i += kWidth) {
-        QuantizeBlock& block = cells.blocks[cells.used + i / kWidth];
-        for (int j = 0; j < kWidth; ++j) {
-            const int32_t id = cells.list[i + j], from = id < 0 ? 0 : id;
-            const QuantizeBlock& all = cells.root[from / kWidth];
-            block.id[j] = id;
-            for (int c = 0; c < 3; ++c) block.c[c][j] = id < 0 ? kInfinity : all.c[c][from % kWidth];
-        }
-    }
+    for (int i = 0; i < n; i += kWidth) fill(cells.blocks[cells.used + i / kWidth], cells, i, n);
     node = {int32_t(cells.used), n};
     cells.used += blocks_of(n);
 }
@@ -195,17 +208,12 @@ inline void search(const QuantizeCells& cells, int64_t node, Vec r, Vec g, Vec b
     }
 }
 
-// uint8 pixels whose cell has no block of its own: no list yet, or a longer one.
-__attribute__((noinline)) int32_t rare_u8(const float* clusters, QuantizeCells& cells, int r, int g, int b) {
-    int32_t entry = leaf(cells, r, g, b);
-    if (entry == -1) entry = make_leaf(cells, r, g, b, 1.0f);
+// A uint8 pixel whose candidates are more than a block.
+__attribute__((noinline)) int32_t search_u8(const float* clusters, const QuantizeCells& cells, int64_t node, int r,
+                                            int g, int b) {
     Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b], __builtin_inf(), 0};
-    if (entry >= 0) {
-        nearest.take(cells.blocks[entry], 0xffff);
-        return nearest.index;
-    }
-    search(cells, -2 - int64_t(entry), set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]),
-           limit_u8, [&](const QuantizeBlock& block, uint32_t lanes) {
+    search(cells, node, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
+           [&](const QuantizeBlock& block, uint32_t lanes) {
                nearest.take(block, lanes);
                return false;
            });
@@ -226,9 +234,10 @@ void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, i
     clear(cells);
     for (int64_t i = begin; i < end; ++i) {
         const uint8_t r = x[3 * i], g = x[3 * i + 1], b = x[3 * i + 2];
-        const int32_t entry = leaf(cells, r, g, b);
+        int32_t entry = leaf(cells, r, g, b);
+        if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, r, g, b, 1.0f);
         if (__builtin_expect(entry < 0, 0)) {
-            p.out[i] = rare_u8(p.clusters, cells, r, g, b);
+            p.out[i] = search_u8(p.clusters, cells, -2 - int64_t(entry), r, g, b);
             continue;
         }
         const QuantizeBlock& block = cells.blocks[entry];

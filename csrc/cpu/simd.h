@@ -121,8 +121,8 @@ inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Ints bits(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec floats(Ints v) { return reinterpret_cast<Vec>(v); }
 inline Vec pick(Ints mask, Vec a, Vec b) { return floats((mask & bits(a)) | (~mask & bits(b))); }
-inline Vec max(Vec a, Vec b) { return pick(a > b, a, b); }
-inline Vec min(Vec a, Vec b) { return pick(a < b, a, b); }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec abs(Vec a) { return floats(bits(a) & 0x7fffffff); }
 inline Ints add_ints(Ints a, Ints b) { return a + b; }
 template <int N>
@@ -151,8 +151,8 @@ inline float reduce_max(Vec v) {
     return a > b ? a : b;
 }
 inline Vec spread_min(Vec v) {
-    v = min(v, __builtin_shuffle(v, Ints{2, 3, 0, 1}));
-    return min(v, __builtin_shuffle(v, Ints{1, 0, 3, 2}));
+    v = min(v, Vec{v[2], v[3], v[0], v[1]});
+    return min(v, Vec{v[1], v[0], v[3], v[2]});
 }
 inline uint32_t at_most(Vec a, Vec b) {
     const Ints lanes = (a <= b) & Ints{1, 2, 4, 8};
