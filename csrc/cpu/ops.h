@@ -36,30 +36,33 @@ struct alignas(64) QuantizeBlock {
     int32_t id[16];
 };
 
-// Where the list of a cell starts, in blocks, and its candidates; first = -1: not made yet.
+// Where the list of a cell starts, in blocks, and how many candidates it has; first = -1: not made yet.
 struct QuantizeNode {
     int32_t first;
     int32_t size;
 };
 
-// The lists of one thread; see quantize.h. The arrays belong to the driver.
-struct QuantizeCells {
+// The lists of one thread; see quantize.h. The arrays belong to the driver. On a cache line of its own: making a list
+// writes here, and the other threads read theirs for every pixel.
+struct alignas(64) QuantizeCells {
     const QuantizeBlock* root;  // all clusters, id = place; one that is not finite is infinitely far away
     const double* levels;       // (256,): v / 127.5 - 1
     const float* levels32;      // (256,): the same
-    QuantizeNode* nodes;        // the cells of the levels 1 .. bits
-    int32_t* leaf;              // (2^15,) by the upper five bits of r, g, b: a block; -1: not made yet; -2 - i: node i
-    QuantizeBlock* blocks;      // the lists
-    int32_t* list;              // (k + 16,) scratch
-    float* near;                // (k + 16,) scratch
-    int64_t capacity;           // of `blocks`, at least bits (k + 15) / 16
-    int64_t used;               // of `blocks`
+    QuantizeNode* nodes;        // the cells of the levels 1 .. kQuantizeNodes
+    int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block; -2 - the first of several; -1: none
+    QuantizeBlock* blocks;  // the lists
+    int32_t* list;          // (k + 16,) scratch
+    float* near;            // (k + 16,) scratch
+    int64_t capacity;       // of `blocks`, at least bits (k / 16 + 1)
+    int64_t used;           // of `blocks`
     int32_t k;
     int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side, 5 at most; 0: none
 };
 
-// Cells of the levels 1 .. bits.
-constexpr int64_t quantize_cells(int bits) { return ((int64_t(1) << (3 * (bits + 1))) - 8) / 7; }
+constexpr int kQuantizeNodes = 4;
+
+// Cells of the levels 1 .. level.
+constexpr int64_t quantize_cells(int level) { return ((int64_t(1) << (3 * (level + 1))) - 8) / 7; }
 
 struct Ops {
     const char* isa;

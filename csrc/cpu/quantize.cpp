@@ -35,12 +35,12 @@ int cell_bits(int64_t n, int64_t k, bool is_u8) {
 }
 
 QuantizeCells make_cells(const QuantizeParams& p, int bits, Scratch& s) {
-    const int64_t k = p.k, least = (k + 15) / 16 * bits;
+    const int64_t k = p.k, least = (k / 16 + 1) * bits;
     QuantizeCells cells{};
     cells.k = p.k;
     cells.bits = bits;
     cells.capacity = least + std::min(kBlocks + k / 4, 16 * p.n);
-    s.nodes.reset(new QuantizeNode[quantize_cells(bits)]);
+    s.nodes.reset(new QuantizeNode[quantize_cells(kQuantizeNodes)]);
     s.leaf.reset(new int32_t[1 << 15]);
     s.list.reset(new int32_t[k + 16]);
     s.near.reset(new float[k + 16]);

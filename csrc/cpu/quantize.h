@@ -32,7 +32,8 @@ constexpr float kWider = 1.0f + 1.0f / (1 << 20), kFurther = 1.0f / (1 << 22);
 constexpr int kParts = kWidth / kLanes;
 using Wide = Vec[kParts];
 
-inline int blocks_of(int size) { return (size + kWidth - 1) / kWidth; }
+// A list ends with the first block that is not full.
+inline int blocks_of(int size) { return size / kWidth + 1; }
 
 // The ids of the parent's candidates that are near enough to `cells.list`; returns how many.
 int select(QuantizeCells& cells, float limit, const QuantizeBlock* parent, int parent_size) {
@@ -78,8 +79,8 @@ inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n)
 
 // Makes the list of the cell at `at` of a level from its parent's. `reach`: by how much the colours of a cell stop
 // short of its width; 1 for whole pixel values.
-void build(QuantizeCells& cells, QuantizeNode& node, int level, const int (&at)[3], float reach,
-           const QuantizeBlock* parent, int parent_size) {
+QuantizeNode build(QuantizeCells& cells, int level, const int (&at)[3], float reach, const QuantizeBlock* parent,
+                   int parent_size) {
     const float half_pixels = 0.5f * (float(256 >> level) - reach);
     const Vec half = set1(half_pixels / 127.5f);
     Vec centre[3];
@@ -102,15 +103,15 @@ void build(QuantizeCells& cells, QuantizeNode& node, int level, const int (&at)[
     float limit[kLanes];
     store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
     const int n = select(cells, limit[0], parent, parent_size);
-    for (int i = 0; i < n; i += kWidth) fill(cells.blocks[cells.used + i / kWidth], cells, i, n);
-    node = {int32_t(cells.used), n};
-    cells.used += blocks_of(n);
+    const QuantizeNode node{int32_t(cells.used), n};
+    for (int i = 0; i < blocks_of(n); ++i) fill(cells.blocks[cells.used++], cells, i * kWidth, n);
+    return node;
 }
 
 // Forgets all lists.
 void clear(QuantizeCells& cells) {
     cells.used = 0;
-    for (int64_t i = 0, n = quantize_cells(cells.bits); i < n; ++i) cells.nodes[i].first = -1;
+    for (int64_t i = 0; i < quantize_cells(kQuantizeNodes); ++i) cells.nodes[i].first = -1;
     for (int64_t i = 0; i < 1 << (3 * kLeafBits); ++i) cells.leaf[i] = -1;
 }
 
@@ -118,17 +119,19 @@ void clear(QuantizeCells& cells) {
 __attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b, float reach) {
     if (cells.capacity - cells.used < int64_t(blocks_of(cells.k)) * cells.bits) clear(cells);
     const QuantizeBlock* parent = cells.root;
-    int size = cells.k, level = 0;
-    int64_t node = 0;
+    QuantizeNode node{0, cells.k};
+    int level = 0;
     do {
         ++level;
         const int at[3] = {r >> (8 - level), g >> (8 - level), b >> (8 - level)};
-        node = quantize_cells(level - 1) + ((((int64_t(at[0]) << level) | at[1]) << level) | at[2]);
-        if (cells.nodes[node].first < 0) build(cells, cells.nodes[node], level, at, reach, parent, size);
-        parent = cells.blocks + cells.nodes[node].first;
-        size = cells.nodes[node].size;
-    } while (level < cells.bits && size > kWidth);
-    const int32_t entry = size <= kWidth ? cells.nodes[node].first : int32_t(-2 - node);
+        const int64_t place = quantize_cells(level - 1) + ((((int64_t(at[0]) << level) | at[1]) << level) | at[2]);
+        const bool kept = level <= kQuantizeNodes;
+        const QuantizeNode known = kept ? cells.nodes[place] : QuantizeNode{-1, 0};
+        node = known.first < 0 ? build(cells, level, at, reach, parent, node.size) : known;
+        if (kept) cells.nodes[place] = node;
+        parent = cells.blocks + node.first;
+    } while (level < cells.bits && node.size > kWidth);
+    const int32_t entry = node.size <= kWidth ? node.first : -2 - node.first;
     const int shift = kLeafBits - level, side = 1 << shift;
     const int r0 = r >> (8 - level) << shift, g0 = g >> (8 - level) << shift, b0 = b >> (8 - level) << shift;
     for (int i = r0; i < r0 + side; ++i)
@@ -167,8 +170,9 @@ inline uint32_t within(const Wide& d, Vec limit) {
 // The definition in float64, over the given lanes of a block after what came before.
 struct Nearest {
     const float* clusters;
-    double r, g, b, best;
-    int32_t index;
+    double r, g, b;
+    double best = __builtin_inf();
+    int32_t index = 0;
 
     void take(const QuantizeBlock& block, uint32_t lanes) {
         for (; lanes; lanes &= lanes - 1) {
@@ -189,30 +193,29 @@ inline Vec limit_u8(Vec least) { return fma(least, set1(kWider), set1(kFurther))
 // Finite: a distance that is not wins nowhere.
 inline Vec limit_f32(Vec least) { return min(least, set1(__FLT_MAX__)); }
 
-// Calls use(block, lanes within the limit) for the blocks of a node until it returns true.
+// Calls use(block, lanes within the limit) for the blocks of a list until it returns true.
 template <class Limit, class Use>
-inline void search(const QuantizeCells& cells, int64_t node, Vec r, Vec g, Vec b, Limit&& limit, Use&& use) {
-    const QuantizeBlock* blocks = cells.blocks + cells.nodes[node].first;
-    const int n = blocks_of(cells.nodes[node].size);
+inline void search(const QuantizeBlock* list, Vec r, Vec g, Vec b, Limit&& limit, Use&& use) {
     Wide d;
     Vec least = set1(kInfinity);
-    for (int i = 0; i < n; ++i) {
-        distances(blocks[i], r, g, b, d);
+    const QuantizeBlock* block = list;
+    do {
+        distances(*block, r, g, b, d);
         least = min(smallest(d), least);
-    }
+    } while ((block++)->id[kWidth - 1] >= 0);
     const Vec most = limit(spread_min(least));
-    for (int i = 0; i < n; ++i) {
-        distances(blocks[i], r, g, b, d);
+    for (const QuantizeBlock* end = block; list < end; ++list) {
+        distances(*list, r, g, b, d);
         const uint32_t lanes = within(d, most);
-        if (lanes && use(blocks[i], lanes)) return;
+        if (lanes && use(*list, lanes)) return;
     }
 }
 
 // A uint8 pixel whose candidates are more than a block.
-__attribute__((noinline)) int32_t search_u8(const float* clusters, const QuantizeCells& cells, int64_t node, int r,
-                                            int g, int b) {
-    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b], __builtin_inf(), 0};
-    search(cells, node, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
+__attribute__((noinline)) int32_t search_u8(const float* clusters, const QuantizeCells& cells,
+                                            const QuantizeBlock* list, int r, int g, int b) {
+    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b]};
+    search(list, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
            [&](const QuantizeBlock& block, uint32_t lanes) {
                nearest.take(block, lanes);
                return false;
@@ -223,7 +226,7 @@ __attribute__((noinline)) int32_t search_u8(const float* clusters, const Quantiz
 // Several candidates of one block are nearest as far as float32 can tell.
 __attribute__((noinline)) int32_t settle(const float* clusters, const QuantizeCells& cells, const QuantizeBlock& block,
                                          uint32_t lanes, int r, int g, int b) {
-    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b], __builtin_inf(), 0};
+    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b]};
     nearest.take(block, lanes);
     return nearest.index;
 }
@@ -237,7 +240,7 @@ void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, i
         int32_t entry = leaf(cells, r, g, b);
         if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, r, g, b, 1.0f);
         if (__builtin_expect(entry < 0, 0)) {
-            p.out[i] = search_u8(p.clusters, cells, -2 - int64_t(entry), r, g, b);
+            p.out[i] = search_u8(p.clusters, cells, cells.blocks + (-2 - entry), r, g, b);
             continue;
         }
         const QuantizeBlock& block = cells.blocks[entry];
@@ -283,7 +286,7 @@ inline int32_t nearest_f32(QuantizeCells& cells, const float* x, const int32_t* 
     if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, at[0], at[1], at[2], 0.0f);
     int32_t index = 0;
     if (__builtin_expect(entry < 0, 0)) {
-        search(cells, -2 - int64_t(entry), r, g, b, limit_f32, [&](const QuantizeBlock& block, uint32_t lanes) {
+        search(cells.blocks + (-2 - entry), r, g, b, limit_f32, [&](const QuantizeBlock& block, uint32_t lanes) {
             index = block.id[__builtin_ctz(lanes)];
             return true;
         });
