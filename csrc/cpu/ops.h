@@ -45,7 +45,7 @@ struct QuantizeNode {
 // The lists of one thread; see quantize.h. The arrays belong to the driver. On a cache line of its own: making a list
 // writes here, and the other threads read theirs for every pixel.
 struct alignas(64) QuantizeCells {
-    const QuantizeBlock* root;  // all clusters, id = place; one that is not finite is infinitely far away
+    const QuantizeBlock* root;  // all clusters, id = place; those that win nowhere infinitely far away
     const double* levels;       // (256,): v / 127.5 - 1
     const float* levels32;      // (256,): the same
     QuantizeNode* nodes;        // the cells of the levels 1 .. kQuantizeNodes
