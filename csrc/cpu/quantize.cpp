@@ -17,7 +17,7 @@ constexpr int64_t kParallel = 4096;   // pixels from which a second thread pays
 constexpr int64_t kShare = 64;        // a thread's pixels start at a multiple: whole blocks
 constexpr int64_t kFewPixels = 4096;  // below, walking all clusters is as fast as making lists
 constexpr int64_t kFewClusters = 24;  // likewise
-constexpr int64_t kBlocks = 1 << 16;  // of a thread's lists; 16 MB, of which 1.3 for 512 random clusters
+constexpr int64_t kBlocks = 1 << 16;  // of a thread's lists; 16 MB, 80 for dense palettes; 512 random clusters use 2
 
 // The memory of one thread's cells. No vectors: what no pixel needs stays untouched.
 struct Scratch {
@@ -40,7 +40,7 @@ QuantizeCells make_cells(const QuantizeParams& p, int bits, Scratch& s) {
     QuantizeCells cells{};
     cells.k = p.k;
     cells.bits = bits;
-    cells.capacity = least + std::min(kBlocks + 2 * k, 16 * p.n);
+    cells.capacity = least + std::min(kBlocks + std::min(2 * k, 4 * kBlocks), 16 * p.n);
     s.nodes.reset(new QuantizeNode[quantize_cells(kQuantizeNodes)]);
     s.leaf.reset(new int32_t[1 << 15]);
     s.list.reset(new int32_t[k + 16]);

@@ -13,7 +13,7 @@
 //   nearest one is at most m (1 + 13 u) + 2.1 u, m being the smallest that float32 found: kWider and kFurther.
 //
 // Cells always serve uint8. float32 pixels outside [-1, 1] or NaN, and few pixels or clusters (quantize.cpp), go the
-// plain way: blocks of 64 pixels, one cluster after the other, 8 FLOPs per pixel and cluster, bound by arithmetic.
+// plain way: chunks of 64 pixels, one cluster after the other, 8 FLOPs per pixel and cluster, bound by arithmetic.
 // With cells a pixel costs about 25 instructions on AVX-512, and 4 cache lines that random colours find in L2.
 //
 // Source: openai/image-gpt src/utils.py color_quantize (the definition).
