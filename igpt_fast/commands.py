@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import options, sharding, terminal
 from igpt_fast.drawing import Job, check_completion, load_pipeline, rehearse, run
-from igpt_fast.exports import Exports
+from igpt_fast.exports import Exports, file_hash
 from igpt_fast.options import Drawing, Files
 from igpt_fast.recipes.settings import TrainConfig
 from igpt_fast.terminal import GRID_SUFFIXES
@@ -48,13 +48,12 @@ def sample(
     with sharding.world() as world:
         if world.first:
             exports.check()
+            rehearse(exports, drawing.model, n, 0)
         pipeline = load_pipeline(drawing, sharding.local_rank())
         mine = world.share(n)
         asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
         with terminal.as_usage():  # before anything is computed
             pipeline.stream(n, labels=classes, **asked)
-        if world.first:
-            rehearse(pipeline, exports, n, 0)
         job = Job(
             command="sample",
             total=n,
@@ -88,8 +87,8 @@ def complete(
         images: Image files of any size; the middle is cut out in the model's aspect and resized.
         keep: What is kept: a fraction of the rows, 0 or above and below 1, or a number of them like 12rows; 0.5 if
             neither this nor a mask is given.
-        mask: Image file that says what is kept instead: white is kept, black is drawn; resized to the model's size by
-            nearest neighbour.
+        mask: Image file that says what is kept instead: white is kept, black is drawn; cut out like the images, and
+            resized by nearest neighbour.
         n: Completions of each image.
         candidates: Draw so many for each completion, and choose one by how well it goes with what is kept below it;
             approximate, for masks.
@@ -106,14 +105,16 @@ def complete(
     with sharding.world() as world:
         if world.first:
             exports.check()
+            rehearse(exports, drawing.model, n, len(images))
         pipeline = load_pipeline(drawing, sharding.local_rank())
         size = pipeline.processor.height, pipeline.processor.width
         mine = world.share(len(images))
         asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
         kept: dict[str, Any] = {"keep": options.kept(keep, mask, *size), "n": n, "candidates": candidates}
         check_completion(pipeline, classes, len(images), kept, asked)
-        if world.first:
-            rehearse(pipeline, exports, n, len(images))
+        values: dict[str, Any] = {"inputs": list(map(str, images)), "mask": mask and str(mask)}
+        if world.first and files.sidecar is not None:
+            values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
         job = Job(
             command="complete",
             total=n * len(images),
@@ -126,7 +127,7 @@ def complete(
                 **asked,
             ),
             exports=exports,
-            values={"model": drawing.model or "bundled", "inputs": list(map(str, images)), "mask": mask and str(mask)},
+            values={"model": drawing.model or "bundled"} | values,
         )
         run(job, pipeline, drawing, world, json=json)
 
@@ -301,6 +302,12 @@ def train(
     if (data is None or data.is_file()) and (given or skip_unreadable):
         names = ", ".join(given or ["--skip-unreadable"])
         raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
+    if classes and data is None:
+        raise terminal.UsageError(
+            "--classes: the bundled emoji have none; give a directory or a token file with labels"
+        )
+    if not classes and config.label_dropout != TrainConfig.label_dropout:
+        raise terminal.UsageError("--label-dropout: only with --classes")
     if clusters is not None and n_clusters is not None:
         raise terminal.UsageError("give --clusters or --n-clusters, not both")
     if n_clusters is not None:
@@ -320,6 +327,8 @@ def train(
     from igpt_fast.recipes import data as data_module
     from igpt_fast.recipes import train as recipe
 
+    if classes and data is not None and data.is_file() and not data_module.has_labels(data):
+        raise terminal.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     recipe.check_directory(out, resume=resume, overwrite=force)  # before the images are read, which takes its time
     if data is not None and data.is_dir():
         palette = None if clusters is None else load_clusters(clusters)

@@ -153,9 +153,10 @@ class Pipeline:
 
         Image i is drawn from a stream of its own, made of (seed, first + i): the batch size changes which images are
         computed together, not the numbers they are drawn with. With the cpu engine, in float32, it changes nothing: the
-        images are the same bit for bit. Elsewhere it can change the rounding of the logits, and a draw differs when its number
-        falls into that rounding: in bfloat16 between one image at a time and several, in int8 on processors without
-        VNNI, on a GPU, and wherever a primer of completions is read, by a matrix product that rounds by its size.
+        images are the same bit for bit. Elsewhere it can change the rounding of the logits, and a draw differs when its
+        number falls into that rounding: in bfloat16 between one image at a time and several, in int8 on processors
+        without VNNI, on a GPU, and wherever a primer of completions is read, by a matrix product that rounds by its
+        size.
 
         Args:
             n: How many.

@@ -80,11 +80,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "terminal": {"backend", "clusters", "image", "pipeline"},
     "options": {"generation", "image", "inpainting", "pipeline", "terminal"},
-    "exports": {"files", "options", "results", "terminal"},
+    "exports": {"files", "image", "options", "results", "terminal"},
     "preview": set(),
     "sharding": set(),
     "drawing": {
-        *("__init__", "exports", "options", "pipeline", "preview", "sharding", "streaming", "terminal"),
+        *("__init__", "exports", "image", "options", "pipeline", "preview", "sharding", "streaming", "terminal"),
     },
     "commands": {
         *("backend", "clusters", "drawing", "exports", "files", "generation", "hf", "image", "options", "pipeline"),
