@@ -2,10 +2,12 @@
 
 ``samples.png``: the first sixteen images of seed 0, as ``make sample`` draws them. ``completions.png``: two photographs
 that scikit-image ships, and held-out emoji at fixed places of the list, none of them chosen by what came out.
+``inpainting.png``: four of the emoji with a hole.
 """
 
 from pathlib import Path
 
+import numpy as np
 from skimage import data
 
 from igpt_fast import Pipeline
@@ -21,6 +23,10 @@ def main() -> None:
     heldout = load_tokens(BUNDLED.parent / "emoji16.npz").heldout_tokens
     emoji = pipe.processor.decode(heldout[40 :: len(heldout) // 6])
     pipe.complete([data.astronaut(), data.coffee(), *emoji], n=4, seed=0).save_grid(HERE / "completions.png", scale=6)
+    mask = np.ones((16, 16), dtype=bool)
+    mask[5:11, 5:11] = False
+    inpainted = pipe.complete(emoji[:4], keep=mask, n=4, candidates=16, seed=0)
+    inpainted.save_grid(HERE / "inpainting.png", scale=6)
 
 
 if __name__ == "__main__":
