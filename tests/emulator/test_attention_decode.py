@@ -42,4 +42,4 @@ def test_splits(emulated: Kernels) -> None:
 def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
     sizes = 1, 1, 5, 1, 0, dim, False, 1, 0
     with pytest.raises(RuntimeError, match="attention_decode: CUDA error: invalid argument"):
-        emulated.module.attention_decode_cuda(*[0] * 11, *[0] * 8, *sizes, 1.0, 1, False, 0, 0)
+        emulated.module.attention_decode_cuda(*[0] * 12, *[0] * 8, *sizes, 1.0, 1, False, 0, 0)
