@@ -116,7 +116,7 @@ struct Values {
 #pragma unroll
         for (int i = 0; i < S::kValues; ++i) {
             const int key = first + which(i) * S::kGroups;
-            if (key < end) {
+            if (S::kTogether == 1 || key < end) {
                 const void* at = offset(values, int64_t(key) * S::kDim + start(i), sizeof(typename S::Stored));
                 vectors[i] = load_global(static_cast<const typename S::Codes*>(at));
             } else {
@@ -127,8 +127,16 @@ struct Values {
 #pragma unroll
             for (int n = 0; n < S::kTogether; ++n) {
                 const int key = first + n * S::kGroups;
-                scales[n] = key < end ? load_global(all_scales + key) : 0.0f;
+                scales[n] = n == 0 || key < end ? load_global(all_scales + key) : 0.0f;
             }
+        }
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) vectors[i] = {};
+        if constexpr (S::kScaled) {
+#pragma unroll
+            for (int n = 0; n < S::kTogether; ++n) scales[n] = 0.0f;
         }
     }
     __device__ __forceinline__ void store(void* row) const {
@@ -290,10 +298,11 @@ __device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::
             const int key = base + u * S::kGroups + group;
             if (key < end) {
                 k[u].load(offset(keys, int64_t(key) * S::kDim, kSize));
+                if (u % S::kTogether == 0) v[u / S::kTogether].load(values, scales, key, end);
             } else {
                 k[u].clear();
+                if (u % S::kTogether == 0) v[u / S::kTogether].clear();
             }
-            if (u % S::kTogether == 0) v[u / S::kTogether].load(values, scales, key, end);
         }
         float scores[S::kUnroll];
 #pragma unroll

@@ -208,7 +208,12 @@ def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False, scaled: 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_opcheck(emulation, prefix: bool, scaled: bool) -> None:
     made = operands(prefix=prefix, scaled=scaled)
-    torch.library.opcheck(torch.ops.igpt_fast.attention_decode.default, (*made, 0.2, made[3].shape[2]))
+    checked = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not scaled:  # it multiplies what is written to, as torch does not in float8
+        checked.append("test_schema")
+    torch.library.opcheck(
+        torch.ops.igpt_fast.attention_decode.default, (*made, 0.2, made[3].shape[2]), test_utils=checked
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -313,9 +318,9 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "v's dtype": ({"v": zeros(2, 4, 32).half()}, TypeError, "v is torch.float16; want torch.float32"),
         "cache's shape": ({"k_cache": zeros(2, 4, 32)}, ValueError, r"k_cache has shape \(2, 4, 32\); want \(2, 4, T"),
         "cache's dtype": ({"v_cache": zeros(2, 4, 5, 32).bfloat16()}, TypeError, "v_cache is torch.bfloat16"),
-        "8 bits": ({"v_cache": zeros(2, 4, 5, 32).to(float8)}, TypeError, "v_cache is torch.float8.* want torch.float32, q"),
-        "scales": ({"v_scale": zeros(2, 4, 5)}, TypeError, "v_cache is torch.float32; want torch.float8_e4m3fn, with v_sc"),
-        "scale's shape": (eight | {"v_scale": zeros(2, 4, 6)}, ValueError, r"v_scale has .*; want \(2, 4, 5\), k_cache's"),
+        "8 bits": ({"v_cache": zeros(2, 4, 5, 32).to(float8)}, TypeError, "v_cache is .*8.*; want torch.float32"),
+        "scales": ({"v_scale": zeros(2, 4, 5)}, TypeError, "v_cache is torch.float32; want torch.float8"),
+        "scale's shape": (eight | {"v_scale": zeros(2, 4, 6)}, ValueError, r"v_scale has .*; want \(2, 4, 5\)"),
         "scale's dtype": (eight | {"v_scale": zeros(2, 4, 5).half()}, TypeError, "v_scale is torch.float16; want .*32"),
         "scale's strides": (eight | {"v_scale": zeros(4, 2, 5).transpose(0, 1)}, ValueError, "v_scale has strides"),
         "no room": ({"k_cache": zeros(2, 4, 0, 32)}, ValueError, "k_cache has shape"),
