@@ -258,6 +258,7 @@ def check_determinism(kernels: Kernels) -> None:
     cases = [
         case("cpu", torch.bfloat16, 64, 300, 320, 1),
         case("cpu", torch.float16, 96, 70, 70 + 1, 5, prefixes=1, prefix=150),
+        case("cpu", torch.bfloat16, 96, 300, 320, 1, scaled=True),
     ]
     for made in cases:
         results = []
@@ -288,6 +289,23 @@ def check_coalescing(kernels: Kernels) -> None:
         assert counted["load_sectors"] == sectors, (sectors, dict(counted))
         # 8 lanes, which write each vector of 8 sums in two halves, meet in twos.
         assert counted["shared_conflicts"] == (256 * 4 * dim // 32 if dim % 64 == 0 else 0), dict(counted)
+
+
+def check_scaled_bytes(kernels: Kernels) -> None:
+    """Of a key more move its own bytes, half as many of its value, and a scale; all in whole sectors."""
+    for dim in (32, 64, 96, 128):
+        counts = []
+        for position in (64, 128):
+            made = case("cpu", torch.bfloat16, dim, position, 192, rows=2, heads=128, scaled=True)
+            with Counted(kernels) as counted:
+                made.op()
+            counts.append(dict(counted))
+            assert counted["store_bytes"] == 256 * (2 * dim + dim + 4 + 2 * dim), dict(counted)
+        more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
+        lanes = 8 if dim % 64 == 0 else 4
+        assert more["load_bytes"] == 256 * 64 * (3 * dim + 4 * lanes), more
+        # A warp's lanes share the sector of the scales of its 4 or 8 keys.
+        assert more["load_sectors"] == 256 * 64 * (3 * dim + lanes) // 32, more
 
 
 def check_prefix_reads_once(kernels: Kernels) -> None:

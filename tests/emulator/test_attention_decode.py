@@ -23,6 +23,10 @@ def test_coalescing(on: Kernels) -> None:
     checks.check_coalescing(on)
 
 
+def test_bytes_of_scaled_values(on: Kernels) -> None:
+    checks.check_scaled_bytes(on)
+
+
 def test_prefix_is_read_once(on: Kernels) -> None:
     checks.check_prefix_reads_once(on)
 

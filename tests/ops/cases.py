@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
+from igpt_fast.ops.attention_decode import quantize_values
 
 BF16 = torch.bfloat16
 
@@ -186,6 +187,20 @@ CASES = [
         ),
         ops.attention_decode,
         mutated=(3, 4),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_fp8_values",
+        lambda: (
+            *(_normal(2, 2, 64, seed=i) for i in range(3)),
+            _normal(2, 2, 150, 64, seed=3),
+            *quantize_values(_normal(2, 2, 150, 64, seed=4)),
+            torch.tensor(131, dtype=torch.int32),
+        ),
+        lambda q, k, v, k_cache, v_cache, v_scale, position: ops.attention_decode(
+            q, k, v, k_cache, v_cache, position, v_scale=v_scale
+        ),
+        mutated=(3, 4, 5),
     ),
     Case(
         "attention_decode",
