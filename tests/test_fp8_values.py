@@ -1,4 +1,4 @@
-"""What cached values of 8 bits cost the bundled model, by their definition; the decoder: emulator/test_fp8_values.py."""
+"""What cached values of 8 bits cost the bundled model, by their definition; the decoder: tests/emulator."""
 
 from __future__ import annotations
 

@@ -143,11 +143,11 @@ def _check(
         named["v_scale"] = v_scale
     check_floating(op, **named)
     for name, tensor in named.items():
-        want, whose = q.dtype, ", q's"
+        dtype, whose = q.dtype, ", q's"
         if v_scale is not None and name in _SCALED:
-            want, whose = _SCALED[name], ", with v_scale"
-        if tensor.dtype != want:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {want}{whose}")
+            dtype, whose = _SCALED[name], ", with v_scale"
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {dtype}{whose}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} wants a gradient; there is none: decode under torch.no_grad()")
     if q.ndim != 3:
