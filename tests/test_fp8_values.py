@@ -35,9 +35,9 @@ def held_out(every: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nats_per_pixel_of_held_out_emoji(dtype: torch.dtype) -> None:
-    """The gate: rounding the values alone changes them by less than all of bfloat16 may (test_cpu_decoder.py)."""
+    """The gate: rounding the values alone may change them as much as all of bfloat16 may (test_cpu_decoder.py)."""
     model = ImageGPTForCausalImageModeling.from_pretrained(BUNDLED, dtype=dtype).eval()
-    pixels = held_out(32)
+    pixels = held_out(8)
     want, got = nats(model, pixels, DynamicCache()), nats(model, pixels, Rounding())
     assert 0.8 < want < 1.5  # it is the trained model
     assert 0.0 < abs(got - want) < 0.002
