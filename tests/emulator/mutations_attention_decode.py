@@ -77,7 +77,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("e4m3_small_ones_are_normal", E4M3, "size < 0x3c800000u", "size < 0x3c000000u"), codes),
     (Mutation("e4m3_nan_is_480", E4M3, "size == kNaNE4M3 ? NAN : moved", "moved"), codes),
     (Mutation("decode_sum_not_rescaled", OWN, "        l *= factor;\n", ""), long),
-    (Mutation("decode_score_misses_a_step", OWN, "lane = 1; lane < S::kLanes;", "lane = 1; lane < S::kLanes / 2;"),
+    (Mutation("decode_score_misses_a_step", OWN, "lane < S::kLanes; lane *= 2) sum", "lane < S::kLanes / 2; lane *= 2) sum"),
      positions),
     (Mutation("decode_no_barrier", OWN, BARRIER, ""), THREAD),
     (Mutation("decode_merge_misses_a_part", OWN, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
