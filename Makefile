@@ -51,7 +51,10 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json
 	$(BIN)/python benchmarks/bench_ops.py --json benchmarks/results/ops.json
 	$(BIN)/python benchmarks/bench_generate.py --json benchmarks/results/generate.json
-	$(BIN)/python benchmarks/bench_model.py --json benchmarks/results/model.json
+	$(BIN)/python benchmarks/bench_model.py --work forward --json benchmarks/results/model.json
+	$(BIN)/python benchmarks/bench_model.py --work train --json benchmarks/results/train.json
+	$(BIN)/python benchmarks/bench_completions.py --json benchmarks/results/completions.json
+	$(BIN)/python benchmarks/bench_sample.py --json benchmarks/results/sample.json
 	$(BIN)/python benchmarks/plot.py
 
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.

@@ -37,7 +37,7 @@ from ceilings import Ceilings, Work
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.decoders import TorchDecoder, make_decoder
+from igpt_fast.decoders import ReferenceDecoder, make_decoder
 
 COLUMNS = ("work", "batch", "position", "dtype", "name", "ms", "ms_spread", "cpu_ms", "times_hf", "times_peer")
 COLUMNS += ("of_limit", "error", "mb")
@@ -72,7 +72,7 @@ def decoders(config: ImageGPTConfig, batch: int, capacity: int, options: argpars
         if options.openvino:
             whole = peers.Expert(made["float32"])
             found[name, "OpenVINO"] = lambda name=name, e=whole: peers.OpenVino(e, batch, name)
-        found[name, "igpt_fast, PyTorch"] = lambda model=model: TorchDecoder(model, batch, capacity)
+        found[name, "igpt_fast, PyTorch"] = lambda model=model: ReferenceDecoder(model, batch, capacity)
         found[name, "igpt_fast"] = lambda model=model: make_decoder(model, batch, capacity)
     if options.openvino:
         found["int8", "OpenVINO"] = lambda: peers.OpenVino(peers.Expert(made["float32"]), batch, "int8")

@@ -3,9 +3,9 @@
     python benchmarks/bench_sample.py --json benchmarks/results/sample.json
 
 The bundled model (16x16 pixels) and iGPT-S with seeded weights (32x32); whole images, drawn from the full distribution,
-as many together as the batch says; packing the weights counts. Peers: transformers in the dtype in which it draws
-faster, and this project's reference engine. Before that, both draw a greedy image in float32, and each has to find the
-other's tokens the likeliest.
+as many together as the batch says; the weights have been packed before. Peers: transformers in the dtype in which it
+draws faster, and this project's reference engine. Before that, both draw a greedy image in float32, and each has to
+find the other's tokens the likeliest.
 """
 
 from __future__ import annotations

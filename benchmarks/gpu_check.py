@@ -324,7 +324,7 @@ def make_steps(device: Device) -> list[Step]:
         sanitize("memcheck"),
         sanitize("racecheck"),
         bench("benchmark", "benchmarks/bench_ops.py --device cuda", ROWS, 200),
-        bench("sampling", "benchmarks/bench_sampling.py", SAMPLING, 120),
+        bench("sampling", "benchmarks/bench_sample_cuda.py", SAMPLING, 120),
     ]
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py
 
-Reads results/generate.json, model.json and ops.json, as far as they are there, and writes docs/cpu.png. Needs
-matplotlib.
+Reads results/generate.json, model.json, train.json and ops.json, as far as they are there, and writes docs/cpu.png.
+Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def network(results: dict[str, dict[str, Any]]) -> list[Group]:
     """Decoding, the forward pass, training."""
-    rows = [row for name in ("generate", "model") if name in results for row in results[name]["rows"]]
+    rows = [row for name in ("generate", "model", "train") if name in results for row in results[name]["rows"]]
     titles = {
         ("step", 1): "next pixel,\nbatch 1",
         ("step", 8): "next pixel,\nbatch 8",
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--out", type=Path, default=common.ROOT / "docs" / "cpu.png")
     options = parser.parse_args()
-    files = {name: options.results / f"{name}.json" for name in ("generate", "model", "ops")}
+    files = {name: options.results / f"{name}.json" for name in ("generate", "model", "train", "ops")}
     results = {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.is_file()}
     panels = [groups for groups in (network(results), quantize(results)) if groups]
     if not panels:

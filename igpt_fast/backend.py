@@ -541,11 +541,12 @@ def format_config(report: dict[str, Any]) -> str:
     lines.append(f"isa        {report['isa']['live'] or 'none'} of {isas or 'none'}")
     lines.append(f"backend    {report['backend']}")
     lines += [f"           {name} is not available: {reason}" for name, reason in report["unavailable"].items()]
+    wide = 1 + max(map(len, [*report["ops"], *report["decoders"], *report["forwards"]]))
     for op, by_device in report["ops"].items():
         for device, live in by_device.items():
-            lines.append(f"op         {op:<17}{device:<5} {_line(live)}")
-    lines += [f"decoder    {name:<17}      {_line(live)}" for name, live in report["decoders"].items()]
-    lines += [f"forward    {name:<17}      {_line(live)}" for name, live in report["forwards"].items()]
+            lines.append(f"op         {op:<{wide}}{device:<5} {_line(live)}")
+    lines += [f"decoder    {name:<{wide}}      {_line(live)}" for name, live in report["decoders"].items()]
+    lines += [f"forward    {name:<{wide}}      {_line(live)}" for name, live in report["forwards"].items()]
     return "\n".join(lines)
 
 

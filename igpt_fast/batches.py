@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
+from igpt_fast.decoders import forget
+
 T = TypeVar("T")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_
+    "ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_
+)
 
 
 class Batches:
@@ -53,20 +63,24 @@ class Batches:
             if reason is None:
                 start = stop
                 continue
-            # Here the error is gone, and with it the frames that held the decoder.
+            # Here the error is gone, and with it the frames that held the decoder, unless they are in a cycle.
             self.size = (stop - start) // 2
             warnings.warn(
                 f"out of memory with {stop - start} images at a time; goes on with {self.size} ({reason})",
                 RuntimeWarning,
                 stacklevel=3,
             )
+            gc.collect()
+            forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice; torch's CPU allocator and drivers say it in words alone."""
+    """Whether an error says that memory did not suffice; torch's CPU allocator, drivers and libraries say it in
+    words alone.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)
-    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    return any(words in text for words in OUT_OF_MEMORY)

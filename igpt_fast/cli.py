@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 
 from igpt_fast import commands, sharding
-from igpt_fast.terminal import DeviceUnavailableError, UsageError
+from igpt_fast.terminal import DeviceUnavailableError, UsageError, told
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": commands.sample,
@@ -124,9 +124,7 @@ def _fail(name: str, error: object, code: int) -> int:
         number = sharding.rank()
     if number and code == 2:
         return code
-    text = str(error) if str(error) else type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = told(error) if isinstance(error, BaseException) else str(error)
     where = f" rank {number}:" if number else ""
     print(f"igpt {name}".strip() + f":{where} " + " ".join(text.split()), file=sys.stderr)
     return code

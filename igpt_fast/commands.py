@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import options, sharding, terminal
-from igpt_fast.drawing import Job, load_pipeline, rehearse, run
-from igpt_fast.exports import Exports
+from igpt_fast.drawing import Job, check_completion, load_pipeline, rehearse, run
+from igpt_fast.exports import Exports, file_hash
 from igpt_fast.options import Drawing, Files
 from igpt_fast.recipes.settings import TrainConfig
 from igpt_fast.terminal import GRID_SUFFIXES
@@ -48,13 +48,12 @@ def sample(
     with sharding.world() as world:
         if world.first:
             exports.check()
+            rehearse(exports, drawing.model, n, 0)
         pipeline = load_pipeline(drawing, sharding.local_rank())
         mine = world.share(n)
         asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
         with terminal.as_usage():  # before anything is computed
             pipeline.stream(n, labels=classes, **asked)
-        if world.first:
-            rehearse(pipeline, exports, n, 0)
         job = Job(
             command="sample",
             total=n,
@@ -88,8 +87,8 @@ def complete(
         images: Image files of any size; the middle is cut out in the model's aspect and resized.
         keep: What is kept: a fraction of the rows, 0 or above and below 1, or a number of them like 12rows; 0.5 if
             neither this nor a mask is given.
-        mask: Image file that says what is kept instead: white is kept, black is drawn; resized to the model's size by
-            nearest neighbour.
+        mask: Image file that says what is kept instead: white is kept, black is drawn; cut out like the images, and
+            resized by nearest neighbour.
         n: Completions of each image.
         candidates: Draw so many for each completion, and choose one by how well it goes with what is kept below it;
             approximate, for masks.
@@ -103,22 +102,19 @@ def complete(
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
-    from PIL import Image
-
     with sharding.world() as world:
         if world.first:
             exports.check()
+            rehearse(exports, drawing.model, n, len(images))
         pipeline = load_pipeline(drawing, sharding.local_rank())
-        height, width = pipeline.processor.height, pipeline.processor.width
+        size = pipeline.processor.height, pipeline.processor.width
         mine = world.share(len(images))
         asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
-        kept: dict[str, Any] = {"keep": options.kept(keep, mask, height, width), "n": n, "candidates": candidates}
-        with terminal.as_usage():  # before anything is computed; errors of the images themselves are none of usage
-            pipeline.stream(len(images), labels=classes, **asked)
-            blank = Image.new("RGB", (width, height))
-            pipeline.stream_complete(blank, **kept, labels=None if classes is None else classes[0], **asked)
-        if world.first:
-            rehearse(pipeline, exports, n, len(images))
+        kept: dict[str, Any] = {"keep": options.kept(keep, mask, *size), "n": n, "candidates": candidates}
+        check_completion(pipeline, classes, len(images), kept, asked)
+        values: dict[str, Any] = {"inputs": list(map(str, images)), "mask": mask and str(mask)}
+        if world.first and files.sidecar is not None:
+            values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
         job = Job(
             command="complete",
             total=n * len(images),
@@ -131,11 +127,7 @@ def complete(
                 **asked,
             ),
             exports=exports,
-            values={
-                "model": drawing.model or "bundled",
-                "inputs": [str(path) for path in images],
-                "mask": None if mask is None else str(mask),
-            },
+            values={"model": drawing.model or "bundled"} | values,
         )
         run(job, pipeline, drawing, world, json=json)
 
@@ -310,6 +302,12 @@ def train(
     if (data is None or data.is_file()) and (given or skip_unreadable):
         names = ", ".join(given or ["--skip-unreadable"])
         raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
+    if classes and data is None:
+        raise terminal.UsageError(
+            "--classes: the bundled emoji have none; give a directory or a token file with labels"
+        )
+    if not classes and config.label_dropout != TrainConfig.label_dropout:
+        raise terminal.UsageError("--label-dropout: only with --classes")
     if clusters is not None and n_clusters is not None:
         raise terminal.UsageError("give --clusters or --n-clusters, not both")
     if n_clusters is not None:
@@ -329,6 +327,8 @@ def train(
     from igpt_fast.recipes import data as data_module
     from igpt_fast.recipes import train as recipe
 
+    if classes and data is not None and data.is_file() and not data_module.has_labels(data):
+        raise terminal.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     recipe.check_directory(out, resume=resume, overwrite=force)  # before the images are read, which takes its time
     if data is not None and data.is_dir():
         palette = None if clusters is None else load_clusters(clusters)

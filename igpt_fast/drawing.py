@@ -10,11 +10,9 @@ import dataclasses
 import math
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpt_fast import terminal
@@ -62,20 +60,41 @@ def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
-def rehearse(pipeline: Pipeline, exports: Exports, n: int, inputs: int) -> None:
-    """Writes an empty grid of the same size and form to a place of no importance, before hours of work are put in."""
+def check_completion(
+    pipeline: Pipeline, labels: list[int] | None, inputs: int, kept: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """Fails as a mistake of usage, before an image is read: errors of the images themselves are none of usage."""
+    from PIL import Image
+
+    blank = Image.new("RGB", (pipeline.processor.width, pipeline.processor.height))
+    with terminal.as_usage():
+        pipeline.stream(inputs, labels=labels, **asked)
+        pipeline.stream_complete(blank, labels=None if labels is None else labels[0], **kept, **asked)
+
+
+def rehearse(exports: Exports, model: str | None, n: int, inputs: int) -> None:
+    """Makes an empty grid of the size that the model's images give it, before it is read and hours of work are put in.
+
+    Raises:
+        UsageError: The grid or the animation would be too large.
+        FileNotFoundError, ValueError: As ``ImageGPTImageProcessor.from_pretrained``.
+    """
+    import numpy as np
     import torch
     from PIL import Image
 
-    from igpt_fast.pipeline import Generation
+    from igpt_fast.image import ImageGPTImageProcessor
+    from igpt_fast.pipeline import BUNDLED, Generation
 
-    shape = (n * max(1, inputs), pipeline.model.config.n_positions)
-    blank = Generation(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), pipeline.processor, 0)
+    processor = ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+    height, width = processor.height, processor.width
+    white = ImageGPTImageProcessor(clusters=np.ones((1, 3), np.float32), size={"height": height, "width": width})
+    tokens = torch.zeros((1, 1), dtype=torch.int64).expand(n * max(1, inputs), height * width)
+    blank = Generation(tokens, tokens, white, 0)
     if inputs:
         blank.inputs = [Image.new("RGB", (1, 1))] * inputs
-        blank.originals = blank.tokens[:inputs]
-    with tempfile.TemporaryDirectory() as folder, terminal.as_usage():
-        exports.save_grid(blank, Path(folder) / f"grid{exports.grid.suffix}")
+        blank.originals = tokens[:inputs]
+    exports.rehearse(blank)
 
 
 def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: bool) -> None:
@@ -104,6 +123,11 @@ def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: b
                 if preview is not None and not interrupted:
                     preview.finish(_pixels(whole))
                 _save(job, whole, which, pipeline, world, seconds, json, interrupted)
+            else:
+                print(
+                    "igpt: no batch is finished, nothing is saved; a smaller --batch-size saves more often",
+                    file=sys.stderr,
+                )
     if interrupted:
         raise KeyboardInterrupt
 
@@ -154,13 +178,17 @@ def _save(
     details: dict[str, Any] = {}
     if job.exports.files.sidecar is not None:
         details = {"command": job.command, **job.values, "model_sha256": weights_hash(pipeline.model), **values}
+        details |= {"columns": job.exports.columns, "upscale": job.exports.files.upscale}
         details |= {"igpt_fast": __version__, "torch": torch.__version__}
     try:
         names = job.exports.write(generation, which, details)
-    except (OSError, ValueError) as error:
-        if not interrupted:
+    except BaseException as error:  # be it a second Ctrl-C: hours of work may be in it
+        reason = f"{terminal.told(error)}; {job.exports.rescue(generation)}"
+        if isinstance(error, Exception) and not interrupted:
+            raise RuntimeError(reason) from error
+        print(f"igpt: the finished images cannot be saved: {reason}", file=sys.stderr)
+        if not isinstance(error, Exception):
             raise
-        print(f"igpt: the finished images cannot be saved: {error}", file=sys.stderr)
         return
     terminal.report(
         json,
@@ -226,7 +254,7 @@ class Progress:
             miniters=0,
             dynamic_ncols=True,
             # A narrow terminal cuts the end.
-            bar_format="{desc} {n:.0f}/{total}, {rate_noinv_fmt}, {remaining} left |{bar}|",
+            bar_format="{desc} {percentage:.0f}% of {total} images, {rate_noinv_fmt}, {remaining} left |{bar}|",
         )
         self._start = time.perf_counter()
 

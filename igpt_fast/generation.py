@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import asdict, dataclass
+from threading import RLock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops, reference
-from igpt_fast.decoders import check_dtype, make_decoder
+from igpt_fast.decoders import CudaDecoder, check_dtype, make_decoder
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -67,6 +67,20 @@ class Guidance:
 
     def __post_init__(self) -> None:
         check_scale("scale", self.scale)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where the uniform numbers of a batch come from, for a decoder that makes them on its device.
+
+    Args:
+        seed: In 0..2^64-1.
+        numbers: (B n,) int64: of each image's stream. A token's number is that of its index in the image; the context
+            begins at its first pixel, behind SOS or a class.
+    """
+
+    seed: int
+    numbers: Tensor
 
 
 @dataclass
@@ -133,6 +147,7 @@ def decode(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
+    streams: Streams | None = None,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
@@ -146,6 +161,7 @@ def decode(
         dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``decoders.make_decoder``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
+        streams: What ``uniforms`` were made of, where they were: an engine that draws by itself then does.
 
     Returns:
         The T new tokens of every continuation, (B n, T).
@@ -155,7 +171,10 @@ def decode(
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
     drawn = blank(uniforms)
-    for t in decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance):
+    positions = decoding(
+        drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams
+    )
+    for t in positions:
         if callback is not None:
             callback(t, drawn.tokens[:, t])
     return drawn
@@ -178,6 +197,7 @@ def decoding(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
+    streams: Streams | None = None,
 ) -> Iterator[int]:
     """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled."""
     check_dtype(dtype)
@@ -199,6 +219,9 @@ def decoding(
         drawn.engine = decoder.name
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
+        if isinstance(decoder, CudaDecoder) and streams is not None and known is None and not guided:
+            yield from _drawn_by(decoder, drawn, logits[:, :colours], streams, sampling)
+            return
         for t in range(steps):
             logits = logits[:, :colours]
             logprobs = torch.log_softmax(logits[:batch].float(), dim=-1)
@@ -218,28 +241,41 @@ def decoding(
                 logits = decoder.step(token.repeat(2) if guided else token)
 
 
+def _drawn_by(
+    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: Streams, sampling: Sampling
+) -> Iterator[int]:
+    """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
+    settings, (steps, colours) = asdict(sampling), (drawn.tokens.shape[1], logits.shape[1])
+    numbers = streams.numbers.to(logits.device)
+    for t in range(steps):
+        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, **settings)
+        yield t
+        if t + 1 < steps:
+            logits = decoder.step_drawn()[:, :colours]
+
+
 def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
-_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in training mode that are decoding now
-_users_lock = Lock()
+# Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.
+_users: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+_users_lock = RLock()  # the collector may end an abandoned decoding, which counts, inside of a block
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off for the length of a block; on again after the last of the threads that decode with the model."""
-    with _users_lock:
-        counts = model.training or model in _users
-        if counts:
-            _users[model] = _users.get(model, 0) + 1
-            model.eval()
+    users, counts = _users.setdefault(model, [0]), False
     try:
+        with _users_lock:
+            if counts := model.training or users[0] > 0:
+                users[0] += 1
+                model.eval()
         yield
     finally:
         if counts:
             with _users_lock:
-                _users[model] -= 1
-                if not _users[model]:
-                    del _users[model]
+                users[0] -= 1
+                if not users[0]:
                     model.train()

@@ -2,7 +2,9 @@
 
 from igpt_fast.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
 from igpt_fast.pictures import (
+    MAX_PIXELS,
     center_crop,
+    check_animation,
     image_grid,
     open_image,
     resize,
@@ -14,9 +16,11 @@ from igpt_fast.pictures import (
 from igpt_fast.processor import BatchFeature, ImageGPTImageProcessor
 
 __all__ = [
+    "MAX_PIXELS",
     "BatchFeature",
     "ImageGPTImageProcessor",
     "center_crop",
+    "check_animation",
     "dequantize",
     "fit_clusters",
     "image_grid",

@@ -13,6 +13,7 @@ from igpt_fast.generation import (
     Guidance,
     Sampling,
     StepCallback,
+    Streams,
     check_count,
     check_scale,
     decode,
@@ -123,14 +124,20 @@ class GenerationMixin:
         guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
         count = context.shape[0] * num_return_sequences
-        uniforms = _uniforms(count, steps, do_sample, seed, generator, model.device)
+        if do_sample and seed is None and generator is None:
+            seed = int(torch.randint(0, 1 << 62, ()))
+        uniforms = _uniforms(count, steps, seed, generator, model.device)
+        ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
         parts = Batches(count, num_return_sequences, max(1, count))
 
         def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
             rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
             away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
+            streams = Streams(seed or 0, torch.arange(start, stop)) if ours else None
             numbers = uniforms[start:stop]
-            yield decode(model, context[rows], numbers, sampling, callback, dtype, guidance=away).tokens
+            yield decode(
+                model, context[rows], numbers, sampling, callback, dtype, guidance=away, streams=streams
+            ).tokens
 
         whole = callback is not None or count == 0
         drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
@@ -208,15 +215,13 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
 
 
 def _uniforms(
-    batch: int, steps: int, do_sample: bool, seed: int | None, generator: torch.Generator | None, device: torch.device
+    batch: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """(B, steps) uniform numbers on ``device``."""
+    """(B, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
     if seed is not None and generator is not None:
         raise ValueError("generate: give seed or generator, not both")
-    if not do_sample:
-        return torch.zeros(batch, steps, device=device)
     if generator is not None:
         return torch.rand(batch, steps, generator=generator, device=generator.device).to(device)
-    if seed is None:
-        seed = int(torch.randint(0, 1 << 62, ()))
-    return stream_uniforms(seed, torch.arange(batch), 0, steps, device)
+    if seed is not None:
+        return stream_uniforms(seed, torch.arange(batch), 0, steps, device)
+    return torch.zeros(batch, steps, device=device)

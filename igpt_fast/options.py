@@ -66,7 +66,7 @@ class Files:
     Args:
         gif: Also write the grid being drawn; .gif or .apng.
         singles: Also write every image by itself into this directory: 00000.png and so on; of complete 00000-00.png,
-            the numbers of input and completion.
+            the numbers of input and completion. The directory may not have other files that are numbered so.
         tokens: Also write tokens and log-probabilities; .npz.
         sidecar: Also write how the images were made: seed, settings, hash of the weights, engine, images a second;
             .json.
@@ -145,13 +145,18 @@ def kept(text: str | None, mask: Path | None, height: int, width: int) -> float 
 
 
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """The (height, width) bool of an image file, true where it is bright; of another size, its nearest pixels."""
+    """The (height, width) bool of an image file, true where it is bright.
+
+    The middle is cut out as it is of the images, so that both lie over each other; of another size, the nearest pixels
+    are taken.
+    """
     import numpy as np
     from PIL import Image
 
-    from igpt_fast.image import open_image
+    from igpt_fast.image import center_crop, open_image
 
-    picture = open_image(path).convert("L").resize((width, height), Image.Resampling.NEAREST)
+    picture = center_crop(open_image(path), width / height).convert("L")
+    picture = picture.resize((width, height), Image.Resampling.NEAREST)
     mask = np.asarray(picture) >= 128
     if mask.all():
         raise ValueError(f"{path}: is white everywhere, which leaves nothing to draw; black is drawn")

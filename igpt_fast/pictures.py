@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".ppm": ("PPM", {}),
 }
 _ANIMATED = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
+# Pixels of all frames, which Pillow keeps until the last one, in a byte each or in twice four; and of an edge.
+_MOST_ANIMATED = {"GIF": 1 << 31, "PNG": 1 << 28}
+_GIF_EDGE = (1 << 16) - 1
 
 
 def to_rgb(image: Any, *, input_data_format: str | None = None) -> np.ndarray:
@@ -308,7 +311,7 @@ def image_grid(
     Raises:
         TypeError, ValueError: No image, different sizes, an argument out of range, a result above ``MAX_PIXELS``.
     """
-    cells = _frames("image_grid", images)
+    cells = list(_frames("image_grid", images))
     columns = math.ceil(math.sqrt(len(cells))) if columns is None else columns
     columns = whole_number("columns", columns, 1, _MAX_EDGE)
     scale = whole_number("scale", scale, 1, _MAX_EDGE)
@@ -364,63 +367,107 @@ def save_animation(
     gets the nearest of 256. It is never dithered. A PNG is lossless; of a single frame it is a plain one.
 
     Args:
-        frames: Images of one size, as ``image_grid`` takes them.
+        frames: Images of one size, as ``image_grid`` takes them; taken one by one.
         path: Ends in ``.gif``, ``.png`` or ``.apng``.
         frame_ms: Milliseconds a frame, 10..60000; a GIF counts in steps of 10.
         last_ms: Those of the last frame.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
-        ValueError: An unknown suffix, no frames, different sizes, or a time out of its range.
+        ValueError: An unknown suffix, no frames, different sizes, a time out of its range, or as ``check_animation``.
         FileExistsError, FileNotFoundError, OSError: As ``save_image``.
     """
     path = Path(path)
+    form = _animated(path)
+    frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
+    last_ms = whole_number("last_ms", last_ms, 10, 60_000)
+    _check_folder(path)
+    bounded = _bounded(path, _frames("save_animation", frames))
+    pictures = _indexed(bounded) if form == "GIF" else list(bounded)
+    durations = [frame_ms] * (len(pictures) - 1) + [last_ms]
+    first, rest = pictures[0], pictures[1:]
+    del pictures
+    with files.replacing(path, overwrite=overwrite) as partial:
+        # Pillow copies the frames of a GIF as it takes them; those of a PNG it looks through beforehand.
+        taken = (rest.pop(0) for _ in durations[1:]) if form == "GIF" else rest
+        first.save(partial, format=form, save_all=True, append_images=taken, duration=durations, loop=0, optimize=False)
+
+
+def check_animation(path: str | os.PathLike[str], width: int, height: int, count: int) -> None:
+    """Fails where ``save_animation`` would with ``count`` frames of ``width`` x ``height`` pixels.
+
+    Raises:
+        ValueError: An unknown suffix, an edge that a GIF cannot have, or more pixels in all than memory is taken for.
+    """
+    form = _animated(Path(path))
+    if form == "GIF" and max(width, height) > _GIF_EDGE:
+        raise ValueError(f"{path}: is to be {width}x{height} pixels; a GIF has {_GIF_EDGE} at most along an edge")
+    if width * height * count > _MOST_ANIMATED[form]:
+        raise ValueError(f"{path}: {count} frames of {width}x{height} are more than {_MOST_ANIMATED[form]} pixels")
+
+
+def _animated(path: Path) -> str:
     form = _ANIMATED.get(path.suffix.lower())
     if form is None:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_ANIMATED)}")
-    frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
-    last_ms = whole_number("last_ms", last_ms, 10, 60_000)
-    pictures = _frames("save_animation", frames)
-    if form == "GIF":
-        pictures = _indexed(pictures)
-    durations = [frame_ms] * (len(pictures) - 1) + [last_ms]
-    _check_folder(path)
-    with files.replacing(path, overwrite=overwrite) as partial:
-        pictures[0].save(
-            partial, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
-        )
+    return form
 
 
-def _frames(where: str, images: Iterable[Any]) -> list[Image.Image]:
+def _bounded(path: Path, frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    for i, frame in enumerate(frames):
+        check_animation(path, *frame.size, i + 1)
+        yield frame
+
+
+def _frames(where: str, images: Iterable[Any]) -> Iterator[Image.Image]:
     """Several images as PIL ones of one size. Arrays have the channels last, as ``dequantize`` returns them."""
     if isinstance(images, str | Image.Image) or not isinstance(images, Iterable):
         raise TypeError(f"{where}: got a {type(images).__name__}; want several images")
-    pictures = [to_pil(image, input_data_format=CHANNELS_LAST) for image in images]
-    if not pictures:
-        raise ValueError(f"{where}: got no images; want at least one")
-    for i, picture in enumerate(pictures):
-        if picture.size != pictures[0].size:
-            (w, h), (w0, h0) = picture.size, pictures[0].size
+    size = None
+    for i, image in enumerate(images):
+        picture = to_pil(image, input_data_format=CHANNELS_LAST)
+        size = size or picture.size
+        if picture.size != size:
+            (w, h), (w0, h0) = picture.size, size
             raise ValueError(f"{where}: image {i} is {w}x{h} pixels, the first {w0}x{h0}; want one size")
-    return pictures
+        yield picture
+    if size is None:
+        raise ValueError(f"{where}: got no images; want at least one")
 
 
-def _indexed(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Mode P of RGB pictures, with a palette of all of them, else of each, else the nearest of 256 colours."""
-    codes = [np.asarray(picture).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32) for picture in pictures]
-    own = [np.unique(code) for code in codes]
-    shared = np.unique(np.concatenate(own))
-    indexed = []
-    for picture, code, colours in zip(pictures, codes, own, strict=True):
-        colours = shared if len(shared) <= 256 else colours
+def _indexed(pictures: Iterable[Image.Image]) -> list[Image.Image]:
+    """Mode P of RGB pictures, with a palette of all of them, else of each, else the nearest of 256 colours.
+
+    They are taken one by one; what is kept of each is a byte a pixel.
+    """
+    pages, own, shared = [], [], np.empty(0, np.int32)
+    for picture in pictures:
+        pixels = np.asarray(picture)
+        bands = [pixels[top : top + 64] for top in range(0, len(pixels), 64)]  # what is wider than a byte is of a few
+        colours = np.unique(np.concatenate([np.unique(_codes(band)) for band in bands]))
+        shared = np.union1d(shared, colours) if len(shared) <= 256 else shared
         if len(colours) > 256:
-            indexed.append(picture.quantize(256, dither=Image.Dither.NONE))
-            continue
-        page = Image.fromarray(np.searchsorted(colours, code).astype(np.uint8))
-        channels = np.stack([colours >> 16, (colours >> 8) & 255, colours & 255], axis=1)
-        page.putpalette(channels.astype(np.uint8).tobytes())
-        indexed.append(page)
-    return indexed
+            pages.append(picture.quantize(256, dither=Image.Dither.NONE))
+        else:
+            indices = [np.searchsorted(colours, _codes(band)).astype(np.uint8) for band in bands]
+            pages.append(_page(np.concatenate(indices), colours))
+            own.append(colours)
+    if len(shared) <= 256:
+        for i, colours in enumerate(own):
+            pages[i] = _page(np.searchsorted(shared, colours).astype(np.uint8)[np.asarray(pages[i])], shared)
+    return pages
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 as (H, W) int32, a number for each colour."""
+    return pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+
+def _page(index: np.ndarray, colours: np.ndarray) -> Image.Image:
+    page = Image.fromarray(index)
+    channels = np.stack([colours >> 16, (colours >> 8) & 255, colours & 255], axis=1)
+    page.putpalette(channels.astype(np.uint8).tobytes())
+    return page
 
 
 def _check_folder(path: Path) -> None:

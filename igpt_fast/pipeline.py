@@ -152,10 +152,11 @@ class Pipeline:
         """Draws images.
 
         Image i is drawn from a stream of its own, made of (seed, first + i): the batch size changes which images are
-        computed together, not the numbers they are drawn with. It can change the rounding of the logits, and a draw
-        differs when its number falls into that rounding, in float32 about one pixel in 10^6. On CPUs with AVX-512 it
-        does not, from two images at a time on (in int8 with VNNI, from one on): these are the same bit for bit. A
-        primer of completions is read by a matrix product that rounds by its size, everywhere.
+        computed together, not the numbers they are drawn with. With the cpu engine, in float32, it changes nothing: the
+        images are the same bit for bit. Elsewhere it can change the rounding of the logits, and a draw differs when its
+        number falls into that rounding: in bfloat16 between one image at a time and several, in int8 on processors
+        without VNNI, on a GPU, and wherever a primer of completions is read, by a matrix product that rounds by its
+        size.
 
         Args:
             n: How many.

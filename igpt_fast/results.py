@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,9 @@ class Generation:
             ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
         """
         scale = self._scale(scale, columns)
+        if self.tokens.numel() * scale**2 > images_module.MAX_PIXELS:  # before the images are made
+            size = f"{self.processor.width * scale}x{self.processor.height * scale}"
+            raise ValueError(f"grid: {len(self)} images of {size} are more than {images_module.MAX_PIXELS} pixels")
         if self.inputs is None:
             return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
         return self._completion_grid(self.tokens, scale)
@@ -109,18 +113,20 @@ class Generation:
 
         Raises:
             FileExistsError: The file exists and ``overwrite`` is false.
-            ValueError: An unknown suffix.
+            ValueError: An unknown suffix, or too many pixels; see ``save_animation``.
         """
-        scale = self._scale(scale, columns)
+        frames = self._drawing(columns, self._scale(scale, columns))
+        images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
+
+    def _drawing(self, columns: int | None, scale: int) -> Iterator[Image.Image]:
+        """The frames of the grid being drawn, ``height + 1`` at most."""
         width = self.processor.width
-        frames = []
         for drawn in (self.given, *range(self.given - self.given % width + width, self.tokens.shape[1] + 1, width)):
             if self.inputs is None:
                 cells = [self._partly(tokens, drawn) for tokens in self.tokens]
-                frames.append(images_module.image_grid(cells, columns, scale=scale, gap=scale))
+                yield images_module.image_grid(cells, columns, scale=scale, gap=scale)
             else:
-                frames.append(self._completion_grid(self.tokens, scale, drawn))
-        images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
+                yield self._completion_grid(self.tokens, scale, drawn)
 
     def _scale(self, scale: int | None, columns: int | None) -> int:
         if columns is not None and self.inputs is not None:

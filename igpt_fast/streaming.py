@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.batches import Batches
-from igpt_fast.generation import Guidance, Sampling, blank, decoding, stream_uniforms
+from igpt_fast.generation import Guidance, Sampling, Streams, blank, decoding, stream_uniforms
 from igpt_fast.inpainting import following, primer_lengths, resample
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.results import Generation, InterruptedGeneration
@@ -94,7 +94,7 @@ class Stream:
     """An iterator of ``RowEvent``, which draws as it is asked for the next; after its end, ``result`` has the images.
 
     ``Pipeline.stream`` and ``Pipeline.stream_complete`` make it. One that is not followed to its end can simply be
-    dropped.
+    dropped, and what it held of memory is free.
     """
 
     def __init__(
@@ -105,15 +105,9 @@ class Stream:
         collect: Collect,
         progress: Progress | None,
     ) -> None:
-        self.engine: str | None = None  # name of the decoder, when it has been chosen
-        self._model, self._task, self._collect, self._progress = model, task, collect, progress
-        self._decoded = task.known.shape[1] - task.primer
-        self._batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
-        self._done = 0
-        self._finished: list[Pictures] = []
-        self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
-        self._ended = False
-        self._events = self._run()
+        self._n, self._collect = task.n, collect
+        self._drawing = _Drawing(model, task, batch_size, progress)
+        self._events = self._drawing.run()
 
     def __iter__(self) -> Stream:
         return self
@@ -130,14 +124,19 @@ class Stream:
             raise InterruptedGeneration(self.partial) from error
 
     @property
+    def engine(self) -> str | None:
+        """Name of the decoder, when it has been chosen."""
+        return self._drawing.engine
+
+    @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
-        return self._batches.size
+        return self._drawing.batches.size
 
     @property
     def total(self) -> int:
         """Pixels that are computed in all; see ``RowEvent``."""
-        return self._batches.count * self._decoded
+        return self._drawing.total
 
     @property
     def result(self) -> Generation:
@@ -146,23 +145,45 @@ class Stream:
         Raises:
             RuntimeError: The iterator has not come to its end.
         """
-        if not self._ended:
+        if not self._drawing.ended:
             raise RuntimeError("the stream has not come to its end; iterate over it first")
-        return self._collect(_joined(self._finished), self)
+        return self._collect(_joined(self._drawing.finished), self)
 
     @property
     def partial(self) -> Generation | None:
         """What is finished so far: whole batches, and of completions the inputs that have all theirs. Or ``None``."""
-        drawn = _joined(self._finished) if self._finished else None
-        n = self._task.n
+        drawn = _joined(self._drawing.finished) if self._drawing.finished else None
+        n = self._n
         count = 0 if drawn is None else len(drawn.tokens) // n * n
         if drawn is None or count == 0:
             return None
         return self._collect(Pictures(drawn.tokens[:count], drawn.logprobs[:count], drawn.sizes[:count]), self)
 
-    def _run(self) -> Iterator[RowEvent]:
-        yield from self._batches.run(self._batch)
-        self._ended = True
+
+class _Drawing:
+    """What a stream has drawn. Apart from it, for ``run`` holds this and the stream holds ``run``: a stream that held
+    itself, and with it a decoder, would wait for the collector.
+    """
+
+    def __init__(
+        self, model: ImageGPTForCausalImageModeling, task: Task, batch_size: int, progress: Progress | None
+    ) -> None:
+        self.engine: str | None = None
+        self.batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
+        self.finished: list[Pictures] = []
+        self.ended = False
+        self._model, self._task, self._progress = model, task, progress
+        self._decoded = task.known.shape[1] - task.primer
+        self._done = 0
+        self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
+
+    @property
+    def total(self) -> int:
+        return self.batches.count * self._decoded
+
+    def run(self) -> Iterator[RowEvent]:
+        yield from self.batches.run(self._batch)
+        self.ended = True
 
     def _batch(self, start: int, stop: int, together: int) -> Iterator[RowEvent]:
         """Draws sequences start .. stop - 1, of which ``together`` that follow each other have one primer."""
@@ -184,20 +205,28 @@ class Stream:
         if task.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         steps = decoding(
-            drawn, self._model, context, uniforms, task.sampling, task.dtype, known=known, guidance=guidance
+            drawn,
+            self._model,
+            context,
+            uniforms,
+            task.sampling,
+            task.dtype,
+            known=known,
+            guidance=guidance,
+            streams=Streams(task.seed, streams),
         )
         for t in steps:
+            self.engine = drawn.engine
             self._advance(start * self._decoded + (t + 1) * len(sequence))
             end = first + t + 1
             if task.candidates == 1 and end % width == 0:
                 begin = max(first, end - width)
                 tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                 yield from self._rows(start, tokens, end // width - 1, end // width)
-        self.engine = drawn.engine
         tokens[:, first:] = drawn.tokens.cpu()
         logprobs = torch.cat([torch.full((len(tokens), first), torch.nan), drawn.logprobs.cpu()], dim=1)
         if task.candidates == 1:
-            self._finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens))))
+            self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens))))
         else:
             yield from self._choose(stop, tokens, logprobs)
 
@@ -209,8 +238,9 @@ class Stream:
             logprobs = torch.cat([self._candidates[1], logprobs])
         first, last = (stop - len(tokens)) // m, stop // m
         count = (last - first) * m
-        self._candidates = tokens[count:], logprobs[count:]
+        rest = tokens[count:], logprobs[count:]
         if count == 0:
+            self._candidates = rest
             return
         image = torch.arange(first, last)
         follows = following(task.known[image // task.n] >= 0).repeat_interleave(m, dim=0)
@@ -218,8 +248,12 @@ class Stream:
         numbers = stream_uniforms(task.seed, task.streams[image], tokens.shape[1], 1, torch.device("cpu"))
         taken, sizes = resample(weights, numbers[:, 0])
         taken = torch.arange(len(image)) * m + taken
-        self._finished.append(Pictures(tokens[taken], logprobs[taken], sizes))
-        yield from self._rows(first, tokens[taken], 0, tokens.shape[1] // task.width)
+        chosen = Pictures(tokens[taken], logprobs[taken], sizes)
+        events = list(self._rows(first, chosen.tokens, 0, tokens.shape[1] // task.width))
+        # Only now: where memory does not suffice for any of it, the batch is drawn again.
+        self._candidates = rest
+        self.finished.append(chosen)
+        yield from events
 
     def _rows(self, first: int, tokens: Tensor, begin: int, end: int) -> Iterator[RowEvent]:
         for row in range(begin, end):

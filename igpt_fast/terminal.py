@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
+# What the library's messages begin with where an option has the same name.
+_ARGUMENT = re.compile(r"^(n|seed|temperature|top_k|top_p|min_p|labels?|cfg_scale|batch_size|keep|candidates)\b")
 
 
 class UsageError(Exception):
@@ -80,11 +83,20 @@ def choose_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def as_usage() -> Iterator[None]:
-    """Makes a value out of its range a mistake of usage."""
+    """Makes a value out of its range a mistake of usage, which names the option and not the argument."""
     try:
         yield
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        text = str(error).removeprefix("sample: ").replace("labels are given", "--label is given")
+        text = _ARGUMENT.sub(lambda match: "-n" if match[0] == "n" else f"--{match[0].replace('_', '-')}", text)
+        raise UsageError(text.replace("--labels", "--label").replace("without labels", "without --label")) from error
+
+
+def told(error: BaseException) -> str:
+    """What an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def check_clusters(count: int) -> None:

@@ -302,9 +302,9 @@ def test_sampling_on_a_gpu(
     """Everybody draws once, ours with the CUDA decoder on the emulated kernels."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(
-        "sys.argv", ["bench_sampling.py", "--dry-run", "--batch", "2", "--json", str(tmp_path / "s.json")]
+        "sys.argv", ["bench_sample_cuda.py", "--dry-run", "--batch", "2", "--json", str(tmp_path / "s.json")]
     )
-    importlib.import_module("bench_sampling").main()
+    importlib.import_module("bench_sample_cuda").main()
     rows = json.loads((tmp_path / "s.json").read_text("utf-8"))["rows"]
     assert [row["name"] for row in rows] == ["transformers", "igpt_fast, PyTorch layers", "igpt_fast"]
     assert all(row["us"] > 0 and row["times_hf"] > 0 and row["error"] < 0.03 for row in rows)

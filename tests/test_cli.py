@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -110,13 +111,15 @@ def test_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_every_file_of_sample(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = {"--out": "a.png", "--gif": "a.gif", "--singles": "s", "--tokens": "a.npz", "--sidecar": "a.json"}
     names = [word for option, name in files.items() for word in (option, tmp_path / name)]
-    command = ("sample", "-n", 2, "--seed", 5, "--min-p", 0.02, "--upscale", 2, "--device", "cpu", "--json", *names)
+    shape = ("-n", 2, "--columns", 2, "--upscale", 2)
+    command = ("sample", *shape, "--seed", 5, "--min-p", 0.02, "--device", "cpu", "--json", *names)
     code, text, _ = run(capsys, *command)
     assert code == 0
     report, sidecar = json.loads(text), json.loads((tmp_path / "a.json").read_text())
     assert {path.name for path in tmp_path.iterdir()} == set(files.values())
     assert sidecar["command"] == "sample"
     assert (sidecar["seed"], sidecar["min_p"], sidecar["images"], sidecar["interrupted"]) == (5, 0.02, 2, False)
+    assert (sidecar["columns"], sidecar["upscale"]) == (2, 2)
     assert len(sidecar["model_sha256"]) == 64
     for values in (report, sidecar):
         assert values["engine"] == ("reference" if backend._C is None else "cpu")
@@ -161,8 +164,8 @@ def test_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path, classed: Pa
     code, text, _ = run(capsys, "complete", photo, photo, "--label", "1,2", "-n", 2, "--preview", *shared)
     assert code == 0
     assert json.loads(text)["labels"] == [1, 1, 2, 2]
-    assert "label 3 is not in 0..2" in fails(capsys, 2, "sample", "--label", 3, *shared)
-    assert "label 3 is not in 0..2" in fails(capsys, 2, "complete", photo, photo, "--label", "0,3", *shared)
+    assert "--label 3 is not in 0..2" in fails(capsys, 2, "sample", "--label", 3, *shared)
+    assert "--label 3 is not in 0..2" in fails(capsys, 2, "complete", photo, photo, "--label", "0,3", *shared)
 
 
 def test_sample_in_int8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -205,10 +208,15 @@ def test_complete_by_a_mask(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     mask[6:9, 3:11] = 0
     Image.fromarray(mask).save(tmp_path / "mask.png")
     names = ("--out", tmp_path / "a.png", "--tokens", tmp_path / "a.npz", "--singles", tmp_path / "s")
+    names += ("--sidecar", tmp_path / "a.json")
     command = ("complete", photo, "--mask", tmp_path / "mask.png", "-n", 2, "--candidates", 3, "--seed", 1, *names)
     code, text, _ = run(capsys, *command, "--json")
     assert code == 0
     assert json.loads(text)["candidates"] == 3
+    sidecar = json.loads((tmp_path / "a.json").read_text())
+    assert sidecar["mask_sha256"] == hashlib.sha256((tmp_path / "mask.png").read_bytes()).hexdigest()
+    assert sidecar["inputs_sha256"] == [hashlib.sha256(photo.read_bytes()).hexdigest()]
+    assert (sidecar["columns"], sidecar["upscale"]) == (None, None)
     with np.load(tmp_path / "a.npz") as arrays:
         assert np.array_equal(np.isnan(arrays["logprobs"]), np.broadcast_to(mask == 255, (2, 16, 16)))
         assert (arrays["tokens"][0] == arrays["tokens"][1])[mask == 255].all()
@@ -245,6 +253,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "env")
     assert code == 0
     assert "quantize" in text
+    assert "causal_attention_packed cpu " in text
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
@@ -264,32 +273,39 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
         capsys, 2, "quantize", photo, "--clusters", "a", "--model", "b", "--out", tmp_path / "t.npy"
     )
     out = ("--out", tmp_path / "a.png")
-    assert "n is 0" in fails(capsys, 2, "sample", "-n", 0, *out)
+    assert "-n is 0" in fails(capsys, 2, "sample", "-n", 0, *out)
     assert "n is" in fails(capsys, 2, "sample", "-n", 10**20, *out)
-    assert "top_p" in fails(capsys, 2, "sample", "--top-p", 3, *out)
-    assert "top_k" in fails(capsys, 2, "sample", "--top-k", 0, *out)
-    assert "temperature" in fails(capsys, 2, "sample", "--temperature", "nan", *out)
-    assert "seed" in fails(capsys, 2, "sample", "--seed", -1, *out)
-    assert "batch_size" in fails(capsys, 2, "sample", "--batch-size", 0, *out)
+    assert "--top-p is" in fails(capsys, 2, "sample", "--top-p", 3, *out)
+    assert "--top-k is" in fails(capsys, 2, "sample", "--top-k", 0, *out)
+    assert "complete: --temperature is" in fails(capsys, 2, "complete", photo, "--temperature", -1, *out)
+    assert "--temperature is" in fails(capsys, 2, "sample", "--temperature", "nan", *out)
+    assert "--seed is" in fails(capsys, 2, "sample", "--seed", -1, *out)
+    assert "--batch-size is" in fails(capsys, 2, "sample", "--batch-size", 0, *out)
     assert "keep" in fails(capsys, 2, "complete", photo, "--keep", 1, *out)
     assert "16rows" in fails(capsys, 2, "complete", photo, "--keep", "16rows", *out)
     assert "not both" in fails(capsys, 2, "complete", photo, "--keep", "0.5", "--mask", photo, *out)
-    assert "candidates is 0" in fails(capsys, 2, "complete", photo, "--candidates", 0, *out)
+    assert "--candidates is 0" in fails(capsys, 2, "complete", photo, "--candidates", 0, *out)
     assert "no given pixel follows" in fails(capsys, 2, "complete", photo, "--candidates", 2, *out)
-    assert "min_p" in fails(capsys, 2, "sample", "--min-p", 1.5, *out)
-    assert "cfg_scale" in fails(capsys, 2, "sample", "--cfg-scale", "nan", *out)
-    assert "cfg_scale has no effect" in fails(capsys, 2, "sample", "--cfg-scale", 2, *out)
+    assert "--min-p is" in fails(capsys, 2, "sample", "--min-p", 1.5, *out)
+    assert "--cfg-scale is" in fails(capsys, 2, "sample", "--cfg-scale", "nan", *out)
+    assert "--cfg-scale has no effect without --label:" in fails(capsys, 2, "sample", "--cfg-scale", 2, *out)
     assert "--label is 'cat'" in fails(capsys, 2, "sample", "--label", "cat", *out)
     assert "3 numbers for 2" in fails(capsys, 2, "sample", "-n", 2, "--label", "0,1,2", *out)
-    assert "no classes" in fails(capsys, 2, "sample", "--label", 0, *out)
+    assert "--label is given, but the model has no classes" in fails(capsys, 2, "sample", "--label", 0, *out)
     assert "no classes" in fails(capsys, 2, "complete", photo, "--label", 0, *out)
     for option, suffix in (("--tokens", ".npz"), ("--sidecar", ".json")):
         assert suffix in fails(capsys, 2, "sample", option, tmp_path / "a.txt", *out)
     assert "single image" in fails(capsys, 2, "sample", "--out", tmp_path / "00000.png", "--singles", tmp_path)
     # What the grid would run into is found before the images are drawn.
-    assert "columns" in fails(capsys, 2, "sample", "--columns", 0, *out)
-    assert "scale" in fails(capsys, 2, "sample", "--scale", 1000, *out)
-    assert "pixels" in fails(capsys, 2, "sample", "-n", 200, "--scale", 64, *out)
+    assert "--columns is 0" in fails(capsys, 2, "sample", "--columns", 0, *out)
+    assert "--upscale is 1000" in fails(capsys, 2, "sample", "--scale", 1000, *out)
+    large = fails(capsys, 2, "sample", "-n", 200, "--scale", 64, *out)
+    assert large.endswith("pixels; make the grid's images smaller with --upscale 1, or draw fewer\n")
+    assert "--upscale 1" in fails(capsys, 2, "sample", "-n", 1 << 24, *out)
+    assert "--upscale 1" in fails(capsys, 2, "complete", photo, "-n", 1 << 20, *out)
+    tall = ("-n", 482, "--columns", 1, "--gif", tmp_path / "a.gif")
+    assert "a GIF has 65535" in fails(capsys, 2, "sample", *tall, *out)
+    assert "also the directory" in fails(capsys, 2, "sample", "--singles", tmp_path / "a.png", *out)
     assert "--side" in fails(capsys, 2, "quantize", photo, "--side", -1, "--out", tmp_path / "t.npy")
     assert "--n-clusters" in fails(capsys, 2, "clusters", photo, "-k", 1, "--out", tmp_path / "t.npy")
     assert "--seed" in fails(capsys, 2, "clusters", photo, "--seed", -1, "--out", tmp_path / "t.npy")
@@ -298,6 +314,8 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "--side" in fails(capsys, 2, "clusters", photo, "--side", 0, "--out", tmp_path / "t.npy")
     for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo)):
         assert option[0] in fails(capsys, 2, "train", *option, "--out", tmp_path / "run")
+    assert "the bundled emoji have none" in fails(capsys, 2, "train", "--classes", "--out", tmp_path / "run")
+    assert "only with --classes" in fails(capsys, 2, "train", "--label-dropout", 0.2, "--out", tmp_path / "run")
     assert "--resume" in fails(capsys, 2, "train", "--resume", "--force", "--out", tmp_path / "run")
     assert "steps is 0" in fails(capsys, 2, "train", "--steps", 0, "--out", tmp_path / "run")
     assert "multiple" in fails(capsys, 2, "train", "--n-head", 5, "--out", tmp_path / "run")
@@ -390,7 +408,7 @@ def test_progress_and_preview_on_a_terminal(tmp_path: Path, terminal_pair: tuple
     assert done.returncode == 0
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: 2 images")  # results are apart
     shown = text()
-    assert re.search(r"sampling \d/2, +[\d.]+ images/s, \d\d:\d\d left \|", shown)
+    assert re.search(r"sampling \d+% of 2 images, +[\d.]+ images/s, \d\d:\d\d left \|", shown)
     pixels, inked = Screen(60).feed(shown).pixels(16, 33)
     with Image.open(tmp_path / "a.png") as grid:
         assert np.array_equal(pixels[inked], np.asarray(grid)[inked])

@@ -3,11 +3,19 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 from igpt_fast import drawing
+from igpt_fast.exports import Exports
+from igpt_fast.options import Drawing, Files
 from igpt_fast.pipeline import Pipeline
+from igpt_fast.sharding import World
 
 
 def written_under(interrupts: int) -> list[str]:
@@ -27,6 +35,54 @@ def test_ctrl_c_waits_until_the_files_are_written() -> None:
     assert written_under(1) == ["written"]
     assert written_under(2) == []  # the second one does not wait
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def job_of(folder: Path, pipeline: Pipeline, stream: Callable[[], Any], **more: Any) -> tuple[Any, ...]:
+    files = Exports(folder / "a.png", Files(tokens=folder / "a.npz", **more), ())
+    return drawing.Job("sample", 2, range(2), stream, files, {}), pipeline, Drawing(), World()
+
+
+def test_files_that_cannot_be_written_leave_the_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file has appeared meanwhile, the disk is full, Ctrl-C is pressed twice: the work is not lost."""
+    pipeline = Pipeline.from_pretrained(device="cpu")
+
+    def stream() -> Any:
+        (tmp_path / "a.png").write_text("appeared")
+        return pipeline.stream(2, seed=1)
+
+    with pytest.raises(RuntimeError, match=r"a\.png: exists already; the tokens alone are saved in \S+a\.\w{8}\.npz$"):
+        drawing.run(*job_of(tmp_path, pipeline, stream), json=False)
+    (saved,) = tmp_path.glob("*.npz")
+    with np.load(saved) as arrays:
+        assert np.array_equal(arrays["tokens"].reshape(2, -1), pipeline.sample(2, seed=1).tokens)
+    saved.unlink()
+
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Exports, "write", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        drawing.run(*job_of(tmp_path, pipeline, stream), json=False)
+    (saved,) = tmp_path.glob("*.npz")
+    assert str(saved) in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_batch_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = Pipeline.from_pretrained(device="cpu")
+
+    class Pressed:
+        partial = None
+
+        def __iter__(self) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drawing.run(*job_of(tmp_path, pipeline, Pressed), json=False)
+    err = capsys.readouterr().err
+    assert err == "igpt: no batch is finished, nothing is saved; a smaller --batch-size saves more often\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_are_merged() -> None:

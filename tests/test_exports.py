@@ -1,7 +1,9 @@
 """What sample and complete write: all of it or nothing, and nothing over something that is there."""
 
+import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,70 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
         Exports(tmp_path / "a.png", Files(singles=tmp_path / "file"), NAMES).check()
     with pytest.raises(OSError, match="cannot be written"):
         Exports(tmp_path / "a.png", Files(singles=Path("/proc/singles")), NAMES).check()
+
+
+def test_a_directory_stands_in_the_way(generation: Generation, tmp_path: Path) -> None:
+    (tmp_path / "s" / "00002.png").mkdir(parents=True)
+    for force in (False, True):
+        with pytest.raises(IsADirectoryError, match=r"00002\.png: is a directory"):
+            all_files(tmp_path, force=force).check()
+
+
+def test_singles_and_a_file_of_one_name(tmp_path: Path) -> None:
+    for option, name in {"out": "a.png", "gif": "a.gif", "tokens": "a.npz", "sidecar": "a.json"}.items():
+        target = all_files(tmp_path, singles=tmp_path / "." / name)
+        with pytest.raises(UsageError, match=rf"{name}: is also the directory of --singles"):
+            target.check()
+        assert listing(tmp_path) == [], option
+
+
+def test_images_of_another_run(generation: Generation, tmp_path: Path) -> None:
+    """They would be taken for this one's: refused; nothing is removed."""
+    others = ["00005.png", "00077.png", "123456.png"]
+    stay = ["00000-00.png", "0005.png", "000005.png", "00006.PNG", "00007.png.bak", "x00008.png", "٠٠٠٠٩.png"]
+    (tmp_path / "s" / "00009.png").mkdir(parents=True)
+    for name in others + stay:
+        (tmp_path / "s" / name).write_text("old")
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match=r"00005\.png: is not among this run's images, one of 3; choose an"):
+            all_files(tmp_path, force=force).check()
+    for name in others:
+        (tmp_path / "s" / name).unlink()
+    target = all_files(tmp_path)
+    target.check()
+    target.write(generation, [0, 1, 4], {})
+    names = sorted(path.name for path in (tmp_path / "s").iterdir())
+    assert names == sorted([*stay, "00009.png", "00000.png", "00001.png", "00004.png"])
+    again = all_files(tmp_path, force=True)
+    with pytest.raises(FileExistsError, match="exists already; pass --force"):
+        Exports(tmp_path / "b.png", Files(singles=tmp_path / "s"), NAMES).check()
+    again.check()
+
+
+def test_a_failed_export_leaves_the_tokens(generation: Generation, tmp_path: Path) -> None:
+    target = all_files(tmp_path)
+    words = target.rescue(generation)
+    (name,) = listing(tmp_path)
+    assert re.fullmatch(r"a\.[0-9a-f]{8}\.npz", name)
+    assert words == f"the tokens alone are saved in {tmp_path / name}"
+    with np.load(tmp_path / name) as arrays:
+        assert np.array_equal(arrays["tokens"].reshape(3, -1), generation.tokens.numpy())
+    nowhere = Exports(tmp_path / "none" / "a.png", Files(), ())
+    assert nowhere.rescue(generation).startswith("the tokens alone cannot be saved either: ")
+
+
+def test_too_large_a_grid_is_said_with_a_way_out(generation: Generation, tmp_path: Path) -> None:
+    all_files(tmp_path).rehearse(generation)
+    for suffix, columns, words in ((".webp", 1, "make the grid's"), (".png", 70_000, "a GIF has 65535")):
+        tokens = generation.tokens[:1].expand(5000, -1)
+        many = dataclasses.replace(generation, tokens=tokens, logprobs=tokens, labels=None)
+        target = Exports(tmp_path / f"a{suffix}", Files(upscale=1, gif=tmp_path / "a.gif"), (), columns)
+        with pytest.raises(UsageError, match=words) as error:
+            target.rehearse(many)
+        assert str(error.value).endswith("; make the grid's images smaller with --upscale 1, or draw fewer")
+    with pytest.raises(UsageError, match=r"5000 images of 1024x1024 are more than \d+ pixels; make"):
+        Exports(tmp_path / "a.png", Files(upscale=64), ()).rehearse(many)
+    assert listing(tmp_path) == []
 
 
 def test_the_hash_is_of_names_types_shapes_and_values() -> None:

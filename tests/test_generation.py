@@ -1,13 +1,15 @@
 """generate: equal to the uncached forward at every position; streams, lengths, options, errors."""
 
+import gc
 import inspect
+from collections.abc import Iterator
 from threading import Thread
 
 import pytest
 import torch
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, reference
-from igpt_fast.decoders import TorchDecoder
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, generation, reference
+from igpt_fast.decoders import ReferenceDecoder
 from igpt_fast.generation import Sampling, decode, stream_uniforms
 
 
@@ -130,6 +132,55 @@ def test_threads_share_a_model_in_training_mode() -> None:
     assert noisy.training
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_decoding_that_the_collector_ends_inside_of_another(others: int) -> None:
+    """While the other one begins, in the same thread; the mode is back when the last has ended."""
+    model = torch.nn.Dropout()
+    evaluate, after = model.eval, []
+
+    def collects() -> torch.nn.Module:
+        gc.collect()
+        return evaluate()
+
+    def decoding() -> Iterator[None]:
+        with generation._evaluating(model):
+            yield
+
+    def begins() -> None:
+        kept = [decoding() for _ in range(others)]
+        abandoned: list[object] = [decoding()]
+        for each in (*kept, abandoned[0]):
+            next(each)  # type: ignore[call-overload]
+        abandoned.append(abandoned)  # which only the collector frees
+        del abandoned, each
+        model.eval = collects  # type: ignore[method-assign]
+        with generation._evaluating(model):
+            after.append(model.training)
+        after.append(model.training)
+        del kept
+        after.append(model.training)
+
+    thread = Thread(target=begins, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert after == [False, others == 0, True]
+
+
+def test_ctrl_c_while_a_decoding_begins() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+
+    def interrupted(mode: bool) -> None:
+        raise KeyboardInterrupt
+
+    model[1].train = interrupted  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt), generation._evaluating(model):
+        pytest.fail("the block is not reached")
+    del model[1].train
+    with generation._evaluating(model):
+        assert not model.training
+    assert all(module.training for module in model.modules())
+
+
 def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     tokens = model.generate(sos(model, 2), callback=lambda step, row: seen.append((step, row.clone())))
@@ -243,8 +294,8 @@ def test_known_tokens_are_read_in_place_of_drawn_ones() -> None:
 
 def test_decoder_refuses_more_than_it_was_made_for(model: ImageGPTForCausalImageModeling) -> None:
     with pytest.raises(ValueError, match="capacity"):
-        TorchDecoder(model, 1, 65)
-    decoder = TorchDecoder(model, 1, 2)
+        ReferenceDecoder(model, 1, 65)
+    decoder = ReferenceDecoder(model, 1, 2)
     with torch.no_grad():
         decoder.prefill(torch.zeros(1, 2, dtype=torch.int64))
         with pytest.raises(ValueError, match="fit"):

@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
     "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
     "generation": {"decoders.__init__", "ops.__init__", "reference"},
-    "batches": set(),
+    "batches": {"decoders.__init__"},
     "mixin": {"batches", "generation"},
     "model": {
         *("backend", "cache", "checkpoint", "config", "forwards"),
@@ -82,11 +82,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "terminal": {"backend", "clusters", "image", "pipeline"},
     "options": {"generation", "image", "inpainting", "pipeline", "terminal"},
-    "exports": {"files", "options", "results", "terminal"},
+    "exports": {"files", "image", "options", "results", "terminal"},
     "preview": set(),
     "sharding": set(),
     "drawing": {
-        *("__init__", "exports", "options", "pipeline", "preview", "sharding", "streaming", "terminal"),
+        *("__init__", "exports", "image", "options", "pipeline", "preview", "sharding", "streaming", "terminal"),
     },
     "commands": {
         *("backend", "clusters", "drawing", "exports", "files", "generation", "hf", "image", "options", "pipeline"),

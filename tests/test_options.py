@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from igpt_fast import options
+from igpt_fast.image import center_crop, open_image, resize
 from igpt_fast.terminal import UsageError
 
 
@@ -45,6 +46,12 @@ def test_masks(tmp_path: Path) -> None:
     Image.new("L", (4, 6), 255).save(path)
     with pytest.raises(ValueError, match=r"mask\.png: is white"):
         options.kept(None, path, 6, 4)
+    picture = np.full((30, 90, 3), 255, dtype=np.uint8)  # the outer parts are cut off, of image and mask alike
+    picture[12:18, 48:57] = 0
+    Image.fromarray(picture).save(path)
+    seen = resize(center_crop(open_image(path)), 10, 10, resample=Image.Resampling.NEAREST)
+    assert np.array_equal(options.kept(None, path, 10, 10), np.asarray(seen)[..., 0] == 255)
+    assert not options.kept(None, path, 10, 10).all()
     path.write_text("no image")
     with pytest.raises(ValueError, match=r"mask\.png"):
         options.kept(None, path, 6, 4)

@@ -4,7 +4,9 @@ import io
 import os
 import struct
 import warnings
+import weakref
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
+from igpt_fast import pictures
 from igpt_fast.image import (
     center_crop,
+    check_animation,
     image_grid,
     open_image,
     resize,
@@ -426,6 +430,47 @@ def test_animations_keep_their_colours(tmp_path: Path, suffix: str, n: int) -> N
     assert [duration for _, duration in shown] == [50.0] * (len(frames) - 1) + [700.0]
     with pytest.raises(FileExistsError):
         save_animation(frames, path, overwrite=False)
+
+
+def test_an_animation_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said as soon as a frame shows it, and beforehand by ``check_animation``."""
+    long = np.zeros((1, 1 << 16, 3), np.uint8)
+    for path in (tmp_path / "x.gif", tmp_path / "x.GIF"):
+        with pytest.raises(ValueError, match=r"65536x1 pixels; a GIF has 65535"):
+            save_animation([long], path)
+        with pytest.raises(ValueError, match="65535"):
+            check_animation(path, 1, 1 << 16, 1)
+    save_animation([long[:, 1:]], tmp_path / "x.gif")
+    save_animation([long], tmp_path / "x.apng")
+    check_animation("x.gif", 4352, 4352, 17)  # 1024 images of 16 x 16, enlarged eight times
+    with pytest.raises(ValueError, match="120 frames of 4352x4352 are more than"):
+        check_animation("x.gif", 4352, 4352, 120)
+    monkeypatch.setitem(pictures._MOST_ANIMATED, "GIF", 100)
+    taken = []
+    with pytest.raises(ValueError, match="3 frames of 6x7 are more than 100 pixels"):
+        save_animation((taken.append(i) or colours(7, 6) for i in range(9)), tmp_path / "y.gif")  # type: ignore
+    assert len(taken) == 3
+    assert sorted(os.listdir(tmp_path)) == ["x.apng", "x.gif"]
+
+
+def test_a_gif_is_made_frame_by_frame(tmp_path: Path) -> None:
+    """Of frames that are made when their turn comes a byte a pixel is kept, not the frames."""
+    alive: set[int] = set()
+    most = 0
+
+    def frames() -> Iterator[Image.Image]:
+        nonlocal most
+        for i in range(8):
+            frame = Image.new("RGB", (6, 5), (i, 0, 0))
+            alive.add(i)
+            weakref.finalize(frame, alive.discard, i)
+            most = max(most, len(alive))
+            yield frame
+
+    save_animation(frames(), tmp_path / "x.gif")
+    assert most <= 2
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames == 8
 
 
 def test_a_gif_whose_frames_have_their_own_256_colours(tmp_path: Path) -> None:

@@ -168,6 +168,9 @@ def check_decoding(pipeline: Pipeline, done: Decoding) -> int:
         assert torch.equal(tokens[fixed], known[fixed])
     scale = 1.0 if guidance is None else guidance.scale
     if scale != 1.0:
+        away = context.clone()
+        away[:, 0] = pipeline.model.config.sos_token_id
+        assert torch.equal(guidance.context, away)
         without = exact_logits(pipeline, guidance.context.repeat_interleave(copies, 0), tokens)
         given = without + scale * (given - without)
     places = (~fixed).any(0).nonzero()[:, 0].tolist()
@@ -268,6 +271,14 @@ def ask_pipeline(pipeline: Pipeline, request: dict[str, Any]) -> tuple[Tensor, l
     logprobs = torch.cat([done.drawn.logprobs for done in found]).view(count * n, m, -1)
     numbers = torch.cat([done.arguments["uniforms"] for done in found])
     assert torch.equal(numbers, expected_numbers(request, primer, pixels - primer))
+    begins = torch.full((count,), pipeline.model.config.sos_token_id)
+    if request["labels"] is not None:
+        begins = torch.tensor(request["labels"]) + len(pipeline.processor.clusters)
+    contexts = [
+        d.arguments["context"].repeat_interleave(len(d.drawn.tokens) // len(d.arguments["context"]), 0) for d in found
+    ]
+    expected = torch.cat([begins[:, None], request["tokens"][:, :primer]], dim=1)
+    assert torch.equal(torch.cat(contexts), expected.repeat_interleave(n * m, 0))
     known = torch.zeros(count * n, pixels, dtype=torch.bool)
     if request["kind"] == "complete":
         assert result.known is not None

@@ -14,7 +14,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders, generation
-from igpt_fast.decoders import CpuDecoder, Decoder, TorchDecoder, cache_bytes
+from igpt_fast.decoders import CpuDecoder, Decoder, ReferenceDecoder, cache_bytes
 from igpt_fast.generation import Sampling, decode
 from igpt_fast.pipeline import Pipeline
 
@@ -58,7 +58,7 @@ def native(model: ImageGPTForCausalImageModeling, capacity: int, dtype: str | No
 
 
 def in_torch(model: ImageGPTForCausalImageModeling, capacity: int) -> Make:
-    return lambda batch: TorchDecoder(model, batch, capacity)
+    return lambda batch: ReferenceDecoder(model, batch, capacity)
 
 
 def primed(model: ImageGPTForCausalImageModeling, batch: int, n: int, primer: int, length: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import gc
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 
@@ -18,8 +19,9 @@ from igpt_fast import (
     backend,
     decoders,
     generation,
+    streaming,
 )
-from igpt_fast.batches import Batches
+from igpt_fast.batches import Batches, out_of_memory
 from igpt_fast.generation import stream_uniforms
 from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
 
@@ -150,17 +152,33 @@ def test_wrong_settings_are_errors_before_the_first_row(pipeline: Pipeline, imag
         pipeline.stream_complete(images, keep=1.5)
 
 
-def test_a_stream_can_be_dropped(pipeline: Pipeline) -> None:
-    """The model is as before, and gradients are on between rows and afterwards."""
+def test_a_stream_can_be_dropped(pipeline: Pipeline, images: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its decoder is gone at once, the model is as before, and gradients are on between rows and afterwards."""
+    made: list[weakref.ref[object]] = []
+
+    def make(*arguments: object) -> decoders.Decoder:
+        decoder = decoders.make_decoder(*arguments)  # type: ignore[arg-type]
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(generation, "make_decoder", make)
     pipeline.model.train()
+    gc.disable()
     try:
-        stream = pipeline.stream(1, seed=0)
-        next(stream)
-        assert torch.is_grad_enabled()
-        del stream
-        gc.collect()
-        assert pipeline.model.training
+        for start in (pipeline.stream, lambda **more: pipeline.stream_complete(images, keep=ragged(), **more)):
+            stream = start(seed=0)
+            assert stream.engine is None
+            while stream.engine is None:
+                next(stream)
+            assert made[-1]() is not None
+            assert not pipeline.model.training
+            assert torch.is_grad_enabled()
+            del stream
+            assert made[-1]() is None
+            assert pipeline.model.training
+        assert len(made) == 2
     finally:
+        gc.enable()
         pipeline.model.eval()
 
 
@@ -188,7 +206,7 @@ ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backe
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bits_do_not_depend_on_the_batch(pipeline: Pipeline, isa: str, dtype: str | None) -> None:
-    """Likelihoods tell what tokens would hide. Where batches of one differ, or odd ones, it is by rounding alone."""
+    """Likelihoods tell what tokens would hide. In float32 all batches are the same; in int8, as far as is said."""
     before = backend._C.cpu_isa()
     assert backend._C.select_cpu_isa(isa)
     single = Pipeline(ImageGPTForCausalImageModeling(pipeline.model.config), pipeline.processor)
@@ -199,17 +217,12 @@ def test_bits_do_not_depend_on_the_batch(pipeline: Pipeline, isa: str, dtype: st
     finally:
         backend._C.select_cpu_isa(before)
     assert results[1].settings["engine"] == "cpu"
-    same = {2, 3, 4} if isa in WIDE else set()
-    if dtype == "int8" and isa in WIDE - {"avx512"}:
-        same.add(1)
+    same = {1, 2, 3, 4} if dtype is None or isa in WIDE - {"avx512"} else {2, 3, 4} if isa in WIDE else set()
     for size in (1, 2, 3, 4):
         tokens, logprobs = (results[size].tokens, results[6].tokens), (results[size].logprobs, results[6].logprobs)
         if size in same:
             assert torch.equal(*tokens)
             assert torch.equal(*logprobs)
-        elif dtype is None:
-            assert torch.equal(*tokens)  # as it happens for this seed
-            torch.testing.assert_close(*logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +318,30 @@ def test_completions_out_of_memory(pipeline: Pipeline, images: list, scarce: Cal
     assert torch.equal(result.tokens, want.tokens)
 
 
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_out_of_memory_after_the_choice(
+    pipeline: Pipeline, images: list, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of candidates: before anything was noted, or all of it. What comes again is chosen again, the same."""
+    options = {"keep": ragged(), "n": 2, "seed": 3, "candidates": 3, "batch_size": batch_size}
+    want = pipeline.complete(images, **options)
+    rows, failed = streaming._Drawing._rows, []
+
+    def fails(*arguments: object) -> Iterator[RowEvent]:
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        yield from rows(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(streaming._Drawing, "_rows", fails)
+    stream = pipeline.stream_complete(images, **options)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        events = list(stream)
+    assert torch.equal(put_together(events, 6), want.tokens)
+    assert torch.equal(stream.result.tokens, want.tokens)
+    assert torch.equal(stream.result.logprobs.nan_to_num(1.0), want.logprobs.nan_to_num(1.0))
+
+
 def test_generate_out_of_memory(pipeline: Pipeline, scarce: Callable) -> None:
     model = pipeline.model
     prompt = torch.nn.functional.pad(torch.randint(0, COLOURS, (2, 4)), (1, 0), value=COLOURS)
@@ -336,6 +373,24 @@ def test_one_image_that_does_not_fit_is_an_error(pipeline: Pipeline, scarce: Cal
         warnings.simplefilter("ignore")
         with pytest.raises(MemoryError, match="of one"):
             pipeline.sample(4, seed=3)
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    for error in (
+        *ERRORS,
+        RuntimeError("[enforce fail at CPUAllocator.cpp:124] not enough memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    ):
+        assert out_of_memory(error), error
+    for error in (
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ValueError(""),
+    ):
+        assert not out_of_memory(error), error
 
 
 def test_other_errors_are_not_taken_for_memory(pipeline: Pipeline, scarce: Callable) -> None:
@@ -376,8 +431,11 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow(pytestconfig: pytest.Config) -> None:
-    """200 images with --soak, else 40: of the second half of the calls none has more than the first half."""
+    """200 images with --soak, else 40: of the second half of the calls none has more than the first half. The collector
+    is called at the end of each: calls leave nothing that would need it.
+    """
     calls = 50 if pytestconfig.getoption("--soak") else 10
+    half = calls // 2
     bundled, sizes = Pipeline.from_pretrained(device="cpu"), []
     mask = np.zeros((16, 16), dtype=bool)
     mask[:8], mask[12, 3] = True, True
@@ -386,11 +444,14 @@ def test_memory_does_not_grow(pytestconfig: pytest.Config) -> None:
             bundled.sample(4, seed=i, min_p=0.02)
         else:
             grey = np.full((16, 16, 3), i, np.uint8)
-            next(bundled.stream_complete(grey, keep=mask, n=4, seed=i))  # and dropped
+            stream = bundled.stream_complete(grey, keep=mask, n=4, seed=i)
+            assert [next(stream).row for _ in range(10)] == list(range(10))
+            assert stream.engine == "cpu" or backend._C is None
+            del stream  # behind the given rows, while a decoder is there
             bundled.complete(grey, keep=mask, n=4, seed=i)
-        gc.collect()
+        if i + 1 in (half, calls):
+            gc.collect()
         sizes.append(resident())
-    half = calls // 2
     assert max(sizes[half:]) - max(sizes[:half]) < 2 << 20, [size >> 10 for size in sizes]
 
 

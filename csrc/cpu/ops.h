@@ -30,23 +30,39 @@ struct QuantizeParams {
     int32_t threads;
 };
 
-// The candidate lists of one thread; see quantize.h. The arrays belong to the driver.
-struct QuantizeCells {
-    const float* axes;     // (3, k): the clusters in units of pixel values
-    const double* wide;    // (k, 3): the clusters
-    const double* levels;  // (256,): v / 127.5 - 1
-    int64_t* first;        // per cell of every level: where its list starts; -1: not made yet
-    int32_t* size;         // per cell
-    int32_t* list;         // the lists; the first k entries are 0 .. k - 1
-    float* near;           // (k,) scratch
-    int64_t capacity;      // of `list`, at least k (bits + 2)
-    int64_t used;          // of `list`
-    int32_t k;
-    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
+// Sixteen candidates of a cell, or what is left of them: then the ids are -1 and the colours infinitely far away.
+struct alignas(64) QuantizeBlock {
+    float c[3][16];
+    int32_t id[16];
 };
 
-// Cells of the levels 1 .. bits.
-constexpr int64_t quantize_cells(int bits) { return ((int64_t(1) << (3 * (bits + 1))) - 8) / 7; }
+// Where the list of a cell starts, in blocks, and how many candidates it has; first = -1: not made yet.
+struct QuantizeNode {
+    int32_t first;
+    int32_t size;
+};
+
+// The lists of one thread; see quantize.h. The arrays belong to the driver. On a cache line of its own: making a list
+// writes here, and the other threads read theirs for every pixel.
+struct alignas(64) QuantizeCells {
+    const QuantizeBlock* root;  // all clusters, id = place; those that win nowhere infinitely far away
+    const double* levels;       // (256,): v / 127.5 - 1
+    const float* levels32;      // (256,): the same
+    QuantizeNode* nodes;        // the cells of the levels 1 .. kQuantizeNodes
+    int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block; -2 - the first of several; -1: none
+    QuantizeBlock* blocks;  // the lists
+    int32_t* list;          // (k + 16,) scratch
+    float* near;            // (k + 16,) scratch
+    int64_t capacity;       // of `blocks`, at least bits (k / 16 + 1)
+    int64_t used;           // of `blocks`
+    int32_t k;
+    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side, 5 at most; 0: none
+};
+
+constexpr int kQuantizeNodes = 4;
+
+// Cells of the levels 1 .. level.
+constexpr int64_t quantize_cells(int level) { return ((int64_t(1) << (3 * (level + 1))) - 8) / 7; }
 
 struct Ops {
     const char* isa;

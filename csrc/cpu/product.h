@@ -108,18 +108,21 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
 struct Fp32 {
     static constexpr bool tiled = false;
     static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
+    // One set of sums, whatever the rows: a sequence has the same bits in every batch. The chains of the registers
+    // beside each other are enough for one row, which waits for memory.
     template <int R, int C>
     static void run(const Piece& p) {
-        const Piece pairs = paired(p);
-        two_chains<R, C>(pairs, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
+        Vec acc[R][C];
+        begin(p, acc);
+        each_group(paired(p), p.count / 2, [&](const char* w, const char* far, int64_t g) {
             for (int k = 0; k < 2; ++k)
                 for (int c = 0; c < C; ++c) {
                     prefetch(far + k * p.far_step + c * bytes);
                     const Vec v = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
-                    auto& acc = k ? odd : even;
                     for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
                 }
         });
+        finish(p, acc);
     }
 };
 

@@ -1,5 +1,8 @@
 // Nearest-cluster quantization, the driver: memory, threads, and the table of the chosen instruction set.
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -10,61 +13,97 @@ namespace {
 
 using Body = void (*)(const QuantizeParams&, QuantizeCells&, int64_t, int64_t);
 
-constexpr int64_t kParallel = 4096;         // pixels from which a second thread pays
-constexpr int64_t kShare = 64;              // a thread's pixels start at a multiple: whole blocks
-constexpr int64_t kFewPixels = 4096;        // below, walking all clusters is as fast as making lists
-constexpr int64_t kFewClusters = 24;        // likewise
-constexpr int64_t kListCapacity = 1 << 18;  // list entries; 1 MB
+constexpr int64_t kParallel = 4096;   // pixels from which a second thread pays
+constexpr int64_t kShare = 64;        // a thread's pixels start at a multiple: whole blocks
+constexpr int64_t kFewPixels = 4096;  // below, walking all clusters is as fast as making lists
+constexpr int64_t kFewClusters = 24;  // likewise
+constexpr int64_t kBlocks = 1 << 16;  // of a thread's lists; 16 MB, 80 for dense palettes; 512 random clusters use 2
 
-// The memory of one thread's cells.
+// The memory of one thread's cells. No vectors: what no pixel needs stays untouched.
 struct Scratch {
-    std::vector<int64_t> first;
-    std::vector<int32_t> size;
-    std::vector<float> near;
-    std::unique_ptr<int32_t[]> list;  // not a vector: megabytes that mostly stay untouched
+    std::unique_ptr<QuantizeNode[]> nodes;
+    std::unique_ptr<int32_t[]> leaf, list;
+    std::unique_ptr<float[]> near;
+    std::unique_ptr<QuantizeBlock[]> blocks;
 };
 
 // Levels of cells: finer ones shorten the lists, but each has to be made by some pixel. 0: no cells at all, which is
-// for float32 alone; float64 has half the lanes, and uint8 images repeat their colours more.
+// for float32 alone.
 int cell_bits(int64_t n, int64_t k, bool is_u8) {
     if (!is_u8 && (k <= kFewClusters || n < kFewPixels)) return 0;
     if (n < 8192) return 3;
-    return k > 4096 && n > (int64_t(1) << 18) ? 5 : 4;
+    return n < 65536 || k > 16384 ? 4 : 5;
+}
+
+QuantizeCells make_cells(const QuantizeParams& p, int bits, Scratch& s) {
+    const int64_t k = p.k, least = (k / 16 + 1) * bits;
+    QuantizeCells cells{};
+    cells.k = p.k;
+    cells.bits = bits;
+    cells.capacity = least + std::min(kBlocks + std::min(2 * k, 4 * kBlocks), 16 * p.n);
+    s.nodes.reset(new QuantizeNode[quantize_cells(kQuantizeNodes)]);
+    s.leaf.reset(new int32_t[1 << 15]);
+    s.list.reset(new int32_t[k + 16]);
+    s.near.reset(new float[k + 16]);
+    s.blocks.reset(new QuantizeBlock[cells.capacity]);
+    cells.nodes = s.nodes.get();
+    cells.leaf = s.leaf.get();
+    cells.list = s.list.get();
+    cells.near = s.near.get();
+    cells.blocks = s.blocks.get();
+    return cells;
+}
+
+// The clusters in blocks. One that is not finite wins nowhere, and neither does one that has been there before: they
+// are put infinitely far away. `seen`: a hash table of places, a power of two above k; -1: empty.
+void fill_root(const QuantizeParams& p, std::vector<int32_t>& seen, QuantizeBlock* root) {
+    const uint64_t mask = seen.size() - 1;
+    for (int64_t i = 0; i < (p.k + int64_t(15)) / 16 * 16; ++i) {
+        const float* from = p.clusters + 3 * i;
+        bool counts = i < p.k && std::isfinite(from[0]) && std::isfinite(from[1]) && std::isfinite(from[2]);
+        uint64_t at = 0;
+        for (int c = 0; counts && c < 3; ++c) {
+            const float value = from[c] + 0.0f;  // -0 is 0
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof bits);
+            at = (at ^ bits) * 0x9e3779b97f4a7c15u;
+            at ^= at >> 32;
+        }
+        for (; counts && seen[at & mask] >= 0; ++at) {
+            const float* before = p.clusters + 3 * int64_t(seen[at & mask]);
+            counts = before[0] != from[0] || before[1] != from[1] || before[2] != from[2];
+        }
+        if (counts) seen[at & mask] = int32_t(i);
+        for (int c = 0; c < 3; ++c)
+            root[i / 16].c[c][i % 16] = counts ? from[c] : std::numeric_limits<float>::infinity();
+        root[i / 16].id[i % 16] = i < p.k ? int32_t(i) : -1;
+    }
 }
 
 void run(const QuantizeParams& p, Body body, bool is_u8) {
     if (p.n <= 0) return;
-    const int64_t k = p.k, shares = (p.n + kShare - 1) / kShare;
+    const int64_t shares = (p.n + kShare - 1) / kShare;
     const int threads = p.n < kParallel ? 1 : int(std::min<int64_t>(usable_threads(p.threads), shares));
-    const int bits = cell_bits(p.n, k, is_u8);
+    const int bits = cell_bits(p.n, p.k, is_u8);
 
-    std::vector<double> wide(p.clusters, p.clusters + 3 * k), levels(256);
-    for (int v = 0; v < 256; ++v) levels[v] = v / 127.5 - 1.0;
-    std::vector<float> axes(3 * k);
-    for (int64_t i = 0; i < k; ++i)
-        for (int c = 0; c < 3; ++c) axes[c * k + i] = (p.clusters[3 * i + c] + 1.0f) * 127.5f;
-
-    const int64_t capacity = k * (bits + 8) + std::min(kListCapacity, p.n * std::min<int64_t>(k, 64));
+    double levels[256];
+    float levels32[256];
+    for (int v = 0; v < 256; ++v) levels32[v] = float(levels[v] = v / 127.5 - 1.0);
+    std::unique_ptr<QuantizeBlock[]> root;
     std::vector<Scratch> scratch(threads);
     std::vector<QuantizeCells> cells(threads);
-    for (int t = 0; t < threads; ++t) {
-        Scratch& s = scratch[t];
-        s.first.assign(quantize_cells(bits), -1);
-        s.size.resize(quantize_cells(bits));
-        s.list.reset(new int32_t[capacity]);
-        for (int64_t i = 0; i < k; ++i) s.list[i] = int32_t(i);
-        s.near.resize(k);
-        cells[t] = {axes.data(),
-                    wide.data(),
-                    levels.data(),
-                    s.first.data(),
-                    s.size.data(),
-                    s.list.get(),
-                    s.near.data(),
-                    capacity,
-                    k,
-                    p.k,
-                    bits};
+    if (bits > 0) {
+        root.reset(new QuantizeBlock[(p.k + int64_t(15)) / 16]);
+        for (int t = 0; t < threads; ++t) {
+            cells[t] = make_cells(p, bits, scratch[t]);
+            cells[t].root = root.get();
+            cells[t].levels = levels;
+            cells[t].levels32 = levels32;
+        }
+        size_t places = 32;
+        while (places < 2 * size_t(p.k)) places *= 2;
+        std::vector<int32_t> seen(places, -1);
+        fill_root(p, seen, root.get());
     }
 
     // Nothing in the region throws: an exception that leaves it ends the process.

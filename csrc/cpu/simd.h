@@ -34,6 +34,14 @@ inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 inline float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
+// The smallest lane, in every lane; a bit for every lane that is not above the other's.
+inline Vec spread_min(Vec v) {
+    v = min(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+    v = min(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+    v = min(v, _mm512_permute_ps(v, 0x4e));
+    return min(v, _mm512_permute_ps(v, 0xb1));
+}
+inline uint32_t at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 inline Ints bits(Vec v) { return _mm512_castps_si512(v); }
 inline Vec floats(Ints v) { return _mm512_castsi512_ps(v); }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
@@ -86,6 +94,12 @@ inline float reduce_max(Vec v) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec spread_min(Vec v) {
+    v = min(v, _mm256_permute2f128_ps(v, v, 1));
+    v = min(v, _mm256_permute_ps(v, 0x4e));
+    return min(v, _mm256_permute_ps(v, 0xb1));
+}
+inline uint32_t at_most(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ))); }
 
 #else
 
@@ -107,8 +121,8 @@ inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Ints bits(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec floats(Ints v) { return reinterpret_cast<Vec>(v); }
 inline Vec pick(Ints mask, Vec a, Vec b) { return floats((mask & bits(a)) | (~mask & bits(b))); }
-inline Vec max(Vec a, Vec b) { return pick(a > b, a, b); }
-inline Vec min(Vec a, Vec b) { return pick(a < b, a, b); }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec abs(Vec a) { return floats(bits(a) & 0x7fffffff); }
 inline Ints add_ints(Ints a, Ints b) { return a + b; }
 template <int N>
@@ -135,6 +149,14 @@ inline float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(Vec v) {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
+}
+inline Vec spread_min(Vec v) {
+    v = min(v, Vec{v[2], v[3], v[0], v[1]});
+    return min(v, Vec{v[1], v[0], v[3], v[2]});
+}
+inline uint32_t at_most(Vec a, Vec b) {
+    const Ints lanes = (a <= b) & Ints{1, 2, 4, 8};
+    return uint32_t((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]));
 }
 
 #endif

@@ -1,7 +1,7 @@
 """Decoders: a model that reads tokens one position at a time, behind one interface.
 
 ``prefill`` reads a primer in one go, ``step`` one more token of every image; both return the logits of the next
-position. ``fork`` goes on with several images for each primer. ``TorchDecoder`` runs the PyTorch model on a static
+position. ``fork`` goes on with several images for each primer. ``ReferenceDecoder`` runs the PyTorch model on a static
 key/value cache; it is right everywhere and the measure for the faster ones. ``CpuDecoder`` runs the compiled module's
 decode step, ``CudaDecoder`` the CUDA kernels'. ``make_decoder`` chooses.
 """
@@ -15,10 +15,10 @@ import torch
 from igpt_fast import backend
 from igpt_fast.decoders.cpu_decoder import CpuDecoder, packed_weights, why_not_cpu, why_not_shape
 from igpt_fast.decoders.cuda_decoder import CudaDecoder, why_not_cuda
-from igpt_fast.decoders.cuda_step import FUSED_DTYPES, forget
+from igpt_fast.decoders.cuda_step import FUSED_DTYPES, forget, idle_bytes
 from igpt_fast.decoders.plain_model import HOOKS, MODULES, blocks_of, weights_of, why_not_settings
 from igpt_fast.decoders.protocol import DTYPES, Decoder, check_dtype
-from igpt_fast.decoders.reference_decoder import TorchDecoder, cache_dtype
+from igpt_fast.decoders.reference_decoder import ReferenceDecoder, cache_dtype
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -30,10 +30,11 @@ __all__ = [
     "CpuDecoder",
     "CudaDecoder",
     "Decoder",
-    "TorchDecoder",
+    "ReferenceDecoder",
     "blocks_of",
     "cache_bytes",
     "check_dtype",
+    "forget",
     "image_bytes",
     "make_decoder",
     "most_images",
@@ -92,8 +93,8 @@ def most_images(
     check_dtype(dtype)
     if model.device.type != "cuda":
         return None
-    forget(model)
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += idle_bytes(model)
     # What torch holds without using it is free for it, though it may be in pieces.
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
@@ -127,10 +128,10 @@ def make_decoder(
     model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
 ) -> Decoder:
     """The fastest decoder there is for the model: ``CudaDecoder`` or ``CpuDecoder`` where ``why_not_cuda`` or
-    ``why_not_cpu`` finds nothing against it, else ``TorchDecoder``.
+    ``why_not_cpu`` finds nothing against it, else ``ReferenceDecoder``.
 
     Args:
-        model, batch_size, capacity: See ``TorchDecoder``.
+        model, batch_size, capacity: See ``ReferenceDecoder``.
         dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder``, ``"fp8_values"`` as ``CudaDecoder`` has it.
 
     Raises:
@@ -144,4 +145,4 @@ def make_decoder(
         return CpuDecoder(model, batch_size, capacity, dtype)
     if dtype is not None:
         raise backend.BackendUnavailableError(f"decoder: dtype {dtype!r} is not available: {reason}")
-    return TorchDecoder(model, batch_size, capacity)
+    return ReferenceDecoder(model, batch_size, capacity)

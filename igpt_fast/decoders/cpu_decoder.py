@@ -53,7 +53,6 @@ class CpuDecoder:
     """
 
     name = "cpu"
-    draws = False
 
     def __init__(
         self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None

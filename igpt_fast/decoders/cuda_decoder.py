@@ -1,6 +1,7 @@
 """The decode step of the CUDA kernels: a static cache, CUDA graphs, tokens drawn on the device.
 
-The step itself, and how it is captured: cuda_step.py. Nothing here waits for the device.
+The step itself, and how it is captured: cuda_step.py. Nothing here waits for the device but a capture, which a step has
+at its first position and where attention is launched in another way.
 """
 
 from __future__ import annotations
@@ -53,7 +54,6 @@ class CudaDecoder:
     """
 
     name = "cuda"
-    draws = True
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class CudaDecoder:
         Args:
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
             seed, streams: As ``ops.sample_next`` takes them.
-            settings: ``temperature``, ``top_k``, ``top_p``, as ``ops.sample_next`` takes them.
+            settings: ``temperature``, ``top_k``, ``top_p``, ``min_p``, as ``ops.sample_next`` takes them.
 
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits, before the settings.
@@ -158,7 +158,8 @@ class CudaDecoder:
             keys, values = step.keys[..., read, :], step.values[..., read, :]
             if step.scales is not None:
                 values = dequantize_values(values, step.scales[..., read], keys.dtype)
-            self._primer, self._step = (keys, values), None
+            self._primer = keys, values
+            self._step, self._drawn = None, False
         self.batch_size *= n
 
     def _check_room(self, count: int) -> None:
@@ -187,7 +188,7 @@ class CudaDecoder:
         stream = torch.cuda.current_stream(net.device) if net.device.type == "cuda" else None
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
         self._key = (*shape, self._scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
-        step = take(self.model, self._key)
+        step = take(self.model, self._key, net)
         if step is None:
             step = CudaStep(net, self.batch_size, positions, primer if shares else None, self._scaled, *self._options)
         step.start(primer)

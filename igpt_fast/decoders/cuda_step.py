@@ -72,10 +72,12 @@ class Network:
         self.dtype, self.device = self.wte.dtype, self.wte.device
 
     def key(self) -> tuple[Any, ...]:
-        """What a captured graph has of it: addresses and settings."""
-        layers = tuple(tuple(part.data_ptr() for part in layer[:-1]) + layer[-1:] for layer in self.layers)
-        tables = tuple(tensor.data_ptr() for tensor in (self.wte, self.wpe, self.ln_f, self.head))
-        return layers, tables, self.head.shape, self.eps, self.activation, self.heads, self.dtype
+        """What a captured graph has of it: where the weights are, and settings."""
+        tensors = [self.wte, self.wpe, self.ln_f, self.head]
+        tensors += [part for layer in self.layers for part in layer[:-1]]
+        places = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
+        scales = tuple(layer.scale for layer in self.layers)
+        return places, scales, self.eps, self.activation, self.heads, self.dtype
 
 
 class CudaStep:
@@ -172,26 +174,34 @@ class CudaStep:
         # The outer stream: torch does not put it back where the end of a capture fails.
         with _capturing, torch.cuda.device(device), torch.cuda.stream(here):
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                self._compute(limit)  # writes what the first replay writes
-            graph = torch.cuda.CUDAGraph()
-            # A graph has cuBLAS's workspace in its own pool: another one may be replayed beside it.
-            torch._C._cuda_clearCublasWorkspaces()
             try:
-                # Other threads may allocate meanwhile.
-                with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                    logits = self._compute(limit)
-                    self.position += 1
-            except RuntimeError as error:
-                for cause in (error, error.__context__):
-                    if isinstance(cause, torch.OutOfMemoryError):
-                        raise cause from None
-                raise RuntimeError(f"decoder: the step could not be captured in a CUDA graph: {error}") from error
+                with torch.cuda.stream(stream):
+                    self._compute(limit)  # writes what the first replay writes
+                graph = torch.cuda.CUDAGraph()
+                logits = self._record(graph, stream, limit)
             finally:
-                torch._C._cuda_clearCublasWorkspaces()
+                here.wait_stream(stream)  # what it uses may be freed here, after an error too
             self._pool = graph.pool()
-            here.wait_stream(stream)
         return graph, logits
+
+    def _record(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, limit: int) -> Tensor:
+        # A graph has cuBLAS's workspace in its own pool: another one may be replayed beside it.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                logits = self._compute(limit)
+                self.position += 1
+            return logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # after which the capture could not end
+                # A new one: the end's frame holds the other, which would hold that frame, and all would stay.
+                raise torch.OutOfMemoryError(str(error.__context__)) from None
+            raise RuntimeError(f"decoder: the step could not be captured in a CUDA graph: {error}") from error
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def _compute(self, limit: int) -> Tensor:
         if not self.fused:
@@ -247,20 +257,33 @@ _idle_lock = RLock()  # the collector may end a decoder, which gives, inside of 
 _idle: WeakKeyDictionary[Any, tuple[Any, CudaStep]] = WeakKeyDictionary()  # model -> (its key, a step nobody uses)
 
 
-def take(model: ImageGPTForCausalImageModeling, key: Any) -> CudaStep | None:
-    """A step of this key that a decoder of the model has left behind; one of another key is dropped with its memory."""
+def take(model: ImageGPTForCausalImageModeling, key: Any, network: Network) -> CudaStep | None:
+    """A step of this key, of which ``network.key()`` is a part, that a decoder of the model has left behind; one of
+    another key is dropped with its memory.
+    """
     with _idle_lock:
         found = _idle.pop(model, None)
-    return found[1] if found is not None and found[0] == key else None
+    if found is None or found[0] != key:
+        return None
+    found[1].network = network
+    return found[1]
 
 
 def give(model: ImageGPTForCausalImageModeling, key: Any, step: CudaStep) -> None:
     """Leaves a step for the model's next decoder of this key; the one that was there is dropped."""
+    del step.network  # the model's weights may go, or be others in the same place
     with _idle_lock:
         _idle[model] = key, step
 
 
-def forget(model: ImageGPTForCausalImageModeling) -> None:
-    """Drops what a decoder of the model has left behind, with its memory."""
+def idle_bytes(model: ImageGPTForCausalImageModeling) -> int:
+    """Of what a decoder of the model has left behind, which the next one uses or drops."""
     with _idle_lock:
-        _idle.pop(model, None)
+        found = _idle.get(model)
+    return 0 if found is None else found[1].bytes
+
+
+def forget() -> None:
+    """Drops what decoders of all models have left behind, with its memory."""
+    with _idle_lock:
+        _idle.clear()

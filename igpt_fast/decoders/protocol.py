@@ -18,14 +18,12 @@ class Decoder(Protocol):
         batch_size: Images decoded together; ``fork`` multiplies it.
         capacity: Positions that can be read.
         dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
-        draws: Whether it draws tokens on its device, by ``draw`` and ``step_drawn``; see ``CudaDecoder``.
     """
 
     name: str
     batch_size: int
     capacity: int
     dtype: str
-    draws: bool
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Reads (B, T) int64 tokens, SOS first; returns the (B, vocab_size - 1) logits of the next position."""

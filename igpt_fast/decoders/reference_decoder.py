@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
-class TorchDecoder:
+class ReferenceDecoder:
     """The PyTorch model on a static cache.
 
     Args:
@@ -27,7 +27,6 @@ class TorchDecoder:
     """
 
     name = "reference"
-    draws = False
 
     def __init__(self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
         config = model.config

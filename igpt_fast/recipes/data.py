@@ -193,6 +193,15 @@ def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> Token
         raise ValueError(f"{path}: not a token file: {reason.splitlines()[0]}") from error
 
 
+def has_labels(path: Path) -> bool:
+    """Whether a token file has ``labels``; true of what is no token file, of which ``load_tokens`` says more."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "labels.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True
+
+
 def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
     low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     if low < 0 or high >= n_clusters:

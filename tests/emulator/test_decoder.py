@@ -7,15 +7,29 @@ import copy
 import gc
 import threading
 import types
+import warnings
+import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_parity, randomise, tokens
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders, generation, ops, reference
-from igpt_fast.decoders import CudaDecoder, TorchDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
+from igpt_fast import (
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    ImageGPTImageProcessor,
+    Pipeline,
+    backend,
+    decoders,
+    generation,
+    ops,
+    reference,
+)
+from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
 DTYPES = [torch.bfloat16, torch.float16]
@@ -56,8 +70,8 @@ def assert_reads(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int
     assert isinstance(decoder, CudaDecoder)
     ours = read(decoder, ids, primer, copies)
     with backend.use_backend("reference"):
-        plain = read(TorchDecoder(model, rows, capacity), ids, primer, copies)
-        exact = read(TorchDecoder(copy.deepcopy(model).double(), rows, capacity), ids, primer, copies)
+        plain = read(ReferenceDecoder(model, rows, capacity), ids, primer, copies)
+        exact = read(ReferenceDecoder(copy.deepcopy(model).double(), rows, capacity), ids, primer, copies)
     assert ours.dtype == plain.dtype
     assert_parity(ours, plain, exact)
 
@@ -106,7 +120,7 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     model = make(device)
     ids = shared(1, copies, 12, 6, model.config).to(device)
     results = []
-    for kind in (CudaDecoder, TorchDecoder):
+    for kind in (CudaDecoder, ReferenceDecoder):
         decoder = kind(model, 1, 12)
         logits = read(decoder, ids[:1, :6], 3)[:, -1]
         decoder.fork(copies)
@@ -127,7 +141,7 @@ def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dty
     uniforms = generation.stream_uniforms(5, torch.arange(rows), 0, 16, model.device)
     with backend.use_backend("reference"):
         expected = generation.decode(model, context, uniforms, generation.Sampling()).tokens
-        sure = read(TorchDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
+        sure = read(ReferenceDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     logits = read(CudaDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     drawn = ops.sample(logits.flatten(0, 1), uniforms.flatten()).view(rows, 16)
     boundaries, theirs = (part.double().softmax(dim=-1).cumsum(dim=-1) for part in (logits, sure))
@@ -138,16 +152,42 @@ def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dty
     assert float(rounding.max()) < 0.02
 
 
-def test_generation_draws_with_it(device: str) -> None:
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All the way through, in float32, where rounding decides about one draw in a million."""
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
     uniforms = generation.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    drawn = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+    streams, calls = generation.Streams(5, torch.arange(6)) if by_itself else None, []
+    draw = CudaDecoder.draw
+    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    sampling = generation.Sampling(0.9, 20, 0.95, 0.01)
+    drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
+    assert len(calls) == (12 if by_itself else 0)
     with backend.use_backend("reference"):
-        expected = generation.decode(model, context, uniforms, generation.Sampling(0.9, 20, 0.95))
+        expected = generation.decode(model, context, uniforms, sampling, streams=streams)
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0.0, atol=1e-4)
+
+
+def test_generate_draws_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers of streams from the first pixel on, and greedily; another generator's come from the host."""
+    model = make(device, torch.float32)
+    calls: list[int] = []
+    draw = CudaDecoder.draw
+    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    for options, drawn in (
+        ({"do_sample": True, "seed": 3, "num_return_sequences": 3}, 6),
+        ({}, 6),
+        ({"do_sample": True, "generator": torch.Generator().manual_seed(1)}, 0),
+    ):
+        calls.clear()
+        with_it = model.generate(max_new_tokens=6, **options)
+        assert len(calls) == drawn
+        if "generator" in options:
+            options["generator"].manual_seed(1)
+        with backend.use_backend("reference"):
+            assert torch.equal(model.generate(max_new_tokens=6, **options), with_it)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -198,9 +238,11 @@ def test_misuse(device: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    decoder.draw(decoder.step(ids[:, 2]), 0, ids[:, 0])
     decoder.fork(2)
-    with pytest.raises(ValueError, match="forked before"):
-        decoder.fork(1)
+    for call, message in ((lambda: decoder.fork(1), "forked before"), (decoder.step_drawn, "nothing was drawn")):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_the_rule(device: str) -> None:
@@ -234,16 +276,23 @@ def test_a_model_elsewhere() -> None:
     assert why_not_cuda(make("cpu")) == "the model is on cpu"
 
 
-def test_a_step_is_used_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next decoder of its kind, which sees nothing of what was there; else it goes, and large ones at once."""
-    model, made = make(device), []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each step that is made."""
+    rows: list[int] = []
     original = cuda_step.CudaStep.__init__
 
     def counted(self: cuda_step.CudaStep, *arguments: object) -> None:
-        made.append(arguments[1])
+        rows.append(arguments[1])  # type: ignore[arg-type]
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cuda_step.CudaStep, "__init__", counted)
+    return rows
+
+
+def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next decoder of its kind, which sees nothing of what was there; else it goes, and large ones at once."""
+    model = make(device)
     ids = shared(1, 3, 12, 5, model.config).to(device)
     first = read(CudaDecoder(model, 1, 12), ids, 5, 3)
     other = read(CudaDecoder(model, 1, 12), ids.flip(1), 5, 3)
@@ -262,6 +311,61 @@ def test_a_step_is_used_again(device: str, monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3, 3]
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
+    """For the plan of memory."""
+    patch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
+    for name, value in (("mem_get_info", (free, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
+        patch.setattr(torch.cuda, name, lambda _, value=value: value)
+
+
+def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which plans by what is free, and that is, too."""
+
+    def planned(*arguments: object) -> int | None:
+        with monkeypatch.context() as patch:
+            as_on_a_gpu(patch, 1 << 30)
+            return decoders.most_images(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("igpt_fast.pipeline.most_images", planned)
+    clusters = np.random.default_rng(0).uniform(-1, 1, (40, 3)).astype(np.float32)
+    size = {"height": 3, "width": 3}
+    pipeline = Pipeline(make("cpu", n_positions=9), ImageGPTImageProcessor(clusters=clusters, size=size))
+    first, second = (pipeline.sample(8, seed=1) for _ in range(2))
+    assert made == [8]
+    assert torch.equal(first.tokens, second.tokens)
+    idle = cuda_step.idle_bytes(pipeline.model)
+    assert idle == 8 * decoders.cache_bytes(pipeline.model)
+    plans = []
+    for there in (idle, 0):
+        with monkeypatch.context() as patch:
+            as_on_a_gpu(patch, (1 << 30) - there)
+            plans.append(decoders.most_images(pipeline.model))
+        decoders.forget()
+    assert plans[0] == plans[1]
+    assert cuda_step.idle_bytes(pipeline.model) == 0
+
+
+def test_a_step_that_is_kept_keeps_no_weights(device: str) -> None:
+    model = make(device)
+    ids = tokens(model.config, 2, 6).to(device)
+    read(CudaDecoder(model, 2, 6), ids, 3)
+    assert cuda_step.idle_bytes(model) > 0
+    weights = StorageWeakRef(model.transformer.h[0].mlp.c_fc.weight.untyped_storage())
+    model.float()
+    assert weights.expired()
+
+
+def test_a_step_that_is_kept_is_of_the_weights_as_they_are(device: str, made: list[int]) -> None:
+    """The same memory read in another order is another network, for a graph has the strides."""
+    model = make(device)
+    ids = tokens(model.config, 2, 6).to(device)
+    read(CudaDecoder(model, 2, 6), ids, 3)
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data = weight.data.T
+    assert_reads(model, ids, 3)
+    assert made == [2, 2]
 
 
 def test_decoders_side_by_side(device: str) -> None:
@@ -305,9 +409,7 @@ def test_launches_for_short_positions_have_fewer_parts(emulation) -> None:
 def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("cpu")
     assert decoders.most_images(model) is None
-    monkeypatch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
-    for name, value in (("mem_get_info", (1 << 30, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    as_on_a_gpu(monkeypatch, 1 << 30)
     room = int(0.9 * ((1 << 30) + (1 << 20))) - decoders.WORKSPACE_BYTES
     assert decoders.most_images(model) == room // decoders.image_bytes(model)
     assert decoders.image_bytes(model) > decoders.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
@@ -329,7 +431,7 @@ def test_the_plan_of_memory_holds() -> None:
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
     ids = tokens(model.config, 16, 516).cuda()
     for primer, copies in ((1, 1), (512, 1), (512, 4)):
-        decoders.most_images(model)  # drops what is kept
+        decoders.forget()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -340,7 +442,7 @@ def test_the_plan_of_memory_holds() -> None:
         planned = 16 * decoders.image_bytes(model, None, primer, copies) + decoders.WORKSPACE_BYTES
         assert 16 * decoders.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
         del decoder
-        decoders.most_images(model)
+        decoders.forget()
         gc.collect()
         assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
 
@@ -363,46 +465,113 @@ class Replayed:
         return 0, 1
 
 
+class Captures:
+    """CUDA graphs on the emulator: a captured step is one that has not been done. Notes what happens.
+
+    Attributes:
+        pools: Of each capture.
+        waits: Which stream waited for which.
+        decoders: Each one, weakly, and the bytes of an idle step when it was made.
+        fails: Where a step of more than ``most`` rows fails, for want of memory: "before", "inside", or "at the end" of
+            its capture.
+    """
+
+    def __init__(self) -> None:
+        self.pools: list[object] = []
+        self.waits: list[tuple[str, str]] = []
+        self.decoders: list[tuple[weakref.ref[CudaDecoder], int]] = []
+        self.fails, self.most = "", 99
+        self._inside = False
+        self._last: tuple[cuda_step.CudaStep, int, Tensor] | None = None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        captures, compute, init = self, cuda_step.CudaStep._compute, CudaDecoder.__init__
+
+        class Capture:
+            def __init__(self, graph: Replayed, pool: object, stream: object, capture_error_mode: str) -> None:
+                captures.pools.append(pool)
+                self.graph = graph
+
+            def __enter__(self) -> None:
+                captures._inside = True
+
+            def __exit__(self, *args: object) -> None:  # as torch's, this frame has the error
+                captures._inside = False
+                if args[1] is not None and captures.fails == "at the end":
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                if args[1] is None and captures._last is not None:
+                    step, _, logits = self.graph.done = captures._last
+                    step.position -= 1
+                    logits.fill_(torch.nan)
+
+        def noted(step: cuda_step.CudaStep, limit: int) -> Tensor:
+            if step.x.shape[0] > captures.most and (captures._inside or captures.fails == "before"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            logits = compute(step, limit)
+            captures._last = step, limit, logits
+            return logits
+
+        def made(decoder: CudaDecoder, *arguments: object, graphs: bool = True) -> None:
+            init(decoder, *arguments)  # type: ignore[arg-type]
+            decoder._options = (graphs, True)
+            captures.decoders.append((weakref.ref(decoder), cuda_step.idle_bytes(decoder.model)))
+
+        def stream(name: str) -> types.SimpleNamespace:
+            return types.SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
+
+        here, capturing = stream("here"), stream("capturing")
+        fakes = {"current_stream": lambda _: here, "CUDAGraph": Replayed, "graph": Capture}
+        fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        monkeypatch.setattr(cuda_step, "_capture_stream", lambda _: capturing)
+        monkeypatch.setattr(cuda_step.CudaStep, "_compute", noted)
+        monkeypatch.setattr(CudaDecoder, "__init__", made)
+
+
+@pytest.fixture
+def captures(emulation, monkeypatch: pytest.MonkeyPatch) -> Captures:
+    found = Captures()
+    found.install(monkeypatch)
+    return found
+
+
 @pytest.mark.parametrize(("copies", "primer"), [(1, 60), (3, 3)])
-def test_the_bookkeeping_of_graphs(emulation, copies: int, primer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for each launch of attention, of what is in fixed memory; a captured step is one that has not been done."""
-    last: list[tuple[cuda_step.CudaStep, int, Tensor]] = []
-    pools: list[object] = []
-    compute = cuda_step.CudaStep._compute
-
-    def noted(self: cuda_step.CudaStep, limit: int) -> Tensor:
-        logits = compute(self, limit)
-        last.append((self, limit, logits))
-        return logits
-
-    @contextlib.contextmanager
-    def captured(graph: Replayed, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        pools.append(pool)
-        yield
-        graph.done = last[-1]
-        graph.done[0].position -= 1
-        graph.done[2].fill_(torch.nan)
-
-    stream = types.SimpleNamespace(wait_stream=lambda _: None)
-    fakes = {"Stream": lambda _: stream, "current_stream": lambda _: stream, "CUDAGraph": Replayed, "graph": captured}
-    fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int) -> None:
+    """One for each launch of attention, of what is in fixed memory."""
     model = make("cpu")
     ids = shared(1, copies, 70, primer, model.config)
-    expected = read(CudaDecoder(model, 1, 70), ids, primer, copies)
-    monkeypatch.setattr(cuda_step.CudaStep, "_compute", noted)
-    monkeypatch.setattr(cuda_step, "_capture_stream", lambda _: stream)
+    expected = read(CudaDecoder(model, 1, 70, graphs=False), ids, primer, copies)
     results = []
     for _ in range(2):
         decoder = CudaDecoder(model, 1, 70)
-        decoder._options = (True, True)
         results.append(read(decoder, ids, primer, copies))
     assert decoder._step is not None
-    assert pools == [None, (0, 1)], "a second decoder captures nothing, and graphs share a pool"
+    assert captures.pools == [None, (0, 1)], "a second decoder captures nothing, and graphs share a pool"
     assert list(decoder._step._graphs or ()) == decoder._step._limits
     assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "at the end"])
+def test_out_of_memory_at_a_capture(captures: Captures, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told as such, and when fewer images are tried nothing of the decoder is left, without the collector."""
+    model, left = make("cpu"), []
+    captures.fails, captures.most = where, 1
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            note = lambda *_: left.extend(decoder() for decoder, _ in captures.decoders)  # noqa: E731
+            monkeypatch.setattr(warnings, "showwarning", note)
+            drawn = model.generate(max_new_tokens=3, do_sample=True, seed=1, num_return_sequences=2)
+    finally:
+        gc.enable()
+    assert drawn.shape == (2, 4)
+    assert left == [None]
+    assert [idle for _, idle in captures.decoders][:2] == [0, 0]
+    assert len(captures.decoders) == 3
+    assert captures.waits == [("capturing", "here"), ("here", "capturing")] * 2  # the third decoder captures nothing
 
 
 @gpu

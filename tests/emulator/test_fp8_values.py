@@ -11,7 +11,7 @@ from tolerance import assert_parity, tokens
 from torch import Tensor
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend, decoders
-from igpt_fast.decoders import CudaDecoder, TorchDecoder, make_decoder, why_not_cuda
+from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, make_decoder, why_not_cuda
 from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
 
 FP8 = "fp8_values"
@@ -24,7 +24,7 @@ def rounded(v: Tensor) -> Tensor:
 @torch.no_grad()
 def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
     """As ``read``, by PyTorch: values are rounded as they are cached, a primer's once it has been read, if at all."""
-    decoder = TorchDecoder(model, len(ids) // copies, ids.shape[1])
+    decoder = ReferenceDecoder(model, len(ids) // copies, ids.shape[1])
     logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
     decoder.fork(copies)
     cache = decoder._cache

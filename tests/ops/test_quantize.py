@@ -1,10 +1,12 @@
 """quantize: the C++ twin against the definition in float64, its registration with torch, its errors."""
 
+import functools
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -139,27 +141,93 @@ def test_shapes_and_strides(name: str) -> None:
         assert ops.quantize(x[0, 0, 0], clusters).shape == ()
 
 
+ISAS = [name for name, has in (backend._C.cpu_isas() if backend._C else []) if has]
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set of this processor, chosen for the test."""
+    before = backend._C.cpu_isa()
+    assert backend._C.select_cpu_isa(request.param)
+    yield request.param
+    assert backend._C.select_cpu_isa(before)
+
+
+def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    out = torch.full((len(x),), -1)
+    addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
+    backend._C.quantize_cpu(*addresses, len(x), len(clusters), threads)
+    return out
+
+
+@functools.cache
+def adversaries() -> dict[str, torch.Tensor]:
+    """Palettes by what they are hard for."""
+    generator = torch.Generator().manual_seed(0)
+    broken = palette(120, seed=2)
+    broken[::7, 1] = float("nan")
+    broken[::11, 2] = float("inf")
+    broken[0] = -float("inf")
+    close = palette(24, seed=3)
+    return {
+        "random": palette(512),
+        "one": palette(1),
+        "two": palette(2),
+        "a block": palette(16),
+        "a block and one": palette(17),
+        "on the uint8 grid": torch.randint(0, 16, (256, 3), generator=generator) * 17 / 127.5 - 1.0,
+        "doubles": palette(40).repeat(3, 1),
+        "all equal": torch.full((70, 3), 0.25),
+        "a rounding apart": torch.cat([torch.nextafter(close, torch.full_like(close, 2.0)), close]),
+        # Far from the greys many clusters are almost equally near: long lists.
+        "greys": torch.linspace(-1, 1, 200)[torch.randperm(200, generator=generator)].reshape(-1, 1).repeat(1, 3),
+        "far": torch.cat([palette(30) * 1e9, palette(30, seed=1) * 3e38]),
+        "overflow": palette(30, seed=1) * 3e38,
+        "broken": broken,
+        "nothing finite": torch.full((20, 3), float("nan")),
+    }
+
+
+@functools.cache
+def colours_and_tokens(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """66,000 colours, a third on the grid of the greys' halves, and the definition's tokens of them."""
+    x = torch.randint(0, 256, (66_000, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    x[::3] = x[::3] // 17 * 17
+    x[1::30] = x[1::30, :1]
+    colours = x if dtype == torch.uint8 else x / 127.5 - 1.0
+    return colours, reference.quantize(colours, adversaries()[kind])
+
+
 @needs_cpu
-@pytest.mark.parametrize("isa", [name for name, has in (backend._C.cpu_isas() if backend._C else []) if has])
-def test_every_instruction_set_agrees(isa: str) -> None:
-    """In a process of its own: the instruction set is chosen once, when the package starts."""
-    code = """
-import sys, torch
-from igpt_fast import backend, ops, reference
-torch.manual_seed(0)
-assert backend.config()["isa"]["live"] == sys.argv[1]
-for k in (1, 9, 512):
-    clusters = torch.rand(k, 3) * 2 - 1
-    u8 = torch.randint(0, 256, (30_001, 3), dtype=torch.uint8)
-    assert torch.equal(ops.quantize(u8, clusters), reference.quantize(u8, clusters))
-    f32 = torch.rand(30_001, 3) * 2 - 1
-    assert torch.equal(ops.quantize(f32, clusters), reference.quantize(f32, clusters))
-"""
-    environment = {**os.environ, "IGPT_FAST_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", code, isa], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", adversaries())
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """The numbers of pixels choose how far the cells are refined; token by token."""
+    clusters = adversaries()[kind]
+    x, expected = colours_and_tokens(kind, dtype)
+    for n, threads in ((2_001, 1), (9_003, 2), (len(x), 1)):
+        assert torch.equal(native(x[:n], clusters, threads), expected[:n]), (isa, n)
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_palette_of_65536(isa: str) -> None:
+    """Lists of many blocks; a part of the tokens by brute force in float64."""
+    clusters = palette(65_536)
+    x = torch.randint(0, 256, (9_000, 3), generator=torch.Generator().manual_seed(6), dtype=torch.uint8) // 2
+    some = torch.arange(0, len(x), 101)
+    levels = x[some].double() / 127.5 - 1.0
+    distance = sum((levels[:, c, None] - clusters[:, c].double()).square() for c in range(3))
+    assert torch.equal(native(x, clusters, 2)[some], distance.argmin(dim=1))
+
+
+@needs_cpu
+def test_the_environment_chooses_the_instruction_set() -> None:
+    """In a process of its own: it is chosen once, when the package starts."""
+    code = "import sys; from igpt_fast import backend; assert backend.config()['isa']['live'] == sys.argv[1]"
+    environment = {**os.environ, "IGPT_FAST_ISA": ISAS[0]}
+    subprocess.run([sys.executable, "-c", code, ISAS[0]], env=environment, check=True)
 
 
 @needs_cpu

@@ -319,5 +319,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     pipeline = Pipeline.from_pretrained(out / "model", device="cpu")
     assert pipeline.model.config.id2label == {0: "a", 1: "b"}
     assert pipeline.sample(2, seed=0, labels=[0, 1]).tokens.shape == (2, 9)
-    assert main([*command[:1], "--classes", "--out", str(tmp_path / "other")]) == 1
-    assert "has no array 'labels'" in capsys.readouterr().err
+    tokens = tmp_path / "tokens.npz"
+    save_tokens(dataclasses.replace(small(), labels=None, class_names=[]), tokens)
+    assert main([*command[:1], str(tokens), "--classes", "--out", str(tmp_path / "other")]) == 2
+    assert "tokens.npz has no labels; train without" in capsys.readouterr().err

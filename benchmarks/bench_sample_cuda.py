@@ -1,6 +1,6 @@
 """Sampling on a GPU: tokens drawn by iGPT-S in bf16, against transformers eager.
 
-    python benchmarks/bench_sampling.py --json benchmarks/results/sampling.json
+    python benchmarks/bench_sample_cuda.py --json benchmarks/results/sample_cuda.json
 
 Drawn are the 256 tokens around the middle of an image, in turns, from a context of 384: a step's time grows linearly
 with its position, so that 1,024 such steps are an image's. Everybody's logits are checked first, against the model's in
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops
-from igpt_fast.decoders import TorchDecoder, make_decoder
+from igpt_fast.decoders import ReferenceDecoder, make_decoder
 
 COLUMNS = ("batch", "name", "us", "us_spread", "img_s", "of_kv_limit", "times_hf", "error")
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
@@ -46,7 +46,7 @@ def candidates(model: ImageGPTForCausalImageModeling, batch: int, hf: bool) -> d
     found: dict[str, Callable[[], Any]] = {}
     if hf:
         found["transformers"] = lambda: peers.Transformers(peers.transformers_model(model).to(model.device))
-    found["igpt_fast, PyTorch layers"] = lambda: TorchDecoder(model, batch, capacity)
+    found["igpt_fast, PyTorch layers"] = lambda: ReferenceDecoder(model, batch, capacity)
     found["igpt_fast"] = lambda: make_decoder(model, batch, capacity)
     return found
 
