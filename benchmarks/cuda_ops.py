@@ -225,6 +225,7 @@ def causal_attention(size: Size) -> Iterator[Workload]:
 def attention_decode(size: Size) -> Iterator[Workload]:
     for b in size.decode:
         yield _decode(size, b)
+        yield _decode_scaled(size, b)
     if size.name in ("S", "tiny"):
         yield _decode_shared(size, max(size.decode), 4 if size.name == "tiny" else 8)
 
@@ -253,6 +254,38 @@ def _decode(size: Size, b: int) -> Workload:
         definition=plain,
         peers={name: forced(backend, plain) for name, backend in SDPA.items()},
         bytes=(2.0 * 2 * b * h * t * d, 0.0),
+    )
+
+
+def _decode_scaled(size: Size, b: int) -> Workload:
+    """Cached values of 8 bits. Torch has no attention of them: they are widened before."""
+    h, d, t = size.heads, size.head_dim, size.positions
+
+    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
+        at = device, seed
+        codes, scales = reference.quantize_values(normal(b, h, t, d, at=(device, seed + 7000)))
+        caches = normal(b, h, t, d, at=at), codes.view(torch.uint8), scales
+        return *normal(b, 3, h, d, at=at).unbind(1), *caches, torch.tensor(t - 1, dtype=torch.int32, device=device)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, kc: Tensor, codes: Tensor, scales: Tensor, position: Tensor) -> Any:
+        return ops.attention_decode(q, k, v, kc, codes.view(torch.float8_e4m3fn), position, v_scale=scales)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, kc: Tensor, codes: Tensor, scales: Tensor, position: Tensor) -> Any:
+        place = position.view(1).long()
+        new, scale = reference.quantize_values(v)
+        kc.index_copy_(2, place, k.unsqueeze(2))
+        codes.index_copy_(2, place, new.view(torch.uint8).unsqueeze(2))
+        scales.index_copy_(2, place, scale.to(scales.dtype).unsqueeze(2))
+        values = reference.dequantize_values(codes.view(torch.float8_e4m3fn), scales, q.dtype)
+        return F.scaled_dot_product_attention(q.unsqueeze(2), kc, values).squeeze(2)
+
+    return Workload(
+        op="attention_decode",
+        size=f"{size.name}, fp8 values: {b} x {h} x {t} x {d}",
+        inputs=inputs,
+        ours=ours,
+        definition=plain,
+        bytes=(b * h * t * (3.0 * d + 4.0), 0.0),
     )
 
 

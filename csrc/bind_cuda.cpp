@@ -189,18 +189,19 @@ void cross_entropy_bwd(uintptr_t dloss, uintptr_t logits, uintptr_t labels, uint
                                    for_each, ignore_index, cuda::DType(dtype), device, pointer(stream)}));
 }
 
-void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t position,
-                      uintptr_t starts, uintptr_t prefix_k, uintptr_t prefix_v, uintptr_t out, uintptr_t partial,
-                      int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,
-                      int64_t prefix_row, int64_t prefix_head, int64_t rows, int64_t heads, int64_t positions,
-                      int64_t group, int64_t prefix, int32_t dim, bool position_by_row, int32_t splits,
-                      int32_t prefix_splits, float scale, int32_t dtype, bool dependent, int32_t device,
+void attention_decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t v_scale,
+                      uintptr_t position, uintptr_t starts, uintptr_t prefix_k, uintptr_t prefix_v, uintptr_t out,
+                      uintptr_t partial, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row,
+                      int64_t v_head, int64_t prefix_row, int64_t prefix_head, int64_t rows, int64_t heads,
+                      int64_t positions, int64_t group, int64_t prefix, int32_t dim, bool position_by_row,
+                      int32_t splits, int32_t prefix_splits, float scale, int32_t dtype, bool dependent, int32_t device,
                       uintptr_t stream) {
     const cuda::AttentionDecodeParams params{pointer(q),
                                              pointer(k),
                                              pointer(v),
                                              pointer(k_cache),
                                              pointer(v_cache),
+                                             pointer<float>(v_scale),
                                              pointer<int32_t>(position),
                                              pointer<int32_t>(starts),
                                              pointer(prefix_k),

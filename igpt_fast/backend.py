@@ -129,7 +129,7 @@ OPS: dict[str, Op] = {
     ),
     "attention_decode": Op(
         native=("cuda",),
-        covers="head_dim 32, 64, 96, 128; bf16, fp16, and fp32 without a prefix",
+        covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values may be fp8; fp32 without a prefix",
         otherwise="torch expression over the whole cache",
     ),
     "gemv": Op(
@@ -143,9 +143,10 @@ OPS: dict[str, Op] = {
 }
 # Every decoder of igpt_fast.decoders, the faster one first: what it covers.
 DECODERS: dict[str, str] = {
-    "cuda": "for CUDA models in bf16, fp16 or fp32; quick_gelu, gelu, gelu_new; head_dim 32, 64, 96, 128; n_embd and"
-    " n_inner multiples of 8; no autocast, hooks or replaced modules; five kernels a layer for 8 images at most in bf16"
-    " and fp16, else torch's products with the rest fused; CUDA graphs",
+    "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' of the first two; quick_gelu, gelu,"
+    " gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; no autocast, hooks or replaced modules;"
+    " five kernels a layer for 8 images at most in bf16 and fp16, else torch's products with the rest fused; CUDA"
+    " graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
     " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
     "reference": "for everything else",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_fast import terminal
 from igpt_fast.exports import Exports, weights_hash
-from igpt_fast.options import Drawing
+from igpt_fast.options import ROUNDED, Drawing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +55,8 @@ def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
     device = terminal.choose_device(drawing.device, local_rank)
     from igpt_fast.pipeline import Pipeline
 
-    # int8 is made of bfloat16, which takes half the memory of float32 and adds a hundredth to the rounding.
-    dtype = "bfloat16" if drawing.dtype == "int8" else drawing.dtype
+    # Those are made of bfloat16: half the memory of float32; to the rounding of int8 it adds a hundredth.
+    dtype = "bfloat16" if drawing.dtype in ROUNDED else drawing.dtype
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 

@@ -18,6 +18,8 @@ from igpt_fast.terminal import UsageError, as_usage
 if TYPE_CHECKING:
     import numpy as np
 
+ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -36,7 +38,7 @@ class Drawing:
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
-            cache rounded to 8 bits, on the CPU.
+            cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, on a GPU.
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.
@@ -86,8 +88,8 @@ def check_drawing(n: int, drawing: Drawing) -> None:
     from igpt_fast.generation import Sampling, check_count, check_scale, check_seed
     from igpt_fast.pipeline import MAX_IMAGES
 
-    if drawing.dtype not in ("float32", "bfloat16", "float16", "int8", "auto"):
-        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, int8 or auto")
+    if drawing.dtype not in ("float32", "bfloat16", "float16", *ROUNDED, "auto"):
+        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, {', '.join(ROUNDED)} or auto")
     with as_usage():
         check_count("n", n, MAX_IMAGES)
         Sampling(drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p)
@@ -107,7 +109,7 @@ def settings(drawing: Drawing, seed: int) -> dict[str, Any]:
     """The options that ``Pipeline.stream`` and ``stream_complete`` take as keywords, but for the labels."""
     names = ("batch_size", "temperature", "top_k", "top_p", "min_p", "cfg_scale")
     options = {name: getattr(drawing, name) for name in names}
-    return options | {"seed": seed, "dtype": "int8" if drawing.dtype == "int8" else None}
+    return options | {"seed": seed, "dtype": drawing.dtype if drawing.dtype in ROUNDED else None}
 
 
 def labels(text: str | None, count: int) -> list[int] | None:

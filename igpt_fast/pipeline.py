@@ -169,7 +169,8 @@ class Pipeline:
                 are more like their class and less like each other, at twice the work.
             first: Index of the first image: ``sample(4)`` is ``sample(2)`` and then ``sample(2, first=2)``.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
-                CPU; see ``decoders.CpuDecoder``). ``None`` draws in the model's own dtype.
+                CPU; see ``decoders.CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (on a GPU, of models in
+                bfloat16 or float16; see ``decoders.CudaDecoder``). ``None`` draws in the model's own dtype.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
+LARGEST_E4M3 = 448.0
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,6 +143,31 @@ def causal_attention(
     return weights @ v, weights
 
 
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in 8 bits, (..., D) float8_e4m3fn, and their float32 scales, (...,): ``v`` is about codes times scales.
+
+    The scale is that of the largest element, ``max |v| / 448``; codes are those of ``v / scale``, to nearest, ties to
+    even, no larger than 448, and 0 where all elements are 0. A NaN or an infinity in ``v`` makes its scale and all its
+    codes NaN, so that it is not lost.
+
+    Source: OCP 8-bit Floating Point Specification, E4M3.
+    """
+    wide = v.to(torch.float32)
+    largest = wide.abs().amax(dim=-1)
+    # By a tensor: on a GPU torch multiplies by the inverse of a Python number.
+    scales = (largest / torch.full_like(largest, LARGEST_E4M3)).masked_fill(~largest.isfinite(), math.nan)
+    each = scales[..., None]
+    codes = (wide / each).clamp(-LARGEST_E4M3, LARGEST_E4M3)
+    codes = codes.masked_fill(each == 0.0, 0.0).masked_fill(each.isnan(), math.nan)
+    return codes.to(torch.float8_e4m3fn), scales
+
+
+def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``quantize_values`` has kept, in a dtype."""
+    wide = _statistics_dtype(dtype)
+    return (codes.to(wide) * scales[..., None].to(wide)).to(dtype)
+
+
 def attention_decode(
     q: Tensor,
     k: Tensor,
@@ -153,6 +179,7 @@ def attention_decode(
     starts: Tensor | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
 
@@ -160,19 +187,30 @@ def attention_decode(
     the keys of prefix ``b // (B / G)``, (G, H, T_p, D), where there is one, then those of its cache at 0 to position,
     without the first ``starts[b]`` of them all. Where it sees none it gives zero. A position outside the cache writes
     nothing and gives NaN. Nothing depends on a value on the host, so the work is that of a full cache.
+
+    With v_scale, (B, H, T_max) float32, v_cache is float8_e4m3fn: both as ``quantize_values`` has them. The values are
+    then those of the cache, the new one's among them.
     """
     rows, _, t_max, _ = k_cache.shape
     place = position.reshape(-1).long().expand(rows)
     inside = ((place >= 0) & (place < t_max))[:, None, None]
     row, column = torch.arange(rows, device=q.device), place.clamp(0, t_max - 1)
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[row, :, column] = torch.where(inside, new, cache[row, :, column])
-    keys, values, before = k_cache, v_cache, 0
+    k_cache[row, :, column] = torch.where(inside, k, k_cache[row, :, column])
+    if v_scale is None:
+        v_cache[row, :, column] = torch.where(inside, v, v_cache[row, :, column])
+        values = v_cache
+    else:
+        new, scale_of_new = quantize_values(v)
+        codes = v_cache.view(torch.uint8)  # torch does not select among float8
+        codes[row, :, column] = torch.where(inside, new.view(torch.uint8), codes[row, :, column])
+        v_scale[row, :, column] = torch.where(inside[..., 0], scale_of_new, v_scale[row, :, column])
+        values = dequantize_values(v_cache, v_scale, q.dtype)
+    keys, before = k_cache, 0
     if prefix_k is not None and prefix_v is not None:
         before = prefix_k.shape[2]
         group = rows // max(prefix_k.shape[0], 1)
         keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), k_cache], dim=2)
-        values = torch.cat([prefix_v.repeat_interleave(group, dim=0), v_cache], dim=2)
+        values = torch.cat([prefix_v.repeat_interleave(group, dim=0), values], dim=2)
     key = torch.arange(before + t_max, device=q.device)
     visible = key <= before + place[:, None]
     if starts is not None:

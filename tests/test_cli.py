@@ -194,6 +194,15 @@ def test_complete(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Pat
     assert height > 2 * 128
 
 
+def test_sample_in_fp8_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Asked for by name, of the CUDA kernels; elsewhere nothing else is drawn."""
+    out = tmp_path / "fp8.png"
+    command = ("sample", "-n", 1, "--seed", 5, "--device", "cpu", "--dtype", "fp8_values", "--out", out)
+    assert "dtype 'fp8_values' is not available: the model is on cpu" in fails(capsys, 3, *command)
+    assert not out.exists()
+    assert "int8, fp8_values or auto" in fails(capsys, 2, "sample", "--dtype", "fp8", "--out", out)
+
+
 def test_complete_by_a_mask(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
     mask = np.full((16, 16), 255, dtype=np.uint8)
     mask[6:9, 3:11] = 0

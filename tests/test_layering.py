@@ -42,7 +42,9 @@ LAYERS: dict[str, set[str]] = {
     "decoders.plain_model": {"layers", "ops.__init__"},
     "decoders.reference_decoder": {"cache", "decoders.protocol"},
     "decoders.cpu_decoder": {"backend", "decoders.plain_model", "decoders.protocol", "packed"},
-    "decoders.cuda_step": {"backend", "decoders.plain_model", "ops.__init__", "ops.activation"},
+    "decoders.cuda_step": {
+        *("backend", "decoders.plain_model", "ops.__init__", "ops.activation", "ops.attention_decode"),
+    },
     "decoders.cuda_decoder": {
         *("backend", "cache", "ops.__init__", "ops.activation", "ops.attention_decode"),
         *("decoders.cuda_step", "decoders.plain_model", "decoders.protocol"),

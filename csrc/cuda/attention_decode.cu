@@ -8,17 +8,26 @@
 //   prefix, dim). float32 (without prefix), bfloat16, float16; sums and softmax in float32. position and starts are
 //   read by the kernels alone, so that a captured graph goes on as they change.
 //
+//   With v_scale (rows, heads, positions), float32, v_cache is in e4m3: V = v_scale * v_cache. The new value goes into
+//   it with the scale max |v| / 448: codes of v / scale, or 0 where all is 0. A NaN or an infinity among its elements
+//   makes the scale and all its codes NaN.
+//
 //   Launch: `splits` blocks of 4 warps for every (row, head), more than one where these are few. 4 or 8 lanes have a
 //   key, 16 bytes at a time; a warp's load is contiguous, and a thread has its part of 2 or 4 keys and their values on
-//   the way at once. Each such group of lanes has a softmax of its own, in order; they are put together by shuffles,
-//   the warps' in shared memory, the blocks' by a second kernel: no atomics, an order that depends on nothing but the
-//   position. The block whose part ends at the position takes the new key and value from registers, and nothing is
-//   read that this launch writes. Blocks beyond the position end at once. The prefix: attention_decode_prefix.cu.
+//   the way at once. A vector of e4m3 has twice the elements: where a value has fewer of them than the group has lanes,
+//   these have the values of two keys at a time. Each such group of lanes has a softmax of its own, in order; they are
+//   put together by shuffles, the warps' in shared memory, the blocks' by a second kernel: no atomics, an order that
+//   depends on nothing but the position. The block whose part ends at the position takes the new key and value from
+//   registers, and nothing is read that this launch writes. Blocks beyond the position end at once. The prefix:
+//   attention_decode_prefix.cu.
 //
-//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head).
+//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
+#include <type_traits>
+
 #include "attention_decode.cuh"
+#include "e4m3.cuh"
 #include "launch.cuh"
 
 namespace igpt::cuda {
@@ -26,24 +35,33 @@ namespace {
 
 using namespace decode;
 
-template <typename T_, int kDim_>
+template <typename T_, typename Stored_, int kDim_>
 struct Shape {
     using T = T_;
     using V = Vector<T>;
+    using Stored = Stored_;  // of the cached values: T or E4M3
+    using Codes = Vector<Stored>;
+    static constexpr bool kScaled = std::is_same_v<Stored, E4M3>;
     static constexpr int kDim = kDim_;
-    static constexpr int kVectors = kDim / V::kSize;          // of a key
-    static constexpr int kLanes = kVectors % 8 == 0 ? 8 : 4;  // that share it
-    static constexpr int kOwn = kVectors / kLanes;            // vectors of a lane
-    static constexpr int kElements = kOwn * V::kSize;         // elements of a lane
-    static constexpr int kGroups = kThreads / kLanes;         // keys side by side
+    static constexpr int kVectors = kDim / V::kSize;                // of a key
+    static constexpr int kLanes = kVectors % 8 == 0 ? 8 : 4;        // that share it
+    static constexpr int kOwn = kVectors / kLanes;                  // vectors of a lane
+    static constexpr int kElements = kOwn * V::kSize;               // elements of a lane
+    static constexpr int kGroups = kThreads / kLanes;               // keys side by side
+    static constexpr int kParts = kDim / Codes::kSize;              // vectors of a value
+    static constexpr int kTogether = kParts % kLanes == 0 ? 1 : 2;  // keys whose values a group's lanes share
+    static constexpr int kValues = kTogether * kParts / kLanes;     // vectors of a lane for these
+    static constexpr int kSums = kValues * Codes::kSize;            // elements of a lane
+    static constexpr int kWhole = Codes::kSize / V::kSize;          // vectors of T for one of them
     // Keys after one another, loaded at once with their values.
     static constexpr int kUnroll = kOwn == 1 ? kKeys / kGroups : 2;
     static constexpr int kSpan = kGroups * kUnroll;
     static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;  // for a multiprocessor, at least
-    static constexpr size_t kShared = kWarps * (kDim + 2) * sizeof(float);
+    static constexpr size_t kShared = kWarps * (kTogether * kDim + 2) * sizeof(float);
+    static_assert(kTogether * kParts % kLanes == 0 && kUnroll % kTogether == 0);
 };
 
-// A lane's part of a key, value or query: vectors lane, lane + kLanes, ...
+// A lane's part of a key or query: vectors lane, lane + kLanes, ...
 template <typename S>
 struct Piece {
     typename S::V vectors[S::kOwn];
@@ -78,11 +96,134 @@ __device__ __forceinline__ T* offset(T* base, int64_t elements, size_t size) {
     return static_cast<Byte*>(base) + elements * int64_t(size);
 }
 
+// A lane's part of kTogether values: vectors lane, lane + kLanes, ... of them one behind the other.
+template <typename S>
+struct Values {
+    typename S::Codes vectors[S::kValues];
+    float scales[S::kTogether];  // of the values, where they have some
+
+    // Which of the values vector i is of, and its first element there.
+    __device__ __forceinline__ static int which(int i) {
+        return S::kTogether == 1 ? 0 : (int(threadIdx.x % S::kLanes) + i * S::kLanes) / S::kParts;
+    }
+    __device__ __forceinline__ static int start(int i) {
+        const int vector = int(threadIdx.x % S::kLanes) + i * S::kLanes;
+        return (S::kTogether == 1 ? vector : vector % S::kParts) * S::Codes::kSize;
+    }
+
+    // Those of the keys `first` and first + kGroups before `end`; zeros behind: a weight of 0 does not silence a NaN.
+    __device__ __forceinline__ void load(const void* values, const float* all_scales, int first, int end) {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) {
+            const int key = first + which(i) * S::kGroups;
+            if (S::kTogether == 1 || key < end) {
+                const void* at = offset(values, int64_t(key) * S::kDim + start(i), sizeof(typename S::Stored));
+                vectors[i] = load_global(static_cast<const typename S::Codes*>(at));
+            } else {
+                vectors[i] = {};
+            }
+        }
+        if constexpr (S::kScaled) {
+#pragma unroll
+            for (int n = 0; n < S::kTogether; ++n) {
+                const int key = first + n * S::kGroups;
+                scales[n] = n == 0 || key < end ? load_global(all_scales + key) : 0.0f;
+            }
+        }
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) vectors[i] = {};
+        if constexpr (S::kScaled) {
+#pragma unroll
+            for (int n = 0; n < S::kTogether; ++n) scales[n] = 0.0f;
+        }
+    }
+    __device__ __forceinline__ void store(void* row) const {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) {
+            void* at = offset(row, start(i), sizeof(typename S::Stored));
+            if (which(i) == 0) store_global(static_cast<typename S::Codes*>(at), vectors[i]);
+        }
+    }
+    __device__ __forceinline__ float get(int i, int e) const {
+        if constexpr (S::kScaled) {
+            return from_e4m3(vectors[i].words[e / 4] >> 8 * (e % 4));
+        } else {
+            return to_float(vectors[i].at[e]);
+        }
+    }
+    // Of vector i, when the values' are these.
+    __device__ __forceinline__ float weight(const float* weights, int i) const {
+        if constexpr (!S::kScaled) return weights[0];
+        float weight = weights[0] * scales[0];
+        if (S::kTogether == 2 && which(i) == 1) weight = weights[S::kTogether - 1] * scales[S::kTogether - 1];
+        return weight;
+    }
+};
+
+// A new value as it comes: what the lane has of the first of kTogether values. The second one's vectors are the same.
+template <typename S>
+struct NewValue {
+    typename S::V vectors[S::kValues][S::kWhole];
+
+    __device__ __forceinline__ void load(const void* row) {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) {
+#pragma unroll
+            for (int n = 0; n < S::kWhole; ++n) {
+                const void* at = offset(row, Values<S>::start(i) + n * S::V::kSize, sizeof(typename S::T));
+                vectors[i][n] = load_global(static_cast<const typename S::V*>(at));
+            }
+        }
+    }
+    __device__ __forceinline__ float get(int i, int e) const {
+        return to_float(vectors[i][e / S::V::kSize].at[e % S::V::kSize]);
+    }
+    // In every lane of the group.
+    __device__ __forceinline__ float scale() const {
+        unsigned largest = 0;  // bits of |v|, whose order is that of the numbers, then infinity, then NaN
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) {
+#pragma unroll
+            for (int e = 0; e < S::Codes::kSize; ++e) {
+                const unsigned size = __float_as_uint(get(i, e)) & 0x7fffffffu;
+                largest = size > largest ? size : largest;
+            }
+        }
+#pragma unroll
+        for (int lane = 1; lane < S::kLanes; lane *= 2) {
+            const unsigned other = __shfl_xor_sync(kFullMask, largest, lane);
+            largest = other > largest ? other : largest;
+        }
+        return largest < 0x7f800000u ? __uint_as_float(largest) / kLargestE4M3 : NAN;
+    }
+    // As the cache keeps it, with nothing beside it.
+    __device__ __forceinline__ void keep(Values<S>& values, float scale) const {
+        if constexpr (S::kScaled) {
+#pragma unroll
+            for (int i = 0; i < S::kValues; ++i) {
+                values.vectors[i] = {};
+#pragma unroll
+                for (int e = 0; e < S::Codes::kSize; ++e) {
+                    const unsigned code = scale == 0.0f ? 0u : to_e4m3(get(i, e) / scale);
+                    values.vectors[i].words[e / 4] |= code << 8 * (e % 4);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < S::kTogether; ++n) values.scales[n] = n == 0 ? scale : 0.0f;
+        } else {
+#pragma unroll
+            for (int i = 0; i < S::kValues; ++i) values.vectors[i] = vectors[i][0];
+        }
+    }
+};
+
 // The softmax of the keys that a group of lanes has seen. sums: of the lane's elements.
 template <typename S>
 struct State {
     float m = -INFINITY, l = 0.0f;
-    float sums[S::kElements] = {};
+    float sums[S::kSums] = {};
 
     // The score of a key in every lane of its group; q is scaled.
     __device__ __forceinline__ static float score(const float (&q)[S::kElements], const Piece<S>& k) {
@@ -94,19 +235,27 @@ struct State {
         return sum;
     }
 
-    // Takes N keys in; a score of -infinity stands for none.
+    // Takes N keys in, whose scores it makes weights; a score of -infinity stands for none.
     template <int N>
-    __device__ __forceinline__ void add(const float (&scores)[N], const Piece<S> (&values)[N]) {
+    __device__ __forceinline__ void add(float (&scores)[N], const Values<S> (&values)[N / S::kTogether]) {
         float largest = m;
 #pragma unroll
         for (int n = 0; n < N; ++n) largest = fmaxf(largest, scores[n]);
         rescale(largest);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            const float p = weight_of(scores[n], m);
-            l += p;
+            scores[n] = weight_of(scores[n], m);
+            l += scores[n];
+        }
 #pragma unroll
-            for (int i = 0; i < S::kElements; ++i) sums[i] += p * values[n].get(i);
+        for (int n = 0; n < N; n += S::kTogether) {
+            const Values<S>& some = values[n / S::kTogether];
+#pragma unroll
+            for (int i = 0; i < S::kValues; ++i) {
+                const float p = some.weight(scores + n, i);
+#pragma unroll
+                for (int e = 0; e < S::Codes::kSize; ++e) sums[i * S::Codes::kSize + e] += p * some.get(i, e);
+            }
         }
     }
 
@@ -115,7 +264,7 @@ struct State {
         m = largest;
         l *= factor;
 #pragma unroll
-        for (int i = 0; i < S::kElements; ++i) sums[i] *= factor;
+        for (int i = 0; i < S::kSums; ++i) sums[i] *= factor;
     }
 
     // Puts the warp's groups together, in every one of them.
@@ -130,7 +279,7 @@ struct State {
         for (int lane = S::kLanes; lane < kWarpSize; lane *= 2) {
             l += __shfl_xor_sync(kFullMask, l, lane);
 #pragma unroll
-            for (int i = 0; i < S::kElements; ++i) sums[i] += __shfl_xor_sync(kFullMask, sums[i], lane);
+            for (int i = 0; i < S::kSums; ++i) sums[i] += __shfl_xor_sync(kFullMask, sums[i], lane);
         }
     }
 };
@@ -138,20 +287,21 @@ struct State {
 // Takes the cached keys from `begin` to `end` in.
 template <typename S>
 __device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::kElements], const void* keys,
-                                           const void* values, int begin, int end) {
+                                           const void* values, const float* scales, int begin, int end) {
     constexpr size_t kSize = sizeof(typename S::T);
     const int group = int(threadIdx.x) / S::kLanes;
     for (int base = begin; base < end; base += S::kSpan) {
-        Piece<S> k[S::kUnroll], v[S::kUnroll];
+        Piece<S> k[S::kUnroll];
+        Values<S> v[S::kUnroll / S::kTogether];
 #pragma unroll
         for (int u = 0; u < S::kUnroll; ++u) {
             const int key = base + u * S::kGroups + group;
             if (key < end) {
                 k[u].load(offset(keys, int64_t(key) * S::kDim, kSize));
-                v[u].load(offset(values, int64_t(key) * S::kDim, kSize));
+                if (u % S::kTogether == 0) v[u / S::kTogether].load(values, scales, key, end);
             } else {
                 k[u].clear();
-                v[u].clear();
+                if (u % S::kTogether == 0) v[u / S::kTogether].clear();
             }
         }
         float scores[S::kUnroll];
@@ -168,15 +318,17 @@ __device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::
 template <typename S>
 __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     float* sums = dynamic_shared<float>();
-    Stats* all = reinterpret_cast<Stats*>(sums + kWarps * S::kDim);
+    constexpr int kWarpSums = S::kTogether * S::kDim;
+    Stats* all = reinterpret_cast<Stats*>(sums + kWarps * kWarpSums);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     state.merge_warp();
     if (lane < S::kLanes) {
 #pragma unroll
-        for (int i = 0; i < S::kElements; i += 4) {
+        for (int i = 0; i < S::kSums; i += 4) {
             const float4 four = make_float4(state.sums[i], state.sums[i + 1], state.sums[i + 2], state.sums[i + 3]);
-            const int element = Piece<S>::start(i / S::V::kSize) + i % S::V::kSize;
-            store_shared(reinterpret_cast<float4*>(sums + warp * S::kDim + element), four);
+            const int vector = i / S::Codes::kSize;
+            const int element = Values<S>::which(vector) * S::kDim + Values<S>::start(vector) + i % S::Codes::kSize;
+            store_shared(reinterpret_cast<float4*>(sums + warp * kWarpSums + element), four);
         }
     }
     if (lane == 0) store_shared(all + warp, Stats{state.m, state.l});
@@ -190,7 +342,11 @@ __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
         const Stats one = load_shared(all + w);
         const float weight = weight_of(one.m, stats.m);
         stats.l += weight * one.l;
-        if (threadIdx.x < S::kDim) sum += weight * load_shared(sums + w * S::kDim + threadIdx.x);
+#pragma unroll
+        for (int n = 0; n < S::kTogether; ++n) {
+            const float* part = sums + w * kWarpSums + n * S::kDim;
+            if (threadIdx.x < S::kDim) sum += weight * load_shared(part + threadIdx.x);
+        }
     }
     return sum;
 }
@@ -210,10 +366,11 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     const int split = int(blockIdx.x % unsigned(p.splits));
     const int64_t head = row_head % unsigned(p.heads);
     ptx::grid_dependency_wait();  // before every return: the next launch counts on this one having waited
-    Piece<S> q, k[1], v[1];       // on their way while the position is
+    Piece<S> q, k;                // on their way while the position is
+    NewValue<S> v;
     q.load(offset(p.q, row * p.q_row + head * p.q_head, sizeof(T)));
-    k[0].load(offset(p.k, row * p.k_row + head * p.k_head, sizeof(T)));
-    v[0].load(offset(p.v, row * p.v_row + head * p.v_head, sizeof(T)));
+    k.load(offset(p.k, row * p.k_row + head * p.k_head, sizeof(T)));
+    v.load(offset(p.v, row * p.v_row + head * p.v_head, sizeof(T)));
     const Own own(p, row);
     if (split >= own.parts || (!own.valid && slots_of(p) > 1)) return;
     State<S> state;
@@ -223,18 +380,25 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
         for (int i = 0; i < S::kElements; ++i) scaled[i] = q.get(i) * (p.scale * kLog2e);
         const int64_t cached = int64_t(row_head) * p.positions * S::kDim;
         const bool has_new = split == own.parts - 1;
-        const float score = State<S>::score(scaled, k[0]);
+        float* scales = S::kScaled ? p.v_scale + int64_t(row_head) * p.positions : nullptr;
+        float scores[S::kTogether], scale = 1.0f;
+#pragma unroll
+        for (int n = 0; n < S::kTogether; ++n) scores[n] = -INFINITY;
+        scores[0] = State<S>::score(scaled, k);
+        if constexpr (S::kScaled) scale = v.scale();
         if (has_new && threadIdx.x < S::kLanes) {
             const int64_t to = cached + int64_t(own.position) * S::kDim;
-            k[0].store(offset(p.k_cache, to, sizeof(T)));
-            v[0].store(offset(p.v_cache, to, sizeof(T)));
-            const float scores[1] = {score};
-            if (own.sees_it) state.add(scores, v);
+            Values<S> values[1];
+            v.keep(values[0], scale);
+            k.store(offset(p.k_cache, to, sizeof(T)));
+            values[0].store(offset(p.v_cache, to, sizeof(typename S::Stored)));
+            if (S::kScaled && threadIdx.x == 0) store_global(scales + own.position, scale);
+            if (own.sees_it) state.add(scores, values);
         }
         const int begin = own.first + split * own.chunk;
         const int end = has_new ? own.position : begin + own.chunk;
         add_cached(state, scaled, offset<const void>(p.k_cache, cached, sizeof(T)),
-                   offset<const void>(p.v_cache, cached, sizeof(T)), begin, end);
+                   offset<const void>(p.v_cache, cached, sizeof(typename S::Stored)), scales, begin, end);
     }
     Stats stats;
     const float sum = merge_block(state, stats);
@@ -274,13 +438,13 @@ __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDe
     store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
 }
 
-template <typename T, int kDim>
+template <typename T, typename Stored, int kDim>
 int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
-    using S = Shape<T, kDim>;
+    using S = Shape<T, Stored, kDim>;
     return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1, p.dependent);
 }
 
-template <typename T>
+template <typename T, typename Stored>
 int launch_all(const AttentionDecodeParams& p) {
     const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
     if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
@@ -289,10 +453,10 @@ int launch_all(const AttentionDecodeParams& p) {
         if (error != cudaSuccess) return error;
     }
     int error = cudaErrorInvalidValue;
-    if (p.dim == 32) error = launch_own<T, 32>(p, blocks);
-    if (p.dim == 64) error = launch_own<T, 64>(p, blocks);
-    if (p.dim == 96) error = launch_own<T, 96>(p, blocks);
-    if (p.dim == 128) error = launch_own<T, 128>(p, blocks);
+    if (p.dim == 32) error = launch_own<T, Stored, 32>(p, blocks);
+    if (p.dim == 64) error = launch_own<T, Stored, 64>(p, blocks);
+    if (p.dim == 96) error = launch_own<T, Stored, 96>(p, blocks);
+    if (p.dim == 128) error = launch_own<T, Stored, 128>(p, blocks);
     if (error != cudaSuccess || slots_of(p) == 1) return error;
     return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1, p.dependent);
 }
@@ -303,7 +467,12 @@ int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
-    return dispatch_dtype(p.dtype, [&](auto t) { return launch_all<decltype(t)>(p); });
+    return dispatch_dtype(p.dtype, [&](auto t) -> int {
+        using T = decltype(t);
+        if (!p.v_scale) return launch_all<T, T>(p);
+        if constexpr (sizeof(T) == 2) return launch_all<T, E4M3>(p);
+        return cudaErrorInvalidValue;
+    });
 }
 
 }  // namespace igpt::cuda

@@ -65,11 +65,15 @@ def cache_bytes(
     """
     config, kind = model.config, _chosen(model, dtype)[0]
     shares = kind == "cpu" or (kind == "cuda" and model.dtype in FUSED_DTYPES)
-    positions = config.n_positions - (primer - -(-primer // copies) if shares else 0)
-    a_position = 2 * config.n_embd * cache_dtype(model).itemsize
+    shared = primer if shares and copies > 1 else 0
+    item = cache_dtype(model).itemsize
+    own_position = shared_position = 2 * config.n_embd * item
     if kind == "cpu" and dtype == "int8":
-        a_position = 2 * config.n_embd + 12 * config.n_head  # two scales and a sum for each head
-    return config.n_layer * positions * a_position
+        own_position = shared_position = 2 * config.n_embd + 12 * config.n_head  # two scales and a sum for each head
+    if kind == "cuda" and dtype == "fp8_values":
+        own_position = config.n_embd * (item + 1) + 4 * config.n_head  # a scale for each head
+    own, each = config.n_positions - shared, -(-shared // copies)
+    return config.n_layer * (own * own_position + each * shared_position)
 
 
 def most_images(
@@ -117,7 +121,7 @@ def _chosen(model: ImageGPTForCausalImageModeling, dtype: str | None) -> tuple[s
         return "cuda", None
     if on_cpu is None:
         return "cpu", None
-    return "reference", on_cuda if model.device.type == "cuda" else on_cpu
+    return "reference", on_cuda if model.device.type == "cuda" or dtype == "fp8_values" else on_cpu
 
 
 def make_decoder(
@@ -128,7 +132,7 @@ def make_decoder(
 
     Args:
         model, batch_size, capacity: See ``ReferenceDecoder``.
-        dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder`` has it.
+        dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder``, ``"fp8_values"`` as ``CudaDecoder`` has it.
 
     Raises:
         BackendUnavailableError: ``dtype`` is given and nothing offers it for this model.

@@ -131,6 +131,8 @@ def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None)
     check_dtype(dtype)
     if reason := backend.no_native_decoder():
         return reason
+    if dtype not in (None, "int8"):
+        return f"it decodes in the model's dtype or in 'int8', not in {dtype!r}"
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
     if torch.is_autocast_enabled("cpu"):

@@ -18,7 +18,7 @@ from igpt_fast.decoders.cuda_step import FUSED_DTYPES, CudaStep, Network, give, 
 from igpt_fast.decoders.plain_model import weights_of, why_not_modules, why_not_settings
 from igpt_fast.decoders.protocol import check_capacity, check_dtype, check_fork
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.attention_decode import HEAD_DIMS
+from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -35,11 +35,16 @@ class CudaDecoder:
     values in bfloat16 and float16; in float32 each has a copy. Weights are read where the model has them: a change in
     place reaches the next step, another tensor in a parameter's place does not.
 
+    ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
+    with a scale for each image, head and position; keys are not. A head's value with a NaN or an infinity becomes NaN
+    as a whole. The forward pass reads a primer with its own values, which are rounded as they come into the cache;
+    those that continuations share stay in the model's dtype.
+
     Args:
         model: The model, on a CUDA device; in eval mode.
         batch_size: Images decoded together.
         capacity: Positions that will be read at most, ``n_positions`` or fewer.
-        dtype: ``None``: the model's.
+        dtype: ``None``: the model's; or ``"fp8_values"``.
         graphs: Capture each step in a CUDA graph. Not on the emulator, which has none.
         dependent: Let a kernel begin while the one before ends, where the kernels are built for sm_90 or later.
 
@@ -66,7 +71,8 @@ class CudaDecoder:
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._scaled = dtype == "fp8_values"
         self._network = Network(model)
         self._options = (graphs and model.device.type == "cuda", dependent)
         self._position = 0  # tokens read
@@ -148,8 +154,11 @@ class CudaDecoder:
         check_fork(n, self._position, self._forked)
         self._forked = True
         if n > 1 and self._step is not None:  # what it has read is the primer now
-            keys, values = self._step.keys, self._step.values
-            self._primer = keys[..., : self._position, :], values[..., : self._position, :]
+            step, read = self._step, slice(self._position)
+            keys, values = step.keys[..., read, :], step.values[..., read, :]
+            if step.scales is not None:
+                values = dequantize_values(values, step.scales[..., read], keys.dtype)
+            self._primer = keys, values
             self._step, self._drawn = None, False
         self.batch_size *= n
 
@@ -178,10 +187,10 @@ class CudaDecoder:
         positions = self.capacity - (self._position if shares else 0)
         stream = torch.cuda.current_stream(net.device) if net.device.type == "cuda" else None
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        self._key = (*shape, self._options, net.key(), stream, torch.is_inference_mode_enabled())
+        self._key = (*shape, self._scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
         step = take(self.model, self._key, net)
         if step is None:
-            step = CudaStep(net, self.batch_size, positions, primer if shares else None, *self._options)
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, self._scaled, *self._options)
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
         return step
@@ -208,13 +217,15 @@ def why_not_cuda(model: ImageGPTForCausalImageModeling, dtype: str | None = None
     check_dtype(dtype)
     if reason := backend.no_cuda_decoder(model.device):
         return reason
-    if dtype is not None:
-        return f"it decodes in the model's dtype, not in {dtype!r}"
+    if dtype not in (None, "fp8_values"):
+        return f"it decodes in the model's dtype or in 'fp8_values', not in {dtype!r}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16, torch.float16}:
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32, bfloat16 or float16"
+    if dtype is not None and not dtypes <= set(FUSED_DTYPES):
+        return f"the weights are float32; want bfloat16 or float16 for {dtype!r}"
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return "the weights are on several devices"
     config = model.config

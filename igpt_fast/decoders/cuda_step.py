@@ -28,6 +28,7 @@ from torch import Tensor
 from igpt_fast import backend, ops
 from igpt_fast.decoders.plain_model import blocks_of, weights_of
 from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.attention_decode import quantize_values
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -88,6 +89,7 @@ class CudaStep:
         positions: That their caches have room for.
         primer: (keys, values) that came before, of one each (n_layer, G, H, T_p, D); rows / G images share one each.
             ``None`` where the caches begin at the first position.
+        scaled: Whether values are cached in 8 bits (``quantize_values``); a primer's, which images share, are not.
         graphs: Whether steps are captured and replayed; else every kernel is launched by itself.
         dependent: Whether a kernel may begin while the one before ends (sm_90; see ``backend.dependent_launches``).
     """
@@ -98,6 +100,7 @@ class CudaStep:
         rows: int,
         positions: int,
         primer: tuple[Tensor, Tensor] | None,
+        scaled: bool,
         graphs: bool,
         dependent: bool,
     ) -> None:
@@ -105,7 +108,8 @@ class CudaStep:
         self.dependent = dependent
         shape = (len(network.layers), rows, network.heads, positions, network.head_dim)
         self.keys = torch.empty(shape, dtype=network.dtype, device=network.device)
-        self.values = torch.empty_like(self.keys)
+        self.values = torch.empty_like(self.keys, dtype=torch.float8_e4m3fn if scaled else None)
+        self.scales = self.keys.new_empty(shape[:-1], dtype=torch.float32) if scaled else None
         self.x = self.keys.new_zeros(rows, network.wte.shape[1])  # the step's input
         self.position = torch.zeros(1, dtype=torch.int32, device=network.device)  # in these caches, of the next key
         self.fused = rows <= FUSED_ROWS and network.dtype in FUSED_DTYPES
@@ -133,15 +137,19 @@ class CudaStep:
             self.position.zero_()
             return
         length, copies = primer[0].shape[3], self.keys.shape[1] // primer[0].shape[1]
-        for ours, theirs in zip((self.keys, self.values), primer, strict=True):
-            for own, read in zip(ours, theirs, strict=True):
-                own[:, :, :length] = read.repeat_interleave(copies, dim=0)
+        for i, (keys, values) in enumerate(zip(*primer, strict=True)):
+            self.keys[i, :, :, :length] = keys.repeat_interleave(copies, dim=0)
+            read = values.repeat_interleave(copies, dim=0)
+            if self.scales is None:
+                self.values[i, :, :, :length] = read
+            else:
+                self.values[i, :, :, :length], self.scales[i, :, :, :length] = quantize_values(read)
         self.position.fill_(length)
 
     @property
     def bytes(self) -> int:
         """Of its caches and of the primer."""
-        tensors = (self.keys, self.values, *(self.primer or ()))
+        tensors = (self.keys, self.values, *(self.primer or ()), *(() if self.scales is None else (self.scales,)))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def run(self, position: int) -> Tensor:
@@ -232,7 +240,8 @@ class CudaStep:
         q, k, v = qkv.view(-1, 3, net.heads, net.head_dim).unbind(1)
         prefix_k, prefix_v = (None, None) if self.primer is None else (self.primer[0][i], self.primer[1][i])
         state = self.keys[i], self.values[i], self.position, None, net.layers[i].scale
-        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit)
+        scales = None if self.scales is None else self.scales[i]
+        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, scales)
         return out.view(out.shape[0], -1)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 # What a caller may ask for besides the model's own dtype.
-DTYPES = (None, "int8")
+DTYPES = (None, "int8", "fp8_values")
 
 
 class Decoder(Protocol):
@@ -17,7 +17,7 @@ class Decoder(Protocol):
         name: ``"reference"``, ``"cpu"`` or ``"cuda"``.
         batch_size: Images decoded together; ``fork`` multiplies it.
         capacity: Positions that can be read.
-        dtype: What it computes in, such as ``"float32"`` or ``"int8"``.
+        dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
     """
 
     name: str
@@ -63,4 +63,6 @@ def check_fork(n: int, position: int, forked: bool) -> None:
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless the dtype is one that a decoder may be asked for."""
     if dtype not in DTYPES:
-        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, or 'int8'")
+        raise ValueError(
+            f"decoder: dtype is {dtype!r}; want None, which is the model's, {' or '.join(map(repr, DTYPES[1:]))}"
+        )

@@ -20,6 +20,7 @@ from igpt_fast.ops.dispatch import (
 HEAD_DIMS = (32, 64, 96, 128)
 _ROWS = 16  # that a block of the prefix's kernel serves
 _MOST_KEYS = 2**31 - 1025  # of a cache or a prefix
+_SCALED = {"v_cache": torch.float8_e4m3fn, "v_scale": torch.float32}
 
 
 def attention_decode(
@@ -34,6 +35,7 @@ def attention_decode(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     limit: int | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new position of each sequence; its key and value are written into the cache.
 
@@ -46,10 +48,14 @@ def attention_decode(
     and ``2 T_p D`` for each head and 16 rows of a prefix; ``4 D`` floating-point operations for each key that a row
     sees.
 
+    With ``v_scale`` the cached values have 8 bits: ``quantize_values`` is what becomes of the new one, and what is to
+    become of others that are put there. A NaN or an infinity in a value makes all of that head's value NaN.
+
     Args:
         q, k, v: (B, H, D) of the new position. Strides are free but for the last dimension's, as in views of the
             packed projection.
-        k_cache, v_cache: (B, H, T_max, D), contiguous, of the dtype of ``q``; written at ``position``.
+        k_cache, v_cache: (B, H, T_max, D), contiguous, of the dtype of ``q``, but v_cache float8_e4m3fn with
+            ``v_scale``; written at ``position``.
         position: int32 on the device of ``q``: (), (1,), one for all rows, or (B,). Where it is outside 0..T_max-1
             nothing is written and the row's output is NaN.
         starts: (B,) int32: how many keys from the first on are hidden, the prefix's counted; ``None`` hides none.
@@ -58,6 +64,8 @@ def attention_decode(
             as continuations of one primer do. Read once for up to 16 rows. A view of a longer cache is taken as it is.
         limit: Positions below it are what the launch is made for, in 1..T_max; ``None``: T_max. Others are computed as
             well, by fewer blocks. For graphs: the number of blocks is the graph's.
+        v_scale: (B, H, T_max) float32, contiguous: the cached values are v_cache times it; written at ``position``. A
+            prefix is in the dtype of ``q`` all the same.
 
     Returns:
         (B, H, D), dtype and device of ``q``. Decoding is for inference: there is no gradient.
@@ -70,7 +78,7 @@ def attention_decode(
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
     """
-    _check(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v)
+    _check(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
     if limit is None:
@@ -79,19 +87,38 @@ def attention_decode(
         raise ValueError(
             f"attention_decode: limit is {limit!r}; want an integer in 1..{k_cache.shape[2]}, the cache's length"
         )
-    optional = [tensor for tensor in (starts, prefix_k, prefix_v) if tensor is not None]
+    optional = [tensor for tensor in (starts, prefix_k, prefix_v, v_scale) if tensor is not None]
     tensors = [q, k, v, k_cache, v_cache, position, *optional]
-    if _covered(q, k_cache, prefix_k) and use_kernel("attention_decode", *tensors):
+    if _covered(q, k_cache, prefix_k, v_scale) and use_kernel("attention_decode", *tensors):
         run = _attention_decode if is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
-        return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, scale, limit)
-    return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v)
+        return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, scale, limit)
+    return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v, v_scale)
 
 
-def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None) -> bool:
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as a cache of 8 bits has them: see ``reference.quantize_values``.
+
+    Args:
+        v: (..., D), a floating-point dtype.
+
+    Returns:
+        (..., D) float8_e4m3fn and (...,) float32 scales.
+    """
+    return reference.quantize_values(v)
+
+
+def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., D) in a dtype: the values that ``quantize_values`` has kept."""
+    return reference.dequantize_values(codes, scales, dtype)
+
+
+def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tensor | None) -> bool:
     """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
     if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
         return False
-    return prefix_k is None or (q.dtype != torch.float32 and prefix_k.shape[2] <= _MOST_KEYS)
+    if q.dtype == torch.float32 and (prefix_k is not None or v_scale is not None):
+        return False
+    return prefix_k is None or prefix_k.shape[2] <= _MOST_KEYS
 
 
 def _check(
@@ -104,6 +131,7 @@ def _check(
     starts: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     op = "attention_decode"
     if (prefix_k is None) != (prefix_v is None):
@@ -111,10 +139,15 @@ def _check(
     named = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     if prefix_k is not None and prefix_v is not None:
         named |= {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    if v_scale is not None:
+        named["v_scale"] = v_scale
     check_floating(op, **named)
     for name, tensor in named.items():
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {q.dtype}, q's")
+        dtype, whose = q.dtype, ", q's"
+        if v_scale is not None and name in _SCALED:
+            dtype, whose = _SCALED[name], ", with v_scale"
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {dtype}{whose}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} wants a gradient; there is none: decode under torch.no_grad()")
     if q.ndim != 3:
@@ -125,7 +158,11 @@ def _check(
     if k_cache.ndim != 4 or (*k_cache.shape[:2], k_cache.shape[3]) != (rows, heads, dim) or k_cache.shape[2] < 1:
         raise ValueError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; want ({rows}, {heads}, T_max, {dim})")
     _check_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    written = {"k_cache": k_cache, "v_cache": v_cache}
+    if v_scale is not None:
+        _check_shape("v_scale", v_scale, tuple(k_cache.shape[:3]), "k_cache's")
+        written["v_scale"] = v_scale
+    for name, cache in written.items():
         if not cache.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {cache.stride()}; want a contiguous tensor, to write to")
     _check_integers("position", position, q, ((), (1,), (rows,)))
@@ -182,6 +219,7 @@ def _attention_decode(
     starts: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    v_scale: Tensor | None,
     scale: float,
     limit: int,
 ) -> Tensor:
@@ -204,7 +242,7 @@ def _attention_decode(
     partial = None
     if slots > 1:
         partial = torch.empty(rows * heads * slots * (dim + 2), dtype=torch.float32, device=q.device)
-    tensors = map(address, (q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, out, partial))
+    tensors = map(address, (q, k, v, k_cache, v_cache, v_scale, position, starts, prefix_k, prefix_v, out, partial))
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *prefix_strides
     sizes = rows, heads, t_max, group, prefix, dim, position.numel() > 1, splits, prefix_splits
     kernels.module.attention_decode_cuda(
@@ -223,6 +261,7 @@ def _fake_attention_decode(
     starts: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    v_scale: Tensor | None,
     scale: float,
     limit: int,
 ) -> Tensor:
@@ -231,7 +270,7 @@ def _fake_attention_decode(
 
 register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
-    "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, float scale, SymInt limit) -> Tensor",
+    "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,
     _fake_attention_decode,
 )

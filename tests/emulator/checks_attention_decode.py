@@ -13,6 +13,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import ops, reference
+from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,26 @@ class Case:
     starts: Tensor | None = None
     prefix_k: Tensor | None = None
     prefix_v: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def scale(self) -> float:
         return float(self.q.shape[-1] ** -0.5)
 
-    def op(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The output and the caches afterwards; the case keeps its own."""
-        k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
-        prefix = self.prefix_k, self.prefix_v
-        out = ops.attention_decode(self.q, self.k, self.v, k_cache, v_cache, self.position, self.starts, None, *prefix)
-        return out, k_cache, v_cache
+    def op(self) -> tuple[Tensor, ...]:
+        """The output and the caches afterwards, of scaled values their scales too; the case keeps its own."""
+        caches = [t.clone() for t in (self.k_cache, self.v_cache, self.v_scale) if t is not None]
+        new, prefix = (self.q, self.k, self.v), (self.prefix_k, self.prefix_v)
+        scales = dict(zip(("v_scale",), caches[2:], strict=False))
+        out = ops.attention_decode(*new, *caches[:2], self.position, self.starts, None, *prefix, **scales)
+        return out, *caches
 
     def definition(self, dtype: torch.dtype) -> Tensor:
-        tensors = self.q, self.k, self.v, self.k_cache.clone(), self.v_cache.clone()
-        wide = [t.to(dtype) for t in tensors]
+        wide = [t.to(dtype) for t in (self.q, self.k, self.v, self.k_cache.clone())]
+        scale = None if self.v_scale is None else self.v_scale.clone()
+        values = self.v_cache.clone() if scale is not None else self.v_cache.to(dtype, copy=True)
         prefix = [None if t is None else t.to(dtype) for t in (self.prefix_k, self.prefix_v)]
-        return reference.attention_decode(*wide, self.position, self.scale, self.starts, *prefix)
+        return reference.attention_decode(*wide, values, self.position, self.scale, self.starts, *prefix, scale)
 
 
 def case(
@@ -58,9 +62,11 @@ def case(
     starts: Sequence[int] | None = None,
     prefixes: int = 0,
     prefix: int = 0,
+    scaled: bool = False,
 ) -> Case:
-    """q, k, v are views of a packed projection; the scores spread over several units."""
+    """q, k, v are views of a packed projection; the scores spread over several units. ``scaled``: values of 8 bits."""
     packed = torch.randn(rows, 3, heads, dim)
+    scales = None
     packed[:, :2] *= 1.5
     q, k, v = packed.to(dtype).to(device).unbind(1)
     caches = [torch.randn(rows, heads, t_max, dim).to(dtype) for _ in range(2)]
@@ -71,6 +77,10 @@ def case(
         for cache in caches:
             cache[row, :, max(at, 0) :] = torch.nan
             cache[row, :, : max(first[row] - prefix, 0)] = torch.nan
+    if scaled:  # each value's elements of a size of their own
+        caches[1], scales = quantize_values(caches[1] * torch.randn(rows, heads, t_max, 1).exp2().to(dtype))
+        packed[:, 2] *= torch.randn(rows, heads, 1).exp2()
+        q, k, v = packed.to(dtype).to(device).unbind(1)
     for group in range(prefixes):
         n = rows // prefixes
         hidden = max(min(first[group * n : group * n + n]), 0)
@@ -81,23 +91,28 @@ def case(
         *(cache.to(device) for cache in caches),
         torch.tensor(position, dtype=torch.int32, device=device),
         None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device),
-        *(keys.to(device) for keys in shared),
+        *(keys.to(device) for keys in shared or (None, None) if keys is not None),
+        v_scale=None if scales is None else scales.to(device),
     )
 
 
 def check(made: Case) -> None:
     """The output by the tolerance rule, the caches bit for bit."""
-    out, k_cache, v_cache = made.op()
+    out, *caches = made.op()
     assert out.shape == made.q.shape
     assert out.dtype == made.q.dtype
     rows, _, t_max, _ = made.k_cache.shape
     positions = made.position.reshape(-1).expand(rows).tolist()
-    for cache, before, new in ((k_cache, made.k_cache, made.k), (v_cache, made.v_cache, made.v)):
+    before_and_new = [(made.k_cache, made.k), (made.v_cache, made.v)]
+    if made.v_scale is not None:
+        codes, scales = quantize_values(made.v)
+        before_and_new[1:] = [(made.v_cache, codes), (made.v_scale, scales)]
+    for cache, (before, new) in zip(caches, before_and_new, strict=True):
         wanted = before.clone()
         for row, at in enumerate(positions):
             if 0 <= at < t_max:
                 wanted[row, :, at] = new[row]
-        bits = torch.int32 if cache.element_size() == 4 else torch.int16
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[cache.element_size()]
         assert torch.equal(cache.view(bits), wanted.view(bits)), "cache"
     inside = [0 <= at < t_max for at in positions]
     outside = [not x for x in inside]
@@ -113,22 +128,24 @@ STARTS = [0, 1, 63, 62, 70, 64, -5]
 PREFIXES = [(3, 3, 1), (1, 2, 63), (2, 10, 65), (1, 16, 97), (1, 17, 33), (1, 35, 130)]
 
 
-def check_positions(device: str, dtype: torch.dtype, dim: int, starts: bool = False) -> None:
-    check(case(device, dtype, dim, POSITIONS, rows=7, heads=1, starts=STARTS if starts else None))
+def check_positions(device: str, dtype: torch.dtype, dim: int, starts: bool = False, scaled: bool = False) -> None:
+    check(case(device, dtype, dim, POSITIONS, rows=7, heads=1, starts=STARTS if starts else None, scaled=scaled))
 
 
-def check_prefix(device: str, dtype: torch.dtype, dim: int, prefixes: int, rows: int, prefix: int) -> None:
+def check_prefix(
+    device: str, dtype: torch.dtype, dim: int, prefixes: int, rows: int, prefix: int, scaled: bool = False
+) -> None:
     position = [(37 * row) % 70 for row in range(rows)]
     starts = [row % 3 * (prefix + 2) // 2 for row in range(rows)]
     for some in (None, starts):
-        check(case(device, dtype, dim, position, 70, rows, 1 + prefixes % 2, some, prefixes, prefix))
+        check(case(device, dtype, dim, position, 70, rows, 1 + prefixes % 2, some, prefixes, prefix, scaled))
 
 
-def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> None:
+def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64, scaled: bool = False) -> None:
     """Every split has a part, of one or two spans, and the last is ragged."""
     for position in (1023, 1000, 511):
-        check(case(device, dtype, dim, position, t_max=1024, rows=1, heads=1))
-    check(case(device, dtype, 32, 399, t_max=400, rows=1, heads=66))
+        check(case(device, dtype, dim, position, t_max=1024, rows=1, heads=1, scaled=scaled))
+    check(case(device, dtype, 32, 399, t_max=400, rows=1, heads=66, scaled=scaled))
 
 
 def check_many_blocks(device: str) -> None:
@@ -138,21 +155,71 @@ def check_many_blocks(device: str) -> None:
 
 
 def check_outside(device: str) -> None:
-    """Nothing is written, and NaN says so; with splits and a prefix as well."""
+    """Nothing is written, and NaN says so; with splits, a prefix and scales as well."""
+    check(case(device, torch.bfloat16, 64, [-1, 130, 5], scaled=True))
     check(case(device, torch.bfloat16, 64, [-1, 130, 5], starts=[0, 0, 2]))
     check(case(device, torch.bfloat16, 64, [2**31 - 1, -(2**31), 0, 70], 70, 4, prefixes=2, prefix=20))
 
 
-def check_nan_stays(device: str, prefixes: int = 0) -> None:
+def check_nan_stays(device: str, prefixes: int = 0, scaled: bool = False) -> None:
     """A NaN in one row's query, key, value, or cache is in its output and no other row's."""
-    made = case(device, torch.bfloat16, 64, 70, rows=4, prefixes=prefixes, prefix=40 if prefixes else 0)
-    for poison in (made.q[1], made.k[1], made.v[1], made.k_cache[1, :, 3], made.v_cache[1, :, 3]):
+    made = case(device, torch.bfloat16, 64, 70, rows=4, prefixes=prefixes, prefix=40 if prefixes else 0, scaled=scaled)
+    places = [made.q[1], made.k[1], made.v[1], made.k_cache[1, :, 3], made.v_cache[1, :, 3]]
+    if made.v_scale is not None:  # of a new value one element will do
+        places += [made.v[1, :, :1], made.v_scale[1, :, 3]]
+    for poison in places:
         kept = poison.clone()
         poison.fill_(torch.nan)
         out = made.op()[0]
         assert out[1].isnan().all()
         assert not out[[0, 2, 3]].isnan().any()
         poison.copy_(kept)
+
+
+def check_codes(device: str, dtype: torch.dtype, dim: int) -> None:
+    """Every code of 8 bits in every place of a value, with a scale of 1 and another; the new key has no weight."""
+    zeros = torch.zeros(256, 1, dim, dtype=dtype, device=device)
+    q, k = zeros + 1.0, zeros - 1000.0
+    codes = (torch.arange(256)[:, None, None, None] + torch.arange(dim)).to(torch.uint8)
+    for scale in (1.0, 0.75):
+        v_cache = torch.cat([codes, codes], dim=2).view(torch.float8_e4m3fn).to(device)
+        v_scale = torch.full((256, 1, 2), scale, device=device)
+        position = torch.tensor(1, dtype=torch.int32, device=device)
+        out = ops.attention_decode(
+            q, k, zeros, zeros[:, :, None].repeat(1, 1, 2, 1), v_cache, position, v_scale=v_scale
+        )
+        wanted = (codes.view(torch.float8_e4m3fn).float() * scale).to(dtype)[:, :, 0].to(device)
+        assert torch.equal(out.isnan(), wanted.isnan())
+        assert torch.equal(out.nan_to_num(), wanted.nan_to_num())
+        assert not v_cache[:, :, 1].float().any()
+        assert not v_scale[:, :, 1].any()
+
+
+def check_quantizing(device: str, dtype: torch.dtype, dim: int) -> None:
+    """Every number of 16 bits as an element of a new value, with large and small ones beside it, and with none."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    every = bits.view(dtype).sort().values  # of like size together, or the largest would leave nothing of the others
+    every = every[: 65536 // (dim - 1) * (dim - 1)].view(-1, 1, dim - 1)
+    at_448 = torch.where(every.abs() <= 448.0, every, 0.0).to(dtype)
+    odd = torch.zeros(4, 1, dim - 1, dtype=dtype)
+    odd[1, 0, -1], odd[2, 0, 3], odd[3] = -torch.inf, torch.nan, -0.0
+    for values, first in ((every, -0.0), (at_448, 448.0), (odd, 0.0)):
+        v = torch.cat([torch.full((len(values), 1, 1), first, dtype=dtype), values], dim=2).to(device)
+        v_cache = torch.zeros(len(v), 1, 1, dim, device=device).to(torch.float8_e4m3fn)
+        zeros = torch.zeros_like(v)
+        v_scale, k_cache = torch.zeros(len(v), 1, 1, device=device), zeros[:, :, None].clone()
+        position = torch.tensor(0, dtype=torch.int32, device=device)
+        out = ops.attention_decode(zeros, zeros, v, k_cache, v_cache, position, v_scale=v_scale)
+        codes, scales = quantize_values(v.cpu())
+        broken = ~v.isfinite().all(dim=2)
+        assert torch.equal(v_scale[:, :, 0].isnan(), broken)
+        assert torch.equal(v_scale[:, :, 0].nan_to_num().cpu(), scales.nan_to_num())
+        assert torch.equal(v_cache[:, :, 0].view(torch.uint8).cpu(), codes.view(torch.uint8))
+        assert out[broken].isnan().all()
+        kept = dequantize_values(codes, scales, dtype).to(device)[~broken]
+        large = kept.abs() > 2.0**-100  # torch's product has no smaller ones than 2^-126
+        assert torch.equal(out[~broken][large], kept[large])
+        assert ((out[~broken] - kept)[~large].abs() <= 2.0**-100).all()
 
 
 def check_huge(device: str, dim: int = 64) -> None:
@@ -191,6 +258,7 @@ def check_determinism(kernels: Kernels) -> None:
     cases = [
         case("cpu", torch.bfloat16, 64, 300, 320, 1),
         case("cpu", torch.float16, 96, 70, 70 + 1, 5, prefixes=1, prefix=150),
+        case("cpu", torch.bfloat16, 96, 300, 320, 1, scaled=True),
     ]
     for made in cases:
         results = []
@@ -221,6 +289,23 @@ def check_coalescing(kernels: Kernels) -> None:
         assert counted["load_sectors"] == sectors, (sectors, dict(counted))
         # 8 lanes, which write each vector of 8 sums in two halves, meet in twos.
         assert counted["shared_conflicts"] == (256 * 4 * dim // 32 if dim % 64 == 0 else 0), dict(counted)
+
+
+def check_scaled_bytes(kernels: Kernels) -> None:
+    """Of a key more move its own bytes, half as many of its value, and a scale; all in whole sectors."""
+    for dim in (32, 64, 96, 128):
+        counts = []
+        for position in (64, 128):
+            made = case("cpu", torch.bfloat16, dim, position, 192, rows=2, heads=128, scaled=True)
+            with Counted(kernels) as counted:
+                made.op()
+            counts.append(dict(counted))
+            assert counted["store_bytes"] == 256 * (2 * dim + dim + 4 + 2 * dim), dict(counted)
+        more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
+        lanes = 8 if dim % 64 == 0 else 4
+        assert more["load_bytes"] == 256 * 64 * (3 * dim + 4 * lanes), more
+        # A warp's lanes share the sector of the scales of its 4 or 8 keys.
+        assert more["load_sectors"] == 256 * 64 * (3 * dim + lanes) // 32, more
 
 
 def check_prefix_reads_once(kernels: Kernels) -> None:

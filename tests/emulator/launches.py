@@ -91,10 +91,20 @@ def attention_decode(size: Size) -> None:
         _decode(size, b)
 
 
-def _decode(size: Size, b: int, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None) -> None:
+def _decode(
+    size: Size, b: int, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, scaled: bool = False
+) -> None:
     cache, position = (b, size.heads, T, size.head_dim), torch.zeros((), dtype=torch.int32)
     q, k, v = blank(b, 3, size.heads, size.head_dim).unbind(1)
-    ops.attention_decode(q, k, v, blank(*cache), blank(*cache), position, prefix_k=prefix_k, prefix_v=prefix_v)
+    v_cache = blank(*cache, dtype=torch.float8_e4m3fn if scaled else torch.bfloat16)
+    v_scale = blank(*cache[:3], dtype=torch.float32) if scaled else None
+    prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    ops.attention_decode(q, k, v, blank(*cache), v_cache, position, v_scale=v_scale, **prefix)
+
+
+def attention_decode_scaled(size: Size) -> None:
+    for b in (1, IMAGES, 8 * IMAGES):
+        _decode(size, b, scaled=True)
 
 
 def attention_decode_shared(size: Size) -> None:
@@ -126,6 +136,7 @@ BY_SIZE: dict[str, Call] = {
     "causal_attention_packed": causal_attention_packed,
     "causal_attention_packed on Hopper": causal_attention_packed,
     "attention_decode": attention_decode,
+    "attention_decode, fp8 values": attention_decode_scaled,
     "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,

@@ -35,11 +35,19 @@ positions = on(
 )
 long = on(lambda: checks.check_long("cpu"))
 prefixes = on(*(lambda some=some: checks.check_prefix("cpu", torch.bfloat16, 96, *some) for some in checks.PREFIXES))
+scaled = on(
+    lambda: checks.check_positions("cpu", torch.bfloat16, 64, scaled=True),
+    lambda: checks.check_positions("cpu", torch.float16, 96, starts=True, scaled=True),
+)
+codes = on(
+    lambda: checks.check_codes("cpu", torch.bfloat16, 32), lambda: checks.check_quantizing("cpu", torch.bfloat16, 128)
+)
 huge, outside = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_outside("cpu"))
 reads_once = counted(checks.check_prefix_reads_once)
 THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
 
 SHARED, OWN, PREFIX = (f"cuda/attention_decode{name}" for name in (".cuh", ".cu", "_prefix.cu"))
+E4M3 = "cuda/e4m3.cuh"
 BARRIER = "    __syncthreads();\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
@@ -54,10 +62,23 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_reads_what_it_writes", OWN, "has_new ? own.position :", "has_new ? own.position + 1 :"),
      positions),
     (Mutation("decode_last_split_has_the_key", OWN, "split == own.parts - 1;", "split == p.splits - 1;"), positions),
-    (Mutation("decode_loads_two_more", OWN, "if (key < end) {", "if (key < end + 2) {"), positions),
+    (Mutation("decode_loads_two_more", OWN, "            if (key < end) {\n                k[u]",
+              "            if (key < end + 2) {\n                k[u]"), positions),
+    (Mutation("decode_scaled_loads_two_more", OWN, "S::kTogether == 1 || key < end)",
+              "S::kTogether == 1 || key < end + 2)"), scaled),
+    (Mutation("decode_scale_of_the_other", OWN, "weights[S::kTogether - 1] * scales[S::kTogether - 1]",
+              "weights[S::kTogether - 1] * scales[0]"), scaled),
+    (Mutation("decode_scale_hides_infinity", OWN, "largest < 0x7f800000u ?", "largest <= 0x7f800000u ?"), codes),
+    (Mutation("decode_scale_of_nothing", OWN, "scale == 0.0f ? 0u : to_e4m3", "to_e4m3"), codes),
+    (Mutation("decode_scale_of_a_lane", OWN, "other = __shfl_xor_sync(kFullMask, largest, lane)", "other = largest"),
+     scaled),
+    (Mutation("decode_second_value_is_stored", OWN, "if (which(i) == 0) store_global", "store_global"), THREAD),
+    (Mutation("e4m3_ties_upwards", E4M3, "0x7ffffu + (size >> 20 & 1u)", "0x80000u"), codes),
+    (Mutation("e4m3_small_ones_are_normal", E4M3, "size < 0x3c800000u", "size < 0x3c000000u"), codes),
+    (Mutation("e4m3_nan_is_480", E4M3, "size == kNaNE4M3 ? NAN : moved", "moved"), codes),
     (Mutation("decode_sum_not_rescaled", OWN, "        l *= factor;\n", ""), long),
-    (Mutation("decode_score_misses_a_step", OWN, "lane = 1; lane < S::kLanes;", "lane = 1; lane < S::kLanes / 2;"),
-     positions),
+    (Mutation("decode_score_misses_a_step", OWN, "lane < S::kLanes; lane *= 2) sum",
+              "lane < S::kLanes / 2; lane *= 2) sum"), positions),
     (Mutation("decode_no_barrier", OWN, BARRIER, ""), THREAD),
     (Mutation("decode_merge_misses_a_part", OWN, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
     (Mutation("decode_no_nan", OWN, "!valid ? NAN :", "!valid ? 0.0f :"), outside),

@@ -23,6 +23,10 @@ def test_coalescing(on: Kernels) -> None:
     checks.check_coalescing(on)
 
 
+def test_bytes_of_scaled_values(on: Kernels) -> None:
+    checks.check_scaled_bytes(on)
+
+
 def test_prefix_is_read_once(on: Kernels) -> None:
     checks.check_prefix_reads_once(on)
 
@@ -42,4 +46,4 @@ def test_splits(emulated: Kernels) -> None:
 def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
     sizes = 1, 1, 5, 1, 0, dim, False, 1, 0
     with pytest.raises(RuntimeError, match="attention_decode: CUDA error: invalid argument"):
-        emulated.module.attention_decode_cuda(*[0] * 11, *[0] * 8, *sizes, 1.0, 1, False, 0, 0)
+        emulated.module.attention_decode_cuda(*[0] * 12, *[0] * 8, *sizes, 1.0, 1, False, 0, 0)

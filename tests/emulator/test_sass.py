@@ -57,7 +57,8 @@ FAMILIES = {
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
-    "attention_decode_kernel": VECTORS,
+    # All of keys and values, of 8 bits too, as whole vectors; alone a position, a start, a key's scale.
+    "attention_decode_kernel": Family(has=(LOAD16, STORE16), lacks=(r"LDG\.E\.(U8|U16|64)",)),
     "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
     "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
     "gemv_kernel": Family(has=(LOAD16,)),

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
+from igpt_fast.ops.attention_decode import quantize_values
 
 BF16 = torch.bfloat16
 
 
 def _normal(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _codes_and_scales(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Values of 8 bits, as bytes: torch does hardly anything with float8."""
+    codes, scales = quantize_values(_normal(*shape, seed=seed))
+    return codes.view(torch.uint8), scales
 
 
 def _hidden(b: int, t: int) -> tuple[Tensor, Tensor]:
@@ -186,6 +193,20 @@ CASES = [
         ),
         ops.attention_decode,
         mutated=(3, 4),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_fp8_values",
+        lambda: (
+            *(_normal(2, 2, 64, seed=i) for i in range(3)),
+            _normal(2, 2, 150, 64, seed=3),
+            *_codes_and_scales(2, 2, 150, 64, seed=4),
+            torch.tensor(131, dtype=torch.int32),
+        ),
+        lambda q, k, v, k_cache, codes, v_scale, position: ops.attention_decode(
+            q, k, v, k_cache, codes.view(torch.float8_e4m3fn), position, v_scale=v_scale
+        ),
+        mutated=(3, 4, 5),
     ),
     Case(
         "attention_decode",

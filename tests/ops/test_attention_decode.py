@@ -9,7 +9,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
-from igpt_fast.ops.attention_decode import HEAD_DIMS
+from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values, quantize_values
 
 LAUNCHES_NOTHING = {"test_empty_batch", "test_fake_and_meta"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,6 +36,43 @@ def test_positions(implementation, dtype: torch.dtype, dim: int, starts: bool) -
     checks.check_positions(implementation.device, dtype, dim, starts)
 
 
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_positions_with_scaled_values(implementation, dtype: torch.dtype, dim: int, starts: bool) -> None:
+    checks.check_positions(implementation.device, dtype, dim, starts, scaled=True)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_long_cache_of_scaled_values(implementation, dim: int) -> None:
+    checks.check_long(implementation.device, torch.bfloat16, dim, scaled=True)
+
+
+@pytest.mark.parametrize(("prefixes", "rows", "prefix"), checks.PREFIXES[1:4])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_prefix_before_scaled_values(implementation, dim: int, prefixes: int, rows: int, prefix: int) -> None:
+    checks.check_prefix(implementation.device, torch.bfloat16, dim, prefixes, rows, prefix, scaled=True)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_every_code(implementation, dim: int) -> None:
+    checks.check_codes(implementation.device, torch.bfloat16, dim)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 96), (torch.bfloat16, 32)])
+def test_every_value_is_quantized_as_torch_does(implementation, dtype: torch.dtype, dim: int) -> None:
+    checks.check_quantizing(implementation.device, dtype, dim)
+
+
+def test_scaled_values_are_near() -> None:
+    """Half a unit of 4 bits of those between an eighth of the largest and it; a scale of the largest and no other."""
+    v = torch.randn(50, 64) * torch.randn(50, 1).exp()
+    codes, scales = quantize_values(v)
+    back, largest = dequantize_values(codes, scales, torch.float32), v.abs().amax(dim=1, keepdim=True)
+    torch.testing.assert_close(back.abs().amax(dim=1, keepdim=True), largest, rtol=1e-6, atol=0.0)
+    assert ((back - v).abs() <= torch.maximum(v.abs() * 2.0**-4, largest * 2.0**-10 / 448.0) * 1.001).all()
+
+
 @pytest.mark.parametrize(("prefixes", "rows", "prefix"), checks.PREFIXES)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -55,9 +92,10 @@ def test_position_outside_the_cache(implementation) -> None:
     checks.check_outside(implementation.device)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("prefixes", [0, 2])
-def test_nan_stays_in_its_row(implementation, prefixes: int) -> None:
-    checks.check_nan_stays(implementation.device, prefixes)
+def test_nan_stays_in_its_row(implementation, prefixes: int, scaled: bool) -> None:
+    checks.check_nan_stays(implementation.device, prefixes, scaled)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
@@ -155,34 +193,46 @@ def test_schedules(emulation, heads_per_row: int) -> None:
         checks.check_prefix("cpu", torch.float16, 96, 2, 10, 65)
 
 
-def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False) -> list[Tensor | None]:
+def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False, scaled: bool = False) -> list[Tensor | None]:
     """Arguments of the registered op, without NaN."""
     made = checks.case("cpu", dtype, 32, [1, 66, 5, 9], 70, 4, starts=[0, 1, 2, 0], prefixes=2, prefix=9)
-    tensors = made.q, made.k, made.v, made.k_cache.nan_to_num(), made.v_cache.nan_to_num(), made.position, made.starts
+    values, scales = made.v_cache.nan_to_num(), None
+    if scaled:
+        values, scales = quantize_values(values)
+    tensors = made.q, made.k, made.v, made.k_cache.nan_to_num(), values, made.position, made.starts
     shared = [made.prefix_k.nan_to_num(), made.prefix_v.nan_to_num()] if prefix else [None, None]
-    return [*tensors, *shared]
+    return [*tensors, *shared, scales]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_opcheck(emulation, prefix: bool) -> None:
+def test_opcheck(emulation, prefix: bool, scaled: bool) -> None:
+    made = operands(prefix=prefix, scaled=scaled)
+    checked = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not scaled:  # it multiplies what is written to, as torch does not in float8
+        checked.append("test_schema")
     torch.library.opcheck(
-        torch.ops.igpt_fast.attention_decode.default, (*(made := operands(prefix=prefix)), 0.2, made[3].shape[2])
+        torch.ops.igpt_fast.attention_decode.default, (*made, 0.2, made[3].shape[2]), test_utils=checked
     )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_compile(implementation, prefix: bool) -> None:
+def test_compile(implementation, prefix: bool, scaled: bool) -> None:
     """The caches that a compiled function is given are written to."""
-    *tensors, prefix_k, prefix_v = (None if t is None else t.to(implementation.device) for t in operands(prefix=prefix))
+    made = operands(prefix=prefix, scaled=scaled)
+    *tensors, prefix_k, prefix_v, v_scale = (None if t is None else t.to(implementation.device) for t in made)
 
-    def step(q, k, v, k_cache, v_cache, position, starts):
-        out = ops.attention_decode(2 * q, k, v, k_cache, v_cache, position, starts, None, prefix_k, prefix_v)
+    def step(q, k, v, k_cache, v_cache, v_scale, position, starts):
+        shared = {"prefix_k": prefix_k, "prefix_v": prefix_v, "v_scale": v_scale}
+        out = ops.attention_decode(2 * q, k, v, k_cache, v_cache, position, starts, **shared)
         return out + k_cache.float().sum() * 0
 
     def run(function) -> list[Tensor]:
-        q, k, v, k_cache, v_cache, *rest = tensors
-        k_cache, v_cache = k_cache.clone(), v_cache.clone()
-        return [function(q, k, v, k_cache, v_cache, *rest), k_cache, v_cache]
+        q, k, v, *caches, position, starts = tensors
+        caches = [None if t is None else t.clone() for t in (*caches, v_scale)]
+        out = function(q, k, v, *caches, position, starts)
+        return [out, *(t.float() for t in caches if t is not None)]
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
@@ -195,11 +245,11 @@ def test_fake_and_meta(implementation) -> None:
 
     with FakeTensorMode() as mode:
         fakes = [None if t is None else mode.from_tensor(t.to(implementation.device)) for t in operands()]
-        out = ops.attention_decode(*fakes)
+        out = ops.attention_decode(*fakes[:7])
     assert (out.shape, out.dtype, out.device.type) == ((4, 2, 32), torch.bfloat16, implementation.device)
     metas = [None if t is None else t.to("meta") for t in operands()]
     with backend.use_backend("auto"):
-        out = ops.attention_decode(*metas)
+        out = ops.attention_decode(*metas[:7])
     assert (out.shape, out.device.type) == ((4, 2, 32), "meta")
 
 
@@ -213,7 +263,7 @@ def test_autocast(implementation) -> None:
 
 def test_registered_op_is_the_function(emulation) -> None:
     tensors = operands()
-    direct = ops.attention_decode(*(t if t is None else t.clone() for t in tensors))
+    direct = ops.attention_decode(*(t if t is None else t.clone() for t in tensors[:7]))
     registered = torch.ops.igpt_fast.attention_decode(*tensors, float(32**-0.5), tensors[3].shape[2])
     assert torch.equal(direct, registered)
 
@@ -223,6 +273,8 @@ def test_what_the_kernel_does_not_cover_goes_the_other_way(emulation) -> None:
     checks.check(checks.case("cpu", torch.bfloat16, 48, 66))
     checks.check(checks.case("cpu", torch.float64, 64, 66))
     checks.check(checks.case("cpu", torch.float32, 64, 6, 9, 4, prefixes=2, prefix=5))
+    checks.check(checks.case("cpu", torch.float32, 64, 6, 9, 4, scaled=True))
+    checks.check(checks.case("cpu", torch.bfloat16, 48, 66, scaled=True))
     assert emulation.module.counters()["launches"] == 0
 
 
@@ -257,7 +309,8 @@ def test_thousand_repeats() -> None:
 
 
 def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
-    zeros = torch.zeros
+    zeros, float8 = torch.zeros, torch.float8_e4m3fn
+    eight = {"v_cache": zeros(2, 4, 5, 32).to(float8)}
     return {
         "q's shape": ({"q": zeros(2, 4)}, ValueError, r"q has shape \(2, 4\); want \(B, H, D\)"),
         "q's type": ({"q": [1.0]}, TypeError, "q is list; want a floating-point tensor"),
@@ -265,6 +318,11 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "v's dtype": ({"v": zeros(2, 4, 32).half()}, TypeError, "v is torch.float16; want torch.float32"),
         "cache's shape": ({"k_cache": zeros(2, 4, 32)}, ValueError, r"k_cache has shape \(2, 4, 32\); want \(2, 4, T"),
         "cache's dtype": ({"v_cache": zeros(2, 4, 5, 32).bfloat16()}, TypeError, "v_cache is torch.bfloat16"),
+        "8 bits": ({"v_cache": zeros(2, 4, 5, 32).to(float8)}, TypeError, "v_cache is .*8.*; want torch.float32"),
+        "scales": ({"v_scale": zeros(2, 4, 5)}, TypeError, "v_cache is torch.float32; want torch.float8"),
+        "scale's shape": (eight | {"v_scale": zeros(2, 4, 6)}, ValueError, r"v_scale has .*; want \(2, 4, 5\)"),
+        "scale's dtype": (eight | {"v_scale": zeros(2, 4, 5).half()}, TypeError, "v_scale is torch.float16; want .*32"),
+        "scale's strides": (eight | {"v_scale": zeros(4, 2, 5).transpose(0, 1)}, ValueError, "v_scale has strides"),
         "no room": ({"k_cache": zeros(2, 4, 0, 32)}, ValueError, "k_cache has shape"),
         "two caches": ({"v_cache": zeros(2, 4, 6, 32)}, ValueError, "v_cache has shape .*; want .*, k_cache's"),
         "strides": ({"k_cache": zeros(2, 5, 4, 32).transpose(1, 2)}, ValueError, "k_cache has strides .*; want a cont"),

@@ -9,6 +9,8 @@ struct __half {
     uint16_t bits;
 };
 
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+
 inline float __half2float(__half x) {
     // Exponent and fraction moved into place, and the exponents' bias, which is 112 larger, made good by a product: it
     // is exact, for subnormal numbers too.
