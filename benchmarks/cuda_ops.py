@@ -417,7 +417,7 @@ def _sample_next(size: Size, n: int) -> Workload:
         return ops.sample_next(logits, 5, streams, position, wte=wte, wpe=wpe)
 
     def plain(logits: Tensor, streams: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Any:
-        return reference.sample_next(logits, 5, streams, position, 1.0, None, None, wte, wpe)
+        return reference.sample_next(logits, 5, streams, position, wte=wte, wpe=wpe)
 
     def torch_ops(logits: Tensor, _: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Any:
         """With torch's own generator: other draws, so it is timed and not compared."""

@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from tolerance import assert_parity, randomise, tokens
@@ -21,8 +20,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from igpt_fast import (
     ImageGPTConfig,
     ImageGPTForCausalImageModeling,
-    ImageGPTImageProcessor,
-    Pipeline,
     backend,
     decoders,
     generation,
@@ -322,6 +319,8 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which plans by what is free, and that is, too."""
+    pytest.importorskip("PIL")  # tests that a GPU needs do without
+    from igpt_fast import ImageGPTImageProcessor, Pipeline
 
     def planned(*arguments: object) -> int | None:
         with monkeypatch.context() as patch:
@@ -329,7 +328,7 @@ def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypa
             return decoders.most_images(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("igpt_fast.pipeline.most_images", planned)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (40, 3)).astype(np.float32)
+    clusters = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).numpy()
     size = {"height": 3, "width": 3}
     pipeline = Pipeline(make("cpu", n_positions=9), ImageGPTImageProcessor(clusters=clusters, size=size))
     first, second = (pipeline.sample(8, seed=1) for _ in range(2))
