@@ -433,7 +433,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     shown = text()
     assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
     assert "Traceback" not in shown
-    assert Screen(60).feed(shown).cursor
+    assert Screen(200).feed(shown).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
     assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
     if report:
