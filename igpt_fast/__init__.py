@@ -51,18 +51,18 @@ __all__ = ["__version__", *_MODULES, *_NAMES, *_ALIASES]
 
 if TYPE_CHECKING:
     from igpt_fast import backend as backend
-    from igpt_fast import hf as hf
-    from igpt_fast import image as image
+    from igpt_fast import image
     from igpt_fast import ops as ops
     from igpt_fast import reference as reference
     from igpt_fast.backend import BackendUnavailableError as BackendUnavailableError
     from igpt_fast.backend import get_backend as get_backend
     from igpt_fast.backend import set_backend as set_backend
-    from igpt_fast.backend import show_config as show_config
     from igpt_fast.backend import use_backend as use_backend
-    from igpt_fast.cache import DynamicCache as DynamicCache
-    from igpt_fast.cache import StaticCache as StaticCache
     from igpt_fast.config import ImageGPTConfig as ImageGPTConfig
+    from igpt_fast.engines.cache import DynamicCache as DynamicCache
+    from igpt_fast.engines.cache import StaticCache as StaticCache
+    from igpt_fast.environment import show_config as show_config
+    from igpt_fast.hf import bridge as hf
     from igpt_fast.image import ImageGPTImageProcessor as ImageGPTImageProcessor
     from igpt_fast.image import center_crop as center_crop
     from igpt_fast.image import dequantize as dequantize

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -284,3 +284,18 @@ def _about(error: OSError, names: dict[Path, Path]) -> OSError:
         text = str(error)
         return error if str(target) in text else OSError(f"{target}: {text or 'cannot be written'}")
     return OSError(error.errno, error.strerror, str(target))
+
+
+BUNDLED = Path(__file__).parent / "assets" / "emoji16"
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """At most ``limit`` names for a message; each is shortened, for a file may hold anything."""
+    listed = sorted(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(printable(name) for name in listed[:limit]) + more
+
+
+def printable(name: Any) -> str:
+    text = ascii(str(name)[:101])[1:-1]
+    return text if len(text) <= 100 else text[:97] + "..."

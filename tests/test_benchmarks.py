@@ -16,6 +16,7 @@ from implementations import Implementation
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines.cpu import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ImageGPTConfig(n_layer=2, n_embd=32, n_head=2, n_positions=24, vocab_size=33)
@@ -280,7 +281,7 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["error"] < 0.1 for row in found["rows"])
     assert found["machine"]["commit"]
     assert found["ceilings"]["read_gb_s"]
-    if backend.no_native_decoder() is None:
+    if weights.no_native_decoder() is None:
         found = run("bench_generate", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
         assert {row["work"] for row in found["rows"]} == {"step", "image", "memory"}
         assert {row["dtype"] for row in found["rows"] if row["name"] == "igpt_fast"} == {"float32", "bfloat16", "int8"}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
-from igpt_fast.checkpoint import trunk_shapes
+from igpt_fast.checkpoint.names import trunk_shapes
 
 CLASSES = [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,7 +21,9 @@ import pytest
 from PIL import Image
 from screen import Screen
 
-from igpt_fast import backend, cli
+from igpt_fast import backend
+from igpt_fast import environment as environment_module
+from igpt_fast.cli import main as cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -68,7 +70,7 @@ def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     tyro = processor_seconds("-c", "import tyro")
     assert processor_seconds("-m", "igpt_fast", "--help") < 1.3 * tyro + 0.06
     assert processor_seconds("-m", "igpt_fast", "sample", "--help") < 2.5 * tyro + 0.06
-    code = "import sys, igpt_fast.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    code = "import sys, igpt_fast.cli.main; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     code, out, _ = run(capsys, "--help")
     assert code == 0
@@ -249,7 +251,7 @@ def test_quantize_and_clusters(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "env", "--json")
     assert code == 0
-    assert json.loads(text) == json.loads(json.dumps(backend.config()))
+    assert json.loads(text) == json.loads(json.dumps(environment_module.config()))
     code, text, _ = run(capsys, "env")
     assert code == 0
     assert "quantize" in text

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from igpt_fast import clusters as clusters_module
-from igpt_fast.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
+from igpt_fast import checks
+from igpt_fast.image import clusters as clusters_module
+from igpt_fast.image.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
 
 
 def palette(k: int = 512, seed: int = 0) -> np.ndarray:
@@ -162,9 +163,9 @@ def test_dequantize_refuses(tokens: object, error: type[Exception]) -> None:
 
 
 def test_whole_number() -> None:
-    assert type(clusters_module.whole_number("n", np.uint8(3), 0, 3)) is int
+    assert type(checks.whole_number("n", np.uint8(3), 0, 3)) is int
     with pytest.raises(ValueError, match=r"^n is 1000.*\.\.\.; want a whole number in 0\.\.3$"):
-        clusters_module.whole_number("n", 10**100, 0, 3)
+        checks.whole_number("n", 10**100, 0, 3)
 
 
 def blobs(n: int = 20_000) -> np.ndarray:

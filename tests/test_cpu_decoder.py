@@ -16,10 +16,14 @@ import torch
 from tolerance import assert_parity
 from torch import Tensor, nn
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders
-from igpt_fast.decoders import CpuDecoder, ReferenceDecoder, cpu_decoder, make_decoder, why_not_cpu
-from igpt_fast.generation import Sampling, decode
-from igpt_fast.pipeline import BUNDLED, Pipeline
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, environment
+from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.choice import CpuDecoder, ReferenceDecoder, make_decoder, why_not_cpu
+from igpt_fast.engines.cpu import weights
+from igpt_fast.files import BUNDLED
+from igpt_fast.pipeline import Pipeline
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import Sampling
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
@@ -390,17 +394,20 @@ def test_autocast_goes_to_torch() -> None:
 
 
 def test_every_activation_of_the_rule_agrees() -> None:
-    for name in cpu_decoder.ACTIVATIONS:
+    for name in weights.ACTIVATIONS:
         model = small(activation_function=name)
         tokens = ids(model, 1, 5)
         torch.testing.assert_close(stepped(CpuDecoder(model, 1, 5), tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_show_config_names_it() -> None:
-    live = backend.config()["decoders"]["cpu"]
+    live = environment.config()["decoders"]["cpu"]
     assert live["runs"] == f"native ({backend._C.cpu_isa()})"
     with backend.use_backend("reference"):
-        assert backend.config()["decoders"]["cpu"] == {"runs": "none", "reason": "the backend 'reference' is chosen"}
+        assert environment.config()["decoders"]["cpu"] == {
+            "runs": "none",
+            "reason": "the backend 'reference' is chosen",
+        }
 
 
 # ---- Threads and processes ----------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from igpt_fast import (
     ImageGPTForImageClassification,
     ImageGPTModel,
     backend,
-    decoders,
-    forwards,
 )
-from igpt_fast.decoders import CpuDecoder
+from igpt_fast import environment as environment_module
+from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.choice import CpuDecoder
+from igpt_fast.engines.cpu import forward as forwards
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
@@ -448,12 +449,12 @@ def test_without_tiles() -> None:
 
 
 def test_what_the_report_says() -> None:
-    live = backend.config()["forwards"]
-    assert set(live) == set(backend.FORWARDS)
-    assert live["cpu"] == {"runs": "native (amx)", "reason": backend.FORWARDS["cpu"]}
+    live = environment_module.config()["forwards"]
+    assert set(live) == set(decoders.FORWARDS)
+    assert live["cpu"] == {"runs": "native (amx)", "reason": decoders.FORWARDS["cpu"]}
     with backend.use_backend("reference"):
-        assert backend.config()["forwards"]["cpu"]["reason"] == "the backend 'reference' is chosen"
-    assert "forward    cpu" in backend.format_config(backend.config())
+        assert environment_module.config()["forwards"]["cpu"]["reason"] == "the backend 'reference' is chosen"
+    assert "forward    cpu" in environment_module.format_config(environment_module.config())
 
 
 # ---- Beside others ------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend
-from igpt_fast.cache import DynamicCache
-from igpt_fast.decoders import CpuDecoder
+from igpt_fast.engines.cache import DynamicCache
+from igpt_fast.engines.choice import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 

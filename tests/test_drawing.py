@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_fast import drawing
-from igpt_fast.exports import Exports
-from igpt_fast.options import Drawing, Files
+from igpt_fast import interrupts as interrupts_module
+from igpt_fast.cli.draw import job as drawing
+from igpt_fast.cli.draw.exports import Exports
+from igpt_fast.cli.draw.options import Drawing, Files
+from igpt_fast.cli.draw.sharding import World
 from igpt_fast.pipeline import Pipeline
-from igpt_fast.sharding import World
+from igpt_fast.sampling import results
 
 
 def written_under(interrupts: int) -> list[str]:
     """What a block gets done in which Ctrl-C is pressed."""
     done = []
     with contextlib.suppress(KeyboardInterrupt):
-        with drawing._undisturbed():
+        with interrupts_module.undisturbed():
             for _ in range(interrupts):
                 os.kill(os.getpid(), signal.SIGINT)
             done.append("written")
@@ -97,7 +99,7 @@ def test_parts_are_merged() -> None:
         pipeline.complete(images[:1], batch_size=4, **options),
         pipeline.complete(images[1:], first_input=1, batch_size=4, **options),
     ]
-    merged = drawing.merge(parts, pipeline)
+    merged = results.merge(parts, pipeline)
     assert torch.equal(merged.tokens, whole.tokens)
     assert merged.settings == whole.settings | {"batch_size": 4}
     for name in ("originals", "known", "given", "inputs", "seed", "labels"):
@@ -106,7 +108,7 @@ def test_parts_are_merged() -> None:
     for name in ("logprobs", "known_logprobs", "effective_sample_size"):
         assert torch.allclose(getattr(merged, name), getattr(whole, name), atol=1e-3, equal_nan=True), name
     assert merged.grid().tobytes() == whole.grid().tobytes()
-    late = drawing.merge(parts[1:], pipeline)  # the first process had finished nothing
+    late = results.merge(parts[1:], pipeline)  # the first process had finished nothing
     assert late.settings == merged.settings
     assert torch.equal(late.tokens, whole.tokens[2:])
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_fast import exports
-from igpt_fast.exports import Exports
-from igpt_fast.options import Files
+from igpt_fast.cli.checks import UsageError
+from igpt_fast.cli.draw import exports
+from igpt_fast.cli.draw.exports import Exports
+from igpt_fast.cli.draw.options import Files
 from igpt_fast.pipeline import Generation, Pipeline
-from igpt_fast.terminal import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import DynamicCache, ImageGPTForCausalImageModeling, ops, reference
-from igpt_fast.pipeline import BUNDLED
+from igpt_fast.files import BUNDLED
 
 
 class Rounding(DynamicCache):

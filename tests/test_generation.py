@@ -8,9 +8,11 @@ from threading import Thread
 import pytest
 import torch
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, generation, reference
-from igpt_fast.decoders import ReferenceDecoder
-from igpt_fast.generation import Sampling, decode, stream_uniforms
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, reference
+from igpt_fast.engines.choice import ReferenceDecoder
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import Sampling, stream_uniforms
 
 
 def small_model(n_positions: int = 64, seed: int = 0, **fields: object) -> ImageGPTForCausalImageModeling:

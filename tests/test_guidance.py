@@ -4,16 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_fast import (
-    ImageGPTConfig,
-    ImageGPTForCausalImageModeling,
-    ImageGPTImageProcessor,
-    Pipeline,
-    decoders,
-    generation,
-    reference,
-)
-from igpt_fast.generation import Guidance, Sampling, decode, stream_uniforms
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, reference
+from igpt_fast.engines import choice as decoders
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import Guidance, Sampling, stream_uniforms
 
 HEIGHT, WIDTH, COLOURS, CLASSES = 5, 4, 9, 3
 PIXELS, SOS = HEIGHT * WIDTH, COLOURS + CLASSES

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 import igpt_fast
-from igpt_fast import (
-    ImageGPTConfig,
-    ImageGPTForCausalImageModeling,
-    ImageGPTForImageClassification,
-    ImageGPTModel,
-    hf,
-)
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from igpt_fast.hf import bridge as hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -212,9 +207,9 @@ for turn in (hf.to_transformers, hf.from_transformers):
     try:
         turn(None)
     except ImportError as error:
-        assert str(error) == "igpt_fast.hf needs transformers: pip install 'igpt_fast[hf]'", error
+        assert str(error) == "igpt_fast.hf.bridge needs transformers: pip install 'igpt_fast[hf]'", error
     else:
         raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert igpt_fast.hf is hf
+    assert igpt_fast.hf.bridge is hf

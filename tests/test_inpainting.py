@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
-from igpt_fast.inpainting import following, given_pixels, primer_lengths, resample
-from igpt_fast.pipeline import BUNDLED
-from igpt_fast.recipes.data import load_tokens
+from igpt_fast.files import BUNDLED
+from igpt_fast.learning.data import load_tokens
+from igpt_fast.sampling.inpainting import following, given_pixels, primer_lengths, resample
 
 
 def small_pipeline(height: int, width: int, colours: int, seed: int = 0, spread: float = 0.3) -> Pipeline:
@@ -152,7 +152,8 @@ def test_resample_takes_by_weight() -> None:
 def test_one_candidate_is_taken_by_the_documented_rule(pipeline: Pipeline, batch_size: int | None) -> None:
     """Candidate c of completion j of input i draws from stream (i, j, c); number T of stream (i, j) chooses."""
     from igpt_fast import reference
-    from igpt_fast.generation import Sampling, decode
+    from igpt_fast.sampling.decoding import decode
+    from igpt_fast.sampling.rules import Sampling
 
     images, tokens = pictures(pipeline, 2)
     mask, m, n, seed, batch = torch.from_numpy(checkered(6, 5)).flatten(), 4, 3, 11, 2 * 3 * 4

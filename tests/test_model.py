@@ -16,9 +16,11 @@ from tolerance import assert_parity
 from torch import Tensor, nn
 
 import igpt_fast
-from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, decoders, ops
-from igpt_fast import model as model_module
-from igpt_fast.outputs import CausalImageModelingOutput
+from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, ops
+from igpt_fast.engines import choice as decoders
+from igpt_fast.engines import memory
+from igpt_fast.model import imagegpt as model_module
+from igpt_fast.model.outputs import CausalImageModelingOutput
 
 CAUSAL, CLASSIFIER, BASE = "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification", "ImageGPTModel"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -443,9 +445,9 @@ def test_the_decoder_follows_the_dtype_of_the_keys(part: str, autocast: torch.dt
         got = torch.stack([decoder.prefill(IDS[:, :1]), *(decoder.step(IDS[:, t]) for t in range(1, 8))], dim=1)
     assert got.dtype == want.dtype
     torch.testing.assert_close(got.float(), want.float(), rtol=0.1, atol=0.1 * want.abs().max().item())
-    size = decoders.cache_bytes(model)
+    size = memory.cache_bytes(model)
     assert size == 2 * 2 * 16 * 32 * (2 if part == "all" else 4)
-    assert decoders.cache_bytes(model.to("meta")) == size
+    assert memory.cache_bytes(model.to("meta")) == size
 
 
 def test_generates_with_only_one_table_in_another_dtype() -> None:

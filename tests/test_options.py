@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_fast import options
+from igpt_fast.cli.checks import UsageError
+from igpt_fast.cli.draw import options
 from igpt_fast.image import center_crop, open_image, resize
-from igpt_fast.terminal import UsageError
 
 
 def test_labels() -> None:

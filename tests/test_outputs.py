@@ -13,7 +13,7 @@ from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
-from igpt_fast.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput, ModelOutput
+from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput, ModelOutput
 
 CLASSES = [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification]
 LOSS, LOGITS = torch.tensor(1.0), torch.arange(6.0).view(2, 3)

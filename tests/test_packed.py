@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders
-from igpt_fast import packed as packed_module
-from igpt_fast.decoders import CpuDecoder
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.choice import CpuDecoder
+from igpt_fast.engines.cpu import weights as packed_module
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
-from igpt_fast import pictures
 from igpt_fast.image import (
     center_crop,
     check_animation,
@@ -27,6 +26,7 @@ from igpt_fast.image import (
     save_animation,
     save_image,
     to_rgb,
+    writing,
 )
 
 WHITE = [255, 255, 255]
@@ -445,7 +445,7 @@ def test_an_animation_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     check_animation("x.gif", 4352, 4352, 17)  # 1024 images of 16 x 16, enlarged eight times
     with pytest.raises(ValueError, match="120 frames of 4352x4352 are more than"):
         check_animation("x.gif", 4352, 4352, 120)
-    monkeypatch.setitem(pictures._MOST_ANIMATED, "GIF", 100)
+    monkeypatch.setitem(writing._MOST_ANIMATED, "GIF", 100)
     taken = []
     with pytest.raises(ValueError, match="3 frames of 6x7 are more than 100 pixels"):
         save_animation((taken.append(i) or colours(7, 6) for i in range(9)), tmp_path / "y.gif")  # type: ignore

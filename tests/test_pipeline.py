@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
-from igpt_fast.pipeline import BUNDLED, Generation, InterruptedGeneration
+from igpt_fast.files import BUNDLED
+from igpt_fast.pipeline import Generation, InterruptedGeneration
 
 SIDE, COLOURS = 8, 16
 
@@ -260,8 +261,8 @@ def test_from_pretrained_reads_what_was_saved(pipeline: Pipeline, tmp_path: Path
 
 def test_the_bundled_model_is_small_and_knows_its_data() -> None:
     """Real input, offline: the likelihood of the held-out emoji is what the model card says."""
-    from igpt_fast.recipes.data import load_tokens
-    from igpt_fast.recipes.train import evaluate
+    from igpt_fast.learning.data import load_tokens
+    from igpt_fast.learning.evaluate import evaluate
 
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8 << 20
     bundled = Pipeline.from_pretrained()

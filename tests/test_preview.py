@@ -8,8 +8,8 @@ import pytest
 import torch
 from screen import FakeTerminal, Screen
 
-from igpt_fast import preview
-from igpt_fast.preview import Preview, half_blocks, layout
+from igpt_fast.cli.draw import preview
+from igpt_fast.cli.draw.preview import Preview, half_blocks, layout
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.image import (
-    ImageGPTImageProcessor,
-    dequantize,
-)
+from igpt_fast.image import ImageGPTImageProcessor, dequantize
 
 
 def colours(height: int = 6, width: int = 5, seed: int = 0) -> np.ndarray:

@@ -37,12 +37,12 @@ from igpt_fast import (
     ImageGPTImageProcessor,
     Pipeline,
     backend,
-    generation,
     ops,
     reference,
-    streaming,
 )
-from igpt_fast.generation import Drawn
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling import rules, streaming
+from igpt_fast.sampling.decoding import Drawn
 
 # Height, width, colours, classes.
 SHAPES = [(4, 4, 7, 0), (3, 5, 12, 4), (6, 3, 3, 2)]
@@ -105,7 +105,7 @@ def recorded() -> Iterator[list[Decoding]]:
         yield found
 
 
-def plain_draw(logits: Tensor, number: float, settings: generation.Sampling) -> int:
+def plain_draw(logits: Tensor, number: float, settings: rules.Sampling) -> int:
     """Temperature, top-k, top-p, min-p, and the inverse of the cumulative distribution, token by token."""
     scores = [float(x) for x in logits]
     peak, count = max(scores), len(scores)

@@ -15,7 +15,8 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from igpt_fast import cli, sharding
+from igpt_fast.cli import main as cli
+from igpt_fast.cli.draw import sharding
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "igpt_fast")
 ENDLESS = ("sample", "-n", "1000", "--batch-size", "2", "--device", "cpu")
@@ -235,7 +236,7 @@ def test_who_says_that_a_process_is_gone() -> None:
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from igpt_fast import terminal
+    from igpt_fast.cli import checks as terminal
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,10 +13,14 @@ import torch
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, decoders, generation
-from igpt_fast.decoders import CpuDecoder, Decoder, ReferenceDecoder, cache_bytes
-from igpt_fast.generation import Sampling, decode
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.choice import CpuDecoder, Decoder, ReferenceDecoder
+from igpt_fast.engines.memory import cache_bytes
 from igpt_fast.pipeline import Pipeline
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import Sampling
 
 NATIVE = backend._C is not None
 ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []

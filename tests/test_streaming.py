@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_fast import (
-    ImageGPTConfig,
-    ImageGPTForCausalImageModeling,
-    ImageGPTImageProcessor,
-    Pipeline,
-    backend,
-    decoders,
-    generation,
-    streaming,
-)
-from igpt_fast.batches import Batches, out_of_memory
-from igpt_fast.generation import stream_uniforms
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, backend
+from igpt_fast.engines import choice as decoders
 from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling import streaming
+from igpt_fast.sampling.batches import Batches, out_of_memory
+from igpt_fast.sampling.rules import stream_uniforms
 
 SIDE, COLOURS = 6, 9
 

@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from igpt_fast import weights
+from igpt_fast import files
+from igpt_fast.checkpoint import pickles
+from igpt_fast.checkpoint import tensors as weights
 
 STATE = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
 HTML = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n"
@@ -231,20 +233,20 @@ def test_scan_of_other_files_than_state_dicts(tmp_path: Path) -> None:
     value = {"model": STATE, "groups": [{"betas": betas, "lr": 0.1, "fused": None} for _ in range(3)], "seed": 99999}
     for zipped in (True, False):
         torch.save(value, path, _use_new_zipfile_serialization=zipped)
-        assert weights.scan_torch_file(path, largest=99999) == zipped
+        assert pickles.scan_torch_file(path, largest=99999) == zipped
         with pytest.raises(ValueError, match=r"^its pickle holds the number 99999; at most 99998 is believed"):
-            weights.scan_torch_file(path, largest=99998)
+            pickles.scan_torch_file(path, largest=99998)
     path.write_bytes(in_zip(nested_tuples()))
     with pytest.raises(ValueError, match=r"^its pickle uses the same tuples again"):
-        weights.scan_torch_file(path, largest=1 << 32)
+        pickles.scan_torch_file(path, largest=1 << 32)
     path.write_bytes(torch_bytes({"a": OS_SYSTEM}))
     with pytest.raises(ValueError, match=r"^its pickle names posix\.system"):
-        weights.scan_torch_file(path)
+        pickles.scan_torch_file(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"^it is empty$"):
-        weights.scan_torch_file(path)
+        pickles.scan_torch_file(path)
     with pytest.raises(FileNotFoundError):
-        weights.scan_torch_file(tmp_path / "none")
+        pickles.scan_torch_file(tmp_path / "none")
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
@@ -382,7 +384,7 @@ def test_weights_that_are_a_folder_or_a_loop(tmp_path: Path) -> None:
 
 
 def test_names_in_messages_are_short_and_printable() -> None:
-    text = weights.some(["x" * 10_000, "line\nbreak", "\x1b[31mred"])
+    text = files.some(["x" * 10_000, "line\nbreak", "\x1b[31mred"])
     assert len(text) < 200
     assert text.isprintable()
-    assert weights.some(str(i) for i in range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+    assert files.some(str(i) for i in range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

@@ -147,7 +147,7 @@ def _torch_attention(
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """What autocast, where it is on, makes of an input of torch's own attention."""
     kind = tensor.device.type
     if kind not in ("cpu", "cuda") or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -156,12 +156,12 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    return tensor.to(_autocast_dtype(tensor))
+    return tensor.to(autocast_dtype(tensor))
 
 
 def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
     """Whether a kernel takes it; the rule is in ``backend.OPS`` in words."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     low = dtype in (torch.bfloat16, torch.float16)
     if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf):
         return False

@@ -13,11 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from igpt_fast import Generation, ImageGPTForCausalImageModeling, Pipeline
-from igpt_fast.cli import main
-from igpt_fast.recipes import train as recipe
-from igpt_fast.recipes.data import TokenData, held_out, load_tokens, save_tokens, tokens_from_images
-from igpt_fast.recipes.settings import TrainConfig
-from igpt_fast.recipes.train import evaluate, image_nats, labels_at, run, train
+from igpt_fast.cli.main import main
+from igpt_fast.learning import schedule
+from igpt_fast.learning import train as recipe
+from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
+from igpt_fast.learning.evaluate import evaluate
+from igpt_fast.learning.folders import held_out, tokens_from_images
+from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.run import run
+from igpt_fast.learning.schedule import labels_at
+from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.train import train
 
 NAMES = ("columns", "corner", "plain", "rows")
 SIDE, COLOURS = 6, 4
@@ -194,7 +200,7 @@ def test_labels_go_with_their_images_and_are_dropped_at_the_rate() -> None:
     dropped = torch.cat(batches) < 0
     assert dropped.float().mean() == pytest.approx(0.2, abs=0.02)
     for step, batch in enumerate(batches[:20]):
-        images = recipe.batch_at(step, tokens, 2, dataclasses.replace(config, flip=True, shift=1))[:, 0]
+        images = schedule.batch_at(step, tokens, 2, dataclasses.replace(config, flip=True, shift=1))[:, 0]
         assert torch.equal(batch[batch >= 0], images[batch >= 0])
         assert torch.equal(batch, labels_at(step, labels, config))
     assert any(not torch.equal(batches[0] < 0, batch < 0) for batch in batches[1:])

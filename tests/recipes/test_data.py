@@ -11,17 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_fast.recipes import data as data_module
-from igpt_fast.recipes.data import (
-    TokenData,
-    find_images,
-    held_out,
-    histogram_nats,
-    load_tokens,
-    lookup_table_nats,
-    save_tokens,
-    tokens_from_images,
-)
+from igpt_fast.image.folders import find_images
+from igpt_fast.learning import data as data_module
+from igpt_fast.learning.baselines import histogram_nats, lookup_table_nats
+from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
+from igpt_fast.learning.folders import held_out, tokens_from_images
 
 BUNDLED = Path(__file__).parents[2] / "igpt_fast" / "assets" / "emoji16.npz"
 

@@ -20,11 +20,16 @@ import pytest
 import torch
 from PIL import Image
 
+from igpt_fast.learning import train as recipe
+from igpt_fast.learning.baselines import lookup_table_nats
+from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.evaluate import evaluate
+from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.run import run
+from igpt_fast.learning.schedule import batch_at, learning_rate
+from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.train import DivergedError, train
 from igpt_fast.model import ImageGPTForCausalImageModeling
-from igpt_fast.recipes import train as recipe
-from igpt_fast.recipes.data import TokenData, lookup_table_nats
-from igpt_fast.recipes.settings import TrainConfig
-from igpt_fast.recipes.train import DivergedError, batch_at, evaluate, image_nats, learning_rate, run, train
 
 TINY = TrainConfig(
     n_layer=1, n_embd=32, n_head=2, steps=20, batch_size=4, lr=1e-3, warmup_steps=3, eval_every=10, save_every=6
@@ -394,13 +399,13 @@ def test_training_in_another_thread(tiny: TokenData, tmp_path: Path) -> None:
 
 def test_a_killed_process_goes_on(tiny: TokenData, tmp_path: Path) -> None:
     """SIGKILL at any moment, as often as it takes: the result is that of one uninterrupted run."""
-    from igpt_fast.recipes.data import save_tokens
+    from igpt_fast.learning.data import save_tokens
 
     config = dataclasses.replace(TINY, steps=80, save_every=1, eval_every=20)
     save_tokens(tiny, tmp_path / "tiny.npz")
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from igpt_fast.recipes.train import TrainConfig, load_tokens, train\n"
+        "from igpt_fast.learning.train import TrainConfig, load_tokens, train\n"
         f"train(load_tokens({str(tmp_path / 'tiny.npz')!r}), {str(tmp_path / 'killed')!r}, {config!r})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -1,0 +1,131 @@
+"""Whether a model is what this package makes of its configuration, and then its parts: for decoders and forward passes
+that do not run the modules but read their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import ops
+from igpt_fast.model.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
+from igpt_fast.ops.activation import KERNELS
+
+if TYPE_CHECKING:
+    from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
+
+# The modules of a model that is computed as this package computes it; anything else may mean anything.
+MODULES = (
+    ImageGPTBlock,
+    ImageGPTAttention,
+    ImageGPTMLP,
+    ImageGPTLayerNorm,
+    Conv1D,
+    nn.Embedding,
+    nn.Linear,
+    nn.Dropout,
+    nn.ModuleList,
+)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+_LEAST_SCALE = 2.0**-126  # a normal float32: smaller ones are flushed to zero
+
+
+def why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
+    """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
+    config, blocks = model.config, blocks_of(model)
+    embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
+    linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
+    shapes += config.n_layer * [(embd,), (embd,), *linear]
+    if [weight.shape for weight in weights] != shapes:
+        return "a weight has another shape than the configuration says"
+    activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
+    norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+    if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
+        return "a norm or an activation is not the configuration's"
+    if any(block.attn.n_head != config.n_head for block in blocks):
+        return "the heads are not the configuration's"
+    if any(not _LEAST_SCALE <= block.attn.scale < math.inf for block in blocks):
+        return "the scale of the scores is not a normal, positive float32"
+    if model.wte.max_norm is not None or model.wpe.max_norm is not None:
+        return "an embedding has a max_norm"
+    return None
+
+
+def blocks_of(model: ImageGPTModel) -> list[Any]:
+    return list(model.h)
+
+
+def weights_of(model: ImageGPTModel) -> list[Any]:
+    """The parameters of a network whose modules are this package's, in the order of its computation."""
+    found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
+    for block in blocks_of(model):
+        found += [block.ln_1.weight, block.ln_2.weight]
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            found += [linear.weight, linear.bias]
+    return found
+
+
+def why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
+    """Whether something has been put into the model, or around its modules, that only PyTorch runs."""
+    ours = {"": "ImageGPTForCausalImageModeling", "transformer": "ImageGPTModel"}
+    for name, module in model.named_modules():
+        kind = type(module)
+        known = (
+            (kind.__module__, kind.__name__) == ("igpt_fast.model.imagegpt", ours[name])
+            if name in ours
+            else kind in MODULES
+        )
+        if not known:
+            return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+            return f"{name or 'the model'} has a hook or a forward of its own"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
+            return f"{name} is a {type(parameter).__name__}"
+    return "lm_head has a bias" if model.lm_head.bias is not None else None
+
+
+class Layer(NamedTuple):
+    """A layer's parameters, in the order of ``weights_of``, and the scale of its scores."""
+
+    ln_1: Tensor
+    ln_2: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    fc_weight: Tensor
+    fc_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    scale: float
+
+
+class Network:
+    """The parameters of a model that ``why_not_cuda`` has nothing against, as a step reads them: not copies."""
+
+    def __init__(self, model: ImageGPTForCausalImageModeling) -> None:
+        body = model.transformer
+        found = [weight.detach() for weight in weights_of(body)]
+        self.wte, self.wpe, self.ln_f = found[:3]
+        self.layers = [
+            Layer._make([*found[3 + 10 * i : 13 + 10 * i], block.attn.scale]) for i, block in enumerate(blocks_of(body))
+        ]
+        self.head = model.lm_head.weight.detach().T
+        self.eps, self.activation = body.config.layer_norm_epsilon, body.config.activation_function
+        self.kernel = KERNELS[self.activation]
+        self.heads, self.head_dim = body.config.n_head, body.config.head_dim
+        self.dtype, self.device = self.wte.dtype, self.wte.device
+
+    def key(self) -> tuple[Any, ...]:
+        """What a captured graph has of it: where the weights are, and settings."""
+        tensors = [self.wte, self.wpe, self.ln_f, self.head]
+        tensors += [part for layer in self.layers for part in layer[:-1]]
+        places = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
+        scales = tuple(layer.scale for layer in self.layers)
+        return places, scales, self.eps, self.activation, self.heads, self.dtype
