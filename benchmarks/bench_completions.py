@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
-from igpt_fast.engines.choice import CpuDecoder
 from igpt_fast.engines.cpu import weights
+from igpt_fast.engines.cpu.decoder import CpuDecoder
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Sampling
 

@@ -37,8 +37,9 @@ from ceilings import Ceilings, Work
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
-from igpt_fast.engines.choice import ReferenceDecoder, make_decoder
+from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu import weights as weights_module
+from igpt_fast.engines.reference import ReferenceDecoder
 
 COLUMNS = ("work", "batch", "position", "dtype", "name", "ms", "ms_spread", "cpu_ms", "times_hf", "times_peer")
 COLUMNS += ("of_limit", "error", "mb")

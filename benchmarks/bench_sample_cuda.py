@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops
-from igpt_fast.engines.choice import ReferenceDecoder, make_decoder
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.reference import ReferenceDecoder
 
 COLUMNS = ("batch", "name", "us", "us_spread", "img_s", "of_kv_limit", "times_hf", "error")
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}

@@ -16,8 +16,8 @@ _NAMES = {
     "ImageGPTModel": "model",
     "ImageGPTForCausalImageModeling": "model",
     "ImageGPTForImageClassification": "model",
-    "DynamicCache": "cache",
-    "StaticCache": "cache",
+    "DynamicCache": "engines.cache",
+    "StaticCache": "engines.cache",
     "ImageGPTImageProcessor": "image",
     "quantize": "image",
     "dequantize": "image",
@@ -33,7 +33,7 @@ _NAMES = {
     "center_crop": "image",
     "Pipeline": "pipeline",
     "Generation": "pipeline",
-    "show_config": "backend",
+    "show_config": "environment",
     "set_backend": "backend",
     "get_backend": "backend",
     "use_backend": "backend",
@@ -51,7 +51,8 @@ __all__ = ["__version__", *_MODULES, *_NAMES, *_ALIASES]
 
 if TYPE_CHECKING:
     from igpt_fast import backend as backend
-    from igpt_fast import image
+    from igpt_fast import hf as hf
+    from igpt_fast import image as image
     from igpt_fast import ops as ops
     from igpt_fast import reference as reference
     from igpt_fast.backend import BackendUnavailableError as BackendUnavailableError
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from igpt_fast.engines.cache import DynamicCache as DynamicCache
     from igpt_fast.engines.cache import StaticCache as StaticCache
     from igpt_fast.environment import show_config as show_config
-    from igpt_fast.hf import bridge as hf
     from igpt_fast.image import ImageGPTImageProcessor as ImageGPTImageProcessor
     from igpt_fast.image import center_crop as center_crop
     from igpt_fast.image import dequantize as dequantize

@@ -354,7 +354,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
         return Kernels(_emulated, "cuda", 0, 0)
     if chosen not in ("auto", device.type):
         raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
-    reason = _no_kernels(op, device)
+    reason = no_kernels(op, device)
     if reason is not None:
         if forced or (chosen == "cuda" and "cuda" in OPS[op].native):
             raise BackendUnavailableError(f"{op}: {reason}")
@@ -367,18 +367,18 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     return Kernels(_C, "cuda", device.index, stream, _dependent.get())
 
 
-def _no_kernels(op: str, device: torch.device) -> str | None:
+def no_kernels(op: str, device: torch.device) -> str | None:
     """Why the compiled module does not serve an op on a device."""
     if _C is None:
         return native_reason
     if device.type not in OPS[op].native:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
-        return _no_isa(op)
+        return no_isa(op)
     return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
 
 
-def _no_isa(op: str) -> str | None:
+def no_isa(op: str) -> str | None:
     """Why the chosen instruction set has no kernel of an op on the CPU."""
     assert _C is not None
     needed = OPS[op].needs_isa

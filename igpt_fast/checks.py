@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Checks of single arguments: one value, its name, its bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""NEW MODULE."""
+"""What is here and what runs: versions, build, devices, and the live implementation of every op, decoder and forward
+pass, with the reason where a faster one is not.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 
 import igpt_fast
-from igpt_fast.backend import _C, OPS, _no_isa, get_backend, native_reason, unavailable
+from igpt_fast import backend
 from igpt_fast.engines.choice import DECODERS, FORWARDS
 from igpt_fast.engines.cpu.weights import no_native_decoder, no_native_forward
 from igpt_fast.engines.cuda.decoder import no_cuda_decoder
@@ -21,22 +23,22 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
         (implementation, reason). Where the native one runs, the reason says what it covers, and is empty where that
         is everything.
     """
-    entry, chosen = OPS[op], get_backend()
+    entry, chosen = backend.OPS[op], backend.get_backend()
     if chosen == "reference" and entry.native:
         return "reference", "the backend 'reference' is chosen"
     if chosen not in ("auto", "reference", device_type) and entry.native:
         return "none", f"the backend {chosen!r} is chosen"
     if device_type not in entry.native:
         return entry.otherwise, f"there is no kernel for {device_type} tensors in this version"
-    reason = unavailable(device_type)
+    reason = backend.unavailable(device_type)
     if reason is not None:
         return "reference", reason
-    assert _C is not None
+    assert backend._C is not None
     if device_type == "cpu":
-        if reason := _no_isa(op):
+        if reason := backend.no_isa(op):
             return entry.otherwise, reason
         least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
-        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
+        return f"native ({backend._C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
     return "native", f"for {entry.covers}"
 
 
@@ -45,13 +47,13 @@ def _decoder(name: str) -> tuple[str, str]:
     if name == "reference":
         return "the PyTorch model with a static key/value cache", DECODERS[name]
     if name == "cuda":
-        reason = unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
+        reason = backend.unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
         return ("none", reason) if reason is not None else ("native", DECODERS[name])
     reason = no_native_decoder()
     if reason is not None:
         return "none", reason
-    assert _C is not None
-    return f"native ({_C.cpu_isa()})", DECODERS[name]
+    assert backend._C is not None
+    return f"native ({backend._C.cpu_isa()})", DECODERS[name]
 
 
 def _forward(name: str) -> tuple[str, str]:
@@ -61,19 +63,24 @@ def _forward(name: str) -> tuple[str, str]:
     reason = no_native_forward()
     if reason is not None:
         return "none", reason
-    assert _C is not None
-    return f"native ({_C.cpu_isa()})", FORWARDS[name]
+    assert backend._C is not None
+    return f"native ({backend._C.cpu_isa()})", FORWARDS[name]
 
 
 def config() -> dict[str, Any]:
     """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
     import numpy
 
-    build: dict[str, Any] = {"compiled": _C is not None}
-    if _C is None:
-        build["reason"] = native_reason
+    build: dict[str, Any] = {"compiled": backend._C is not None}
+    if backend._C is None:
+        build["reason"] = backend.native_reason
     else:
-        build |= {"compiler": _C.compiler, "openmp": _C.openmp, "cuda": _C.cuda_status, "file": _C.__file__}
+        build |= {
+            "compiler": backend._C.compiler,
+            "openmp": backend._C.openmp,
+            "cuda": backend._C.cuda_status,
+            "file": backend._C.__file__,
+        }
     devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -85,7 +92,7 @@ def config() -> dict[str, Any]:
         op: {
             device: dict(zip(("runs", "reason"), implementation(op, device), strict=True)) for device in ("cpu", "cuda")
         }
-        for op in OPS
+        for op in backend.OPS
     }
     return {
         "versions": {
@@ -97,11 +104,11 @@ def config() -> dict[str, Any]:
         "build": build,
         "devices": devices,
         "isa": {
-            "compiled": dict(_C.cpu_isas()) if _C is not None else {},
-            "live": _C.cpu_isa() if _C is not None else None,
+            "compiled": dict(backend._C.cpu_isas()) if backend._C is not None else {},
+            "live": backend._C.cpu_isa() if backend._C is not None else None,
         },
-        "backend": get_backend(),
-        "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := unavailable(name))},
+        "backend": backend.get_backend(),
+        "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := backend.unavailable(name))},
         "ops": ops,
         "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
         "forwards": {name: dict(zip(("runs", "reason"), _forward(name), strict=True)) for name in FORWARDS},

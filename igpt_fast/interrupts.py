@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Ctrl-C at the right moment: held back while something is written or half updated."""
 
 from __future__ import annotations
 

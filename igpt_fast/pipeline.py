@@ -14,7 +14,7 @@ from torch import Tensor
 
 from igpt_fast import image as images_module
 from igpt_fast.checks import check_count
-from igpt_fast.engines.choice import check_dtype
+from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
 from igpt_fast.files import BUNDLED
 from igpt_fast.image import ImageGPTImageProcessor

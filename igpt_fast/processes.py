@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Which of the processes that torchrun has started this one is."""
 
 from __future__ import annotations
 

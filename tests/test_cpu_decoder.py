@@ -17,9 +17,11 @@ from tolerance import assert_parity
 from torch import Tensor, nn
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, environment
-from igpt_fast.engines import choice as decoders
-from igpt_fast.engines.choice import CpuDecoder, ReferenceDecoder, make_decoder, why_not_cpu
+from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu import weights
+from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.files import BUNDLED
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling.decoding import decode
@@ -57,7 +59,7 @@ def small(dtype: torch.dtype = torch.float32, seed: int = 0, **fields: object) -
     return model.to(dtype)
 
 
-def stepped(decoder: decoders.Decoder, tokens: Tensor) -> Tensor:
+def stepped(decoder: Decoder, tokens: Tensor) -> Tensor:
     """(B, T, K) logits, a position at a time."""
     return torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
 

@@ -25,8 +25,9 @@ from igpt_fast import (
 )
 from igpt_fast import environment as environment_module
 from igpt_fast.engines import choice as decoders
-from igpt_fast.engines.choice import CpuDecoder
 from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.cpu import weights as cpu_weights
+from igpt_fast.engines.cpu.decoder import CpuDecoder
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
@@ -294,10 +295,10 @@ def test_one_copy_of_the_weights_for_all() -> None:
     model(ids(model, 1, 20))
     decoder = CpuDecoder(model, 1, 30)
     decoder.prefill(ids(model, 1, 20))
-    shared = decoders.packed_weights(network, None, None)
+    shared = cpu_weights.packed_weights(network, None, None)
     assert shared in forwards._passes
-    assert decoders.packed_weights(network, model.lm_head.weight, None) is shared
-    assert decoders.packed_weights(network, None, None) is shared
+    assert cpu_weights.packed_weights(network, model.lm_head.weight, None) is shared
+    assert cpu_weights.packed_weights(network, None, None) is shared
 
 
 def test_memory_is_given_back() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend
 from igpt_fast.engines.cache import DynamicCache
-from igpt_fast.engines.choice import CpuDecoder
+from igpt_fast.engines.cpu.decoder import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 

@@ -99,7 +99,7 @@ def test_parts_are_merged() -> None:
         pipeline.complete(images[:1], batch_size=4, **options),
         pipeline.complete(images[1:], first_input=1, batch_size=4, **options),
     ]
-    merged = results.merge(parts, pipeline)
+    merged = results.merge(parts, pipeline.processor)
     assert torch.equal(merged.tokens, whole.tokens)
     assert merged.settings == whole.settings | {"batch_size": 4}
     for name in ("originals", "known", "given", "inputs", "seed", "labels"):
@@ -108,7 +108,7 @@ def test_parts_are_merged() -> None:
     for name in ("logprobs", "known_logprobs", "effective_sample_size"):
         assert torch.allclose(getattr(merged, name), getattr(whole, name), atol=1e-3, equal_nan=True), name
     assert merged.grid().tobytes() == whole.grid().tobytes()
-    late = results.merge(parts[1:], pipeline)  # the first process had finished nothing
+    late = results.merge(parts[1:], pipeline.processor)  # the first process had finished nothing
     assert late.settings == merged.settings
     assert torch.equal(late.tokens, whole.tokens[2:])
 

@@ -16,7 +16,8 @@ from igpt_fast.cli.checks import UsageError
 from igpt_fast.cli.draw import exports
 from igpt_fast.cli.draw.exports import Exports
 from igpt_fast.cli.draw.options import Files
-from igpt_fast.pipeline import Generation, Pipeline
+from igpt_fast.pipeline import Pipeline
+from igpt_fast.sampling.results import Generation
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, reference
-from igpt_fast.engines.choice import ReferenceDecoder
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Sampling, stream_uniforms

@@ -6,6 +6,7 @@ import torch
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, reference
 from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.decoder import Decoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Guidance, Sampling, stream_uniforms
@@ -102,7 +103,7 @@ def test_guidance_doubles_the_batch_and_its_absence_does_not(
 ) -> None:
     made: list[int] = []
 
-    def make(model: object, batch: int, *others: object) -> decoders.Decoder:
+    def make(model: object, batch: int, *others: object) -> Decoder:
         made.append(batch)
         return decoders.make_decoder(model, batch, *others)  # type: ignore[arg-type]
 

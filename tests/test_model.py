@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import igpt_fast
 from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, ops
-from igpt_fast.engines import choice as decoders
 from igpt_fast.engines import memory
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.model import imagegpt as model_module
 from igpt_fast.model.outputs import CausalImageModelingOutput
 
@@ -440,7 +440,7 @@ def test_the_decoder_follows_the_dtype_of_the_keys(part: str, autocast: torch.dt
     model = make()
     (model if part == "all" else getattr(model.transformer, part)).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
-        decoder = decoders.ReferenceDecoder(model, 2, 8)
+        decoder = ReferenceDecoder(model, 2, 8)
         want = model(IDS).logits
         got = torch.stack([decoder.prefill(IDS[:, :1]), *(decoder.step(IDS[:, t]) for t in range(1, 8))], dim=1)
     assert got.dtype == want.dtype

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.engines import choice as decoders
-from igpt_fast.engines.choice import CpuDecoder
+from igpt_fast.engines.cpu import weights as cpu_weights
 from igpt_fast.engines.cpu import weights as packed_module
+from igpt_fast.engines.cpu.decoder import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 
@@ -33,7 +33,7 @@ def small() -> ImageGPTForCausalImageModeling:
 
 
 def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
-    return decoders.packed_weights(model.transformer, model.lm_head.weight, dtype)
+    return cpu_weights.packed_weights(model.transformer, model.lm_head.weight, dtype)
 
 
 def checksum(tensor: Tensor, threads: int = 1) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
 from igpt_fast.files import BUNDLED
-from igpt_fast.pipeline import Generation, InterruptedGeneration
+from igpt_fast.sampling.results import Generation, InterruptedGeneration
 
 SIDE, COLOURS = 8, 16
 

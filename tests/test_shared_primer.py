@@ -15,8 +15,10 @@ from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
 from igpt_fast.engines import choice as decoders
-from igpt_fast.engines.choice import CpuDecoder, Decoder, ReferenceDecoder
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.decoder import Decoder
 from igpt_fast.engines.memory import cache_bytes
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode

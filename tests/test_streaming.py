@@ -13,11 +13,13 @@ import torch
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, backend
 from igpt_fast.engines import choice as decoders
-from igpt_fast.pipeline import Generation, InterruptedGeneration, RowEvent, Stream
+from igpt_fast.engines.decoder import Decoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling import streaming
 from igpt_fast.sampling.batches import Batches, out_of_memory
+from igpt_fast.sampling.results import Generation, InterruptedGeneration
 from igpt_fast.sampling.rules import stream_uniforms
+from igpt_fast.sampling.streaming import RowEvent, Stream
 
 SIDE, COLOURS = 6, 9
 
@@ -150,7 +152,7 @@ def test_a_stream_can_be_dropped(pipeline: Pipeline, images: list, monkeypatch: 
     """Its decoder is gone at once, the model is as before, and gradients are on between rows and afterwards."""
     made: list[weakref.ref[object]] = []
 
-    def make(*arguments: object) -> decoders.Decoder:
+    def make(*arguments: object) -> Decoder:
         decoder = decoders.make_decoder(*arguments)  # type: ignore[arg-type]
         made.append(weakref.ref(decoder))
         return decoder
@@ -261,7 +263,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Exception], N
     """Decoders that fail, when they are made or at some step, with more images than there is room for."""
 
     def limit(most: int, where: str, error: Exception) -> None:
-        def make(*arguments: object) -> decoders.Decoder:
+        def make(*arguments: object) -> Decoder:
             decoder = decoders.make_decoder(*arguments)  # type: ignore[arg-type]
             steps, step = [0], decoder.step
 

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""The names and shapes of a network's tensors in checkpoints, as transformers has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""PyTorch's pickled checkpoints, read opcode by opcode before torch sees them: never unpickled here."""
 
 from __future__ import annotations
 

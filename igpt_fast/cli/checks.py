@@ -13,8 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tyro.conf import Positional
+
 if TYPE_CHECKING:
     import torch
+
+Paths = Positional[tuple[Path, ...]]
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")

@@ -1,4 +1,4 @@
-"""The ``igpt`` command line: parsing, errors as one line, exit codes. The commands stand in ``commands.py``.
+"""The ``igpt`` command line: parsing, errors as one line, exit codes. The commands stand in ``commands/``.
 
 Exit codes: 0 done, 1 failure, 2 usage, 3 the requested backend or device is not available, 130 interrupted.
 """
@@ -19,12 +19,11 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, told
-from igpt_fast.cli.commands import colours, env, train
-from igpt_fast.cli.commands import sample as commands
+from igpt_fast.cli.commands import colours, env, sample, train
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "sample": commands.sample,
-    "complete": commands.complete,
+    "sample": sample.sample,
+    "complete": sample.complete,
     "quantize": colours.quantize,
     "clusters": colours.clusters,
     "train": train.train,

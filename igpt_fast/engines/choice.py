@@ -8,45 +8,15 @@ decode step, ``CudaDecoder`` the CUDA kernels'. ``make_decoder`` chooses.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from igpt_fast import backend
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
-from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
-from igpt_fast.engines.cuda.idle import forget
-from igpt_fast.engines.decoder import DTYPES, Decoder, check_dtype
-from igpt_fast.engines.network import HOOKS, MODULES, blocks_of, weights_of, why_not_settings
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.network import Model
 from igpt_fast.engines.reference import ReferenceDecoder
 
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
 
-__all__ = [
-    "DTYPES",
-    "HOOKS",
-    "MODULES",
-    "CpuDecoder",
-    "CudaDecoder",
-    "Decoder",
-    "ReferenceDecoder",
-    "blocks_of",
-    "cache_bytes",
-    "check_dtype",
-    "forget",
-    "image_bytes",
-    "make_decoder",
-    "most_images",
-    "packed_weights",
-    "weights_of",
-    "why_not_cpu",
-    "why_not_cuda",
-    "why_not_settings",
-    "why_not_shape",
-]
-
-
-def _chosen(model: ImageGPTForCausalImageModeling, dtype: str | None) -> tuple[str, str | None]:
+def _chosen(model: Model, dtype: str | None) -> tuple[str, str | None]:
     """The name of the fastest decoder that there is for a model, and why it is none of the native ones."""
     on_cuda, on_cpu = why_not_cuda(model, dtype), why_not_cpu(model, dtype)
     if on_cuda is None:
@@ -56,9 +26,7 @@ def _chosen(model: ImageGPTForCausalImageModeling, dtype: str | None) -> tuple[s
     return "reference", on_cuda if model.device.type == "cuda" or dtype == "fp8_values" else on_cpu
 
 
-def make_decoder(
-    model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
-) -> Decoder:
+def make_decoder(model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> Decoder:
     """The fastest decoder there is for the model: ``CudaDecoder`` or ``CpuDecoder`` where ``why_not_cuda`` or
     ``why_not_cpu`` finds nothing against it, else ``ReferenceDecoder``.
 

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""How much memory decoding takes, and how many images a device has room for."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from igpt_fast.engines.choice import _chosen
 from igpt_fast.engines.cuda.idle import idle_bytes
 from igpt_fast.engines.cuda.step import FUSED_DTYPES
 from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.network import Model
 from igpt_fast.engines.reference import cache_dtype
-from igpt_fast.model import ImageGPTForCausalImageModeling
 
 WORKSPACE_BYTES = 1 << 28  # of libraries and graphs, whatever the images
 
 
-def cache_bytes(
-    model: ImageGPTForCausalImageModeling, dtype: str | None = None, primer: int = 0, copies: int = 1
-) -> int:
+def cache_bytes(model: Model, dtype: str | None = None, primer: int = 0, copies: int = 1) -> int:
     """Bytes of key/value cache that one whole image takes, on average where several share a primer.
 
     Args:
@@ -41,9 +39,7 @@ def cache_bytes(
     return config.n_layer * (own * own_position + each * shared_position)
 
 
-def most_images(
-    model: ImageGPTForCausalImageModeling, dtype: str | None = None, primer: int = 1, copies: int = 1
-) -> int | None:
+def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int | None:
     """How many images can be decoded together in the memory that a model's CUDA device has free; 0 where not one can.
 
     Args:
@@ -65,9 +61,7 @@ def most_images(
     return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
 
 
-def image_bytes(
-    model: ImageGPTForCausalImageModeling, dtype: str | None = None, primer: int = 1, copies: int = 1
-) -> int:
+def image_bytes(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int:
     """Bytes that one more image takes while it is decoded, activations included; arguments as in ``cache_bytes``."""
     config = model.config
     inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd

@@ -1,40 +1,74 @@
-"""Whether a model is what this package makes of its configuration, and then its parts: for decoders and forward passes
-that do not run the modules but read their weights.
+"""What an engine asks of a network: whether it is what this package makes of its configuration, and then its parts.
+
+For decoders and forward passes that do not run the modules but read their weights. The classes of the modules are
+not known here: they declare themselves (``plain``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.model.layers import Conv1D, ImageGPTAttention, ImageGPTBlock, ImageGPTLayerNorm, ImageGPTMLP
+from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
 
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
-
-# The modules of a model that is computed as this package computes it; anything else may mean anything.
-MODULES = (
-    ImageGPTBlock,
-    ImageGPTAttention,
-    ImageGPTMLP,
-    ImageGPTLayerNorm,
-    Conv1D,
-    nn.Embedding,
-    nn.Linear,
-    nn.Dropout,
-    nn.ModuleList,
-)
+Kind = TypeVar("Kind", bound=type)
+# The classes of modules that are computed as this package computes them; anything else may mean anything.
+MODULES: set[type] = {nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 _LEAST_SCALE = 2.0**-126  # a normal float32: smaller ones are flushed to zero
 
 
-def why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
+class Body(Protocol):
+    """A network without its head: modules and parameters are named as in transformers' state dicts."""
+
+    config: ImageGPTConfig
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    h: nn.ModuleList
+    ln_f: Any
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
+
+
+class Model(Protocol):
+    """A network and its head."""
+
+    config: ImageGPTConfig
+    transformer: Any  # a Body
+    lm_head: nn.Linear
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+
+def plain(kind: Kind) -> Kind:
+    """Declares a class of modules: an engine may read the weights of its instances in place of calling them. A subclass
+    is another class.
+    """
+    MODULES.add(kind)
+    return kind
+
+
+def why_not_settings(model: Body, weights: list[Any]) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
     config, blocks = model.config, blocks_of(model)
     embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
@@ -56,11 +90,11 @@ def why_not_settings(model: ImageGPTModel, weights: list[Any]) -> str | None:
     return None
 
 
-def blocks_of(model: ImageGPTModel) -> list[Any]:
+def blocks_of(model: Body) -> list[Any]:
     return list(model.h)
 
 
-def weights_of(model: ImageGPTModel) -> list[Any]:
+def weights_of(model: Body) -> list[Any]:
     """The parameters of a network whose modules are this package's, in the order of its computation."""
     found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
     for block in blocks_of(model):
@@ -70,17 +104,11 @@ def weights_of(model: ImageGPTModel) -> list[Any]:
     return found
 
 
-def why_not_modules(model: ImageGPTForCausalImageModeling) -> str | None:
+def why_not_modules(model: Model) -> str | None:
     """Whether something has been put into the model, or around its modules, that only PyTorch runs."""
-    ours = {"": "ImageGPTForCausalImageModeling", "transformer": "ImageGPTModel"}
     for name, module in model.named_modules():
         kind = type(module)
-        known = (
-            (kind.__module__, kind.__name__) == ("igpt_fast.model.imagegpt", ours[name])
-            if name in ours
-            else kind in MODULES
-        )
-        if not known:
+        if kind not in MODULES:
             return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
             return f"{name or 'the model'} has a hook or a forward of its own"
@@ -109,7 +137,7 @@ class Layer(NamedTuple):
 class Network:
     """The parameters of a model that ``why_not_cuda`` has nothing against, as a step reads them: not copies."""
 
-    def __init__(self, model: ImageGPTForCausalImageModeling) -> None:
+    def __init__(self, model: Model) -> None:
         body = model.transformer
         found = [weight.detach() for weight in weights_of(body)]
         self.wte, self.wpe, self.ln_f = found[:3]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import check_capacity, check_fork
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.engines.network import Model
 
 
 class ReferenceDecoder:
@@ -28,7 +26,7 @@ class ReferenceDecoder:
 
     name = "reference"
 
-    def __init__(self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
+    def __init__(self, model: Model, batch_size: int, capacity: int) -> None:
         config = model.config
         check_capacity(capacity, config.n_positions)
         self.model = model
@@ -64,7 +62,7 @@ class ReferenceDecoder:
             self._cache = self._cache.repeat_interleave(n)
 
 
-def cache_dtype(model: ImageGPTForCausalImageModeling) -> torch.dtype:
+def cache_dtype(model: Model) -> torch.dtype:
     """One that holds the keys without loss: that of the weights that make them, and what autocast makes of it."""
     attention: Any = model.transformer.h[0].attn
     dtype, kind = attention.c_attn.weight.dtype, model.device.type

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Folders of pictures: which files are some, and their pixels."""
 
 from __future__ import annotations
 

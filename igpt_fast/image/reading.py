@@ -281,11 +281,6 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
     The middle is cut out as it is of the images, so that both lie over each other; of another size, the nearest pixels
     are taken.
     """
-    import numpy as np
-    from PIL import Image
-
-    from igpt_fast.image import center_crop, open_image
-
     picture = center_crop(open_image(path), width / height).convert("L")
     picture = picture.resize((width, height), Image.Resampling.NEAREST)
     mask = np.asarray(picture) >= 128
@@ -294,13 +289,9 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def read_square(path: Path, side: int) -> Any:
+def read_square(path: Path, side: int) -> np.ndarray:
     """The (side, side, 3) uint8 pixels of the middle of an image; the whole of it, as it is, for 0."""
-    import numpy as np
-
-    from igpt_fast import image as images_module
-
-    picture = images_module.open_image(path)
+    picture = open_image(path)
     if side:
-        picture = images_module.resize(images_module.center_crop(picture), side, side)
+        picture = resize(center_crop(picture), side, side)
     return np.asarray(picture, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Pictures and animations to files, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""What a model must beat: predictions from a histogram and from two neighbours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""How well a model predicts images it was not trained on."""
 
 from __future__ import annotations
 

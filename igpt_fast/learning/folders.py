@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""Folders of pictures as tokens: the palette, the classes, and what is held out."""
 
 from __future__ import annotations
 

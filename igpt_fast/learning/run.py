@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""A whole training run in a directory: training, checkpoint, model, samples."""
 
 from __future__ import annotations
 

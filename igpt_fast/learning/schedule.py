@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""What a step of a training run is given: learning rate, batch and classes, all functions of the step alone."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.interrupts import delayed_interrupt
-from igpt_fast.learning.data import TokenData, load_tokens
+from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import heldout_nats
 from igpt_fast.learning.objectives.next_pixel import image_nats
 from igpt_fast.learning.output import Output, check_writable
@@ -32,8 +32,6 @@ from igpt_fast.learning.schedule import _mix, batch_at, labels_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import TrainState, same_run
 from igpt_fast.model import ImageGPTForCausalImageModeling
-
-__all__ = ["DivergedError", "TokenData", "TrainConfig", "evaluate", "image_nats", "load_tokens", "run", "train"]
 
 LOG_EVERY = 50  # steps
 

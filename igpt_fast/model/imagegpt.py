@@ -19,6 +19,7 @@ from igpt_fast.checkpoint.pretrained import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
 from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.network import plain
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
@@ -101,6 +102,7 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
         return issubclass(cls, GenerationMixin)
 
 
+@plain
 class ImageGPTModel(ImageGPTPreTrainedModel):
     """The network up to and including the final norm.
 
@@ -256,6 +258,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         return self.drop(hidden)
 
 
+@plain
 class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
     """``ImageGPTModel`` and a head that predicts the next colour.
 

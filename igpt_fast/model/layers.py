@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
+from igpt_fast.engines.network import plain
 from igpt_fast.ops.dispatch import autocast_dtype
 
 
+@plain
 class ImageGPTLayerNorm(nn.Module):
     """iGPT's norm: root mean square, not mean-centred, weight only. See ``ops.rms_norm``."""
 
@@ -34,6 +36,7 @@ class ImageGPTLayerNorm(nn.Module):
         return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual, dtype=dtype)
 
 
+@plain
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored (in, out), as in GPT-2's checkpoints."""
 
@@ -47,6 +50,7 @@ class Conv1D(nn.Module):
         return y.view(*x.shape[:-1], self.weight.shape[1])
 
 
+@plain
 class ImageGPTAttention(nn.Module):
     """Causal self-attention with packed query, key and value projections."""
 
@@ -87,6 +91,7 @@ class ImageGPTAttention(nn.Module):
         return self.resid_dropout(out), weights
 
 
+@plain
 class ImageGPTMLP(nn.Module):
     """Linear, activation, linear."""
 
@@ -102,6 +107,7 @@ class ImageGPTMLP(nn.Module):
         return self.dropout(self.c_proj(ops.activation(self.c_fc(x), self.activation)))
 
 
+@plain
 class ImageGPTBlock(nn.Module):
     """Pre-norm transformer block."""
 

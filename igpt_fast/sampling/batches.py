@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from igpt_fast.engines.choice import forget
+from igpt_fast.engines.cuda.idle import forget
 
 T = TypeVar("T")
 OUT_OF_MEMORY = (

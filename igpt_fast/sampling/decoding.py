@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.engines.choice import CudaDecoder, check_dtype, make_decoder
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cuda.decoder import CudaDecoder
+from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.network import Model
 from igpt_fast.sampling.rules import Guidance, Sampling, Streams
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -39,7 +38,7 @@ class Drawn:
 
 
 def decode(
-    model: ImageGPTForCausalImageModeling,
+    model: Model,
     context: Tensor,
     uniforms: Tensor,
     sampling: Sampling,
@@ -90,7 +89,7 @@ def blank(uniforms: Tensor) -> Drawn:
 @torch.no_grad()
 def decoding(
     drawn: Drawn,
-    model: ImageGPTForCausalImageModeling,
+    model: Model,
     context: Tensor,
     uniforms: Tensor,
     sampling: Sampling,

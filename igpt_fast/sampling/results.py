@@ -17,7 +17,6 @@ from torch import Tensor
 from igpt_fast import image as images_module
 from igpt_fast.checks import check_count
 from igpt_fast.image import ImageGPTImageProcessor
-from igpt_fast.pipeline import Pipeline
 
 
 @dataclass
@@ -171,12 +170,12 @@ class InterruptedGeneration(KeyboardInterrupt):
         self.partial = partial
 
 
-def merge(parts: Sequence[Generation], pipeline: Pipeline) -> Generation:
+def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Generation:
     """The images of several processes as those of one; their order is that of the parts."""
     import torch
 
     first = parts[0]
-    changes: dict[str, Any] = {"processor": pipeline.processor, "given": min(part.given for part in parts)}
+    changes: dict[str, Any] = {"processor": processor, "given": min(part.given for part in parts)}
     for name in ("tokens", "logprobs", "originals", "known", "known_logprobs", "effective_sample_size", "labels"):
         values = [getattr(part, name) for part in parts]
         changes[name] = None if values[0] is None else torch.cat(values)

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""How tokens are drawn: temperature and filters, guidance, and the random streams."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
 from igpt_fast.sampling.inpainting import following, primer_lengths, resample
@@ -100,7 +100,7 @@ class Stream:
 
     def __init__(
         self,
-        model: ImageGPTForCausalImageModeling,
+        model: Model,
         task: Task,
         batch_size: int,
         collect: Collect,
@@ -166,9 +166,7 @@ class _Drawing:
     itself, and with it a decoder, would wait for the collector.
     """
 
-    def __init__(
-        self, model: ImageGPTForCausalImageModeling, task: Task, batch_size: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, model: Model, task: Task, batch_size: int, progress: Progress | None) -> None:
         self.engine: str | None = None
         self.batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
         self.finished: list[Pictures] = []

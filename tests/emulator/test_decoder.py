@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
-from igpt_fast.engines import choice as decoders
 from igpt_fast.engines import memory
-from igpt_fast.engines.choice import CudaDecoder, ReferenceDecoder, make_decoder, why_not_cuda
+from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
 from igpt_fast.engines.cuda import idle as idle_module
 from igpt_fast.engines.cuda import step as cuda_step
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling import rules
 
@@ -50,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @torch.no_grad()
-def read(decoder: decoders.Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
+def read(decoder: Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
     """(B, T - primer + 1, K) logits: of a primer, whose rows are the first of each ``copies``, and step by step."""
     logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
     if copies > 1:
@@ -341,7 +343,7 @@ def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypa
         with monkeypatch.context() as patch:
             as_on_a_gpu(patch, (1 << 30) - there)
             plans.append(memory.most_images(pipeline.model))
-        decoders.forget()
+        idle_module.forget()
     assert plans[0] == plans[1]
     assert idle_module.idle_bytes(pipeline.model) == 0
 
@@ -430,7 +432,7 @@ def test_the_plan_of_memory_holds() -> None:
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
     ids = tokens(model.config, 16, 516).cuda()
     for primer, copies in ((1, 1), (512, 1), (512, 4)):
-        decoders.forget()
+        idle_module.forget()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -441,7 +443,7 @@ def test_the_plan_of_memory_holds() -> None:
         planned = 16 * memory.image_bytes(model, None, primer, copies) + memory.WORKSPACE_BYTES
         assert 16 * memory.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
         del decoder
-        decoders.forget()
+        idle_module.forget()
         gc.collect()
         assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
 

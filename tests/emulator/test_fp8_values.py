@@ -11,9 +11,11 @@ from tolerance import assert_parity, tokens
 from torch import Tensor
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend
-from igpt_fast.engines import choice as decoders
 from igpt_fast.engines import memory
-from igpt_fast.engines.choice import CudaDecoder, ReferenceDecoder, make_decoder, why_not_cuda
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
 
 FP8 = "fp8_values"
@@ -141,7 +143,7 @@ def test_it_is_never_something_else() -> None:
     with pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not available: the model is on cpu"):
         model.generate(dtype=FP8)
     with pytest.raises(backend.BackendUnavailableError, match="the model's dtype or in 'int8', not in 'fp8_values'"):
-        decoders.CpuDecoder(model, 1, 8, FP8)
+        CpuDecoder(model, 1, 8, FP8)
     with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not"):
         make_decoder(model, 1, 8, FP8)
 

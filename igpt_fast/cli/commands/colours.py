@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""``igpt quantize`` and ``igpt clusters``: pictures to colour tokens, and the palette that they are made with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from igpt_fast.cli import checks as terminal
-from igpt_fast.cli.checks import GRID_SUFFIXES
-from igpt_fast.cli.commands.sample import Paths
-from igpt_fast.image import reading
+from igpt_fast.cli.checks import GRID_SUFFIXES, Paths
 
 
 def quantize(
@@ -57,9 +55,10 @@ def quantize(
 
     from igpt_fast import files
     from igpt_fast import image as images_module
+    from igpt_fast.image.reading import read_square
 
     palette, default_side = terminal.read_palette(clusters, model)
-    pixels = np.stack([reading.read_square(path, default_side if side is None else side) for path in images])
+    pixels = np.stack([read_square(path, default_side if side is None else side) for path in images])
     colours = torch.from_numpy(pixels).to(device_)
     start = time.perf_counter()
     tokens = images_module.quantize(colours, palette).cpu().numpy()
@@ -114,12 +113,13 @@ def clusters(
 
     from igpt_fast import image as images_module
     from igpt_fast.image.folders import find_images
+    from igpt_fast.image.reading import read_square
 
     squares, skipped = [], 0
     for item in images:
         for path in find_images(item) if item.is_dir() else [item]:
             try:
-                squares.append(reading.read_square(path, side))
+                squares.append(read_square(path, side))
             except ValueError as error:
                 if not (skip_unreadable and item.is_dir()):
                     raise

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""``igpt env``: what is here, what runs, and why."""
 
 from __future__ import annotations
 

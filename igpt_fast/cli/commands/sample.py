@@ -8,16 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from igpt_fast import processes
 from igpt_fast.cli import checks as terminal
+from igpt_fast.cli.checks import Paths
 from igpt_fast.cli.draw import options, sharding
 from igpt_fast.cli.draw.exports import Exports, file_hash
 from igpt_fast.cli.draw.job import Job, check_completion, load_pipeline, rehearse, run
 from igpt_fast.cli.draw.options import Drawing, Files
-
-Paths = Positional[tuple[Path, ...]]
 
 
 def sample(

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""``igpt train``: images, colour clusters, tokens, network."""
 
 from __future__ import annotations
 

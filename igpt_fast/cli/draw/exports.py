@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_fast.cli.checks import ANIMATION_SUFFIXES, GRID_SUFFIXES, UsageError, check_output, check_writable, told
 from igpt_fast.cli.draw.options import Files
-from igpt_fast.sampling.results import save_tokens
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from igpt_fast.pipeline import Generation
+    from igpt_fast.sampling.results import Generation
 
 _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASCII)  # names of single images
 
@@ -112,6 +111,7 @@ class Exports:
             The names of the files, for the report.
         """
         from igpt_fast.files import replacing_together
+        from igpt_fast.sampling.results import save_tokens
 
         files, singles = self.files, self.files.singles
         paths = {"out": self.grid, "gif": files.gif, "tokens": files.tokens, "sidecar": files.sidecar}
@@ -152,6 +152,7 @@ class Exports:
     def rescue(self, generation: Generation) -> str:
         """Where ``write`` has failed: saves the tokens alone, beside the grid under a new name, and says so."""
         from igpt_fast.files import replacing
+        from igpt_fast.sampling.results import save_tokens
 
         path = self.grid.with_name(f"{self.grid.stem[:200]}.{secrets.token_hex(4)}.npz")
         try:

@@ -17,14 +17,14 @@ from igpt_fast.cli import checks as terminal
 from igpt_fast.cli.draw.exports import Exports, weights_hash
 from igpt_fast.cli.draw.options import ROUNDED, Drawing
 from igpt_fast.interrupts import undisturbed
-from igpt_fast.sampling.results import merge, without_processor
 
 if TYPE_CHECKING:
     import numpy as np
 
     from igpt_fast.cli.draw.preview import Preview
     from igpt_fast.cli.draw.sharding import World
-    from igpt_fast.pipeline import Generation, Pipeline
+    from igpt_fast.pipeline import Pipeline
+    from igpt_fast.sampling.results import Generation
     from igpt_fast.sampling.streaming import Stream
 
 
@@ -85,7 +85,7 @@ def rehearse(exports: Exports, model: str | None, n: int, inputs: int) -> None:
 
     from igpt_fast.files import BUNDLED
     from igpt_fast.image import ImageGPTImageProcessor
-    from igpt_fast.pipeline import Generation
+    from igpt_fast.sampling.results import Generation
 
     processor = ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
     height, width = processor.height, processor.width
@@ -105,6 +105,8 @@ def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: b
         KeyboardInterrupt: On Ctrl-C, after what was finished has been saved.
         PeerGoneError: Another process is gone.
     """
+    from igpt_fast.sampling.results import merge, without_processor
+
     with _previewing(job, pipeline, drawing, world) as preview:
         with contextlib.closing(Progress(job, world)) as progress:
             part, interrupted = _follow(job, progress, preview)
@@ -119,7 +121,7 @@ def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: b
         finished = [(numbers[: len(part)], part) for numbers, part, _ in parts if part is not None]
         with undisturbed():
             if finished:
-                whole = merge([part for _, part in finished], pipeline)
+                whole = merge([part for _, part in finished], pipeline.processor)
                 which = [number for numbers, _ in finished for number in numbers]
                 if preview is not None and not interrupted:
                     preview.finish(_pixels(whole))

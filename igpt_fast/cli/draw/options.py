@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from igpt_fast.cli.checks import UsageError, as_usage
-from igpt_fast.image.reading import read_mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,6 +132,8 @@ def kept(text: str | None, mask: Path | None, height: int, width: int) -> float 
     if mask is not None:
         if text is not None:
             raise UsageError("give --keep or --mask, not both")
+        from igpt_fast.image.reading import read_mask
+
         return read_mask(mask, height, width)
     text = "0.5" if text is None else text.strip()
     rows = re.fullmatch(r"(\d{1,9}) ?rows?", text, re.ASCII)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,7 @@ from igpt_fast import backend
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
 from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import weights_of, why_not_modules, why_not_settings
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.engines.network import Model, weights_of, why_not_modules, why_not_settings
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,9 +42,7 @@ class CpuDecoder:
 
     name = "cpu"
 
-    def __init__(
-        self, model: ImageGPTForCausalImageModeling, batch_size: int, capacity: int, dtype: str | None = None
-    ) -> None:
+    def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         check_capacity(capacity, model.config.n_positions)
         if reason := why_not_cpu(model, dtype):
             raise backend.BackendUnavailableError(f"decoder: {reason}")
@@ -115,7 +108,7 @@ class CpuDecoder:
         return logits
 
 
-def why_not_cpu(model: ImageGPTForCausalImageModeling, dtype: str | None = None) -> str | None:
+def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     """Why ``CpuDecoder`` cannot serve a model; ``None`` when it can.
 
     Raises:

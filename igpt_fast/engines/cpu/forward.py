@@ -10,19 +10,16 @@ have changed, in whatever way: every call reads them all (``packed``), which tak
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast import backend
-from igpt_fast.engines.choice import HOOKS, MODULES, packed_weights, weights_of, why_not_settings, why_not_shape
-from igpt_fast.engines.cpu import weights as weights_module
+from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
+from igpt_fast.engines.network import HOOKS, MODULES, Body, weights_of, why_not_settings
 from igpt_fast.ops.dispatch import is_plain
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTModel
 
 
 class States(NamedTuple):
@@ -40,7 +37,7 @@ class States(NamedTuple):
 _passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
+def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
     """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
 
     Raises:
@@ -63,9 +60,9 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
     return States(last, states, keys, values)
 
 
-def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
+def why_not(model: Body, tokens: Tensor | None) -> str | None:
     """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
-    if reason := weights_module.no_native_forward():
+    if reason := no_native_forward():
         return reason
     if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
         return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
@@ -81,9 +78,9 @@ def why_not(model: ImageGPTModel, tokens: Tensor | None) -> str | None:
     return why_not_settings(model, weights) or _why_not_weights(weights)
 
 
-def _why_not_modules(model: ImageGPTModel) -> str | None:
+def _why_not_modules(model: Body) -> str | None:
     """Whether something has been put into the network that only PyTorch runs. Its own hooks run around it."""
-    if (type(model).__module__, type(model).__name__) != ("igpt_fast.model.imagegpt", "ImageGPTModel"):
+    if type(model) not in MODULES:
         return f"the network is a {type(model).__module__}.{type(model).__qualname__}"
     if model.training or "_embed" in vars(model):
         return "the network is in training mode, or embeds in a way of its own"
@@ -113,7 +110,7 @@ def _why_not_weights(weights: list[Any]) -> str | None:
     return None
 
 
-def _forward(model: ImageGPTModel) -> Any:
+def _forward(model: Body) -> Any:
     """The compiled module's forward pass on the weights as they are now."""
     assert backend._C is not None
     weights = packed_weights(model, None, None)

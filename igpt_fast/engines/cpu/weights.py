@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import backend
-from igpt_fast.backend import _C, _emulated, get_backend, unavailable
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.model import ImageGPTModel
+from igpt_fast.engines.network import Body
 
 
 class _Kept(NamedTuple):
@@ -110,7 +109,7 @@ def why_not_shape(config: ImageGPTConfig) -> str | None:
     return None
 
 
-def packed_weights(body: ImageGPTModel, head: Tensor | None, dtype: str | None) -> Any:
+def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
     """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
 
     One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
@@ -121,7 +120,7 @@ def packed_weights(body: ImageGPTModel, head: Tensor | None, dtype: str | None) 
     return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
 
 
-def _pack(body: ImageGPTModel, head: Tensor | None, dtype: str | torch.dtype) -> Any:
+def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
     config, threads = body.config, torch.get_num_threads()
@@ -168,14 +167,14 @@ def no_native_forward() -> str | None:
     """Why the compiled module's forward pass serves no model on the CPU; ``None`` when it does."""
     if reason := no_native_decoder():
         return reason
-    assert _C is not None
-    return None if _C.has_cpu_forward() else f"the instruction set {_C.cpu_isa()!r} has no tiles (AMX)"
+    assert backend._C is not None
+    return None if backend._C.has_cpu_forward() else f"the instruction set {backend._C.cpu_isa()!r} has no tiles (AMX)"
 
 
 def no_native_decoder() -> str | None:
     """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
-    if reason := unavailable("cpu"):
+    if reason := backend.unavailable("cpu"):
         return reason
-    if get_backend() not in ("auto", "cpu"):
-        return f"the backend {get_backend()!r} is chosen"
-    return None if _emulated is None else "the emulated kernels serve the CPU"
+    if backend.get_backend() not in ("auto", "cpu"):
+        return f"the backend {backend.get_backend()!r} is chosen"
+    return None if backend._emulated is None else "the emulated kernels serve the CPU"

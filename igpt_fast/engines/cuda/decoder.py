@@ -7,23 +7,19 @@ at its first position and where attention is launched in another way.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from igpt_fast import backend, ops
-from igpt_fast.backend import _emulated, _no_kernels, get_backend
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.idle import give, take
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
 from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Network, weights_of, why_not_modules, why_not_settings
+from igpt_fast.engines.network import Model, Network, weights_of, why_not_modules, why_not_settings
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
 
 # A step with caches of more bytes is not kept for the next decoder: capturing is little beside its work.
 KEPT_BYTES = 1 << 28
@@ -59,7 +55,7 @@ class CudaDecoder:
 
     def __init__(
         self,
-        model: ImageGPTForCausalImageModeling,
+        model: Model,
         batch_size: int,
         capacity: int,
         dtype: str | None = None,
@@ -210,7 +206,7 @@ class CudaDecoder:
             give(self.model, self._key, step)
 
 
-def why_not_cuda(model: ImageGPTForCausalImageModeling, dtype: str | None = None) -> str | None:
+def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
     """Why ``CudaDecoder`` cannot serve a model; ``None`` when it can.
 
     Raises:
@@ -248,8 +244,8 @@ def why_not_cuda(model: ImageGPTForCausalImageModeling, dtype: str | None = None
 
 def no_cuda_decoder(device: torch.device) -> str | None:
     """Why the CUDA kernels' decoder serves no model on a device; ``None`` when it does."""
-    if get_backend() not in ("auto", "cuda"):
-        return f"the backend {get_backend()!r} is chosen"
-    if _emulated is not None and device.type == "cpu":
+    if backend.get_backend() not in ("auto", "cuda"):
+        return f"the backend {backend.get_backend()!r} is chosen"
+    if backend._emulated is not None and device.type == "cpu":
         return None
-    return _no_kernels("attention_decode", device) if device.type == "cuda" else f"the model is on {device}"
+    return backend.no_kernels("attention_decode", device) if device.type == "cuda" else f"the model is on {device}"

@@ -1,4 +1,4 @@
-"""NEW MODULE."""
+"""The objective of iGPT: the next pixel, in nats."""
 
 from __future__ import annotations
 
