@@ -385,6 +385,11 @@ def no_isa(op: str) -> str | None:
     return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
 
 
+def show_config() -> None:
+    """``igpt_fast.show_config``, by the name under which it is imported from here."""
+    igpt_fast.show_config()
+
+
 def _start() -> None:
     """Applies the environment variables; says once if everything runs on the reference."""
     if _C is None:

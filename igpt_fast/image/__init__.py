@@ -1,4 +1,9 @@
-"""Images in and out: the processor, the palette, and pictures from and to files. The names live in three files."""
+"""Images in and out, and what turns them into colour tokens.
+
+``clusters``: the palette. ``processor``: images to tokens and back, with ``settings`` checked. ``reading``, ``writing``:
+pictures from and to files. ``folders``: which files are pictures.
+May use: ops and the ground; alone fits clusters with scikit-learn.
+"""
 
 from igpt_fast.image.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
 from igpt_fast.image.processor import BatchFeature, ImageGPTImageProcessor

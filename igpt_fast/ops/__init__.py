@@ -1,7 +1,9 @@
 """The public ops: checks, choice of the implementation, and their registration with torch.
 
-``reference.py`` defines each of them; ``backend.py`` says which implementation runs; one file here for each kernel
-file of ``csrc/cuda``.
+``reference.py`` defines each of them; ``backend.py`` says which implementation runs. One file here for each kernel file
+of ``csrc/cuda``: ``norm``, ``activation``, ``cross_entropy``, ``causal_attention``, ``attention_decode``, ``gemv``,
+``sample``, ``quantize`` (with ``colour_table``, which it asks); ``dispatch`` is what they share.
+May use: reference, backend.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
