@@ -14,7 +14,7 @@ from implementations import Implementation
 
 from igpt_fast import backend
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 # The ops with rows, and those whose kernels are another op's, or differ from one in a line of arithmetic.
 ROWS = (

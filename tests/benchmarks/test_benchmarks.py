@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
 from igpt_fast.engines.cpu import weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ImageGPTConfig(n_layer=2, n_embd=32, n_head=2, n_positions=24, vocab_size=33)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside the repository")
@@ -200,7 +200,6 @@ def test_the_expert_is_the_model(peers: ModuleType, model: ImageGPTForCausalImag
         decoder.restart()
         got = [decoder.prefill(tokens(2)[:, :7])] + [decoder.step(column) for column in tokens(2)[:, 7:].unbind(1)]
         torch.testing.assert_close(torch.stack(got, 1), want[:, 6:])
-    pytest.importorskip("transformers")
     torch.testing.assert_close(peers.transformers_model(model)(tokens(2)).logits, want)
 
 
@@ -273,7 +272,6 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
 
 @needs_compiler
 def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     found = run("bench_model", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
     assert {(row["work"], row["batch"]) for row in found["rows"]} == {("forward", 2), ("train", 4)}
     wanted: set[str] = {"transformers", "PyTorch", "igpt_fast", "igpt_fast, PyTorch"}
@@ -301,7 +299,6 @@ def test_sampling_on_a_gpu(
     emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everybody draws once, ours with the CUDA decoder on the emulated kernels."""
-    pytest.importorskip("transformers")
     monkeypatch.setattr(
         "sys.argv", ["bench_sample_cuda.py", "--dry-run", "--batch", "2", "--json", str(tmp_path / "s.json")]
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -89,7 +90,6 @@ def test_the_table_of_names_is_the_model(cls: Any, fields: dict[str, Any]) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_ours_in_transformers(tmp_path: Path, cls: Any, dtype: torch.dtype, shard: str) -> None:
-    transformers = pytest.importorskip("transformers")
     model = tiny(cls, dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "5KB")
@@ -104,7 +104,6 @@ def test_ours_in_transformers(tmp_path: Path, cls: Any, dtype: torch.dtype, shar
 
 
 def test_a_model_with_classes_in_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     model = tiny(n_classes=3).eval()
     model.save_pretrained(tmp_path)
     assert ImageGPTForCausalImageModeling.from_pretrained(tmp_path).config.n_classes == 3
@@ -122,7 +121,6 @@ def test_a_model_with_classes_in_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_theirs_here(tmp_path: Path, cls: Any, dtype: torch.dtype, shard: str) -> None:
-    transformers = pytest.importorskip("transformers")
     theirs = getattr(transformers, cls.__name__)(transformers.ImageGPTConfig(**FIELDS)).to(dtype)
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     before = torch.get_rng_state()
@@ -140,7 +138,6 @@ def test_theirs_here(tmp_path: Path, cls: Any, dtype: torch.dtype, shard: str) -
 
 
 def test_auto_model(folder: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     assert type(transformers.AutoModel.from_pretrained(folder)) is transformers.ImageGPTModel
 
 
@@ -215,7 +212,6 @@ def test_a_head_of_another_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", DTYPES)
 def test_dtype(tmp_path: Path, stored: torch.dtype) -> None:
-    transformers = pytest.importorskip("transformers")
     model = tiny(dtype=stored)
     model.save_pretrained(tmp_path)
     theirs = transformers.ImageGPTForCausalImageModeling

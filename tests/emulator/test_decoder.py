@@ -321,7 +321,6 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which plans by what is free, and that is, too."""
-    pytest.importorskip("PIL")  # tests that a GPU needs do without
     from igpt_fast import ImageGPTImageProcessor, Pipeline
 
     def planned(*arguments: object) -> int | None:

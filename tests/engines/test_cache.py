@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 
 from igpt_fast import DynamicCache, StaticCache
 
@@ -130,7 +131,6 @@ def test_lengths_by_layer(make: type) -> None:
 
 
 def test_length_is_the_number_of_layers_as_in_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
     ours, theirs = DynamicCache(), transformers.DynamicCache()
     for layer in range(3):
         assert len(ours) == len(theirs) == layer
@@ -145,7 +145,6 @@ def test_length_is_the_number_of_layers_as_in_transformers() -> None:
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
 @pytest.mark.parametrize("chosen", [[2, 0, 2], [1], [0, 0, 1, 2]])
 def test_images_are_chosen_as_in_transformers(method: str, chosen: list[int]) -> None:
-    transformers = pytest.importorskip("transformers")
     ours, theirs = DynamicCache(), transformers.DynamicCache()
     for cache in (ours, theirs):
         getattr(cache, method)(torch.tensor(chosen))  # nothing there yet

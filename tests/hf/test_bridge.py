@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import igpt_fast
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 from igpt_fast.hf import bridge as hf
-
-transformers = pytest.importorskip("transformers")
 
 CLASSES = [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification]
 # Heads of 16: transformers before 5 divided by the integer part of the root of their size.

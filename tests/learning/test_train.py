@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ from igpt_fast.model import ImageGPTForCausalImageModeling
 TINY = TrainConfig(
     n_layer=1, n_embd=32, n_head=2, steps=20, batch_size=4, lr=1e-3, warmup_steps=3, eval_every=10, save_every=6
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads, and far slower on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

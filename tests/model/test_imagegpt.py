@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tolerance import assert_parity
 from torch import Tensor, nn
 
@@ -44,7 +45,6 @@ IDS = torch.tensor([[8, 1, 2, 3, 4, 5, 6, 7], [8, 7, 0, 5, 4, 0, 2, 1]])
 @pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("options", [{}, {"n_inner": 12}])
 def test_state_dict_has_the_keys_and_shapes_of_transformers(head: str, options: dict[str, int]) -> None:
-    transformers = pytest.importorskip("transformers")
     ours = make(head, **options)
     fields = {name: getattr(ours.config, name) for name in ("n_layer", "n_positions", "vocab_size", "n_embd", "n_head")}
     theirs = getattr(transformers, head)(transformers.ImageGPTConfig(**fields, **options, num_labels=3))
@@ -59,7 +59,6 @@ def test_state_dict_has_the_keys_and_shapes_of_transformers(head: str, options: 
 
 @pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
 def test_forward_takes_the_arguments_of_transformers_and_no_others(head: str) -> None:
-    transformers = pytest.importorskip("transformers")
     forward = inspect.signature(getattr(transformers, head).forward).parameters.values()
     theirs = {p.name: p.default for p in forward if p.kind is not p.VAR_KEYWORD}
     ours = inspect.signature(getattr(model_module, head).forward).parameters
@@ -72,7 +71,6 @@ def test_forward_takes_the_arguments_of_transformers_and_no_others(head: str) ->
 @pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize("wanted", [False, True])
 def test_outputs_have_the_fields_of_transformers(head: str, wanted: bool) -> None:
-    transformers = pytest.importorskip("transformers")
     ours = make(head)
     theirs = getattr(transformers, head)(
         transformers.ImageGPTConfig(**ours.config.extra, n_layer=2, n_positions=16, vocab_size=9, n_embd=32, n_head=2)
@@ -252,7 +250,6 @@ def test_use_cache_false_returns_none_but_keeps_a_given_one() -> None:
 
 def test_caches_of_transformers() -> None:
     """Its DynamicCache works; the StaticCache, silently wrong there, and the encoder-decoder one raise."""
-    transformers = pytest.importorskip("transformers")
     model = make()
     theirs = transformers.ImageGPTConfig(n_layer=2, n_embd=32, n_head=2)
     with torch.no_grad():
@@ -395,7 +392,6 @@ def test_embeddings() -> None:
 
 @pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
 def test_what_trainers_ask(head: str) -> None:
-    transformers = pytest.importorskip("transformers")
     ours = make(head)
     fields = {name: getattr(ours.config, name) for name in ("n_layer", "n_positions", "vocab_size", "n_embd", "n_head")}
     theirs = getattr(transformers, head)(transformers.ImageGPTConfig(**fields, num_labels=3))

@@ -24,7 +24,9 @@ def kind(request: pytest.FixtureRequest) -> Any:
     """The class here, and the one whose behaviour it has."""
     if request.param == "ours":
         return CausalImageModelingOutput
-    return pytest.importorskip("transformers.modeling_outputs").CausalLMOutputWithCrossAttentions
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+    return CausalLMOutputWithCrossAttentions
 
 
 def test_a_dict_of_what_is_set(kind: Any) -> None:

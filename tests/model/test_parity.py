@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tolerance import Tensors, Trio, assert_parity, compare, gradients, losses, make_trio, outputs, randomise, tokens
 from torch import Tensor, nn
 
 from igpt_fast import DynamicCache, StaticCache
-
-transformers = pytest.importorskip("transformers")
 
 CAUSAL, CLASSIFIER, BASE = "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification", "ImageGPTModel"
 DTYPES = [torch.float32, torch.bfloat16]

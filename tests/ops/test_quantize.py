@@ -6,11 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from implementations import ISAS
 
 from igpt_fast import backend, ops, reference
 
@@ -38,7 +38,8 @@ def distances(x: torch.Tensor, clusters: torch.Tensor, tokens: torch.Tensor) -> 
 @pytest.mark.parametrize("kind", ["random", "on the uint8 grid"])
 def test_every_colour_gets_a_nearest_cluster(kind: str) -> None:
     """All 16.7 M colours, by float64 distance to what a k-d tree finds. The grid makes for true ties."""
-    spatial = pytest.importorskip("scipy.spatial")
+    from scipy import spatial
+
     x, clusters = all_colours(), palette(512)
     if kind != "random":
         x, clusters = x[::9], torch.round((clusters + 1.0) * 127.5) / 127.5 - 1.0
@@ -141,18 +142,6 @@ def test_shapes_and_strides(name: str) -> None:
         assert ops.quantize(x[0, 0, 0], clusters).shape == ()
 
 
-ISAS = [name for name, has in (backend._C.cpu_isas() if backend._C else []) if has]
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set of this processor, chosen for the test."""
-    before = backend._C.cpu_isa()
-    assert backend._C.select_cpu_isa(request.param)
-    yield request.param
-    assert backend._C.select_cpu_isa(before)
-
-
 def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
     out = torch.full((len(x),), -1)
     addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
@@ -201,7 +190,6 @@ def colours_and_tokens(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("kind", adversaries())
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -> None:
     """The numbers of pixels choose how far the cells are refined; token by token."""
     clusters = adversaries()[kind]
@@ -212,7 +200,6 @@ def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_a_palette_of_65536(isa: str) -> None:
     """Lists of many blocks; a part of the tokens by brute force in float64."""
     clusters = palette(65_536)

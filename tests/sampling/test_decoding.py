@@ -1,5 +1,6 @@
 """generate: equal to the uncached forward at every position; streams, lengths, options, errors."""
 
+import functools
 import gc
 import inspect
 from collections.abc import Iterator
@@ -7,23 +8,16 @@ from threading import Thread
 
 import pytest
 import torch
+import transformers
+from small_models import small
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, reference
+from igpt_fast import ImageGPTForCausalImageModeling, reference
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Sampling, stream_uniforms
 
-
-def small_model(n_positions: int = 64, seed: int = 0, **fields: object) -> ImageGPTForCausalImageModeling:
-    """A model whose predictions depend strongly on what it has read, so that a wrong cache shows."""
-    torch.manual_seed(seed)
-    config = ImageGPTConfig(vocab_size=17, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2, **fields)  # type: ignore[arg-type]
-    model = ImageGPTForCausalImageModeling(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    return model
+small_model = functools.partial(small, n_positions=64, n_embd=32, spread=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +32,7 @@ def sos(model: ImageGPTForCausalImageModeling, batch: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("n_positions", [1, 2, 64, 1024])
 def test_greedy_equals_the_argmax_of_the_uncached_forward(n_positions: int) -> None:
     """At every position, to the last one; ties and near ties aside, which fp64 keeps away."""
-    model = small_model(n_positions).double()
+    model = small_model(n_positions=n_positions).double()
     tokens = model.generate(sos(model, 2))
     assert tokens.shape == (2, n_positions + 1)
     with torch.no_grad():
@@ -49,7 +43,6 @@ def test_greedy_equals_the_argmax_of_the_uncached_forward(n_positions: int) -> N
 
 
 def test_greedy_equals_transformers(model: ImageGPTForCausalImageModeling) -> None:
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict())).eval()
     theirs.load_state_dict(model.state_dict())
     context = torch.cat([sos(model, 3), torch.randint(0, 16, (3, 20))], dim=1)
@@ -253,7 +246,6 @@ def test_wrong_types(model: ImageGPTForCausalImageModeling) -> None:
 
 def test_what_is_not_offered_names_the_way_out(model: ImageGPTForCausalImageModeling) -> None:
     """Every setting of transformers' generation that is not ours, and what its generate takes beside them."""
-    transformers = pytest.importorskip("transformers")
     theirs = {
         *transformers.GenerationConfig().to_dict(),
         *inspect.signature(transformers.GenerationMixin.generate).parameters,

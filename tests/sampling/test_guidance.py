@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from small_models import small_pipeline
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, reference
+from igpt_fast import Pipeline, reference
 from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.decoder import Decoder
 from igpt_fast.sampling import decoding as generation
@@ -17,14 +18,7 @@ PIXELS, SOS = HEIGHT * WIDTH, COLOURS + CLASSES
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": SOS + 1, "n_positions": PIXELS, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes, n_classes=CLASSES)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (COLOURS, 3)).astype(np.float32)
-    return Pipeline(model, ImageGPTImageProcessor(clusters=clusters, size={"height": HEIGHT, "width": WIDTH}))
+    return small_pipeline(HEIGHT, WIDTH, COLOURS, CLASSES)
 
 
 def log_probabilities(pipeline: Pipeline, begin: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -135,7 +129,8 @@ def test_generate_is_guided_as_transformers_does(pipeline: Pipeline) -> None:
 
 def test_guidance_is_transformers(pipeline: Pipeline) -> None:
     """Its processor, on the same two distributions."""
-    processors = pytest.importorskip("transformers.generation.logits_process")
+    from transformers.generation import logits_process as processors
+
     context = torch.tensor([[COLOURS + 2, 1, 5]])
     without = torch.tensor([[SOS, 1, 5]])
     model = pipeline.model

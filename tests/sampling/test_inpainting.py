@@ -7,22 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small_pipeline
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
+from igpt_fast import Pipeline
 from igpt_fast.files import BUNDLED
 from igpt_fast.learning.data import load_tokens
 from igpt_fast.sampling.inpainting import following, given_pixels, primer_lengths, resample
-
-
-def small_pipeline(height: int, width: int, colours: int, seed: int = 0, spread: float = 0.3) -> Pipeline:
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": colours + 1, "n_positions": height * width, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, spread)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (colours, 3)).astype(np.float32)
-    return Pipeline(model, ImageGPTImageProcessor(clusters=clusters, size={"height": height, "width": width}))
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,11 @@ import numpy as np
 import pytest
 import torch
 from drawing import open_draws
+from small_models import small_pipeline
 from torch import Tensor
 
 from igpt_fast import (
-    ImageGPTConfig,
     ImageGPTForCausalImageModeling,
-    ImageGPTImageProcessor,
     Pipeline,
     backend,
     ops,
@@ -50,23 +49,7 @@ SHAPES = [(4, 4, 7, 0), (3, 5, 12, 4), (6, 3, 3, 2)]
 
 @functools.cache
 def pipeline_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Pipeline:
-    height, width, colours, classes = shape
-    torch.manual_seed(sum(shape))
-    config = ImageGPTConfig(
-        vocab_size=colours + classes + 1,
-        n_classes=classes,
-        n_positions=height * width,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-    )
-    model = ImageGPTForCausalImageModeling(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (colours, 3)).astype(np.float32)
-    processor = ImageGPTImageProcessor(clusters=clusters, size={"height": height, "width": width})
-    return Pipeline(model.to(dtype), processor)
+    return small_pipeline(*shape, seed=sum(shape), dtype=dtype)
 
 
 @dataclasses.dataclass

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
 from tolerance import assert_parity
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, e
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
-from igpt_fast.engines.decoder import Decoder
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.files import BUNDLED
 from igpt_fast.pipeline import Pipeline
@@ -28,54 +27,6 @@ from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Sampling
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
-ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = backend._C.cpu_isa()
-    assert backend._C.select_cpu_isa(request.param)
-    yield request.param
-    backend._C.select_cpu_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use_backend("auto"):
-        yield
-    torch.set_num_threads(before)
-
-
-def small(dtype: torch.dtype = torch.float32, seed: int = 0, **fields: object) -> ImageGPTForCausalImageModeling:
-    """Weights large enough that every part shows in the logits, and with biases."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 17, "n_positions": 80, "n_embd": 48, "n_layer": 2, "n_head": 2}
-    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**{**sizes, **fields})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-    return model.to(dtype)
-
-
-def stepped(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """(B, T, K) logits, a position at a time."""
-    return torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
-
-
-def ids(model: ImageGPTForCausalImageModeling, batch: int, length: int, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
-
-
-def exact_and_plain(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the same weights in float64, and of the PyTorch model as it is."""
-    with torch.no_grad():
-        plain = model(tokens, use_cache=False).logits
-        double = ImageGPTForCausalImageModeling(model.config).eval().double()
-        double.load_state_dict(model.state_dict())
-        return double(tokens, use_cache=False).logits, plain
 
 
 # Every option that the kernels know, and sizes that fill no tile: heads of 8, 24 and 40, 3 heads on 2 threads.
@@ -109,19 +60,6 @@ def test_long_contexts(isa: str, dtype: torch.dtype, batch: int) -> None:
     tokens = ids(model, batch, 600)
     exact, plain = exact_and_plain(model, tokens)
     assert_parity(stepped(CpuDecoder(model, batch, 600), tokens), plain, exact)
-
-
-def rounded_to_int8(model: ImageGPTForCausalImageModeling) -> ImageGPTForCausalImageModeling:
-    """A copy with the weights that int8 stands for: 8 bits with a scale for each output."""
-    copy = ImageGPTForCausalImageModeling(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for name, parameter in copy.named_parameters():
-            output_dim = 0 if name == "lm_head.weight" else 1
-            if parameter.ndim == 2 and "wte" not in name and "wpe" not in name:
-                scale = parameter.abs().amax(dim=1 - output_dim, keepdim=True) / 127
-                parameter.copy_(torch.round(parameter / scale) * scale)
-    return copy
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])

@@ -3,22 +3,23 @@ batch; what is not finite stays where it is; a change of the weights is seen; wh
 """
 
 import copy
+import functools
 import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Thread
 
 import pytest
+import small_models
 import torch
+from small_models import ids
 from tolerance import assert_parity
 from torch import Tensor, nn
 
 from igpt_fast import (
     DynamicCache,
-    ImageGPTConfig,
-    ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
     ImageGPTModel,
     backend,
@@ -33,29 +34,9 @@ if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
 if not backend._C.has_cpu_forward():
     pytest.skip("no tiles (AMX)", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
-
-@pytest.fixture(autouse=True)
-def _around() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use_backend("auto"), torch.no_grad():
-        yield
-    torch.set_num_threads(before)
-
-
-def small(head: type = ImageGPTForCausalImageModeling, seed: int = 0, **fields: object) -> nn.Module:
-    """bf16 weights large enough that every part shows, with biases."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 17, "n_positions": 80, "n_embd": 48, "n_layer": 2, "n_head": 2}
-    model = head(ImageGPTConfig(**{**sizes, **fields})).eval()
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.2)
-    return model.bfloat16()
-
-
-def ids(model: nn.Module, batch: int, length: int, seed: int = 3) -> Tensor:
-    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+small = functools.partial(small_models.small, torch.bfloat16)
 
 
 def body(model: nn.Module) -> ImageGPTModel:
@@ -147,7 +128,7 @@ def test_threads_and_batches_do_not_change_the_result(calls: list[bool]) -> None
 
 
 def test_the_classes_and_shapes_of_input(calls: list[bool]) -> None:
-    classifier, network = small(ImageGPTForImageClassification, num_labels=5), small(ImageGPTModel)
+    classifier, network = small(head=ImageGPTForImageClassification, num_labels=5), small(head=ImageGPTModel)
     tokens = ids(network, 2, 40)
     for model in (classifier, network):
         got = model(tokens)

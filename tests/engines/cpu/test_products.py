@@ -4,7 +4,7 @@ rows that hold no numbers beside rows that do, on every instruction set.
 
 import pytest
 import torch
-from test_cpu_decoder import _threads, exact_and_plain, ids, isa, rounded_to_int8, small, stepped  # noqa: F401
+from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
 from tolerance import assert_parity
 from torch import Tensor
 

@@ -5,11 +5,12 @@ format, for any number of them; not dependent on threads; generation makes use o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from small_models import small
 from tolerance import assert_parity
 from torch import Tensor
 
@@ -25,38 +26,12 @@ from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Sampling
 
 NATIVE = backend._C is not None
-ISAS = [name for name, supported in backend._C.cpu_isas() if supported] if backend._C else []
 FORMATS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.float32, "int8")}
 needs_module = pytest.mark.skipif(not NATIVE, reason=str(backend.native_reason))
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 Make = Callable[[int], Decoder]  # from the number of images
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = backend._C.cpu_isa()
-    assert backend._C.select_cpu_isa(request.param)
-    yield request.param
-    backend._C.select_cpu_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_without_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad(), backend.use_backend("auto"):
-        yield
-    torch.set_num_threads(before)
-
-
-def small(dtype: torch.dtype = torch.float32, **fields: object) -> ImageGPTForCausalImageModeling:
-    """Weights large enough that attention decides about the logits."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 17, "n_positions": 80, "n_embd": 48, "n_layer": 2, "n_head": 2}
-    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**{**sizes, **fields})).eval()
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.2)
-    return model.to(dtype)
 
 
 def native(model: ImageGPTForCausalImageModeling, capacity: int, dtype: str | None) -> Make:

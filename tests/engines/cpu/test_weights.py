@@ -16,6 +16,7 @@ from weakref import ref
 
 import pytest
 import torch
+from small_models import small
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
@@ -24,12 +25,6 @@ from igpt_fast.engines.cpu import weights as packed_module
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
-
-
-def small() -> ImageGPTForCausalImageModeling:
-    torch.manual_seed(0)
-    config = ImageGPTConfig(vocab_size=17, n_positions=16, n_embd=48, n_layer=2, n_head=2)
-    return ImageGPTForCausalImageModeling(config).eval()
 
 
 def packed_weights(model: ImageGPTForCausalImageModeling, dtype: str | None) -> Any:
