@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
@@ -18,6 +19,9 @@ from igpt_fast.ops.dispatch import (
     register,
     use_kernel,
 )
+
+OPS["sample"] = Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers")
+OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
 
 
 def sample(
@@ -168,7 +172,7 @@ def _check_next(
 
 
 def _covered(logits: Tensor) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
 
 
