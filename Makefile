@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 EVERY ?= 1
+# A process for each core, each with one thread (tests/conftest.py), which takes a gigabyte.
+SIDE_BY_SIDE := -n auto --maxprocesses=16
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export PIP_ROOT_USER_ACTION := ignore
@@ -31,10 +33,10 @@ sample: $(VENV)/installed
 	$(BIN)/igpt sample -n 16 --seed 0 --out samples.png --force
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup
 
 mutate: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -n auto -m mutation --every $(EVERY) tests/emulator
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ TAIL = 4000  # characters of a step's output that are kept
 
 # The tests with the marker gpu stand here; those of models need the packages that models need.
 GPU_TESTS = ("tests/ops", "tests/emulator")
-MODEL_TESTS = ("tests/test_outputs.py",)
+MODEL_TESTS = ("tests/model/test_outputs.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 DETERMINISM = "thousand"  # in the names of its tests

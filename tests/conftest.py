@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="1,000 random settings of sampling, and 200 images")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own, which reads the groups, comes after it
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mutations = [item for item in items if item.get_closest_marker("mutation")]
     left_out = set(mutations) - set(mutations[:: config.getoption("--every")])
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     reason = backend.unavailable("cuda")
     for item in items:
+        if item.get_closest_marker("clock"):
+            item.add_marker(pytest.mark.xdist_group("clock"))
         if reason is not None and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
 

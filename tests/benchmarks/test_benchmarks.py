@@ -80,6 +80,7 @@ def test_ratios(common: ModuleType) -> None:
     assert "times_peer" not in rows[-1]
 
 
+@pytest.mark.clock
 def test_turns(common: ModuleType) -> None:
     turns: list[str] = []
     times = common.interleave({"a": lambda: turns.append("a"), ("b", 8): lambda: turns.append("b")}, 3, warm=True)

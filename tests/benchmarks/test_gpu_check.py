@@ -77,6 +77,7 @@ def test_what_needs_a_failed_step_does_not_run(check: ModuleType, tmp_path: Path
     assert not mark.exists()
 
 
+@pytest.mark.clock
 def test_a_step_that_hangs_is_ended_with_what_it_started(check: ModuleType, tmp_path: Path) -> None:
     late = tmp_path / "late"
     child = f"import time; time.sleep(2.0); open({str(late)!r}, 'w')"
@@ -90,6 +91,7 @@ def test_a_step_that_hangs_is_ended_with_what_it_started(check: ModuleType, tmp_
     assert not late.exists()
 
 
+@pytest.mark.clock
 def test_the_time_for_all_steps(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "BUDGET", 0.5)
     passed, results = run(check, python(check, "a", ""))
@@ -97,6 +99,7 @@ def test_the_time_for_all_steps(check: ModuleType, monkeypatch: pytest.MonkeyPat
     assert "are over" in results["a"]["reason"]
 
 
+@pytest.mark.clock
 def test_what_is_looked_at_afterwards(check: ModuleType) -> None:
     def broken() -> tuple[str, dict[str, Any]]:
         raise FileNotFoundError("no report")

@@ -15,7 +15,7 @@ import pytest
 import resources
 
 REASON = nvcc.unavailable()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("nvcc")]
 SECONDS = 180  # for the whole build on two cores
 
 
@@ -81,6 +81,7 @@ def test_the_build_has_every_source() -> None:
     assert sorted(" ".join(listed).split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
 
 
+@pytest.mark.clock
 def test_time_to_build(built: dict[str, nvcc.Compiled]) -> None:
     seconds = {name: compiled.seconds for name, compiled in built.items()}
     total = sum(seconds.values())

@@ -35,7 +35,7 @@ def held_out(every: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nats_per_pixel_of_held_out_emoji(dtype: torch.dtype) -> None:
-    """The gate: rounding the values alone may change them as much as all of bfloat16 may (test_cpu_decoder.py)."""
+    """The gate: rounding the values alone may change them as much as all of bfloat16 may (cpu/test_decoder.py)."""
     model = ImageGPTForCausalImageModeling.from_pretrained(BUNDLED, dtype=dtype).eval()
     pixels = held_out(8)
     want, got = nats(model, pixels, DynamicCache()), nats(model, pixels, Rounding())

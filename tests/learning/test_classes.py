@@ -25,6 +25,8 @@ from igpt_fast.learning.schedule import labels_at
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.train import train
 
+pytestmark = pytest.mark.xdist_group("classes")  # one training for all
+
 NAMES = ("columns", "corner", "plain", "rows")
 SIDE, COLOURS = 6, 4
 CONFIG = TrainConfig(

@@ -353,6 +353,7 @@ def test_show_config_names_it() -> None:
 # ---- Threads and processes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_more_threads_than_cores() -> None:
     """The barrier lets others run: two cores may have four threads of ours to serve."""
     model = small(n_embd=128, n_head=4)
