@@ -21,7 +21,7 @@ NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
-	@echo "make test       install with the development extra, and run the tests"
+	@echo "make test       install with the development extra, and run the tests, a process for each core"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
