@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
-_NUMBERS = (  # those that become floats: name, whether a value is within, what is wanted
-    ("temperature", lambda value: 0 <= value <= sys.float_info.max, "a finite number, 0 or above"),
-    ("top_p", lambda value: 0 < value <= 1, "a number in (0, 1], or None"),
-    ("min_p", lambda value: 0 <= value <= 1, "a number in [0, 1], or None"),
-)
+from igpt_fast.checks import finite_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -36,27 +30,15 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name, within, wanted in _NUMBERS:
-            value = getattr(self, name)
-            if value is None and name != "temperature":
-                continue
-            # Compared as it is: an integer may be too large for a float.
-            is_number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
-            if not is_number or not within(value):
-                raise ValueError(f"sample: {name} is {_shown(value)}; want {wanted}")
-            if type(value) is not float:
-                object.__setattr__(self, name, float(value))
-        k = self.top_k
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"sample: top_k is {_shown(k)}; want an integer, 1 or above, or None")
+        checked = {"temperature": finite_number("sample: temperature", self.temperature, 0, sys.float_info.max)}
+        if self.top_k is not None:
+            checked["top_k"] = whole_number("sample: top_k", self.top_k)
+        if self.top_p is not None:
+            checked["top_p"] = finite_number("sample: top_p", self.top_p, 0, 1, without=(0,))
+        if self.min_p is not None:
+            checked["min_p"] = finite_number("sample: min_p", self.min_p, 0, 1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 PLAIN = Sampling()  # in proportion to the probabilities
-
-
-def _shown(value: Any) -> str:
-    """``repr``, of a length that a message has room for."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value[:80]) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from igpt_fast import checks
 from igpt_fast.image import clusters as clusters_module
 from igpt_fast.image.clusters import dequantize, fit_clusters, load_clusters, quantize, save_clusters
 
@@ -162,12 +161,6 @@ def test_dequantize_refuses(tokens: object, error: type[Exception]) -> None:
         dequantize(tokens, palette(4))
 
 
-def test_whole_number() -> None:
-    assert type(checks.whole_number("n", np.uint8(3), 0, 3)) is int
-    with pytest.raises(ValueError, match=r"^n is 1000.*\.\.\.; want a whole number in 0\.\.3$"):
-        checks.whole_number("n", 10**100, 0, 3)
-
-
 def blobs(n: int = 20_000) -> np.ndarray:
     rng = np.random.default_rng(0)
     centres = np.array([[20, 30, 40], [200, 30, 60], [90, 220, 120], [240, 240, 10]])
@@ -203,7 +196,7 @@ def test_pinned_colours_come_first_and_are_exact() -> None:
         ({"n_clusters": 2.5}, TypeError, "n_clusters"),
         ({"n_clusters": True}, TypeError, "n_clusters"),
         ({"images": np.zeros((9, 3), np.uint8)}, ValueError, "1 colours"),
-        ({"seed": -1}, ValueError, "fit_clusters: seed is -1; want a whole number in 0..4294967295"),
+        ({"seed": -1}, ValueError, "fit_clusters: seed is -1; want an integer in 0..2^32-1"),
         ({"seed": 1 << 32}, ValueError, "seed is 4294967296"),
         ({"seed": 0.5}, ValueError, "seed is 0.5"),
         ({"seed": True}, ValueError, "seed is True"),

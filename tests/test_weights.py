@@ -384,7 +384,7 @@ def test_weights_that_are_a_folder_or_a_loop(tmp_path: Path) -> None:
 
 
 def test_names_in_messages_are_short_and_printable() -> None:
-    text = files.some(["x" * 10_000, "line\nbreak", "\x1b[31mred"])
+    text = files.listed(["x" * 10_000, "line\nbreak", "\x1b[31mred"])
     assert len(text) < 200
     assert text.isprintable()
-    assert files.some(str(i) for i in range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+    assert files.listed(str(i) for i in range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

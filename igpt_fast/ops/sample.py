@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.draws import Sampling
 from igpt_fast.ops.dispatch import (
     DTYPES,
@@ -17,6 +18,9 @@ from igpt_fast.ops.dispatch import (
     register,
     use_kernel,
 )
+
+OPS["sample"] = Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers")
+OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
 
 
 def sample(
@@ -167,7 +171,7 @@ def _check_next(
 
 
 def _covered(logits: Tensor) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
 
 
@@ -175,7 +179,7 @@ def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
     temperature = 0.0 if sampling.temperature < 2.0**-149 else min(sampling.temperature, reference.MAX_TEMPERATURE)
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
-    return temperature, min(sampling.top_k or 0, 1 << 30), top_p, reference.least_score(sampling.min_p)
+    return temperature, sampling.top_k or 0, top_p, reference.least_score(sampling.min_p)
 
 
 def _rows(logits: Tensor) -> Tensor:
