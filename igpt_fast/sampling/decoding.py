@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from threading import RLock
 from weakref import WeakKeyDictionary
 
@@ -133,9 +133,9 @@ def decoding(
             if known is not None and given is not None and some[t]:
                 token = known[:, t]
                 if not every[t]:
-                    token = torch.where(given[:, t], token, _draw(logits, uniforms[:, t], sampling))
+                    token = torch.where(given[:, t], token, ops.draw(logits, uniforms[:, t], sampling))
             else:
-                token = _draw(logits, uniforms[:, t], sampling)
+                token = ops.draw(logits, uniforms[:, t], sampling)
             drawn.tokens[:, t] = token
             drawn.logprobs[:, t] = logprobs.gather(1, token[:, None])[:, 0]
             yield t
@@ -147,17 +147,13 @@ def _drawn_by(
     decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: Streams, sampling: Sampling
 ) -> Iterator[int]:
     """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
-    settings, (steps, colours) = asdict(sampling), (drawn.tokens.shape[1], logits.shape[1])
+    steps, colours = drawn.tokens.shape[1], logits.shape[1]
     numbers = streams.numbers.to(logits.device)
     for t in range(steps):
-        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, **settings)
+        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, sampling)
         yield t
         if t + 1 < steps:
             logits = decoder.step_drawn()[:, :colours]
-
-
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 # Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.
