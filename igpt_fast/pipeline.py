@@ -426,6 +426,7 @@ class Pipeline:
             "batch_size": stream.batch_size,
             "device": str(self.device),
             "engine": stream.engine,
+            **({} if stream.engine_reason is None else {"engine_reason": stream.engine_reason}),
             "dtype": task.dtype or str(self.model.dtype).removeprefix("torch."),
         }
 

@@ -17,6 +17,7 @@ from igpt_fast.cli.draw import exports
 from igpt_fast.cli.draw.exports import Exports
 from igpt_fast.cli.draw.options import Files
 from igpt_fast.pipeline import Pipeline
+from igpt_fast.sampling import results
 from igpt_fast.sampling.results import Generation
 
 
@@ -100,7 +101,7 @@ def test_a_failure_leaves_nothing(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exports if broken == "save_tokens" else Exports, broken, fail)
+    monkeypatch.setattr(results if broken == "save_tokens" else Exports, broken, fail)
     with pytest.raises(OSError, match="No space left"):
         all_files(tmp_path).write(generation, [0, 1, 2], {})
     assert listing(tmp_path) == []

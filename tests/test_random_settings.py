@@ -82,7 +82,7 @@ class Decoding:
 def recorded() -> Iterator[list[Decoding]]:
     """Notes all that is decoded in the block."""
     found: list[Decoding] = []
-    decoding, sample = generation.decoding, ops.sample
+    decoding, draw = generation.decoding, ops.draw
 
     def noted(
         drawn: Drawn, model: Any, context: Tensor, uniforms: Tensor, sampling: Any, dtype: Any, **more: Any
@@ -92,15 +92,15 @@ def recorded() -> Iterator[list[Decoding]]:
         found.append(Decoding(arguments, drawn, []))
         return decoding(drawn, model, context, uniforms, sampling, dtype, **more)
 
-    def drew(logits: Tensor, uniform: Tensor, *settings: Any) -> Tensor:
-        tokens = sample(logits, uniform, *settings)
+    def drew(logits: Tensor, uniform: Tensor, sampling: Any) -> Tensor:
+        tokens = draw(logits, uniform, sampling)
         found[-1].draws.append((logits.clone(), uniform.clone(), tokens.clone()))
         return tokens
 
     with (
         mock.patch.object(streaming, "decoding", noted),
         mock.patch.object(generation, "decoding", noted),
-        mock.patch.object(generation.ops, "sample", drew),
+        mock.patch.object(generation.ops, "draw", drew),
     ):
         yield found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from threading import RLock
 from weakref import WeakKeyDictionary
 
@@ -30,11 +30,13 @@ class Drawn:
         logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
             context: before guidance, temperature, top-k, top-p and min-p.
         engine: Name of the decoder; ``None`` where there was nothing to decode.
+        reason: Why it is no faster one, where it is none.
     """
 
     tokens: Tensor
     logprobs: Tensor
     engine: str | None = None
+    reason: str | None = None
 
 
 def decode(
@@ -116,7 +118,7 @@ def decoding(
     colours = model.config.n_colours
     with _evaluating(model):
         decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
-        drawn.engine = decoder.name
+        drawn.engine, drawn.reason = decoder.name, decoder.reason
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
         if isinstance(decoder, CudaDecoder) and streams is not None and known is None and not guided:
@@ -131,9 +133,9 @@ def decoding(
             if known is not None and given is not None and some[t]:
                 token = known[:, t]
                 if not every[t]:
-                    token = torch.where(given[:, t], token, _draw(logits, uniforms[:, t], sampling))
+                    token = torch.where(given[:, t], token, ops.draw(logits, uniforms[:, t], sampling))
             else:
-                token = _draw(logits, uniforms[:, t], sampling)
+                token = ops.draw(logits, uniforms[:, t], sampling)
             drawn.tokens[:, t] = token
             drawn.logprobs[:, t] = logprobs.gather(1, token[:, None])[:, 0]
             yield t
@@ -145,17 +147,13 @@ def _drawn_by(
     decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: Streams, sampling: Sampling
 ) -> Iterator[int]:
     """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
-    settings, (steps, colours) = asdict(sampling), (drawn.tokens.shape[1], logits.shape[1])
+    steps, colours = drawn.tokens.shape[1], logits.shape[1]
     numbers = streams.numbers.to(logits.device)
     for t in range(steps):
-        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, **settings)
+        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, sampling)
         yield t
         if t + 1 < steps:
             logits = decoder.step_drawn()[:, :colours]
-
-
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    return ops.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 # Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.

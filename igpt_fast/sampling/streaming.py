@@ -130,6 +130,11 @@ class Stream:
         return self._drawing.engine
 
     @property
+    def engine_reason(self) -> str | None:
+        """Why it is no faster one, where it is none."""
+        return self._drawing.engine_reason
+
+    @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
         return self._drawing.batches.size
@@ -168,6 +173,7 @@ class _Drawing:
 
     def __init__(self, model: Model, task: Task, batch_size: int, progress: Progress | None) -> None:
         self.engine: str | None = None
+        self.engine_reason: str | None = None
         self.batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
         self.finished: list[Pictures] = []
         self.ended = False
@@ -215,7 +221,7 @@ class _Drawing:
             streams=Streams(task.seed, streams),
         )
         for t in steps:
-            self.engine = drawn.engine
+            self.engine, self.engine_reason = drawn.engine, drawn.reason
             self._advance(start * self._decoded + (t + 1) * len(sequence))
             end = first + t + 1
             if task.candidates == 1 and end % width == 0:

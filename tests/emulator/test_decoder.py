@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines import memory
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
@@ -201,7 +202,7 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
     decoder.fork(copies)
     other.fork(copies)
     for position in range(4, length + 1):
-        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, **settings)
+        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, Sampling(**settings))
         uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
         assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
         expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
@@ -611,12 +612,12 @@ def test_drawing_does_not_wait() -> None:
     logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
     streams = torch.arange(4, device="cuda")
     for _ in range(2):
-        tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+        tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
         logits = decoder.step_drawn()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+            tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
             logits = decoder.step_drawn()
             logits = decoder.step(tokens)
     finally:

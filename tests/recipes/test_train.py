@@ -261,7 +261,7 @@ def test_held_out_images_are_evaluated_once(tiny: TokenData, tmp_path: Path, mon
         calls.append(evaluate(*args))
         return calls[-1]
 
-    monkeypatch.setattr(recipe, "evaluate", counting)
+    monkeypatch.setattr("igpt_fast.learning.evaluate.evaluate", counting)
     summary = run(tiny, tmp_path, TINY)
     assert len(calls) == 2  # at steps 10 and 20
     assert summary["heldout_nats"] == calls[-1] == records(tmp_path)[-1]["heldout_nats"]
@@ -405,7 +405,8 @@ def test_a_killed_process_goes_on(tiny: TokenData, tmp_path: Path) -> None:
     save_tokens(tiny, tmp_path / "tiny.npz")
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from igpt_fast.learning.train import TrainConfig, load_tokens, train\n"
+        "from igpt_fast.learning.data import load_tokens\n"
+        "from igpt_fast.learning.train import TrainConfig, train\n"
         f"train(load_tokens({str(tmp_path / 'tiny.npz')!r}), {str(tmp_path / 'killed')!r}, {config!r})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, ops
+from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.idle import give, take
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
@@ -51,7 +52,7 @@ class CudaDecoder:
         ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
     """
 
-    name = "cuda"
+    name, reason = "cuda", None
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class CudaDecoder:
         step.x += net.wpe[self._position]
         return self._advance(step).clone()
 
-    def draw(self, logits: Tensor, seed: int, streams: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, seed: int, streams: Tensor, sampling: Sampling = PLAIN) -> tuple[Tensor, Tensor]:
         """Draws the tokens that follow, and makes of them the input of ``step_drawn``: no wait, no copy by the host.
 
         The number of an image is that of ``reference.uniform`` for the seed, its stream and the token's index in the
@@ -113,7 +114,7 @@ class CudaDecoder:
         Args:
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
             seed, streams: As ``ops.sample_next`` takes them.
-            settings: ``temperature``, ``top_k``, ``top_p``, ``min_p``, as ``ops.sample_next`` takes them.
+            sampling: How they are drawn.
 
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits, before the settings.
@@ -127,10 +128,10 @@ class CudaDecoder:
         # The kernel wants the index on the device: where the step's own count stands, it need not come from the host.
         index = torch.full((1,), self._position - 1, dtype=torch.int32, device=net.device)
         if self._position >= self.capacity:  # the last token, which nobody reads
-            tokens, _ = ops.sample_next(logits, seed, streams, index, **settings)
+            tokens, _ = ops.draw_next(logits, seed, streams, index, sampling)
         else:
             step = self._begin()
-            tokens, following = ops.sample_next(logits, seed, streams, index, wte=net.wte, wpe=net.wpe, **settings)
+            tokens, following = ops.draw_next(logits, seed, streams, index, sampling, net.wte, net.wpe)
             assert following is not None
             step.x.copy_(following)
             self._drawn = True
@@ -236,6 +237,8 @@ def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
         return f"n_embd is {config.n_embd}, n_inner {inner}; want multiples of 8"
     if reason := why_not_modules(model):
         return reason
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
     head = model.lm_head.weight
     if head.shape != (config.vocab_size - 1, config.n_embd):
         return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
