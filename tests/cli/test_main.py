@@ -232,6 +232,9 @@ def test_quantize_and_clusters(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert run(capsys, "clusters", tmp_path, "-k", 5, "--out", clusters, "--json")[0] == 0
     palette = np.load(clusters)
     assert palette.shape == (5, 3)
+    assert run(capsys, "clusters", tmp_path, "-k", 5, "--out", clusters, "--force", "--all-pixels", "--side", 8)[0] == 0
+    assert not np.array_equal(np.load(clusters), palette)
+    palette = np.load(clusters)
     code, text, _ = run(
         capsys, "quantize", photo, "--clusters", clusters, "--side", 0, "--out", tokens, "--preview", preview, "--json"
     )
@@ -315,7 +318,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "--dtype" in fails(capsys, 2, "train", "--dtype", "int8", "--out", tmp_path / "run")
     assert "single" in fails(capsys, 2, "quantize", photo, photo, "--side", 0, "--out", tmp_path / "t.npy")
     assert "--side" in fails(capsys, 2, "clusters", photo, "--side", 0, "--out", tmp_path / "t.npy")
-    for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo)):
+    for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo), ("--all-pixels",)):
         assert option[0] in fails(capsys, 2, "train", *option, "--out", tmp_path / "run")
     assert "the bundled emoji have none" in fails(capsys, 2, "train", "--classes", "--out", tmp_path / "run")
     assert "only with --classes" in fails(capsys, 2, "train", "--label-dropout", 0.2, "--out", tmp_path / "run")
