@@ -59,7 +59,7 @@ bench: $(VENV)/installed-bench
 
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/gpu_check.py $(if $(ONLY),--only $(ONLY)) $(if $(ALL),--all) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

@@ -6,11 +6,11 @@
 Drawn are the tokens around the middle of an image, in turns: a token's time grows linearly with its position, so that
 1,024 such tokens are an image's. Nobody waits for the device within a turn.
 
-- ``sampling``: S at batch 1, 8, 32, 256, M and L at 1 and 32, in turns with each peer: transformers, token by token and
-  by its ``generate`` (both on its own, growing cache), this project's PyTorch layers, and an
-  expert's PyTorch in the form of gpt-fast. Everybody's logits are checked first, against the model's in float32, by the
-  rule of the ops: an error of at most twice that of the plain expression in the same dtype, and one unit of rounding.
-  The tokens that our engine draws are checked against those of the definition, from the same numbers.
+- ``sampling``: in turns with transformers, token by token and by its ``generate`` (both on its own, growing cache), and
+  with this project's PyTorch layers. ``gpt-fast``: in turns with an expert's PyTorch in that form. Everybody's logits
+  are checked first, against the model's in float32, by the rule of the ops: an error of at most twice that of the plain
+  expression in the same dtype, and one unit of rounding. The tokens that our engine draws are checked against those of
+  the definition, from the same numbers.
 - ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 8
   rows, whose kernels have them); the logits of all are compared.
 - ``profile``: the kernels of a token: microseconds and launches of each, and what the device was busy in all.
@@ -45,9 +45,9 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops, refer
 from igpt_fast.config import PRESETS
 from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, forget, make_decoder, most_images, why_not_cuda
 
-COLUMNS = ("part", "model", "batch", "against", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
+COLUMNS = ("part", "model", "batch", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
 COLUMNS += ("off", "error")
-NAMES = ("part", "model", "batch", "against", "name")  # by which a row is known
+NAMES = ("part", "model", "batch", "name")  # by which a row is known
 OURS = "igpt_fast"
 DTYPE = torch.bfloat16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
@@ -88,6 +88,7 @@ class Run:
 
 BATCHES: dict[str, dict[str, tuple[int, ...]]] = {
     "sampling": {"S": (1, 8, 32, 256), "M": (1, 32), "L": (1, 32)},
+    "gpt-fast": {"S": (1, 32, 256)},  # each is compiled, which takes longer than all that is measured
     "steps": {"S": (1, 8, 32, 128, 256, 512, 1024), "M": (1, 8, 32, 128), "L": (1, 8, 32, 128)},
     "profile": {"S": (1, 32, 256)},
 }
@@ -196,6 +197,7 @@ class Generate(Drawing):
 
     def turn(self, count: int) -> None:
         settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}
+        settings["attention_mask"] = torch.ones_like(self.tokens)  # else token 0 would be padding
         self.tokens = self.decoder.model.generate(
             self.tokens, past_key_values=self.decoder.cache, min_new_tokens=count, max_new_tokens=count, **settings
         )
@@ -227,21 +229,21 @@ def ours(model: ImageGPTForCausalImageModeling, batch: int) -> Ours:
 
 
 def rivals(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, dict[str, Callable[[], Drawing]]]:
-    """Whom ours is measured in turns with -> name -> what makes it."""
+    """Part -> name of one that ours is measured in turns with -> what makes it."""
     capacity = model.config.n_positions
 
     def transformers() -> peers.Transformers:
         if not common.installed("transformers"):
             raise ModuleNotFoundError("transformers is not installed")
-        return peers.Transformers(peers.transformers_model(model).to(model.device))
+        return peers.Transformers(peers.transformers_model(model))
 
     return {
-        "transformers": {
+        "sampling": {
             "transformers": lambda: TokenByToken(transformers()),
             "transformers, generate": lambda: Generate(transformers()),
             "PyTorch layers": lambda: TokenByToken(ReferenceDecoder(model, batch, capacity)),
         },
-        "gpt-fast form": {"gpt-fast form": lambda: Compiled(peers.GptFast(peers.Expert(model), batch, capacity))},
+        "gpt-fast": {"gpt-fast form": lambda: Compiled(peers.GptFast(peers.Expert(model), batch, capacity))},
     }
 
 
@@ -276,20 +278,19 @@ def right(model: ImageGPTForCausalImageModeling, context: Tensor) -> tuple[Tenso
 # ---- Parts --------------------------------------------------------------------------------------------------
 
 
-def bench_sampling(run: Run) -> None:
-    """Ours in turns with each peer: what takes long to compile comes when all the others have their rows."""
-    for against in ("transformers", "gpt-fast form"):
-        for name, config, batch in run.each("sampling"):
-            row = {"part": "sampling", "model": name, "batch": batch, "against": against}
-            run.rows.attempt(row | {"name": OURS}, functools.partial(_sampling, run, row, config))
-            tidy()
+def bench_sampling(run: Run, part: str) -> None:
+    """Ours in turns with its peers."""
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch}
+        run.rows.attempt(row | {"name": OURS}, functools.partial(_sampling, run, row, config))
+        tidy()
 
 
 def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     batch, model = row["batch"], make_model(config, run.device)
     makers: dict[str, Callable[[], Drawing]] = {
         OURS: lambda: ours(model, batch),
-        **rivals(model, batch)[row["against"]],
+        **rivals(model, batch)[row["part"]],
     }
     makers = {name: make for name, make in makers.items() if not run.rows.has(row | {"name": name})}
     context = make_context(run, config, batch)
@@ -320,10 +321,10 @@ def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
         run.rows.add(found)
 
 
-def bench_steps(run: Run) -> None:
+def bench_steps(run: Run, part: str) -> None:
     """The engine kernel by kernel, in graphs, and with dependent launches."""
-    for name, config, batch in run.each("steps"):
-        row = {"part": "steps", "model": name, "batch": batch}
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch}
         run.rows.attempt(row | {"name": OURS}, functools.partial(_steps, run, row, config))
         tidy()
 
@@ -377,10 +378,10 @@ def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     measure(drawings)
 
 
-def bench_profile(run: Run) -> None:
+def bench_profile(run: Run, part: str) -> None:
     """The kernels of a token."""
-    for name, config, batch in run.each("profile"):
-        row = {"part": "profile", "model": name, "batch": batch, "name": OURS}
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch, "name": OURS}
         if not run.rows.has(row):
             run.rows.attempt(row, functools.partial(_profile, run, row, config))
         tidy()
@@ -407,8 +408,9 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     run.rows.add(row | more | {"kernels": kernels[:KERNELS]})
 
 
-PARTS: dict[str, Callable[[Run], None]] = {
+PARTS: dict[str, Callable[[Run, str], None]] = {
     "sampling": bench_sampling,
+    "gpt-fast": bench_sampling,
     "steps": bench_steps,
     "profile": bench_profile,
 }
@@ -480,12 +482,12 @@ def main() -> int:
     models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
     run = Run(options.device, models, BATCHES, 6, 16, 10, bandwidth, rows)
     if options.quick:
-        few = {"sampling": (2,), "steps": (2, 9), "profile": (1,)}
+        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "profile": (1,)}
         batches = {part: {"tiny": sizes} for part, sizes in few.items()}
         run = Run(options.device, {"tiny": ImageGPTConfig(**TINY)}, batches, 2, 2, 3, bandwidth, rows)
     with torch.no_grad():
         for part in options.only:
-            PARTS[part](run)
+            PARTS[part](run, part)
     print(common.table(rows.rows, COLUMNS))
     return rows.status(OURS)
 

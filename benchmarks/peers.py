@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 def linear(layer: Any) -> nn.Linear:
     """``nn.Linear`` of a ``Conv1D``."""
-    made = nn.Linear(*layer.weight.shape, dtype=layer.weight.dtype)
+    made = nn.Linear(*layer.weight.shape, device="meta")  # draws no weights that nobody reads
     made.weight = nn.Parameter(layer.weight.detach().t().contiguous())
     made.bias = nn.Parameter(layer.bias.detach().clone())
     return made
@@ -67,7 +67,7 @@ class Expert(nn.Module):
         self.wte, self.wpe, self.norm = (
             nn.Parameter(tensor.detach().clone()) for tensor in (body.wte.weight, body.wpe.weight, body.ln_f.weight)
         )
-        self.head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False, dtype=model.dtype)
+        self.head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False, device="meta")
         self.head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         self.blocks = nn.ModuleList(Block(block, i, config.n_head, self.eps) for i, block in enumerate(body.h))
 
@@ -97,7 +97,8 @@ def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
     """transformers' own with our weights, in their dtype."""
     import transformers
 
-    theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
+    with model.device:
+        theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
     theirs.load_state_dict(model.state_dict())
     return theirs.to(model.dtype).train(model.training)
 

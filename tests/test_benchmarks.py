@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -319,8 +321,8 @@ def test_sampling_on_a_gpu(
         ("sampling", 2, "transformers", "multinomial, step"),
         ("sampling", 2, "transformers, generate", "generate"),
         ("sampling", 2, "PyTorch layers", "multinomial, step"),
-        ("sampling", 2, ours, drawn),
-        ("sampling", 2, "gpt-fast form", "one traced call a token"),
+        ("gpt-fast", 2, ours, drawn),
+        ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
         *(("steps", 2, f"{ours}, {way}", drawn) for way in ("eager", "graph", "graph, dependent")),
         *(("steps", 9, f"{ours}, {way}", drawn) for way in ("eager", "graph")),
         ("profile", 1, ours, drawn),
@@ -367,7 +369,7 @@ def test_a_row_that_fails_costs_no_other(
     sampling = importlib.import_module("bench_sample_cuda")
     monkeypatch.setattr(common, "installed", lambda name: False)
     monkeypatch.setattr(peers.GptFast, "prefill", lambda self, tokens: 1 / 0)
-    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling")
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling,gpt-fast")
     assert status == 0
     missing = "ModuleNotFoundError: transformers is not installed"
     assert {row["name"]: row.get("error") for row in rows} == {
@@ -385,6 +387,61 @@ def test_a_row_that_fails_costs_no_other(
         "profile",
     }
     assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
+
+
+def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch)
+    assert status == 0
+    eager, compiled = ["transformers", "igpt_fast", "PyTorch"], ["igpt_fast, compiled", "PyTorch, compiled"]
+    assert [(row["work"], row["name"]) for row in rows] == [
+        (work, name) for names in (eager, compiled) for work in ("forward", "training") for name in names
+    ]
+    assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
+    assert all("times_hf" in row for row in rows[:6] if row["name"] != "transformers")
+
+
+def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("bench_model_cuda")
+    network = ImageGPTForCausalImageModeling.forward
+
+    def wrong(self: Any, *arguments: Any, **more: Any) -> Any:
+        out = network(self, *arguments, **more)
+        out.logits = 1.1 * out.logits
+        out.loss = None if out.loss is None else 1.1 * out.loss
+        return out
+
+    monkeypatch.setattr(ImageGPTForCausalImageModeling, "forward", wrong)
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "forward,training")
+    assert status == 1
+    for row in rows:
+        text = {"transformers": "transformers is not installed", bench.OURS: "Refused: its lo"}.get(row["name"])
+        assert row["ms"] > 0 if text is None else text in row["error"]
+
+
+def test_commands(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = importlib.import_module("bench_commands")
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 0
+    assert [row["name"] for row in rows] == ["igpt sample -n 1 --seed 0"]
+    assert rows[0]["seconds"] > 0
+    assert (rows[0]["said"]["images"], rows[0]["said"]["dtype"]) == (1, "float32")
+    done = subprocess.run([sys.executable, "-m", "igpt_fast", "train", "--help"], capture_output=True, text=True)
+    for command in (*commands.PARTS["train"], *commands.QUICK["train"]):
+        assert all(word in done.stdout for word in command.split() if word.startswith("--"))
+    monkeypatch.setitem(commands.QUICK, "sample", ("igpt sample -n 0",))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 1
+    assert "exit status 2" in rows[0]["error"]
+    monkeypatch.setattr(commands, "NEEDED", ("tyro", "no_such_package"))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch)
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ModuleNotFoundError: not installed: no_such_package"] * 2
+    monkeypatch.setattr(commands, "NEEDED", ())
+    monkeypatch.setattr(commands, "LIMIT", 0.01)
+    with pytest.raises(RuntimeError, match="igpt sample took more than 0 s"):
+        commands.run("igpt sample -n 1", "cpu", tmp_path)
 
 
 def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +484,7 @@ def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "status", "text"),
     [
-        (["--only", "sampling,no"], 2, "no part no; there are sampling, steps, profile"),
+        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, profile"),
         (["--resume", "--device", "cpu"], 2, "--resume: want --json"),
         ([], 3, "there is no GPU to measure"),
     ],
