@@ -24,6 +24,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
+import workloads
 
 from igpt_fast import backend, ops
 
@@ -160,7 +161,7 @@ def bench_cpu(options: argparse.Namespace) -> int:
         print(common.table(rows, COLUMNS))
     copies = {number: cpu_ops.copy_gb_s(number) for number in threads}
     others: list[dict[str, Any]] = []
-    for workload in cpu_ops.workloads(options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):
+    for workload in workloads.workloads(cpu_ops.MAKERS, options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):
         for number in threads:
             others += cpu_ops.bench(workload, number, options.rounds, copies[number])
     print(common.table(others, CPU_COLUMNS))
@@ -181,7 +182,7 @@ def bench_cuda(names: list[str] | None, path: Path | None) -> int:
     ceilings = cuda_timing.measure_ceilings(device)
     common.say(f"copy {ceilings.copy_gb_s:.0f} GB/s, bf16 matmul {ceilings.bf16_tflop_s:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
-    for workload in cuda_ops.workloads(names, cuda_ops.SIZES):
+    for workload in workloads.workloads(cuda_ops.MAKERS, names, cuda_ops.SIZES):
         rows += cuda_timing.bench(workload, device, ceilings)
         if path:
             common.write(path, rows, ceilings=dataclasses.asdict(ceilings))
@@ -192,15 +193,14 @@ def bench_cuda(names: list[str] | None, path: Path | None) -> int:
 def dry_run(names: list[str] | None) -> int:
     """Every candidate of every op once, on the CPU."""
     import cuda_ops
-    import cuda_timing
 
     rows = []
-    for workload in cuda_ops.workloads(names, cuda_ops.TINY):
-        for direction in cuda_timing.passes(workload):
-            wrong = cuda_timing.check(workload, torch.device("cpu"), direction)
+    for workload in workloads.workloads(cuda_ops.MAKERS, names, cuda_ops.TINY):
+        for direction in workloads.passes(workload):
+            wrong = workloads.check(workload, torch.device("cpu"), direction)
             rows += [
                 {"op": workload.op, "pass": direction, "size": workload.size, "name": name, "error": wrong.get(name)}
-                for name in cuda_timing.everybody(workload)
+                for name in workloads.everybody(workload)
             ]
     print(common.table(rows, ("op", "pass", "size", "name", "error")))
     return int(not rows or any(row["error"] for row in rows))
@@ -208,9 +208,7 @@ def dry_run(names: list[str] | None) -> int:
 
 def failures(rows: list[dict[str, Any]]) -> int:
     """1 if an op of ours is wrong or did not run; a peer may be missing."""
-    from cuda_timing import OURS
-
-    wrong = [row for row in rows if row["name"] == OURS and "error" in row]
+    wrong = [row for row in rows if row["name"] == workloads.OURS and "error" in row]
     for row in wrong:
         common.say(f"{row['op']} {row['pass']}, {row['size']}: {row['error']}")
     return int(bool(wrong) or not rows)
