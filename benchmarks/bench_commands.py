@@ -76,6 +76,8 @@ def main() -> int:
     for part in options.only:
         for command in (QUICK if options.quick else PARTS)[part]:
             row = {"part": part, "name": command}
+            if rows.has(row):
+                continue
             common.say(command)
             with tempfile.TemporaryDirectory() as folder:
                 found = rows.attempt(row, lambda c=command, f=folder: run(c, options.device, Path(f)))

@@ -80,7 +80,7 @@ SOURCES = {
     "determinism": (*KERNELS, "tests/emulator/test_*.py"),
     "memcheck": KERNELS,
     "racecheck": KERNELS,
-    "benchmark": (*KERNELS[:-1], "benchmarks/bench_ops.py", "benchmarks/cuda_*.py", "benchmarks/common.py"),
+    "benchmark": (*KERNELS[:-1], "benchmarks/bench_ops.py", "benchmarks/cuda_*.py", "benchmarks/workloads.py"),
 }
 
 # The tests with the marker gpu stand here; those of models need the packages that models need.

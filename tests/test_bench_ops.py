@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +195,34 @@ def test_the_outcome(work: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     assert bench.failures([row | {"error": "wrong"}, peer]) == 1
     assert bench.failures([]) == 1
     assert "wrong" in capsys.readouterr().err
+
+
+def test_a_workload_that_fails_costs_no_other(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench, file, done = importlib.import_module("bench_ops"), tmp_path / "rows.json", []
+
+    def measure(workload: Any, *_: Any) -> list[dict[str, Any]]:
+        done.append(workload.op)
+        if workload.op == "layer_norm":
+            raise RuntimeError("no memory")
+        return [{"op": workload.op, "pass": "forward", "size": workload.size, "name": "igpt_fast", "us": 1.0}]
+
+    monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(timing, "measure_ceilings", lambda _: timing.Ceilings(4000.0, 800.0))
+    monkeypatch.setattr(timing, "bench", measure)
+    options = ["--device", "cuda", "--ops", "rms_norm", "layer_norm", "cross_entropy", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", *options])
+    assert bench.main() == 1
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    assert [row.get("error") for row in rows] == [None] * 6 + ["RuntimeError: no memory"] * 3 + [None]
+    file.write_text(json.dumps({"rows": rows[:-2]}), "utf-8")
+    done.clear()
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", *options, "--resume"])
+    assert bench.main() == 1
+    assert done == ["layer_norm", "cross_entropy"]
+    assert json.loads(file.read_text("utf-8"))["rows"] == rows
 
 
 def test_the_commands(timing: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

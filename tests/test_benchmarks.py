@@ -389,6 +389,39 @@ def test_a_row_that_fails_costs_no_other(
     assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
 
 
+def test_a_run_goes_on_behind_what_ended_it(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for all of a size loses the context, twice; each start gets further, and the last to the end."""
+    sampling, starts = importlib.import_module("bench_sample_cuda"), []
+
+    class Ended(BaseException):
+        pass
+
+    def start(*arguments: Any) -> None:
+        starts.append(arguments[1])
+        raise Ended
+
+    for name in ("right", "most_images"):
+        monkeypatch.setattr(sampling, name, lambda *_: 1 / 0)
+    monkeypatch.setattr(common, "context_works", lambda: False)
+    monkeypatch.setattr("os.execve", start)
+    options = ["--only", "sampling,steps,profile"]
+    with pytest.raises(Ended):
+        quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options)
+    for _ in range(2):
+        with pytest.raises(Ended):
+            quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    assert status == 1
+    assert [(row["part"], row["batch"], row.get("error")) for row in rows] == [
+        *(("sampling", 2, "ZeroDivisionError: division by zero"),),
+        *(("steps", batch, "ZeroDivisionError: division by zero") for batch in (2, 9)),
+        ("profile", 1, None),
+    ]
+    assert all(arguments[-1] == "--resume" for arguments in starts)
+
+
 def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch)
