@@ -6,11 +6,12 @@ import torch
 from small_models import small_pipeline
 
 from igpt_fast import Pipeline, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.decoder import Decoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Guidance, Sampling, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, stream_uniforms
 
 HEIGHT, WIDTH, COLOURS, CLASSES = 5, 4, 9, 3
 PIXELS, SOS = HEIGHT * WIDTH, COLOURS + CLASSES
