@@ -3,8 +3,11 @@
 // The colour cube is cut into cells, in levels of 2, 4, .. 2^bits to a side. The nearest cluster of any colour of a
 // cell is among those whose smallest distance to the cell does not exceed the smallest of all largest distances: the
 // cell's list, in rising order. Lists are made from the parent's when a colour first falls into the cell, down to the
-// first level where one block of 16 holds them; there all are compared at once. When the blocks outgrow their memory
-// they are thrown away and made anew: memory is bounded and nothing is allocated here.
+// first level where one block of 16 holds them; there all are compared at once. Making them has a budget, a small part
+// of what comparing every pixel with every cluster takes, and memory of a fixed size. Where clusters crowd, or the
+// budget or the memory has been used up, the list of a pixel is long: then it waits in the group of a coarse cell, and
+// 64 pixels at a time are compared with that cell's list, pixels in lanes. So no palette takes much longer than
+// comparing all with all does.
 //
 // The index is the definition's, bit by bit:
 //   float32: the same operations, in the same order, and the first lane that has the smallest distance.
@@ -12,9 +15,14 @@
 //   u = 2^-24, levels below 1 in magnitude and D the squared distance, float32 is off by at most u (1 + 6 D), so the
 //   nearest one is at most m (1 + 13 u) + 2.1 u, m being the smallest that float32 found: kWider and kFurther.
 //
-// Cells always serve uint8. float32 pixels outside [-1, 1] or NaN, and few pixels or clusters (quantize.cpp), go the
-// plain way: chunks of 64 pixels, one cluster after the other, 8 FLOPs per pixel and cluster, bound by arithmetic.
-// With cells a pixel costs about 25 instructions on AVX-512, and 4 cache lines that random colours find in L2.
+//   uint8 in a group: with c measured from the list's centre m, and y = x - m, the order of |x - c|^2 is that of
+//   |c|^2 - 2 c.y: 3 FMA. With |c| <= R and |y| <= Y its error is at most u (8 R^2 + 12 R Y + 2 R): of the constants
+//   and of three roundings, or six without FMA. The two best that are not further apart than twice that, and what
+//   float64 may add (QuantizeGroup::slack), leave the pixel to float64 and the whole list.
+//
+// float32 pixels outside [-1, 1] or NaN, and few pixels or clusters (quantize.cpp), go to the group of all clusters:
+// 8 FLOPs per pixel and cluster, bound by arithmetic. With cells a pixel costs about 25 instructions on AVX-512, and
+// 4 cache lines that random colours find in L2.
 //
 // Source: openai/image-gpt src/utils.py color_quantize (the definition).
 #include "ops.h"
@@ -24,9 +32,10 @@ namespace igpt::cpu {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int kChunk = 64;    // float32 pixels
-constexpr int kWidth = 16;    // candidates of a block
-constexpr int kLeafBits = 5;  // of the table that finds a colour's block
+constexpr int kChunk = 64;     // float32 pixels
+constexpr int kRegisters = 2;  // of pixels in a scan
+constexpr int kWidth = 16;     // candidates of a block
+constexpr int kLeafBits = 5;   // of the table that finds a colour's block
 constexpr float kWider = 1.0f + 1.0f / (1 << 20), kFurther = 1.0f / (1 << 22);
 
 constexpr int kParts = kWidth / kLanes;
@@ -77,11 +86,15 @@ inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n)
 #endif
 }
 
-// Makes the list of the cell at `at` of a level from its parent's. `reach`: by how much the colours of a cell stop
-// short of its width; 1 for whole pixel values.
-QuantizeNode build(QuantizeCells& cells, int level, const int (&at)[3], float reach, const QuantizeBlock* parent,
-                   int parent_size) {
-    const float half_pixels = 0.5f * (float(256 >> level) - reach);
+// Makes the list of the cell at `at` of a level from its parent's; false when the budget or the memory does not allow
+// it, which then holds for all further ones.
+bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNode& from, QuantizeNode& node) {
+    const QuantizeBlock* parent = from.list;
+    const int parent_size = from.size;
+    cells.budget = cells.capacity - cells.used < 2 * blocks_of(parent_size) ? -1 : cells.budget - parent_size - kWidth;
+    if (cells.budget < 0) return false;
+    cells.work += parent_size;
+    const float half_pixels = 0.5f * (float(256 >> level) - cells.reach);
     const Vec half = set1(half_pixels / 127.5f);
     Vec centre[3];
     for (int c = 0; c < 3; ++c) centre[c] = set1((float(at[c] * (256 >> level)) + half_pixels) / 127.5f - 1.0f);
@@ -103,40 +116,110 @@ QuantizeNode build(QuantizeCells& cells, int level, const int (&at)[3], float re
     float limit[kLanes];
     store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
     const int n = select(cells, limit[0], parent, parent_size);
-    const QuantizeNode node{int32_t(cells.used), n};
+    cells.budget -= 3 * n;  // `fill` takes longer
+    node = {cells.blocks + cells.used, n, -1};
     for (int i = 0; i < blocks_of(n); ++i) fill(cells.blocks[cells.used++], cells, i * kWidth, n);
-    return node;
+    if (level <= cells.group_bits && n > kWidth) cells.used += blocks_of(n);  // for the group's `line`
+    return true;
 }
 
-// Forgets all lists.
+// The list of a group, measured from the middle of its clusters, into `line`: -2 c, and |c|^2 in place of the ids.
+void measure(QuantizeGroup& group, QuantizeBlock* line, const float (&corner)[3], float side) {
+    const Vec nowhere = set1(kInfinity);
+    float lane[kLanes], far = 0.0f;
+    for (int c = 0; c < 3; ++c) {
+        Vec low = nowhere, high = nowhere;  // the latter negated
+        for (int i = 0; i < group.size; i += kLanes) {
+            const Vec v = load(group.list[i / kWidth].c[c] + i % kWidth);
+            low = min(v, low);
+            high = min(v < nowhere ? zero() - v : nowhere, high);
+        }
+        store(lane, (spread_min(low) - spread_min(high)) * set1(0.5f));
+        group.centre[c] = lane[0];
+        const float below = lane[0] - corner[c], above = corner[c] + side - lane[0],
+                    most = below > above ? below : above;
+        far += most * most;
+    }
+    Vec largest = zero();
+    for (int i = 0; i < group.size; i += kLanes) {
+        const QuantizeBlock& from = group.list[i / kWidth];
+        QuantizeBlock& to = line[i / kWidth];
+        const auto here = load(from.c[0] + i % kWidth) < nowhere;
+        Vec square = zero();
+        for (int c = 0; c < 3; ++c) {
+            const Vec e = load(from.c[c] + i % kWidth) - set1(group.centre[c]);
+            square = fma(e, e, square);
+            store(to.c[c] + i % kWidth, here ? set1(-2.0f) * e : zero());
+        }
+        largest = max(here ? square : zero(), largest);
+        square = here ? square : nowhere;
+        __builtin_memcpy(to.id + i % kWidth, &square, sizeof square);
+    }
+    const float r = __builtin_sqrtf(reduce_max(largest)), y = __builtin_sqrtf(far);
+    group.slack = 0x1.05p-24f * r * (16.0f * r + 24.0f * y + 4.0f) + 0x1p-49f * (r + y) * (r + y);
+    group.line = group.slack < 1.0f ? line : nullptr;
+}
+
+// The place of the group of a node, whose cell is the level's that has the colour (r, g, b) in it.
+int32_t group_of(QuantizeCells& cells, QuantizeNode& node, int level, int r, int g, int b) {
+    if (node.group >= 0) return node.group;
+    node.group = cells.groups_used++;
+    QuantizeGroup& group = cells.groups[node.group];
+    group.list = node.list;
+    group.size = node.size;
+    group.count = group.ties = 0;
+    if (cells.reach > 0.0f) {
+        const int first = -(256 >> level);
+        const float corner[3] = {cells.levels32[r & first], cells.levels32[g & first], cells.levels32[b & first]};
+        QuantizeBlock* line = cells.blocks + (level ? node.list - cells.blocks + blocks_of(node.size) : 0);
+        measure(group, line, corner, float(256 >> level) / 127.5f);
+        cells.work += 2 * node.size;
+    }
+    return node.group;
+}
+
+// Forgets all lists and begins the group of the root.
 void clear(QuantizeCells& cells) {
-    cells.used = 0;
-    for (int64_t i = 0; i < quantize_cells(kQuantizeNodes); ++i) cells.nodes[i].first = -1;
+    cells.nodes[0] = {cells.root, cells.k, -1};
+    cells.used = blocks_of(cells.k);  // the root's `line`
+    cells.groups_used = 0;
+    group_of(cells, cells.nodes[0], 0, 0, 0, 0);
+    if (cells.bits == 0) return;
+    for (int64_t i = 1; i <= quantize_cells(kQuantizeNodes); ++i) cells.nodes[i].list = nullptr;
     for (int64_t i = 0; i < 1 << (3 * kLeafBits); ++i) cells.leaf[i] = -1;
 }
 
-// The entry of `leaf` for the colour (r, g, b), with all lists on the way to it.
-__attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b, float reach) {
-    if (cells.capacity - cells.used < int64_t(blocks_of(cells.k)) * cells.bits) clear(cells);
-    const QuantizeBlock* parent = cells.root;
-    QuantizeNode node{0, cells.k};
-    int level = 0;
-    do {
-        ++level;
-        const int at[3] = {r >> (8 - level), g >> (8 - level), b >> (8 - level)};
-        const int64_t place = quantize_cells(level - 1) + ((((int64_t(at[0]) << level) | at[1]) << level) | at[2]);
-        const bool kept = level <= kQuantizeNodes;
-        const QuantizeNode known = kept ? cells.nodes[place] : QuantizeNode{-1, 0};
-        node = known.first < 0 ? build(cells, level, at, reach, parent, node.size) : known;
-        if (kept) cells.nodes[place] = node;
-        parent = cells.blocks + node.first;
-    } while (level < cells.bits && node.size > kWidth);
-    const int32_t entry = node.size <= kWidth ? node.first : -2 - node.first;
+// What to do with the colour (r, g, b), an entry of `leaf`, with all lists on the way to it.
+__attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b) {
+    QuantizeNode fine{}, *node = cells.nodes, *coarse = node;
+    int level = 0, coarse_level = 0, before = cells.k;
+    // Below the groups a cell is worth making while lists become shorter.
+    while (level < cells.bits && (level == 0 || node->size > kWidth) &&
+           (level <= cells.group_bits || 4 * int64_t(node->size) < 3 * int64_t(before))) {
+        const int next = level + 1, at[3] = {r >> (8 - next), g >> (8 - next), b >> (8 - next)};
+        const int64_t place = 1 + quantize_cells(level) + ((((int64_t(at[0]) << next) | at[1]) << next) | at[2]);
+        QuantizeNode* to = next <= kQuantizeNodes ? cells.nodes + place : &fine;
+        if (to->list == nullptr && !build(cells, next, at, *node, *to)) break;
+        before = node->size;
+        node = to;
+        level = next;
+        if (level <= cells.group_bits) coarse = node, coarse_level = level;
+    }
+    int32_t entry;
+    if (level > 0 && node->size <= kWidth)
+        entry = int32_t(node->list - cells.blocks);
+    else if (node != coarse && 5 * int64_t(node->size) / 2 + 50 < coarse->size)  // measured
+        entry = -2 - 2 * int32_t(node->list - cells.blocks);
+    else
+        entry = -3 - 2 * group_of(cells, *coarse, coarse_level, r, g, b);
     const int shift = kLeafBits - level, side = 1 << shift;
     const int r0 = r >> (8 - level) << shift, g0 = g >> (8 - level) << shift, b0 = b >> (8 - level) << shift;
     for (int i = r0; i < r0 + side; ++i)
         for (int j = g0; j < g0 + side; ++j)
-            for (int l = b0; l < b0 + side; ++l) cells.leaf[(((i << kLeafBits) | j) << kLeafBits) | l] = entry;
+            for (int l = b0; l < b0 + side; ++l) {
+                int32_t& place = cells.leaf[(((i << kLeafBits) | j) << kLeafBits) | l];
+                if (place == -1) place = entry;
+            }
     return entry;
 }
 
@@ -193,9 +276,10 @@ inline Vec limit_u8(Vec least) { return fma(least, set1(kWider), set1(kFurther))
 // Finite: a distance that is not wins nowhere.
 inline Vec limit_f32(Vec least) { return min(least, set1(__FLT_MAX__)); }
 
-// Calls use(block, lanes within the limit) for the blocks of a list until it returns true.
+// Calls use(block, lanes within the limit) for the blocks of an entry's list until it returns true.
 template <class Limit, class Use>
-inline void search(const QuantizeBlock* list, Vec r, Vec g, Vec b, Limit&& limit, Use&& use) {
+inline void search(QuantizeCells& cells, int32_t entry, Vec r, Vec g, Vec b, Limit&& limit, Use&& use) {
+    const QuantizeBlock* list = cells.blocks + (-2 - entry) / 2;
     Wide d;
     Vec least = set1(kInfinity);
     const QuantizeBlock* block = list;
@@ -204,6 +288,7 @@ inline void search(const QuantizeBlock* list, Vec r, Vec g, Vec b, Limit&& limit
         least = min(smallest(d), least);
     } while ((block++)->id[kWidth - 1] >= 0);
     const Vec most = limit(spread_min(least));
+    cells.work += 2 * kWidth * (block - list);
     for (const QuantizeBlock* end = block; list < end; ++list) {
         distances(*list, r, g, b, d);
         const uint32_t lanes = within(d, most);
@@ -211,11 +296,11 @@ inline void search(const QuantizeBlock* list, Vec r, Vec g, Vec b, Limit&& limit
     }
 }
 
-// A uint8 pixel whose candidates are more than a block.
-__attribute__((noinline)) int32_t search_u8(const float* clusters, const QuantizeCells& cells,
-                                            const QuantizeBlock* list, int r, int g, int b) {
+// A uint8 pixel whose candidates are a few blocks.
+__attribute__((noinline)) int32_t search_u8(const float* clusters, QuantizeCells& cells, int32_t entry, int r, int g,
+                                            int b) {
     Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b]};
-    search(list, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
+    search(cells, entry, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
            [&](const QuantizeBlock& block, uint32_t lanes) {
                nearest.take(block, lanes);
                return false;
@@ -231,16 +316,142 @@ __attribute__((noinline)) int32_t settle(const float* clusters, const QuantizeCe
     return nearest.index;
 }
 
+// kRegisters registers of T, of pixels, against a list: the definition. `found`: places in the list, -1 for none.
+template <class T, class I>
+inline void scan(const QuantizeBlock* list, int size, const T* r, const T* g, const T* b, I* found) {
+    typedef T Values __attribute__((vector_size(4 * kLanes)));
+    typedef I Places __attribute__((vector_size(4 * kLanes)));
+    Values x[3][kRegisters], best[kRegisters];
+    Places index[kRegisters], at{};
+    __builtin_memcpy(x[0], r, sizeof x[0]);
+    __builtin_memcpy(x[1], g, sizeof x[1]);
+    __builtin_memcpy(x[2], b, sizeof x[2]);
+    for (int v = 0; v < kRegisters; ++v) best[v] = Values{} + T(kInfinity), index[v] = Places{} - 1;
+    for (int i = 0; i < size; ++i, at += 1) {
+        const QuantizeBlock& block = list[i / kWidth];
+        const T c[3] = {T(block.c[0][i % kWidth]), T(block.c[1][i % kWidth]), T(block.c[2][i % kWidth])};
+        for (int v = 0; v < kRegisters; ++v) {
+            const Values dr = x[0][v] - c[0], dg = x[1][v] - c[1], db = x[2][v] - c[2];
+            const Values d = (dr * dr + dg * dg) + db * db;
+            index[v] = d < best[v] ? at : index[v];
+            best[v] = d < best[v] ? d : best[v];
+        }
+    }
+    __builtin_memcpy(found, index, sizeof index);
+}
+
+// Likewise with the group's `line`, at float32's precision; `gap`: from the best to the second one.
+inline void scan_line(const QuantizeGroup& group, int first, int32_t* found, float* gap) {
+    typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
+    Vec x[3][kRegisters], best[kRegisters], second[kRegisters];
+    Places index[kRegisters], at{};
+    for (int v = 0; v < kRegisters; ++v) {
+        for (int c = 0; c < 3; ++c) x[c][v] = load(group.x[c] + first + v * kLanes) - set1(group.centre[c]);
+        best[v] = second[v] = set1(kInfinity);
+        index[v] = Places{} - 1;
+    }
+    for (int i = 0; i < group.size; ++i, at += 1) {
+        const QuantizeBlock& block = group.line[i / kWidth];
+        float square;
+        __builtin_memcpy(&square, block.id + i % kWidth, sizeof square);
+        const Vec a = set1(square),
+                  c[3] = {set1(block.c[0][i % kWidth]), set1(block.c[1][i % kWidth]), set1(block.c[2][i % kWidth])};
+        for (int v = 0; v < kRegisters; ++v) {
+            const Vec d = fma(x[0][v], c[0], fma(x[1][v], c[1], fma(x[2][v], c[2], a)));
+            index[v] = d < best[v] ? at : index[v];
+            second[v] = min(second[v], max(best[v], d));
+            best[v] = min(d, best[v]);
+        }
+    }
+    __builtin_memcpy(found, index, sizeof index);
+    for (int v = 0; v < kRegisters; ++v) store(gap + v * kLanes, second[v] - best[v]);
+}
+
+inline int32_t id_of(const QuantizeGroup& group, int64_t found) {
+    return found < 0 ? 0 : group.list[found / kWidth].id[found % kWidth];
+}
+
+// float64 decides the group's ties.
+__attribute__((noinline)) void untie(const QuantizeParams& p, QuantizeCells& cells, QuantizeGroup& group) {
+    double x[3][kQuantizeTies];
+    int64_t found[kQuantizeTies];
+    constexpr int step = kRegisters * kLanes / 2;
+    for (int j = 0; j < kQuantizeTies; ++j)
+        for (int c = 0; c < 3; ++c)
+            x[c][j] = cells.levels[static_cast<const uint8_t*>(p.x)[3 * group.tied[j < group.ties ? j : 0] + c]];
+    for (int j = 0; j < group.ties; j += step) {
+        scan(group.list, group.size, x[0] + j, x[1] + j, x[2] + j, found + j);
+        cells.work += 2 * int64_t(step) * group.size;
+    }
+    for (int j = 0; j < group.ties; ++j) p.out[group.tied[j]] = id_of(group, found[j]);
+    group.ties = 0;
+}
+
+// Compares the pixels of a group with its list.
+template <bool IsU8>
+__attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cells, QuantizeGroup& group) {
+    alignas(64) int32_t found[kQuantizeGroup];
+    alignas(64) float gap[kQuantizeGroup];
+    constexpr int step = kRegisters * kLanes;
+    for (int j = group.count; j % step; ++j)
+        for (int c = 0; c < 3; ++c) group.x[c][j] = 0.0f;
+    const bool decides = !IsU8 || group.line != nullptr;
+    for (int j = 0; decides && j < group.count; j += step) {
+        if (IsU8)
+            scan_line(group, j, found + j, gap + j);
+        else
+            scan(group.list, group.size, group.x[0] + j, group.x[1] + j, group.x[2] + j, found + j);
+        cells.work += int64_t(step) * group.size;
+    }
+    int ties = 0;
+    for (int j = 0; j < group.count; ++j) {
+        if (decides && (!IsU8 || gap[j] > group.slack)) {
+            p.out[group.at[j]] = id_of(group, found[j]);
+            continue;
+        }
+        ++ties;
+        group.tied[group.ties++] = group.at[j];
+        if (group.ties == kQuantizeTies) untie(p, cells, group);
+    }
+    if (2 * ties > group.count) group.line = nullptr;  // clusters that float32 cannot tell apart: float64 at once
+    group.count = 0;
+}
+
+template <bool IsU8>
+inline void wait(const QuantizeParams& p, QuantizeCells& cells, int32_t entry, float r, float g, float b, int64_t i) {
+    QuantizeGroup& group = cells.groups[(-3 - entry) / 2];
+    group.x[0][group.count] = r;
+    group.x[1][group.count] = g;
+    group.x[2][group.count] = b;
+    group.at[group.count] = i;
+    if (++group.count == kQuantizeGroup) flush<IsU8>(p, cells, group);
+}
+
+template <bool IsU8>
+void finish(const QuantizeParams& p, QuantizeCells& cells) {
+    for (int32_t i = 0; i < cells.groups_used; ++i) {
+        flush<IsU8>(p, cells, cells.groups[i]);
+        if (cells.groups[i].ties) untie(p, cells, cells.groups[i]);
+    }
+}
+
+constexpr int32_t kRootGroup = -3;
+// Whether the pixel of an entry waits in a group.
+inline bool waits(int32_t entry) { return entry < -2 && entry % 2; }
+
 void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     const auto* x = static_cast<const uint8_t*>(p.x);
     const float* levels = cells.levels32;
     clear(cells);
     for (int64_t i = begin; i < end; ++i) {
         const uint8_t r = x[3 * i], g = x[3 * i + 1], b = x[3 * i + 2];
-        int32_t entry = leaf(cells, r, g, b);
-        if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, r, g, b, 1.0f);
+        int32_t entry = cells.bits ? leaf(cells, r, g, b) : kRootGroup;
+        if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, r, g, b);
         if (__builtin_expect(entry < 0, 0)) {
-            p.out[i] = search_u8(p.clusters, cells, cells.blocks + (-2 - entry), r, g, b);
+            if (waits(entry))
+                wait<true>(p, cells, entry, levels[r], levels[g], levels[b], i);
+            else
+                p.out[i] = search_u8(p.clusters, cells, entry, r, g, b);
             continue;
         }
         const QuantizeBlock& block = cells.blocks[entry];
@@ -252,41 +463,15 @@ void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, i
         else
             p.out[i] = block.id[__builtin_ctz(lanes)];
     }
+    finish<true>(p, cells);
 }
 
-void quantize_plain(const float* x, const float* clusters, int k, int n, int64_t* out) {
-    alignas(64) float r[kChunk], g[kChunk], b[kChunk], best[kChunk];
-    alignas(64) int32_t index[kChunk];
-    for (int j = 0; j < kChunk; ++j) {
-        const int from = j < n ? j : 0;
-        r[j] = x[3 * from];
-        g[j] = x[3 * from + 1];
-        b[j] = x[3 * from + 2];
-        best[j] = kInfinity;
-        index[j] = 0;
-    }
-    for (int i = 0; i < k; ++i) {
-        const float c0 = clusters[3 * int64_t(i)], c1 = clusters[3 * int64_t(i) + 1], c2 = clusters[3 * int64_t(i) + 2];
-#pragma omp simd
-        for (int j = 0; j < kChunk; ++j) {
-            const float dr = r[j] - c0, dg = g[j] - c1, db = b[j] - c2;
-            const float d = (dr * dr + dg * dg) + db * db;
-            const bool nearer = d < best[j];
-            best[j] = nearer ? d : best[j];
-            index[j] = nearer ? i : index[j];
-        }
-    }
-    for (int j = 0; j < n; ++j) out[j] = index[j];
-}
-
-// A float32 pixel inside [-1, 1] whose pixel value is at (r, g, b).
-inline int32_t nearest_f32(QuantizeCells& cells, const float* x, const int32_t* at) {
+// A float32 pixel inside [-1, 1] with such an entry.
+inline int32_t nearest_f32(QuantizeCells& cells, int32_t entry, const float* x) {
     const Vec r = set1(x[0]), g = set1(x[1]), b = set1(x[2]);
-    int32_t entry = leaf(cells, at[0], at[1], at[2]);
-    if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, at[0], at[1], at[2], 0.0f);
     int32_t index = 0;
     if (__builtin_expect(entry < 0, 0)) {
-        search(cells.blocks + (-2 - entry), r, g, b, limit_f32, [&](const QuantizeBlock& block, uint32_t lanes) {
+        search(cells, entry, r, g, b, limit_f32, [&](const QuantizeBlock& block, uint32_t lanes) {
             index = block.id[__builtin_ctz(lanes)];
             return true;
         });
@@ -301,7 +486,7 @@ inline int32_t nearest_f32(QuantizeCells& cells, const float* x, const int32_t* 
 
 void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     const auto* all = static_cast<const float*>(p.x);
-    if (cells.bits > 0) clear(cells);
+    clear(cells);
     for (int64_t i = begin; i < end; i += kChunk) {
         const float* x = all + 3 * i;
         const int n = int(end - i < kChunk ? end - i : kChunk);
@@ -314,12 +499,18 @@ void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, 
             outside |= !inside;
             value[j] = inside ? int32_t(v) : 0;
         }
-        if (outside) {
-            quantize_plain(x, p.clusters, p.k, n, p.out + i);
-            continue;
+        for (int j = 0; j < n; ++j) {
+            const int32_t* at = value + 3 * j;
+            int32_t entry = outside ? kRootGroup : leaf(cells, at[0], at[1], at[2]);
+            if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, at[0], at[1], at[2]);
+            const float* from = x + 3 * j;
+            if (waits(entry))
+                wait<false>(p, cells, entry, from[0], from[1], from[2], i + j);
+            else
+                p.out[i + j] = nearest_f32(cells, entry, from);
         }
-        for (int j = 0; j < n; ++j) p.out[i + j] = nearest_f32(cells, x + 3 * j, value + 3 * j);
     }
+    finish<false>(p, cells);
 }
 
 }  // namespace
