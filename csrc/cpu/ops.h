@@ -63,16 +63,17 @@ struct alignas(64) QuantizeCells {
     const double* levels;       // (256,): v / 127.5 - 1
     const float* levels32;      // (256,): the same
     QuantizeNode* nodes;        // the root and the cells of the levels 1 .. kQuantizeNodes
-    int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block; -1: none; -2 - 2 first, of several
-                            // blocks; -3 - 2 group
-    QuantizeBlock* blocks;  // the lists
-    QuantizeGroup* groups;  // (1 + quantize_cells(group_bits),); the first is the root's
-    int32_t* list;          // (k + 16,) scratch
-    float* near;            // (k + 16,) scratch
-    int64_t capacity;       // of `blocks`, at least k / 16 + 1
-    int64_t used;           // of `blocks`
-    int64_t budget;         // of candidates that may still be looked at to make lists
-    int64_t work;           // candidates looked at, but for the block of a pixel that needs one alone; float64 twice
+    int32_t* leaf;              // (2^15,) by the upper five bits of r, g, b: a block; -1: none; -2 - group
+    QuantizeBlock* blocks;      // the lists
+    QuantizeGroup* groups;      // (1 + quantize_cells(group_bits),); the first is the root's
+    int32_t* list;              // (k + 16,) scratch
+    float* near;                // (k + 16,) scratch
+    int64_t capacity;           // of `blocks`, at least k / 16 + 1
+    int64_t used;               // of `blocks`
+    int64_t built;              // candidates that were looked at to make lists
+    int64_t scanned;            // those that groups were compared with, times pixels, twice in float64
+    int64_t seen;               // pixels before the last list was made
+    int64_t allowance;          // of `scanned`'s units, for lists that have saved nothing yet
     int32_t groups_used;
     float reach;  // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
     int32_t k;
@@ -118,7 +119,8 @@ const Ops& ops();
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
 
-// The drivers. They throw std::bad_alloc, never from inside the parallel region, and return QuantizeCells::work.
+// The drivers. They throw std::bad_alloc, never from inside the parallel region, and return the built and scanned
+// candidates of QuantizeCells.
 int64_t quantize_u8(const QuantizeParams& params);
 int64_t quantize_f32(const QuantizeParams& params);
 

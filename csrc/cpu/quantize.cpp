@@ -19,9 +19,7 @@ constexpr int64_t kFewPixels = 4096;    // below, walking all clusters is as fas
 constexpr int64_t kGroupPixels = 2048;  // of a thread, for every group of the next coarser level
 constexpr int64_t kFewClusters = 24;    // likewise
 constexpr int64_t kBlocks = 1 << 16;    // of a thread's lists; 16 MB, 80 for dense palettes; 512 random clusters use 2
-constexpr int64_t kBudget = 200;  // a list is made in less time than a pixel is compared with this many candidates each
-
-// The memory of one thread's cells. No vectors: what no pixel needs stays untouched.
+constexpr int64_t kAllowance = 20;      // the part of comparing all with all that may be lost by making lists
 struct Scratch {
     std::unique_ptr<QuantizeNode[]> nodes;
     std::unique_ptr<int32_t[]> leaf, list;
@@ -45,7 +43,7 @@ QuantizeCells make_cells(const QuantizeParams& p, int bits, int64_t share, bool 
     cells.bits = bits;
     cells.reach = is_u8 ? 1.0f : 0.0f;
     while (cells.group_bits < std::min(bits, 3) && share >> (3 * cells.group_bits) >= kGroupPixels) ++cells.group_bits;
-    cells.budget = bits ? share * k / kBudget : 0;
+    cells.allowance = share * k / kAllowance;
     cells.capacity = k / 16 + 1 + (bits ? std::min(kBlocks + std::min(2 * k, 4 * kBlocks), 16 * p.n) : 0);
     s.nodes.reset(new QuantizeNode[bits ? 1 + quantize_cells(kQuantizeNodes) : 1]);
     s.groups.reset(new QuantizeGroup[1 + quantize_cells(cells.group_bits)]);
@@ -118,7 +116,7 @@ int64_t run(const QuantizeParams& p, Body body, bool is_u8) {
     for (int t = 0; t < threads; ++t)
         body(p, cells[t], shares * t / threads * kShare, std::min(p.n, shares * (t + 1) / threads * kShare));
     int64_t work = 0;
-    for (const QuantizeCells& each : cells) work += each.work;
+    for (const QuantizeCells& each : cells) work += each.built + each.scanned;
     return work;
 }
 

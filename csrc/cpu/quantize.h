@@ -3,11 +3,10 @@
 // The colour cube is cut into cells, in levels of 2, 4, .. 2^bits to a side. The nearest cluster of any colour of a
 // cell is among those whose smallest distance to the cell does not exceed the smallest of all largest distances: the
 // cell's list, in rising order. Lists are made from the parent's when a colour first falls into the cell, down to the
-// first level where one block of 16 holds them; there all are compared at once. Making them has a budget, a small part
-// of what comparing every pixel with every cluster takes, and memory of a fixed size. Where clusters crowd, or the
-// budget or the memory has been used up, the list of a pixel is long: then it waits in the group of a coarse cell, and
-// 64 pixels at a time are compared with that cell's list, pixels in lanes. So no palette takes much longer than
-// comparing all with all does.
+// first level where one block of 16 holds them; there all are compared at once. Where clusters crowd, or
+// lists cost more than they have saved, or their memory is full, the list of a pixel is long: then it waits in the
+// group of a coarse cell, and 64 pixels at a time are compared with that cell's list, pixels in lanes. So no palette
+// takes much longer than comparing all with all does; nothing is allocated here.
 //
 // The index is the definition's, bit by bit:
 //   float32: the same operations, in the same order, and the first lane that has the smallest distance.
@@ -33,6 +32,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int kChunk = 64;     // float32 pixels
+constexpr int kBuild = 10;     // in the time that a candidate takes in a scan, as measured
 constexpr int kRegisters = 2;  // of pixels in a scan
 constexpr int kWidth = 16;     // candidates of a block
 constexpr int kLeafBits = 5;   // of the table that finds a colour's block
@@ -86,14 +86,15 @@ inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n)
 #endif
 }
 
-// Makes the list of the cell at `at` of a level from its parent's; false when the budget or the memory does not allow
-// it, which then holds for all further ones.
+// Makes the list of the cell at `at` of a level from its parent's; false when there is no memory for it, or
+// when that and all that has been done would take longer than comparing the pixels so far with every cluster, and more
+// than the allowance.
 bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNode& from, QuantizeNode& node) {
     const QuantizeBlock* parent = from.list;
     const int parent_size = from.size;
-    cells.budget = cells.capacity - cells.used < 2 * blocks_of(parent_size) ? -1 : cells.budget - parent_size - kWidth;
-    if (cells.budget < 0) return false;
-    cells.work += parent_size;
+    const int64_t built = cells.built + parent_size + kWidth;
+    if (cells.capacity - cells.used < 2 * blocks_of(parent_size)) return false;
+    if (kBuild * built + cells.scanned > cells.allowance + cells.k * cells.seen) return false;
     const float half_pixels = 0.5f * (float(256 >> level) - cells.reach);
     const Vec half = set1(half_pixels / 127.5f);
     Vec centre[3];
@@ -116,7 +117,7 @@ bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNo
     float limit[kLanes];
     store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
     const int n = select(cells, limit[0], parent, parent_size);
-    cells.budget -= 3 * n;  // `fill` takes longer
+    cells.built = built + 3 * n;  // `fill` takes longer
     node = {cells.blocks + cells.used, n, -1};
     for (int i = 0; i < blocks_of(n); ++i) fill(cells.blocks[cells.used++], cells, i * kWidth, n);
     if (level <= cells.group_bits && n > kWidth) cells.used += blocks_of(n);  // for the group's `line`
@@ -173,7 +174,7 @@ int32_t group_of(QuantizeCells& cells, QuantizeNode& node, int level, int r, int
         const float corner[3] = {cells.levels32[r & first], cells.levels32[g & first], cells.levels32[b & first]};
         QuantizeBlock* line = cells.blocks + (level ? node.list - cells.blocks + blocks_of(node.size) : 0);
         measure(group, line, corner, float(256 >> level) / 127.5f);
-        cells.work += 2 * node.size;
+        cells.built += 2 * node.size;
     }
     return node.group;
 }
@@ -189,13 +190,14 @@ void clear(QuantizeCells& cells) {
     for (int64_t i = 0; i < 1 << (3 * kLeafBits); ++i) cells.leaf[i] = -1;
 }
 
+inline bool shorter(const QuantizeNode& node, int than) { return 8 * int64_t(node.size) <= 7 * int64_t(than); }
+
 // What to do with the colour (r, g, b), an entry of `leaf`, with all lists on the way to it.
 __attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b) {
     QuantizeNode fine{}, *node = cells.nodes, *coarse = node;
     int level = 0, coarse_level = 0, before = cells.k;
-    // Below the groups a cell is worth making while lists become shorter.
-    while (level < cells.bits && (level == 0 || node->size > kWidth) &&
-           (level <= cells.group_bits || 4 * int64_t(node->size) < 3 * int64_t(before))) {
+    // A finer cell is worth making while lists become shorter; the first ones may be too coarse to tell.
+    while (level < cells.bits && (level == 0 || node->size > kWidth) && (level < 2 || shorter(*node, before))) {
         const int next = level + 1, at[3] = {r >> (8 - next), g >> (8 - next), b >> (8 - next)};
         const int64_t place = 1 + quantize_cells(level) + ((((int64_t(at[0]) << next) | at[1]) << next) | at[2]);
         QuantizeNode* to = next <= kQuantizeNodes ? cells.nodes + place : &fine;
@@ -203,15 +205,11 @@ __attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, 
         before = node->size;
         node = to;
         level = next;
-        if (level <= cells.group_bits) coarse = node, coarse_level = level;
+        if (level <= cells.group_bits && shorter(*node, coarse->size)) coarse = node, coarse_level = level;
     }
-    int32_t entry;
-    if (level > 0 && node->size <= kWidth)
-        entry = int32_t(node->list - cells.blocks);
-    else if (node != coarse && 5 * int64_t(node->size) / 2 + 50 < coarse->size)  // measured
-        entry = -2 - 2 * int32_t(node->list - cells.blocks);
-    else
-        entry = -3 - 2 * group_of(cells, *coarse, coarse_level, r, g, b);
+    const bool few = level > 0 && node->size <= kWidth;
+    const int32_t entry =
+        few ? int32_t(node->list - cells.blocks) : -2 - group_of(cells, *coarse, coarse_level, r, g, b);
     const int shift = kLeafBits - level, side = 1 << shift;
     const int r0 = r >> (8 - level) << shift, g0 = g >> (8 - level) << shift, b0 = b >> (8 - level) << shift;
     for (int i = r0; i < r0 + side; ++i)
@@ -275,38 +273,6 @@ struct Nearest {
 inline Vec limit_u8(Vec least) { return fma(least, set1(kWider), set1(kFurther)); }
 // Finite: a distance that is not wins nowhere.
 inline Vec limit_f32(Vec least) { return min(least, set1(__FLT_MAX__)); }
-
-// Calls use(block, lanes within the limit) for the blocks of an entry's list until it returns true.
-template <class Limit, class Use>
-inline void search(QuantizeCells& cells, int32_t entry, Vec r, Vec g, Vec b, Limit&& limit, Use&& use) {
-    const QuantizeBlock* list = cells.blocks + (-2 - entry) / 2;
-    Wide d;
-    Vec least = set1(kInfinity);
-    const QuantizeBlock* block = list;
-    do {
-        distances(*block, r, g, b, d);
-        least = min(smallest(d), least);
-    } while ((block++)->id[kWidth - 1] >= 0);
-    const Vec most = limit(spread_min(least));
-    cells.work += 2 * kWidth * (block - list);
-    for (const QuantizeBlock* end = block; list < end; ++list) {
-        distances(*list, r, g, b, d);
-        const uint32_t lanes = within(d, most);
-        if (lanes && use(*list, lanes)) return;
-    }
-}
-
-// A uint8 pixel whose candidates are a few blocks.
-__attribute__((noinline)) int32_t search_u8(const float* clusters, QuantizeCells& cells, int32_t entry, int r, int g,
-                                            int b) {
-    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b]};
-    search(cells, entry, set1(cells.levels32[r]), set1(cells.levels32[g]), set1(cells.levels32[b]), limit_u8,
-           [&](const QuantizeBlock& block, uint32_t lanes) {
-               nearest.take(block, lanes);
-               return false;
-           });
-    return nearest.index;
-}
 
 // Several candidates of one block are nearest as far as float32 can tell.
 __attribute__((noinline)) int32_t settle(const float* clusters, const QuantizeCells& cells, const QuantizeBlock& block,
@@ -381,7 +347,7 @@ __attribute__((noinline)) void untie(const QuantizeParams& p, QuantizeCells& cel
             x[c][j] = cells.levels[static_cast<const uint8_t*>(p.x)[3 * group.tied[j < group.ties ? j : 0] + c]];
     for (int j = 0; j < group.ties; j += step) {
         scan(group.list, group.size, x[0] + j, x[1] + j, x[2] + j, found + j);
-        cells.work += 2 * int64_t(step) * group.size;
+        cells.scanned += 2 * int64_t(step) * group.size;
     }
     for (int j = 0; j < group.ties; ++j) p.out[group.tied[j]] = id_of(group, found[j]);
     group.ties = 0;
@@ -401,7 +367,7 @@ __attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cel
             scan_line(group, j, found + j, gap + j);
         else
             scan(group.list, group.size, group.x[0] + j, group.x[1] + j, group.x[2] + j, found + j);
-        cells.work += int64_t(step) * group.size;
+        cells.scanned += int64_t(step) * group.size;
     }
     int ties = 0;
     for (int j = 0; j < group.count; ++j) {
@@ -417,12 +383,13 @@ __attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cel
     group.count = 0;
 }
 
+// A pixel whose candidates are more than a block.
 template <bool IsU8>
-inline void wait(const QuantizeParams& p, QuantizeCells& cells, int32_t entry, float r, float g, float b, int64_t i) {
-    QuantizeGroup& group = cells.groups[(-3 - entry) / 2];
-    group.x[0][group.count] = r;
-    group.x[1][group.count] = g;
-    group.x[2][group.count] = b;
+__attribute__((noinline)) void wait(const QuantizeParams& p, QuantizeCells& cells, int32_t entry, int64_t i) {
+    QuantizeGroup& group = cells.groups[-2 - entry];
+    for (int c = 0; c < 3; ++c)
+        group.x[c][group.count] = IsU8 ? cells.levels32[static_cast<const uint8_t*>(p.x)[3 * i + c]]
+                                       : static_cast<const float*>(p.x)[3 * i + c];
     group.at[group.count] = i;
     if (++group.count == kQuantizeGroup) flush<IsU8>(p, cells, group);
 }
@@ -435,23 +402,20 @@ void finish(const QuantizeParams& p, QuantizeCells& cells) {
     }
 }
 
-constexpr int32_t kRootGroup = -3;
-// Whether the pixel of an entry waits in a group.
-inline bool waits(int32_t entry) { return entry < -2 && entry % 2; }
-
 void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     const auto* x = static_cast<const uint8_t*>(p.x);
     const float* levels = cells.levels32;
     clear(cells);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; cells.bits == 0 && i < end; ++i) wait<true>(p, cells, -2, i);
+    for (int64_t i = begin; cells.bits > 0 && i < end; ++i) {
         const uint8_t r = x[3 * i], g = x[3 * i + 1], b = x[3 * i + 2];
-        int32_t entry = cells.bits ? leaf(cells, r, g, b) : kRootGroup;
-        if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, r, g, b);
+        int32_t entry = leaf(cells, r, g, b);
+        if (__builtin_expect(entry == -1, 0)) {
+            cells.seen = i - begin;
+            entry = make_leaf(cells, r, g, b);
+        }
         if (__builtin_expect(entry < 0, 0)) {
-            if (waits(entry))
-                wait<true>(p, cells, entry, levels[r], levels[g], levels[b], i);
-            else
-                p.out[i] = search_u8(p.clusters, cells, entry, r, g, b);
+            wait<true>(p, cells, entry, i);
             continue;
         }
         const QuantizeBlock& block = cells.blocks[entry];
@@ -464,24 +428,6 @@ void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, i
             p.out[i] = block.id[__builtin_ctz(lanes)];
     }
     finish<true>(p, cells);
-}
-
-// A float32 pixel inside [-1, 1] with such an entry.
-inline int32_t nearest_f32(QuantizeCells& cells, int32_t entry, const float* x) {
-    const Vec r = set1(x[0]), g = set1(x[1]), b = set1(x[2]);
-    int32_t index = 0;
-    if (__builtin_expect(entry < 0, 0)) {
-        search(cells, entry, r, g, b, limit_f32, [&](const QuantizeBlock& block, uint32_t lanes) {
-            index = block.id[__builtin_ctz(lanes)];
-            return true;
-        });
-        return index;
-    }
-    const QuantizeBlock& block = cells.blocks[entry];
-    Wide d;
-    distances(block, r, g, b, d);
-    const uint32_t lanes = within(d, limit_f32(spread_min(smallest(d))));
-    return __builtin_expect(lanes, 1) ? block.id[__builtin_ctz(lanes)] : 0;
 }
 
 void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
@@ -499,15 +445,23 @@ void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, 
             outside |= !inside;
             value[j] = inside ? int32_t(v) : 0;
         }
-        for (int j = 0; j < n; ++j) {
+        for (int j = 0; outside && j < n; ++j) wait<false>(p, cells, -2, i + j);
+        for (int j = 0; !outside && j < n; ++j) {
             const int32_t* at = value + 3 * j;
-            int32_t entry = outside ? kRootGroup : leaf(cells, at[0], at[1], at[2]);
-            if (__builtin_expect(entry == -1, 0)) entry = make_leaf(cells, at[0], at[1], at[2]);
-            const float* from = x + 3 * j;
-            if (waits(entry))
-                wait<false>(p, cells, entry, from[0], from[1], from[2], i + j);
-            else
-                p.out[i + j] = nearest_f32(cells, entry, from);
+            int32_t entry = leaf(cells, at[0], at[1], at[2]);
+            if (__builtin_expect(entry == -1, 0)) {
+                cells.seen = i - begin;
+                entry = make_leaf(cells, at[0], at[1], at[2]);
+            }
+            if (__builtin_expect(entry < 0, 0)) {
+                wait<false>(p, cells, entry, i + j);
+                continue;
+            }
+            const QuantizeBlock& block = cells.blocks[entry];
+            Wide d;
+            distances(block, set1(x[3 * j]), set1(x[3 * j + 1]), set1(x[3 * j + 2]), d);
+            const uint32_t lanes = within(d, limit_f32(spread_min(smallest(d))));
+            p.out[i + j] = __builtin_expect(lanes, 1) ? block.id[__builtin_ctz(lanes)] : 0;
         }
     }
     finish<false>(p, cells);
