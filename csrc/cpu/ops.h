@@ -56,6 +56,12 @@ struct alignas(64) QuantizeGroup {
     int32_t size, count, ties;
 };
 
+// Candidates on their way into blocks: scratch, each (k + 32,).
+struct QuantizeKept {
+    float* c[3];
+    int32_t* id;
+};
+
 // The lists of one thread; see quantize.h. The arrays belong to the driver. On a cache line of its own: making a list
 // writes here, and the other threads read theirs for every pixel.
 struct alignas(64) QuantizeCells {
@@ -66,14 +72,15 @@ struct alignas(64) QuantizeCells {
     int32_t* leaf;              // (2^15,) by the upper five bits of r, g, b: a block; -1: none; -2 - group
     QuantizeBlock* blocks;      // the lists
     QuantizeGroup* groups;      // (1 + quantize_cells(group_bits),); the first is the root's
-    int32_t* list;              // (k + 16,) scratch
-    float* near;                // (k + 16,) scratch
-    int64_t capacity;           // of `blocks`, at least k / 16 + 1
-    int64_t used;               // of `blocks`
-    int64_t built;              // candidates that were looked at to make lists
-    int64_t scanned;            // those that groups were compared with, times pixels, twice in float64
-    int64_t seen;               // pixels before the last list was made
-    int64_t allowance;          // of `scanned`'s units, for lists that have saved nothing yet
+    QuantizeKept kept;
+    float* near;        // (k + 16,) scratch
+    int64_t capacity;   // of `blocks`, at least k / 16 + 1
+    int64_t used;       // of `blocks`
+    int64_t built;      // candidates that were looked at to make lists
+    int64_t charged;    // likewise, less where that made lists much shorter
+    int64_t scanned;    // those that groups were compared with, times pixels, twice in float64
+    int64_t seen;       // pixels before the last list was made
+    int64_t allowance;  // of `scanned`'s units, for lists that have saved nothing yet
     int32_t groups_used;
     float reach;  // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
     int32_t k;

@@ -22,8 +22,8 @@ constexpr int64_t kBlocks = 1 << 16;    // of a thread's lists; 16 MB, 80 for de
 constexpr int64_t kAllowance = 20;      // the part of comparing all with all that may be lost by making lists
 struct Scratch {
     std::unique_ptr<QuantizeNode[]> nodes;
-    std::unique_ptr<int32_t[]> leaf, list;
-    std::unique_ptr<float[]> near;
+    std::unique_ptr<int32_t[]> leaf, id;
+    std::unique_ptr<float[]> near, c[3];
     std::unique_ptr<QuantizeBlock[]> blocks;
     std::unique_ptr<QuantizeGroup[]> groups;
 };
@@ -50,13 +50,14 @@ QuantizeCells make_cells(const QuantizeParams& p, int bits, int64_t share, bool 
     s.blocks.reset(new QuantizeBlock[cells.capacity]);
     if (bits) {
         s.leaf.reset(new int32_t[1 << 15]);
-        s.list.reset(new int32_t[k + 16]);
+        s.id.reset(new int32_t[k + 32]);
+        for (auto& each : s.c) each.reset(new float[k + 32]);
         s.near.reset(new float[k + 16]);
     }
     cells.nodes = s.nodes.get();
     cells.groups = s.groups.get();
     cells.leaf = s.leaf.get();
-    cells.list = s.list.get();
+    cells.kept = {{s.c[0].get(), s.c[1].get(), s.c[2].get()}, s.id.get()};
     cells.near = s.near.get();
     cells.blocks = s.blocks.get();
     return cells;

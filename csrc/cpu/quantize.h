@@ -32,7 +32,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int kChunk = 64;     // float32 pixels
-constexpr int kBuild = 10;     // in the time that a candidate takes in a scan, as measured
+constexpr int kBuild = 6;      // in the time that a candidate takes in a scan, as measured
 constexpr int kRegisters = 2;  // of pixels in a scan
 constexpr int kWidth = 16;     // candidates of a block
 constexpr int kLeafBits = 5;   // of the table that finds a colour's block
@@ -44,46 +44,33 @@ using Wide = Vec[kParts];
 // A list ends with the first block that is not full.
 inline int blocks_of(int size) { return size / kWidth + 1; }
 
-// The ids of the parent's candidates that are near enough to `cells.list`; returns how many.
+// The parent's candidates that are near enough to `cells.kept`, and what fills up a block; returns how many.
 int select(QuantizeCells& cells, float limit, const QuantizeBlock* parent, int parent_size) {
+    QuantizeKept& kept = cells.kept;
     int n = 0;
 #if defined(__AVX512F__)
     for (int i = 0; i < parent_size; i += kWidth) {
-        const __m512i ids = _mm512_load_si512(parent[i / kWidth].id);
+        const QuantizeBlock& block = parent[i / kWidth];
+        const __m512i ids = _mm512_load_si512(block.id);
         __mmask16 keep = _mm512_cmp_ps_mask(load(cells.near + i), set1(limit), _CMP_LE_OQ);
         keep = _mm512_mask_cmpge_epi32_mask(keep, ids, _mm512_setzero_si512());
-        _mm512_storeu_si512(cells.list + n, _mm512_maskz_compress_epi32(keep, ids));
+        for (int c = 0; c < 3; ++c) store(kept.c[c] + n, _mm512_maskz_compress_ps(keep, load(block.c[c])));
+        _mm512_storeu_si512(kept.id + n, _mm512_maskz_compress_epi32(keep, ids));
         n += __builtin_popcount(keep);
     }
 #else
     for (int i = 0; i < parent_size; ++i) {
-        cells.list[n] = parent[i / kWidth].id[i % kWidth];
+        const QuantizeBlock& block = parent[i / kWidth];
+        for (int c = 0; c < 3; ++c) kept.c[c][n] = block.c[c][i % kWidth];
+        kept.id[n] = block.id[i % kWidth];
         n += cells.near[i] <= limit;
     }
 #endif
-    return n;
-}
-
-// The block of the candidates i .. i + 15 of the `n` in `cells.list`.
-inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n) {
-#if defined(__AVX512F__)
-    const __mmask16 here = n - i < kWidth ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff);
-    const __m512i ids = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), here, cells.list + i);
-    _mm512_store_si512(block.id, ids);
-    // Four rows of 16 to a block.
-    const __m512i high = _mm512_slli_epi32(_mm512_srai_epi32(ids, 4), 6);
-    const __m512i place = _mm512_or_si512(high, _mm512_and_si512(ids, _mm512_set1_epi32(15)));
-    for (int c = 0; c < 3; ++c)
-        _mm512_store_ps(block.c[c], _mm512_mask_i32gather_ps(set1(kInfinity), here, place, cells.root->c[c], 4));
-#else
-    for (int j = 0; j < kWidth; ++j) {
-        const bool here = i + j < n;
-        const int32_t id = here ? cells.list[i + j] : 0;
-        const QuantizeBlock& all = cells.root[id / kWidth];
-        block.id[j] = here ? id : -1;
-        for (int c = 0; c < 3; ++c) block.c[c][j] = here ? all.c[c][id % kWidth] : kInfinity;
+    for (int i = n; i < n + kWidth; ++i) {
+        for (int c = 0; c < 3; ++c) kept.c[c][i] = kInfinity;
+        kept.id[i] = -1;
     }
-#endif
+    return n;
 }
 
 // Makes the list of the cell at `at` of a level from its parent's; false when there is no memory for it, or
@@ -92,9 +79,8 @@ inline void fill(QuantizeBlock& block, const QuantizeCells& cells, int i, int n)
 bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNode& from, QuantizeNode& node) {
     const QuantizeBlock* parent = from.list;
     const int parent_size = from.size;
-    const int64_t built = cells.built + parent_size + kWidth;
     if (cells.capacity - cells.used < 2 * blocks_of(parent_size)) return false;
-    if (kBuild * built + cells.scanned > cells.allowance + cells.k * cells.seen) return false;
+    if (kBuild * (cells.charged + parent_size) + cells.scanned > cells.allowance + cells.k * cells.seen) return false;
     const float half_pixels = 0.5f * (float(256 >> level) - cells.reach);
     const Vec half = set1(half_pixels / 127.5f);
     Vec centre[3];
@@ -117,9 +103,15 @@ bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNo
     float limit[kLanes];
     store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
     const int n = select(cells, limit[0], parent, parent_size);
-    cells.built = built + 3 * n;  // `fill` takes longer
+    cells.built += parent_size + n;
+    // A list of half the length is worth it.
+    cells.charged += 2 * n <= parent_size ? (parent_size + n) / 4 : parent_size + n;
     node = {cells.blocks + cells.used, n, -1};
-    for (int i = 0; i < blocks_of(n); ++i) fill(cells.blocks[cells.used++], cells, i * kWidth, n);
+    for (int i = 0; i < blocks_of(n); ++i) {
+        QuantizeBlock& block = cells.blocks[cells.used++];
+        for (int c = 0; c < 3; ++c) __builtin_memcpy(block.c[c], cells.kept.c[c] + i * kWidth, sizeof block.c[c]);
+        __builtin_memcpy(block.id, cells.kept.id + i * kWidth, sizeof block.id);
+    }
     if (level <= cells.group_bits && n > kWidth) cells.used += blocks_of(n);  // for the group's `line`
     return true;
 }
@@ -192,26 +184,37 @@ void clear(QuantizeCells& cells) {
 
 inline bool shorter(const QuantizeNode& node, int than) { return 8 * int64_t(node.size) <= 7 * int64_t(than); }
 
+// Whether the cell of a node is worth cutting. The first ones may be too coarse to tell; a group gains from a shorter
+// list; below the groups the lists have to come down to a block, if they go on as from the parent, of size `before`.
+inline bool promises(const QuantizeCells& cells, const QuantizeNode& node, int level, int before) {
+    if (level < 2 || level < cells.group_bits) return level < 2 || shorter(node, before);
+    float last = float(node.size);
+    for (int i = level; i < cells.bits; ++i) last *= float(node.size) / float(before);
+    return last < 2 * kWidth;
+}
+
 // What to do with the colour (r, g, b), an entry of `leaf`, with all lists on the way to it.
 __attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b) {
     QuantizeNode fine{}, *node = cells.nodes, *coarse = node;
-    int level = 0, coarse_level = 0, before = cells.k;
-    // A finer cell is worth making while lists become shorter; the first ones may be too coarse to tell.
-    while (level < cells.bits && (level == 0 || node->size > kWidth) && (level < 2 || shorter(*node, before))) {
+    int level = 0, filled = 0, coarse_level = 0, before = cells.k;
+    while (level < cells.bits && (level == 0 || (node->size > kWidth && promises(cells, *node, level, before)))) {
         const int next = level + 1, at[3] = {r >> (8 - next), g >> (8 - next), b >> (8 - next)};
         const int64_t place = 1 + quantize_cells(level) + ((((int64_t(at[0]) << next) | at[1]) << next) | at[2]);
         QuantizeNode* to = next <= kQuantizeNodes ? cells.nodes + place : &fine;
-        if (to->list == nullptr && !build(cells, next, at, *node, *to)) break;
+        if (to->list == nullptr && !build(cells, next, at, *node, *to)) {
+            filled = next;
+            break;
+        }
         before = node->size;
         node = to;
-        level = next;
+        level = filled = next;
         if (level <= cells.group_bits && shorter(*node, coarse->size)) coarse = node, coarse_level = level;
     }
     const bool few = level > 0 && node->size <= kWidth;
     const int32_t entry =
         few ? int32_t(node->list - cells.blocks) : -2 - group_of(cells, *coarse, coarse_level, r, g, b);
-    const int shift = kLeafBits - level, side = 1 << shift;
-    const int r0 = r >> (8 - level) << shift, g0 = g >> (8 - level) << shift, b0 = b >> (8 - level) << shift;
+    const int shift = kLeafBits - filled, side = 1 << shift;
+    const int r0 = r >> (8 - filled) << shift, g0 = g >> (8 - filled) << shift, b0 = b >> (8 - filled) << shift;
     for (int i = r0; i < r0 + side; ++i)
         for (int j = g0; j < g0 + side; ++j)
             for (int l = b0; l < b0 + side; ++l) {
