@@ -51,8 +51,8 @@ struct alignas(64) QuantizeGroup {
     int64_t at[kQuantizeGroup];   // their places
     int64_t tied[kQuantizeTies];  // the places of those that float64 has to decide
     const QuantizeBlock* list;
-    const QuantizeBlock* line;  // for uint8; nullptr: float64 decides all
-    float centre[3], slack;     // of `line`; see quantize.h
+    const QuantizeBlock* line;      // for uint8; nullptr: float64 decides all
+    float centre[3], slack, slope;  // of `line`; see quantize.h
     int32_t size, count, ties;
 };
 

@@ -15,11 +15,14 @@ using Body = void (*)(const QuantizeParams&, QuantizeCells&, int64_t, int64_t);
 
 constexpr int64_t kParallel = 4096;     // pixels from which a second thread pays
 constexpr int64_t kShare = 64;          // a thread's pixels start at a multiple: whole blocks
-constexpr int64_t kFewPixels = 4096;    // below, walking all clusters is as fast as making lists
-constexpr int64_t kGroupPixels = 2048;  // of a thread, for every group of the next coarser level
+constexpr int64_t kFewPixels = 8192;    // below, walking all clusters is as fast as making lists
 constexpr int64_t kFewClusters = 24;    // likewise
+constexpr int64_t kGroupPixels = 2048;  // of a thread, for every group of the next coarser level
 constexpr int64_t kBlocks = 1 << 16;    // of a thread's lists; 16 MB, 80 for dense palettes; 512 random clusters use 2
-constexpr int64_t kAllowance = 20;      // the part of comparing all with all that may be lost by making lists
+constexpr int64_t kAllowance =
+    20;  // one in so many parts of what comparing all with all takes may be lost by making lists
+
+// The memory of one thread's cells. No vectors: what no pixel needs stays untouched.
 struct Scratch {
     std::unique_ptr<QuantizeNode[]> nodes;
     std::unique_ptr<int32_t[]> leaf, id;
@@ -31,7 +34,6 @@ struct Scratch {
 // Levels of cells: finer ones shorten the lists, but each has to be made by some pixel. 0: no cells at all.
 int cell_bits(int64_t n, int64_t k, bool is_u8) {
     if (n < kFewPixels || (!is_u8 && k <= kFewClusters)) return 0;
-    if (n < 8192) return 3;
     return n < 65536 || k > 16384 ? 4 : 5;
 }
 
@@ -64,7 +66,7 @@ QuantizeCells make_cells(const QuantizeParams& p, int bits, int64_t share, bool 
 }
 
 // The clusters in blocks. One that is not finite wins nowhere, and neither does one that has been there before: they
-// are put infinitely far away. `seen`: a hash table of places, a power of two above k; -1: empty.
+// are put infinitely far away. `seen`: a hash table of places, a power of two above k, or none; -1: empty.
 void fill_root(const QuantizeParams& p, std::vector<int32_t>& seen, QuantizeBlock* root) {
     const uint64_t mask = seen.size() - 1;
     for (int64_t i = 0; i < (p.k + int64_t(15)) / 16 * 16; ++i) {
@@ -78,11 +80,11 @@ void fill_root(const QuantizeParams& p, std::vector<int32_t>& seen, QuantizeBloc
             at = (at ^ bits) * 0x9e3779b97f4a7c15u;
             at ^= at >> 32;
         }
-        for (; counts && seen[at & mask] >= 0; ++at) {
+        for (; counts && !seen.empty() && seen[at & mask] >= 0; ++at) {
             const float* before = p.clusters + 3 * int64_t(seen[at & mask]);
             counts = before[0] != from[0] || before[1] != from[1] || before[2] != from[2];
         }
-        if (counts) seen[at & mask] = int32_t(i);
+        if (counts && !seen.empty()) seen[at & mask] = int32_t(i);
         for (int c = 0; c < 3; ++c)
             root[i / 16].c[c][i % 16] = counts ? from[c] : std::numeric_limits<float>::infinity();
         root[i / 16].id[i % 16] = i < p.k ? int32_t(i) : -1;
@@ -109,7 +111,8 @@ int64_t run(const QuantizeParams& p, Body body, bool is_u8) {
     }
     size_t places = 32;
     while (places < 2 * size_t(p.k)) places *= 2;
-    std::vector<int32_t> seen(places, -1);
+    // Without cells, comparing float32 with doubles takes less than finding them.
+    std::vector<int32_t> seen(bits || is_u8 ? places : 0, -1);
     fill_root(p, seen, root.get());
 
     // Nothing in the region throws: an exception that leaves it ends the process.

@@ -3,17 +3,16 @@
 // The colour cube is cut into cells, in levels of 2, 4, .. 2^bits to a side. The nearest cluster of any colour of a
 // cell is among those whose smallest distance to the cell does not exceed the smallest of all largest distances: the
 // cell's list, in rising order. Lists are made from the parent's when a colour first falls into the cell, down to the
-// first level where one block of 16 holds them; there all are compared at once. Where clusters crowd, or
-// lists cost more than they have saved, or their memory is full, the list of a pixel is long: then it waits in the
-// group of a coarse cell, and 64 pixels at a time are compared with that cell's list, pixels in lanes. So no palette
-// takes much longer than comparing all with all does; nothing is allocated here.
+// first level where one block of 16 holds them; there all are compared at once. Where clusters crowd, or lists cost
+// more than they have saved, or their memory is full, the list of a pixel is long: then it waits in the group of a
+// coarse cell, and 64 pixels at a time are compared with that cell's list, pixels in lanes. So no palette takes much
+// longer than comparing all with all does. Nothing is allocated here.
 //
 // The index is the definition's, bit by bit:
 //   float32: the same operations, in the same order, and the first lane that has the smallest distance.
 //   uint8: float32 finds the candidates that can be nearest; where there are two, float64 decides as defined. With
 //   u = 2^-24, levels below 1 in magnitude and D the squared distance, float32 is off by at most u (1 + 6 D), so the
 //   nearest one is at most m (1 + 13 u) + 2.1 u, m being the smallest that float32 found: kWider and kFurther.
-//
 //   uint8 in a group: with c measured from the list's centre m, and y = x - m, the order of |x - c|^2 is that of
 //   |c|^2 - 2 c.y: 3 FMA. With |c| <= R and |y| <= Y its error is at most u (8 R^2 + 12 R Y + 2 R): of the constants
 //   and of three roundings, or six without FMA. The two best that are not further apart than twice that, and what
@@ -32,7 +31,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int kChunk = 64;     // float32 pixels
-constexpr int kBuild = 6;      // in the time that a candidate takes in a scan, as measured
+constexpr int kBuild = 20;     // scanned candidates that one costs in the making of a list; twice what was measured
 constexpr int kRegisters = 2;  // of pixels in a scan
 constexpr int kWidth = 16;     // candidates of a block
 constexpr int kLeafBits = 5;   // of the table that finds a colour's block
@@ -41,7 +40,7 @@ constexpr float kWider = 1.0f + 1.0f / (1 << 20), kFurther = 1.0f / (1 << 22);
 constexpr int kParts = kWidth / kLanes;
 using Wide = Vec[kParts];
 
-// A list ends with the first block that is not full.
+// Of a list, one at least.
 inline int blocks_of(int size) { return size / kWidth + 1; }
 
 // The parent's candidates that are near enough to `cells.kept`, and what fills up a block; returns how many.
@@ -148,8 +147,10 @@ void measure(QuantizeGroup& group, QuantizeBlock* line, const float (&corner)[3]
         square = here ? square : nowhere;
         __builtin_memcpy(to.id + i % kWidth, &square, sizeof square);
     }
-    const float r = __builtin_sqrtf(reduce_max(largest)), y = __builtin_sqrtf(far);
-    group.slack = 0x1.05p-24f * r * (16.0f * r + 24.0f * y + 4.0f) + 0x1p-49f * (r + y) * (r + y);
+    // R Y <= R (typical + Y^2 / typical) / 2, whose second part a pixel has of its own.
+    const float r = __builtin_sqrtf(reduce_max(largest)), y = __builtin_sqrtf(far), typical = 0.58f * y;
+    group.slope = 0x1.05p-24f * r * 12.0f / typical;
+    group.slack = 0x1.05p-24f * r * (16.0f * r + 12.0f * typical + 4.0f) + 0x1p-49f * (r + y) * (r + y);
     group.line = group.slack < 1.0f ? line : nullptr;
 }
 
@@ -309,7 +310,8 @@ inline void scan(const QuantizeBlock* list, int size, const T* r, const T* g, co
     __builtin_memcpy(found, index, sizeof index);
 }
 
-// Likewise with the group's `line`, at float32's precision; `gap`: from the best to the second one.
+// Likewise with the group's `line`, at float32's precision; `gap`: from the best to the second one, less the
+// pixel's part of the slack.
 inline void scan_line(const QuantizeGroup& group, int first, int32_t* found, float* gap) {
     typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
     Vec x[3][kRegisters], best[kRegisters], second[kRegisters];
@@ -333,7 +335,10 @@ inline void scan_line(const QuantizeGroup& group, int first, int32_t* found, flo
         }
     }
     __builtin_memcpy(found, index, sizeof index);
-    for (int v = 0; v < kRegisters; ++v) store(gap + v * kLanes, second[v] - best[v]);
+    for (int v = 0; v < kRegisters; ++v) {
+        const Vec y = fma(x[0][v], x[0][v], fma(x[1][v], x[1][v], x[2][v] * x[2][v]));
+        store(gap + v * kLanes, second[v] - best[v] - set1(group.slope) * y);
+    }
 }
 
 inline int32_t id_of(const QuantizeGroup& group, int64_t found) {
