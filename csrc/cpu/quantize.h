@@ -104,7 +104,7 @@ bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNo
     const int n = select(cells, limit[0], parent, parent_size);
     cells.built += parent_size + n;
     // A list of half the length is worth it.
-    cells.charged += 2 * n <= parent_size ? (parent_size + n) / 4 : parent_size + n;
+    cells.charged += 2 * n <= parent_size ? (parent_size + n) / 2 : parent_size + n;
     node = {cells.blocks + cells.used, n, -1};
     for (int i = 0; i < blocks_of(n); ++i) {
         QuantizeBlock& block = cells.blocks[cells.used++];
@@ -191,7 +191,7 @@ inline bool promises(const QuantizeCells& cells, const QuantizeNode& node, int l
     if (level < 2 || level < cells.group_bits) return level < 2 || shorter(node, before);
     float last = float(node.size);
     for (int i = level; i < cells.bits; ++i) last *= float(node.size) / float(before);
-    return last < 2 * kWidth;
+    return last < kWidth;
 }
 
 // What to do with the colour (r, g, b), an entry of `leaf`, with all lists on the way to it.
