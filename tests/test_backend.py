@@ -216,7 +216,7 @@ def test_environment_with_a_wrong_value(variable: str, value: str, message: str)
 def test_the_module_and_the_package_speak_the_same() -> None:
     assert backend._C.interface == backend.INTERFACE
     assert backend._C.version == igpt_fast.__version__
-    source = (Path(__file__).parents[1] / "csrc" / "module.cpp").read_text("utf-8")
+    source = (Path(__file__).parents[1] / "csrc" / "bind" / "module.cpp").read_text("utf-8")
     assert f"kInterface = {backend.INTERFACE};" in source
 
 

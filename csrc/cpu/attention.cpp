@@ -1,8 +1,8 @@
 // Causal attention, the drivers: memory, threads, and the kernels of the chosen instruction set.
-#include "attention.h"
-
 #include <algorithm>
 #include <stdexcept>
+
+#include "attention_kernels.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -55,7 +55,7 @@ const CausalAttentionKernels& kernels_here() {
 
 }  // namespace
 
-void causal_attention_fwd(const CausalAttention& p) {
+void causal_attention_fwd(const CausalAttentionParams& p) {
     const CausalAttentionKernels& kernels = kernels_here();
     const int64_t heads = p.batch * p.heads;
     if (heads <= 0 || p.t_q <= 0) return;
@@ -70,7 +70,7 @@ void causal_attention_fwd(const CausalAttention& p) {
     });
 }
 
-void causal_attention_bwd(const CausalAttentionBwd& p) {
+void causal_attention_bwd(const CausalAttentionGradParams& p) {
     const CausalAttentionKernels& kernels = kernels_here();
     const int64_t heads = p.of.batch * p.of.heads;
     if (heads <= 0 || p.of.t_k <= 0) return;

@@ -1,6 +1,4 @@
 // Norms, activations, the loss and dequantize, the drivers: memory, threads, and the order in which sums are made.
-#include "elementwise.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -8,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "elementwise_kernels.h"
 #include "ops.h"
 
 namespace igpt::cpu {

@@ -1,4 +1,4 @@
-// The CUDA launchers, as plain C++: all that module.cpp sees of CUDA.
+// The CUDA launchers, as plain C++: all that the binding (bind/cuda.cpp) sees of CUDA.
 // A launcher sets the device for its length, launches on the given stream and returns the runtime's error code.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace igpt::cuda {
 
-// Nearest colour cluster; see csrc/cpu/ops.h for the definition.
+// Nearest colour cluster; see csrc/cpu/quantize_kernels.h for the definition.
 struct QuantizeParams {
     const void* x;          // (n, 3) uint8 or float32, 16-byte aligned
     const float* clusters;  // (k, 3), any k >= 1
@@ -246,8 +246,8 @@ struct AttentionBwdParams {
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
 };
 
-int attention_fwd(const AttentionFwdParams& params);
-int attention_bwd(const AttentionBwdParams& params);
+int causal_attention_fwd(const AttentionFwdParams& params);
+int causal_attention_bwd(const AttentionBwdParams& params);
 
 // One new position of every sequence against its cache, into which its key and value go. The formula, and what the
 // kernels ask of layouts: attention_decode.cu.

@@ -20,7 +20,7 @@ from igpt_fast import backend
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
 
-# As csrc/cuda/ops.h numbers them, and csrc/cpu/decoder_kernels.h, `Format`.
+# As csrc/cuda/ops.h numbers them, and csrc/cpu/format.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
