@@ -39,7 +39,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/bind/module.cpp has its twin.
-INTERFACE = 5
+INTERFACE = 6
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class Kernels(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """The last two arguments of every CUDA function."""
+        """Where every CUDA function launches: its argument of this name."""
         return self.device, self.stream
 
 

@@ -25,7 +25,7 @@ from igpt_fast.decoders import (
     why_not_settings,
     why_not_shape,
 )
-from igpt_fast.ops.dispatch import is_plain
+from igpt_fast.ops.dispatch import address, is_plain
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTModel
@@ -64,8 +64,16 @@ def run(model: ImageGPTModel, tokens: Tensor | None, hidden: bool = False, cache
     states = last.new_empty(config.n_layer, *last.shape) if hidden else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
-    _forward(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    _forward(model).run(
+        tokens=tokens.data_ptr(),
+        batch=batch,
+        length=length,
+        last=last.data_ptr(),
+        hidden=address(states),
+        keys=address(keys),
+        values=address(values),
+        threads=torch.get_num_threads(),
+    )
     return States(last, states, keys, values)
 
 

@@ -41,7 +41,9 @@ LAYERS: dict[str, set[str]] = {
     "decoders.protocol": set(),
     "decoders.plain_model": {"layers", "ops.__init__"},
     "decoders.reference_decoder": {"cache", "decoders.protocol"},
-    "decoders.cpu_decoder": {"backend", "decoders.plain_model", "decoders.protocol", "packed"},
+    "decoders.cpu_decoder": {
+        *("backend", "decoders.plain_model", "decoders.protocol", "ops.activation", "ops.dispatch", "packed"),
+    },
     "decoders.cuda_step": {
         *("backend", "decoders.plain_model", "ops.__init__", "ops.activation", "ops.attention_decode"),
     },

@@ -12,7 +12,7 @@ void bind_decoder(pybind11::module_& m);
 // Causal attention on the CPU, into _C.
 void bind_attention(pybind11::module_& m);
 
-// The CPU's norms, activations, loss and dequantize, into _C.
+// The CPU's norms, activations, loss, quantize and dequantize, into _C.
 void bind_elementwise(pybind11::module_& m);
 
 // The CPU's forward pass, into _C; after the decoder, whose weights it reads.

@@ -14,6 +14,7 @@
 #include "cpu/checksums.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -49,12 +50,13 @@ void bind_decoder(py::module_& m) {
                  return std::make_shared<cpu::DecoderWeights>(cpu::DecoderShape{
                      layers, embd, heads, inner, positions, vocab, eps, cpu::Then(activation), cpu::Format(format)});
              }),
-             unlocked)
+             unlocked, py::kw_only(), "layers"_a, "embd"_a, "heads"_a, "inner"_a, "positions"_a, "vocab"_a, "eps"_a,
+             "activation"_a, "format"_a)
         .def(
             "set_tables",
             [](cpu::DecoderWeights& self, uintptr_t wte, uintptr_t wpe, uintptr_t norm, const Address& head,
                int32_t threads) { self.set_tables(floats(wte), floats(wpe), floats(norm), source(head), threads); },
-            unlocked)
+            unlocked, py::kw_only(), "wte"_a, "wpe"_a, "norm"_a, "head"_a, "threads"_a)
         .def(
             "set_layer",
             [](cpu::DecoderWeights& self, int64_t layer, uintptr_t norm_1, uintptr_t norm_2, const Address& qkv,
@@ -65,7 +67,8 @@ void bind_decoder(py::module_& m) {
                                 floats(qkv_bias), floats(proj_bias), floats(fc_bias), floats(fc_proj_bias), scale},
                                threads);
             },
-            unlocked);
+            unlocked, py::kw_only(), "layer"_a, "norm_1"_a, "norm_2"_a, "qkv"_a, "qkv_bias"_a, "proj"_a, "proj_bias"_a,
+            "fc"_a, "fc_bias"_a, "fc_proj"_a, "fc_proj_bias"_a, "scale"_a, "threads"_a);
     py::class_<cpu::Decoder>(m, "Decoder")
         .def(py::init([](std::shared_ptr<cpu::DecoderWeights> weights, int64_t batch, int64_t capacity) {
                  return std::make_unique<cpu::Decoder>(std::move(weights), batch, capacity);

@@ -9,6 +9,7 @@
 #include "bind.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -34,5 +35,6 @@ void bind_forward(py::module_& m) {
                           halves(keys), halves(values)},
                          threads);
             },
-            unlocked);
+            unlocked, py::kw_only(), "tokens"_a, "batch"_a, "length"_a, "last"_a, "hidden"_a, "keys"_a, "values"_a,
+            "threads"_a);
 }

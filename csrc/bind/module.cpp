@@ -1,10 +1,7 @@
-// pybind11 module igpt_fast._C: raw addresses and sizes in, Params out to the launchers. No maths, no torch.
-// Whoever calls it has checked every argument (igpt_fast/ops).
+// pybind11 module igpt_fast._C: what was built, what runs, and the parts of bind.h. No maths, no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,26 +11,12 @@
 #include "cpu/ops.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
 // Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
-constexpr int kInterface = 5;
-
-int32_t check_clusters(int64_t k) {
-    if (k < 1 || k > INT32_MAX) throw std::invalid_argument("quantize: clusters has " + std::to_string(k) + " rows");
-    return int32_t(k);
-}
-
-void quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k, int32_t threads) {
-    const igpt::cpu::QuantizeParams params{reinterpret_cast<const void*>(x),
-                                           reinterpret_cast<const float*>(clusters),
-                                           reinterpret_cast<int64_t*>(out),
-                                           n,
-                                           check_clusters(k),
-                                           threads};
-    (is_u8 ? igpt::cpu::quantize_u8 : igpt::cpu::quantize_f32)(params);
-}
+constexpr int kInterface = 6;
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {
     igpt::cpu::Isa all[8];
@@ -56,7 +39,10 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("has_cuda") = false;
 #endif
-    m.def("quantize_cpu", &quantize_cpu, py::call_guard<py::gil_scoped_release>());
+    using igpt::cpu::Activation;
+    m.attr("activations") =
+        py::dict("none"_a = int(Activation::none), "quick_gelu"_a = int(Activation::quick_gelu),
+                 "gelu_tanh"_a = int(Activation::gelu_tanh), "gelu_erf"_a = int(Activation::gelu_erf));
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });

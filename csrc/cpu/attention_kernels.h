@@ -23,8 +23,8 @@ struct CausalAttentionParams {
     AttentionTensor q, k, v, out;
     float* lse;               // (B, H, T_q)
     const int32_t* starts;    // (B,), or null: the first key that may be seen
-    const uint8_t* key_mask;  // (B, T_k) with rows `mask_row` apart, or null
-    int64_t mask_row;
+    const uint8_t* key_mask;  // (B, T_k) with rows `key_mask_stride` apart, or null
+    int64_t key_mask_stride;
     int64_t batch, heads, t_q, t_k;
     int64_t head_dim;  // a multiple of 32, at most kMaxWidth
     float scale;       // greater than 0

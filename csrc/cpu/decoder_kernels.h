@@ -16,8 +16,8 @@
 
 namespace igpt::cpu {
 
-// What happens to x W + bias.
-enum class Then : int32_t { store = 0, add = 1, quick_gelu = 2, gelu_tanh = 3, gelu_erf = 4 };
+// What happens to x W + bias: an Activation (store: none), or it is added to y.
+enum class Then : int32_t { store = -1, quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2, add = 3 };
 
 // A packed matrix. The vectors have as many entries as the padded n.
 struct Matrix {

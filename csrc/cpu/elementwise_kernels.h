@@ -46,15 +46,13 @@ struct NormGradParams {
     int32_t threads;
 };
 
-enum class Activation : int32_t { quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2 };
-
 // out = f(x + bias)
 struct ActivationParams {
     const void* x;     // (rows, n)
     const void* bias;  // (n,), or null
     void* out;         // (rows, n)
     int64_t rows, n;
-    Activation kind;
+    Activation activation;
     Format format;
     int32_t threads;
 };
@@ -67,7 +65,7 @@ struct ActivationGradParams {
     void* dx;          // (rows, n)
     void* dbias;       // (n,); null without a bias
     int64_t rows, n;
-    Activation kind;
+    Activation activation;
     Format format;
     int32_t threads;
 };
@@ -81,18 +79,21 @@ struct CrossEntropyParams {
     int64_t rows, k, ignore_index;
     Format format;
     int32_t threads;
+    // The driver's: (1,) each, the losses' sum or, with `mean`, their mean, and how many rows count; or both null.
+    float *loss, *count;
+    bool mean;
 };
 
 // dlogits[i][k] = (softmax(logits[i])[k] - (k == labels[i])) dloss[i] / count
 struct CrossEntropyGradParams {
-    const float* dloss;       // (rows,) where `each`, else (1,)
+    const float* dloss;       // (rows,) where `for_each`, else (1,)
     const void* logits;       // (rows, k) of `format`
     const int64_t* labels;    // (rows,)
     const float* statistics;  // (rows, 2)
     const float* count;       // (1,), or null: 1
     void* dlogits;            // (rows, k) of `format`
     int64_t rows, k, ignore_index;
-    bool each;
+    bool for_each;
     Format format;
     int32_t threads;
 };
@@ -121,9 +122,8 @@ void norm_fwd(const NormParams& params);
 void norm_bwd(const NormGradParams& params);
 void activation_fwd(const ActivationParams& params);
 void activation_bwd(const ActivationGradParams& params);
-// `total` and `count`, (1,) each: the losses' sum or, with `mean`, their mean, and how many rows count; or both null.
 // Throws std::out_of_range where a label is neither a class nor ignore_index; nothing is written then.
-void cross_entropy_fwd(const CrossEntropyParams& params, float* total, float* count, bool mean);
+void cross_entropy_fwd(const CrossEntropyParams& params);
 void cross_entropy_bwd(const CrossEntropyGradParams& params);
 
 // out[i] = palette[tokens[i]], negative tokens counting from the end.

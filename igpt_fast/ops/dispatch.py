@@ -23,6 +23,7 @@ library = torch.library.Library("igpt_fast", "FRAGMENT")
 # As csrc/cuda/ops.h numbers them, and csrc/cpu/format.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATION_NUMBERS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 
 
 Function = Callable[..., Any]

@@ -155,8 +155,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
     out = torch.full((len(x),), -1)
-    addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
-    backend._C.quantize_cpu(*addresses, len(x), len(clusters), threads)
+    addresses = {"x": x.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
+    sizes = {"n": len(x), "k": len(clusters), "threads": threads}
+    backend._C.quantize_cpu(is_u8=x.dtype == torch.uint8, **addresses, **sizes)
     return out
 
 
@@ -240,19 +241,17 @@ def test_not_a_number_gives_the_first_token() -> None:
 
 @needs_cpu
 def test_any_number_of_threads_gives_the_same() -> None:
-    x, clusters, out = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64), torch.zeros(4_097).long()
+    x, clusters = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64)
     expected = reference.quantize(x, clusters)
     for threads in (-1, 0, 1, 2, 3, 7, 1000):
-        out.fill_(-1)
-        backend._C.quantize_cpu(x.data_ptr(), True, clusters.data_ptr(), out.data_ptr(), len(x), 64, threads)
-        assert torch.equal(out, expected)
+        assert torch.equal(native(x, clusters, threads), expected)
 
 
 @needs_cpu
 @pytest.mark.parametrize("k", [0, -1, 2**31])
 def test_the_module_refuses_a_number_of_clusters_that_it_cannot_count(k: int) -> None:
-    with pytest.raises(ValueError, match="rows"):
-        backend._C.quantize_cpu(0, True, 0, 0, 0, k, 1)
+    with pytest.raises(ValueError if k < 1 else TypeError, match="rows" if k < 1 else "k: the number is too large"):
+        backend._C.quantize_cpu(x=0, is_u8=True, clusters=0, out=0, n=0, k=k, threads=1)
 
 
 @needs_cpu
@@ -266,7 +265,8 @@ pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (8 << 30)  # above what torch has mapped already, which differs by build
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    backend._C.quantize_cpu(x.data_ptr(), True, 0, out.data_ptr(), 8192, 2**31 - 1, 2)
+    places = {"x": x.data_ptr(), "clusters": 0, "out": out.data_ptr()}
+    backend._C.quantize_cpu(**places, is_u8=True, n=8192, k=2**31 - 1, threads=2)
 except MemoryError:
     print("caught")
 """

@@ -133,10 +133,12 @@ struct GeluErf {
 
 // f(type of the elements, activation)
 template <class F>
-inline void dispatch_activation(Activation kind, Format format, F&& f) {
+inline void dispatch_activation(Activation activation, Format format, F&& f) {
     dispatch_format(format, [&](auto type) {
         using P = decltype(bits_for(type));
-        switch (kind) {
+        switch (activation) {
+            case Activation::none:
+                break;
             case Activation::quick_gelu:
                 return f(type, QuickGelu<P>{});
             case Activation::gelu_tanh:
@@ -163,7 +165,7 @@ void activate(const ActivationParams& p, int64_t begin, int64_t end) {
 }
 
 void activation_fwd(const ActivationParams& p, int64_t begin, int64_t end) {
-    dispatch_activation(p.kind, p.format,
+    dispatch_activation(p.activation, p.format,
                         [&](auto type, auto gelu) { activate<decltype(type), decltype(gelu)>(p, begin, end); });
 }
 
@@ -187,7 +189,7 @@ void activate_grad(const ActivationGradParams& p, int64_t begin, int64_t end, fl
 }
 
 void activation_bwd(const ActivationGradParams& p, int64_t begin, int64_t end, float* partial) {
-    dispatch_activation(p.kind, p.format, [&](auto type, auto gelu) {
+    dispatch_activation(p.activation, p.format, [&](auto type, auto gelu) {
         activate_grad<decltype(type), decltype(gelu)>(p, begin, end, partial);
     });
 }

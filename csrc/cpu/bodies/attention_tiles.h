@@ -181,7 +181,7 @@ inline __mmask16 lanes_below(int64_t n) {
 inline const float* hidden_keys(const CausalAttentionParams& p, int64_t b, float* memory) {
     if (p.starts == nullptr && p.key_mask == nullptr) return nullptr;
     const int64_t first = p.starts ? p.starts[b] : 0;
-    const uint8_t* mask = p.key_mask ? p.key_mask + b * p.mask_row : nullptr;
+    const uint8_t* mask = p.key_mask ? p.key_mask + b * p.key_mask_stride : nullptr;
     for (int64_t t = 0; t < padded(p.t_k, kStrip); ++t)
         memory[t] = t >= first && t < p.t_k && (mask == nullptr || mask[t]) ? 0.0f : -__builtin_inff();
     return memory;

@@ -55,7 +55,7 @@ void loss_grad_rows(const CrossEntropyGradParams& p, int64_t begin, int64_t end)
             sweep<1>(p.k, [&](int64_t i, int, auto part) { write(dx + i, zero(), part); });
             continue;
         }
-        const float factor = p.dloss[p.each ? row : 0] / divisor, inverse = p.statistics[2 * row + 1];
+        const float factor = p.dloss[p.for_each ? row : 0] / divisor, inverse = p.statistics[2 * row + 1];
         const Vec largest = set1(p.statistics[2 * row]), scale = set1(factor * inverse);
         sweep<2>(p.k,
                  [&](int64_t i, int, auto part) { write(dx + i, share(read(x + i, part) - largest) * scale, part); });
