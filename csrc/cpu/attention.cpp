@@ -2,15 +2,9 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "attention_kernels.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "arena.h"
-#include "denormals.h"
 #include "ops.h"
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -31,20 +25,12 @@ char* workspace(int64_t bytes) {
 template <class Work>
 void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
     const int threads = int(std::min<int64_t>(usable_threads(wanted), items));
-    const int64_t each = (scratch + 4095) / 4096 * 4096;
+    const int64_t each = padded(scratch, 4096);
     char* memory = workspace(each * threads);
-    // Nothing in the region throws.
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#ifdef _OPENMP
-        char* mine = memory + each * omp_get_thread_num();
-#else
-        char* mine = memory;
-#endif
-        const FlushDenormals flush;
+    in_region(threads, [&](int index, int) {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = items - 1; i >= 0; --i) work(i, mine);
-    }
+        for (int64_t i = items - 1; i >= 0; --i) work(i, memory + each * index);
+    });
 }
 
 const CausalAttentionKernels& kernels_here() {

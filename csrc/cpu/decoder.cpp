@@ -20,10 +20,7 @@
 #include <string>
 
 #include "barrier.h"
-#include "denormals.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -60,7 +57,6 @@ class Worker {
     }
 
     void step(const int64_t* tokens, float* logits) {
-        const FlushDenormals flush;
         embed(tokens);
         meet();
         for (int64_t i = 0; i < w_.shape.layers; ++i) layer(i);
@@ -74,13 +70,9 @@ class Worker {
     }
 
   private:
-    struct Range {
-        int64_t begin, end;
-    };
-
     void meet() { barrier_.wait(count_); }
 
-    Range part(int64_t units) const { return {units * index_ / count_, units * (index_ + 1) / count_}; }
+    Range part(int64_t units) const { return cpu::part(units, index_, count_); }
 
     Range share(const Matrix& m) const {
         const Range registers = part(m.n / w_.kernels.lanes);
@@ -298,16 +290,7 @@ void Decoder::step(const int64_t* tokens, float* logits, int threads) {
     const int wanted = usable_threads(threads);
     reserve(wanted);
     Barrier barrier;
-    // Nothing in the region throws: an exception that leaves it ends the process. It may get fewer threads than wanted.
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    {
-#ifdef _OPENMP
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-        const int index = 0, count = 1;
-#endif
-        Worker(*this, barrier, index, count).step(tokens, logits);
-    }
+    in_region(wanted, [&](int index, int count) { Worker(*this, barrier, index, count).step(tokens, logits); });
     ++position_;
 }
 

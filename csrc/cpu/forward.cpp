@@ -20,10 +20,7 @@
 #include <vector>
 
 #include "barrier.h"
-#include "denormals.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -37,13 +34,6 @@ constexpr int64_t kMostRows = 2048;
 int64_t span_rows(const DecoderShape& s) {
     return std::max(kRows, std::min<int64_t>(512, kSpan / s.embd / kRows * kRows));
 }
-
-struct Range {
-    int64_t begin, end;
-};
-
-// Part `index` of `count` of `units`.
-Range part(int64_t units, int64_t index, int64_t count) { return {units * index / count, units * (index + 1) / count}; }
 
 }  // namespace
 
@@ -342,18 +332,11 @@ void Forward::run(const ForwardParams& params, int threads) const {
     const int wanted = usable_threads(threads);
     std::unique_ptr<Space> space = take(together * positions, wanted);
     std::vector<Barrier> barriers(size_t(wanted) + 1);
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    {
-#ifdef _OPENMP
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-        const int index = 0, count = 1;
-#endif
-        const FlushDenormals flush;
+    in_region(wanted, [&](int index, int count) {
         ForwardWorker worker(*this, params, *space, barriers.data(), index, count);
         for (int64_t first = 0; first < params.batch; first += together)
             worker.run(first, std::min(together, params.batch - first));
-    }
+    });
     delete spare_.exchange(space.release());
 }
 

@@ -51,8 +51,6 @@ struct Coarse {
 inline Fine bits_for(float) { return {}; }
 inline Coarse bits_for(uint16_t) { return {}; }
 
-constexpr float kLog2e = 1.44269504f;
-
 // 2^x for |x| <= 126; NaN stays NaN, or what is multiplied by it has to.
 template <class P>
 inline Vec exp2(Vec x) {

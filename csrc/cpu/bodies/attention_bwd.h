@@ -17,8 +17,6 @@
 namespace igpt::cpu {
 namespace {
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kKeyRows = 64;
 constexpr int64_t kQueryBlock = 128;
 
@@ -85,7 +83,7 @@ inline void prepare_queries(const CausalAttentionGradParams& p, const BwdScratch
             sum = fma(bf16_even(x), bf16_even(y), fma(bf16_odd(x), bf16_odd(y), sum));
         }
         const bool sees = t < count && lse[t] != -__builtin_inff();
-        s.lse[t] = sees ? lse[t] * kLog2E : __builtin_inff();
+        s.lse[t] = sees ? lse[t] * kLog2e : __builtin_inff();
         s.delta[t] = sees ? reduce_add(sum) : 0.0f;
     }
     for (int64_t i = 0; i < rounded * d; i += 16) store(s.dq + i, zero());
@@ -181,14 +179,7 @@ inline void query_gradients(const KeyBlock& k, const BwdScratch& s, int64_t bloc
             for (int64_t strip = 0; strip < strips; ++strip) {
                 const uint16_t* turned = s.keys_turned + strip * kStrip * k.d + i / 16 * kTileSize;
                 const uint16_t* b = pairs + strip * kStrip * kQueryBlock;
-                load_tile<4>(turned, 64);
-                load_tile<6>(b, 64);
-                multiply_bf16<0, 4, 6>();
-                load_tile<7>(b + kTileSize, 64);
-                multiply_bf16<1, 4, 7>();
-                load_tile<5>(turned + kTileSize, 64);
-                multiply_bf16<2, 5, 6>();
-                multiply_bf16<3, 5, 7>();
+                multiply_tiles(turned, turned + kTileSize, 64, b, b + kTileSize);
             }
             store_tile<0>(dq, 64);
             store_tile<1>(dq + 256, 64);
@@ -237,7 +228,7 @@ void causal_bwd(const CausalAttentionGradParams& p, int64_t head, char* memory) 
     const Rows16 keys = rows_of(of.k, b, h, of.t_k, hidden), values = rows_of(of.v, b, h, of.t_k, hidden);
     for (int64_t first = 0; first < of.t_k; first += kKeyRows) {
         const KeyBlock k{
-            d, past, first, least(kKeyRows, padded(of.t_k - first, kStrip)), hidden, set1(of.scale * kLog2E)};
+            d, past, first, least(kKeyRows, padded(of.t_k - first, kStrip)), hidden, set1(of.scale * kLog2e)};
         for (int64_t i = 0; i < kKeyRows * d; i += 16) store(s.dk + i, zero()), store(s.dv + i, zero());
         if (first + k.rows > first_strip(of, b)) {
             pack_rows(keys, first, d, k.rows, s.keys);
@@ -259,8 +250,6 @@ void causal_bwd(const CausalAttentionGradParams& p, int64_t head, char* memory) 
     }
     write_queries(p, s, b, h);
 }
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu

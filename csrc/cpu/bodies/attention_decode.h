@@ -52,7 +52,8 @@ inline float to_int8(const float* x, int64_t n, int8_t* out, int32_t& sum) {
     int32_t total = 0;
     for (int64_t i = 0; i < n; ++i) {
         const float q = x[i] * inverse;
-        const int32_t rounded = int32_t(q + (q < 0 ? -0.5f : 0.5f));
+        // What is not finite is 0: the scale is NaN.
+        const int32_t rounded = q >= -127.5f && q <= 127.5f ? int32_t(q + (q < 0 ? -0.5f : 0.5f)) : 0;
         total += rounded;
         out[i] = int8_t(rounded);
     }
@@ -91,14 +92,7 @@ inline void expect_in(const AttentionDecodeParams& p, int64_t size) {
 
 // Prefetches what `remember` will write and what `attention_decode` would wait for.
 void expect(const AttentionDecodeParams& p) {
-    switch (p.format) {
-        case Format::fp32:
-            return expect_in<Fp32>(p, 4);
-        case Format::bf16:
-            return expect_in<Bf16>(p, 2);
-        case Format::int8:
-            return expect_in<Int8>(p, 1);
-    }
+    in_format(p.format, [&](auto weights) { expect_in<decltype(weights)>(p, format_bytes(p.format)); });
 }
 
 // The inputs of the two products as the format takes them.
@@ -140,12 +134,9 @@ inline void score(const AttentionDecodeParams& p, const Split& q, int64_t from, 
         for (int c = 0; c < registers; ++c) {
             const int64_t at = t + c * kLanes;
             Vec v = load(sums + c * kLanes);
-            if (p.format == Format::int8) {
-#if defined(__AVX512VNNI__)
-                v = whole(sums + c * kLanes, sums + kTile + c * kLanes, p.key_sums + at) * set1(q.scale);
-#endif
-                v = v * load(p.key_scale + at);
-            }
+            if constexpr (F::splits)
+                v = F::whole(sums + c * kLanes, sums + kTile + c * kLanes, p.key_sums + at) * set1(q.scale);
+            if (p.format == Format::int8) v = v * load(p.key_scale + at);
             store(scores + at - from, v);
         }
     }
@@ -163,10 +154,8 @@ inline void mix(const AttentionDecodeParams& p, const Split& probabilities, int6
         one_row<F>(base + n / kLanes * F::bytes, stride, count, probabilities, sums, registers, end, next);
         for (int c = 0; c < registers; ++c) {
             Vec v = load(sums + c * kLanes);
-#if defined(__AVX512VNNI__)
-            if (p.format == Format::int8)
-                v = whole(sums + c * kLanes, sums + kTile + c * kLanes, nullptr) * set1(probabilities.scale);
-#endif
+            if constexpr (F::splits)
+                v = F::whole(sums + c * kLanes, sums + kTile + c * kLanes, nullptr) * set1(probabilities.scale);
             float* at = acc + n + c * kLanes;
             store(at, from == 0 ? v : fma(load(at), set1(keep), v));
         }
@@ -195,9 +184,7 @@ void attention_decode_in(const AttentionDecodeParams& p, int64_t size) {
     Split q, probabilities;
     alignas(64) float acc[max_head_dim + kLanes];
     for (int64_t i = 0; i < p.head_dim; ++i) q.x[i] = p.q[i] * p.scale;
-#if defined(__AVX512VNNI__)
-    if (p.format == Format::int8) q.scale = split_row<true>(q.x, p.head_dim, q.high, q.low);
-#endif
+    if constexpr (F::splits) q.scale = F::template split_row<true>(q.x, p.head_dim, q.high, q.low);
     float most = -__builtin_inff(), total = 0.0f;
     float* scores = probabilities.x;
     // Blocks of equal length: a short last one would leave no time to prefetch what comes after it.
@@ -215,12 +202,10 @@ void attention_decode_in(const AttentionDecodeParams& p, int64_t size) {
         const float keep = from == 0 ? 0.0f : __builtin_expf(before - most);
         total = total * keep + weigh(scores, count, most);
         const int64_t wide = padded(count, value_rows);
-        if (p.format == Format::int8) {
+        if (p.format == Format::int8)
             for (int64_t i = 0; i < count; ++i) scores[i] *= p.value_scale[from + i];
-#if defined(__AVX512VNNI__)
-            probabilities.scale = split_row<false>(scores, wide, probabilities.high, probabilities.low);
-#endif
-        }
+        if constexpr (F::splits)
+            probabilities.scale = F::template split_row<false>(scores, wide, probabilities.high, probabilities.low);
         const char* next = left > block ? p.keys + (from + block) * p.head_dim * size : p.next;
         mix<F>(p, probabilities, from, wide, keep, acc, next);
     }
@@ -234,16 +219,8 @@ void attention_decode_in(const AttentionDecodeParams& p, int64_t size) {
 }
 
 void attention_decode(const AttentionDecodeParams& p) {
-    switch (p.format) {
-        case Format::fp32:
-            return attention_decode_in<Fp32>(p, 4);
-        case Format::bf16:
-            return attention_decode_in<Bf16>(p, 2);
-        case Format::int8:
-            return attention_decode_in<Int8>(p, 1);
-    }
+    in_format(p.format, [&](auto weights) { attention_decode_in<decltype(weights)>(p, format_bytes(p.format)); });
 }
 
 }  // namespace
-
 }  // namespace igpt::cpu

@@ -10,7 +10,6 @@
 #pragma once
 
 #include "attention_decode.h"
-#include "product_tiles.h"
 
 namespace igpt::cpu {
 namespace {
@@ -21,94 +20,30 @@ struct SplitRows {
     alignas(64) uint8_t high[shared_rows][kKeys];
     alignas(64) uint8_t low[shared_rows][kKeys];
     float scale[shared_rows];
-#if defined(__AMX_TILE__)
-    alignas(64) char tiles[kKeys / 32][shared_rows][2][64];  // two halves of each
-#endif
 };
 static_assert(max_head_dim <= kKeys);
 
-// The formats: `split` makes of the first n numbers of row r what its product takes.
-struct SharedFp32 : Fp32 {
-    template <bool Signed>
-    static void split(SplitRows&, int64_t, int64_t) {}
-};
-
-#if defined(__AMX_TILE__)
-
-// Where a product finds its rows.
-inline void take_tiles(Piece& p, const SplitRows& x) {
-    p.tiles = x.tiles[0][0][0];
-    p.tiles_step = sizeof x.tiles[0];
-}
-
-// A number is the sum of two in bf16, which have 16 bits together.
-struct SharedBf16 : Tiled<2, 128> {
-    template <int C, int A, int B>
-    static void multiply() {
-        multiply_bf16<C, A, B>();
-    }
-    template <int R, int C>
-    static void run(const Piece& p) {
-        run_tiles<SharedBf16, C>(p);
-    }
+// The formats: `split` makes of the first n numbers of row r what its product takes; queries and probabilities stay
+// fp32, as in `attention_decode`, where it takes them so.
+template <class F>
+struct Shared : F {
+    using Inputs = SplitRows;
     template <bool Signed>
     static void split(SplitRows& rows, int64_t r, int64_t n) {
-        for (int64_t i = 0; i < n; i += kLanes) {
-            const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
-            const Vec v = _mm512_maskz_loadu_ps(mask, rows.x[r] + i);
-            const auto most = (__m256i)_mm512_cvtneps_pbh(v);
-            const auto rest = (__m256i)_mm512_cvtneps_pbh(v - floats(shift_left<16>(_mm512_cvtepu16_epi32(most))));
-            auto& row = rows.tiles[i / deep][r];
-            __builtin_memcpy(row[0] + i % deep * 2, &most, sizeof most);
-            __builtin_memcpy(row[1] + i % deep * 2, &rest, sizeof rest);
-        }
-        // The other half of the last tile meets zeros, which a NaN that was left there would outlive.
-        if (const int64_t end = padded(n, kLanes); end % deep != 0)
-            for (auto& half : rows.tiles[end / deep][r]) __builtin_memset(half + 32, 0, 32);
+        if constexpr (F::splits) rows.scale[r] = F::template split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
     }
 };
-
-struct SharedInt8 : TiledInt8 {
-    static_assert(max_rows == shared_rows);
-    template <bool Signed>
-    static void split(SplitRows& rows, int64_t r, int64_t n) {
-        auto* high = reinterpret_cast<uint8_t*>(rows.tiles[0][r][0]);
-        rows.scale[r] = split_row<Signed>(rows.x[r], n, high, high + 64, sizeof rows.tiles[0]);
-    }
-};
-
-#else
-
-inline void take_tiles(Piece&, const SplitRows&) {}
-
-// Queries and probabilities stay fp32, as in `attention_decode`.
-struct SharedBf16 : Bf16 {
+struct SharedBf16 : Shared<Bf16> {
     template <int R, int C>
     static void run(const Piece& p) {
         widen<R, C>(p);
     }
-    template <bool Signed>
-    static void split(SplitRows&, int64_t, int64_t) {}
 };
-
-struct SharedInt8 : Int8 {
-#if defined(__AVX512VNNI__)
-    template <bool Signed>
-    static void split(SplitRows& rows, int64_t r, int64_t n) {
-        rows.scale[r] = split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
-    }
-#else
-    template <bool Signed>
-    static void split(SplitRows&, int64_t, int64_t) {}
-#endif
-};
-
-#endif
 
 // sums (rows, 2, kTile) = x W, one tile. A row alone is computed twice: a product of one row adds in another order.
 template <class F>
-inline void several_rows(const char* weights, ptrdiff_t stride, int64_t count, const SplitRows& x, int64_t rows,
-                         float* sums, int registers, const char* end, const char* next) {
+inline void several_rows(const char* weights, ptrdiff_t stride, int64_t count, const typename F::Inputs& x,
+                         int64_t rows, float* sums, int registers, const char* end, const char* next) {
     const int64_t blocks = (rows + F::max_rows - 1) / F::max_rows;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = rows * b / blocks, here = rows * (b + 1) / blocks - row;
@@ -128,7 +63,7 @@ inline void several_rows(const char* weights, ptrdiff_t stride, int64_t count, c
         else
             prefetch_in_parts(piece, end, next, count / F::step, b, blocks);
         if constexpr (F::tiled) {
-            take_tiles(piece, x);
+            F::set_inputs(piece, x);
             run_columns<F, F::max_rows>(piece, registers);
         } else {
             run_rows<F>(piece, here == 1 ? 2 : here, registers);
@@ -146,8 +81,8 @@ constexpr int64_t kSums = (shared_rows + 1) * 2 * kTile;  // of a tile, with a r
 
 // Scores of the primer's positions from .. from + count - 1, a multiple of kLanes.
 template <class F>
-inline void score_rows(const AttentionDecodeParams& p, const SplitRows& q, int64_t rows, int64_t from, int64_t count,
-                       int64_t size, SplitRows& scores) {
+inline void score_rows(const AttentionDecodeParams& p, const typename F::Inputs& q, int64_t rows, int64_t from,
+                       int64_t count, int64_t size, typename F::Inputs& scores) {
     const int64_t d = p.head_dim, tile_bytes = kTile * d * size, seen = padded(p.position + 1, kTile);
     alignas(64) float sums[kSums];
     for (int64_t t = from; t < from + count; t += kTile) {
@@ -160,12 +95,8 @@ inline void score_rows(const AttentionDecodeParams& p, const SplitRows& q, int64
                 const int64_t at = t + c * kLanes;
                 const float* sum = sums + 2 * r * kTile + c * kLanes;
                 Vec v = load(sum);
-                if (p.format == Format::int8) {
-#if defined(__AVX512VNNI__)
-                    v = whole(sum, sum + kTile, p.key_sums + at) * set1(q.scale[r]);
-#endif
-                    v = v * load(p.key_scale + at);
-                }
+                if constexpr (F::splits) v = F::whole(sum, sum + kTile, p.key_sums + at) * set1(q.scale[r]);
+                if (p.format == Format::int8) v = v * load(p.key_scale + at);
                 store(scores.x[r] + at - from, v);
             }
     }
@@ -179,8 +110,8 @@ struct Running {
 
 // acc = acc * keep + probabilities V of each row, over count positions, a multiple of value_rows.
 template <class F>
-inline void mix_rows(const AttentionDecodeParams& p, const SplitRows& probabilities, int64_t rows, int64_t from,
-                     int64_t count, const float* keep, Running& sofar) {
+inline void mix_rows(const AttentionDecodeParams& p, const typename F::Inputs& probabilities, int64_t rows,
+                     int64_t from, int64_t count, const float* keep, Running& sofar) {
     const int64_t width = padded(p.head_dim, kLanes), stride = width / kLanes * F::bytes;
     const char *base = p.values + from / F::step * stride,
                *end = p.values + padded(p.position + 1, value_rows) / F::step * stride;
@@ -192,9 +123,7 @@ inline void mix_rows(const AttentionDecodeParams& p, const SplitRows& probabilit
             for (int c = 0; c < registers; ++c) {
                 const float* sum = sums + 2 * r * kTile + c * kLanes;
                 Vec v = load(sum);
-#if defined(__AVX512VNNI__)
-                if (p.format == Format::int8) v = whole(sum, sum + kTile, nullptr) * set1(probabilities.scale[r]);
-#endif
+                if constexpr (F::splits) v = F::whole(sum, sum + kTile, nullptr) * set1(probabilities.scale[r]);
                 float* at = sofar.acc[r] + n + c * kLanes;
                 store(at, from == 0 ? v : fma(load(at), set1(keep[r]), v));
             }
@@ -203,8 +132,8 @@ inline void mix_rows(const AttentionDecodeParams& p, const SplitRows& probabilit
 
 // The scores of `count` positions become probabilities; returns what to multiply the past with.
 template <class F>
-inline float weigh_row(const AttentionDecodeParams& p, SplitRows& scores, int64_t r, int64_t from, int64_t count,
-                       Running& sofar) {
+inline float weigh_row(const AttentionDecodeParams& p, typename F::Inputs& scores, int64_t r, int64_t from,
+                       int64_t count, Running& sofar) {
     float* x = scores.x[r];
     const int64_t rounded = padded(count, kLanes);
     for (int64_t i = count; i < rounded; ++i) x[i] = -__builtin_inff();
@@ -224,7 +153,7 @@ template <class F>
 [[gnu::nothrow]] void attend_to_prefix(const AttentionDecodeParams& p, const AttentionDecodeParams* rows, int64_t count,
                                        int64_t size, Running& sofar) {
     const int64_t keys = p.position + 1;
-    SplitRows q, probabilities;
+    typename F::Inputs q, probabilities;
     float keep[shared_rows];
     for (int64_t r = 0; r < count; ++r) {
         for (int64_t i = 0; i < p.head_dim; ++i) q.x[r][i] = rows[r].q[i] * p.scale;
@@ -238,19 +167,20 @@ template <class F>
     }
 }
 
-void attention_decode_prefix(const AttentionDecodeParams& primer, const AttentionDecodeParams* sequences,
-                             int64_t count) {
+struct Nothing {};
+
+// Unit: what the products in bf16 and int8 need while they run.
+template <class InBf16, class InInt8, class Unit>
+inline void attend_with(const AttentionDecodeParams& primer, const AttentionDecodeParams* sequences, int64_t count) {
     Running sofar;
     if (primer.format == Format::fp32) {
-        attend_to_prefix<SharedFp32>(primer, sequences, count, 4, sofar);
+        attend_to_prefix<Shared<Fp32>>(primer, sequences, count, 4, sofar);
     } else {
-#if defined(__AMX_TILE__)
-        const Tiles unit;
-#endif
+        [[maybe_unused]] const Unit unit{};
         if (primer.format == Format::bf16)
-            attend_to_prefix<SharedBf16>(primer, sequences, count, 2, sofar);
+            attend_to_prefix<InBf16>(primer, sequences, count, 2, sofar);
         else
-            attend_to_prefix<SharedInt8>(primer, sequences, count, 1, sofar);
+            attend_to_prefix<InInt8>(primer, sequences, count, 1, sofar);
     }
     for (int64_t r = 0; r < count; ++r) {
         float own[2];
@@ -263,6 +193,11 @@ void attention_decode_prefix(const AttentionDecodeParams& primer, const Attentio
         for (int64_t i = 0; i < row.head_dim; ++i)
             row.out[i] = row.out[i] * (after * inverse) + sofar.acc[r][i] * (before * inverse);
     }
+}
+
+void attention_decode_prefix(const AttentionDecodeParams& primer, const AttentionDecodeParams* sequences,
+                             int64_t count) {
+    attend_with<SharedBf16, Shared<Int8>, Nothing>(primer, sequences, count);
 }
 
 }  // namespace

@@ -10,8 +10,6 @@
 namespace igpt::cpu {
 namespace {
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kKeyBlock = 256;
 
 struct FwdScratch {
@@ -113,7 +111,7 @@ void causal_fwd(const CausalAttentionParams& p, int64_t head, int64_t first, int
     pack_columns(rows_of(p.k, b, h, p.t_k, hidden), d, used, s.keys);
     pack_pairs(rows_of(p.v, b, h, p.t_k, hidden), d, used, s.values);
     const Rows16 queries = rows_of(p.q, b, h, p.t_q);
-    const __m512 scale = set1(p.scale * kLog2E);
+    const __m512 scale = set1(p.scale * kLog2e);
     for (int64_t q0 = first; q0 < end; q0 += kStrip) {
         const int64_t rows = least(kStrip, end - q0), seen = padded(q0 + rows + past, kStrip);
         pack_rows(queries, q0, d, kStrip, s.q);
@@ -129,8 +127,6 @@ void causal_fwd(const CausalAttentionParams& p, int64_t head, int64_t first, int
         finish_queries(p, s, b, h, q0, rows);
     }
 }
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu

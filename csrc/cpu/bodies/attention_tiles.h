@@ -8,18 +8,17 @@
 #pragma once
 
 #include "../attention_kernels.h"
+#include "../format.h"
 #include "simd/registers.h"
 #include "simd/tiles.h"
 
 namespace igpt::cpu {
 namespace {
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kStrip = 32;      // positions at a time: two tiles
 constexpr int64_t kTileSize = 512;  // elements of a bf16 tile
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -124,14 +123,15 @@ inline void store_tiles(float* c, int64_t ld) {
     store_tile<3>(c + 16 * ld + 16, 4 * ld);
 }
 
-// C += A B: 32 rows of A, `lda` apart, and two tiles of B.
-inline void multiply_tiles(const uint16_t* a, int64_t lda, const uint16_t* b, const uint16_t* b_next) {
-    load_tile<4>(a, 2 * lda);
-    load_tile<6>(b, 64);
+// C += A B: twice 16 rows of A, `row` bytes apart, and two tiles of B, whose lines are `line` bytes apart.
+inline void multiply_tiles(const uint16_t* a, const uint16_t* a_below, int64_t row, const void* b, const void* b_next,
+                           int64_t line = 64) {
+    load_tile<4>(a, row);
+    load_tile<6>(b, line);
     multiply_bf16<0, 4, 6>();
-    load_tile<7>(b_next, 64);
+    load_tile<7>(b_next, line);
     multiply_bf16<1, 4, 7>();
-    load_tile<5>(a + 16 * lda, 2 * lda);
+    load_tile<5>(a_below, row);
     multiply_bf16<2, 5, 6>();
     multiply_bf16<3, 5, 7>();
 }
@@ -142,7 +142,7 @@ inline void multiply_columns(const uint16_t* a, int64_t d, const uint16_t* b, in
     for (int64_t n = 0; n < columns; n += 32, b += 2 * steps * kTileSize) {
         zero_tiles();
         for (int64_t s = 0; s < steps; ++s)
-            multiply_tiles(a + 32 * s, d, b + s * kTileSize, b + (steps + s) * kTileSize);
+            multiply_tiles(a + 32 * s, a + 32 * s + 16 * d, 2 * d, b + s * kTileSize, b + (steps + s) * kTileSize);
         store_tiles(c + n, ld);
     }
 }
@@ -154,7 +154,7 @@ inline void accumulate_pairs(const uint16_t* a, int64_t lda, const uint16_t* b, 
         load_tiles(c + i, d);
         for (int64_t t = 0; t < positions; t += 32) {
             const uint16_t* tile = b + (t / 32 * (d / 16) + i / 16) * kTileSize;
-            multiply_tiles(a + t, lda, tile, tile + kTileSize);
+            multiply_tiles(a + t, a + t + 16 * lda, 2 * lda, tile, tile + kTileSize);
         }
         store_tiles(c + i, d);
     }
@@ -202,8 +202,6 @@ struct Carve {
         return here;
     }
 };
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu

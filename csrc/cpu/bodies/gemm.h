@@ -15,8 +15,6 @@
 namespace igpt::cpu {
 namespace {
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kWalk = 16;                     // tiles along k
 constexpr int64_t kWeightRow = 256;               // bytes: a pair of k, 64 outputs
 constexpr int64_t kWeightTile = 16 * kWeightRow;  // bytes from tile to tile along k
@@ -57,14 +55,7 @@ inline void walk(const Walk& w, Feed& feed, const Pending& before, const Pending
     for (int64_t i = 0; i < w.steps; ++i) {
         const int64_t k = w.back ? w.steps - 1 - i : i, end = least(kRows, (i + 1) * rows);
         const char* weights = w.last && k == w.steps - 1 ? w.last : w.weights + k * kWeightTile;
-        load_tile<4>(w.x + k * kTileSize, 64);
-        load_tile<6>(weights, kWeightRow);
-        multiply_bf16<0, 4, 6>();
-        load_tile<7>(weights + 64, kWeightRow);
-        multiply_bf16<1, 4, 7>();
-        load_tile<5>(w.x_below + k * kTileSize, 64);
-        multiply_bf16<2, 5, 6>();
-        multiply_bf16<3, 5, 7>();
+        multiply_tiles(w.x + k * kTileSize, w.x_below + k * kTileSize, 64, weights, weights + 64, kWeightRow);
         feed.step();
         for (int64_t r = i * rows; r < end && now.sums; ++r) y.fetch(now.row + r, now.column);
         for (int64_t r = i * rows; r < end && before.sums; ++r) y.finish(before, r);
@@ -122,8 +113,8 @@ inline void gemm_with(const GemmParams& p, const Y& y) {
     for (int64_t r = 0; r < kRows && before.sums; ++r) y.finish(before, r);
 }
 
-// The activations of linear.h, to more digits than bf16 keeps and at half the price: 1 / x has 14 bits.
-inline Vec times_sigmoid(Vec x, Vec minus_u) { return x * _mm512_rcp14_ps(set1(1.0f) + exp2(minus_u * set1(kLog2E))); }
+// Activations, to more digits than bf16 keeps and at half the price: 1 / x has 14 bits.
+inline Vec times_sigmoid(Vec x, Vec minus_u) { return x * _mm512_rcp14_ps(set1(1.0f) + exp2(minus_u * set1(kLog2e))); }
 
 inline Vec quick_gelu_near(Vec x) { return times_sigmoid(x, x * set1(-1.702f)); }
 
@@ -192,11 +183,9 @@ void gemm(const GemmParams& p) {
         case Then::gelu_tanh:
             return gemm_with(p, Output<ToTiles<gelu_tanh_near>>{{p}});
         case Then::gelu_erf:
-            return gemm_with(p, Output<ToTiles<gelu_erf>>{{p}});
+            return gemm_with(p, Output<ToTiles<GeluErf<Fine>::value>>{{p}});
     }
 }
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu

@@ -12,8 +12,6 @@
 namespace igpt::cpu {
 namespace {
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kSpan = 256;  // keys
 
 inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
@@ -139,14 +137,7 @@ inline void score_tiles(const uint16_t* q, const uint16_t* keys, int64_t wide, i
         zero_tiles();
         for (int64_t i = 0; i < wide; i += 32) {
             const uint16_t *a = q + i * 16, *b = keys + t * wide + i * 16;
-            load_tile<4>(a, 64);
-            load_tile<6>(b, 64);
-            multiply_bf16<0, 4, 6>();
-            load_tile<7>(b + 16 * wide, 64);
-            multiply_bf16<1, 4, 7>();
-            load_tile<5>(a + 16 * wide, 64);
-            multiply_bf16<2, 5, 6>();
-            multiply_bf16<3, 5, 7>();
+            multiply_tiles(a, a + 16 * wide, 64, b, b + 16 * wide);
         }
         store_tiles(s.scores + t, kSpan);
     }
@@ -204,14 +195,7 @@ inline void mix_tiles(const uint16_t* values, int64_t wide, int64_t count, Queri
         load_tiles(s.out + i, wide);
         for (int64_t t = 0; t < count; t += 32) {
             const uint16_t *a = s.weights + t, *b = values + t * wide + i / 16 * kTileSize;
-            load_tile<4>(a, 2 * kSpan);
-            load_tile<6>(b, 64);
-            multiply_bf16<0, 4, 6>();
-            load_tile<7>(b + kTileSize, 64);
-            multiply_bf16<1, 4, 7>();
-            load_tile<5>(a + 16 * kSpan, 2 * kSpan);
-            multiply_bf16<2, 5, 6>();
-            multiply_bf16<3, 5, 7>();
+            multiply_tiles(a, a + 16 * kSpan, 2 * kSpan, b, b + kTileSize);
         }
         store_tiles(s.out + i, wide);
     }
@@ -256,7 +240,7 @@ inline void finish_block(const AttentionBlocksParams& p, int64_t block, int64_t 
 void causal_attention_blocks(const AttentionBlocksParams& p) {
     const Tiles tiles;
     const int64_t wide = padded(p.head_dim, 32);
-    const float scale = p.scale * kLog2E;
+    const float scale = p.scale * kLog2e;
     Queries s;
     bool flawed = false;
     for (int64_t block = 0; block < p.begin; ++block) flawed |= p.flawed[block] != 0;
@@ -277,8 +261,6 @@ void causal_attention_blocks(const AttentionBlocksParams& p) {
         finish_block(p, block, wide, s);
     }
 }
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu

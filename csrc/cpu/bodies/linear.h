@@ -2,8 +2,8 @@
 // further rows find a block of weights in the cache.
 #pragma once
 
+#include "activation.h"
 #include "product.h"
-#include "product_tiles.h"
 
 namespace igpt::cpu {
 namespace {
@@ -11,34 +11,8 @@ namespace {
 constexpr int64_t kDepth = 512;  // of k, a multiple of 64
 
 void split(const Rows& rows, int64_t k, Format format) {
-    if (tiled(rows.count, format)) return split_tiles(rows, k, format);
-    if (format == Format::int8) split_bytes(rows, k);
-    if (format == Format::bf16 && rows.count > 1)
-        for (int64_t r = 0; r < rows.count; ++r) halve_row(rows.x + r * rows.ld, k, rows.half + r * rows.ld);
-}
-
-inline Vec quick_gelu(Vec x) { return x / (set1(1.0f) + exp(x * set1(-1.702f))); }
-
-// 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
-inline Vec gelu_tanh(Vec x) {
-    const Vec u = x * fma(x * x, set1(0.044715f), set1(1.0f));
-    return x / (set1(1.0f) + exp(u * set1(-1.59576912f)));
-}
-
-// 0.5 x erfc(-x / sqrt(2)). erfc(y) = exp(-y^2) P(1 / (1 + 0.42 y)) for y >= 0, P fitted to 4e-8.
-inline Vec gelu_erf(Vec x) {
-    const Vec y = abs(x) * set1(0.707106781f), t = set1(1.0f) / fma(y, set1(0.42f), set1(1.0f));
-    Vec p = set1(0.0760096819f);
-    p = fma(p, t, set1(-0.345075231f));
-    p = fma(p, t, set1(0.485002994f));
-    p = fma(p, t, set1(-0.173109188f));
-    p = fma(p, t, set1(0.292445122f));
-    p = fma(p, t, set1(0.187096898f));
-    p = fma(p, t, set1(0.240898579f));
-    p = fma(p, t, set1(0.23673116f));
-    const Vec tail = set1(0.5f) * p * t * exp(zero() - y * y);  // of the side where the result is small
-    // x > 0: x (1 - tail); x < 0: x tail. Both are max(x, 0) - |x| tail.
-    return max(zero(), x) - abs(x) * tail;
+    if (format == Format::int8) Int8::split_rows(rows, k);
+    if (format == Format::bf16 && rows.count > 1) Bf16::split_rows(rows, k);
 }
 
 inline Vec apply(Then then, Vec v, const float* y) {
@@ -46,11 +20,11 @@ inline Vec apply(Then then, Vec v, const float* y) {
         case Then::add:
             return load(y) + v;
         case Then::quick_gelu:
-            return quick_gelu(v);
+            return QuickGelu<Fine>::value(v);
         case Then::gelu_tanh:
-            return gelu_tanh(v);
+            return GeluTanh<Fine>::value(v);
         case Then::gelu_erf:
-            return gelu_erf(v);
+            return GeluErf<Fine>::value(v);
         case Then::store:
             break;
     }
@@ -58,6 +32,7 @@ inline Vec apply(Then then, Vec v, const float* y) {
 }
 
 // From the sums of one tile's registers to y.
+template <class F>
 inline void conclude(const LinearParams& p, int64_t column, int registers) {
     const Matrix& m = *p.matrix;
     for (int64_t r = 0; r < p.rows->count; ++r)
@@ -65,14 +40,10 @@ inline void conclude(const LinearParams& p, int64_t column, int registers) {
             const int64_t n = column + c * kLanes;
             const float* sums = p.scratch + 2 * r * kTile + c * kLanes;
             Vec v = load(sums);
-            if (m.format == Format::int8) {
-                const Vec scale = load(m.scale + n);
-#if defined(__AVX512VNNI__)
-                v = whole(sums, sums + kTile, m.sums + n) * (scale * set1(p.rows->scale[r]));
-#else
-                v = v * scale;
-#endif
-            }
+            if constexpr (F::splits)
+                v = F::whole(sums, sums + kTile, m.sums + n) * (load(m.scale + n) * set1(p.rows->scale[r]));
+            else if (m.format == Format::int8)
+                v = v * load(m.scale + n);
             if (m.bias) v = v + load(m.bias + n);
             float* y = p.y + r * p.ld + n;
             store(y, apply(p.then, v, y));
@@ -115,26 +86,26 @@ void linear_in(const LinearParams& p) {
                 else
                     run_rows<F>(piece, rows.count * (b + 1) / blocks - row, registers);
             }
-        conclude(p, column, registers);
+        conclude<F>(p, column, registers);
         column += registers * kLanes;
     }
 }
 
-void linear(const LinearParams& p) {
-#if defined(__AMX_TILE__)
-    if (tiled(p.rows->count, p.matrix->format)) {
-        const Tiles unit;
-        return p.matrix->format == Format::bf16 ? linear_in<TiledBf16>(p) : linear_in<TiledInt8>(p);
-    }
-#endif
-    switch (p.matrix->format) {
+// f(the format's weights), as they are without tiles.
+template <class F>
+inline void in_format(Format format, F&& f) {
+    switch (format) {
         case Format::fp32:
-            return linear_in<Fp32>(p);
+            return f(Fp32{});
         case Format::bf16:
-            return linear_in<Bf16>(p);
+            return f(Bf16{});
         case Format::int8:
-            return linear_in<Int8>(p);
+            return f(Int8{});
     }
+}
+
+void linear(const LinearParams& p) {
+    in_format(p.matrix->format, [&](auto weights) { linear_in<decltype(weights)>(p); });
 }
 
 // ---- Element by element -------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
 
 // The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group.
 struct Fp32 {
-    static constexpr bool tiled = false;
+    static constexpr bool tiled = false, splits = false;
     static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
     // One set of sums, whatever the rows: a sequence has the same bits in every batch. The chains of the registers
     // beside each other are enough for one row, which waits for memory.
@@ -127,17 +127,22 @@ struct Fp32 {
 };
 
 struct Bf16 {
-    static constexpr bool tiled = false;
+    static constexpr bool tiled = false, splits = false;
     static constexpr int step = 2, bytes = 4 * kLanes, max_rows = kMaxRows;
+    template <class R>
+    static void split_rows(const R& rows, int64_t k) {
+        if constexpr (kPairs)
+            for (int64_t r = 0; r < rows.count; ++r) halve_row(rows.x + r * rows.ld, k, rows.half + r * rows.ld);
+    }
     template <int R, int C>
     static void dot(const Piece& p);
     template <int R, int C>
     static void run(const Piece& p) {
-#if defined(__AVX512BF16__)
         // Several rows are bound by multiply-adds, and this one does two.
-        if constexpr (R > 1) return dot<R, C>(p);
-#endif
-        widen<R, C>(p);
+        if constexpr (kPairs && R > 1)
+            dot<R, C>(p);
+        else
+            widen<R, C>(p);
     }
     template <int R, int C>
     static void widen(const Piece& p) {
@@ -155,7 +160,6 @@ struct Bf16 {
     }
 };
 
-#if defined(__AVX512BF16__)
 template <int R, int C>
 void Bf16::dot(const Piece& p) {
     Vec acc[R][C];
@@ -163,32 +167,15 @@ void Bf16::dot(const Piece& p) {
     each_group(p, p.count / 2, [&](const char* w, const char* far, int64_t g) {
         for (int c = 0; c < C; ++c) {
             prefetch(far + c * bytes);
-            const auto v = (__m512bh)load_ints(w + c * bytes);
-            for (int r = 0; r < R; ++r) {
-                int32_t pair;
-                __builtin_memcpy(&pair, p.half + r * p.ld + 2 * g, 4);
-                acc[r][c] = _mm512_dpbf16_ps(acc[r][c], (__m512bh)_mm512_set1_epi32(pair), v);
-            }
+            const Ints v = load_ints(w + c * bytes);
+            for (int r = 0; r < R; ++r) acc[r][c] = add_pairs(acc[r][c], p.half + r * p.ld + 2 * g, v);
         }
     });
     finish(p, acc);
 }
 
-inline void halve_row(const float* x, int64_t n, uint16_t* half) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
-        const auto v = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
-        _mm256_mask_storeu_epi16(half + i, mask, v);
-    }
-}
-#else
-inline void halve_row(const float*, int64_t, uint16_t*) {}
-#endif
-
-#if defined(__AVX512VNNI__)
-
-struct Int8 {
-    static constexpr bool tiled = false;
+struct Int8Bytes {
+    static constexpr bool tiled = false, splits = true;
     static constexpr int step = 4, bytes = 4 * kLanes, max_rows = 3;
     template <int R, int C>
     static void run(const Piece& p) {
@@ -196,76 +183,46 @@ struct Int8 {
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) {
                 const float* sums = p.sums + 2 * r * p.width + c * kLanes;
-                high[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums);
-                low[r][c] = p.first ? _mm512_setzero_si512() : load_ints(sums + p.width);
+                high[r][c] = p.first ? Ints{} : load_ints(sums);
+                low[r][c] = p.first ? Ints{} : load_ints(sums + p.width);
             }
         each_group(p, p.count / 4, [&](const char* w, const char* far, int64_t g) {
             for (int c = 0; c < C; ++c) {
                 prefetch(far + c * bytes);
                 const Ints v = load_ints(w + c * bytes);
                 for (int r = 0; r < R; ++r) {
-                    high[r][c] = _mm512_dpbusd_epi32(high[r][c], four(p.high + r * p.ld + 4 * g), v);
-                    low[r][c] = _mm512_dpbusd_epi32(low[r][c], four(p.low + r * p.ld + 4 * g), v);
+                    high[r][c] = add_bytes(high[r][c], p.high + r * p.ld + 4 * g, v);
+                    low[r][c] = add_bytes(low[r][c], p.low + r * p.ld + 4 * g, v);
                 }
             }
         });
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) {
                 float* sums = p.sums + 2 * r * p.width + c * kLanes;
-                _mm512_storeu_si512(sums, high[r][c]);
-                _mm512_storeu_si512(sums + p.width, low[r][c]);
+                store_ints(sums, high[r][c]);
+                store_ints(sums + p.width, low[r][c]);
             }
     }
-    static Ints four(const uint8_t* bytes_of_x) {
-        int32_t word;
-        __builtin_memcpy(&word, bytes_of_x, 4);
-        return _mm512_set1_epi32(word);
+    // The machine's, which others do not have.
+    template <bool Signed, class T>
+    static float split_row(const T* x, int64_t n, uint8_t* high, uint8_t* low, int64_t step = 64) {
+        return split_bytes(Flag<Signed>{}, x, n, high, low, step);
+    }
+    template <class T>
+    static Vec whole(const T* high, const T* low, const int32_t* sums) {
+        return join_bytes(high, low, sums);
+    }
+    template <class R>
+    static void split_rows(const R& rows, int64_t k) {
+        for (int64_t r = 0; r < rows.count; ++r)
+            rows.scale[r] = split_row<true>(rows.x + r * rows.ld, k, rows.high + r * rows.ld, rows.low + r * rows.ld);
     }
 };
 
-// 128 (high - 128 sums) + low of integer sums; `sums` null where high has no offset.
-inline Vec whole(const float* high, const float* low, const int32_t* sums) {
-    Ints h = load_ints(high);
-    if (sums) h = _mm512_sub_epi32(h, _mm512_slli_epi32(load_ints(sums), 7));
-    return fma(_mm512_cvtepi32_ps(h), set1(128.0f), _mm512_cvtepi32_ps(load_ints(low)));
-}
-
-// x as 15 bits: signed with an offset of 128 in `high`, or, for what is not negative, unsigned; returns the scale,
-// which is NaN when something in x is not finite. Every 64 bytes are `step` from those before.
-template <bool Signed>
-inline float split_row(const float* x, int64_t n, uint8_t* high, uint8_t* low, int64_t step = 64) {
-    Vec most = zero(), poison = zero();
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
-        const Vec v = _mm512_maskz_loadu_ps(mask, x + i);
-        most = max(most, abs(v));
-        poison = fma(v, zero(), poison);
-    }
-    constexpr float steps = Signed ? 16256.0f : 32767.0f;
-    const float largest = reduce_max(most), scale = largest / steps;
-    // Numbers so small that their steps have no inverse are zero.
-    const Vec inverse = set1(scale > 1e-37f ? 1.0f / scale : 0.0f);
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
-        const Ints q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
-        const Ints h = _mm512_srai_epi32(q, 7), offset = _mm512_set1_epi32(Signed ? 128 : 0);
-        const int64_t at = i / 64 * step + i % 64;
-        _mm512_mask_cvtepi32_storeu_epi8(high + at, mask, _mm512_add_epi32(h, offset));
-        _mm512_mask_cvtepi32_storeu_epi8(low + at, mask, _mm512_and_si512(q, _mm512_set1_epi32(127)));
-    }
-    return scale + reduce_add(poison);
-}
-
-inline void split_bytes(const Rows& rows, int64_t k) {
-    for (int64_t r = 0; r < rows.count; ++r)
-        rows.scale[r] = split_row<true>(rows.x + r * rows.ld, k, rows.high + r * rows.ld, rows.low + r * rows.ld);
-}
-
-#else
-
-struct Int8 {
-    static constexpr bool tiled = false;
+struct Int8Floats {
+    static constexpr bool tiled = false, splits = false;
     static constexpr int step = 1, bytes = kLanes, max_rows = kMaxRows;
+    static void split_rows(const Rows&, int64_t) {}
     template <int R, int C>
     static void run(const Piece& p) {
         const Piece pairs = paired(p);
@@ -282,9 +239,7 @@ struct Int8 {
     }
 };
 
-inline void split_bytes(const Rows&, int64_t) {}
-
-#endif
+using Int8 = Choice<kBytes, Int8Bytes, Int8Floats>::Type;
 
 // A piece of any number of registers up to 4.
 template <class F, int R>

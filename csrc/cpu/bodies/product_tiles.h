@@ -5,13 +5,11 @@
 // are not there hold whatever lies behind; no row meets another. Bound by reading the weights.
 #pragma once
 
-#include "product.h"
+#include "linear.h"
 #include "simd/tiles.h"
 
 namespace igpt::cpu {
 namespace {
-
-#if defined(__AMX_TILE__)
 
 constexpr bool tiled(int64_t rows, Format format) { return rows > 1 && format != Format::fp32; }
 
@@ -87,6 +85,7 @@ inline void run_tiles(const Piece& p) {
 }
 
 struct TiledBf16 : Tiled<2, 64> {
+    static constexpr bool splits = false;
     template <int C, int A, int B>
     static void multiply() {
         multiply_bf16<C, A, B>();
@@ -98,6 +97,8 @@ struct TiledBf16 : Tiled<2, 64> {
 };
 
 struct TiledInt8 : Tiled<4, 128> {
+    static constexpr bool splits = true;
+    static constexpr auto whole = Int8::whole<float>;
     template <int C, int A, int B>
     static void multiply() {
         multiply_bytes<C, A, B>();
@@ -114,7 +115,7 @@ inline void split_tiles(const Rows& rows, int64_t k, Format format) {
         const float* x = rows.x + r * rows.ld;
         if (format == Format::int8) {
             auto* high = reinterpret_cast<uint8_t*>(rows.tiles + r * TiledInt8::row_bytes);
-            rows.scale[r] = split_row<true>(x, k, high, high + 64, rows.count * TiledInt8::row_bytes);
+            rows.scale[r] = Int8::split_row<true>(x, k, high, high + 64, rows.count * TiledInt8::row_bytes);
             continue;
         }
         char* out = rows.tiles + r * TiledBf16::row_bytes;
@@ -127,12 +128,15 @@ inline void split_tiles(const Rows& rows, int64_t k, Format format) {
     }
 }
 
-#else
+void split_by_tiles(const Rows& rows, int64_t k, Format format) {
+    tiled(rows.count, format) ? split_tiles(rows, k, format) : split(rows, k, format);
+}
 
-constexpr bool tiled(int64_t, Format) { return false; }
-inline void split_tiles(const Rows&, int64_t, Format) {}
-
-#endif
+void linear_by_tiles(const LinearParams& p) {
+    if (!tiled(p.rows->count, p.matrix->format)) return linear(p);
+    const Tiles unit;
+    p.matrix->format == Format::bf16 ? linear_in<TiledBf16>(p) : linear_in<TiledInt8>(p);
+}
 
 }  // namespace
 }  // namespace igpt::cpu

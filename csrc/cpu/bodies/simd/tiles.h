@@ -1,4 +1,4 @@
-// The tile unit (AMX). Included by bodies where __AMX_TILE__ is defined.
+// The tile unit (AMX). Included by the bodies of isa/amx.cpp alone, over AVX-512 with its products.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,6 @@
 
 namespace igpt::cpu {
 namespace {
-
-#if defined(__AMX_TILE__)
 
 struct alignas(64) TileLayout {
     uint8_t palette, start_row, reserved[14];
@@ -51,8 +49,6 @@ template <int C, int A, int B>
 inline void multiply_bytes() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-
-#endif
 
 }  // namespace
 }  // namespace igpt::cpu
