@@ -320,6 +320,7 @@ def test_the_steps(check: ModuleType) -> None:
     assert names == list(check.PARTS)
     assert names[:3] == ["build", "module", "sampling"]
     assert sum(check.SECONDS.values()) == check.BUDGET == 480
+    assert set(check.COMMANDS_NEED) == set(importlib.import_module("bench_commands").NEEDED)
     assert [step.name for step in steps if step.sources] == list(check.SECONDS_IF_CHANGED)
     for i, step in enumerate(steps):
         assert set(step.needs) <= set(names[:i])
