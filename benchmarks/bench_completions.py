@@ -20,9 +20,11 @@ import common
 import torch
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.decoders import CpuDecoder
-from igpt_fast.generation import Sampling, decode
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+from igpt_fast.draws import Sampling
+from igpt_fast.engines.cpu import weights
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.sampling.decoding import decode
 
 COLUMNS = ("dtype", "threads", "n", "name", "seconds", "first_token", "step_ms_early", "step_ms_late", "times")
 DTYPES = {"bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="completions")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
-    if reason := backend.no_native_decoder():
+    if reason := weights.no_native_decoder():
         raise SystemExit(f"there is no native decoder to measure: {reason}")
     torch.set_num_threads(options.threads)
     rows = []

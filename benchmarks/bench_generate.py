@@ -36,8 +36,10 @@ import torch
 from ceilings import Ceilings, Work
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.decoders import ReferenceDecoder, make_decoder
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cpu import weights as weights_module
+from igpt_fast.engines.reference import ReferenceDecoder
 
 COLUMNS = ("work", "batch", "position", "dtype", "name", "ms", "ms_spread", "cpu_ms", "times_hf", "times_peer")
 COLUMNS += ("of_limit", "error", "mb")
@@ -302,7 +304,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="batch 1, and no whole images")
     parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
     options = parser.parse_args()
-    if reason := backend.no_native_decoder():
+    if reason := weights_module.no_native_decoder():
         raise SystemExit(f"there is no native decoder to measure: {reason}")
     torch.set_num_threads(options.threads)
     options.openvino = common.installed("openvino") and common.installed("nncf")

@@ -149,6 +149,7 @@ def main() -> int:
 
 def bench_cpu(options: argparse.Namespace) -> int:
     import cpu_ops
+    import palettes
 
     if options.dry_run:
         raise SystemExit("--dry-run is for the calls of --device cuda")
@@ -163,6 +164,9 @@ def bench_cpu(options: argparse.Namespace) -> int:
                 for content in ("random", "photograph"):
                     rows += bench_quantize(content, count, side, number, options.rounds)
         print(common.table(rows, COLUMNS))
+        crowded = [row for number in threads for row in palettes.bench(number, options.rounds)]
+        print(common.table(crowded, palettes.COLUMNS))
+        rows += crowded
     copies = {number: cpu_ops.copy_gb_s(number) for number in threads}
     others: list[dict[str, Any]] = []
     for workload in workloads.workloads(cpu_ops.MAKERS, options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):

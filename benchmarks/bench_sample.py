@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
-from igpt_fast.pipeline import BUNDLED
+from igpt_fast.engines.cpu import weights
+from igpt_fast.files import BUNDLED
 
 COLUMNS = ("model", "batch", "dtype", "name", "seconds", "seconds_spread", "images_s", "times_hf", "times_reference")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=("bundled", "s"), default=["bundled", "s"])
     parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
     options = parser.parse_args()
-    if reason := backend.no_native_decoder():
+    if reason := weights.no_native_decoder():
         raise SystemExit(f"there is no native decoder to measure: {reason}")
     torch.set_num_threads(options.threads)
     if options.dry_run:

@@ -42,7 +42,11 @@ from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops, reference, use_backend
 from igpt_fast.config import PRESETS
-from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, forget, make_decoder, most_images, why_not_cuda
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.idle import forget
+from igpt_fast.engines.memory import most_images
+from igpt_fast.engines.reference import ReferenceDecoder
 
 COLUMNS = ("part", "model", "batch", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
 COLUMNS += ("off", "error")
@@ -411,12 +415,8 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     run.rows.add(row | more | {"kernels": kernels[:KERNELS]})
 
 
-PARTS: dict[str, Callable[[Run, str], None]] = {
-    "sampling": bench_sampling,
-    "gpt-fast": bench_sampling,
-    "steps": bench_steps,
-    "profile": bench_profile,
-}
+Bench = Callable[[Run, str], None]
+PARTS: dict[str, Bench] = dict(zip(BATCHES, (bench_sampling, bench_sampling, bench_steps, bench_profile), strict=True))
 
 
 # ---- Time ---------------------------------------------------------------------------------------------------

@@ -118,9 +118,9 @@ def _summary(wall: Sequence[float], cpu: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    from igpt_fast import backend
+    from igpt_fast import environment
 
-    report = backend.config()
+    report = environment.config()
     device = report["devices"][-1]
     return {
         "commit": commit(),

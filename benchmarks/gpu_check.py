@@ -86,7 +86,7 @@ SOURCES = {
 
 # The tests with the marker gpu stand here; those of models need the packages that models need.
 GPU_TESTS = ("tests/ops", "tests/emulator")
-MODEL_TESTS = ("tests/test_outputs.py",)
+MODEL_TESTS = ("tests/model/test_outputs.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
 COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")

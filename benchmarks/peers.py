@@ -1,7 +1,7 @@
 """The peers' code: what somebody who knows PyTorch writes for speed, for torch.compile, OpenVINO and torchao as well.
 
 One module, ``Expert``, serves all of them: fused projection of queries, keys and values, ``F.rms_norm``, SDPA, a static
-cache. A peer reads tokens as ``igpt_fast.decoders.Decoder`` does: ``prefill`` and ``step``.
+cache. A peer reads tokens as ``igpt_fast.engines.choice.Decoder`` does: ``prefill`` and ``step``.
 """
 
 from __future__ import annotations

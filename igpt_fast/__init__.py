@@ -16,8 +16,8 @@ _NAMES = {
     "ImageGPTModel": "model",
     "ImageGPTForCausalImageModeling": "model",
     "ImageGPTForImageClassification": "model",
-    "DynamicCache": "cache",
-    "StaticCache": "cache",
+    "DynamicCache": "engines.cache",
+    "StaticCache": "engines.cache",
     "ImageGPTImageProcessor": "image",
     "quantize": "image",
     "dequantize": "image",
@@ -33,7 +33,7 @@ _NAMES = {
     "center_crop": "image",
     "Pipeline": "pipeline",
     "Generation": "pipeline",
-    "show_config": "backend",
+    "show_config": "environment",
     "set_backend": "backend",
     "get_backend": "backend",
     "use_backend": "backend",
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from igpt_fast.backend import BackendUnavailableError as BackendUnavailableError
     from igpt_fast.backend import get_backend as get_backend
     from igpt_fast.backend import set_backend as set_backend
-    from igpt_fast.backend import show_config as show_config
     from igpt_fast.backend import use_backend as use_backend
-    from igpt_fast.cache import DynamicCache as DynamicCache
-    from igpt_fast.cache import StaticCache as StaticCache
     from igpt_fast.config import ImageGPTConfig as ImageGPTConfig
+    from igpt_fast.engines.cache import DynamicCache as DynamicCache
+    from igpt_fast.engines.cache import StaticCache as StaticCache
+    from igpt_fast.environment import show_config as show_config
     from igpt_fast.image import ImageGPTImageProcessor as ImageGPTImageProcessor
     from igpt_fast.image import center_crop as center_crop
     from igpt_fast.image import dequantize as dequantize

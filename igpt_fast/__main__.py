@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """Runs the command line of this process; returns the exit code."""
     try:
-        from igpt_fast import cli
+        from igpt_fast.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:

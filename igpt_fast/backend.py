@@ -20,7 +20,6 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -66,98 +65,8 @@ class Op:
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
 LEAST_CPU = 1 << 16
 
-# Every op of igpt_fast.ops.
-OPS: dict[str, Op] = {
-    "quantize": Op(
-        ("cpu", "cuda"),
-        "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
-    ),
-    "dequantize": Op(
-        native=("cpu", "cuda"),
-        covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
-        otherwise="torch indexing",
-        covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
-    ),
-    "rms_norm": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
-        covers_cpu="fp32, bf16; a weight of either",
-        least_cpu=LEAST_CPU,
-    ),
-    "layer_norm": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
-        covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
-        least_cpu=LEAST_CPU,
-    ),
-    **dict.fromkeys(
-        ("quick_gelu", "gelu_tanh", "gelu_erf"),
-        Op(
-            native=("cpu", "cuda"),
-            covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
-            covers_cpu="fp32, bf16; x and bias of one dtype",
-            least_cpu=LEAST_CPU,
-        ),
-    ),
-    "activation": Op(
-        native=("cpu", "cuda"),
-        covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
-        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
-        "without a bias",
-        least_cpu=LEAST_CPU,
-    ),
-    "cross_entropy": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; K to 65536",
-        covers_cpu="fp32, bf16",
-        least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
-    ),
-    "causal_attention": Op(
-        native=("cpu", "cuda"),
-        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-        covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-        needs_isa="amx",
-        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
-        "another scale",
-    ),
-    "causal_attention_packed": Op(
-        native=("cpu", "cuda"),
-        covers="what causal_attention's does",
-        covers_cpu="what causal_attention's does",
-        needs_isa="amx",
-        otherwise="causal_attention of the three parts",
-    ),
-    "attention_decode": Op(
-        native=("cuda",),
-        covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values may be fp8; fp32 without a prefix",
-        otherwise="torch expression over the whole cache",
-    ),
-    "gemv": Op(
-        native=("cuda",),
-        covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
-        "a weight with a contiguous dimension",
-        otherwise="torch linear",
-    ),
-    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
-    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
-}
-# Every decoder of igpt_fast.decoders, the faster one first: what it covers.
-DECODERS: dict[str, str] = {
-    "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' of the first two; quick_gelu, gelu,"
-    " gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; no autocast, hooks or replaced modules;"
-    " five kernels a layer for 8 images at most in bf16 and fp16, else torch's products with the rest fused; CUDA"
-    " graphs",
-    "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
-    " n_inner of 8, head_dim of 8 to 256; no autocast, hooks or replaced modules",
-    "reference": "for everything else",
-}
-# Every forward pass of igpt_fast.forwards, the faster one first: what it covers.
-FORWARDS: dict[str, str] = {
-    "cpu": "for CPU models in bf16 and eval mode, without gradient, as the decoder covers them; token ids alone: no"
-    " mask, cache to extend, embeddings, positions or attention weights; sequences of 8 positions or more, or 8 of them"
-    " at most; no compiling or transforms",
-    "torch": "for everything else",
-}
+# Every op of igpt_fast.ops: each file there adds the rows of its ops.
+OPS: dict[str, Op] = {}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -372,7 +281,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
         return Kernels(_emulated, "cuda", 0, 0)
     if chosen not in ("auto", device.type):
         raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
-    reason = _no_kernels(op, device)
+    reason = no_kernels(op, device)
     if reason is not None:
         if forced or (chosen == "cuda" and "cuda" in OPS[op].native):
             raise BackendUnavailableError(f"{op}: {reason}")
@@ -385,189 +294,27 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     return Kernels(_C, "cuda", device.index, stream, _dependent.get())
 
 
-def _no_kernels(op: str, device: torch.device) -> str | None:
+def no_kernels(op: str, device: torch.device) -> str | None:
     """Why the compiled module does not serve an op on a device."""
     if _C is None:
         return native_reason
     if device.type not in OPS[op].native:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
-        return _no_isa(op)
+        return no_isa(op)
     return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
 
 
-def _no_isa(op: str) -> str | None:
+def no_isa(op: str) -> str | None:
     """Why the chosen instruction set has no kernel of an op on the CPU."""
     assert _C is not None
     needed = OPS[op].needs_isa
     return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
 
 
-def implementation(op: str, device_type: str) -> tuple[str, str]:
-    """What runs for an op on ``"cpu"`` or ``"cuda"`` under the chosen backend, and why nothing faster does.
-
-    Returns:
-        (implementation, reason). Where the native one runs, the reason says what it covers, and is empty where that
-        is everything.
-    """
-    entry, chosen = OPS[op], get_backend()
-    if chosen == "reference" and entry.native:
-        return "reference", "the backend 'reference' is chosen"
-    if chosen not in ("auto", "reference", device_type) and entry.native:
-        return "none", f"the backend {chosen!r} is chosen"
-    if device_type not in entry.native:
-        return entry.otherwise, f"there is no kernel for {device_type} tensors in this version"
-    reason = unavailable(device_type)
-    if reason is not None:
-        return "reference", reason
-    assert _C is not None
-    if device_type == "cpu":
-        if reason := _no_isa(op):
-            return entry.otherwise, reason
-        least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
-        return f"native ({_C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
-    return "native", f"for {entry.covers}"
-
-
-def _decoder(name: str) -> tuple[str, str]:
-    """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
-    if name == "reference":
-        return "the PyTorch model with a static key/value cache", DECODERS[name]
-    if name == "cuda":
-        reason = unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
-        return ("none", reason) if reason is not None else ("native", DECODERS[name])
-    reason = no_native_decoder()
-    if reason is not None:
-        return "none", reason
-    assert _C is not None
-    return f"native ({_C.cpu_isa()})", DECODERS[name]
-
-
-def no_cuda_decoder(device: torch.device) -> str | None:
-    """Why the CUDA kernels' decoder serves no model on a device; ``None`` when it does."""
-    if get_backend() not in ("auto", "cuda"):
-        return f"the backend {get_backend()!r} is chosen"
-    if _emulated is not None and device.type == "cpu":
-        return None
-    return _no_kernels("attention_decode", device) if device.type == "cuda" else f"the model is on {device}"
-
-
-def _forward(name: str) -> tuple[str, str]:
-    """As ``_decoder``, for a forward pass."""
-    if name == "torch":
-        return "the PyTorch layers", FORWARDS[name]
-    reason = no_native_forward()
-    if reason is not None:
-        return "none", reason
-    assert _C is not None
-    return f"native ({_C.cpu_isa()})", FORWARDS[name]
-
-
-def no_native_forward() -> str | None:
-    """Why the compiled module's forward pass serves no model on the CPU; ``None`` when it does."""
-    if reason := no_native_decoder():
-        return reason
-    assert _C is not None
-    return None if _C.has_cpu_forward() else f"the instruction set {_C.cpu_isa()!r} has no tiles (AMX)"
-
-
-def no_native_decoder() -> str | None:
-    """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
-    if reason := unavailable("cpu"):
-        return reason
-    if get_backend() not in ("auto", "cpu"):
-        return f"the backend {get_backend()!r} is chosen"
-    return None if _emulated is None else "the emulated kernels serve the CPU"
-
-
-def config() -> dict[str, Any]:
-    """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
-    import numpy
-
-    build: dict[str, Any] = {"compiled": _C is not None}
-    if _C is None:
-        build["reason"] = native_reason
-    else:
-        build |= {"compiler": _C.compiler, "openmp": _C.openmp, "cuda": _C.cuda_status, "file": _C.__file__}
-    devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            devices.append(
-                {"name": f"cuda:{i}", "processor": torch.cuda.get_device_name(i), "capability": f"{major}.{minor}"}
-            )
-    ops = {
-        op: {
-            device: dict(zip(("runs", "reason"), implementation(op, device), strict=True)) for device in ("cpu", "cuda")
-        }
-        for op in OPS
-    }
-    return {
-        "versions": {
-            "igpt_fast": igpt_fast.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-        },
-        "build": build,
-        "devices": devices,
-        "isa": {
-            "compiled": dict(_C.cpu_isas()) if _C is not None else {},
-            "live": _C.cpu_isa() if _C is not None else None,
-        },
-        "backend": get_backend(),
-        "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := unavailable(name))},
-        "ops": ops,
-        "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
-        "forwards": {name: dict(zip(("runs", "reason"), _forward(name), strict=True)) for name in FORWARDS},
-    }
-
-
-def format_config(report: dict[str, Any]) -> str:
-    """``config()`` as text."""
-    lines = [" ".join(f"{name} {version}" for name, version in report["versions"].items())]
-    build = report["build"]
-    lines.append(
-        f"build      {build['compiler']}; OpenMP {build['openmp']}; CUDA {build['cuda']}"
-        if build["compiled"]
-        else f"build      none: {build['reason']}"
-    )
-    for device in report["devices"]:
-        rest = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("name", "processor"))
-        lines.append(f"device     {device['name']}: {device['processor']} ({rest})")
-    isas = ", ".join(
-        name if has else f"{name} (not on this processor)" for name, has in report["isa"]["compiled"].items()
-    )
-    lines.append(f"isa        {report['isa']['live'] or 'none'} of {isas or 'none'}")
-    lines.append(f"backend    {report['backend']}")
-    lines += [f"           {name} is not available: {reason}" for name, reason in report["unavailable"].items()]
-    wide = 1 + max(map(len, [*report["ops"], *report["decoders"], *report["forwards"]]))
-    for op, by_device in report["ops"].items():
-        for device, live in by_device.items():
-            lines.append(f"op         {op:<{wide}}{device:<5} {_line(live)}")
-    lines += [f"decoder    {name:<{wide}}      {_line(live)}" for name, live in report["decoders"].items()]
-    lines += [f"forward    {name:<{wide}}      {_line(live)}" for name, live in report["forwards"].items()]
-    return "\n".join(lines)
-
-
 def show_config() -> None:
-    """Prints versions, build, devices, instruction sets and what runs for every op, decoder and forward pass."""
-    print(format_config(config()))
-
-
-def _line(live: dict[str, str]) -> str:
-    return f"{live['runs']} [{live['reason']}]" if live["reason"] else live["runs"]
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+    """``igpt_fast.show_config``, by the name under which it is imported from here."""
+    igpt_fast.show_config()
 
 
 def _start() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -14,18 +13,21 @@ from PIL import Image
 from torch import Tensor
 
 from igpt_fast import image as images_module
-from igpt_fast.decoders import cache_bytes, check_dtype, most_images
-from igpt_fast.generation import Sampling, check_count, check_scale, check_seed
+from igpt_fast.checks import check_count
+from igpt_fast.draws import Sampling
+from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.memory import cache_bytes, most_images
+from igpt_fast.files import BUNDLED
 from igpt_fast.image import ImageGPTImageProcessor
-from igpt_fast.inpainting import following, given_pixels
-from igpt_fast.inpainting import kept_rows as kept_rows
 from igpt_fast.model import ImageGPTForCausalImageModeling
-from igpt_fast.results import Generation as Generation
-from igpt_fast.results import InterruptedGeneration as InterruptedGeneration
-from igpt_fast.streaming import MAX_CANDIDATES, Pictures, Progress, Stream, Task
-from igpt_fast.streaming import RowEvent as RowEvent
+from igpt_fast.sampling.inpainting import following, given_pixels
+from igpt_fast.sampling.inpainting import kept_rows as kept_rows
+from igpt_fast.sampling.results import Generation as Generation
+from igpt_fast.sampling.results import InterruptedGeneration as InterruptedGeneration
+from igpt_fast.sampling.rules import check_scale, check_seed
+from igpt_fast.sampling.streaming import MAX_CANDIDATES, Pictures, Progress, Stream, Task
+from igpt_fast.sampling.streaming import RowEvent as RowEvent
 
-BUNDLED = Path(__file__).parent / "assets" / "emoji16"
 CACHE_BUDGET = 1 << 30  # bytes of key/value cache that the default batch size may take
 MAX_IMAGES = 1 << 24  # of one call
 MAX_FIRST = 1 << 30  # index of its first one
@@ -425,6 +427,7 @@ class Pipeline:
             "batch_size": stream.batch_size,
             "device": str(self.device),
             "engine": stream.engine,
+            **({} if stream.engine_reason is None else {"engine_reason": stream.engine_reason}),
             "dtype": task.dtype or str(self.model.dtype).removeprefix("torch."),
         }
 

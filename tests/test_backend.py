@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import igpt_fast
-from igpt_fast import backend, decoders, ops
+from igpt_fast import backend, ops
+from igpt_fast import environment as environment_module
+from igpt_fast.engines import choice as decoders
 
 CPU = torch.device("cpu")
 needs_cpu = pytest.mark.skipif(bool(backend.unavailable("cpu")), reason=f"no native CPU: {backend.unavailable('cpu')}")
@@ -28,6 +30,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )
+
+
+def test_the_compiled_module_is_there() -> None:
+    """Without it most tests of kernels skip: a broken build must not look like a small one."""
+    assert backend._C is not None, backend.native_reason
 
 
 def test_set_backend_is_for_the_process() -> None:
@@ -130,12 +137,12 @@ def test_why_cuda_is_not_available(
             assert backend.kernels("quantize", device) == (built, "cuda", 0, 7, False)
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):
                 backend.kernels("quantize", CPU)
-        runs, covers = backend.implementation("quantize", "cuda")
+        runs, covers = environment_module.implementation("quantize", "cuda")
         assert (runs, covers) == ("native", f"for {backend.OPS['quantize'].covers}")
         return
     assert found is not None
     assert reason in found
-    assert backend.implementation("quantize", "cuda") == ("reference", found)
+    assert environment_module.implementation("quantize", "cuda") == ("reference", found)
     with pytest.raises(backend.BackendUnavailableError, match=r"'cuda' is not available: .*" + re.escape(reason)):
         backend.set_backend("cuda")
     if capability is not None:  # a tensor can be there: the ops run on the reference
@@ -147,26 +154,29 @@ def test_without_the_module_everything_is_the_reference(monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, "native_reason", "lost")
     assert backend.kernels("quantize", CPU) is None
     assert backend.unavailable("reference") is None
-    assert backend.implementation("quantize", "cpu") == ("reference", "lost")
+    assert environment_module.implementation("quantize", "cpu") == ("reference", "lost")
     with pytest.raises(backend.BackendUnavailableError, match="lost"), backend.use_backend("cpu"):
         pass
-    assert "none: lost" in backend.format_config(backend.config())
+    assert "none: lost" in environment_module.format_config(environment_module.config())
 
 
 @needs_cpu
 def test_implementation_and_reason() -> None:
     with backend.use_backend("auto"):
-        runs, reason = backend.implementation("quantize", "cpu")
+        runs, reason = environment_module.implementation("quantize", "cpu")
     assert (runs, reason) == (f"native ({backend._C.cpu_isa()})", "")
     with backend.use_backend("reference"):
-        assert backend.implementation("quantize", "cpu") == ("reference", "the backend 'reference' is chosen")
+        assert environment_module.implementation("quantize", "cpu") == (
+            "reference",
+            "the backend 'reference' is chosen",
+        )
     with backend.use_backend("cpu"):
-        assert backend.implementation("quantize", "cuda") == ("none", "the backend 'cpu' is chosen")
+        assert environment_module.implementation("quantize", "cuda") == ("none", "the backend 'cpu' is chosen")
 
 
 def test_every_op_and_decoder_is_reported() -> None:
     named = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and not name.startswith("check_")}
-    report = backend.config()
+    report = environment_module.config()
     assert set(report["ops"]) == named
     found = {
         value.name

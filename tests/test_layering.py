@@ -1,6 +1,7 @@
-"""Who may use whom: the layers of CONTRIBUTING.md, read off the imports and includes of every source file.
+"""Who may use whom: the floors of CONTRIBUTING.md, read off the imports and includes of every source file.
 
-Imports inside functions count; imports for type checkers alone (``if TYPE_CHECKING``) do not.
+Imports inside functions count, and those for type checkers alone (``if TYPE_CHECKING``) as well. The rows are exact in
+both directions: an import that no row permits fails, and so does a permission that nobody uses.
 """
 
 import ast
@@ -13,121 +14,51 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "igpt_fast"
 
-# One file for each op, or for a few that belong together.
-OPS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("*.py")}
-OPS -= {"ops.__init__", "ops.dispatch", "ops.colour_table"}
-DECODERS = ("protocol", "plain_model", "reference_decoder", "cpu_decoder", "cuda_step", "cuda_decoder")
-# Module -> modules of the package that it may import, bottom up. A new module needs a line here.
-LAYERS: dict[str, set[str]] = {
-    # the ground: no module of the package
-    "__init__": set(),
-    "files": set(),
-    "config": {"files"},
+# What stands on the ground: the standard library and numpy alone.
+GROUND = {"config", "draws", "files", "checks", "interrupts", "processes"}
+# Floor -> the floors that it uses, bottom up. A floor is a folder of the package, or a file beside the folders.
+FLOORS: dict[str, set[str]] = {
     "reference": set(),
-    "cache": set(),
-    # ops
-    "backend": {"__init__"},
-    "ops.dispatch": {"backend"},
-    "ops.colour_table": {"backend", "ops.dispatch"},
-    **{name: {"backend", "reference", "ops.dispatch", "ops.colour_table"} for name in OPS},
-    "ops.__init__": OPS | {"ops.colour_table"},
-    # the model; generation may use the reference's random streams, which have no twin
-    "outputs": {"cache"},
-    "trainable": set(),
-    "weights": {"files"},
-    "checkpoint": {"config", "files", "weights"},
-    "layers": {"cache", "config", "ops.__init__"},
-    "packed": {"backend"},
-    "decoders.protocol": set(),
-    "decoders.plain_model": {"layers", "ops.__init__"},
-    "decoders.reference_decoder": {"cache", "decoders.protocol"},
-    "decoders.cpu_decoder": {"backend", "decoders.plain_model", "decoders.protocol", "packed"},
-    "decoders.cuda_step": {
-        *("backend", "decoders.plain_model", "ops.__init__", "ops.activation", "ops.attention_decode"),
-    },
-    "decoders.cuda_decoder": {
-        *("backend", "cache", "ops.__init__", "ops.activation", "ops.attention_decode"),
-        *("decoders.cuda_step", "decoders.plain_model", "decoders.protocol"),
-    },
-    "decoders.__init__": {"backend", *(f"decoders.{name}" for name in DECODERS)},
-    "forwards": {"backend", "decoders.__init__", "ops.__init__", "ops.dispatch", "packed"},
-    "generation": {"decoders.__init__", "ops.__init__", "reference"},
-    "batches": {"decoders.__init__"},
-    "mixin": {"batches", "generation"},
-    "model": {
-        *("backend", "cache", "checkpoint", "config", "forwards"),
-        *("layers", "mixin", "ops.__init__", "outputs", "trainable"),
-    },
-    # images
-    "clusters": {"files", "ops.__init__"},
-    "pictures": {"clusters", "files"},
-    "settings": {"clusters", "pictures"},
-    "processor": {"clusters", "config", "files", "ops.__init__", "pictures", "settings"},
-    "image": {"clusters", "pictures", "processor"},
-    # what people call
-    "inpainting": {"reference"},
-    "results": {"generation", "image"},
-    "streaming": {"batches", "generation", "inpainting", "model", "results"},
-    "pipeline": {"decoders.__init__", "generation", "image", "inpainting", "model", "results", "streaming"},
-    "hf": {"checkpoint", "config", "model"},
-    "recipes.__init__": set(),
-    "recipes.settings": set(),
-    "recipes.data": {"clusters", "files", "image"},
-    "recipes.emoji": {"clusters", "image", "recipes.data"},
-    "recipes.state": {"files", "model", "recipes.data", "recipes.settings", "weights"},
-    "recipes.output": {"files", "recipes.state"},
-    "recipes.train": {
-        *("config", "files", "image", "model", "ops.__init__", "pipeline"),
-        *("recipes.data", "recipes.output", "recipes.settings", "recipes.state"),
-    },
-    "terminal": {"backend", "clusters", "image", "pipeline"},
-    "options": {"generation", "image", "inpainting", "pipeline", "terminal"},
-    "exports": {"files", "image", "options", "results", "terminal"},
-    "preview": set(),
-    "sharding": set(),
-    "drawing": {
-        *("__init__", "exports", "image", "options", "pipeline", "preview", "sharding", "streaming", "terminal"),
-    },
-    "commands": {
-        *("backend", "clusters", "drawing", "exports", "files", "generation", "hf", "image", "options", "pipeline"),
-        *("sharding", "terminal"),
-        *("recipes.data", "recipes.settings", "recipes.train"),
-    },
-    "cli": {"__init__", "commands", "sharding", "terminal"},
+    "backend": {"igpt_fast"},
+    "ground": set(),
+    "ops": {"backend", "ground", "reference"},
+    "image": {"ground", "ops"},
+    "checkpoint": {"ground"},
+    "engines": {"backend", "ground", "ops"},
+    "sampling": {"engines", "ground", "image", "ops", "reference"},
+    "model": {"backend", "checkpoint", "engines", "ground", "ops", "sampling"},
+    "environment": {"backend", "engines", "igpt_fast"},
+    "hf": {"checkpoint", "ground", "model"},
+    "pipeline": {"engines", "ground", "image", "model", "sampling"},
+    "learning": {"checkpoint", "ground", "image", "model", "ops", "pipeline"},
+    "recipes": {"image", "learning"},
+    "cli": {"backend", "environment", "ground", "igpt_fast", "image", "learning", "pipeline", "sampling"},
     "__main__": {"cli"},
 }
-# What may be imported from outside, where that is part of a module's promise.
-OUTSIDE: dict[str, set[str]] = {
-    "__init__": set(),
-    "config": set(),
-    "reference": {"torch"},
-    **{name: {"torch"} for name in (*OPS, "ops.colour_table", "ops.dispatch")},
-    "cache": {"torch"},
-    "model": {"torch"},
-    "trainable": {"torch"},
-    "layers": {"torch"},
-    **{f"decoders.{name}": {"torch"} for name in ("__init__", *DECODERS)},
-    "forwards": {"torch"},
-    "generation": {"torch"},
-    "batches": {"torch"},
-    "mixin": {"torch"},
-    "backend": {"torch", "numpy"},
-    "hf": {"torch", "transformers"},
-    "recipes.settings": set(),
-}
-# Distributions that only these modules import.
+# What sampling knows of engines: the protocol, and who chooses one; never an engine by name.
+SAMPLING_KNOWS = {"engines.decoder", "engines.network", "engines.choice", "engines.memory"}
+# Distributions that only these floors, or modules, import.
 ONLY = {
     "transformers": {"hf"},
-    "sklearn": {"clusters", "recipes.probe"},
-    "tyro": {"cli", "commands", "options"},
+    "sklearn": {"image.clusters"},
+    "tyro": {"cli"},
     "huggingface_hub": {"files", "checkpoint"},
-    "safetensors": {"weights", "checkpoint"},
+    "safetensors": {"checkpoint"},
+}
+# What floors import from outside at all, where that is part of their promise.
+OUTSIDE = {
+    "igpt_fast": set(),
+    "config": set(),
+    "reference": {"torch"},
+    "ops": {"torch"},
+    "engines": {"torch"},
+    "model": {"torch"},
 }
 # Our own variables, and those of others' conventions: terminals', torchrun's.
 ENVIRONMENT = {
     "backend": {"IGPT_FAST_BACKEND", "IGPT_FAST_ISA"},
-    "preview": {"NO_COLOR", "TERM"},
-    "sharding": {"LOCAL_RANK", "RANK", "WORLD_SIZE"},
+    "cli.draw.preview": {"NO_COLOR", "TERM"},
+    "processes": {"LOCAL_RANK", "RANK", "WORLD_SIZE"},
 }
 
 MODULES = {
@@ -137,26 +68,28 @@ MODULES = {
 }
 
 
-def is_for_type_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+def floor(module: str) -> str:
+    first = module.partition(".")[0]
+    return "ground" if first in GROUND else "igpt_fast" if first == "__init__" else first
 
 
-def nodes(tree: ast.AST, functions: bool = True) -> list[ast.AST]:
-    """Nodes that run: without blocks for type checkers and, if asked, without the bodies of functions."""
+def runs(tree: ast.AST) -> list[ast.AST]:
+    """Nodes that run when a module is imported: no bodies of functions, no blocks for type checkers."""
     found: list[ast.AST] = []
     for child in ast.iter_child_nodes(tree):
-        if is_for_type_checkers(child):
-            found += [node for branch in child.orelse for node in (branch, *nodes(branch, functions))]  # type: ignore[attr-defined]
-        elif functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            found += [child, *nodes(child, functions)]
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            found += [child, *runs(child)]
     return found
 
 
-def imports(name: str, functions: bool = True) -> tuple[set[str], set[str]]:
+def imports(name: str, when_imported: bool = False) -> tuple[set[str], set[str]]:
     """(modules of the package, distributions outside the standard library) that a module imports."""
     inside: set[str] = set()
     outside: set[str] = set()
-    for node in nodes(ast.parse(MODULES[name].read_text("utf-8")), functions):
+    tree = ast.parse(MODULES[name].read_text("utf-8"))
+    for node in runs(tree) if when_imported else ast.walk(tree):
         if isinstance(node, ast.Import):
             full = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -174,7 +107,7 @@ def imports(name: str, functions: bool = True) -> tuple[set[str], set[str]]:
 
 
 def module_of(path: str) -> str:
-    """``recipes.data.load_tokens`` -> ``recipes.data``; a name of the package itself -> ``__init__``."""
+    """``learning.data.load_tokens`` -> ``learning.data``; a name of the package itself -> ``__init__``."""
     parts = path.split(".") if path else []
     while parts and ".".join(parts) not in MODULES:
         if ".".join([*parts, "__init__"]) in MODULES:
@@ -183,45 +116,94 @@ def module_of(path: str) -> str:
     return ".".join(parts) or "__init__"
 
 
-def test_every_module_has_its_line() -> None:
-    assert set(MODULES) <= set(LAYERS), f"add to LAYERS: {set(MODULES) - set(LAYERS)}"
+# The package's own file re-exports from everywhere, lazily; the rest stands on it for its version alone.
+USES = {name: imports(name)[0] for name in MODULES if name != "__init__"}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_within_the_package(name: str) -> None:
-    inside, _ = imports(name)
-    assert inside <= LAYERS.get(name, set()), f"{name} may not import {inside - LAYERS.get(name, set())}"
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_floor_uses_what_its_row_says(name: str) -> None:
+    used: dict[str, str] = {}
+    for module, targets in USES.items():
+        if floor(module) == name:
+            used |= {floor(target): f"{module} imports {target}" for target in targets if floor(target) != name}
+    assert set(used) <= FLOORS[name], [used[other] for other in set(used) - FLOORS[name]]
+    assert FLOORS[name] <= set(used), f"nobody on {name} uses {FLOORS[name] - set(used)}"
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert {floor(name) for name in MODULES} - {"igpt_fast"} == set(FLOORS)
+    assert {name for name in MODULES if floor(name) == "ground"} == GROUND
+
+
+def test_the_floors_stand_on_each_other() -> None:
+    done = {"igpt_fast"}
+    for name, below in FLOORS.items():
+        assert below <= done, f"{name} stands before {below - done} in FLOORS"
+        done.add(name)
+
+
+def test_the_modules_have_no_circle() -> None:
+    """Type-only imports and those inside functions counted."""
+    done: set[str] = {"__init__"}
+    while rest := set(USES) - done:
+        free = {name for name in rest if USES[name] <= done}
+        assert free, f"a circle, or what stands on one: {sorted(rest)}"
+        done |= free
+
+
+def test_engines_are_known_by_name_to_their_choice_alone() -> None:
+    for name, targets in USES.items():
+        known = {target for target in targets if target.startswith(("engines.cpu.", "engines.cuda."))}
+        own = {target for target in known if target.rpartition(".")[0] == name.rpartition(".")[0]}
+        allowed = {
+            "engines.choice": known,
+            "engines.memory": known,
+            "environment": known,
+            "model.imagegpt": {"engines.cpu.forward"},
+        }
+        assert known - own <= allowed.get(name, set()), f"{name} imports {known - own}"
+        if name.startswith("sampling."):
+            assert {target for target in targets if floor(target) == "engines"} <= SAMPLING_KNOWS, name
+
+
+def test_objectives_stand_apart_from_the_loop() -> None:
+    for name, targets in USES.items():
+        if name.startswith("learning.objectives."):
+            assert not {target for target in targets if floor(target) == "learning"}, name
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_from_outside(name: str) -> None:
     _, outside = imports(name)
-    if name in OUTSIDE:
-        assert outside <= OUTSIDE[name], f"{name} may not import {outside - OUTSIDE[name]}"
+    for key in (floor(name), name):
+        if key in OUTSIDE:
+            assert outside <= OUTSIDE[key], f"{name} may not import {outside - OUTSIDE[key]}"
     for distribution, owners in ONLY.items():
-        assert distribution not in outside or name in owners, f"{name} may not import {distribution}"
-
-
-def test_the_layers_have_no_circle() -> None:
-    done: set[str] = set()
-    for name, below in LAYERS.items():
-        assert below <= done, f"{name} stands before {below - done} in LAYERS"
-        done.add(name)
+        assert distribution not in outside or {floor(name), name} & owners, f"{name} may not import {distribution}"
 
 
 @pytest.mark.parametrize("heavy", ["torch", "numpy", "PIL", "transformers"])
 def test_the_command_line_starts_without(heavy: str) -> None:
     """Through everything that is imported before a command runs."""
-    seen, todo = set(), ["cli", "__init__"]
+    seen, todo = set(), ["cli.main", "__init__"]
     while todo:
         name = todo.pop()
         if name in seen or name not in MODULES:
             continue
         seen.add(name)
-        inside, outside = imports(name, functions=False)
+        inside, outside = imports(name, when_imported=True)
         assert heavy not in outside, f"{name} imports {heavy} at module level, and cli imports {name}"
         todo += inside
-        todo += [f"{name.rpartition('.')[0]}.__init__"] if "." in name else []
+        parts = name.split(".")
+        todo += [".".join([*parts[:i], "__init__"]) for i in range(1, len(parts))]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()} - {PACKAGE}))
+def test_a_folder_says_what_lives_there_and_what_it_may_use(folder: Path) -> None:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+    assert re.search(r"^May use: ", text, re.MULTILINE), f"{folder.name}/__init__.py does not say what it may use"
+    for path in folder.glob("*.py"):
+        assert path.stem == "__init__" or f"``{path.stem}``" in text, f"{folder.name}/__init__.py: {path.stem}"
 
 
 @pytest.mark.parametrize("name", MODULES)

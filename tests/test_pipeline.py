@@ -6,23 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small_pipeline
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
-from igpt_fast.pipeline import BUNDLED, Generation, InterruptedGeneration
+from igpt_fast import ImageGPTImageProcessor, Pipeline
+from igpt_fast.files import BUNDLED
+from igpt_fast.sampling.results import Generation, InterruptedGeneration
 
 SIDE, COLOURS = 8, 16
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    config = ImageGPTConfig(vocab_size=COLOURS + 1, n_positions=SIDE * SIDE, n_embd=32, n_layer=2, n_head=2)
-    model = ImageGPTForCausalImageModeling(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (COLOURS, 3)).astype(np.float32)
-    return Pipeline(model, ImageGPTImageProcessor(clusters=clusters, size={"height": SIDE, "width": SIDE}))
+    return small_pipeline(SIDE, SIDE, COLOURS, spread=0.2)
 
 
 def photograph(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -260,8 +255,8 @@ def test_from_pretrained_reads_what_was_saved(pipeline: Pipeline, tmp_path: Path
 
 def test_the_bundled_model_is_small_and_knows_its_data() -> None:
     """Real input, offline: the likelihood of the held-out emoji is what the model card says."""
-    from igpt_fast.recipes.data import load_tokens
-    from igpt_fast.recipes.train import evaluate
+    from igpt_fast.learning.data import load_tokens
+    from igpt_fast.learning.evaluate import evaluate
 
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8 << 20
     bundled = Pipeline.from_pretrained()

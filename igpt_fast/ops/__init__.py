@@ -1,7 +1,9 @@
 """The public ops: checks, choice of the implementation, and their registration with torch.
 
-``reference.py`` defines each of them; ``backend.py`` says which implementation runs; one file here for each kernel
-file of ``csrc/cuda``.
+``reference.py`` defines each of them; ``backend.py`` says which implementation runs. One file here for each kernel file
+of ``csrc/cuda``: ``norm``, ``activation``, ``cross_entropy``, ``causal_attention``, ``attention_decode``, ``gemv``,
+``sample``, ``quantize`` (with ``colour_table``, which it asks); ``dispatch`` is what they share.
+May use: reference, backend.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
@@ -11,7 +13,7 @@ from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample, sample_next
+from igpt_fast.ops.sample import check_sampling, draw, draw_next, sample, sample_next
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +25,8 @@ __all__ = [
     "check_sampling",
     "cross_entropy",
     "dequantize",
+    "draw",
+    "draw_next",
     "gelu_erf",
     "gelu_tanh",
     "gemv",

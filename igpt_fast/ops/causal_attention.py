@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
@@ -20,6 +21,22 @@ from igpt_fast.ops.dispatch import (
     kernel_kind,
     native_kernels,
     register,
+)
+
+OPS["causal_attention"] = Op(
+    native=("cpu", "cuda"),
+    covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+    covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+    needs_isa="amx",
+    otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
+    "another scale",
+)
+OPS["causal_attention_packed"] = Op(
+    native=("cpu", "cuda"),
+    covers="what causal_attention's does",
+    covers_cpu="what causal_attention's does",
+    needs_isa="amx",
+    otherwise="causal_attention of the three parts",
 )
 
 HEAD_DIMS = (32, 64, 96, 128)  # that the kernels take
@@ -147,7 +164,7 @@ def _torch_attention(
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """What autocast, where it is on, makes of an input of torch's own attention."""
     kind = tensor.device.type
     if kind not in ("cpu", "cuda") or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -156,12 +173,12 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    return tensor.to(_autocast_dtype(tensor))
+    return tensor.to(autocast_dtype(tensor))
 
 
 def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel takes it; the rule is in ``backend.OPS`` in words."""
-    dtype = _autocast_dtype(x)
+    """Whether a kernel takes it; the rule is in ``OPS`` in words."""
+    dtype = autocast_dtype(x)
     low = dtype in (torch.bfloat16, torch.float16)
     if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf):
         return False

@@ -167,3 +167,11 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} is {got}; want a floating-point tensor")
         if tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, others on {first.device}; want one device")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of the input of a product; fp64 it leaves alone."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)

@@ -6,7 +6,7 @@ The package also carries sets that are not free; they are never unpacked.
     npm pack emoji-datasource@16.0.0
     python -m igpt_fast.recipes.emoji emoji-datasource-16.0.0.tgz --out igpt_fast/assets/emoji16.npz
 
-Without a path the script runs ``npm pack`` itself. The result is a token file (see ``igpt_fast.recipes.data``) with
+Without a path the script runs ``npm pack`` itself. The result is a token file (see ``igpt_fast.learning.data``) with
 ``names`` such as ``noto/1F600``.
 """
 
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igpt_fast.clusters import fit_clusters, quantize
-from igpt_fast.recipes.data import TokenData, save_tokens
+from igpt_fast.image.clusters import fit_clusters, quantize
+from igpt_fast.learning.data import TokenData, save_tokens
 
 PACKAGE = "emoji-datasource@16.0.0"
 SHA256 = "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9"
@@ -136,7 +136,8 @@ def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -
             for cell in cells(records, sheet)
         ]
     )
-    clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=((255, 255, 255),))
+    white = ((255, 255, 255),)
+    clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=white, all_pixels=True)
     tokens = quantize(pictures, clusters).reshape(len(pictures), -1)
     return TokenData(torch.from_numpy(tokens), clusters, torch.from_numpy(heldout)), names
 

@@ -17,16 +17,18 @@ from tolerance import assert_parity, randomise, tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import (
-    ImageGPTConfig,
-    ImageGPTForCausalImageModeling,
-    backend,
-    decoders,
-    generation,
-    ops,
-    reference,
-)
-from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, cuda_decoder, cuda_step, make_decoder, why_not_cuda
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast.draws import Sampling
+from igpt_fast.engines import memory
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cuda import decoder as cuda_decoder
+from igpt_fast.engines.cuda import idle as idle_module
+from igpt_fast.engines.cuda import step as cuda_step
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.reference import ReferenceDecoder
+from igpt_fast.sampling import decoding as generation
+from igpt_fast.sampling import rules
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
 DTYPES = [torch.bfloat16, torch.float16]
@@ -51,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @torch.no_grad()
-def read(decoder: decoders.Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
+def read(decoder: Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
     """(B, T - primer + 1, K) logits: of a primer, whose rows are the first of each ``copies``, and step by step."""
     logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
     if copies > 1:
@@ -135,9 +137,9 @@ def test_draws_what_the_reference_draws(device: str, rows: int, dtype: torch.dty
     """From what the reference has drawn before, but where a number falls into the rounding of the logits."""
     model = make(device, dtype, n_head=heads)
     context = torch.full((rows, 1), model.config.sos_token_id, device=device)
-    uniforms = generation.stream_uniforms(5, torch.arange(rows), 0, 16, model.device)
+    uniforms = rules.stream_uniforms(5, torch.arange(rows), 0, 16, model.device)
     with backend.use_backend("reference"):
-        expected = generation.decode(model, context, uniforms, generation.Sampling()).tokens
+        expected = generation.decode(model, context, uniforms, rules.Sampling()).tokens
         sure = read(ReferenceDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     logits = read(CudaDecoder(model, rows, 16), torch.cat([context, expected[:, :-1]], dim=1), 1)
     drawn = ops.sample(logits.flatten(0, 1), uniforms.flatten()).view(rows, 16)
@@ -154,11 +156,11 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     """All the way through, in float32, where rounding decides about one draw in a million."""
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
-    uniforms = generation.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = generation.Streams(5, torch.arange(6)) if by_itself else None, []
+    uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
+    streams, calls = rules.Streams(5, torch.arange(6)) if by_itself else None, []
     draw = CudaDecoder.draw
     monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
-    sampling = generation.Sampling(0.9, 20, 0.95, 0.01)
+    sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
     drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
     assert len(calls) == (12 if by_itself else 0)
     with backend.use_backend("reference"):
@@ -200,7 +202,7 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
     decoder.fork(copies)
     other.fork(copies)
     for position in range(4, length + 1):
-        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, **settings)
+        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, Sampling(**settings))
         uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
         assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
         expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
@@ -312,7 +314,7 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
     """For the plan of memory, whether the compiled module has a CUDA part or not."""
-    patch.setattr(backend, "no_cuda_decoder", lambda device: None)
+    patch.setattr(cuda_decoder, "no_cuda_decoder", lambda device: None)
     patch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
     for name, value in (("mem_get_info", (free, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
         patch.setattr(torch.cuda, name, lambda _, value=value: value)
@@ -320,13 +322,12 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which plans by what is free, and that is, too."""
-    pytest.importorskip("PIL")  # tests that a GPU needs do without
     from igpt_fast import ImageGPTImageProcessor, Pipeline
 
     def planned(*arguments: object) -> int | None:
         with monkeypatch.context() as patch:
             as_on_a_gpu(patch, 1 << 30)
-            return decoders.most_images(*arguments)  # type: ignore[arg-type]
+            return memory.most_images(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("igpt_fast.pipeline.most_images", planned)
     clusters = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).numpy()
@@ -335,23 +336,23 @@ def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypa
     first, second = (pipeline.sample(8, seed=1) for _ in range(2))
     assert made == [8]
     assert torch.equal(first.tokens, second.tokens)
-    idle = cuda_step.idle_bytes(pipeline.model)
-    assert idle == 8 * decoders.cache_bytes(pipeline.model)
+    idle = idle_module.idle_bytes(pipeline.model)
+    assert idle == 8 * memory.cache_bytes(pipeline.model)
     plans = []
     for there in (idle, 0):
         with monkeypatch.context() as patch:
             as_on_a_gpu(patch, (1 << 30) - there)
-            plans.append(decoders.most_images(pipeline.model))
-        decoders.forget()
+            plans.append(memory.most_images(pipeline.model))
+        idle_module.forget()
     assert plans[0] == plans[1]
-    assert cuda_step.idle_bytes(pipeline.model) == 0
+    assert idle_module.idle_bytes(pipeline.model) == 0
 
 
 def test_a_step_that_is_kept_keeps_no_weights(device: str) -> None:
     model = make(device)
     ids = tokens(model.config, 2, 6).to(device)
     read(CudaDecoder(model, 2, 6), ids, 3)
-    assert cuda_step.idle_bytes(model) > 0
+    assert idle_module.idle_bytes(model) > 0
     weights = StorageWeakRef(model.transformer.h[0].mlp.c_fc.weight.untyped_storage())
     model.float()
     assert weights.expired()
@@ -408,21 +409,21 @@ def test_launches_for_short_positions_have_fewer_parts(emulation) -> None:
 
 def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("cpu")
-    assert decoders.most_images(model) is None
+    assert memory.most_images(model) is None
     as_on_a_gpu(monkeypatch, 1 << 30)
-    room = int(0.9 * ((1 << 30) + (1 << 20))) - decoders.WORKSPACE_BYTES
-    assert decoders.most_images(model) == room // decoders.image_bytes(model)
-    assert decoders.image_bytes(model) > decoders.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
-    assert decoders.image_bytes(model, primer=35, copies=8) < decoders.image_bytes(model, primer=35)
+    room = int(0.9 * ((1 << 30) + (1 << 20))) - memory.WORKSPACE_BYTES
+    assert memory.most_images(model) == room // memory.image_bytes(model)
+    assert memory.image_bytes(model) > memory.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
+    assert memory.image_bytes(model, primer=35, copies=8) < memory.image_bytes(model, primer=35)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
-    assert decoders.most_images(model) == 0
+    assert memory.most_images(model) == 0
 
 
 def test_continuations_take_less_memory(emulation) -> None:
     """Of a model that the CUDA decoder serves: one primer for all in bf16, a copy each in fp32."""
     model = make("cpu")
-    assert decoders.cache_bytes(model, None, 35, 5) == 2 * 2 * 64 * 2 * (35 + 7)
-    assert decoders.cache_bytes(model.float(), None, 35, 5) == 2 * 2 * 64 * 4 * 70
+    assert memory.cache_bytes(model, None, 35, 5) == 2 * 2 * 64 * 2 * (35 + 7)
+    assert memory.cache_bytes(model.float(), None, 35, 5) == 2 * 2 * 64 * 4 * 70
 
 
 @gpu
@@ -431,7 +432,7 @@ def test_the_plan_of_memory_holds() -> None:
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
     ids = tokens(model.config, 16, 516).cuda()
     for primer, copies in ((1, 1), (512, 1), (512, 4)):
-        decoders.forget()
+        idle_module.forget()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -439,10 +440,10 @@ def test_the_plan_of_memory_holds() -> None:
         decoder = CudaDecoder(model, 16 // copies, 1024)
         read(decoder, ids[:, : primer + 3], primer, copies)
         used = torch.cuda.max_memory_allocated() - before
-        planned = 16 * decoders.image_bytes(model, None, primer, copies) + decoders.WORKSPACE_BYTES
-        assert 16 * decoders.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
+        planned = 16 * memory.image_bytes(model, None, primer, copies) + memory.WORKSPACE_BYTES
+        assert 16 * memory.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
         del decoder
-        decoders.forget()
+        idle_module.forget()
         gc.collect()
         assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
 
@@ -514,7 +515,7 @@ class Captures:
         def made(decoder: CudaDecoder, *arguments: object, graphs: bool = True) -> None:
             init(decoder, *arguments)  # type: ignore[arg-type]
             decoder._options = (graphs, True)
-            captures.decoders.append((weakref.ref(decoder), cuda_step.idle_bytes(decoder.model)))
+            captures.decoders.append((weakref.ref(decoder), idle_module.idle_bytes(decoder.model)))
 
         def stream(name: str) -> types.SimpleNamespace:
             return types.SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
@@ -610,12 +611,12 @@ def test_drawing_does_not_wait() -> None:
     logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
     streams = torch.arange(4, device="cuda")
     for _ in range(2):
-        tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+        tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
         logits = decoder.step_drawn()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            tokens, _ = decoder.draw(logits, 3, streams, top_k=5)
+            tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
             logits = decoder.step_drawn()
             logits = decoder.step(tokens)
     finally:

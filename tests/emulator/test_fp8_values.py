@@ -10,8 +10,12 @@ from test_decoder import device, make, read, shared  # noqa: F401
 from tolerance import assert_parity, tokens
 from torch import Tensor
 
-from igpt_fast import ImageGPTForCausalImageModeling, backend, decoders
-from igpt_fast.decoders import CudaDecoder, ReferenceDecoder, make_decoder, why_not_cuda
+from igpt_fast import ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines import memory
+from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
 
 FP8 = "fp8_values"
@@ -139,7 +143,7 @@ def test_it_is_never_something_else() -> None:
     with pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not available: the model is on cpu"):
         model.generate(dtype=FP8)
     with pytest.raises(backend.BackendUnavailableError, match="the model's dtype or in 'int8', not in 'fp8_values'"):
-        decoders.CpuDecoder(model, 1, 8, FP8)
+        CpuDecoder(model, 1, 8, FP8)
     with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not"):
         make_decoder(model, 1, 8, FP8)
 
@@ -148,6 +152,6 @@ def test_memory(emulation) -> None:
     """Own positions have values of one byte and a scale for each head; a shared primer is as it was."""
     model = make("cpu")
     own, whole = 64 * (2 + 1) + 2 * 4, 64 * (2 + 2)
-    assert decoders.cache_bytes(model, FP8) == decoders.cache_bytes(model, FP8, 35) == 2 * 70 * own
-    assert decoders.cache_bytes(model, FP8, 35, 5) == 2 * (35 * own + 7 * whole)
-    assert decoders.image_bytes(model, FP8) < decoders.image_bytes(model)
+    assert memory.cache_bytes(model, FP8) == memory.cache_bytes(model, FP8, 35) == 2 * 70 * own
+    assert memory.cache_bytes(model, FP8, 35, 5) == 2 * (35 * own + 7 * whole)
+    assert memory.image_bytes(model, FP8) < memory.image_bytes(model)

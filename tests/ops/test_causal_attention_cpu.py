@@ -11,7 +11,7 @@ import torch
 from implementations import Implementation, isas_of
 from torch import Tensor
 
-from igpt_fast import backend, ops
+from igpt_fast import backend, environment, ops
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(not isas_of("causal_attention"), reason="no kernel for this processor")
@@ -130,9 +130,9 @@ def test_sharp_and_flat_softmax(native_cpu: Implementation) -> None:
 
 def test_other_instruction_sets_say_why(native_cpu: Implementation) -> None:
     isas = [isa for isa, _ in backend._C.cpu_isas() if isa != "amx"]  # type: ignore[union-attr]
-    assert backend.implementation("causal_attention", "cpu")[0] == "native (amx)"
+    assert environment.implementation("causal_attention", "cpu")[0] == "native (amx)"
     assert native_cpu.module.select_cpu_isa(isas[0])
-    runs, reason = backend.implementation("causal_attention", "cpu")
+    runs, reason = environment.implementation("causal_attention", "cpu")
     assert "scaled_dot_product" in runs
     assert reason == f"its kernel needs amx, and {isas[0]} is in use"
     with contract.launching(native_cpu, some=False):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from implementations import ISAS, Implementation
 from torch import Tensor
 
-from igpt_fast import backend, ops, reference
+from igpt_fast import backend, environment, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Whole registers of every width, one more and one less, and none.
@@ -184,7 +184,7 @@ def test_small_inputs_run_on_torch(monkeypatch: pytest.MonkeyPatch, native_cpu: 
     least = backend.LEAST_CPU
     for name in ("rms_norm", "quick_gelu", "cross_entropy"):
         monkeypatch.setitem(backend.OPS, name, dataclasses.replace(backend.OPS[name], least_cpu=least))
-    assert f"{least:,} elements" in backend.implementation("rms_norm", "cpu")[1]
+    assert f"{least:,} elements" in environment.implementation("rms_norm", "cpu")[1]
     for count, some in ((least - 64, False), (least, True)):
         with contract.launching(native_cpu, some):
             ops.rms_norm(torch.ones(count // 64, 64), torch.ones(64))

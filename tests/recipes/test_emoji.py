@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_fast.clusters import dequantize
+from igpt_fast.image.clusters import dequantize
+from igpt_fast.learning.data import load_tokens
 from igpt_fast.recipes import emoji
-from igpt_fast.recipes.data import load_tokens
 
 RECORDS = [
     {"unified": "1F600", "category": "Smileys & Emotion", "sheet_x": 0, "sheet_y": 0},

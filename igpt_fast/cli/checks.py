@@ -1,0 +1,140 @@
+"""What the commands share: checks before the work, and the report.
+
+Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+if TYPE_CHECKING:
+    import torch
+
+Paths = Positional[tuple[Path, ...]]
+
+GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ANIMATION_SUFFIXES = (".gif", ".apng")
+# What the library's messages begin with where an option has the same name.
+_ARGUMENT = re.compile(r"^(n|seed|temperature|top_k|top_p|min_p|labels?|cfg_scale|batch_size|keep|candidates)\b")
+
+
+class UsageError(Exception):
+    """The command line asks for something that makes no sense; exit code 2."""
+
+
+class DeviceUnavailableError(Exception):
+    """The requested device is not there; exit code 3."""
+
+
+def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> None:
+    """Fails before the work is done if a result could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: the name must end in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to: {error.strerror}") from error
+
+
+def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device of a name; of several processes, each takes the GPU of its number on its machine."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device is {name!r}; want cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        device = torch.device("cuda", local_rank)
+        name = f"{device} of LOCAL_RANK (--device cuda:0 lets all processes share one)"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailableError(f"device {name} is not available: torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def choose_backend(name: str) -> None:
+    from igpt_fast import backend
+
+    if name not in backend.BACKENDS:
+        raise UsageError(f"--backend is {name!r}; want one of {', '.join(backend.BACKENDS)}")
+    if name != "auto":  # auto leaves what IGPT_FAST_BACKEND chose
+        backend.set_backend(name)
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """Makes a value out of its range a mistake of usage, which names the option and not the argument."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).removeprefix("sample: ").replace("labels are given", "--label is given")
+        text = _ARGUMENT.sub(lambda match: "-n" if match[0] == "n" else f"--{match[0].replace('_', '-')}", text)
+        raise UsageError(text.replace("--labels", "--label").replace("without labels", "without --label")) from error
+
+
+def told(error: BaseException) -> str:
+    """What an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def check_clusters(count: int) -> None:
+    """Fails early where scikit-learn or the format of tokens would fail late."""
+    if not 2 <= count <= 1 << 16:
+        raise UsageError(f"--n-clusters is {count}; want 2..{1 << 16}")
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Says early what can be said early; the images are opened one by one when their turn comes."""
+    if not paths:
+        raise UsageError("give at least one image file")
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+
+
+def read_palette(clusters: Path | None, model: str | None) -> tuple[Any, int]:
+    """Colours, and the edge of the images that they are for."""
+    from igpt_fast import image as images_module
+    from igpt_fast.files import BUNDLED
+
+    if clusters is not None:
+        return images_module.load_clusters(clusters), 32
+    processor = images_module.ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+    if processor.clusters is None:
+        raise ValueError(f"{model}: its preprocessor_config.json has no clusters")
+    return processor.clusters, processor.height
+
+
+def report(json: bool, values: dict[str, Any], text: str) -> None:
+    """The result on stdout: one JSON object, or a line."""
+    print(json_module.dumps(values) if json else text)
+
+
+def nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,142 @@
+"""``igpt quantize`` and ``igpt clusters``: pictures to colour tokens, and the palette that they are made with."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from igpt_fast.cli import checks as terminal
+from igpt_fast.cli.checks import GRID_SUFFIXES, Paths
+
+
+def quantize(
+    images: Paths,
+    out: Path = Path("tokens.npy"),
+    clusters: Path | None = None,
+    model: str | None = None,
+    side: int | None = None,
+    preview: Path | None = None,
+    device: str | None = None,
+    backend: str = "auto",
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Turn images into colour tokens: an (N, H, W) uint16 array in a .npy file.
+
+    Args:
+        images: Image files; the square in the middle is cut out and resized.
+        out: The .npy file to write.
+        clusters: Colours to use: a .npy file of (K, 3) floats in [-1, 1], or a preprocessor_config.json.
+        model: Directory or hub id whose colours and size to use; the bundled emoji model if neither is given.
+        side: Edge of the images in pixels; 0 takes a single image as it is; the model's if not given.
+        preview: Also write the images in their new colours, as a grid.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        backend: auto, reference, cpu or cuda; see igpt env.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    if clusters is not None and model is not None:
+        raise terminal.UsageError("give --clusters or --model, not both")
+    if side is not None and not 0 <= side <= 4096:
+        raise terminal.UsageError(f"--side is {side}; want 0..4096")
+    if side == 0 and len(images) > 1:
+        raise terminal.UsageError("--side 0 takes a single image")
+    terminal.check_output(out, force, (".npy",))
+    terminal.check_output(preview, force, GRID_SUFFIXES)
+    terminal.check_images(images)
+    terminal.choose_backend(backend)
+    device_ = terminal.choose_device(device)
+    import numpy as np
+    import torch
+
+    from igpt_fast import files
+    from igpt_fast import image as images_module
+    from igpt_fast.image.reading import read_square
+
+    palette, default_side = terminal.read_palette(clusters, model)
+    pixels = np.stack([read_square(path, default_side if side is None else side) for path in images])
+    colours = torch.from_numpy(pixels).to(device_)
+    start = time.perf_counter()
+    tokens = images_module.quantize(colours, palette).cpu().numpy()
+    seconds = time.perf_counter() - start
+    with files.replacing(out, overwrite=force) as partial, partial.open("wb") as file:
+        np.save(file, tokens.astype(np.uint16), allow_pickle=False)
+    if preview is not None:
+        decoded = images_module.dequantize(tokens, palette)
+        images_module.save_image(images_module.image_grid(list(decoded)), preview, overwrite=force)
+    used = len(np.unique(tokens))
+    terminal.report(
+        json,
+        {"out": str(out), "shape": list(tokens.shape), "colours": len(palette), "used": used, "seconds": seconds},
+        f"{out}: {' x '.join(map(str, tokens.shape))} tokens, {used} of {len(palette)} colours used",
+    )
+
+
+def clusters(
+    images: Paths,
+    n_clusters: Annotated[int, arg(aliases=["-k"])] = 512,
+    out: Path = Path("clusters.npy"),
+    side: int = 32,
+    seed: int = 0,
+    all_pixels: bool = False,
+    preview: Path | None = None,
+    skip_unreadable: bool = False,
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Fit colour clusters to images, by mini-batch k-means; needs scikit-learn.
+
+    Args:
+        images: Image files, and directories that are searched for them.
+        n_clusters: Number of clusters.
+        out: The .npy file to write: (K, 3) float32 in [-1, 1].
+        side: The square in the middle of each image is resized to this edge before its colours are counted.
+        seed: Of the fit.
+        all_pixels: Fit to every pixel, which takes minutes for millions of them, and not to a sample of 400,000.
+        preview: Also write the colours as a picture.
+        skip_unreadable: Leave out files of a directory that are not readable images, instead of failing.
+        json: Print one JSON object.
+        force: Overwrite files.
+    """
+    if not 1 <= side <= 4096:
+        raise terminal.UsageError(f"--side is {side}; want 1..4096")
+    terminal.check_clusters(n_clusters)
+    if not 0 <= seed < 1 << 32:
+        raise terminal.UsageError(f"--seed is {seed}; want 0..2^32-1")
+    if not images:
+        raise terminal.UsageError("give at least one image file or directory")
+    terminal.check_output(out, force, (".npy",))
+    terminal.check_output(preview, force, GRID_SUFFIXES)
+    import numpy as np
+
+    from igpt_fast import image as images_module
+    from igpt_fast.image.folders import find_images
+    from igpt_fast.image.reading import read_square
+
+    squares, skipped = [], 0
+    for item in images:
+        for path in find_images(item) if item.is_dir() else [item]:
+            try:
+                squares.append(read_square(path, side))
+            except ValueError as error:
+                if not (skip_unreadable and item.is_dir()):
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                skipped += 1
+    if not squares:
+        raise ValueError(f"{images[0]}: no images in it")
+    fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed, all_pixels=all_pixels)
+    images_module.save_clusters(fitted, out, overwrite=force)
+    if preview is not None:
+        colours = images_module.dequantize(np.arange(n_clusters), fitted)
+        patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
+        images_module.save_image(images_module.image_grid(patches, 32, gap=0), preview, overwrite=force)
+    terminal.report(
+        json,
+        {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped},
+        f"{out}: {n_clusters} clusters of the colours of {len(squares)} images",
+    )

@@ -1,0 +1,128 @@
+"""The commands of ``igpt``: functions with typed signatures, which ``cli.py`` turns into a command line.
+
+Results go to stdout, progress to stderr. Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from igpt_fast import processes
+from igpt_fast.cli import checks as terminal
+from igpt_fast.cli.checks import Paths
+from igpt_fast.cli.draw import options, sharding
+from igpt_fast.cli.draw.exports import Exports, file_hash
+from igpt_fast.cli.draw.job import Job, check_completion, load_pipeline, rehearse, run
+from igpt_fast.cli.draw.options import Drawing, Files
+
+
+def sample(
+    n: Annotated[int, arg(aliases=["-n"])] = 16,
+    out: Path = Path("samples.png"),
+    files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
+    columns: int | None = None,
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Draw images and write them as a grid; under torchrun, with all its processes.
+
+    Args:
+        n: Number of images.
+        out: Grid to write; .png, .jpg, .webp or .bmp.
+        files: What else is written.
+        columns: Images in a row of the grid.
+        drawing: How they are drawn.
+        json: Print one JSON object.
+    """
+    options.check_drawing(n, drawing)
+    classes = options.labels(drawing.label, n)
+    names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
+    exports = Exports(out, files, names, columns)
+    with sharding.world() as world:
+        if world.first:
+            exports.check()
+            rehearse(exports, drawing.model, n, 0)
+        pipeline = load_pipeline(drawing, processes.local_rank())
+        mine = world.share(n)
+        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
+        with terminal.as_usage():  # before anything is computed
+            pipeline.stream(n, labels=classes, **asked)
+        job = Job(
+            command="sample",
+            total=n,
+            mine=mine,
+            stream=lambda: pipeline.stream(
+                len(mine),
+                first=mine.start,
+                labels=None if classes is None else classes[mine.start : mine.stop],
+                **asked,
+            ),
+            exports=exports,
+            values={"model": drawing.model or "bundled"},
+        )
+        run(job, pipeline, drawing, world, json=json)
+
+
+def complete(
+    images: Paths,
+    keep: str | None = None,
+    mask: Path | None = None,
+    n: Annotated[int, arg(aliases=["-n"])] = 4,
+    candidates: int = 1,
+    out: Path = Path("completions.png"),
+    files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Complete images of which a part is kept; one row each: input, kept part, completions, original.
+
+    Args:
+        images: Image files of any size; the middle is cut out in the model's aspect and resized.
+        keep: What is kept: a fraction of the rows, 0 or above and below 1, or a number of them like 12rows; 0.5 if
+            neither this nor a mask is given.
+        mask: Image file that says what is kept instead: white is kept, black is drawn; cut out like the images, and
+            resized by nearest neighbour.
+        n: Completions of each image.
+        candidates: Draw so many for each completion, and choose one by how well it goes with what is kept below it;
+            approximate, for masks.
+        out: Grid to write; .png, .jpg, .webp or .bmp.
+        files: What else is written.
+        drawing: How they are drawn.
+        json: Print one JSON object.
+    """
+    terminal.check_images(images)
+    options.check_drawing(n, drawing)
+    classes = options.labels(drawing.label, len(images))
+    names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
+    exports = Exports(out, files, names)
+    with sharding.world() as world:
+        if world.first:
+            exports.check()
+            rehearse(exports, drawing.model, n, len(images))
+        pipeline = load_pipeline(drawing, processes.local_rank())
+        size = pipeline.processor.height, pipeline.processor.width
+        mine = world.share(len(images))
+        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
+        kept: dict[str, Any] = {"keep": options.kept(keep, mask, *size), "n": n, "candidates": candidates}
+        check_completion(pipeline, classes, len(images), kept, asked)
+        values: dict[str, Any] = {"inputs": list(map(str, images)), "mask": mask and str(mask)}
+        if world.first and files.sidecar is not None:
+            values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
+        job = Job(
+            command="complete",
+            total=n * len(images),
+            mine=range(mine.start * n, mine.stop * n),
+            stream=lambda: pipeline.stream_complete(
+                images[mine.start : mine.stop],
+                first_input=mine.start,
+                labels=None if classes is None else classes[mine.start : mine.stop],
+                **kept,
+                **asked,
+            ),
+            exports=exports,
+            values={"model": drawing.model or "bundled"} | values,
+        )
+        run(job, pipeline, drawing, world, json=json)

@@ -1,0 +1,148 @@
+"""Options that ``igpt sample`` and ``igpt complete`` share, and what their words mean.
+
+Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from igpt_fast.cli.checks import UsageError, as_usage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Args:
+        model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
+        seed: The same seed gives the same images; drawn at random, and reported, if not given.
+        temperature: Divides the logits; 0 takes the most likely colour.
+        top_k: Draw among the k most likely colours only.
+        top_p: Draw among the most likely colours that reach this probability only.
+        min_p: Draw among the colours that are at least this fraction as likely as the most likely one only.
+        label: Class of the images, for a model that has classes: a number, or several with commas between, which are
+            repeated until every image (every input of complete) has one.
+        cfg_scale: Scale of classifier-free guidance towards the class; 1 is none, above follows it more closely.
+        batch_size: Images computed together; chosen by memory if not given.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
+        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
+            cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, on a GPU.
+        backend: auto, reference, cpu or cuda; see igpt env.
+        preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
+            NO_COLOR); where stderr is no terminal, once when they are finished.
+    """
+
+    model: str | None = None
+    seed: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    label: str | None = None
+    cfg_scale: float = 1.0
+    batch_size: int | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+    preview: bool = False
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written beside the grid.
+
+    Args:
+        gif: Also write the grid being drawn; .gif or .apng.
+        singles: Also write every image by itself into this directory: 00000.png and so on; of complete 00000-00.png,
+            the numbers of input and completion. The directory may not have other files that are numbered so.
+        tokens: Also write tokens and log-probabilities; .npz.
+        sidecar: Also write how the images were made: seed, settings, hash of the weights, engine, images a second;
+            .json.
+        upscale: Edge of a pixel in grid, animation and single images, which are enlarged by nearest neighbour. If not
+            given, a grid's images are enlarged to 128 pixels and single ones stay as they are.
+        force: Overwrite files.
+    """
+
+    gif: Path | None = None
+    singles: Path | None = None
+    tokens: Path | None = None
+    sidecar: Path | None = None
+    upscale: Annotated[int | None, arg(aliases=["--scale"])] = None
+    force: bool = False
+
+
+def check_drawing(n: int, drawing: Drawing) -> None:
+    """Fails early, as a mistake of usage, where a value is out of its range."""
+    from igpt_fast.checks import check_count
+    from igpt_fast.draws import Sampling
+    from igpt_fast.pipeline import MAX_IMAGES
+    from igpt_fast.sampling.rules import check_scale, check_seed
+
+    if drawing.dtype not in ("float32", "bfloat16", "float16", *ROUNDED, "auto"):
+        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, {', '.join(ROUNDED)} or auto")
+    with as_usage():
+        check_count("n", n, MAX_IMAGES)
+        Sampling(drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p)
+        check_scale("cfg_scale", drawing.cfg_scale)
+        if drawing.seed is not None:
+            check_seed(drawing.seed)
+        if drawing.batch_size is not None:
+            check_count("batch_size", drawing.batch_size)
+
+
+def seed(drawing: Drawing) -> int:
+    """The seed that is asked for, or one that is drawn."""
+    return secrets.randbits(62) if drawing.seed is None else drawing.seed
+
+
+def settings(drawing: Drawing, seed: int) -> dict[str, Any]:
+    """The options that ``Pipeline.stream`` and ``stream_complete`` take as keywords, but for the labels."""
+    names = ("batch_size", "temperature", "top_k", "top_p", "min_p", "cfg_scale")
+    options = {name: getattr(drawing, name) for name in names}
+    return options | {"seed": seed, "dtype": drawing.dtype if drawing.dtype in ROUNDED else None}
+
+
+def labels(text: str | None, count: int) -> list[int] | None:
+    """The classes of ``count`` images: the numbers of a list like ``0,3,7``, repeated."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text.strip(), re.ASCII):
+        raise UsageError(f"--label is {text!r}; want a number, or several like 0,3,7")
+    numbers = [int(word) for word in text.split(",")]
+    if len(numbers) > count:
+        raise UsageError(f"--label has {len(numbers)} numbers for {count} images")
+    return [numbers[i % len(numbers)] for i in range(count)]
+
+
+def kept(text: str | None, mask: Path | None, height: int, width: int) -> float | int | np.ndarray:
+    """What ``--keep`` and ``--mask`` say is given, as ``Pipeline.complete`` takes it: half of the rows by default."""
+    from igpt_fast.sampling.inpainting import kept_rows
+
+    if mask is not None:
+        if text is not None:
+            raise UsageError("give --keep or --mask, not both")
+        from igpt_fast.image.reading import read_mask
+
+        return read_mask(mask, height, width)
+    text = "0.5" if text is None else text.strip()
+    rows = re.fullmatch(r"(\d{1,9}) ?rows?", text, re.ASCII)
+    try:
+        keep = int(rows[1]) if rows else float(text)
+        kept_rows(keep, height)
+    except ValueError:
+        raise UsageError(
+            f"--keep is {text!r}; want a fraction of the rows like 0.5, or rows like 12rows, and some left of {height}"
+        ) from None
+    return keep

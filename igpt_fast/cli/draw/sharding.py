@@ -1,0 +1,267 @@
+"""Sharding: under ``torchrun`` every process draws some of the images, and the first one gathers and writes them.
+
+Process r of R draws the r-th of R parts, each of images that follow each other. While it draws there is no collective
+operation: a slow process keeps nobody from anything. Each one shows in the store that torchrun keeps that it is alive;
+one that has stopped to do so ends the others. When all have said that they are ready, the images are gathered (gloo).
+
+On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
+On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
+
+Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from igpt_fast.processes import size
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 120.0  # without one, after which a process counts as gone: more than reading a file may hold Python up
+START = 300.0  # for all processes to start, and for gathering
+HANDOVER = 20.0  # for all processes to hand over after Ctrl-C; torchrun kills after 30
+
+
+class PeerGoneError(RuntimeError):
+    """Another process of the run is gone."""
+
+
+class World:
+    """The processes that draw together: one, which needs nobody."""
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process checks, writes and reports."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` things are this process's."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def agree(self, name: str, value: int) -> int:
+        """The first process's value."""
+        return value
+
+    def progress(self, done: float) -> float:
+        """Says how much this process has done; returns what all have.
+
+        Raises:
+            PeerGoneError: Another one is gone.
+        """
+        return done
+
+    def gather(self, part: Any, interrupted: bool, tick: Callable[[float], None]) -> list[Any] | None:
+        """The parts of all processes, on the first one; ``None`` on the others.
+
+        Args:
+            part: What this one has.
+            interrupted: Whether it is to be quick.
+            tick: Called now and then with what all have done.
+
+        Raises:
+            PeerGoneError: Another one is gone.
+        """
+        return [part]
+
+
+class Torchrun(World):
+    """Several processes."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self._store: Store
+        self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))
+        self._store = dist.PrefixStore("igpt", self._store)
+        self._store.set(f"process/{self.rank}", f"{os.getpid()} {socket.gethostname()}")
+        self._done = 0.0
+        self._elsewhere = [0.0] * self.size
+        self._heard = [("", time.monotonic() + START - SILENCE)] * self.size
+        self._lost = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=START),
+        )
+
+    def _beat(self) -> None:
+        """Shows that this process is alive, and listens to the others; in a thread of its own."""
+        count = 0
+        while not self._stop.wait(BEAT):
+            count += 1
+            try:
+                self._store.set(f"beat/{self.rank}", f"{count} {self._done}")
+                for peer in range(self.size):
+                    if peer != self.rank and self._store.check([f"beat/{peer}"]):
+                        self._listen(peer, self._store.get(f"beat/{peer}").decode())
+            except RuntimeError as error:  # DistError and its kin
+                self._lost = f"the store of the run is gone: {str(error).splitlines()[0]}"
+                return
+
+    def _listen(self, peer: int, beat: str) -> None:
+        if beat != self._heard[peer][0]:
+            self._heard[peer] = beat, time.monotonic()
+            self._elsewhere[peer] = float(beat.split()[1])
+
+    def _check_peers(self) -> None:
+        if self._lost:
+            raise PeerGoneError(self._lost)
+        now = time.monotonic()
+        silent = [i for i, (_, heard) in enumerate(self._heard) if i != self.rank and now - heard > SILENCE]
+        if silent and not self._finished(silent):
+            raise PeerGoneError(f"{_ranks(silent)} without a sign of life; nothing is written")
+
+    def _finished(self, peers: list[int]) -> bool:
+        return bool(self._store.check([f"ready/{peer}" for peer in peers]))
+
+    def gone(self) -> list[int]:
+        """Processes of this machine that are no longer there."""
+        gone = []
+        for peer in range(self.size):
+            if self._store.check([f"process/{peer}"]):
+                pid, host = self._store.get(f"process/{peer}").decode().split(" ", 1)
+                if host == socket.gethostname() and not _exists(int(pid)):
+                    gone.append(peer)
+        return gone
+
+    def agree(self, name: str, value: int) -> int:
+        if self.first:
+            self._store.set(name, str(value))
+            return value
+        self._wait([name])
+        return int(self._store.get(name))
+
+    def progress(self, done: float) -> float:
+        self._done = done
+        self._check_peers()
+        return done + sum(self._elsewhere)
+
+    def gather(self, part: Any, interrupted: bool, tick: Callable[[float], None]) -> list[Any] | None:
+        import torch.distributed as dist
+
+        self._store.set(f"ready/{self.rank}", "interrupted" if interrupted else "done")
+        self._wait([f"ready/{peer}" for peer in range(self.size)], tick, HANDOVER if interrupted else None)
+        parts: list[Any] | None = [None] * self.size if self.first else None
+        try:
+            dist.gather_object(part, parts)
+        except RuntimeError as error:
+            raise PeerGoneError(f"another process is gone; nothing is written: {str(error).splitlines()[0]}") from error
+        return parts
+
+    def _wait(self, keys: list[str], tick: Callable[[float], None] | None = None, limit: float | None = None) -> None:
+        """Until the keys are there; for ``limit`` seconds, or as long as the others live.
+
+        With a ``tick`` there is something to hand over: then Ctrl-C, which the others hear as well, is such a limit.
+        """
+        start = time.monotonic()
+        while not self._store.check(keys):
+            try:
+                time.sleep(0.02)
+                done = self.progress(self._done)
+                if tick is not None:
+                    tick(done)
+            except KeyboardInterrupt:
+                if tick is None:
+                    raise
+                start, limit = time.monotonic(), HANDOVER
+            if limit is not None and time.monotonic() - start > limit:
+                missing = [i for i, key in enumerate(keys) if not self._store.check([key])]
+                names = ", ".join(map(str, missing))
+                raise PeerGoneError(f"rank {names} not ready {limit:.0f} s after Ctrl-C; nothing is written")
+
+    def speaks(self) -> bool:
+        """Whether it is for this process to say that it fails: the first, and others where it does not fail too."""
+        try:
+            if self.first:
+                self._store.set("failed/first", "1")
+                return True
+            if self._store.add("failed/others", 1) > 1:
+                return False
+            self._store.wait(["failed/first"], timedelta(seconds=3))
+        except RuntimeError:  # the first one is silent, or there is no store any more
+            return True
+        return False
+
+    def said(self) -> bool:
+        """Whether some process has said why it failed."""
+        return any(self._store.check([f"failed/{who}"]) for who in ("first", "others"))
+
+    def close(self) -> None:
+        """Leaves the run. Nobody waits for anybody: who comes last here may be killed, and others are not."""
+        import torch.distributed as dist
+
+        self._stop.set()
+        self._thread.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """The processes of this run, for the length of a block.
+
+    A process other than the first leaves without a word where the first has the same to say.
+
+    Raises:
+        SystemExit: With code 1, where another process is gone or has spoken.
+    """
+    if size() == 1:
+        yield World()
+        return
+    together = Torchrun()
+    before = signal.signal(signal.SIGTERM, lambda *_: _leave(together))
+    try:
+        yield together
+    except KeyboardInterrupt:
+        if together.first:
+            raise
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not together.speaks():
+            raise SystemExit(1) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        together.close()
+
+
+def _leave(together: Torchrun) -> None:
+    """On SIGTERM: cleans up as any exit does; the first process that is left says which one is gone without a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gone = together.gone()
+    if together.said() or together.rank != min(set(range(together.size)).difference(gone)):
+        raise SystemExit(1)
+    raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; nothing is written")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _ranks(numbers: list[int]) -> str:
+    names = ", ".join(map(str, numbers))
+    return f"rank {names} is gone" if len(numbers) == 1 else f"ranks {names} are gone"

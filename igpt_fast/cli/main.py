@@ -1,0 +1,131 @@
+"""The ``igpt`` command line: parsing, errors as one line, exit codes. The commands stand in ``commands/``.
+
+Exit codes: 0 done, 1 failure, 2 usage, 3 the requested backend or device is not available, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tyro
+
+from igpt_fast import processes
+from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, told
+from igpt_fast.cli.commands import colours, env, sample, train
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sample": sample.sample,
+    "complete": sample.complete,
+    "quantize": colours.quantize,
+    "clusters": colours.clusters,
+    "train": train.train,
+    "env": env.env,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    from igpt_fast import __version__
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    args = list(sys.argv[1:] if args is None else args)
+    if args in (["-h"], ["--help"], ["--version"]):
+        print(f"igpt_fast {__version__}" if args == ["--version"] else overview())
+        return 0
+    name = args[0] if args and args[0] in COMMANDS else ""
+    try:
+        if not name:
+            got = f", got {args[0]}" if args else ""
+            raise UsageError(f"expected one of {', '.join(COMMANDS)}{got} (see igpt --help)")
+        with _parsing(name):
+            command = tyro.cli(
+                _deferred(COMMANDS[name]), prog=f"igpt {name}", args=args[1:], config=(tyro.conf.FlagCreatePairsOff,)
+            )
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(name, error, 2)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout does not fail again
+        return 1
+    except (DeviceUnavailableError, OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+        unavailable = isinstance(error, DeviceUnavailableError) or type(error).__name__ == "BackendUnavailableError"
+        return _fail(name, error, 3 if unavailable else 1)
+    except Exception as error:  # a mistake of ours
+        if sys.flags.dev_mode:
+            raise
+        return _fail(name, f"internal error: {type(error).__name__}: {error} (python -X dev shows where)", 1)
+    return 0
+
+
+def overview() -> str:
+    """What ``igpt --help`` prints. By hand: a parser for all commands at once takes a third of a second to build."""
+    from igpt_fast import __version__
+
+    lines = ["usage: igpt COMMAND [options]", "", f"ImageGPT made fast. igpt_fast {__version__}", "", "commands:"]
+    for name, function in COMMANDS.items():
+        lines.append(f"  {name:<9} {(function.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join([*lines, "", "igpt COMMAND --help explains the options of a command; igpt --version."])
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """A warning in one line, without the place in the sources; of several processes, the first one's."""
+    if not processes.rank():
+        print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of the same signature that parses now and runs later, so that only parsing is quiet."""
+
+    @functools.wraps(function)
+    def parse(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return lambda: function(*args, **kwargs)
+
+    return parse
+
+
+@contextlib.contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """tyro's framed message as one line; its exits for help pass."""
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in framed.getvalue().splitlines()]
+        words = []
+        for line in lines[1:]:
+            if line.startswith(("Argument helptext", "Perhaps you meant", "For full helptext")):
+                break
+            words.append(line)
+        text = " ".join(" ".join(words).split()).replace("__tyro-dummy-inner__.", "")
+        raise UsageError(f"{text or 'wrong arguments'} (see igpt {name} --help)") from None
+
+
+def _fail(name: str, error: object, code: int) -> int:
+    """Says the reason in one line; of several processes with the same wrong command line, the first does."""
+    number = 0
+    with contextlib.suppress(ValueError):  # what they say may be the error itself
+        number = processes.rank()
+    if number and code == 2:
+        return code
+    text = told(error) if isinstance(error, BaseException) else str(error)
+    where = f" rank {number}:" if number else ""
+    print(f"igpt {name}".strip() + f":{where} " + " ".join(text.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,7 @@
+"""What runs a network fast, token by token or as a whole; it knows networks, never the model's classes.
+
+``network``: what an engine asks of a network. ``decoder``: the protocol of all decoders. ``reference``, ``cpu``,
+``cuda``: the decoders, with the native forward pass in ``cpu``. ``cache``: keys and values. ``memory``: how much it
+takes. ``choice``: which one serves.
+May use: ops, backend, checkpoint's names, and the ground. Never: model, sampling.
+"""

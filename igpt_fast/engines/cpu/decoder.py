@@ -1,0 +1,136 @@
+"""The compiled module's decode step on the CPU, and the packed weights that it reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from igpt_fast import backend
+from igpt_fast.engines.cpu import weights
+from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
+from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
+from igpt_fast.engines.network import Model, weights_of, why_not_modules, why_not_settings
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CpuDecoder:
+    """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
+
+    The weights are packed for a model's first decoder, and again for the first after a change of them; what changes
+    them during a decoder's life does not reach it. Activations and logits are float32, whatever the weights are:
+
+    - float32: the model's own numbers.
+    - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
+      where they meet weights, on processors that multiply bfloat16.
+    - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
+      and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
+
+    A primer is read by the model's forward pass (``forwards``), in the model's own dtype and from its weights, not
+    the int8 ones. As many threads compute as torch is set to.
+
+    Args:
+        model: The model, on the CPU; in eval mode.
+        batch_size: Images decoded together.
+        capacity: Positions that will be read at most, ``n_positions`` or fewer.
+        dtype: ``None`` for the model's, or ``"int8"``.
+
+    Raises:
+        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
+        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+    """
+
+    name, reason = "cpu", None
+
+    def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        check_capacity(capacity, model.config.n_positions)
+        if reason := why_not_cpu(model, dtype):
+            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        assert backend._C is not None
+        self.model = model
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._forked = False
+        self._decoder = backend._C.Decoder(
+            packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
+        )
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.prefill``."""
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
+            raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
+        self._check_room(tokens.shape[1])
+        if self._decoder.position == 0 and tokens.shape[1] > 1:
+            return self._read_primer(tokens)
+        for column in tokens.unbind(1):
+            logits = self.step(column)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.step``."""
+        batch, _, _, colours = self._decoder.sizes
+        if tokens.shape != (batch,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+            got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+            raise ValueError(f"decoder: tokens is {got}; want ({batch},) int64 on the CPU")
+        self._check_room(1)
+        tokens = tokens.contiguous()
+        logits = torch.empty(batch, colours, dtype=torch.float32, device="cpu")
+        self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
+        return logits
+
+    def fork(self, n: int) -> None:
+        """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
+        check_fork(n, self._decoder.position, self._forked)
+        self._decoder.fork(n, torch.get_num_threads())
+        self._forked = True
+        self.batch_size *= n
+
+    def _check_room(self, count: int) -> None:
+        end = self._decoder.position + count
+        if end > self.capacity:
+            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
+
+    def _read_primer(self, tokens: Tensor) -> Tensor:
+        """At the speed of a forward pass: the model's keys and values become the cache's."""
+        threads = torch.get_num_threads()
+        batch, heads, dim, _ = self._decoder.sizes
+        with torch.no_grad():
+            output = self.model.transformer(tokens, use_cache=True, return_dict=True)
+            logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
+        for layer, (keys, values) in enumerate(output.past_key_values):
+            pair = keys.float().contiguous(), values.float().contiguous()
+            shape = torch.Size((batch, heads, tokens.shape[1], dim))
+            if pair[0].shape != shape or pair[1].shape != shape:
+                raise ValueError("decoder: the model has changed its shape since the decoder was made")
+            self._decoder.load(layer, pair[0].data_ptr(), pair[1].data_ptr(), tokens.shape[1], threads)
+        self._decoder.advance(tokens.shape[1])
+        return logits
+
+
+def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
+    """Why ``CpuDecoder`` cannot serve a model; ``None`` when it can.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
+    check_dtype(dtype)
+    if reason := weights.no_native_decoder():
+        return reason
+    if dtype not in (None, "int8"):
+        return f"it decodes in the model's dtype or in 'int8', not in {dtype!r}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
+        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
+    if reason := why_not_shape(model.config) or why_not_modules(model):
+        return reason
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
+    head, config = model.lm_head.weight, model.config
+    if head.shape != (config.vocab_size - 1, config.n_embd):
+        return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
+    return why_not_settings(model.transformer, weights_of(model.transformer))

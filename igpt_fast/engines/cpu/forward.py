@@ -1,0 +1,97 @@
+"""The forward pass of a whole network in one call of the compiled module, and where it is offered.
+
+``ImageGPTModel.forward`` asks ``run`` first; where that gives ``None``, the PyTorch layers run. ``why_not`` is the
+rule: the network must be what this package makes of its configuration, in bf16 on the CPU, with nothing that only torch
+sees: gradients, hooks, autocast, transforms, tracing, compiling.
+
+The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
+have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from igpt_fast import backend
+from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
+from igpt_fast.engines.network import Body, weights_of, why_not_modules, why_not_settings
+from igpt_fast.ops.dispatch import is_plain
+
+
+class States(NamedTuple):
+    """What a forward pass gives, bf16: ``last`` (B, T, n_embd); ``hidden``, (n_layer, B, T, n_embd), and ``keys`` and
+    ``values``, (n_layer, B, H, T, D), where they were asked for.
+    """
+
+    last: Tensor
+    hidden: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+
+# Packed weights -> the forward pass on them, with the activations that it keeps for the next.
+_passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
+    """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
+
+    Raises:
+        IndexError: A token is not in the vocabulary.
+    """
+    # First, and a constant for a compiler: nothing below is for it.
+    if torch.compiler.is_compiling():
+        return None
+    if why_not(model, tokens) is not None:
+        return None
+    assert tokens is not None
+    config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
+    batch, length = tokens.shape
+    last = torch.empty(batch, length, config.n_embd, dtype=torch.bfloat16)
+    states = last.new_empty(config.n_layer, *last.shape) if hidden else None
+    heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
+    keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
+    _forward(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    return States(last, states, keys, values)
+
+
+def why_not(model: Body, tokens: Tensor | None) -> str | None:
+    """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
+    if reason := no_native_forward():
+        return reason
+    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+        return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
+    if tokens.ndim == 0 or tokens.numel() == 0 or tokens.shape[-1] > model.config.n_positions:
+        return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
+        return "the input is many short sequences, which would be padded to 32 positions each"
+    if model.training:
+        return "the network is in training mode"
+    if reason := why_not_shape(model.config) or why_not_modules(model, around=False):
+        return reason
+    weights = weights_of(model)
+    return why_not_settings(model, weights) or _why_not_weights(weights)
+
+
+def _why_not_weights(weights: list[Any]) -> str | None:
+    if any(weight.dtype != torch.bfloat16 for weight in weights):
+        return "the weights are not all bfloat16"
+    if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
+        return "the weights want a gradient, or are not plain tensors on the CPU"
+    return None
+
+
+def _forward(model: Body) -> Any:
+    """The compiled module's forward pass on the weights as they are now."""
+    assert backend._C is not None
+    weights = packed_weights(model, None, None)
+    if weights not in _passes:
+        _passes[weights] = backend._C.Forward(weights)
+    return _passes[weights]

@@ -1,0 +1,180 @@
+"""What the compiled module makes of a model's weights, made once and kept while model and weights stay as they are.
+
+Kept beside the model, not in it: copies, pickles and state dicts know nothing of it, and it goes when the model goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import backend
+from igpt_fast.config import ImageGPTConfig
+from igpt_fast.engines.network import Body
+
+
+class _Kept(NamedTuple):
+    source: Hashable  # settings and parameters that it was made from
+    others: Hashable  # and further tensors
+    result: Any
+
+
+# model -> purpose -> what was made
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def _renew_lock() -> None:
+    """Another thread's, which a forked child does not have, would stay locked."""
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def packed(
+    model: nn.Module, purpose: Hashable, settings: Hashable, pack: Callable[[], Any], others: dict[str, Tensor]
+) -> Any:
+    """The result of ``pack()``, kept for the next call.
+
+    Parameters are compared by what they hold: PyTorch counts changes in place, but not those through ``.data``, numpy
+    or shared memory, and reading weights takes a tenth of the time of packing them.
+
+    Args:
+        model: Whose parameters are packed, on the CPU.
+        purpose: One result is kept for each.
+        settings: What else the result depends on, besides the parameters and the instruction set.
+        pack: Makes it; called by one thread at a time.
+        others: What is packed with the parameters. A result with more serves where there are none.
+    """
+    assert backend._C is not None
+    with _lock:
+        source = (settings, backend._C.cpu_isa(), _contents(dict(model.named_parameters(remove_duplicate=False))))
+        more = _contents(others)
+        results = _kept.setdefault(model, {})
+        old = results.pop(purpose, None)
+        if old is None or old.source != source or (others and old.others != more):
+            del old  # before the new one is there
+            old = _Kept(source, more, pack())
+        results[purpose] = old
+        return old.result
+
+
+def _contents(tensors: dict[str, Tensor]) -> Hashable:
+    """A number of 64 bits for each tensor, its layout, and its name."""
+    assert backend._C is not None
+    found = [(name, tensor.detach()) for name, tensor in tensors.items()]
+    sums = backend._C.checksums([(tensor.data_ptr(), _span(tensor)) for _, tensor in found], torch.get_num_threads())
+    return tuple(
+        (name, tensor.dtype, tensor.shape, tensor.stride(), sum_)
+        for (name, tensor), sum_ in zip(found, sums, strict=True)
+    )
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+# As csrc/cpu/decoder_kernels.h numbers them.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+ACTIVATIONS = {
+    "quick_gelu": 2,
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), 3),
+    **dict.fromkeys(("gelu", "gelu_python"), 4),
+}
+
+
+def why_not_shape(config: ImageGPTConfig) -> str | None:
+    """Why the compiled module's kernels do not take a model's sizes; ``None`` when they do."""
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    if config.activation_function not in ACTIVATIONS:
+        return f"activation_function is {config.activation_function!r}; want {', '.join(ACTIVATIONS)}"
+    if config.head_dim % 8 or config.head_dim > 256:
+        return f"head_dim is {config.head_dim}; want a multiple of 8, 256 at most"
+    for name, value, multiple in (("n_embd", config.n_embd, 16), ("n_inner", inner, 8)):
+        if value % multiple or value > 65536:
+            return f"{name} is {value}; want a multiple of {multiple}, 65536 at most"
+    return None
+
+
+def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
+    """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
+
+    One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
+    """
+    scales = tuple(block.attn.scale for block in cast("list[Any]", body.h))
+    settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
+    others = {} if head is None else {"head": head}
+    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
+
+
+def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
+    """The compiled module's copy of a network's weights, and of a head's where there is one."""
+    assert backend._C is not None
+    config, threads = body.config, torch.get_num_threads()
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    weights = backend._C.DecoderWeights(
+        config.n_layer,
+        config.n_embd,
+        config.n_head,
+        inner,
+        config.n_positions,
+        config.vocab_size,
+        config.layer_norm_epsilon,
+        ACTIVATIONS[config.activation_function],
+        _FORMATS[dtype],
+    )
+    kept: list[Tensor] = []  # temporary copies, until the module has read them
+
+    def vector(parameter: Tensor) -> int:
+        kept.append(parameter.detach().float().contiguous())
+        return kept[-1].data_ptr()
+
+    def matrix(parameter: Tensor, transposed: bool = False) -> tuple[int, bool, int, int]:
+        tensor = parameter.detach()
+        kept.append(tensor.float() if tensor.dtype == torch.float16 else tensor)
+        by_input, by_output = kept[-1].stride()[::-1] if transposed else kept[-1].stride()
+        return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
+
+    weights.set_tables(
+        vector(body.wte.weight),
+        vector(body.wpe.weight),
+        vector(body.ln_f.weight),
+        (0, False, 0, 0) if head is None else matrix(head, transposed=True),
+        threads,
+    )
+    for i, block in enumerate(cast("list[Any]", body.h)):
+        kept.clear()
+        linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        pairs = [part for layer in linear for part in (matrix(layer.weight), vector(layer.bias))]
+        weights.set_layer(i, vector(block.ln_1.weight), vector(block.ln_2.weight), *pairs, block.attn.scale, threads)
+    return weights
+
+
+def no_native_forward() -> str | None:
+    """Why the compiled module's forward pass serves no model on the CPU; ``None`` when it does."""
+    if reason := no_native_decoder():
+        return reason
+    assert backend._C is not None
+    return None if backend._C.has_cpu_forward() else f"the instruction set {backend._C.cpu_isa()!r} has no tiles (AMX)"
+
+
+def no_native_decoder() -> str | None:
+    """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
+    if reason := backend.unavailable("cpu"):
+        return reason
+    if backend.get_backend() not in ("auto", "cpu"):
+        return f"the backend {backend.get_backend()!r} is chosen"
+    return None if backend._emulated is None else "the emulated kernels serve the CPU"

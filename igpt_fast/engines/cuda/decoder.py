@@ -1,0 +1,254 @@
+"""The decode step of the CUDA kernels: a static cache, CUDA graphs, tokens drawn on the device.
+
+The step itself, and how it is captured: cuda_step.py. Nothing here waits for the device but a capture, which a step has
+at its first position and where attention is launched in another way.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast import backend, ops
+from igpt_fast.draws import PLAIN, Sampling
+from igpt_fast.engines.cache import StaticCache
+from igpt_fast.engines.cuda.idle import give, take
+from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
+from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
+from igpt_fast.engines.network import Model, Network, weights_of, why_not_modules, why_not_settings
+from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values
+
+# A step with caches of more bytes is not kept for the next decoder: capturing is little beside its work.
+KEPT_BYTES = 1 << 28
+
+
+class CudaDecoder:
+    """The CUDA kernels' decode step, captured in CUDA graphs.
+
+    Up to 8 images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused
+    around them. A primer is read by the model's forward pass. Continuations that ``fork`` makes share its keys and
+    values in bfloat16 and float16; in float32 each has a copy. Weights are read where the model has them: a change in
+    place reaches the next step, another tensor in a parameter's place does not.
+
+    ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
+    with a scale for each image, head and position; keys are not. A head's value with a NaN or an infinity becomes NaN
+    as a whole. The forward pass reads a primer with its own values, which are rounded as they come into the cache;
+    those that continuations share stay in the model's dtype.
+
+    Args:
+        model: The model, on a CUDA device; in eval mode.
+        batch_size: Images decoded together.
+        capacity: Positions that will be read at most, ``n_positions`` or fewer.
+        dtype: ``None``: the model's; or ``"fp8_values"``.
+        graphs: Capture each step in a CUDA graph. Not on the emulator, which has none.
+        dependent: Let a kernel begin while the one before ends, where the kernels are built for sm_90 or later.
+
+    Raises:
+        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
+        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+    """
+
+    name, reason = "cuda", None
+
+    def __init__(
+        self,
+        model: Model,
+        batch_size: int,
+        capacity: int,
+        dtype: str | None = None,
+        *,
+        graphs: bool = True,
+        dependent: bool = True,
+    ) -> None:
+        check_capacity(capacity, model.config.n_positions)
+        if reason := why_not_cuda(model, dtype):
+            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        self.model = model
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._scaled = dtype == "fp8_values"
+        self._network = Network(model)
+        self._options = (graphs and model.device.type == "cuda", dependent)
+        self._position = 0  # tokens read
+        self._forked = False
+        self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
+        self._step: CudaStep | None = None
+        self._own = 0  # position in its caches
+        self._key: Any = None
+        self._drawn = False  # whether the step's input is what ``draw`` drew
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.prefill``."""
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
+            raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
+        self._check_room(tokens.shape[1])
+        if self._position == 0:
+            return self._read_primer(tokens)
+        for column in tokens.unbind(1):
+            logits = self.step(column)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.step``."""
+        device = self._network.device
+        if tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64 or tokens.device != device:
+            got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+            raise ValueError(f"decoder: tokens is {got}; want ({self.batch_size},) int64 on {device}")
+        self._check_room(1)
+        step, net = self._begin(), self._network
+        torch.index_select(net.wte, 0, tokens, out=step.x)
+        step.x += net.wpe[self._position]
+        return self._advance(step).clone()
+
+    def draw(self, logits: Tensor, seed: int, streams: Tensor, sampling: Sampling = PLAIN) -> tuple[Tensor, Tensor]:
+        """Draws the tokens that follow, and makes of them the input of ``step_drawn``: no wait, no copy by the host.
+
+        The number of an image is that of ``reference.uniform`` for the seed, its stream and the token's index in the
+        image, the tokens that the decoder has read less SOS.
+
+        Args:
+            logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
+            seed, streams: As ``ops.sample_next`` takes them.
+            sampling: How they are drawn.
+
+        Returns:
+            (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits, before the settings.
+
+        Raises:
+            ValueError: Nothing was read, or an argument out of its range.
+        """
+        if self._position == 0:
+            raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
+        net = self._network
+        # The kernel wants the index on the device: where the step's own count stands, it need not come from the host.
+        index = torch.full((1,), self._position - 1, dtype=torch.int32, device=net.device)
+        if self._position >= self.capacity:  # the last token, which nobody reads
+            tokens, _ = ops.draw_next(logits, seed, streams, index, sampling)
+        else:
+            step = self._begin()
+            tokens, following = ops.draw_next(logits, seed, streams, index, sampling, net.wte, net.wpe)
+            assert following is not None
+            step.x.copy_(following)
+            self._drawn = True
+        return tokens, ops.cross_entropy(logits, tokens, reduction="none").neg_()
+
+    def step_drawn(self) -> Tensor:
+        """``step`` of the tokens that ``draw`` has drawn. The logits are in memory that the next step writes to.
+
+        Raises:
+            ValueError: Nothing was drawn since the last step.
+        """
+        if not self._drawn:
+            raise ValueError("decoder: nothing was drawn since the last step; call draw first")
+        self._check_room(1)
+        return self._advance(self._begin())
+
+    def fork(self, n: int) -> None:
+        """See ``Decoder.fork``. In bfloat16 and float16 the primer stays in memory once, and is read once a step."""
+        check_fork(n, self._position, self._forked)
+        self._forked = True
+        if n > 1 and self._step is not None:  # what it has read is the primer now
+            step, read = self._step, slice(self._position)
+            keys, values = step.keys[..., read, :], step.values[..., read, :]
+            if step.scales is not None:
+                values = dequantize_values(values, step.scales[..., read], keys.dtype)
+            self._primer = keys, values
+            self._step, self._drawn = None, False
+        self.batch_size *= n
+
+    def _check_room(self, count: int) -> None:
+        end = self._position + count
+        if end > self.capacity:
+            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
+
+    def _read_primer(self, tokens: Tensor) -> Tensor:
+        net, (batch, length) = self._network, tokens.shape
+        cache = StaticCache(len(net.layers), batch, net.heads, length, net.head_dim, dtype=net.dtype, device=net.device)
+        with torch.no_grad():
+            hidden = self.model.transformer(tokens, past_key_values=cache, use_cache=True).last_hidden_state
+            logits = self.model.lm_head(hidden[:, -1])
+        self._primer, self._position = cache.buffers, length
+        return logits
+
+    def _begin(self) -> CudaStep:
+        """The step, which is made when it is known how many images go on from the primer."""
+        if self._step is not None:
+            return self._step
+        if self._primer is None:
+            raise ValueError("decoder: nothing has been read; call prefill first")
+        net, primer = self._network, self._primer
+        shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
+        positions = self.capacity - (self._position if shares else 0)
+        stream = torch.cuda.current_stream(net.device) if net.device.type == "cuda" else None
+        shape = (self.batch_size, positions, primer[0].shape if shares else None)
+        self._key = (*shape, self._scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
+        step = take(self.model, self._key, net)
+        if step is None:
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, self._scaled, *self._options)
+        step.start(primer)
+        self._step, self._primer, self._own = step, None, 0 if shares else self._position
+        return step
+
+    def _advance(self, step: CudaStep) -> Tensor:
+        logits = step.run(self._own)
+        self._own += 1
+        self._position += 1
+        self._drawn = False
+        return logits
+
+    def __del__(self) -> None:
+        step = getattr(self, "_step", None)
+        if step is not None and step.bytes <= KEPT_BYTES and not sys.is_finalizing():
+            give(self.model, self._key, step)
+
+
+def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
+    """Why ``CudaDecoder`` cannot serve a model; ``None`` when it can.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
+    check_dtype(dtype)
+    if reason := no_cuda_decoder(model.device):
+        return reason
+    if dtype not in (None, "fp8_values"):
+        return f"it decodes in the model's dtype or in 'fp8_values', not in {dtype!r}"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32, bfloat16 or float16"
+    if dtype is not None and not dtypes <= set(FUSED_DTYPES):
+        return f"the weights are float32; want bfloat16 or float16 for {dtype!r}"
+    if len({parameter.device for parameter in model.parameters()}) != 1:
+        return "the weights are on several devices"
+    config = model.config
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    if config.activation_function not in KERNELS:
+        return f"activation_function is {config.activation_function!r}; want {', '.join(KERNELS)}"
+    if config.head_dim not in HEAD_DIMS:
+        return f"head_dim is {config.head_dim}; want {', '.join(map(str, HEAD_DIMS))}"
+    if config.n_embd % 8 or inner % 8:
+        return f"n_embd is {config.n_embd}, n_inner {inner}; want multiples of 8"
+    if reason := why_not_modules(model):
+        return reason
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
+    head = model.lm_head.weight
+    if head.shape != (config.vocab_size - 1, config.n_embd):
+        return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
+    return why_not_settings(model.transformer, weights_of(model.transformer))
+
+
+def no_cuda_decoder(device: torch.device) -> str | None:
+    """Why the CUDA kernels' decoder serves no model on a device; ``None`` when it does."""
+    if backend.get_backend() not in ("auto", "cuda"):
+        return f"the backend {backend.get_backend()!r} is chosen"
+    if backend._emulated is not None and device.type == "cpu":
+        return None
+    return backend.no_kernels("attention_decode", device) if device.type == "cuda" else f"the model is on {device}"

@@ -1,0 +1,73 @@
+"""How much memory decoding takes, and how many images a device has room for."""
+
+from __future__ import annotations
+
+import torch
+
+from igpt_fast.engines.choice import _chosen
+from igpt_fast.engines.cuda.idle import idle_bytes
+from igpt_fast.engines.cuda.step import FUSED_DTYPES
+from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.network import Model
+from igpt_fast.engines.reference import cache_dtype
+
+WORKSPACE_BYTES = 1 << 28  # of libraries and graphs, whatever the images
+
+
+def cache_bytes(model: Model, dtype: str | None = None, primer: int = 0, copies: int = 1) -> int:
+    """Bytes of key/value cache that one whole image takes, on average where several share a primer.
+
+    Args:
+        model: The model.
+        dtype: As in ``make_decoder``.
+        primer: Positions that are read before the fork.
+        copies: Images made of each primer.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
+    config, kind = model.config, _chosen(model, dtype)[0]
+    shares = kind == "cpu" or (kind == "cuda" and model.dtype in FUSED_DTYPES)
+    shared = primer if shares and copies > 1 else 0
+    item = cache_dtype(model).itemsize
+    own_position = shared_position = 2 * config.n_embd * item
+    if kind == "cpu" and dtype == "int8":
+        own_position = shared_position = 2 * config.n_embd + 12 * config.n_head  # two scales and a sum for each head
+    if kind == "cuda" and dtype == "fp8_values":
+        own_position = config.n_embd * (item + 1) + 4 * config.n_head  # a scale for each head
+    own, each = config.n_positions - shared, -(-shared // copies)
+    return config.n_layer * (own * own_position + each * shared_position)
+
+
+def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int | None:
+    """How many images can be decoded together in the memory that a model's CUDA device has free; 0 where not one can.
+
+    Args:
+        model, dtype, primer, copies: As in ``cache_bytes``.
+
+    Returns:
+        ``None`` for a model on another device, whose memory is not known.
+
+    Raises:
+        ValueError: An unknown ``dtype``.
+    """
+    check_dtype(dtype)
+    if model.device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += idle_bytes(model)
+    # What torch holds without using it is free for it, though it may be in pieces.
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
+
+
+def image_bytes(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int:
+    """Bytes that one more image takes while it is decoded, activations included; arguments as in ``cache_bytes``."""
+    config = model.config
+    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    item = cache_dtype(model).itemsize
+    # Of a position while it is computed: some ten tensors of n_embd at once, the MLP's two, and logits.
+    position = item * (10 * config.n_embd + 2 * inner) + 16 * config.vocab_size
+    # What was read is there twice for a moment: as it was read, and where the images keep it.
+    read = 2 * config.n_layer * config.n_embd * item + position
+    return cache_bytes(model, dtype, primer, copies) + position + -(-primer * read // copies)

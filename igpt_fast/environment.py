@@ -1,0 +1,162 @@
+"""What is here and what runs: versions, build, devices, and the live implementation of every op, decoder and forward
+pass, with the reason where a faster one is not.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+import igpt_fast
+from igpt_fast import backend
+from igpt_fast.engines.choice import DECODERS, FORWARDS
+from igpt_fast.engines.cpu.weights import no_native_decoder, no_native_forward
+from igpt_fast.engines.cuda.decoder import no_cuda_decoder
+
+
+def implementation(op: str, device_type: str) -> tuple[str, str]:
+    """What runs for an op on ``"cpu"`` or ``"cuda"`` under the chosen backend, and why nothing faster does.
+
+    Returns:
+        (implementation, reason). Where the native one runs, the reason says what it covers, and is empty where that
+        is everything.
+    """
+    entry, chosen = backend.OPS[op], backend.get_backend()
+    if chosen == "reference" and entry.native:
+        return "reference", "the backend 'reference' is chosen"
+    if chosen not in ("auto", "reference", device_type) and entry.native:
+        return "none", f"the backend {chosen!r} is chosen"
+    if device_type not in entry.native:
+        return entry.otherwise, f"there is no kernel for {device_type} tensors in this version"
+    reason = backend.unavailable(device_type)
+    if reason is not None:
+        return "reference", reason
+    assert backend._C is not None
+    if device_type == "cpu":
+        if reason := backend.no_isa(op):
+            return entry.otherwise, reason
+        least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
+        return f"native ({backend._C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
+    return "native", f"for {entry.covers}"
+
+
+def _decoder(name: str) -> tuple[str, str]:
+    """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
+    if name == "reference":
+        return "the PyTorch model with a static key/value cache", DECODERS[name]
+    if name == "cuda":
+        reason = backend.unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
+        return ("none", reason) if reason is not None else ("native", DECODERS[name])
+    reason = no_native_decoder()
+    if reason is not None:
+        return "none", reason
+    assert backend._C is not None
+    return f"native ({backend._C.cpu_isa()})", DECODERS[name]
+
+
+def _forward(name: str) -> tuple[str, str]:
+    """As ``_decoder``, for a forward pass."""
+    if name == "torch":
+        return "the PyTorch layers", FORWARDS[name]
+    reason = no_native_forward()
+    if reason is not None:
+        return "none", reason
+    assert backend._C is not None
+    return f"native ({backend._C.cpu_isa()})", FORWARDS[name]
+
+
+def config() -> dict[str, Any]:
+    """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
+    import numpy
+
+    build: dict[str, Any] = {"compiled": backend._C is not None}
+    if backend._C is None:
+        build["reason"] = backend.native_reason
+    else:
+        build |= {
+            "compiler": backend._C.compiler,
+            "openmp": backend._C.openmp,
+            "cuda": backend._C.cuda_status,
+            "file": backend._C.__file__,
+        }
+    devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            devices.append(
+                {"name": f"cuda:{i}", "processor": torch.cuda.get_device_name(i), "capability": f"{major}.{minor}"}
+            )
+    ops = {
+        op: {
+            device: dict(zip(("runs", "reason"), implementation(op, device), strict=True)) for device in ("cpu", "cuda")
+        }
+        for op in backend.OPS
+    }
+    return {
+        "versions": {
+            "igpt_fast": igpt_fast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
+        "build": build,
+        "devices": devices,
+        "isa": {
+            "compiled": dict(backend._C.cpu_isas()) if backend._C is not None else {},
+            "live": backend._C.cpu_isa() if backend._C is not None else None,
+        },
+        "backend": backend.get_backend(),
+        "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := backend.unavailable(name))},
+        "ops": ops,
+        "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
+        "forwards": {name: dict(zip(("runs", "reason"), _forward(name), strict=True)) for name in FORWARDS},
+    }
+
+
+def format_config(report: dict[str, Any]) -> str:
+    """``config()`` as text."""
+    lines = [" ".join(f"{name} {version}" for name, version in report["versions"].items())]
+    build = report["build"]
+    lines.append(
+        f"build      {build['compiler']}; OpenMP {build['openmp']}; CUDA {build['cuda']}"
+        if build["compiled"]
+        else f"build      none: {build['reason']}"
+    )
+    for device in report["devices"]:
+        rest = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("name", "processor"))
+        lines.append(f"device     {device['name']}: {device['processor']} ({rest})")
+    isas = ", ".join(
+        name if has else f"{name} (not on this processor)" for name, has in report["isa"]["compiled"].items()
+    )
+    lines.append(f"isa        {report['isa']['live'] or 'none'} of {isas or 'none'}")
+    lines.append(f"backend    {report['backend']}")
+    lines += [f"           {name} is not available: {reason}" for name, reason in report["unavailable"].items()]
+    wide = 1 + max(map(len, [*report["ops"], *report["decoders"], *report["forwards"]]))
+    for op, by_device in report["ops"].items():
+        for device, live in by_device.items():
+            lines.append(f"op         {op:<{wide}}{device:<5} {_line(live)}")
+    lines += [f"decoder    {name:<{wide}}      {_line(live)}" for name, live in report["decoders"].items()]
+    lines += [f"forward    {name:<{wide}}      {_line(live)}" for name, live in report["forwards"].items()]
+    return "\n".join(lines)
+
+
+def show_config() -> None:
+    """Prints versions, build, devices, instruction sets and what runs for every op, decoder and forward pass."""
+    print(format_config(config()))
+
+
+def _line(live: dict[str, str]) -> str:
+    return f"{live['runs']} [{live['reason']}]" if live["reason"] else live["runs"]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,288 @@
+"""What a model is trained on: token files, folders of images turned into tokens, and two baselines to beat."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_fast import files
+from igpt_fast.image.clusters import check_clusters
+
+# What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
+# Flat colours compress a few hundred times at most.
+_MAX_RATIO = 400
+_MIN_BOUND = 1 << 20
+
+_CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
+
+
+_MAX_NAME = 200  # characters
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass
+class TokenData:
+    """Images as tokens.
+
+    Args:
+        tokens: (N, side * side) integers in 0..K-1. The functions here keep them in the smallest type, uint8 for up
+            to 256 clusters; ``batch_at`` and ``image_nats`` widen what they take.
+        clusters: (K, 3) float32 in [-1, 1].
+        heldout: (N,) bool, images that are never trained on.
+        skipped: Files that were left out because they are not readable images.
+        labels: (N,) int64, the class of each image in 0..C-1; ``None``: the images have no classes.
+        class_names: The C names; ``"0"``, ``"1"`` and so on if there are labels alone.
+
+    Raises:
+        ValueError: Arrays that do not fit together, nothing to train on, or a class without an image to train on.
+    """
+
+    tokens: Tensor
+    clusters: np.ndarray
+    heldout: Tensor
+    skipped: int = 0
+    labels: Tensor | None = None
+    class_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        tokens, heldout = self.tokens, self.heldout
+        if tokens.ndim != 2 or tokens.dtype not in _INTEGERS or tokens.numel() == 0:
+            raise ValueError(f"tokens must be (N, T) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens are not a square image")
+        _check_range(tokens.numpy(), len(self.clusters))
+        if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
+            raise ValueError("heldout must be (N,) bool with at least one image to train on")
+        if self.labels is not None:
+            self._check_classes(self.labels)
+        elif self.class_names:
+            raise ValueError("there are class_names, and no labels")
+
+    def _check_classes(self, labels: Tensor) -> None:
+        if labels.shape != self.tokens.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be (N,) integers, got {tuple(labels.shape)} {labels.dtype}")
+        low, high = int(labels.min()), int(labels.max())
+        n_classes = len(self.class_names) or min(high + 1, len(labels))  # with a gap there would be no more classes
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"label {low if low < 0 else high} is not in 0..{n_classes - 1}")
+        names = self.class_names = [str(name) for name in self.class_names or range(n_classes)]
+        if len(set(names)) != len(names):
+            raise ValueError("two classes have the same name")
+        if wrong := [name for name in names if not name.isprintable() or not 0 < len(name) <= _MAX_NAME]:
+            raise ValueError(f"a class is called {wrong[0][:_MAX_NAME]!r}; want 1..{_MAX_NAME} printable characters")
+        counts = torch.bincount(labels[~self.heldout], minlength=n_classes)
+        if not bool(counts.all()):
+            raise ValueError(f"class {names[int(counts.argmin())]!r} has no image to train on")
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels."""
+        return math.isqrt(self.tokens.shape[1])
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of colours; their ids come first, then those of the classes."""
+        return len(self.clusters)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes; 0 if the images have none."""
+        return len(self.class_names)
+
+    @property
+    def train_tokens(self) -> Tensor:
+        """(N_train, T) of the type of ``tokens``."""
+        return self.tokens[~self.heldout]
+
+    @property
+    def heldout_tokens(self) -> Tensor:
+        """(N_heldout, T) of the type of ``tokens``."""
+        return self.tokens[self.heldout]
+
+    @property
+    def train_labels(self) -> Tensor | None:
+        """(N_train,) int64, if there are classes."""
+        return None if self.labels is None else self.labels[~self.heldout]
+
+    @property
+    def heldout_labels(self) -> Tensor | None:
+        """(N_heldout,) int64, if there are classes."""
+        return None if self.labels is None else self.labels[self.heldout]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the arrays, the tokens as int64 whatever their type, and of the names of the classes."""
+        digest = hashlib.sha256()
+        flat = self.tokens.numpy().reshape(-1)
+        for start in range(0, len(flat), _CHUNK):
+            digest.update(flat[start : start + _CHUNK].astype(np.int64).tobytes())
+        digest.update(self.clusters.tobytes() + self.heldout.numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes() + "\0".join(self.class_names).encode())
+        return digest.hexdigest()
+
+
+def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> TokenData:
+    """Reads a token file: a .npz with ``tokens`` (N, T), ``clusters`` (K, 3) and ``heldout`` (N,).
+
+    With ``classes`` also ``labels`` (N,), integers, and ``class_names`` (C,), strings, if it has them.
+
+    Nothing is unpickled, and the arrays are refused where they would unpack to more than 400 times the file's size
+    (1 MiB for a small file). The tokens stay as narrow as they are stored.
+
+    Raises:
+        FileNotFoundError: No such file.
+        MemoryError: The arrays are believed, and too large for this machine.
+        ValueError: The file is not such a file; the message names it and the reason.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file")
+    try:
+        names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
+        arrays = _read_npz(path, names, ("class_names",) if classes else ())
+        tokens, clusters, heldout = (arrays[name] for name in names[:3])
+        if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
+            raise ValueError(f"tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
+        if heldout.dtype != np.bool_:
+            raise ValueError(f"heldout must be (N,) bool, got {heldout.shape} {heldout.dtype}")
+        palette = check_clusters(clusters)
+        return TokenData(
+            _narrow(tokens, len(palette)),
+            palette,
+            torch.from_numpy(heldout.copy()),
+            labels=_labels(arrays["labels"]) if classes else None,
+            class_names=_class_names(arrays.get("class_names")),
+        )
+    except (PermissionError, MemoryError):
+        raise
+    # zlib.error, and whatever numpy's header parser raises on a false header, have no common class.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a token file: {reason.splitlines()[0]}") from error
+
+
+def has_labels(path: Path) -> bool:
+    """Whether a token file has ``labels``; true of what is no token file, of which ``load_tokens`` says more."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "labels.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True
+
+
+def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or high >= n_clusters:
+        raise ValueError(f"token {low if low < 0 else high} is not in 0..{n_clusters - 1}")
+
+
+def _labels(labels: np.ndarray) -> Tensor:
+    if labels.dtype.kind not in "iu" or labels.dtype == np.uint64:
+        raise ValueError(f"labels must be (N,) integers, got {labels.shape} {labels.dtype}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _class_names(names: np.ndarray | None) -> list[str]:
+    if names is None:
+        return []
+    if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
+        raise ValueError(f"class_names must be (C,) strings, got {names.shape} {names.dtype}")
+    return names.tolist()
+
+
+def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
+    """A copy in the smallest type that holds the ids of the clusters and that torch computes with."""
+    _check_range(tokens, n_clusters)
+    dtype = next(kind for kind in (np.uint8, np.int16, np.int32, np.int64) if n_clusters - 1 <= np.iinfo(kind).max)
+    return torch.from_numpy(tokens.astype(dtype, order="C"))
+
+
+def _read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of a .npz, those of ``optional`` if it has them. A zip states sizes it need not keep: each is checked
+    before it is believed."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        missing = [name for name in names if f"{name}.npy" not in members]
+        if missing:
+            raise ValueError(f"has no array {missing[0]!r}")
+        wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
+        bound = max(_MIN_BOUND, _MAX_RATIO * size)
+        total = sum(info.file_size for info in wanted.values())
+        if total > bound:
+            raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
+        for info in wanted.values():
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{info.filename} is packed by a method that numpy does not write")
+        return {name: _read_npy(archive, info) for name, info in wanted.items()}
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} has an unknown version {version}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try:
+            shape, fortran, dtype = read(member)
+        except MemoryError as error:  # what Python's parser raises on brackets that are nested too deep
+            raise ValueError(f"{info.filename} has a header that cannot be parsed") from error
+        if dtype.hasobject or dtype.kind not in "iufbU" or not dtype.itemsize:
+            raise ValueError(f"{info.filename} holds {dtype}, not numbers")
+        if any(length < 0 for length in shape):
+            raise ValueError(f"{info.filename} has the shape {shape}")
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > info.file_size:
+            raise ValueError(f"{info.filename} claims {claimed} bytes and holds {info.file_size}")
+        content = member.read(claimed)
+        if len(content) != claimed:
+            raise ValueError(f"{info.filename} is truncated")
+    array = np.frombuffer(content, dtype=dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def save_tokens(
+    data: TokenData, path: str | os.PathLike[str], *, names: Sequence[str] | None = None, overwrite: bool = True
+) -> None:
+    """Writes a token file, whole or not at all; the same data gives the same bytes.
+
+    Args:
+        data: What to write; the tokens are stored in the smallest unsigned type.
+        path: A name that ends in ``.npz``.
+        names: (N) what the images are called, kept for the reader.
+        overwrite: Whether ``path`` may exist.
+
+    Raises:
+        ValueError: Another suffix, or not one name an image.
+        FileExistsError: ``path`` exists and ``overwrite`` is false.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: want a name that ends in .npz")
+    arrays: dict[str, Any] = {
+        "tokens": data.tokens.numpy().astype(np.min_scalar_type(data.n_clusters - 1)),
+        "clusters": data.clusters,
+        "heldout": data.heldout.numpy(),
+    }
+    if data.labels is not None:
+        arrays["labels"] = data.labels.numpy().astype(np.min_scalar_type(data.n_classes - 1))
+        arrays["class_names"] = np.array(list(data.class_names), dtype=np.str_)
+    if names is not None:
+        if len(names) != len(data.tokens):
+            raise ValueError(f"{len(names)} names for {len(data.tokens)} images")
+        arrays["names"] = np.array(list(names), dtype=np.str_)
+    with files.replacing(path, overwrite=overwrite) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -1,0 +1,83 @@
+"""What a training run writes while it goes on: its log and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from igpt_fast import files
+from igpt_fast.learning.state import TrainState
+
+CHECKPOINT, LOG = "train.pt", "log.jsonl"
+
+
+class Output:
+    """The log and the checkpoint of a run. Its directory is made, and an outdated run in it removed, only when the
+    first of them is written: a run that fails before costs nothing.
+
+    Args:
+        out: The directory.
+        outdated: Files to remove.
+    """
+
+    def __init__(self, out: Path, outdated: Sequence[Path]) -> None:
+        self.checkpoint, self.log = out / CHECKPOINT, out / LOG
+        self._outdated = outdated
+        self._begun = False
+
+    def resume(self, step: int) -> float:
+        """Goes on after ``step``; returns the seconds that the run took so far."""
+        self._begun = True
+        return _cut_log(self.log, step)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record to the log."""
+        self._begin()
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+
+    def save(self, state: TrainState) -> None:
+        """Writes the checkpoint."""
+        self._begin()
+        state.save(self.checkpoint)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            for path in self._outdated:
+                path.unlink(missing_ok=True)
+            _cut_log(self.log, 0)
+            self._begun = True
+
+
+def check_writable(out: Path) -> None:
+    """Fails now rather than after the first steps when ``out`` cannot be made or written to; leaves no trace."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing}: is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
+
+
+def _cut_log(path: Path, step: int) -> float:
+    """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
+    kept: list[str] = []
+    seconds = 0.0
+    if path.exists() and step > 0:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if not 0 < record["step"] <= step:
+                    break
+                seconds = float(record["seconds"])
+            except (ValueError, TypeError, KeyError):
+                break  # half a line, from a kill
+            kept.append(line + "\n")
+    with files.replacing(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+    return seconds

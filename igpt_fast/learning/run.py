@@ -1,0 +1,129 @@
+"""A whole training run in a directory: training, checkpoint, model, samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_fast import files
+from igpt_fast.learning.baselines import histogram_nats, lookup_table_nats
+from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.evaluate import heldout_nats
+from igpt_fast.learning.output import CHECKPOINT, LOG
+from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.train import Progress, _train
+from igpt_fast.model import ImageGPTForCausalImageModeling
+
+MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides the output's files
+_GENERATION = "generation_config.json"
+_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
+
+
+def run(
+    data: TokenData,
+    out: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    save_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The whole recipe: trains, then writes the model in transformers' layout and a grid of its samples.
+
+    Args:
+        data: What to train and evaluate on.
+        out: Directory of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
+        config, device, progress: See ``train``.
+        resume: Continue the run in ``out``.
+        overwrite: Start afresh where ``out`` holds a run; its files are removed when the first new one is written.
+        save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
+
+    Returns:
+        Where the model is, its size, and its held-out nats per token beside the baselines'; ``None`` for
+        figures of a held-out part that is empty. With classes also how many, and the nats of images whose class is
+        known, ``heldout_class_nats``.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, with neither ``resume`` nor ``overwrite``.
+        ValueError: Both of them; and whatever ``train`` raises.
+    """
+    out = Path(out)
+    before = check_directory(out, resume=resume, overwrite=overwrite)
+    model, measured = _train(data, out, config, device, resume, progress, outdated=before if overwrite else ())
+    export(model, data, out / MODEL, save_dtype)
+    _draw_samples(out, data.n_classes)
+    held = int(data.heldout.sum())
+    measured = measured or heldout_nats(model, data)  # a finished run, resumed
+    classes = {"classes": data.n_classes, "heldout_class_nats": measured.get("heldout_class_nats")}
+    return {
+        "model": str(out / MODEL),
+        "samples": str(out / SAMPLES),
+        "parameters": model.num_parameters(),
+        "steps": config.steps,
+        "images": len(data.tokens),
+        "heldout_images": held,
+        "heldout_nats": measured.get("heldout_nats"),
+        "lookup_table_nats": lookup_table_nats(data) if held else None,
+        "histogram_nats": histogram_nats(data) if held else None,
+        **(classes if data.n_classes else {}),
+    }
+
+
+def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """The files of an earlier run in ``out``.
+
+    Raises:
+        FileExistsError, ValueError: See ``run``.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    before = [path for path in _run_files(out) if path.exists()]
+    if before and not (resume or overwrite):
+        raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+    return before
+
+
+def _run_files(out: Path) -> list[Path]:
+    """The files of a run, by name: a directory that holds other things as well loses none of them."""
+    return [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
+
+
+def export(
+    model: ImageGPTForCausalImageModeling,
+    data: TokenData,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+
+    For a model with classes ``generation_config.json`` as well, by which transformers' ``generate`` draws colours only.
+
+    Args:
+        model: The model.
+        data: Its clusters and size.
+        folder: Made if it does not exist.
+        dtype: Type of the weights in the file; the model's own if not given.
+    """
+    from igpt_fast.image import ImageGPTImageProcessor
+
+    state = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    size = {"height": data.side, "width": data.side}
+    ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
+    if classes := list(range(model.config.n_colours, model.config.sos_token_id)):
+        with files.replacing(Path(folder) / _GENERATION) as partial:
+            partial.write_text(json.dumps({"suppress_tokens": classes}) + "\n", encoding="utf-8")
+
+
+def _draw_samples(out: Path, n_classes: int) -> None:
+    """From the files just written, so that they are known to load; of the classes in turn."""
+    from igpt_fast.pipeline import Pipeline
+
+    labels = [i % n_classes for i in range(16)] if n_classes else None
+    Pipeline.from_pretrained(out / MODEL, device="cpu").sample(16, seed=0, labels=labels).save_grid(out / SAMPLES)

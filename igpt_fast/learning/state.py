@@ -1,0 +1,154 @@
+"""The state of a training run and its file: written whole or not at all, read with suspicion."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast import files
+from igpt_fast.checkpoint.pickles import scan_torch_file
+from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.model import ImageGPTForCausalImageModeling
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
+
+
+def same_run(config: TrainConfig, data: TokenData) -> dict[str, Any]:
+    """What must agree between a run and its continuation."""
+    settings = dataclasses.asdict(config)
+    if not data.n_classes:
+        del settings["label_dropout"]
+    return {"config": settings, "data": data.fingerprint()}
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and the number of steps done.
+
+    Args:
+        model, optimizer, step: What a run consists of.
+        identity: See ``same_run``.
+        saved: The step that the file holds.
+    """
+
+    model: ImageGPTForCausalImageModeling
+    optimizer: torch.optim.AdamW
+    step: int
+    identity: dict[str, Any]
+    saved: int | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes the file, replacing an older one."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "identity": self.identity,
+        }
+        for left in path.parent.glob(f".{path.name}.*.partial*"):
+            left.unlink(missing_ok=True)  # from a process that was killed while it wrote
+        with files.replacing(path) as partial:
+            torch.save(state, partial)
+        self.saved = self.step
+
+    def load(self, path: Path) -> None:
+        """Takes over the state in a file.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Damaged, not the state of a training run, or that of another one; the message names the
+                file.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; there is no run to resume")
+        try:
+            _check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._check_form(state)
+        except PermissionError:
+            raise
+        except Exception as error:  # what a damaged file raises is not documented
+            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)[:300]}") from error
+        differences = _differences(state["identity"], self.identity)
+        if differences:
+            raise ValueError(f"{path}: written by another run: {differences}")
+        try:
+            self._check_tensors(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a usable training state: {error}") from error
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = self.saved = state["step"]
+
+    def _check_form(self, state: Any) -> None:
+        if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "identity"}:
+            raise ValueError("has other entries than model, optimizer, step and identity")
+        if not all(isinstance(state[name], dict) for name in ("model", "optimizer", "identity")):
+            raise ValueError("model, optimizer or identity is no dictionary")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError("step is not a number of steps")
+
+    def _check_tensors(self, state: dict[str, Any]) -> None:
+        """torch checks the shapes of a model's state, but not of an optimizer's."""
+        if state["step"] > self.identity["config"]["steps"]:
+            raise ValueError(f"step {state['step']} lies behind the end of the run")
+        own = self.model.state_dict()
+        if state["model"].keys() != own.keys():
+            raise ValueError("its weights have other names than the model's")
+        for name, value in own.items():
+            _check_tensor(name, state["model"][name], value)
+        fresh = self.optimizer.state_dict()
+        moments, groups = state["optimizer"].get("state"), state["optimizer"].get("param_groups")
+        fixed = [{k: v for k, v in group.items() if k != "lr"} for group in fresh["param_groups"]]
+        if not isinstance(groups, list) or [_without_lr(group) for group in groups] != fixed:
+            raise ValueError("its optimizer has other settings than this one")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not isinstance(moments, dict) or (state["step"] and moments.keys() != set(range(len(parameters)))):
+            raise ValueError("its optimizer has other parameters than this one")
+        for index, moment in moments.items():
+            if not isinstance(moment, dict) or moment.keys() != {"step", *_MOMENTS}:
+                raise ValueError(f"its optimizer's state of parameter {index} is not AdamW's")
+            _check_tensor(f"optimizer step {index}", moment["step"], torch.zeros(()))
+            for name in _MOMENTS:
+                _check_tensor(f"optimizer {name} {index}", moment[name], parameters[index])
+
+
+def _without_lr(group: Any) -> Any:
+    return {k: v for k, v in group.items() if k != "lr"} if isinstance(group, dict) else None
+
+
+def _check_tensor(name: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {found}; want {tuple(like.shape)} {like.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} is not finite")
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What differs between two identities, in words; empty when nothing does."""
+    before = theirs.get("config")
+    if not isinstance(before, dict):
+        return "it names no configuration"
+    now = ours["config"]
+    words = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now}, key=str)
+        if before.get(key) != now.get(key)
+    ]
+    if theirs.get("data") != ours["data"]:
+        words.append("the data differ")
+    return "; ".join(words)[:500]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses a file that would unpack to more than it holds, or names anything but tensors."""
+    if not scan_torch_file(path, largest=_MAX_NUMBER):
+        raise ValueError("not a zip, as torch.save writes")

@@ -1,0 +1,219 @@
+"""Trains an iGPT: images -> clusters -> tokens -> model. One readable script behind ``igpt train``.
+
+The objective is the paper's: the input is ``[SOS, x_0 .. x_{T-2}]`` and position ``t`` predicts ``x_t``, so that
+every pixel counts. With classes, the token of the image's own stands in place of SOS, most of the time; it is no
+target, and the loss is that of the colours alone. AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient
+clipping, optional bf16 autocast. The budget is in steps. Each step draws its images, augmentations and dropouts from
+generators seeded with (seed, step): a resumed run is bit-identical to one that was never interrupted.
+
+Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and appendix.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast.config import ImageGPTConfig
+from igpt_fast.interrupts import delayed_interrupt
+from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.evaluate import heldout_nats
+from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.output import Output, check_writable
+from igpt_fast.learning.schedule import _mix, batch_at, labels_at, learning_rate
+from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.state import TrainState, same_run
+from igpt_fast.model import ImageGPTForCausalImageModeling
+
+LOG_EVERY = 50  # steps
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer a finite number."""
+
+
+def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW(0.9, 0.95); weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageModeling:
+    """A model for the data, on the CPU, with the run's initial weights.
+
+    Raises:
+        ValueError: A network that ``ImageGPTConfig`` refuses.
+    """
+    shape = ImageGPTConfig(
+        vocab_size=data.n_clusters + data.n_classes + 1,
+        n_positions=data.tokens.shape[1],
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=config.dropout,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        n_classes=data.n_classes,
+        id2label=dict(enumerate(data.class_names)) or None,
+    )
+    cpu = torch.device("cpu")
+    with _own_generators(cpu):
+        _seed(config.seed, cpu)
+        model = ImageGPTForCausalImageModeling(shape)
+    torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
+    return model
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds what the device draws from like ``torch.manual_seed``, which would seed every other GPU as well."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _own_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, torch's global generators are the run's; afterwards they go on as if nothing had been drawn."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def train_step(
+    state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable, labels: Tensor | None = None
+) -> dict[str, Any]:
+    """One optimizer step on training images (N, T); returns its record for the log.
+
+    It seeds torch's global generators of the CPU and of the model's device, for the dropout.
+
+    Args:
+        state: Advanced in place by one step.
+        tokens, side: The training images.
+        config: The run.
+        nats: ``image_nats``, or that compiled.
+        labels: (N,) int64, the classes of the images, if they have any.
+
+    Raises:
+        DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
+    """
+    step, model, device = state.step, state.model, state.model.device
+    _seed(_mix(config.seed, 3, step), device)  # dropout
+    batch = batch_at(step, tokens, side, config).to(device)
+    given = () if labels is None else (labels_at(step, labels, config).to(device),)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
+        loss = nats(model, batch, *given).mean()
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    record = {"step": step + 1, "nats": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config)}
+    if not (math.isfinite(record["nats"]) and math.isfinite(record["grad_norm"])):
+        raise DivergedError(
+            f"step {step + 1}: the loss is {record['nats']} and its gradient's norm {record['grad_norm']};"
+            " try a lower learning rate"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = record["lr"]
+    state.optimizer.step()
+    state.step = step + 1
+    return record
+
+
+def train(
+    data: TokenData,
+    out: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> ImageGPTForCausalImageModeling:
+    """Trains a model and returns it.
+
+    Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without. Torch's global
+    generators are left as they were.
+
+    Args:
+        data: What to train and evaluate on.
+        out: Directory for ``train.pt`` (model, optimizer, step) and ``log.jsonl``; made with the first of them.
+        config: The run.
+        device: Where to train.
+        resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
+        progress: Called with each record of the log.
+        stop_after: Save and return after this step, as an interruption would.
+
+    Raises:
+        DivergedError: The loss is no longer finite; ``train.pt`` is the last one saved before.
+        FileNotFoundError: ``resume`` without a ``train.pt``.
+        KeyboardInterrupt: On Ctrl-C.
+        NotADirectoryError, PermissionError: ``out`` cannot be made or written to.
+        ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
+    """
+    return _train(data, Path(out), config, device, resume, progress, stop_after)[0]
+
+
+def _train(
+    data: TokenData,
+    out: Path,
+    config: TrainConfig,
+    device: str | torch.device,
+    resume: bool,
+    progress: Progress | None,
+    stop_after: int | None = None,
+    outdated: Sequence[Path] = (),
+) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
+    """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
+    of the last step if it was made here."""
+    check_writable(out)
+    model = new_model(data, config).to(device)
+    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
+    output = Output(out, outdated)
+    clock = time.monotonic()
+    if resume:
+        state.load(output.checkpoint)
+        clock -= output.resume(state.step)
+    train_tokens, train_labels = data.train_tokens, data.train_labels
+    nats = torch.compile(image_nats) if config.compile else image_nats
+    end = config.steps if stop_after is None else min(stop_after, config.steps)
+    final: dict[str, float] = {}
+    model.train()
+    with _own_generators(model.device), delayed_interrupt() as interrupted:
+        while state.step < end and not interrupted():
+            record = train_step(state, train_tokens, data.side, config, nats, train_labels)
+            step, last = state.step, state.step == config.steps
+            evaluated = bool(data.heldout.any()) and (step % config.eval_every == 0 or last)
+            logged = evaluated or step % LOG_EVERY == 0 or last
+            if evaluated:
+                measured = heldout_nats(model, data)
+                record.update(measured)
+                final = measured if last else {}
+            if logged:
+                record["seconds"] = round(time.monotonic() - clock, 2)
+                output.append(record)
+            # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
+            if step % config.save_every == 0:
+                output.save(state)
+            if logged and progress is not None:
+                _tell(progress, record, state, output)
+        if state.step and state.saved != state.step:
+            output.save(state)
+    return model.eval(), final
+
+
+def _tell(progress: Progress, record: dict[str, Any], state: TrainState, output: Output) -> None:
+    """Calls ``progress``, which may be where a program notices that it shall stop."""
+    try:
+        progress(record)
+    except KeyboardInterrupt:
+        output.save(state)
+        raise

@@ -1,0 +1,20 @@
+"""The network as ``torch.nn`` modules: transformers' ImageGPT classes, arguments, outputs and state-dict keys.
+
+``imagegpt``: the three models. ``layers``: what they are made of. ``outputs``: what they return. ``trainable``: what
+trainers call. ``generate``: transformers' ``generate`` on top of ``sampling``.
+May use: ops, checkpoint, engines (which run it fast), sampling, and the ground.
+"""
+
+from igpt_fast.model.imagegpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTModel,
+    ImageGPTPreTrainedModel,
+)
+
+__all__ = [
+    "ImageGPTForCausalImageModeling",
+    "ImageGPTForImageClassification",
+    "ImageGPTModel",
+    "ImageGPTPreTrainedModel",
+]

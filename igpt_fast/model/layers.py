@@ -1,0 +1,127 @@
+"""The pieces of an iGPT: norm, linear layer, attention, MLP, block; named as in transformers' state dicts."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from igpt_fast import ops
+from igpt_fast.config import ImageGPTConfig
+from igpt_fast.engines.cache import Cache
+from igpt_fast.engines.network import plain
+from igpt_fast.ops.dispatch import autocast_dtype
+
+
+@plain
+class ImageGPTLayerNorm(nn.Module):
+    """iGPT's norm: root mean square, not mean-centred, weight only. See ``ops.rms_norm``."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    @overload
+    def forward(self, x: Tensor, residual: None = None, dtype: torch.dtype | None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``, in ``dtype``; with ``residual``, of the sum, and the sum in the residual's dtype."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps, dtype=dtype)
+        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual, dtype=dtype)
+
+
+@plain
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored (in, out), as in GPT-2's checkpoints."""
+
+    def __init__(self, n_out: int, n_in: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], self.weight.shape[1])
+
+
+@plain
+class ImageGPTAttention(nn.Module):
+    """Causal self-attention with packed query, key and value projections."""
+
+    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.layer_idx = layer_idx
+        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer_idx + 1
+        self.upcast = config.reorder_and_upcast_attn
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        # Never called, the op applies it; a module so that code which sets every nn.Dropout's p reaches it.
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        b, t, d = x.shape
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)
+        dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        if cache is None and not need_weights:
+            out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)
+            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+            if k.shape[2] != past + t:
+                # transformers' StaticCache hands out its whole buffer, unwritten positions included.
+                raise ValueError(
+                    f"past_key_values: {type(cache).__name__} returned {k.shape[2]} positions after {past} + {t};"
+                    " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
+                )
+        out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
+        out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))
+        return self.resid_dropout(out), weights
+
+
+@plain
+class ImageGPTMLP(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, config: ImageGPTConfig) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = Conv1D(inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, inner)
+        self.activation = ops.check_activation(config.activation_function)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(ops.activation(self.c_fc(x), self.activation)))
+
+
+@plain
+class ImageGPTBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = ImageGPTAttention(config, layer_idx)
+        self.ln_2 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = ImageGPTMLP(config)
+
+    def forward(
+        self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = autocast_dtype(x)  # as the linear layers would convert it
+        attended, weights = self.attn(self.ln_1(x, dtype=dtype), cache, past, key_mask, need_weights)
+        normed, x = self.ln_2(attended, residual=x, dtype=dtype)
+        return x + self.mlp(normed), weights

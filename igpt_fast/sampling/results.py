@@ -1,0 +1,214 @@
+"""Results: generated images with their likelihoods, and the pictures made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from igpt_fast import image as images_module
+from igpt_fast.checks import check_count
+from igpt_fast.image import ImageGPTImageProcessor
+
+
+@dataclass
+class Generation:
+    """Generated images, image-major: for completions, the ``n`` of the first input come first.
+
+    Args:
+        tokens: (N, T) int64 on the CPU, the given pixels included.
+        logprobs: (N, T) float32 on the CPU, nats per pixel under the model itself, given the class if there is one:
+            before guidance, temperature, top-k, top-p and min-p. NaN where the pixel was given.
+        processor: Knows the colours and the size.
+        seed: What the streams were made of.
+        settings: Temperature and so on, as plain values; ``engine`` is the decoder's name,
+            and ``engine_reason`` says why it is no faster one, where it is the reference.
+        inputs: For completions, the (M) inputs as RGB images, cropped to the model's aspect.
+        originals: For completions, (M, T) int64, the tokens of the whole inputs.
+        given: For completions, how many pixels of all inputs were given before the first drawn one.
+        known: For completions, (M, T) bool: which pixels were given.
+        known_logprobs: For completions, (N, T) float32, as ``logprobs``, of the given pixels behind an image's first
+            drawn one: how well what was drawn goes with them. NaN elsewhere.
+        effective_sample_size: For completions by candidates, (N,) float32; see ``inpainting``.
+        labels: (N,) int64, the classes that were asked for.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    processor: ImageGPTImageProcessor
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: list[Image.Image] | None = None
+    originals: Tensor | None = None
+    given: int = 0
+    known: Tensor | None = None
+    known_logprobs: Tensor | None = None
+    effective_sample_size: Tensor | None = None
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The N images, RGB, at the model's size."""
+        return self.processor.decode(self.tokens)
+
+    def grid(self, *, columns: int | None = None, scale: int | None = None) -> Image.Image:
+        """All images in one.
+
+        Args:
+            columns: Images in a row; about square when ``None``. Completions have a row for each input instead:
+                input, what was given of it, completions, and the original in the model's colours.
+            scale: Edge of a pixel in the result; ``None`` makes an image 128 pixels high or wide.
+
+        Raises:
+            ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
+        """
+        scale = self._scale(scale, columns)
+        if self.tokens.numel() * scale**2 > images_module.MAX_PIXELS:  # before the images are made
+            size = f"{self.processor.width * scale}x{self.processor.height * scale}"
+            raise ValueError(f"grid: {len(self)} images of {size} are more than {images_module.MAX_PIXELS} pixels")
+        if self.inputs is None:
+            return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
+        return self._completion_grid(self.tokens, scale)
+
+    def save_grid(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: int | None = None,
+        scale: int | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        """Writes ``grid`` to a file, whole or not at all; the suffix names the format.
+
+        Raises:
+            FileExistsError: The file exists and ``overwrite`` is false.
+            ValueError: An unknown suffix.
+        """
+        images_module.save_image(self.grid(columns=columns, scale=scale), path, overwrite=overwrite)
+
+    def save_gif(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: int | None = None,
+        scale: int | None = None,
+        frame_ms: int = 80,
+        overwrite: bool = True,
+    ) -> None:
+        """Writes the grid being drawn, a row of pixels a frame, as ``.gif`` or ``.apng``.
+
+        Args:
+            path: The file.
+            columns, scale: See ``grid``.
+            frame_ms: Milliseconds a frame.
+            overwrite: Whether an existing file may be replaced.
+
+        Raises:
+            FileExistsError: The file exists and ``overwrite`` is false.
+            ValueError: An unknown suffix, or too many pixels; see ``save_animation``.
+        """
+        frames = self._drawing(columns, self._scale(scale, columns))
+        images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
+
+    def _drawing(self, columns: int | None, scale: int) -> Iterator[Image.Image]:
+        """The frames of the grid being drawn, ``height + 1`` at most."""
+        width = self.processor.width
+        for drawn in (self.given, *range(self.given - self.given % width + width, self.tokens.shape[1] + 1, width)):
+            if self.inputs is None:
+                cells = [self._partly(tokens, drawn) for tokens in self.tokens]
+                yield images_module.image_grid(cells, columns, scale=scale, gap=scale)
+            else:
+                yield self._completion_grid(self.tokens, scale, drawn)
+
+    def _scale(self, scale: int | None, columns: int | None) -> int:
+        if columns is not None and self.inputs is not None:
+            raise ValueError("columns is given, but completions have a row for each input")
+        if scale is None:
+            return max(1, 128 // max(self.processor.height, self.processor.width))
+        return check_count("scale", scale, 64)
+
+    def _partly(self, tokens: Tensor, drawn: int, known: Tensor | None = None) -> Image.Image:
+        """The image of (T,) tokens, light grey from pixel ``drawn`` on, but where it is known."""
+        pixels = np.array(self.processor.decode(tokens[None])[0])
+        hidden = torch.arange(len(tokens)) >= drawn
+        pixels.reshape(-1, 3)[(hidden if known is None else hidden & ~known).numpy()] = 224
+        return Image.fromarray(pixels)
+
+    def _completion_grid(self, tokens: Tensor, scale: int, drawn: int | None = None) -> Image.Image:
+        assert self.inputs is not None
+        assert self.originals is not None
+        size = (self.processor.width * scale, self.processor.height * scale)
+        per_input = len(tokens) // len(self.inputs)
+        cells: list[Image.Image] = []
+        for i, original in enumerate(self.originals):
+            known = None if self.known is None else self.known[i]
+            completions = tokens[i * per_input : (i + 1) * per_input]
+            pictures = [self._partly(original, self.given, known)]
+            pictures += [self._partly(row, row.shape[0] if drawn is None else drawn, known) for row in completions]
+            pictures += self.processor.decode(original[None])
+            smaller = self.inputs[i].width <= self.processor.width  # its pixels are to be seen, as the others' are
+            cells.append(self.inputs[i].resize(size, Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
+            cells += [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
+        return images_module.image_grid(cells, per_input + 3, gap=scale)
+
+
+class InterruptedGeneration(KeyboardInterrupt):
+    """Ctrl-C during a generation; ``partial`` holds the images that were finished, or ``None``."""
+
+    def __init__(self, partial: Generation | None) -> None:
+        super().__init__("interrupted")
+        self.partial = partial
+
+
+def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Generation:
+    """The images of several processes as those of one; their order is that of the parts."""
+    import torch
+
+    first = parts[0]
+    changes: dict[str, Any] = {"processor": processor, "given": min(part.given for part in parts)}
+    for name in ("tokens", "logprobs", "originals", "known", "known_logprobs", "effective_sample_size", "labels"):
+        values = [getattr(part, name) for part in parts]
+        changes[name] = None if values[0] is None else torch.cat(values)
+    if first.inputs is not None:
+        changes["inputs"] = [image for part in parts for image in part.inputs or ()]
+    places = ("first", "first_input")  # of a part in the whole
+    changes["settings"] = {name: value for name, value in first.settings.items() if name not in places}
+    changes["settings"]["batch_size"] = min(part.settings["batch_size"] for part in parts)
+    return dataclasses.replace(first, **changes)
+
+
+def without_processor(part: Generation | None) -> Generation | None:
+    """What another process is sent: every one has its own processor."""
+    return None if part is None else dataclasses.replace(part, processor=None)  # type: ignore[arg-type]
+
+
+def save_tokens(generation: Generation, path: Path) -> None:
+    """A .npz that ``numpy.load`` reads without unpickling.
+
+    ``tokens`` (N, H, W) uint16, ``logprobs`` (N, H, W) float32 in nats, NaN where the pixel was given, ``seed`` uint64,
+    ``clusters`` (K, 3) float32 in [-1, 1], the colours; for class-conditional images ``labels`` (N,) int64.
+    """
+    import numpy as np
+
+    shape = (len(generation), generation.processor.height, generation.processor.width)
+    arrays: dict[str, Any] = {
+        "tokens": generation.tokens.numpy().astype(np.uint16).reshape(shape),
+        "logprobs": generation.logprobs.numpy().reshape(shape),
+        "seed": np.uint64(generation.seed),
+        "clusters": np.asarray(generation.processor.clusters, dtype=np.float32),
+    }
+    if generation.labels is not None:
+        arrays["labels"] = np.asarray(generation.labels, dtype=np.int64)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -1,0 +1,76 @@
+"""How tokens are drawn: guidance, and the random streams; temperature and filters are ``draws.Sampling``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igpt_fast import reference
+from igpt_fast.draws import Sampling as Sampling
+
+MAX_SCALE = 1000.0  # of guidance; its logits stay far within float32
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: tokens are drawn from what a context changes, amplified.
+
+    With the log-probabilities of the next token after the context, c, and after another one, u, the logits that are
+    drawn from are ``u + scale * (c - u)``; temperature and filters follow.
+
+    Args:
+        scale: In 0..1000; 1 is no guidance, 0 the other context alone.
+        context: (B, T_0) int64, on the model's device, as long as the guided ones: without class, as a rule.
+
+    Source: "Classifier-Free Diffusion Guidance" (Ho & Salimans, 2022), where w = scale - 1; for tokens, "Stay on topic
+    with Classifier-Free Guidance" (Sanchez et al., 2023) and transformers' guidance_scale.
+    """
+
+    scale: float
+    context: Tensor
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where the uniform numbers of a batch come from, for a decoder that makes them on its device.
+
+    Args:
+        seed: In 0..2^64-1.
+        numbers: (B n,) int64: of each image's stream. A token's number is that of its index in the image; the context
+            begins at its first pixel, behind SOS or a class.
+    """
+
+    seed: int
+    numbers: Tensor
+
+
+def check_seed(seed: int) -> int:
+    """The seed.
+
+    Raises:
+        ValueError: Not an integer in 0..2^64-1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed!r}; want an integer in 0..2^64-1")
+    return seed
+
+
+def check_scale(name: str, value: float) -> float:
+    """The scale of a guidance.
+
+    Raises:
+        ValueError: Not a number in 0..1000; the message says ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= MAX_SCALE:
+        raise ValueError(f"{name} is {value!r}; want a number in 0..{MAX_SCALE:.0f}")
+    return value
+
+
+def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:
+    """(N, count) uniform numbers of the images' own streams; see ``reference.uniform``."""
+    return reference.uniform(check_seed(seed), streams.to("cpu", torch.int64), first, count).to(device)
