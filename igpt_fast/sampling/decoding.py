@@ -16,7 +16,7 @@ from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.network import Model
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams
+from igpt_fast.sampling.rules import Guidance, RandomStreams, Sampling
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -47,7 +47,7 @@ def decode(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: Streams | None = None,
+    streams: RandomStreams | None = None,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
@@ -97,7 +97,7 @@ def decoding(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: Streams | None = None,
+    streams: RandomStreams | None = None,
 ) -> Iterator[int]:
     """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled."""
     check_dtype(dtype)
@@ -142,7 +142,7 @@ def decoding(
 
 
 def _drawn_by(
-    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: Streams, sampling: Sampling
+    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: RandomStreams, sampling: Sampling
 ) -> Iterator[int]:
     """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
     steps, colours = drawn.tokens.shape[1], logits.shape[1]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from igpt_fast.cli import checks as terminal
+from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import GRID_SUFFIXES, Paths
 
 
@@ -40,16 +40,16 @@ def quantize(
         force: Overwrite files.
     """
     if clusters is not None and model is not None:
-        raise terminal.UsageError("give --clusters or --model, not both")
+        raise checks.UsageError("give --clusters or --model, not both")
     if side is not None and not 0 <= side <= 4096:
-        raise terminal.UsageError(f"--side is {side}; want 0..4096")
+        raise checks.UsageError(f"--side is {side}; want 0..4096")
     if side == 0 and len(images) > 1:
-        raise terminal.UsageError("--side 0 takes a single image")
-    terminal.check_output(out, force, (".npy",))
-    terminal.check_output(preview, force, GRID_SUFFIXES)
-    terminal.check_images(images)
-    terminal.choose_backend(backend)
-    device_ = terminal.choose_device(device)
+        raise checks.UsageError("--side 0 takes a single image")
+    checks.check_output(out, force, (".npy",))
+    checks.check_output(preview, force, GRID_SUFFIXES)
+    checks.check_images(images)
+    checks.choose_backend(backend)
+    device_ = checks.choose_device(device)
     import numpy as np
     import torch
 
@@ -57,7 +57,7 @@ def quantize(
     from igpt_fast import image as images_module
     from igpt_fast.image.reading import read_square
 
-    palette, default_side = terminal.read_palette(clusters, model)
+    palette, default_side = checks.read_palette(clusters, model)
     pixels = np.stack([read_square(path, default_side if side is None else side) for path in images])
     colours = torch.from_numpy(pixels).to(device_)
     start = time.perf_counter()
@@ -101,14 +101,14 @@ def clusters(
         force: Overwrite files.
     """
     if not 1 <= side <= 4096:
-        raise terminal.UsageError(f"--side is {side}; want 1..4096")
-    terminal.check_clusters(n_clusters)
+        raise checks.UsageError(f"--side is {side}; want 1..4096")
+    checks.check_clusters(n_clusters)
     if not 0 <= seed < 1 << 32:
-        raise terminal.UsageError(f"--seed is {seed}; want 0..2^32-1")
+        raise checks.UsageError(f"--seed is {seed}; want 0..2^32-1")
     if not images:
-        raise terminal.UsageError("give at least one image file or directory")
-    terminal.check_output(out, force, (".npy",))
-    terminal.check_output(preview, force, GRID_SUFFIXES)
+        raise checks.UsageError("give at least one image file or directory")
+    checks.check_output(out, force, (".npy",))
+    checks.check_output(preview, force, GRID_SUFFIXES)
     import numpy as np
 
     from igpt_fast import image as images_module

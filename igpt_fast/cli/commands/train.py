@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from igpt_fast.cli import checks as terminal
+from igpt_fast.cli import checks, terminal
 from igpt_fast.learning.settings import TrainConfig
 
 
@@ -52,30 +52,28 @@ def train(
         force: Start afresh in a directory that holds a run.
     """
     if resume and force:
-        raise terminal.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
+        raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     preparation = {"--side": side, "--n-clusters": n_clusters, "--clusters": clusters, "--holdout": holdout}
     given = [name for name, value in preparation.items() if value is not None]
     if (data is None or data.is_file()) and (given or skip_unreadable):
         names = ", ".join(given or ["--skip-unreadable"])
-        raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
+        raise checks.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
     if classes and data is None:
-        raise terminal.UsageError(
-            "--classes: the bundled emoji have none; give a directory or a token file with labels"
-        )
+        raise checks.UsageError("--classes: the bundled emoji have none; give a directory or a token file with labels")
     if not classes and config.label_dropout != TrainConfig.label_dropout:
-        raise terminal.UsageError("--label-dropout: only with --classes")
+        raise checks.UsageError("--label-dropout: only with --classes")
     if clusters is not None and n_clusters is not None:
-        raise terminal.UsageError("give --clusters or --n-clusters, not both")
+        raise checks.UsageError("give --clusters or --n-clusters, not both")
     if n_clusters is not None:
-        terminal.check_clusters(n_clusters)
+        checks.check_clusters(n_clusters)
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise terminal.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
+        raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
     if side is not None and not 1 <= side <= 256:
-        raise terminal.UsageError(f"--side is {side}; want 1..256")
+        raise checks.UsageError(f"--side is {side}; want 1..256")
     if holdout is not None and not 0.0 <= holdout < 1.0:
-        raise terminal.UsageError(f"--holdout is {holdout}; want a fraction in [0, 1)")
-    terminal.choose_backend(backend)
-    device_ = terminal.choose_device(device)
+        raise checks.UsageError(f"--holdout is {holdout}; want a fraction in [0, 1)")
+    checks.choose_backend(backend)
+    device_ = checks.choose_device(device)
     import torch
 
     from igpt_fast.files import BUNDLED
@@ -84,7 +82,7 @@ def train(
     from igpt_fast.learning import folders, run
 
     if classes and data is not None and data.is_file() and not data_module.has_labels(data):
-        raise terminal.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
+        raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     run.check_directory(out, resume=resume, overwrite=force)  # before the images are read, which takes its time
     if data is not None and data.is_dir():
         palette = None if clusters is None else load_clusters(clusters)
