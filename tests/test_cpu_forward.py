@@ -361,7 +361,7 @@ REASONS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "tokens": (lambda model: model.set_input_embeddings(nn.Embedding(20, 48).bfloat16()), "shape"),
     "parameter": (
         lambda model: setattr(model.transformer.h[0].ln_1, "weight", type("Mine", (nn.Parameter,), {})(torch.ones(48))),
-        "parameters",
+        "weight of h.0.ln_1 is a Mine",
     ),
 }
 
@@ -373,7 +373,7 @@ def test_a_network_that_it_is_not_for(change: Callable, reason: str) -> None:
     assert forwards.why_not(model.transformer, tokens) is None
     change(model)
     assert reason in str(forwards.why_not(model.transformer, tokens))
-    if reason != "bfloat16" and reason != "parameters":
+    if reason != "bfloat16" and "Mine" not in reason:
         assert model(tokens).logits.isfinite().all()
 
 

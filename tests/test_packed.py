@@ -181,7 +181,7 @@ def test_several_threads_pack_once() -> None:
 SAMPLE = r"""
 import re, sys
 from pathlib import Path
-from igpt_fast import cli
+from igpt_fast.cli import main as cli
 sys.argv = ["igpt", "sample", "-n", "1", "--seed", "1", "--force", *sys.argv[1:]]
 try:
     cli.main()

@@ -18,12 +18,14 @@ class Decoder(Protocol):
         batch_size: Images decoded together; ``fork`` multiplies it.
         capacity: Positions that can be read.
         dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
+        reason: Why it is no faster one, where one was asked for.
     """
 
     name: str
     batch_size: int
     capacity: int
     dtype: str
+    reason: str | None
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Reads (B, T) int64 tokens, SOS first; returns the (B, vocab_size - 1) logits of the next position."""

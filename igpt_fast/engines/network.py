@@ -18,9 +18,10 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
 
 Kind = TypeVar("Kind", bound=type)
-# The classes of modules that are computed as this package computes them; anything else may mean anything.
-MODULES: set[type] = {nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+METHODS = ("__call__", "_call_impl", "forward", "_embed")  # what a module computes, and what calls it
+# The classes of modules that are computed as this package computes them, and their methods as they were declared;
+# anything else may mean anything.
+MODULES: dict[type, list[Any]] = {}
 
 _LEAST_SCALE = 2.0**-126  # a normal float32: smaller ones are flushed to zero
 
@@ -62,10 +63,14 @@ class Model(Protocol):
 
 def plain(kind: Kind) -> Kind:
     """Declares a class of modules: an engine may read the weights of its instances in place of calling them. A subclass
-    is another class.
+    is another class, and so is one whose methods have been replaced since.
     """
-    MODULES.add(kind)
+    MODULES[kind] = [getattr(kind, method, None) for method in METHODS]
     return kind
+
+
+for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
+    plain(_kind)
 
 
 def why_not_settings(model: Body, weights: list[Any]) -> str | None:
@@ -104,18 +109,45 @@ def weights_of(model: Body) -> list[Any]:
     return found
 
 
-def why_not_modules(model: Model) -> str | None:
-    """Whether something has been put into the model, or around its modules, that only PyTorch runs."""
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind not in MODULES:
-            return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
-            return f"{name or 'the model'} has a hook or a forward of its own"
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
-            return f"{name} is a {type(parameter).__name__}"
-    return "lm_head has a bias" if model.lm_head.bias is not None else None
+def why_not_modules(root: Any, around: bool = True) -> str | None:
+    """Whether something stands in a network, or between it and who calls it, that only PyTorch runs: modules, methods
+    or parameters of another kind, hooks, modes. That torch compiles a module counts not, for it changes no value.
+
+    Args:
+        root: The model, or a part of it.
+        around: Whether what has been put around the root itself counts: not where it is being called.
+    """
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks of all modules"
+    if torch._C._len_torch_dispatch_stack():
+        return "a mode of torch's looks at every operation"
+    known: set[type] = set()
+    modules: list[nn.Module] = [root]  # not modules(), which takes a millisecond for 24 layers
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
+        kind, state, outside = type(module), module.__dict__, around or module is not root
+        if kind not in known:
+            if kind not in MODULES:
+                return f"{_name(root, module)} is a {kind.__module__}.{kind.__qualname__}"
+            if outside and MODULES[kind] != [getattr(kind, method, None) for method in METHODS]:
+                return f"the methods of {kind.__qualname__} are not its own"
+            known.add(kind)
+        if not outside and "_embed" in state:
+            return f"{_name(root, module)} embeds in a way of its own"
+        hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or not state.keys().isdisjoint(METHODS)
+        if outside and hooked:
+            return f"{_name(root, module)} has a hook or a forward of its own"
+        if not around and module.training and kind is nn.Dropout and module.p > 0.0:
+            return f"the dropout {_name(root, module)} is on"
+        for part, parameter in state["_parameters"].items():
+            # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
+            if parameter is not None and (type(parameter) is not nn.Parameter or parameter.layout != torch.strided):
+                return f"{part} of {_name(root, module)} is a {type(parameter).__name__}"
+    return None
+
+
+def _name(root: nn.Module, module: nn.Module) -> str:
+    return next(name for name, part in root.named_modules() if part is module) or "the model"
 
 
 class Layer(NamedTuple):

@@ -1,4 +1,7 @@
-"""The PyTorch model on a static key/value cache: right everywhere, and the measure for the faster decoders."""
+"""The PyTorch model on a static key/value cache: right everywhere, and the measure for the faster decoders.
+
+It calls the model itself, so that hooks, wrappers, subclasses and modes do what they do in any other call.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class ReferenceDecoder:
         model: The model; in eval mode.
         batch_size: Images decoded together.
         capacity: Positions that will be read at most, ``n_positions`` or fewer.
+        reason: Why it is none of the faster decoders.
 
     Raises:
         ValueError: ``capacity`` exceeds ``n_positions``.
@@ -26,10 +30,10 @@ class ReferenceDecoder:
 
     name = "reference"
 
-    def __init__(self, model: Model, batch_size: int, capacity: int) -> None:
+    def __init__(self, model: Model, batch_size: int, capacity: int, reason: str | None = None) -> None:
         config = model.config
         check_capacity(capacity, config.n_positions)
-        self.model = model
+        self.model, self.reason = model, reason
         self.batch_size = batch_size
         self.capacity = capacity
         self.dtype = str(model.dtype).removeprefix("torch.")
@@ -46,8 +50,7 @@ class ReferenceDecoder:
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
-        hidden = self.model.transformer(tokens, past_key_values=self._cache, use_cache=True).last_hidden_state
-        return self.model.lm_head(hidden[:, -1])
+        return self.model(tokens, past_key_values=self._cache, use_cache=True, return_dict=True).logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""

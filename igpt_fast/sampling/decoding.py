@@ -30,11 +30,13 @@ class Drawn:
         logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
             context: before guidance, temperature, top-k, top-p and min-p.
         engine: Name of the decoder; ``None`` where there was nothing to decode.
+        reason: Why it is no faster one, where it is none.
     """
 
     tokens: Tensor
     logprobs: Tensor
     engine: str | None = None
+    reason: str | None = None
 
 
 def decode(
@@ -116,7 +118,7 @@ def decoding(
     colours = model.config.n_colours
     with _evaluating(model):
         decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
-        drawn.engine = decoder.name
+        drawn.engine, drawn.reason = decoder.name, decoder.reason
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
         if isinstance(decoder, CudaDecoder) and streams is not None and known is None and not guided:

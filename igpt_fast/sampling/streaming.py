@@ -97,6 +97,11 @@ class Stream:
         return self._run.engine
 
     @property
+    def engine_reason(self) -> str | None:
+        """Why it is no faster one, where it is none."""
+        return self._run.engine_reason
+
+    @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
         return self._run.batches.size
@@ -184,6 +189,7 @@ class _Run:
         self, model: Model, request: Request, known: Tensor, batch_size: int, progress: Progress | None
     ) -> None:
         self.engine: str | None = None
+        self.engine_reason: str | None = None
         self.batches = Batches(len(known) * request.copies, request.copies, batch_size)
         self.finished: list[Pictures] = []
         self.ended = False
@@ -235,7 +241,7 @@ class _Run:
             streams=RandomStreams(request.seed, streams),
         )
         for t in steps:
-            self.engine = drawn.engine
+            self.engine, self.engine_reason = drawn.engine, drawn.reason
             self._advance(start * self._decoded + (t + 1) * len(sequence))
             end = first + t + 1
             if request.candidates == 1 and end % width == 0:

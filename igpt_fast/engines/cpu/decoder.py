@@ -40,7 +40,7 @@ class CpuDecoder:
         ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
     """
 
-    name = "cpu"
+    name, reason = "cpu", None
 
     def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         check_capacity(capacity, model.config.n_positions)
@@ -128,6 +128,8 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
     if reason := why_not_shape(model.config) or why_not_modules(model):
         return reason
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
     head, config = model.lm_head.weight, model.config
     if head.shape != (config.vocab_size - 1, config.n_embd):
         return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"

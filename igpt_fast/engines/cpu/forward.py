@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from igpt_fast import backend
 from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
-from igpt_fast.engines.network import HOOKS, MODULES, Body, weights_of, why_not_settings
+from igpt_fast.engines.network import Body, weights_of, why_not_modules, why_not_settings
 from igpt_fast.ops.dispatch import is_plain
 
 
@@ -72,39 +72,17 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
         return "autocast is on"
     if tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
         return "the input is many short sequences, which would be padded to 32 positions each"
-    if reason := why_not_shape(model.config) or _why_not_modules(model):
+    if model.training:
+        return "the network is in training mode"
+    if reason := why_not_shape(model.config) or why_not_modules(model, around=False):
         return reason
     weights = weights_of(model)
     return why_not_settings(model, weights) or _why_not_weights(weights)
 
 
-def _why_not_modules(model: Body) -> str | None:
-    """Whether something has been put into the network that only PyTorch runs. Its own hooks run around it."""
-    if type(model) not in MODULES:
-        return f"the network is a {type(model).__module__}.{type(model).__qualname__}"
-    if model.training or "_embed" in vars(model):
-        return "the network is in training mode, or embeds in a way of its own"
-    if nn.modules.module._has_any_global_hook():
-        return "there are hooks of all modules"
-    modules: list[nn.Module] = [model]  # not nn.Module.modules(), which takes a millisecond for 24 layers
-    for module in modules:
-        modules += [child for child in module._modules.values() if child is not None]
-        if module is model:
-            continue
-        if type(module) not in MODULES:
-            return f"there is a {type(module).__module__}.{type(module).__qualname__}"
-        state = module.__dict__
-        if "forward" in state or any(state[hooks] for hooks in HOOKS):
-            return f"a {type(module).__name__} has a hook or a forward of its own"
-        if module.training and type(module) is nn.Dropout and module.p > 0.0:
-            return "dropout is on"
-    return None
-
-
 def _why_not_weights(weights: list[Any]) -> str | None:
-    # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.
-    if any(type(weight) is not nn.Parameter or weight.dtype != torch.bfloat16 for weight in weights):
-        return "the weights are not all bfloat16 parameters"
+    if any(weight.dtype != torch.bfloat16 for weight in weights):
+        return "the weights are not all bfloat16"
     if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
     return None

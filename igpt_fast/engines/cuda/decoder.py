@@ -52,7 +52,7 @@ class CudaDecoder:
         ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
     """
 
-    name = "cuda"
+    name, reason = "cuda", None
 
     def __init__(
         self,
@@ -237,6 +237,8 @@ def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
         return f"n_embd is {config.n_embd}, n_inner {inner}; want multiples of 8"
     if reason := why_not_modules(model):
         return reason
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
     head = model.lm_head.weight
     if head.shape != (config.vocab_size - 1, config.n_embd):
         return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
