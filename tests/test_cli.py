@@ -436,7 +436,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
     assert "Traceback" not in shown
     # What is said when nothing is finished may be wider than the terminal; a picture or a bar may not.
-    assert Screen(60).feed(re.sub(r"[^\r\n]*no batch is finished[^\r\n]*", "", shown)).cursor
+    assert Screen(60).feed(re.sub(r"[^\r\n]*no image is finished[^\r\n]*", "", shown)).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
     assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
     if report:

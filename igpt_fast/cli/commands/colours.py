@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import GRID_SUFFIXES, Paths
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def quantize(
@@ -68,12 +71,10 @@ def quantize(
     if preview is not None:
         decoded = images_module.dequantize(tokens, palette)
         images_module.save_image(images_module.image_grid(list(decoded)), preview, overwrite=force)
-    used = len(np.unique(tokens))
-    terminal.report(
-        json,
-        {"out": str(out), "shape": list(tokens.shape), "colours": len(palette), "used": used, "seconds": seconds},
-        f"{out}: {' x '.join(map(str, tokens.shape))} tokens, {used} of {len(palette)} colours used",
-    )
+    used, shape = len(np.unique(tokens)), list(tokens.shape)
+    values = {"out": str(out), "shape": shape, "colours": len(palette), "used": used, "seconds": seconds}
+    text = f"{out}: {' x '.join(map(str, shape))} tokens, {used} of {len(palette)} colours used"
+    terminal.report(json, values, text)
 
 
 def clusters(
@@ -112,21 +113,8 @@ def clusters(
     import numpy as np
 
     from igpt_fast import image as images_module
-    from igpt_fast.image.folders import find_images
-    from igpt_fast.image.reading import read_square
 
-    squares, skipped = [], 0
-    for item in images:
-        for path in find_images(item) if item.is_dir() else [item]:
-            try:
-                squares.append(read_square(path, side))
-            except ValueError as error:
-                if not (skip_unreadable and item.is_dir()):
-                    raise
-                print(f"left out: {error}", file=sys.stderr)
-                skipped += 1
-    if not squares:
-        raise ValueError(f"{images[0]}: no images in it")
+    squares, skipped = _read_squares(images, side, skip_unreadable)
     fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed)
     images_module.save_clusters(fitted, out, overwrite=force)
     if preview is not None:
@@ -138,3 +126,23 @@ def clusters(
         {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped},
         f"{out}: {n_clusters} clusters of the colours of {len(squares)} images",
     )
+
+
+def _read_squares(images: Sequence[Path], side: int, skip_unreadable: bool) -> tuple[list[np.ndarray], int]:
+    """The squares of files, and of the files in directories; and how many of these were left out."""
+    from igpt_fast.image.folders import find_images
+    from igpt_fast.image.reading import read_square
+
+    squares, skipped = [], 0
+    for item in images:
+        for path in find_images(item) if item.is_dir() else [item]:
+            try:
+                squares.append(read_square(path, side))
+            except ValueError as error:
+                if not (skip_unreadable and item.is_dir()):
+                    raise
+                terminal.say(f"left out: {error}")
+                skipped += 1
+    if not squares:
+        raise ValueError(f"{images[0]}: no images in it")
+    return squares, skipped

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
+DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ class DrawOptions:
     preview: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16", *ROUNDED, "auto"):
-            raise ValueError(
-                f"--dtype is {self.dtype!r}; want float32, bfloat16, float16, {', '.join(ROUNDED)} or auto"
-            )
+        if self.dtype not in (*DTYPES, "auto"):
+            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)} or auto")
         check_scale("cfg_scale", self.cfg_scale)
         if self.seed is not None:
             check_seed(self.seed)
