@@ -280,24 +280,20 @@ class Pipeline:
         given = torch.zeros((1, 1), dtype=torch.bool).expand(n, height * width)
         if images is not None:
             given = given_pixels(keep, len(images), height, width)
-        _check_candidates(candidates, given, sampling.temperature)
+        if candidates > 1 and not bool(following(given).any()):
+            why = "no given pixel follows a drawn one, by which to choose among them"
+            raise ValueError(f"candidates is {candidates}, but {why}")
+        if candidates > 1 and sampling.temperature == 0.0:
+            raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
         if scale != 1.0 and labels is None:
             raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
+        classes = self._labels(labels, len(given), "n" if images is None else "images")
+        seed = int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
+        kept = keep if isinstance(keep, int | float) else None
+        each = 1 if images is None else n
         return Request(
-            height,
-            width,
-            given,
-            images,
-            keep if isinstance(keep, int | float) else None,
-            self._labels(labels, len(given), "n" if images is None else "images"),
-            1 if images is None else n,
-            candidates,
-            first,
-            int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed),
-            sampling,
-            scale,
-            batch_size,
-            dtype,
+            *(height, width, given, images, kept, classes, each, candidates, first),
+            *(seed, sampling, scale, batch_size, dtype),
         )
 
     def start(self, request: Request, progress: Progress | None = None) -> Stream:
@@ -337,17 +333,6 @@ class Pipeline:
         if wrong := [label for label in each if not 0 <= label < n_classes]:
             raise ValueError(f"label {wrong[0]} is not in 0..{n_classes - 1}")
         return torch.tensor(each, dtype=torch.int64)
-
-
-def _check_candidates(candidates: int, given: Tensor, temperature: float) -> None:
-    if candidates == 1:
-        return
-    if not bool(following(given).any()):
-        raise ValueError(
-            f"candidates is {candidates}, but no given pixel follows a drawn one, by which to choose among them"
-        )
-    if temperature == 0.0:
-        raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
 
 
 def _as_list(images: Any) -> Sequence[Any]:

@@ -18,14 +18,12 @@ from igpt_fast.files import check_writable
 if TYPE_CHECKING:
     import torch
 
+    from igpt_fast.image import ImageGPTImageProcessor
+
 Paths = Positional[tuple[Path, ...]]
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
-# What the library's messages begin with where an option has the same name.
-_ARGUMENT = re.compile(
-    r"^(?:sample: )?(n|seed|temperature|top_k|top_p|min_p|labels?|cfg_scale|batch_size|dtype|keep|candidates)\b"
-)
 
 
 class UsageError(Exception):
@@ -91,8 +89,10 @@ def as_usage() -> Iterator[None]:
 
 def of_options(text: str) -> str:
     """A message of the library as one that names the option and not the argument."""
-    text = text.replace("labels are given", "--label is given")
-    text = _ARGUMENT.sub(lambda match: "-n" if match[1] == "n" else f"--{match[1].replace('_', '-')}", text)
+    text = text.replace("labels are given", "label is given")
+    match = re.match(r"(?:sample: )?(\w+) (?=is|has|\d)", text)
+    if match:
+        text = f"{'-' if match[1] == 'n' else '--'}{match[1].replace('_', '-')} {text[match.end() :]}"
     return text.replace("--labels", "--label").replace("without labels", "without --label")
 
 
@@ -111,14 +111,21 @@ def check_images(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{path}: no such file")
 
 
+def read_processor(model: str | None) -> ImageGPTImageProcessor:
+    """Of a model, or of the bundled one."""
+    from igpt_fast.files import BUNDLED
+    from igpt_fast.image import ImageGPTImageProcessor
+
+    return ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+
+
 def read_palette(clusters: Path | None, model: str | None) -> tuple[Any, int]:
     """Colours, and the edge of the images that they are for."""
-    from igpt_fast import image as images_module
-    from igpt_fast.files import BUNDLED
+    from igpt_fast.image import load_clusters
 
     if clusters is not None:
-        return images_module.load_clusters(clusters), 32
-    processor = images_module.ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+        return load_clusters(clusters), 32
+    processor = read_processor(model)
     if processor.clusters is None:
         raise ValueError(f"{model}: its preprocessor_config.json has no clusters")
     return processor.clusters, processor.height

@@ -21,7 +21,7 @@ MAX_FIRST = 1 << 30  # index of the first input
 class Request:
     """n images of each of M inputs, the n of the first input first; samples have an input each, which gives nothing.
 
-    ``Pipeline.request`` makes and checks it; what it says of a value is said there and in ``Pipeline.complete``.
+    ``Pipeline.request`` makes and checks it.
 
     Args:
         height, width: Of the images, in pixels.
@@ -30,13 +30,9 @@ class Request:
         keep: What is given, if it is a fraction or number of rows.
         labels: (M,) int64 classes.
         n: Images of each input.
-        candidates: Drawn for each image; one of them is taken, see ``inpainting``.
         first: Index of the first input.
-        seed: Of the random streams.
-        sampling: How colours are drawn.
-        scale: Of the guidance away from no class.
-        batch_size: Sequences computed together; ``None`` leaves it to the memory there is.
-        dtype: As in ``engines.choice.make_decoder``.
+        scale: ``cfg_scale``.
+        candidates, seed, sampling, batch_size, dtype: As of ``Pipeline.request``.
     """
 
     height: int

@@ -78,9 +78,9 @@ class Generation:
             ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
         """
         scale = self._scale(scale, columns)
-        each, inputs = max(self._counts(), default=0), len(self.inputs or ())
-        height, width = self.processor.height, self.processor.width
-        grid_pixels(inputs * each or len(self), height, width, inputs, columns, scale)  # before the images are made
+        inputs = len(self.inputs or ())
+        cells = inputs * max(self._counts(), default=0) or len(self)
+        grid_pixels(self.processor, cells, inputs, columns, scale)  # before the images are made
         if self.inputs is None:
             return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
         return self._completion_grid(scale)
@@ -138,11 +138,7 @@ class Generation:
     def _scale(self, scale: int | None, columns: int | None) -> int:
         if columns is not None and self.inputs is not None:
             raise ValueError("columns is given, but completions have a row for each input")
-        return (
-            default_scale(self.processor.height, self.processor.width)
-            if scale is None
-            else check_count("scale", scale, 64)
-        )
+        return pixel_edge(self.processor, scale)
 
     def _counts(self) -> list[int]:
         """Completions of each input."""
@@ -175,22 +171,25 @@ class Generation:
         return images_module.image_grid(cells, max(counts) + 3, gap=scale)
 
 
-def default_scale(height: int, width: int) -> int:
-    """Edge of a pixel in a grid: an image is 128 pixels high or wide, or as it is if larger."""
-    return max(1, 128 // max(height, width))
+def pixel_edge(processor: ImageGPTImageProcessor, scale: int | None) -> int:
+    """Edge of a pixel in a grid; ``None`` makes an image 128 pixels high or wide."""
+    default = max(1, 128 // max(processor.height, processor.width))
+    return default if scale is None else check_count("scale", scale, 64)
 
 
-def grid_pixels(count: int, height: int, width: int, inputs: int, columns: int | None, scale: int) -> tuple[int, int]:
-    """The (width, height) of the grid of ``count`` images of ``height`` x ``width``, or as many completions of
-    ``inputs``.
+def grid_pixels(
+    processor: ImageGPTImageProcessor, count: int, inputs: int, columns: int | None, scale: int | None
+) -> tuple[int, int]:
+    """The (width, height) of the grid of ``count`` images, or as many completions of ``inputs``.
 
     Raises:
-        ValueError: More than ``MAX_PIXELS``, or ``columns`` out of its range.
+        ValueError: A value out of its range, or more than ``MAX_PIXELS``.
     """
+    scale = pixel_edge(processor, scale)
     if inputs:
         columns = count // inputs + 3
         count = inputs * columns
-    return grid_size(count, columns, width * scale, height * scale, scale)[1]
+    return grid_size(count, columns, processor.width * scale, processor.height * scale, scale)[1]
 
 
 class InterruptedGeneration(KeyboardInterrupt):

@@ -229,17 +229,8 @@ class _Run:
         drawn = blank(uniforms)
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
-        steps = decoding(
-            drawn,
-            self._model,
-            context,
-            uniforms,
-            request.sampling,
-            request.dtype,
-            known=known,
-            guidance=guidance,
-            streams=RandomStreams(request.seed, streams),
-        )
+        numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
+        steps = decoding(drawn, self._model, context, uniforms, *how, known=known, guidance=guidance, streams=numbers)
         for t in steps:
             self.engine, self.engine_reason = drawn.engine, drawn.reason
             self._advance(start * self._decoded + (t + 1) * len(sequence))

@@ -47,12 +47,10 @@ def sample(
     with sharding.world() as world:
         if world.first:
             exports.check()
-            exports.check_size(n, *options.image_size(drawing.model))
+            exports.check_size(checks.read_processor(drawing.model), n)
         pipeline = load_pipeline(drawing, processes.local_rank())
         with checks.as_usage():  # before anything is computed
-            request = pipeline.request(
-                n, labels=classes, **drawing.requested(world.agree("seed", options.seed(drawing)))
-            )
+            request = pipeline.request(n, labels=classes, **drawing.requested(world))
         run(Job("sample", request, exports, {"model": drawing.model or "bundled"}), pipeline, drawing, world, json=json)
 
 
@@ -92,10 +90,10 @@ def complete(
     with sharding.world() as world:
         if world.first:
             exports.check()
-            exports.check_size(n * len(images), *options.image_size(drawing.model), inputs=len(images))
+            exports.check_size(checks.read_processor(drawing.model), n * len(images), len(images))
         pipeline = load_pipeline(drawing, processes.local_rank())
         given = options.kept(keep, mask, pipeline.processor.height, pipeline.processor.width)
-        asked = drawing.requested(world.agree("seed", options.seed(drawing)))
+        asked = drawing.requested(world)
         with checks.as_usage():  # before an image is read
             request = pipeline.request(n, images=images, keep=given, candidates=candidates, labels=classes, **asked)
         values: dict[str, Any] = {"model": drawing.model or "bundled"}

@@ -37,13 +37,10 @@ class Preparation:
 
     def check(self, of_directory: bool) -> None:
         """Fails, as a mistake of usage, where a value is out of its range, or has nothing to work on."""
-        given = [
-            f"--{name.replace('_', '-')}" for name, value in vars(self).items() if not (value is None or value is False)
-        ]
+        given = [name.replace("_", "-") for name, value in vars(self).items() if value != getattr(Preparation, name)]
         if given and not of_directory:
-            raise checks.UsageError(
-                f"{', '.join(given)}: only for a directory of images; a token file is taken as it is"
-            )
+            names = ", --".join(given)
+            raise checks.UsageError(f"--{names}: only for a directory of images; a token file is taken as it is")
         if self.clusters is not None and self.n_clusters is not None:
             raise checks.UsageError("give --clusters or --n-clusters, not both")
         if self.n_clusters is not None:

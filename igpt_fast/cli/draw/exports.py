@@ -22,6 +22,7 @@ from igpt_fast.files import check_writable, replacing, replacing_together
 if TYPE_CHECKING:
     from torch import nn
 
+    from igpt_fast.image import ImageGPTImageProcessor
     from igpt_fast.sampling.results import Generation
 
 _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASCII)  # names of single images
@@ -87,19 +88,18 @@ class Exports:
         found = [(path, _NUMBERED.fullmatch(path.name)) for path in sorted(folder.iterdir())]
         return [path for path, match in found if match and bool(match[2]) == pairs and not path.is_dir()]
 
-    def check_size(self, count: int, height: int, width: int, inputs: int = 0) -> None:
-        """Fails, as a mistake of usage, where ``count`` images of a size make too large a grid or animation, or as many
-        completions of ``inputs``.
+    def check_size(self, processor: ImageGPTImageProcessor, count: int, inputs: int = 0) -> None:
+        """Fails, as a mistake of usage, where ``count`` images, or as many completions of ``inputs``, make too large a
+        grid or animation.
         """
         from igpt_fast.image import check_animation
         from igpt_fast.image.writing import check_image
-        from igpt_fast.sampling.results import default_scale, grid_pixels
+        from igpt_fast.sampling.results import grid_pixels
 
-        scale = self.files.upscale or default_scale(height, width)
         try:
-            size = grid_pixels(count, height, width, inputs, self.columns, scale)
+            size = grid_pixels(processor, count, inputs, self.columns, self.files.upscale)
             if self.files.gif is not None:
-                check_animation(self.files.gif, *size, height + 1)
+                check_animation(self.files.gif, *size, processor.height + 1)
             check_image(self.grid, *size)
         except ValueError as error:
             raise UsageError(f"{error}; make the grid's images smaller with --upscale 1, or draw fewer") from error

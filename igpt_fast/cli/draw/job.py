@@ -105,13 +105,13 @@ def _follow(
     job: Job, pipeline: Pipeline, world: World, progress: Progress, preview: Preview | None
 ) -> tuple[Generation | None, bool]:
     """What this process has drawn, and whether Ctrl-C ended it before its time: then it is what was finished."""
-    mine, stream = len(job.share(world)), None
-    if not mine:
+    request, stream = job.request.shard(world.share(len(job.request))), None
+    if not len(request):
         return None, False
     try:
-        stream = pipeline.start(job.request.shard(world.share(len(job.request))))
+        stream = pipeline.start(request)
         for event in stream:
-            progress(event.done / event.total * mine)
+            progress(event.done / event.total * len(job.share(world)))
             if preview is not None and preview.put(event.first, event.row, event.tokens):
                 progress.refresh()  # the picture went over it
         return stream.result, False

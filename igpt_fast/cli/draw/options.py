@@ -21,6 +21,8 @@ from igpt_fast.files import shown
 if TYPE_CHECKING:
     import numpy as np
 
+    from igpt_fast.cli.draw.sharding import World
+
 ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
@@ -69,11 +71,11 @@ class DrawOptions:
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
 
-    def requested(self, seed: int) -> dict[str, Any]:
-        """The keywords of ``Pipeline.request``, but for the labels."""
-        dtype = self.dtype if self.dtype in ROUNDED else None
+    def requested(self, world: World) -> dict[str, Any]:
+        """The keywords of ``Pipeline.request``, but for the labels. A seed that is not given is drawn, one for all."""
+        seed = world.agree("seed", secrets.randbits(62) if self.seed is None else self.seed)
         shared = {"batch_size": self.batch_size, "sampling": self.sampling, "cfg_scale": self.cfg_scale}
-        return shared | {"seed": seed, "dtype": dtype}
+        return shared | {"seed": seed, "dtype": self.dtype if self.dtype in ROUNDED else None}
 
 
 @dataclass(frozen=True)
@@ -98,24 +100,6 @@ class Files:
     sidecar: Path | None = None
     upscale: Annotated[int | None, arg(aliases=["--scale"])] = None
     force: bool = False
-
-
-def seed(drawing: DrawOptions) -> int:
-    """The seed that is asked for, or one that is drawn."""
-    return secrets.randbits(62) if drawing.seed is None else drawing.seed
-
-
-def image_size(model: str | None) -> tuple[int, int]:
-    """Height and width of a model's images, before it is read.
-
-    Raises:
-        FileNotFoundError, ValueError: As ``ImageGPTImageProcessor.from_pretrained``.
-    """
-    from igpt_fast.files import BUNDLED
-    from igpt_fast.image import ImageGPTImageProcessor
-
-    processor = ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
-    return processor.height, processor.width
 
 
 def labels(text: str | None, count: int) -> list[int] | None:
