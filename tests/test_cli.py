@@ -324,6 +324,20 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_usage_errors_are_of_the_option(encoding: str) -> None:
+    """Whatever letters a terminal has for tyro's frames."""
+    for option, value, text in (
+        ("--dtype", "int3", "--dtype is 'int3'; want float32, bfloat16, float16, int8, fp8_values or auto"),
+        ("--temperature", "inf", "--temperature is inf; want a number in [0, 1.79769e+308]"),
+        ("--nope", "1", "Unrecognized options: --nope, 1"),
+    ):
+        command = [sys.executable, "-m", "igpt_fast", "sample", option, value]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (2, f"igpt sample: {text} (see igpt sample --help)\n")
+
+
 def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
     out = tmp_path / "a.png"
     assert "no such directory" in fails(capsys, 1, "sample", "--out", tmp_path / "none" / "a.png")

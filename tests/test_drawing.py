@@ -160,6 +160,27 @@ def test_parts_are_merged() -> None:
     assert torch.equal(late.tokens, whole.tokens[2:])
 
 
+def test_interrupted_parts_are_merged() -> None:
+    """Of each process a prefix of its own: three of four completions of two inputs, one of two of the third."""
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    images = [np.full((16, 16, 3), 60 * i, np.uint8) for i in range(3)]
+    request, parts = pipeline.request(2, images=images, keep=14, seed=3, batch_size=1), []
+    for part, finished in ((range(2), 3), (range(2, 3), 1)):
+        stream = pipeline.start(request.shard(part))
+        for event in stream:
+            if event.first == finished:
+                break
+        parts.append(stream.partial)
+    merged, whole = results.merge(parts, pipeline.processor), pipeline.start(request).drained()
+    assert merged.counts == [2, 1, 1]
+    assert torch.equal(merged.tokens, whole.tokens[[0, 1, 2, 4]])
+    cells, expected = np.array(merged.grid(scale=1)), np.asarray(whole.grid(scale=1))
+    missing = slice(17, None), slice(3 * 17, 4 * 17)
+    assert (cells[missing] == 255).all()
+    cells[missing] = expected[missing]
+    assert np.array_equal(cells, expected)
+
+
 def test_the_palette_is_what_the_tokens_become() -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
     generation = pipeline.sample(2, seed=1)

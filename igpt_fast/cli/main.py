@@ -101,7 +101,9 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 @contextlib.contextmanager
 def _parsing(name: str) -> Iterator[None]:
-    """tyro's framed message as one line, of options and not of the objects that hold them; its exits for help pass."""
+    """tyro's framed message (in ASCII the frame is of dashes) as one line, of options and not of the objects that hold
+    them; its exits for help pass.
+    """
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -109,7 +111,7 @@ def _parsing(name: str) -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub(r"[\u2500-\u257f]", " ", framed.getvalue().partition("\n")[2]).split())
+        text = " ".join(re.sub(r"[\u2500-\u257f]|-{9,}", " ", framed.getvalue().partition("\n")[2]).split())
         text = re.split(r" ?(?:Argument helptext|Perhaps you meant|For full helptext)", text)[0]
         text = of_options(re.sub(r"^Error parsing [^-\s]\S*: ", "", text))
         raise UsageError(f"{text or 'wrong arguments'} (see igpt {name} --help)") from None

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
-DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
 
 
 @dataclass(frozen=True)
