@@ -25,6 +25,7 @@ class Preparation:
         side: Edge that the square in the middle of each image is resized to; 32 if not given.
         n_clusters: How many colours are fitted to the images; 512 if not given.
         clusters: A .npy file of colours to use instead of fitting some.
+        all_pixels: Fit to every pixel, and not to a sample of 400,000; see igpt clusters.
         holdout: Fraction of the images that is held out for evaluation; 0.1 if not given.
         skip_unreadable: Leave out files that are not readable images, instead of failing.
     """
@@ -32,6 +33,7 @@ class Preparation:
     side: int | None = None
     n_clusters: Annotated[int | None, arg(aliases=["-k"])] = None
     clusters: Path | None = None
+    all_pixels: bool = False
     holdout: float | None = None
     skip_unreadable: bool = False
 
@@ -43,6 +45,8 @@ class Preparation:
             raise checks.UsageError(f"--{names}: only for a directory of images; a token file is taken as it is")
         if self.clusters is not None and self.n_clusters is not None:
             raise checks.UsageError("give --clusters or --n-clusters, not both")
+        if self.clusters is not None and self.all_pixels:
+            raise checks.UsageError("--all-pixels: only where colours are fitted, without --clusters")
         if self.n_clusters is not None:
             checks.check_clusters(self.n_clusters)
         if self.side is not None and not 1 <= self.side <= 256:
@@ -141,4 +145,5 @@ def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: in
         clusters=palette,
         skip_unreadable=preparation.skip_unreadable,
         classes=classes,
+        all_pixels=preparation.all_pixels,
     )
