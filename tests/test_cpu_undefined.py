@@ -10,7 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-O0", "-ffp-contract=off", "-fopenmp", "-fsanitize=undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+FLAGS = (
+    "-std=c++17",
+    "-O0",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fsanitize=undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+)
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the tests run outside the repository"),
