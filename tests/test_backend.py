@@ -244,7 +244,7 @@ def test_the_activations_have_the_same_numbers_on_both_sides() -> None:
         ({"m": 1}, "dequantize: there is no argument 'm'"),
         ({"k": None}, "dequantize: the argument 'k' is missing"),
         ({"k": "4"}, "dequantize: k: .*integer"),
-        ({"k": 2**63}, "dequantize: k: .*too large"),
+        ({"k": 2**63}, "dequantize: k: .*too big"),
         ({"token_bytes": 2**31}, "dequantize: token_bytes: the number is too large"),
         ({"out": -1}, "dequantize: out: .*negative"),
     ],

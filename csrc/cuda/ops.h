@@ -305,8 +305,8 @@ struct GemvParams {
     bool transposed;
     float eps;
     Activation activation;
-    DType dtype;            // bf16 or f16, of all of them
-    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
+    DType dtype;     // bf16 or f16, of all of them
+    bool dependent;  // launch.cuh; weight and bias must not come from the launch before
     int32_t device;
     void* stream;
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
