@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.network import Model
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams
+from igpt_fast.sampling.rules import Guidance, Streams
 
 StepCallback = Callable[[int, Tensor], None]
 

@@ -314,7 +314,7 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
     """For the plan of memory, whether the compiled module has a CUDA part or not."""
-    patch.setattr(backend, "no_cuda_decoder", lambda device: None)
+    patch.setattr(cuda_decoder, "no_cuda_decoder", lambda device: None)
     patch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
     for name, value in (("mem_get_info", (free, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
         patch.setattr(torch.cuda, name, lambda _, value=value: value)
@@ -322,7 +322,6 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which plans by what is free, and that is, too."""
-    pytest.importorskip("PIL")  # tests that a GPU needs do without
     from igpt_fast import ImageGPTImageProcessor, Pipeline
 
     def planned(*arguments: object) -> int | None:

@@ -18,6 +18,8 @@ from igpt_fast.draws import Sampling
 if TYPE_CHECKING:
     from implementations import Implementation
 
+OP = "sample"
+
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
@@ -70,7 +72,8 @@ def test_the_draw_inverts_the_distribution() -> None:
     ],
 )
 def test_the_support_is_transformers(top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    processors = pytest.importorskip("transformers.generation.logits_process")
+    from transformers.generation import logits_process as processors
+
     logits = torch.randn(20, 64, generator=torch.Generator().manual_seed(3)) * 2
     kept = processors.TemperatureLogitsWarper(0.8)(None, logits)
     if top_k is not None:
