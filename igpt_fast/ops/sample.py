@@ -195,8 +195,21 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top
     n, k = logits.shape
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     kernels.module.sample_cuda(
-        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], uniform.data_ptr(), 0, 0, 0, 0),
-        *(temperature, top_k, top_p, min_score, tokens.data_ptr(), 0, 0, 0, 0, 0, 0, n, k, *kernels.place),
+        logits=(logits.data_ptr(), logits.stride(0)),
+        uniform=uniform.data_ptr(),
+        seed=0,
+        streams=0,
+        position=(0, 0),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_score=min_score,
+        tokens=tokens.data_ptr(),
+        embedding=(0, 0, 0, 0, 0, 0),
+        rows=n,
+        k=k,
+        dtype=DTYPES[logits.dtype],
+        place=kernels.place,
     )
     return tokens
 
@@ -218,14 +231,27 @@ def _sample_next(
     wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
     n, k = logits.shape
     tokens, embedding = _fake_sample_next(logits, wte, wpe)
-    shape = (0, 0, 0) if wte is None or wpe is None else (DTYPES[wte.dtype], wte.shape[1], wpe.shape[0])
-    embeds = wte is not None and embedding.numel() > 0
+    embeds = 0, 0, 0, 0, 0, 0
+    if wte is not None and wpe is not None and embedding.numel() > 0:
+        embeds = *map(address, (embedding, wte, wpe)), DTYPES[wte.dtype], wte.shape[1], wpe.shape[0]
     # The number of rows says whether a position is one row's or all rows'.
     step = 1 if position.numel() == n and n > 1 else 0
     kernels.module.sample_cuda(
-        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], 0, seed % (1 << 64), streams.data_ptr()),
-        *(position.data_ptr(), step, temperature, top_k, top_p, min_score, tokens.data_ptr()),
-        *(address(wte), address(wpe), embedding.data_ptr() if embeds else 0, *shape, n, k, *kernels.place),
+        logits=(logits.data_ptr(), logits.stride(0)),
+        uniform=0,
+        seed=seed % (1 << 64),
+        streams=streams.data_ptr(),
+        position=(position.data_ptr(), step),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_score=min_score,
+        tokens=tokens.data_ptr(),
+        embedding=embeds,
+        rows=n,
+        k=k,
+        dtype=DTYPES[logits.dtype],
+        place=kernels.place,
     )
     return tokens, embedding
 
