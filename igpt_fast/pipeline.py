@@ -216,9 +216,8 @@ class Pipeline:
                 given pixel follows a drawn one, or that are all the same as of temperature 0.
             InterruptedGeneration: On Ctrl-C.
         """
-        return self.stream_complete(
-            images, keep=keep, n=n, candidates=candidates, first_input=first_input, **options
-        ).drained()
+        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "first_input": first_input}
+        return self.stream_complete(images, **given, **options).drained()
 
     def stream_complete(
         self,

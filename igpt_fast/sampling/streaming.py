@@ -97,11 +97,6 @@ class Stream:
         return self._run.engine
 
     @property
-    def engine_reason(self) -> str | None:
-        """Why it is no faster one, where it is none."""
-        return self._run.engine_reason
-
-    @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
         return self._run.batches.size

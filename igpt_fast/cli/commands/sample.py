@@ -51,7 +51,8 @@ def sample(
         pipeline = load_pipeline(drawing, processes.local_rank())
         with checks.as_usage():  # before anything is computed
             request = pipeline.request(n, labels=classes, **drawing.requested(world))
-        run(Job("sample", request, exports, {"model": drawing.model or "bundled"}), pipeline, drawing, world, json=json)
+        values = {"model": drawing.model or "bundled"}
+        run(Job("sample", request, exports, values, json), pipeline, drawing, world)
 
 
 def complete(
@@ -100,4 +101,4 @@ def complete(
         values |= {"inputs": list(map(str, images)), "mask": mask and str(mask)}
         if world.first and files.sidecar is not None:
             values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
-        run(Job("complete", request, exports, values), pipeline, drawing, world, json=json)
+        run(Job("complete", request, exports, values, json), pipeline, drawing, world)
