@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "igpt_fast"
 
 # What stands on the ground: the standard library and numpy alone.
-GROUND = {"config", "files", "checks", "interrupts", "processes"}
+GROUND = {"config", "files", "checks", "interrupts", "locks", "processes"}
 # Floor -> the floors that it uses, bottom up. A floor is a folder of the package, or a file beside the folders.
 FLOORS: dict[str, set[str]] = {
     "reference": set(),
     "backend": {"igpt_fast"},
     "ground": set(),
-    "ops": {"backend", "reference"},
+    "ops": {"backend", "ground", "reference"},
     "image": {"ground", "ops"},
     "checkpoint": {"ground"},
     "engines": {"backend", "ground", "ops"},

@@ -97,9 +97,8 @@ class ImageGPTMLP(nn.Module):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, inner)
+        self.c_fc = Conv1D(config.inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.inner)
         self.activation = ops.check_activation(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.ops.dispatch import (
     DTYPES,
+    HEAD_DIMS,
     address,
     check_floating,
     dense,
@@ -17,7 +18,6 @@ from igpt_fast.ops.dispatch import (
     use_kernel,
 )
 
-HEAD_DIMS = (32, 64, 96, 128)
 _ROWS = 16  # that a block of the prefix's kernel serves
 _MOST_KEYS = 2**31 - 1025  # of a cache or a prefix
 _SCALED = {"v_cache": torch.float8_e4m3fn, "v_scale": torch.float32}

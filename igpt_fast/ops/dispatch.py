@@ -23,6 +23,10 @@ library = torch.library.Library("igpt_fast", "FRAGMENT")
 # As csrc/cuda/ops.h numbers them, and csrc/cpu/decoder_kernels.h, `Format`.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+HEAD_DIMS = (32, 64, 96, 128)  # that attention's kernels take
+# Of scores: a normal float32, for smaller ones are flushed to zero. Hidden scores are minus infinity, of which 0 times
+# makes NaN, and a negative number the largest.
+LEAST_SCALE = 2.0**-126
 
 
 Function = Callable[..., Any]

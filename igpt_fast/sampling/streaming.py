@@ -206,7 +206,7 @@ class _Drawing:
         streams = task.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(task.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms)
+        drawn = blank(uniforms, start // task.candidates)
         if task.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         steps = decoding(
@@ -226,6 +226,7 @@ class _Drawing:
             end = first + t + 1
             if task.candidates == 1 and end % width == 0:
                 begin = max(first, end - width)
+                drawn.check(begin - first, end - first)
                 tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                 yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()
