@@ -228,9 +228,8 @@ def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) ->
     sample = generation.ops.sample
     for use, numbers in found.items():
         with backend.use_backend(use), monkeypatch.context() as patch:
-            patch.setattr(
-                generation.ops, "sample", lambda x, u, *s, n=numbers: (n.append(u.clone()), sample(x, u, *s))[1]
-            )
+            noted = lambda x, u, n=numbers, **more: (n.append(u.clone()), sample(x, u, **more))[1]  # noqa: E731
+            patch.setattr(generation.ops, "sample", noted)
             single.sample(2, seed=5)
     assert torch.equal(torch.stack(found["auto"]), torch.stack(found["reference"]))
     expected = stream_uniforms(5, torch.arange(2), 0, 256, torch.device("cpu"))

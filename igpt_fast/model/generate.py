@@ -112,13 +112,13 @@ class GenerationMixin:
                 " effect on greedy decoding; pass do_sample=True"
             )
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
-        context = _check_context("input_ids", input_ids, model)
+        context = _check_context("input_ids", input_ids, model)  # (B, T_0)
         guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
         count = context.shape[0] * num_return_sequences
         if do_sample and seed is None and generator is None:
             seed = int(torch.randint(0, 1 << 62, ()))
-        uniforms = _uniforms(count, steps, seed, generator, model.device)
+        uniforms = _uniforms(count, steps, seed, generator, model.device)  # (B n, steps)
         ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
         parts = Batches(count, num_return_sequences, max(1, count))
 
