@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 EVERY ?= 1
+# A process for each core, each with one thread (tests/conftest.py), which takes a gigabyte.
+SIDE_BY_SIDE := -n auto --maxprocesses=16
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export PIP_ROOT_USER_ACTION := ignore
@@ -19,22 +21,23 @@ NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
-	@echo "make test       install with the development extra, and run the tests"
+	@echo "make test       install with the development extra, and run the tests, a process for each core"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
-	@echo "make gpu-check  all checks that need a GPU, with what PYTHON has installed; writes benchmarks/results/gpu_check.json"
+	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
+	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
 	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
 	$(BIN)/igpt sample -n 16 --seed 0 --out samples.png --force
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup
 
 mutate: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -n auto -m mutation --every $(EVERY) tests/emulator
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -59,7 +62,7 @@ bench: $(VENV)/installed-bench
 
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(ALL),--all) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

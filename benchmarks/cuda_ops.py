@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_timing import OURS, Function, Workload
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from workloads import Function, Workload
 
 from igpt_fast import ops, reference
 
@@ -513,14 +513,3 @@ MAKERS: dict[str, Maker] = {
     "quantize": quantize,
     "dequantize": dequantize,
 }
-
-
-def workloads(names: list[str] | None, sizes: tuple[Size, ...]) -> Iterator[Workload]:
-    """Those of the named ops, or of all."""
-    for name, make in MAKERS.items():
-        if names is None or name in names:
-            for size in sizes:
-                yield from make(size)
-
-
-__all__ = ["MAKERS", "OURS", "SIZES", "TINY", "Size", "workloads"]

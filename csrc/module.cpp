@@ -25,14 +25,15 @@ int32_t check_clusters(int64_t k) {
     return int32_t(k);
 }
 
-void quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k, int32_t threads) {
+int64_t quantize_cpu(uintptr_t x, bool is_u8, uintptr_t clusters, uintptr_t out, int64_t n, int64_t k,
+                     int32_t threads) {
     const igpt::cpu::QuantizeParams params{reinterpret_cast<const void*>(x),
                                            reinterpret_cast<const float*>(clusters),
                                            reinterpret_cast<int64_t*>(out),
                                            n,
                                            check_clusters(k),
                                            threads};
-    (is_u8 ? igpt::cpu::quantize_u8 : igpt::cpu::quantize_f32)(params);
+    return (is_u8 ? igpt::cpu::quantize_u8 : igpt::cpu::quantize_f32)(params);
 }
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {

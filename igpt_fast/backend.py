@@ -65,81 +65,8 @@ class Op:
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
 LEAST_CPU = 1 << 16
 
-# Every op of igpt_fast.ops.
-OPS: dict[str, Op] = {
-    "quantize": Op(
-        ("cpu", "cuda"),
-        "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
-    ),
-    "dequantize": Op(
-        native=("cpu", "cuda"),
-        covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
-        otherwise="torch indexing",
-        covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
-    ),
-    "rms_norm": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
-        covers_cpu="fp32, bf16; a weight of either",
-        least_cpu=LEAST_CPU,
-    ),
-    "layer_norm": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
-        covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
-        least_cpu=LEAST_CPU,
-    ),
-    **dict.fromkeys(
-        ("quick_gelu", "gelu_tanh", "gelu_erf"),
-        Op(
-            native=("cpu", "cuda"),
-            covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
-            covers_cpu="fp32, bf16; x and bias of one dtype",
-            least_cpu=LEAST_CPU,
-        ),
-    ),
-    "activation": Op(
-        native=("cpu", "cuda"),
-        covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
-        covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
-        "without a bias",
-        least_cpu=LEAST_CPU,
-    ),
-    "cross_entropy": Op(
-        native=("cpu", "cuda"),
-        covers="fp32, bf16, fp16; K to 65536",
-        covers_cpu="fp32, bf16",
-        least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
-    ),
-    "causal_attention": Op(
-        native=("cpu", "cuda"),
-        covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-        covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-        needs_isa="amx",
-        otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
-        "another scale",
-    ),
-    "causal_attention_packed": Op(
-        native=("cpu", "cuda"),
-        covers="what causal_attention's does",
-        covers_cpu="what causal_attention's does",
-        needs_isa="amx",
-        otherwise="causal_attention of the three parts",
-    ),
-    "attention_decode": Op(
-        native=("cuda",),
-        covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values may be fp8; fp32 without a prefix",
-        otherwise="torch expression over the whole cache",
-    ),
-    "gemv": Op(
-        native=("cuda",),
-        covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
-        "a weight with a contiguous dimension",
-        otherwise="torch linear",
-    ),
-    "sample": Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers"),
-    "sample_next": Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most"),
-}
+# Every op of igpt_fast.ops: each file there adds the rows of its ops.
+OPS: dict[str, Op] = {}
 
 
 class BackendUnavailableError(RuntimeError):

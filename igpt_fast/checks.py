@@ -1,31 +1,58 @@
-"""Checks of single arguments: one value, its name, its bounds."""
+"""Checks of single arguments: one value, its name, its bounds. Standard library only."""
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
+from igpt_fast.files import shown
+
+LARGEST = 1e30  # of numbers without bounds of their own: float32 holds it, and its inverse
 
 
-def whole_number(name: str, value: Any, least: int, most: int) -> int:
-    """An argument as an int.
+def whole_number(name: str, value: Any, least: int = 1, most: int = 1 << 30) -> int:
+    """An argument as an int; numpy's integers are some.
 
     Raises:
         ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        text = repr(value)
-        text = text if len(text) < 80 else text[:77] + "..."
-        raise ValueError(f"{name} is {text}; want a whole number in {least}..{most}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}; want an integer in {_bound(least)}..{_bound(most)}")
     return int(value)
 
 
-def check_count(name: str, value: int, most: int = 1 << 30, least: int = 1) -> int:
-    """The value.
+def finite_number(
+    name: str, value: Any, least: float = -LARGEST, most: float = LARGEST, *, without: tuple[float, ...] = ()
+) -> float:
+    """An argument as a float; integers and numpy's numbers are some.
+
+    Args:
+        name: What the message starts with.
+        value: The argument.
+        least, most: Its bounds.
+        without: Those of the bounds that are out of bounds themselves.
 
     Raises:
-        ValueError: Not an integer in least..most; the message says ``name``.
+        ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; want an integer in {least}..{most}")
-    return value
+    # Compared as it is: an integer may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most or value in without:
+        interval = f"{'[('[least in without]}{least:g}, {most:g}{'])'[most in without]}"
+        raise ValueError(f"{name} is {shown(value)}; want a number in {interval}")
+    return float(value)
+
+
+def _bound(number: int) -> str:
+    """Large ones as powers of two."""
+    power = number.bit_length()
+    return f"2^{power}-1" if power >= 32 and number == (1 << power) - 1 else str(number)
+
+
+def check_count(name: str, value: int, most: int = 1 << 30, least: int = 1) -> int:
+    """``whole_number`` with its bounds in another order."""
+    return whole_number(name, value, least, most)
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float16"`` for ``torch.float16``, and for its name."""
+    return str(dtype).removeprefix("torch.")

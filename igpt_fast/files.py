@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -289,13 +290,31 @@ def _about(error: OSError, names: dict[Path, Path]) -> OSError:
 BUNDLED = Path(__file__).parent / "assets" / "emoji16"
 
 
-def some(names: Iterable[str], limit: int = 8) -> str:
-    """At most ``limit`` names for a message; each is shortened, for a file may hold anything."""
-    listed = sorted(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(printable(name) for name in listed[:limit]) + more
+def listed(names: Iterable[Any], limit: int = 8) -> str:
+    """At most ``limit`` names for a message, in order; each as ``printable`` has it."""
+    ordered = sorted(map(printable, names))
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
 
 
 def printable(name: Any) -> str:
-    text = ascii(str(name)[:101])[1:-1]
-    return text if len(text) <= 100 else text[:97] + "..."
+    """A name that a file holds, for a message: in one line, ASCII, 100 characters at most."""
+    return _cut(ascii(name[: _MAX_SHOWN + 1])[1:-1]) if isinstance(name, str) else shown(name)
+
+
+def shown(value: Any) -> str:
+    """A value from outside as ``repr`` has it, for a message: in one line, ASCII, 100 characters at most."""
+    try:
+        text = _BRIEF.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        text = f"a value of type {type(value).__name__} that is too long to be written"
+    return _cut(" ".join(text.split()).encode("ascii", "backslashreplace").decode())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+_MAX_SHOWN = 100
+_BRIEF = reprlib.Repr()  # bounds the work where a value has many parts, or parts of parts
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 2 * _MAX_SHOWN

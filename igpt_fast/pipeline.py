@@ -14,6 +14,7 @@ from torch import Tensor
 
 from igpt_fast import image as images_module
 from igpt_fast.checks import check_count
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
 from igpt_fast.files import BUNDLED
@@ -23,7 +24,7 @@ from igpt_fast.sampling.inpainting import following, given_pixels
 from igpt_fast.sampling.inpainting import kept_rows as kept_rows
 from igpt_fast.sampling.results import Generation as Generation
 from igpt_fast.sampling.results import InterruptedGeneration as InterruptedGeneration
-from igpt_fast.sampling.rules import Sampling, check_scale, check_seed
+from igpt_fast.sampling.rules import check_scale, check_seed
 from igpt_fast.sampling.streaming import MAX_CANDIDATES, Pictures, Progress, Stream, Task
 from igpt_fast.sampling.streaming import RowEvent as RowEvent
 

@@ -2,17 +2,13 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# For tolerance.py, compiling.py and such: the importlib mode leaves sys.path alone.
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-sys.path.insert(0, str(Path(__file__).parent / "ops"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
+# Networks this small are slower on several threads, and far slower on busy cores. Tests of threads ask for theirs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import compiling
@@ -28,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="1,000 random settings of sampling, and 200 images")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own, which reads the groups, comes after it
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mutations = [item for item in items if item.get_closest_marker("mutation")]
     left_out = set(mutations) - set(mutations[:: config.getoption("--every")])
@@ -35,13 +32,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     reason = backend.unavailable("cuda")
     for item in items:
+        if item.get_closest_marker("clock"):
+            item.add_marker(pytest.mark.xdist_group("clock"))
         if reason is not None and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded_on_one_thread() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set of this machine, each in turn, which the CPU kernels use meanwhile."""
+    assert backend._C is not None
+    before = backend._C.cpu_isa()
+    assert backend._C.select_cpu_isa(request.param)
+    yield request.param
+    assert backend._C.select_cpu_isa(before)
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +88,19 @@ def native_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``implementation``: the definition, the CPU kernels where the op has them, those on the emulator, on a GPU.
 
-    The op is named by the file, test_<op>.py. A test that is marked ``every_isa`` meets the CPU kernels of every
-    instruction set of this machine, another those of the fastest.
+    The test's module names the op, ``OP = "rms_norm"``. A test that is marked ``every_isa`` meets the CPU kernels of
+    every instruction set of this machine, another those of the fastest.
     """
     if "implementation" not in metafunc.fixturenames:
         return
     kinds: list[Any] = ["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
-    op = metafunc.definition.path.stem.removeprefix("test_").removesuffix("_kernels")
-    if op in backend.OPS and (isas := isas_of(op)):
+    op = getattr(metafunc.module, "OP", None)
+    if op not in backend.OPS:
+        raise pytest.UsageError(
+            f"{metafunc.definition.path}: a test with the fixture implementation needs OP, one of backend.OPS, in its "
+            f"module; it is {op!r}"
+        )
+    if isas := isas_of(op):
         every = metafunc.definition.get_closest_marker("every_isa") is not None
         kinds[1:1] = [f"cpu-{isa}" for isa in isas] if every else ["cpu"]
     metafunc.parametrize("implementation", kinds, indirect=True)

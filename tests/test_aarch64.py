@@ -18,6 +18,7 @@ QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off", "-fopenmp")
 
 pytestmark = [
+    pytest.mark.xdist_group("aarch64"),
     pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the tests run outside the repository"),
     pytest.mark.skipif(CROSS is None, reason="aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)"),
 ]

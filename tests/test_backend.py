@@ -32,6 +32,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_compiled_module_is_there() -> None:
+    """Without it most tests of kernels skip: a broken build must not look like a small one."""
+    assert backend._C is not None, backend.native_reason
+
+
 def test_set_backend_is_for_the_process() -> None:
     before = igpt_fast.get_backend()
     try:

@@ -24,6 +24,7 @@ BIN = Path(sys.executable).parent
 CMAKE = shutil.which("cmake", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
 
 pytestmark = [
+    pytest.mark.xdist_group("build"),
     pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the tests run outside the repository"),
     *(
         pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small_pipeline
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
+from igpt_fast import ImageGPTImageProcessor, Pipeline
 from igpt_fast.files import BUNDLED
 from igpt_fast.sampling.results import Generation, InterruptedGeneration
 
@@ -16,14 +17,7 @@ SIDE, COLOURS = 8, 16
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    config = ImageGPTConfig(vocab_size=COLOURS + 1, n_positions=SIDE * SIDE, n_embd=32, n_layer=2, n_head=2)
-    model = ImageGPTForCausalImageModeling(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-    clusters = np.random.default_rng(0).uniform(-1, 1, (COLOURS, 3)).astype(np.float32)
-    return Pipeline(model, ImageGPTImageProcessor(clusters=clusters, size={"height": SIDE, "width": SIDE}))
+    return small_pipeline(SIDE, SIDE, COLOURS, spread=0.2)
 
 
 def photograph(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:

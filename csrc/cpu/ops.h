@@ -36,10 +36,30 @@ struct alignas(64) QuantizeBlock {
     int32_t id[16];
 };
 
-// Where the list of a cell starts, in blocks, and how many candidates it has; first = -1: not made yet.
+// The list of a cell, nullptr: not made, how many candidates it has, and the place of its group, -1: none.
 struct QuantizeNode {
-    int32_t first;
+    const QuantizeBlock* list;
     int32_t size;
+    int32_t group;
+};
+
+constexpr int kQuantizeNodes = 4, kQuantizeGroup = 64, kQuantizeTies = 16;
+
+// Pixels of a cell whose list is long: they wait until so many can be compared with all of it at once.
+struct alignas(64) QuantizeGroup {
+    float x[3][kQuantizeGroup];
+    int64_t at[kQuantizeGroup];   // their places
+    int64_t tied[kQuantizeTies];  // the places of those that float64 has to decide
+    const QuantizeBlock* list;
+    const QuantizeBlock* line;      // for uint8; nullptr: float64 decides all
+    float centre[3], slack, slope;  // of `line`; see quantize.h
+    int32_t size, count, ties;
+};
+
+// Candidates on their way into blocks: scratch, each (k + 32,).
+struct QuantizeKept {
+    float* c[3];
+    int32_t* id;
 };
 
 // The lists of one thread; see quantize.h. The arrays belong to the driver. On a cache line of its own: making a list
@@ -48,18 +68,25 @@ struct alignas(64) QuantizeCells {
     const QuantizeBlock* root;  // all clusters, id = place; those that win nowhere infinitely far away
     const double* levels;       // (256,): v / 127.5 - 1
     const float* levels32;      // (256,): the same
-    QuantizeNode* nodes;        // the cells of the levels 1 .. kQuantizeNodes
-    int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block; -2 - the first of several; -1: none
-    QuantizeBlock* blocks;  // the lists
-    int32_t* list;          // (k + 16,) scratch
-    float* near;            // (k + 16,) scratch
-    int64_t capacity;       // of `blocks`, at least bits (k / 16 + 1)
-    int64_t used;           // of `blocks`
+    QuantizeNode* nodes;        // the root and the cells of the levels 1 .. kQuantizeNodes
+    int32_t* leaf;              // (2^15,) by the upper five bits of r, g, b: a block; -1: none; -2 - group
+    QuantizeBlock* blocks;      // the lists
+    QuantizeGroup* groups;      // (1 + quantize_cells(group_bits),); the first is the root's
+    QuantizeKept kept;
+    float* near;        // (k + 16,) scratch
+    int64_t capacity;   // of `blocks`, at least k / 16 + 1
+    int64_t used;       // of `blocks`
+    int64_t built;      // candidates that were looked at to make lists
+    int64_t charged;    // likewise, less where that made lists much shorter
+    int64_t scanned;    // those that groups were compared with, times pixels, twice in float64
+    int64_t seen;       // pixels before the last list was made
+    int64_t allowance;  // of `scanned`'s units, for lists that have saved nothing yet
+    int32_t groups_used;
+    float reach;  // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
     int32_t k;
-    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side, 5 at most; 0: none
+    int32_t bits;        // the finest cells are 1 / 2^bits of the colour cube's side, 5 at most; 0: none
+    int32_t group_bits;  // the finest that have groups, 3 at most
 };
-
-constexpr int kQuantizeNodes = 4;
 
 // Cells of the levels 1 .. level.
 constexpr int64_t quantize_cells(int level) { return ((int64_t(1) << (3 * (level + 1))) - 8) / 7; }
@@ -99,9 +126,10 @@ const Ops& ops();
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
 
-// The drivers. They throw std::bad_alloc, never from inside the parallel region.
-void quantize_u8(const QuantizeParams& params);
-void quantize_f32(const QuantizeParams& params);
+// The drivers. They throw std::bad_alloc, never from inside the parallel region, and return the built and scanned
+// candidates of QuantizeCells.
+int64_t quantize_u8(const QuantizeParams& params);
+int64_t quantize_f32(const QuantizeParams& params);
 
 // `wanted`, or 1 in a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
 int usable_threads(int wanted);

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from igpt_fast.checkpoint.tensors import StoredTensor, StoredWeights
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.files import some
+from igpt_fast.files import listed
 
 # The network as transformers names and shapes it: V tokens, P positions, D width, I width of the MLP. Names are
 # those of ImageGPTModel; in the models with a head they stand under "transformer.".
@@ -55,6 +55,6 @@ def plain_names(stored: StoredWeights) -> dict[str, StoredTensor]:
         if _IGNORED.fullmatch(plain):
             continue
         if plain in tensors:
-            raise ValueError(f"{stored.source}: holds both {some([plain])} and {some([_PREFIX + plain])}")
+            raise ValueError(f"{stored.source}: holds both {listed([plain])} and {listed([_PREFIX + plain])}")
         tensors[plain] = tensor
     return tensors

@@ -27,7 +27,7 @@ from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
 from igpt_fast.checkpoint.tensors import StoredTensor, StoredWeights
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.files import some
+from igpt_fast.files import listed
 
 CONFIG = "config.json"
 
@@ -165,7 +165,9 @@ class PretrainedMixin(nn.Module):
             name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
         }
         if state.keys() != own.keys():
-            raise ValueError(f"save_pretrained: state_dict differs from the model in {some(state.keys() ^ own.keys())}")
+            raise ValueError(
+                f"save_pretrained: state_dict differs from the model in {listed(state.keys() ^ own.keys())}"
+            )
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def _load_config(
 ) -> ImageGPTConfig:
     known = {field.name for field in dataclasses.fields(ImageGPTConfig)} - {"extra"}
     if unknown := overrides.keys() - known - ImageGPTConfig.attribute_map.keys():
-        raise TypeError(f"from_pretrained: neither arguments nor fields of the configuration: {some(unknown)}")
+        raise TypeError(f"from_pretrained: neither arguments nor fields of the configuration: {listed(unknown)}")
     if config is not None:
         return ImageGPTConfig.from_dict(ImageGPTConfig.of(config, "from_pretrained").to_dict(), **overrides)
     path = files.find_file(name_or_path, CONFIG, **where)
@@ -300,7 +302,7 @@ def _build(
     model.load_state_dict(state, strict=False, assign=True)
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if left:
-        raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {some(left)}")
+        raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
     model.newly_initialized = new
     config.extra["dtype"] = str(dtype).removeprefix("torch.")
     return model.eval()
@@ -318,7 +320,7 @@ def _state_dict(
     """The model's state, read and checked, and what of it is new; ``tensors`` is emptied on the way."""
     wanted = {name.removeprefix(_PREFIX): (name, tuple(value.shape)) for name, value in model.state_dict().items()}
     if unknown := tensors.keys() - wanted.keys() - set(_HEADS):
-        message = f"{source}: holds tensors that {type(model).__name__} does not know: {some(unknown)}"
+        message = f"{source}: holds tensors that {type(model).__name__} does not know: {listed(unknown)}"
         if strict:
             raise ValueError(f"{message} (strict=False drops them)")
         warnings.warn(f"{message}: dropped", stacklevel=4)
@@ -331,13 +333,13 @@ def _state_dict(
         else:
             new.append(plain)
     if missing := set(new) - set(_HEADS):
-        raise ValueError(f"{source}: lacks {some(missing)}")
+        raise ValueError(f"{source}: lacks {listed(missing)}")
     limit = max(_MAX_NEW_ELEMENTS, sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()))
     for plain in new:
         if torch.Size(wanted[plain][1]).numel() > limit:
             raise ValueError(f"{source}: lacks {plain}, and the configuration claims {wanted[plain][1]} for it")
     if new:
-        warnings.warn(f"{source}: lacks {some(new)}: newly initialised; train it before use", stacklevel=4)
+        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=4)
     state = {}
     for plain, (name, shape) in wanted.items():
         if plain in tensors:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.checkpoint.pickles import _MAX_HEADER_BYTES, _what_it_is, scan_torch_file
-from igpt_fast.files import printable, some
+from igpt_fast.files import listed, printable
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -106,9 +106,9 @@ def _open_shards(index: Path, find: Callable[[str], Path | None]) -> StoredWeigh
         assert path is not None
         found = open_tensor_file(path)
         if missing := names - found.keys():
-            raise ValueError(f"{path}: lacks tensors that {index.name} lists there: {some(missing)}")
+            raise ValueError(f"{path}: lacks tensors that {index.name} lists there: {listed(missing)}")
         if extra := found.keys() - names:
-            raise ValueError(f"{path}: holds tensors that {index.name} does not list there: {some(extra)}")
+            raise ValueError(f"{path}: holds tensors that {index.name} does not list there: {listed(extra)}")
         tensors.update(found)
     return StoredWeights(index, tensors)
 

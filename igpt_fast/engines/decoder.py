@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
+from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.network import Model
 
 # What a caller may ask for besides the model's own dtype.
@@ -88,7 +89,7 @@ class Decoder(ABC):
         """
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, **settings: Any
+        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """Draws the tokens that follow, which ``step_drawn`` reads.
 
@@ -96,14 +97,14 @@ class Decoder(ABC):
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
             uniform: (B,) float32 in [0, 1).
             streams: What ``uniform`` was made of, where it was: a seed and (B,) int64 numbers of streams, as
-                ``ops.sample_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
+                ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
                 make the numbers anew, on its device.
-            settings: ``temperature``, ``top_k``, ``top_p``, ``min_p``, as ``ops.sample`` takes them.
+            sampling: How they are drawn.
 
         Returns:
-            (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits, before the settings.
+            (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.
         """
-        tokens = ops.sample(logits, uniform, **settings)
+        tokens = ops.draw(logits, uniform, sampling)
         self._next = tokens
         return tokens, torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
 

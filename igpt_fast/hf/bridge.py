@@ -97,7 +97,8 @@ def _class_name(model: object, classes: tuple[type, ...], caller: str) -> str:
     kind = type(model)
     names = ", ".join(cls.__name__ for cls in classes)
     raise TypeError(
-        f"{caller}: model is a {kind.__module__}.{kind.__qualname__}; want one of {classes[0].__module__}'s {names}"
+        f"{caller}: model is a {kind.__module__}.{kind.__qualname__};"
+        f" want one of {classes[0].__module__.rpartition('.')[0]}'s {names}"
     )
 
 

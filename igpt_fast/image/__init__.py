@@ -1,7 +1,7 @@
 """Images in and out, and what turns them into colour tokens.
 
-``clusters``: the palette. ``processor``: images to tokens and back, with ``settings`` checked. ``reading``, ``writing``:
-pictures from and to files. ``folders``: which files are pictures.
+``clusters``: the palette. ``processor``: images to tokens and back, with ``settings`` checked. ``reading``,
+``writing``: pictures from and to files. ``folders``: which files are pictures.
 May use: ops and the ground; alone fits clusters with scikit-learn.
 """
 

@@ -22,7 +22,7 @@ from igpt_fast import files, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.image.clusters import dequantize, quantize
 from igpt_fast.image.reading import is_fractional, open_image, to_pil
-from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, settle
+from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, is_usual, settle
 
 CONFIG_NAME = "preprocessor_config.json"
 
@@ -178,7 +178,7 @@ class ImageGPTImageProcessor:
         """
         if self.clusters is None:
             raise ValueError("decode: the processor has no clusters")
-        if not _is_usual(self.rescale_factor, self._settings()):
+        if not is_usual(self.rescale_factor, self._settings()):
             raise ValueError("decode: the processor's rescale_factor, image_mean or image_std are not the usual ones")
         array = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
         height, width = self._fixed_size()
@@ -360,12 +360,6 @@ def _target(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
 # ---- values
 
 
-def _is_usual(unit: float, given: dict[str, Any]) -> bool:
-    """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
-    centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
-    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
-
-
 def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarray:
     """(H, W, 3) float32 of uint8 pixels, by a table of the 256 levels, rounded step by step as in transformers."""
     if unit == 1.0 and not given["do_normalize"]:
@@ -380,7 +374,7 @@ def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarra
 def _tokens(pixels: list[np.ndarray], units: list[float], given: dict[str, Any]) -> list[np.ndarray]:
     """(H * W,) int64 of each image; in one call where sizes and scaling allow."""
     clusters = given["clusters"]
-    usual = [_is_usual(unit, given) for unit in units]
+    usual = [is_usual(unit, given) for unit in units]
     if all(usual) and len({item.shape for item in pixels}) == 1:
         return list(quantize(np.stack(pixels), clusters).reshape(len(pixels), -1))
     rows = []

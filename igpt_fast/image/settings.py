@@ -42,7 +42,15 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         result[name] = own[name] if value is None and name in own else checked(name, value)
     if result["do_center_crop"] and (result["crop_size"] is None or "height" not in result["crop_size"]):
         raise ValueError(f"ImageGPTImageProcessor: do_center_crop needs a crop_size, got {result['crop_size']!r}")
+    if result["clusters"] is not None and result["do_rescale"] and is_usual(result["rescale_factor"], result):
+        check_clusters(result["clusters"])
     return result
+
+
+def is_usual(unit: float, given: dict[str, Any]) -> bool:
+    """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
+    centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
+    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
 
 
 def checked(name: str, value: Any) -> Any:
@@ -135,7 +143,7 @@ def _device(name: str, value: Any) -> str:
 
 
 def _palette(name: str, value: Any) -> np.ndarray:
-    return check_clusters(value)
+    return check_clusters(value, usual=False)  # which range is right depends on the scaling: see settle
 
 
 _Check = Callable[[str, Any], Any]

@@ -13,6 +13,7 @@ from PIL import Image, ImageColor
 
 from igpt_fast import files
 from igpt_fast.checks import whole_number
+from igpt_fast.image.clusters import colour_codes
 from igpt_fast.image.reading import _MAX_EDGE, CHANNELS_LAST, MAX_PIXELS, to_pil
 
 # Suffix -> Pillow's format and options that lose nothing, or little in JPEG's case.
@@ -186,23 +187,18 @@ def _indexed(pictures: Iterable[Image.Image]) -> list[Image.Image]:
     for picture in pictures:
         pixels = np.asarray(picture)
         bands = [pixels[top : top + 64] for top in range(0, len(pixels), 64)]  # what is wider than a byte is of a few
-        colours = np.unique(np.concatenate([np.unique(_codes(band)) for band in bands]))
+        colours = np.unique(np.concatenate([np.unique(colour_codes(band)) for band in bands]))
         shared = np.union1d(shared, colours) if len(shared) <= 256 else shared
         if len(colours) > 256:
             pages.append(picture.quantize(256, dither=Image.Dither.NONE))
         else:
-            indices = [np.searchsorted(colours, _codes(band)).astype(np.uint8) for band in bands]
+            indices = [np.searchsorted(colours, colour_codes(band)).astype(np.uint8) for band in bands]
             pages.append(_page(np.concatenate(indices), colours))
             own.append(colours)
     if len(shared) <= 256:
         for i, colours in enumerate(own):
             pages[i] = _page(np.searchsorted(shared, colours).astype(np.uint8)[np.asarray(pages[i])], shared)
     return pages
-
-
-def _codes(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 as (H, W) int32, a number for each colour."""
-    return pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
 
 def _page(index: np.ndarray, colours: np.ndarray) -> Image.Image:

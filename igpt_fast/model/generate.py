@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from igpt_fast.checks import check_count
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams, check_scale, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, Streams, check_scale, stream_uniforms
 
 
 class GenerationMixin:

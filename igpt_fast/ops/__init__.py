@@ -13,7 +13,7 @@ from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample, sample_next
+from igpt_fast.ops.sample import check_sampling, draw, draw_next, sample, sample_next
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,6 +25,8 @@ __all__ = [
     "check_sampling",
     "cross_entropy",
     "dequantize",
+    "draw",
+    "draw_next",
     "gelu_erf",
     "gelu_tanh",
     "gemv",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import LEAST_CPU, OPS, Op
 from igpt_fast.ops.dispatch import (
     CPU_DTYPES,
     DTYPES,
@@ -22,6 +23,23 @@ from igpt_fast.ops.dispatch import (
     kernel_kind,
     native_kernels,
     register,
+)
+
+OPS |= dict.fromkeys(
+    ("quick_gelu", "gelu_tanh", "gelu_erf"),
+    Op(
+        native=("cpu", "cuda"),
+        covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
+        covers_cpu="fp32, bf16; x and bias of one dtype",
+        least_cpu=LEAST_CPU,
+    ),
+)
+OPS["activation"] = Op(
+    native=("cpu", "cuda"),
+    covers="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it",
+    covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
+    "without a bias",
+    least_cpu=LEAST_CPU,
 )
 
 # transformers' ACT2FN but for "prelu" and "xielu", which have parameters of their own.
@@ -180,7 +198,7 @@ def _apply(
 
 
 def _covered(kind: str | None, x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels of a kind take it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernels of a kind take it; the rule is in ``OPS`` in words."""
     if kind is None or (bias is not None and bias.dtype != x.dtype):
         return False
     if kind == "cpu":

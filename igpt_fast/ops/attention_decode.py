@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
     HEAD_DIMS,
@@ -16,6 +17,12 @@ from igpt_fast.ops.dispatch import (
     native_kernels,
     register,
     use_kernel,
+)
+
+OPS["attention_decode"] = Op(
+    native=("cuda",),
+    covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values may be fp8; fp32 without a prefix",
+    otherwise="torch expression over the whole cache",
 )
 
 _ROWS = 16  # that a block of the prefix's kernel serves
@@ -113,7 +120,7 @@ def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tensor | None) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
         return False
     if q.dtype == torch.float32 and (prefix_k is not None or v_scale is not None):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
     HEAD_DIMS,
@@ -22,6 +23,22 @@ from igpt_fast.ops.dispatch import (
     kernel_kind,
     native_kernels,
     register,
+)
+
+OPS["causal_attention"] = Op(
+    native=("cpu", "cuda"),
+    covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+    covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
+    needs_isa="amx",
+    otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
+    "another scale",
+)
+OPS["causal_attention_packed"] = Op(
+    native=("cpu", "cuda"),
+    covers="what causal_attention's does",
+    covers_cpu="what causal_attention's does",
+    needs_isa="amx",
+    otherwise="causal_attention of the three parts",
 )
 
 
@@ -158,7 +175,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether a kernel takes it; the rule is in ``OPS`` in words."""
     dtype = autocast_dtype(x)
     low = dtype in (torch.bfloat16, torch.float16)
     if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and LEAST_SCALE <= scale < math.inf):

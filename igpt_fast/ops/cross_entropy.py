@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import LEAST_CPU, OPS, Op
 from igpt_fast.ops.dispatch import (
     CPU_DTYPES,
     DTYPES,
@@ -19,6 +20,13 @@ from igpt_fast.ops.dispatch import (
     kernel_kind,
     native_kernels,
     register,
+)
+
+OPS["cross_entropy"] = Op(
+    native=("cpu", "cuda"),
+    covers="fp32, bf16, fp16; K to 65536",
+    covers_cpu="fp32, bf16",
+    least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -76,7 +84,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) ->
 
 
 def _covered(kind: str | None, logits: Tensor) -> bool:
-    """Whether the kernel of a kind takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel of a kind takes it; the rule is in ``OPS`` in words."""
     if kind == "cpu":
         return logits.dtype in CPU_DTYPES
     return kind is not None and logits.dtype in DTYPES and logits.shape[-1] <= 65536

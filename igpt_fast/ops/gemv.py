@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
@@ -15,6 +16,13 @@ from igpt_fast.ops.dispatch import (
     native_kernels,
     register,
     use_kernel,
+)
+
+OPS["gemv"] = Op(
+    native=("cuda",),
+    covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
+    "a weight with a contiguous dimension",
+    otherwise="torch linear",
 )
 
 # As csrc/cuda/ops.h numbers them.
@@ -67,7 +75,7 @@ def gemv(
 
 
 def _covered(x: Tensor, weight: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) or any(tensor.dtype != x.dtype for tensor in tensors):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, reference
+from igpt_fast.backend import LEAST_CPU, OPS, Op
 from igpt_fast.ops.dispatch import (
     CPU_DTYPES,
     DTYPES,
@@ -19,6 +20,19 @@ from igpt_fast.ops.dispatch import (
     kernel_kind,
     native_kernels,
     register,
+)
+
+OPS["rms_norm"] = Op(
+    native=("cpu", "cuda"),
+    covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
+    covers_cpu="fp32, bf16; a weight of either",
+    least_cpu=LEAST_CPU,
+)
+OPS["layer_norm"] = Op(
+    native=("cpu", "cuda"),
+    covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
+    covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
+    least_cpu=LEAST_CPU,
 )
 
 
@@ -119,7 +133,7 @@ def layer_norm(
 
 
 def _covered(kind: str | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the kernels of a kind take it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernels of a kind take it; the rule is in ``OPS`` in words."""
     if kind is None or (bias is not None and bias.dtype != weight.dtype):
         return False
     if kind == "cpu":

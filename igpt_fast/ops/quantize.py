@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, reference
+from igpt_fast.backend import OPS, Op
 from igpt_fast.ops import colour_table
 from igpt_fast.ops.dispatch import dense, is_plain, kernel_kind, library, native_kernels, register
+
+OPS["quantize"] = Op(
+    ("cpu", "cuda"),
+    "uint8, fp32; uint8 from a table of all colours once a tensor of 16 to 65,536 clusters has met 2^29 / K pixels",
+)
+OPS["dequantize"] = Op(
+    native=("cpu", "cuda"),
+    covers="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
+    otherwise="torch indexing",
+    covers_cpu="tokens int64, int32, int16, uint8; fp32 clusters, 8,192 at most",
+)
 
 # As csrc/cuda/ops.h numbers them.
 TOKEN_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
+from igpt_fast.backend import OPS, Op
+from igpt_fast.draws import Sampling
 from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
@@ -18,6 +18,9 @@ from igpt_fast.ops.dispatch import (
     register,
     use_kernel,
 )
+
+OPS["sample"] = Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers")
+OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
 
 
 def sample(
@@ -36,11 +39,7 @@ def sample(
     Args:
         logits: (N, K), floating point. A row with a NaN or an infinity gives token 0, unless ``temperature`` is 0.
         uniform: (N,) float32 in [0, 1), on the device of ``logits``; see ``reference.uniform``.
-        temperature: Divides the logits; 0 takes the largest one (the lowest id on ties, NaN before all numbers).
-        top_k: Keep the k largest logits, and those equal to the k-th; ``None`` keeps all.
-        top_p: Of these, keep the most likely tokens until their probability reaches it; ``None`` keeps all.
-        min_p: Of these, keep the tokens whose probability is at least ``min_p`` times that of the most likely one;
-            ``None`` and 0 keep all.
+        temperature, top_k, top_p, min_p: See ``Sampling``; ties are decided as ``reference.sample`` has it.
 
     Returns:
         (N,) int64. Not differentiable. Bytes: the logits, once.
@@ -51,16 +50,20 @@ def sample(
 
     Source: see ``reference.sample``.
     """
+    return draw(logits, uniform, Sampling(temperature, top_k, top_p, min_p))
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """``sample`` with its settings as one, which are checked already."""
     if logits.ndim != 2 or uniform.shape != logits.shape[:1]:
         shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
         raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
-    check_sampling(temperature, top_k, top_p, min_p)
     logits, uniform = logits.detach(), uniform.detach()
     covered = _covered(logits) and uniform.dtype == torch.float32 and uniform.device == logits.device
     if covered and use_kernel("sample", logits, uniform):
         op = _sample if is_plain(logits, uniform) else torch.ops.igpt_fast.sample
-        return op(logits, uniform, *_settings(temperature, top_k, top_p, min_p))
-    return reference.sample(logits, uniform, temperature, top_k, top_p, min_p)
+        return op(logits, uniform, *_numbers(sampling))
+    return reference.sample(logits, uniform, **vars(sampling))
 
 
 def sample_next(
@@ -104,8 +107,20 @@ def sample_next(
 
     Source: see ``reference.sample_next``.
     """
+    return draw_next(logits, seed, streams, position, Sampling(temperature, top_k, top_p, min_p), wte, wpe)
+
+
+def draw_next(
+    logits: Tensor,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    sampling: Sampling,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``sample_next`` with its settings as one, which are checked already."""
     _check_next(logits, seed, streams, position, wte, wpe)
-    check_sampling(temperature, top_k, top_p, min_p, "sample_next")
     logits = logits.detach()
     wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()
     tensors = [tensor for tensor in (logits, streams, position, wte, wpe) if tensor is not None]
@@ -114,24 +129,12 @@ def sample_next(
         op = _sample_next if is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
-        settings = _settings(temperature, top_k, top_p, min_p)
-        tokens, embedding = op(logits, signed, streams, position, *settings, wte, wpe)
+        tokens, embedding = op(logits, signed, streams, position, *_numbers(sampling), wte, wpe)
         return tokens, None if wte is None else embedding
-    return reference.sample_next(logits, seed, streams, position, temperature, top_k, top_p, min_p, wte, wpe)
+    return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
 
 
-def check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, op: str = "sample"
-) -> None:
-    """Raises ValueError unless the settings are ones that ``sample`` takes."""
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"{op}: temperature is {temperature}; want a finite number, 0 or above")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"{op}: top_k is {top_k!r}; want an integer, 1 or above, or None")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"{op}: top_p is {top_p}; want a number in (0, 1], or None")
-    if min_p is not None and not 0.0 <= min_p <= 1.0:
-        raise ValueError(f"{op}: min_p is {min_p}; want a number in [0, 1], or None")
+check_sampling = Sampling  # whose construction is the check
 
 
 def _check_next(
@@ -168,17 +171,15 @@ def _check_next(
 
 
 def _covered(logits: Tensor) -> bool:
-    """Whether the kernel takes it; the rule is in ``backend.OPS`` in words."""
+    """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
 
 
-def _settings(
-    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
-) -> tuple[float, int, float, float]:
+def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
-    temperature = 0.0 if temperature < 2.0**-149 else min(temperature, reference.MAX_TEMPERATURE)
-    top_k = 0 if top_k is None else min(top_k, 1 << 30)
-    return float(temperature), top_k, 1.0 if top_p is None else float(top_p), reference.least_score(min_p)
+    temperature = 0.0 if sampling.temperature < 2.0**-149 else min(sampling.temperature, reference.MAX_TEMPERATURE)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    return temperature, sampling.top_k or 0, top_p, reference.least_score(sampling.min_p)
 
 
 def _rows(logits: Tensor) -> Tensor:

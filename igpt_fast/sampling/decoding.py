@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.network import Model
 from igpt_fast.locks import Lock
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams
+from igpt_fast.sampling.rules import Guidance, Streams
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -156,15 +157,15 @@ def decoding(
         decoder.fork(copies)
         free = known is None and not guided
         source = None if streams is None else (streams.seed, streams.numbers.to(context.device))
-        settings, scale = asdict(sampling), guidance.scale if guidance is not None else 1.0
+        scale = guidance.scale if guidance is not None else 1.0
         try:
             for t in range(steps):
                 logits = logits[:, : model.config.n_colours]
                 if free:
-                    token, logprob = decoder.draw(logits, uniforms[:, t], source, **settings)
+                    token, logprob = decoder.draw(logits, uniforms[:, t], source, sampling)
                 else:
                     column = known[:, t] if known is not None and some[t] else None
-                    token, logprob = _constrained(logits, uniforms[:, t], settings, scale, column, every[t])
+                    token, logprob = _constrained(logits, uniforms[:, t], sampling, scale, column, every[t])
                 drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
                 yield t
                 if t + 1 < steps:
@@ -177,14 +178,14 @@ def decoding(
 
 
 def _constrained(
-    logits: Tensor, uniform: Tensor, settings: dict[str, Any], scale: float, known: Tensor | None, every: bool
+    logits: Tensor, uniform: Tensor, sampling: Sampling, scale: float, known: Tensor | None, every: bool
 ) -> tuple[Tensor, Tensor]:
     """``Decoder.draw`` where tokens are given, or under guidance.
 
     Args:
         logits: (B, K); under guidance (2 B, K), those of the other context last.
         uniform: (B,) numbers.
-        settings: Of ``ops.sample``.
+        sampling: How the others are drawn.
         scale: Of the guidance; 1 is none.
         known: (B,) tokens that are given, -1 where one is drawn; ``None`` where all are.
         every: Whether all are given.
@@ -197,7 +198,7 @@ def _constrained(
         logits = (without + scale * (logprobs - without)).masked_fill(logprobs == -torch.inf, -torch.inf)
         # That the other context's are not finite shows where they are looked for.
         logprobs = logprobs.masked_fill(logits.isnan().any(dim=1, keepdim=True), torch.nan)
-    token = ops.sample(logits, uniform, **settings)
+    token = ops.draw(logits, uniform, sampling)
     if known is not None:
         token = torch.where(known >= 0, known, token)
     return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""How tokens are drawn: temperature and filters, guidance, and the random streams."""
+"""How tokens are drawn: guidance, and the random streams; temperature and filters are ``draws.Sampling``."""
 
 from __future__ import annotations
 
@@ -7,34 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import reference
+from igpt_fast.draws import Sampling as Sampling
 
 MAX_SCALE = 1000.0  # of guidance; its logits stay far within float32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits: temperature, then top-k, top-p and min-p, each among what is left.
-
-    Args:
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Draw among the k most likely tokens only; ``None`` for all.
-        top_p: Draw among the most likely tokens whose probability reaches it; ``None`` for all.
-        min_p: Draw among the tokens at least ``min_p`` times as likely as the likeliest one; ``None`` for all.
-
-    Raises:
-        ValueError: A setting out of its range.
-
-    Source: see ``reference.sample``.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def __post_init__(self) -> None:
-        ops.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
 from igpt_fast.sampling.inpainting import following, primer_lengths, resample
 from igpt_fast.sampling.results import Generation, InterruptedGeneration
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, Streams, stream_uniforms
 
 Progress = Callable[[int, int], None]
 CANDIDATE = 24  # the bit of a stream's number at which a candidate's begins; see Task

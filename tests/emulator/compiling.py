@@ -218,13 +218,13 @@ def driver(sanitizer: str, mutation: Mutation | None = None) -> Path:
 @functools.cache
 def sanitizer_unavailable(sanitizer: str) -> str | None:
     """Why a sanitizer does not work here: not installed, or the system lays memory out in a way that it refuses."""
-    source = CACHE / "trial.cpp"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    source.write_text("int main() { return 0; }\n")
     program = CACHE / f"trial-{sanitizer}"
-    done = run(COMPILER, *SANITIZERS[sanitizer], source, "-o", program, ok=False)
-    if done.returncode == 0:
-        done = run(*launcher(), program, ok=False)
+    with alone(program):
+        source = program.with_suffix(".cpp")
+        source.write_text("int main() { return 0; }\n")
+        done = run(COMPILER, *SANITIZERS[sanitizer], source, "-o", program, ok=False)
+        if done.returncode == 0:
+            done = run(*launcher(), program, ok=False)
     return None if done.returncode == 0 else f"-fsanitize={sanitizer}: {(done.stdout + done.stderr).strip()[-200:]}"
 
 

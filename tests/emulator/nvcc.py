@@ -1,7 +1,7 @@
 """Compiles csrc/cuda with nvcc as the build does, once for all tests; keeps what it made in build/nvcc.
 
 A folder there is named after the hash of everything that goes into it, as in compiling.py: a change compiles again
-the sources that it touches.
+the sources that it touches. What nvcc did not finish, or refused, is not kept: another run asks it again.
 """
 
 import functools
@@ -87,27 +87,39 @@ def compile_one(source: Path) -> Compiled:
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
     with compiling.alone(folder):
-        if not folder.exists():
-            _compile(command, source, folder)
-    status, seconds = (folder / "status").read_text().split()
-    return Compiled(source, folder, (folder / "output").read_text("utf-8"), status == "0", float(seconds))
+        failed = None if _finished(folder) else _compile(command, source, folder)
+    if failed is not None:
+        return failed
+    _, seconds = (folder / "status").read_text().split()
+    return Compiled(source, folder, (folder / "output").read_text("utf-8"), True, float(seconds))
 
 
-def _compile(command: list[str], source: Path, folder: Path) -> None:
-    partial = folder.with_suffix(f".{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _finished(folder: Path) -> bool:
+    return folder.exists() and (folder / "status").read_text().startswith("0 ")
+
+
+def _compile(command: list[str], source: Path, folder: Path) -> Compiled | None:
+    """Makes the folder; else says what went wrong."""
+    partial = folder.with_suffix(".partial")
+    for path in (partial, folder):  # of a run that was killed
+        shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
     command = [*command, "--keep", "--keep-dir", str(partial), "-c", str(source), "-o", str(partial / "kernel.o")]
     with (partial / "output").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    (partial / "status").write_text(f"{process.returncode} {usage.ru_utime + usage.ru_stime:.1f}")
+    seconds = usage.ru_utime + usage.ru_stime
+    if process.returncode:  # refused, or killed
+        said = f"{(partial / 'output').read_text('utf-8')}\nnvcc ended with {process.returncode}"
+        shutil.rmtree(partial)
+        return Compiled(source, folder, said, False, seconds)
+    (partial / "status").write_text(f"0 {seconds:.1f}")
     for path in partial.iterdir():
         if path.suffix not in (".ptx", ".cubin", ""):
             path.unlink()
-    if not folder.exists():
-        partial.rename(folder)
+    partial.rename(folder)
+    return None
 
 
 @functools.cache

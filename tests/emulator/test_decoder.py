@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice, memory
 from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
@@ -203,7 +204,7 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
     other.fork(copies)
     for position in range(4, length + 1):
         uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
-        drawn, logprobs = decoder.draw(logits[:, :37], torch.zeros_like(uniform), (seed, streams), **settings)
+        drawn, logprobs = decoder.draw(logits[:, :37], torch.zeros_like(uniform), (seed, streams), Sampling(**settings))
         assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
         expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
         torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-5)
@@ -348,7 +349,6 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which plans by what is free, and that is, too."""
-    pytest.importorskip("PIL")  # tests that a GPU needs do without
     from igpt_fast import ImageGPTImageProcessor, Pipeline
 
     def planned(*arguments: object) -> int | None:
@@ -636,12 +636,12 @@ def test_drawing_does_not_wait() -> None:
     logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
     streams, numbers = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda")
     for _ in range(2):
-        tokens, _ = decoder.draw(logits, numbers, (3, streams), top_k=5)
+        tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
         logits = decoder.step_drawn()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            tokens, _ = decoder.draw(logits, numbers, (3, streams), top_k=5)
+            tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
             logits = decoder.step_drawn()
             logits = decoder.step(tokens)
     finally:

@@ -15,7 +15,7 @@ import pytest
 import resources
 
 REASON = nvcc.unavailable()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("nvcc")]
 SECONDS = 180  # for the whole build on two cores
 
 
@@ -51,6 +51,25 @@ def test_advice_is_recognised() -> None:
     assert advice(f"ptxas info    : 0 bytes gmem\n{line}\n") == [line]
 
 
+@pytest.mark.parametrize("end", ["kill -9 $$", "kill -INT $$", "exit 1"])
+def test_what_nvcc_did_not_finish_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    program, source = tmp_path / "nvcc", tmp_path / "cuda" / "kernel.cu"
+    source.parent.mkdir()
+    source.write_text("// nothing\n")
+    program.write_text(f"#!/bin/sh\necho said\n[ -e {tmp_path}/again ] && exit 0\n{end}\n")
+    program.chmod(0o755)
+    for name, value in {"NVCC": str(program), "CACHE": tmp_path / "cache", "CUDA": source.parent}.items():
+        monkeypatch.setattr(nvcc, name, value)
+    monkeypatch.setattr(nvcc, "version", lambda: "0")
+    first = nvcc.compile_one(source)
+    assert not first.success
+    assert re.search(r"said\n+nvcc ended with (-9|-2|1)$", first.output)
+    (tmp_path / "again").touch()
+    assert nvcc.compile_one(source).success
+    (tmp_path / "again").unlink()
+    assert nvcc.compile_one(source).output == "said\n", "what was finished is kept"
+
+
 def test_kernels_are_found(built: dict[str, nvcc.Compiled]) -> None:
     """Not every source has one, but what this file checks must be there."""
     assert {"norm.cu", "quantize.cu"} <= {name for name, compiled in built.items() if nvcc.resources(compiled)}
@@ -62,6 +81,7 @@ def test_the_build_has_every_source() -> None:
     assert sorted(" ".join(listed).split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
 
 
+@pytest.mark.clock
 def test_time_to_build(built: dict[str, nvcc.Compiled]) -> None:
     seconds = {name: compiled.seconds for name, compiled in built.items()}
     total = sum(seconds.values())

@@ -12,7 +12,7 @@ import nvcc
 import pytest
 
 REASON = nvcc.unavailable() or (None if nvcc.nvdisasm() else "no nvdisasm: pip install nvidia-cuda-nvdisasm")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("nvcc")]
 
 LOAD16, STORE16 = r"LDG\.E\b.*\.128", r"STG\.E\b.*\.128"
 TENSOR = r"HMMA\.16816\.F32"  # m16n8k16, sums in float32

@@ -117,25 +117,6 @@ CASES = [
         1,
     ),
     Case(
-        "layer_norm",
-        "layer_norm",
-        lambda: (_normal(5, 520), _normal(520, seed=1), _normal(520, seed=2), _normal(5, 520, seed=3)),
-        lambda x, weight, bias, residual: ops.layer_norm(x, weight, bias, residual=residual),
-        4,
-    ),
-    *(
-        Case(name, name, lambda: (_normal(7, 264, seed=1), _normal(264)), getattr(ops, name), 2)
-        for name in ("quick_gelu", "gelu_tanh", "gelu_erf")
-    ),
-    Case("activation", "activation", lambda: (_normal(3, 5, 72),), lambda x: ops.activation(x, "gelu_new"), 1),
-    Case(
-        "cross_entropy",
-        "cross_entropy",
-        lambda: (_normal(9, 512), torch.arange(9) * 50 - 100),  # -100 is ignored; -50 is nothing's
-        lambda logits, labels: ops.cross_entropy(logits, labels.where(labels != -50, 3)),
-        1,
-    ),
-    Case(
         "quantize",
         "quantize",
         lambda: (_pixels(200), _normal(300, 3, dtype=torch.float32)),

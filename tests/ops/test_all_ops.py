@@ -39,6 +39,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 def test_every_op_with_a_kernel_has_a_case() -> None:
     assert {case.op for case in CASES} == {name for name, op in backend.OPS.items() if op.native}
+    assert len({case.name for case in CASES}) == len(CASES), "a case stands there twice"
 
 
 @EACH

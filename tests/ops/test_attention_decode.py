@@ -11,6 +11,7 @@ from torch import Tensor
 from igpt_fast import backend, ops, reference
 from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values, quantize_values
 
+OP = "attention_decode"
 LAUNCHES_NOTHING = {"test_empty_batch", "test_fake_and_meta"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

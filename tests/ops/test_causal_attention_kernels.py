@@ -14,6 +14,7 @@ from torch import Tensor
 
 from igpt_fast import backend, ops, reference
 
+OP = "causal_attention"
 BF16, FP16 = torch.bfloat16, torch.float16
 MASKS = ["", "starts", "keys", "both"]
 registered = torch.ops.igpt_fast

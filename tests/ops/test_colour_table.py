@@ -16,6 +16,7 @@ from igpt_fast.ops import colour_table
 if TYPE_CHECKING:
     from implementations import Implementation
 
+OP = "quantize"
 PIXELS, K = 300, 40
 
 

@@ -12,6 +12,8 @@ from igpt_fast import backend, ops, reference
 if TYPE_CHECKING:
     from implementations import Implementation
 
+OP = "dequantize"
+
 
 def palette(k: int) -> torch.Tensor:
     return torch.rand(k, 3) * 2.2 - 1.1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from igpt_fast import backend, ops, reference
 
+OP = "gemv"
 LAUNCHES_NOTHING = {"test_empty_batch", "test_fake_and_meta", "test_gradients", "test_many_rows"}
 
 

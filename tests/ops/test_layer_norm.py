@@ -11,6 +11,7 @@ from tolerance import assert_parity
 
 from igpt_fast import backend, ops
 
+OP = "layer_norm"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 X, N = (3, 5, 64), (64,)
 

@@ -1,20 +1,36 @@
 """quantize: the C++ twin against the definition in float64, its registration with torch, its errors."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from implementations import ISAS
 
 from igpt_fast import backend, ops, reference
 
 needs_cpu = pytest.mark.skipif(bool(backend.unavailable("cpu")), reason=f"no native CPU: {backend.unavailable('cpu')}")
+
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@functools.cache
+def crowds() -> dict[str, torch.Tensor]:
+    """The palettes of the benchmark, none when the tests run outside the repository."""
+    if not BENCHMARKS.is_dir():
+        return {}
+    sys.path.insert(0, str(BENCHMARKS))
+    palettes = importlib.import_module("palettes")
+    sys.path.remove(str(BENCHMARKS))
+    return {kind: palettes.palette(kind) for kind in palettes.KINDS}
 
 
 def palette(k: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +54,8 @@ def distances(x: torch.Tensor, clusters: torch.Tensor, tokens: torch.Tensor) -> 
 @pytest.mark.parametrize("kind", ["random", "on the uint8 grid"])
 def test_every_colour_gets_a_nearest_cluster(kind: str) -> None:
     """All 16.7 M colours, by float64 distance to what a k-d tree finds. The grid makes for true ties."""
-    spatial = pytest.importorskip("scipy.spatial")
+    from scipy import spatial
+
     x, clusters = all_colours(), palette(512)
     if kind != "random":
         x, clusters = x[::9], torch.round((clusters + 1.0) * 127.5) / 127.5 - 1.0
@@ -86,8 +103,8 @@ def test_clusters_and_colours_far_outside(dtype: torch.dtype, scale: float) -> N
 
 
 @needs_cpu
-def test_lists_that_outgrow_their_memory_are_made_anew() -> None:
-    """Every cluster is a candidate of every cell: the lists of a few dozen cells fill the memory."""
+def test_clusters_that_are_all_the_same() -> None:
+    """But for one: the others count once."""
     clusters = torch.zeros(20_000, 3)
     clusters[-1] = 0.5
     x = torch.randint(0, 256, (9_000, 3), dtype=torch.uint8)
@@ -141,18 +158,6 @@ def test_shapes_and_strides(name: str) -> None:
         assert ops.quantize(x[0, 0, 0], clusters).shape == ()
 
 
-ISAS = [name for name, has in (backend._C.cpu_isas() if backend._C else []) if has]
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set of this processor, chosen for the test."""
-    before = backend._C.cpu_isa()
-    assert backend._C.select_cpu_isa(request.param)
-    yield request.param
-    assert backend._C.select_cpu_isa(before)
-
-
 def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
     out = torch.full((len(x),), -1)
     addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
@@ -169,7 +174,15 @@ def adversaries() -> dict[str, torch.Tensor]:
     broken[::11, 2] = float("inf")
     broken[0] = -float("inf")
     close = palette(24, seed=3)
+    angle = torch.linspace(0, 6.2, 300)[:, None]
+    across, along = torch.tensor([[0.5, -0.5, 0.0]]), torch.tensor([[0.25, 0.25, -0.5]])
     return {
+        **crowds(),
+        # All are equally near to a grey, and float64's rounding decides.
+        "a ring about the greys": angle.cos() * across + angle.sin() * along * (4 / 3) ** 0.5,
+        "tiny": palette(200) * 1e-20,
+        "within a rounding of float32": palette(300) * 2e-7 + 0.5,
+        "a clump and one far away": torch.cat([palette(200) * 0.01, palette(1) * 1e12]),
         "random": palette(512),
         "one": palette(1),
         "two": palette(2),
@@ -201,7 +214,6 @@ def colours_and_tokens(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("kind", adversaries())
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -> None:
     """The numbers of pixels choose how far the cells are refined; token by token."""
     clusters = adversaries()[kind]
@@ -212,7 +224,21 @@ def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", crowds())
+def test_no_palette_takes_more_work_than_comparing_all_with_all(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Candidates that lists were made of and pixels compared with, those in float64 twice; no clock."""
+    clusters = crowds()[kind]
+    for n in (1_024, 10_000, 65_536):
+        x = torch.randint(0, 256, (n, 3), dtype=torch.uint8)
+        x = x if dtype == torch.uint8 else x / 127.5 - 1.0
+        out = torch.zeros(n).long()
+        sizes = x.data_ptr(), dtype == torch.uint8, clusters.data_ptr(), out.data_ptr(), n, len(clusters), 1
+        work = backend._C.quantize_cpu(*sizes) / n / len(clusters)
+        assert 0.0 < work < (0.3 if kind == "spread" and n > 10_000 else 1.25), (n, work)
+
+
+@needs_cpu
 def test_a_palette_of_65536(isa: str) -> None:
     """Lists of many blocks; a part of the tokens by brute force in float64."""
     clusters = palette(65_536)
@@ -226,7 +252,7 @@ def test_a_palette_of_65536(isa: str) -> None:
 @needs_cpu
 def test_the_environment_chooses_the_instruction_set() -> None:
     """In a process of its own: it is chosen once, when the package starts."""
-    code = "import sys; from igpt_fast import backend; assert backend.config()['isa']['live'] == sys.argv[1]"
+    code = "import sys; from igpt_fast import environment; assert environment.config()['isa']['live'] == sys.argv[1]"
     environment = {**os.environ, "IGPT_FAST_ISA": ISAS[0]}
     subprocess.run([sys.executable, "-c", code, ISAS[0]], env=environment, check=True)
 

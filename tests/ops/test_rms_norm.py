@@ -10,6 +10,8 @@ from tolerance import assert_parity
 
 from igpt_fast import backend, ops
 
+OP = "rms_norm"
+
 
 def plain(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """The plain expression, in the dtype of its inputs."""

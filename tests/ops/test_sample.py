@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from drawing import assert_draws
 
-from igpt_fast import backend, ops, reference
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast.draws import Sampling
 
 if TYPE_CHECKING:
     from implementations import Implementation
+
+OP = "sample"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,8 @@ def test_the_draw_inverts_the_distribution() -> None:
     ],
 )
 def test_the_support_is_transformers(top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    processors = pytest.importorskip("transformers.generation.logits_process")
+    from transformers.generation import logits_process as processors
+
     logits = torch.randn(20, 64, generator=torch.Generator().manual_seed(3)) * 2
     kept = processors.TemperatureLogitsWarper(0.8)(None, logits)
     if top_k is not None:
@@ -104,16 +110,32 @@ def test_wrong_arguments() -> None:
         ops.sample(torch.zeros(5), torch.zeros(1))
     with pytest.raises(ValueError, match="uniform"):
         ops.sample(torch.zeros(2, 5), torch.zeros(3))
-    for options in (
-        {"temperature": -0.1},
-        {"temperature": math.inf},
-        {"top_k": 2.5},
-        {"top_k": True},
-        {"top_p": 0},
-        {"min_p": -0.1},
-    ):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
-            ops.sample(torch.zeros(1, 5), torch.zeros(1), **options)
+
+
+NOT_NUMBERS = (True, np.True_, "1", "x" * 1000, [1], math.nan, math.inf, 10**400, 10**5000, -0.1, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("setting", ["temperature", "top_k", "top_p", "min_p"])
+def test_wrong_settings(setting: str) -> None:
+    """Said in a few words, by everyone who takes them; ``top_k`` may be as large as it likes."""
+    model = ImageGPTForCausalImageModeling(ImageGPTConfig(vocab_size=5, n_positions=4, n_embd=8, n_layer=1, n_head=1))
+    wrong = [value for value in NOT_NUMBERS if setting != "top_k" or type(value) is not int]
+    for value in (*wrong, *({"top_k": (2.5,), "top_p": (0,)}.get(setting, ()))):
+        for call in (
+            Sampling,
+            partial(ops.sample, torch.zeros(1, 5), torch.zeros(1)),
+            partial(model.generate, do_sample=True),
+        ):
+            with pytest.raises(ValueError, match=f"^sample: {setting} is .*; want ") as caught:
+                call(**{setting: value})
+            assert len(str(caught.value)) < 200
+
+
+def test_settings_become_floats() -> None:
+    """Those of numpy as well, which no sidecar could hold."""
+    sampling = Sampling(1, 3, np.float32(0.5), np.int64(0))
+    assert sampling == Sampling(1.0, 3, 0.5, 0.0)
+    assert [type(value) for value in vars(sampling).values()] == [float, int, float, float]
 
 
 SETTINGS = [
@@ -279,7 +301,7 @@ def test_compile_autocast_and_meta(implementation: Implementation) -> None:
     ],
 )
 def test_next_misuse(change: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match="sample_next: " + message):
+    with pytest.raises(error, match="sample(_next)?: " + message):
         ops.sample_next(**{**next_arguments("cpu"), "seed": 0, **change})
 
 

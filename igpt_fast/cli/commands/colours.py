@@ -82,6 +82,7 @@ def clusters(
     out: Path = Path("clusters.npy"),
     side: int = 32,
     seed: int = 0,
+    all_pixels: bool = False,
     preview: Path | None = None,
     skip_unreadable: bool = False,
     json: bool = False,
@@ -95,6 +96,7 @@ def clusters(
         out: The .npy file to write: (K, 3) float32 in [-1, 1].
         side: The square in the middle of each image is resized to this edge before its colours are counted.
         seed: Of the fit.
+        all_pixels: Fit to every pixel, which takes minutes for millions of them, and not to a sample of 400,000.
         preview: Also write the colours as a picture.
         skip_unreadable: Leave out files of a directory that are not readable images, instead of failing.
         json: Print one JSON object.
@@ -127,7 +129,7 @@ def clusters(
                 skipped += 1
     if not squares:
         raise ValueError(f"{images[0]}: no images in it")
-    fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed)
+    fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed, all_pixels=all_pixels)
     images_module.save_clusters(fitted, out, overwrite=force)
     if preview is not None:
         colours = images_module.dequantize(np.arange(n_clusters), fitted)

@@ -19,6 +19,7 @@ def train(
     side: int | None = None,
     n_clusters: Annotated[int | None, arg(aliases=["-k"])] = None,
     clusters: Path | None = None,
+    all_pixels: bool = False,
     holdout: float | None = None,
     skip_unreadable: bool = False,
     classes: bool = False,
@@ -39,6 +40,7 @@ def train(
         side: For a directory: edge that the square in the middle of each image is resized to; 32 if not given.
         n_clusters: For a directory: how many colours are fitted to its images; 512 if not given.
         clusters: For a directory: a .npy file of colours to use instead of fitting some.
+        all_pixels: For a directory: fit to every pixel, and not to a sample of 400,000; see igpt clusters.
         holdout: For a directory: fraction of the images that is held out for evaluation; 0.1 if not given.
         skip_unreadable: For a directory: leave out files that are not readable images, instead of failing.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
@@ -55,8 +57,11 @@ def train(
         raise terminal.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     preparation = {"--side": side, "--n-clusters": n_clusters, "--clusters": clusters, "--holdout": holdout}
     given = [name for name, value in preparation.items() if value is not None]
-    if (data is None or data.is_file()) and (given or skip_unreadable):
-        names = ", ".join(given or ["--skip-unreadable"])
+    given += [
+        name for name, value in {"--all-pixels": all_pixels, "--skip-unreadable": skip_unreadable}.items() if value
+    ]
+    if (data is None or data.is_file()) and given:
+        names = ", ".join(given)
         raise terminal.UsageError(f"{names}: only for a directory of images; a token file is taken as it is")
     if classes and data is None:
         raise terminal.UsageError(
@@ -66,6 +71,8 @@ def train(
         raise terminal.UsageError("--label-dropout: only with --classes")
     if clusters is not None and n_clusters is not None:
         raise terminal.UsageError("give --clusters or --n-clusters, not both")
+    if clusters is not None and all_pixels:
+        raise terminal.UsageError("--all-pixels: only where colours are fitted, without --clusters")
     if n_clusters is not None:
         terminal.check_clusters(n_clusters)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -97,6 +104,7 @@ def train(
             clusters=palette,
             skip_unreadable=skip_unreadable,
             classes=classes,
+            all_pixels=all_pixels,
         )
     else:
         tokens = data_module.load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)

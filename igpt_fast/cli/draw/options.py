@@ -86,8 +86,9 @@ class Files:
 def check_drawing(n: int, drawing: Drawing) -> None:
     """Fails early, as a mistake of usage, where a value is out of its range."""
     from igpt_fast.checks import check_count
+    from igpt_fast.draws import Sampling
     from igpt_fast.pipeline import MAX_IMAGES
-    from igpt_fast.sampling.rules import Sampling, check_scale, check_seed
+    from igpt_fast.sampling.rules import check_scale, check_seed
 
     if drawing.dtype not in ("float32", "bfloat16", "float16", *ROUNDED, "auto"):
         raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, {', '.join(ROUNDED)} or auto")

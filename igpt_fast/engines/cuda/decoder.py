@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, ops
+from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
 from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_capacity, check_dtype, check_fork
@@ -115,7 +116,7 @@ class CudaDecoder(Decoder):
         return self._advance(step).clone()
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, **settings: Any
+        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """See ``Decoder.draw``. Of streams, numbers, draw and the next step's input are one kernel: no wait, no copy by
         the host.
@@ -126,15 +127,15 @@ class CudaDecoder(Decoder):
         if self._position == 0:
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
         if streams is None:
-            return super().draw(logits, uniform, None, **settings)
+            return super().draw(logits, uniform, None, sampling)
         net = self._network
         # The kernel wants the index on the device: where the step's own count stands, it need not come from the host.
         index = torch.full((1,), self._position - 1, dtype=torch.int32, device=net.device)
         if self._position >= self.capacity:  # the last token, which nobody reads
-            tokens, _ = ops.sample_next(logits, *streams, index, **settings)
+            tokens, _ = ops.draw_next(logits, *streams, index, sampling)
         else:
             step = self._begin()
-            tokens, following = ops.sample_next(logits, *streams, index, wte=net.wte, wpe=net.wpe, **settings)
+            tokens, following = ops.draw_next(logits, *streams, index, sampling, net.wte, net.wpe)
             assert following is not None
             step.x.copy_(following)
             self._drawn = True

@@ -1,0 +1,552 @@
+"""The benchmarks of the CPU: their sums, their peers' answers, and every script once with a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from implementations import Implementation
+from torch.utils.flop_counter import FlopCounterMode
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines.cpu import weights
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ImageGPTConfig(n_layer=2, n_embd=32, n_head=2, n_positions=24, vocab_size=33)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside the repository")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("common")
+
+
+@pytest.fixture
+def peers(common: ModuleType) -> ModuleType:
+    return importlib.import_module("peers")
+
+
+@pytest.fixture
+def limits(common: ModuleType) -> ModuleType:
+    return importlib.import_module("ceilings")
+
+
+@pytest.fixture
+def model() -> ImageGPTForCausalImageModeling:
+    torch.manual_seed(0)
+    return ImageGPTForCausalImageModeling(CONFIG).eval().requires_grad_(False)
+
+
+def tokens(batch: int) -> torch.Tensor:
+    return torch.randint(32, (batch, 24), generator=torch.Generator().manual_seed(0))
+
+
+def test_ratios(common: ModuleType) -> None:
+    def row(name: str, dtype: str, ms: float, **more: Any) -> dict[str, Any]:
+        return {"work": "step", "batch": 1, "name": name, "dtype": dtype, "ms": ms, **more}
+
+    rows = [
+        row("transformers", "float32", 20.0),
+        row("transformers", "bfloat16", 30.0),
+        row("PyTorch", "float32", 16.0),
+        row("OpenVINO", "bfloat16", 8.0),
+        row("OpenVINO", "int8", 5.0),
+        row("igpt_fast", "float32", 4.0, limit_ms=2.0),
+        row("igpt_fast", "bfloat16", 4.0, limit_ms=None),
+        row("igpt_fast", "int8", 4.0),
+        row("igpt_fast, PyTorch", "float32", 0.1),
+        row("streaming read", "float32", 0.1),
+        {"work": "step", "batch": 1, "name": "wrong", "dtype": "int8", "error": 9.0},
+        row("igpt_fast", "int8", 4.0) | {"batch": 8},
+    ]
+    common.add_ratios(rows, ("work", "batch"))
+    ours = rows[5:8]
+    assert [r["times_hf"] for r in ours] == [5.0, 5.0, 5.0]  # over float32, its best
+    assert [r["times_peer"] for r in ours] == [4.0, 2.0, 1.25]  # in the same dtype or a more exact one
+    assert [r.get("of_limit") for r in ours] == [0.5, None, None]
+    assert rows[0]["times_hf"] == 1.0
+    assert "times_hf" not in rows[-2]
+    assert "times_hf" not in rows[-1]
+    assert "times_peer" not in rows[-1]
+
+
+@pytest.mark.clock
+def test_turns(common: ModuleType) -> None:
+    turns: list[str] = []
+    times = common.interleave({"a": lambda: turns.append("a"), ("b", 8): lambda: turns.append("b")}, 3, warm=True)
+    assert turns == ["a", "b"] * 3
+    assert {name: time["rounds"] for name, time in times.items()} == {"a": 3, ("b", 8): 3}
+    turns.clear()
+    slow = lambda: (time.sleep(0.02), turns.append("slow"))  # noqa: E731
+    times = common.interleave({"slow": slow, "fast": lambda: turns.append("fast")}, 3, warm=True, budget=0.01)
+    assert turns == ["slow", "fast", "fast", "fast"]
+    assert times["slow"]["rounds"] == 1
+    assert 20 <= times["slow"]["ms"] < 500
+    turns.clear()
+    common.interleave({"a": lambda: turns.append("a")}, 2, seconds=0)
+    assert turns == ["a"] * 4  # twice to warm up
+    turns.clear()
+    settle = {"a": lambda: (turns.append("settle"), time.sleep(0.05))}
+    times = common.interleave({"a": lambda: turns.append("a")}, 2, warm=True, settle=settle)
+    assert turns == ["settle", "a"] * 2
+    assert times["a"]["ms"] < 50  # untimed
+
+
+def test_a_peer_may_fail_and_we_may_not(common: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise common.Refused("its logits are wrong")
+
+    assert common.attempt(("int8", "torchao"), lambda: 3) == 3
+    assert common.attempt(("int8", "torchao"), fails) is None
+    assert "left out: torchao, int8: Refused: its logits are wrong" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="igpt_fast, int8"):
+        common.attempt(("int8", "igpt_fast"), fails)
+    assert not common.installed("no_such_package")
+    assert "no_such_package" in capsys.readouterr().err
+
+
+def test_relative_error(common: ModuleType) -> None:
+    want = torch.tensor([3.0, 4.0])
+    assert common.relative_error(want, want) == 0
+    assert common.relative_error(want + torch.tensor([0.3, -0.4]), want) == pytest.approx(0.1)
+    assert not common.relative_error(want * torch.nan, want) <= 1
+
+
+def test_the_allocator_is_set_once(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("sys.argv", ["bench.py", "--quick"])
+    common.tune_allocator()
+    _, command, environment = started.pop()
+    assert command[1:] == ["bench.py", "--quick"]
+    for name, value in common.ALLOCATOR.items():
+        assert environment[name] == value
+        monkeypatch.setenv(name, value)
+    common.tune_allocator()
+    assert not started
+    assert not common.plain_allocator().keys() & common.ALLOCATOR.keys()
+
+
+def test_the_limit(limits: ModuleType) -> None:
+    units = {"avx2_fma": 0.25, "avx512_fma": 0.5, "amx_bf16": 8.0, "amx_int8": 16.0}
+    ceilings = limits.Ceilings(2, {80: 50.0, 160: 40.0, 320: 30.0}, 20.0, units)
+    assert [ceilings.read(size) for size in (1e6, 119e6, 121e6, 5e9)] == [50.0, 50.0, 40.0, 30.0]
+    assert [ceilings.peak(dtype) for dtype in ("float32", "bfloat16", "int8")] == [0.5, 8.0, 16.0]
+    work = limits.Work(read=160e6, flops=16e9)  # 4 ms, and 2 ms or 32
+    assert ceilings.limit_ms(work, "bfloat16") == pytest.approx(4)
+    assert ceilings.limit_ms(work, "float32") == pytest.approx(32)
+    assert ceilings.limit_ms(limits.Work(flops=16e9, copied=20e6), "bfloat16") == pytest.approx(3)
+    plain = limits.Ceilings(
+        2, {80: 50.0}, 20.0, {"avx2_fma": 0.25, "avx512_fma": 0.0, "amx_bf16": 0.0, "amx_int8": 0.0}
+    )
+    assert plain.peak("bfloat16") == 0.25  # bf16 is multiplied as float32
+    nothing = limits.Ceilings(2, {80: 50.0}, 20.0, dict.fromkeys(limits.UNITS, 0.0))
+    assert nothing.limit_ms(work, "float32") is None
+
+
+@needs_compiler
+def test_ceilings_are_measured(limits: ModuleType) -> None:
+    found = limits.measure(1, (1, 2), seconds=0.005)
+    assert found.read_gb_s.keys() == {1, 2}
+    assert all(rate > 0.1 for rate in (*found.read_gb_s.values(), found.copy_gb_s))
+    assert found.tflop_s.keys() == set(limits.UNITS)
+    isas = dict(backend._C.cpu_isas()) if backend._C is not None else {}
+    for isa, unit in (("avx2", "avx2_fma"), ("avx512", "avx512_fma"), ("amx", "amx_bf16"), ("amx", "amx_int8")):
+        if isas.get(isa):
+            assert found.tflop_s[unit] > 0.001
+
+
+@needs_compiler
+def test_memory(limits: ModuleType) -> None:
+    memory = limits.Memory(10_000, 2)
+    assert memory.size == 12288
+    memory.block[5] = 7
+    memory.read(10_000)
+    memory.copy()
+    assert memory.block[6144 + 5] == 7
+
+
+def test_work_is_counted_right(common: ModuleType, peers: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    generate, forward = importlib.import_module("bench_generate"), importlib.import_module("bench_model")
+    expert = peers.Expert(model)
+    matrices = [p.numel() for block in expert.blocks for p in block.parameters() if p.ndim == 2]
+    read = sum(matrices) + expert.head.weight.numel()
+    work = generate.moved(CONFIG, 3, 10, "bfloat16")
+    assert work.read == 2 * (read + 3 * 2 * 2 * 10 * 32)
+    assert work.flops == 2 * 3 * (read + 2 * 2 * 10 * 32)
+    assert generate.moved(CONFIG, 1, 10, "int8").read * 4 == generate.moved(CONFIG, 1, 10, "float32").read
+    with FlopCounterMode(display=False) as counter:
+        expert(tokens(3))
+    attention = 3 * 2 * 4 * 32 * 24 * 25 / 2  # of what is not masked; the counter does not know this op
+    assert forward.flops(CONFIG, 3) == counter.get_total_flops() + attention
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert forward.weights(CONFIG) == sum(p.numel() for p in model.parameters()) - norms
+
+
+def test_the_expert_is_the_model(peers: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    want, expert = model(tokens(2)).logits, peers.Expert(model)
+    torch.testing.assert_close(expert(tokens(2)), want)
+    decoder = peers.ExpertDecoder(expert, 2, 24, compiled=False)
+    for _ in range(2):
+        decoder.restart()
+        got = [decoder.prefill(tokens(2)[:, :7])] + [decoder.step(column) for column in tokens(2)[:, 7:].unbind(1)]
+        torch.testing.assert_close(torch.stack(got, 1), want[:, 6:])
+    torch.testing.assert_close(peers.transformers_model(model)(tokens(2)).logits, want)
+
+
+def test_openvino_is_the_model(peers: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    pytest.importorskip("openvino")
+    decoder = peers.OpenVino(peers.Expert(model), 2, "float32")
+    want = model(tokens(2)).logits
+    got = [decoder.prefill(tokens(2)[:, :7])] + [decoder.step(column) for column in tokens(2)[:, 7:].unbind(1)]
+    torch.testing.assert_close(torch.stack(got, 1), want[:, 6:], rtol=1e-4, atol=1e-5)
+    decoder.restart()
+    torch.testing.assert_close(decoder.prefill(tokens(2)[:, :1]), want[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_peer_is_refused(common: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    generate = importlib.import_module("bench_generate")
+
+    class Decoder:
+        factor = 1.0
+
+        def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
+            self.read = tokens
+            return model(tokens).logits[:, -1]
+
+        def step(self, token: torch.Tensor) -> torch.Tensor:
+            return self.factor * self.prefill(torch.cat([self.read, token[:, None]], 1))
+
+    want, error = generate.check(("float32", "right"), Decoder(), tokens(1), 20, None)
+    assert (want.shape, error) == ((1, 4, 32), 0)
+    wrong = Decoder()
+    wrong.factor = 1.02
+    assert generate.check(("bfloat16", "near"), wrong, tokens(1), 20, want)[1] == pytest.approx(0.02)
+    with pytest.raises(common.Refused, match=r"2\.0e-02"):
+        generate.check(("float32", "wrong"), wrong, tokens(1), 20, want)
+    wrong.factor = torch.nan
+    with pytest.raises(common.Refused):
+        generate.check(("int8", "wrong"), wrong, tokens(1), 20, want)
+
+
+def test_images_take_the_strongest(common: ModuleType) -> None:
+    generate = importlib.import_module("bench_generate")
+    rows = [
+        {"work": "step", "batch": batch, "name": name, "dtype": dtype, "ms": ms}
+        for batch, name, dtype, ms in (
+            (1, "transformers", "float32", 20.0),
+            (1, "transformers", "bfloat16", 30.0),
+            (1, "OpenVINO", "float32", 3.0),
+            (1, "OpenVINO", "bfloat16", 2.0),
+            (1, "OpenVINO", "int8", 1.5),
+            (1, "torchao, weights", "int8", 1.0),
+            (1, "igpt_fast", "bfloat16", 0.1),
+            (1, "streaming read", "int8", 0.1),
+            (8, "OpenVINO", "float32", 0.1),
+        )
+    ]
+    chosen = {("float32", "transformers"), ("bfloat16", "OpenVINO"), ("int8", "torchao, weights")}
+    assert generate.strongest(rows, 1) == chosen
+    assert generate.strongest(rows, 8) == {("float32", "OpenVINO")}
+
+
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """The result file of a script."""
+    threads, file = torch.get_num_threads(), folder / f"{name.removeprefix('bench_')}.json"
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--dry-run", "--json", str(file), *options])
+    try:
+        importlib.import_module(name).main()
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(file.read_text("utf-8"))
+
+
+@needs_compiler
+def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("bench_model", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
+    assert {(row["work"], row["batch"]) for row in found["rows"]} == {("forward", 2), ("train", 4)}
+    wanted: set[str] = {"transformers", "PyTorch", "igpt_fast", "igpt_fast, PyTorch"}
+    assert wanted <= {row["name"] for row in found["rows"] if row["work"] == "train"}
+    assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["error"] < 0.1 for row in found["rows"])
+    assert found["machine"]["commit"]
+    assert found["ceilings"]["read_gb_s"]
+    if weights.no_native_decoder() is None:
+        found = run("bench_generate", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
+        assert {row["work"] for row in found["rows"]} == {"step", "image", "memory"}
+        assert {row["dtype"] for row in found["rows"] if row["name"] == "igpt_fast"} == {"float32", "bfloat16", "int8"}
+        assert all(row["mb"] > 50 for row in found["rows"] if row["work"] == "memory")
+        assert all(row["ms"] > 0 for row in found["rows"] if row["work"] != "memory")
+        found = run("bench_sample", tmp_path, monkeypatch, "--batch", "1", "3")
+        assert [row["batch"] for row in found["rows"]] == [1] * 5 + [3] * 5
+        assert {row["name"] for row in found["rows"]} == {"transformers", "igpt_fast", "igpt_fast, reference"}
+        assert all(row["images_s"] == row["batch"] / row["seconds"] > 0 for row in found["rows"])
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
+    importlib.import_module("plot").main()
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- Those of a GPU, on a tiny model ------------------------------------------------------------------------
+
+
+def quick(name: str, file: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """The status and the rows of a script that is for a GPU."""
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--device", "cpu", "--quick", "--json", str(file), *options])
+    status = importlib.import_module(name).main()
+    return status, json.loads(file.read_text("utf-8"))["rows"]
+
+
+def test_sampling_on_a_gpu(
+    emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody draws, ours with the CUDA decoder on the emulated kernels; each row says how."""
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch)
+    assert status == 0
+    drawn, ours = "cuda: draw, step_drawn", "igpt_fast"
+    assert [(row["part"], row["batch"], row["name"], row["path"]) for row in rows] == [
+        ("sampling", 2, ours, drawn),
+        ("sampling", 2, "transformers", "multinomial, step"),
+        ("sampling", 2, "transformers, generate", "generate"),
+        ("sampling", 2, "PyTorch layers", "multinomial, step"),
+        ("gpt-fast", 2, ours, drawn),
+        ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
+        *(("steps", 2, f"{ours}, {way}", drawn) for way in ("eager", "graph", "graph, dependent")),
+        *(("steps", 9, f"{ours}, {way}", drawn) for way in ("eager", "graph")),
+        ("profile", 1, ours, drawn),
+    ]
+    assert all(row["us"] > 0 for row in rows)
+    assert all(row["times"] > 0 for row in rows[:6] if row["name"] != ours)
+    assert all(row["off"] < 0.03 for row in rows[:6])
+    assert rows[-1]["kernels"]
+    assert emulation.module.counters()["launches"] > 100
+
+
+def test_sampling_is_timed_as_the_device_draws_or_not_at_all(common: ModuleType) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+
+    class Slow:
+        name = "reference"
+
+    with pytest.raises(TypeError, match="Slow has no draw and step_drawn"):
+        sampling.Ours(Slow(), "cuda")
+    assert sampling.Ours(Slow(), "cpu").path == "reference: sample, step"
+
+
+def test_sampling_refuses_wrong_tokens(common: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+
+    class Drawing(sampling.Ours):
+        add = 0
+
+        def token(self) -> torch.Tensor:
+            return (super().token() + self.add) % 32
+
+    with torch.no_grad():
+        drawing = Drawing(sampling.make_decoder(model, 2, 24), "cpu")
+        drawing.begin(tokens(2)[:, :6])
+        drawing.check_tokens(3)
+        drawing.add = 1
+        with pytest.raises(common.Refused, match="6 of 6 tokens"):
+            drawing.check_tokens(3)
+
+
+def test_a_row_that_fails_costs_no_other(
+    common: ModuleType, peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    monkeypatch.setattr(peers.GptFast, "prefill", lambda self, tokens: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling,gpt-fast")
+    assert status == 0
+    missing = "ModuleNotFoundError: transformers is not installed"
+    assert {row["name"]: row.get("error") for row in rows} == {
+        "transformers": missing,
+        "transformers, generate": missing,
+        "igpt_fast": None,
+        "PyTorch layers": None,
+        "gpt-fast form": "ZeroDivisionError: division by zero",
+    }
+    monkeypatch.setattr(sampling, "make_decoder", lambda *_: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling,profile")
+    assert status == 1
+    assert {row["part"] for row in rows if row["name"] == "igpt_fast" and "division" in row["error"]} == {
+        "sampling",
+        "profile",
+    }
+    assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
+
+
+def test_a_run_goes_on_behind_what_ended_it(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for all of a size loses the context, twice; each start gets further, and the last to the end."""
+    sampling, starts = importlib.import_module("bench_sample_cuda"), []
+
+    class Ended(BaseException):
+        pass
+
+    def start(*arguments: Any) -> None:
+        starts.append(arguments[1])
+        raise Ended
+
+    for name in ("right", "most_images"):
+        monkeypatch.setattr(sampling, name, lambda *_: 1 / 0)
+    monkeypatch.setattr(common, "context_works", lambda: False)
+    monkeypatch.setattr("os.execve", start)
+    options = ["--only", "sampling,steps,profile"]
+    with pytest.raises(Ended):
+        quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options)
+    for _ in range(2):
+        with pytest.raises(Ended):
+            quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    assert status == 1
+    assert [(row["part"], row["batch"], row.get("error")) for row in rows] == [
+        *(("sampling", 2, "ZeroDivisionError: division by zero"),),
+        *(("steps", batch, "ZeroDivisionError: division by zero") for batch in (2, 9)),
+        ("profile", 1, None),
+    ]
+    assert all(arguments[-1] == "--resume" for arguments in starts)
+
+
+def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch)
+    assert status == 0
+    eager, compiled = ["transformers", "igpt_fast", "PyTorch"], ["igpt_fast, compiled", "PyTorch, compiled"]
+    assert [(row["work"], row["name"]) for row in rows] == [
+        (work, name) for names in (eager, compiled) for work in ("forward", "training") for name in names
+    ]
+    assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
+    assert all("times_hf" in row for row in rows[:6] if row["name"] != "transformers")
+
+
+def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("bench_model_cuda")
+    network = ImageGPTForCausalImageModeling.forward
+
+    def wrong(self: Any, *arguments: Any, **more: Any) -> Any:
+        out = network(self, *arguments, **more)
+        out.logits = 1.1 * out.logits
+        out.loss = None if out.loss is None else 1.1 * out.loss
+        return out
+
+    monkeypatch.setattr(ImageGPTForCausalImageModeling, "forward", wrong)
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "forward,training")
+    assert status == 1
+    for row in rows:
+        text = {"transformers": "transformers is not installed", bench.OURS: "Refused: its lo"}.get(row["name"])
+        assert row["ms"] > 0 if text is None else text in row["error"]
+
+
+def test_commands(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = importlib.import_module("bench_commands")
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 0
+    assert [row["name"] for row in rows] == ["igpt sample -n 1 --seed 0"]
+    assert rows[0]["seconds"] > 0
+    assert (rows[0]["said"]["images"], rows[0]["said"]["dtype"]) == (1, "float32")
+    done = subprocess.run([sys.executable, "-m", "igpt_fast", "train", "--help"], capture_output=True, text=True)
+    for command in (*commands.PARTS["train"], *commands.QUICK["train"]):
+        assert all(word in done.stdout for word in command.split() if word.startswith("--"))
+    monkeypatch.setitem(commands.QUICK, "sample", ("igpt sample -n 0",))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 1
+    assert "exit status 2" in rows[0]["error"]
+    monkeypatch.setattr(commands, "NEEDED", ("tyro", "no_such_package"))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch)
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ModuleNotFoundError: not installed: no_such_package"] * 2
+    monkeypatch.setattr(commands, "NEEDED", ())
+    monkeypatch.setattr(commands, "LIMIT", 0.01)
+    with pytest.raises(RuntimeError, match="igpt sample took more than 0 s"):
+        commands.run("igpt sample -n 1", "cpu", tmp_path)
+
+
+def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, started = tmp_path / "new" / "rows.json", []
+    read = lambda: json.loads(file.read_text("utf-8"))  # noqa: E731
+    rows = common.Rows(file, ("name", "batch"), bandwidth=3.0)
+    assert (read()["rows"], read()["bandwidth"]) == ([], 3.0)
+    assert rows.status() == 1  # nothing was measured
+    rows.add({"name": "peer", "batch": 1, "error": "not here"})
+    rows.add({"name": "igpt_fast", "batch": 1, "us": 2.0})
+    assert read()["rows"] == rows.rows
+    assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+    assert rows.status() == 0
+    assert rows.has({"name": "peer", "batch": 1, "us": 7})
+    assert not rows.has({"name": "peer", "batch": 2})
+    assert rows.attempt({"name": "fine", "batch": 1}, lambda: 3) == 3
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("sys.argv", ["bench.py", "--json", str(file)])
+    assert rows.attempt({"name": "igpt_fast", "batch": 8}, lambda: 1 / 0) is None
+    assert not started
+    assert rows.status() == 1
+    monkeypatch.setattr(common, "context_works", lambda: False)
+    rows.attempt({"name": "peer", "batch": 8}, lambda: [][0])
+    assert started[0][1][1:] == ["bench.py", "--json", str(file), "--resume"]
+    assert read()["rows"][-1] == {"name": "peer", "batch": 8, "error": "IndexError: list index out of range"}
+    assert common.Rows(file, ("name", "batch"), resume=True).rows == rows.rows
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: [][0])
+    with pytest.raises(IndexError):
+        common.context_works()
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.synchronize", lost)
+    assert not common.context_works()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, profile"),
+        (["--resume", "--device", "cpu"], 2, "--resume: want --json"),
+        ([], 3, "there is no GPU to measure"),
+    ],
+)
+def test_usage_of_what_is_for_a_gpu(
+    common: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    status: int,
+    text: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench_sample_cuda.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("bench_sample_cuda").main()
+    assert ended.value.code == status
+    assert text in capsys.readouterr().err
+
+
+def test_the_picture_takes_the_best_dtype(common: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plot = importlib.import_module("plot")
+    row = {"work": "step", "batch": 1, "name": "igpt_fast"}
+    rows = [
+        row | {"dtype": dtype, "times_hf": times}
+        for dtype, times in (("float32", 2.0), ("bfloat16", 5.0), ("int8", 12.0))
+    ]
+    rows += [row | {"name": "PyTorch", "dtype": "float32", "times_hf": 1.5}]
+    rows += [row | {"name": name, "dtype": "float32", "times_hf": 9.0} for name in ("transformers", "streaming read")]
+    (group,) = plot.network({"generate": {"rows": rows}})
+    assert group.bars == {"PyTorch": 1.5, "igpt_fast": 5.0, "igpt_fast, int8": 12.0}
+    monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no results"):
+        plot.main()

@@ -1,0 +1,78 @@
+"""Small models and pipelines of random weights, which are large enough that every part shows in what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
+from igpt_fast.engines.decoder import Decoder
+
+
+def small(
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    head: Any = ImageGPTForCausalImageModeling,
+    spread: float = 0.2,
+    **fields: Any,
+) -> Any:
+    """A model of 2 layers for 17 tokens and 80 positions, biases among its weights; ``fields`` of the config."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 17, "n_positions": 80, "n_embd": 48, "n_layer": 2, "n_head": 2}
+    model = head(ImageGPTConfig(**{**sizes, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, spread)
+    return model.to(dtype)
+
+
+def small_pipeline(
+    height: int,
+    width: int,
+    colours: int,
+    classes: int = 0,
+    seed: int = 0,
+    spread: float = 0.3,
+    dtype: torch.dtype = torch.float64,
+) -> Pipeline:
+    """Images of so many pixels and random colours."""
+    sizes = {"vocab_size": colours + classes + 1, "n_classes": classes, "n_positions": height * width, "n_embd": 32}
+    model = small(dtype, seed, spread=spread, **sizes)
+    clusters = np.random.default_rng(0).uniform(-1, 1, (colours, 3)).astype(np.float32)
+    return Pipeline(model, ImageGPTImageProcessor(clusters=clusters, size={"height": height, "width": width}))
+
+
+def ids(model: Any, batch: int, length: int, seed: int = 3) -> Tensor:
+    """(batch, length) random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+def stepped(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """(B, T, K) logits, a position at a time."""
+    return torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
+
+
+def exact_and_plain(model: ImageGPTForCausalImageModeling, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the same weights in float64, and of the PyTorch model as it is."""
+    with torch.no_grad():
+        plain = model(tokens, use_cache=False).logits
+        double = ImageGPTForCausalImageModeling(model.config).eval().double()
+        double.load_state_dict(model.state_dict())
+        return double(tokens, use_cache=False).logits, plain
+
+
+def rounded_to_int8(model: ImageGPTForCausalImageModeling) -> ImageGPTForCausalImageModeling:
+    """A copy with the weights that int8 stands for: 8 bits with a scale for each output."""
+    copy = ImageGPTForCausalImageModeling(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            output_dim = 0 if name == "lm_head.weight" else 1
+            if parameter.ndim == 2 and "wte" not in name and "wpe" not in name:
+                scale = parameter.abs().amax(dim=1 - output_dim, keepdim=True) / 127
+                parameter.copy_(torch.round(parameter / scale) * scale)
+    return copy
