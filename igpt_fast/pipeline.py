@@ -159,6 +159,7 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError: Labels that are not integers, or a keyword that is none.
             ValueError: A value out of its range, or labels for a model without classes.
@@ -211,6 +212,7 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.

@@ -221,7 +221,7 @@ class _Run:
         streams = request.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms)
+        drawn = blank(uniforms, start // request.candidates)
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
@@ -232,6 +232,7 @@ class _Run:
             end = first + t + 1
             if request.candidates == 1 and end % width == 0:
                 begin = max(first, end - width)
+                drawn.check(begin - first, end - first)
                 tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                 yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()

@@ -15,9 +15,7 @@ from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu.decoder import why_not_cpu
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
-BONUS = 1000.0 * nn.functional.one_hot(
-    torch.tensor(3), 16
-)  # for a colour: whoever goes around a change does not see it
+BONUS = 1000.0 * nn.functional.one_hot(torch.tensor(3), 16)  # for a colour, which whoever goes around misses
 Patch = pytest.MonkeyPatch
 
 
