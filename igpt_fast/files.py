@@ -10,6 +10,7 @@ import reprlib
 import secrets
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -330,6 +331,21 @@ def replacing_together(
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Fails now rather than after the work when ``folder`` cannot be made or written to; leaves no trace.
+
+    Raises:
+        OSError: What the file system says, of the folder or of the one that it would be made in.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing}: is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
 
 
 def _partial_name(target: Path) -> Path:

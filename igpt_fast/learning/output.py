@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,17 +52,6 @@ class Output:
                 path.unlink(missing_ok=True)
             _cut_log(self.log, 0)
             self._begun = True
-
-
-def check_writable(out: Path) -> None:
-    """Fails now rather than after the first steps when ``out`` cannot be made or written to; leaves no trace."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{existing}: is not a directory")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
-    except OSError as error:
-        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
 
 
 def _cut_log(path: Path, step: int) -> float:

@@ -157,7 +157,7 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
     uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = rules.Streams(5, torch.arange(6)) if by_itself else None, []
+    streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
     draw = CudaDecoder.draw
     monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
     sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
