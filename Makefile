@@ -26,7 +26,8 @@ help:
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
-	@echo "make gpu-check  all checks that need a GPU, with what PYTHON has installed; writes benchmarks/results/gpu_check.json"
+	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
+	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
 	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
@@ -61,7 +62,7 @@ bench: $(VENV)/installed-bench
 
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(ALL),--all) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

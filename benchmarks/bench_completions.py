@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Sampling
 
 COLUMNS = ("dtype", "threads", "n", "name", "seconds", "first_token", "step_ms_early", "step_ms_late", "times")
 DTYPES = {"bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}

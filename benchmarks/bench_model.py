@@ -174,18 +174,18 @@ class Training:
         self.loss, self.wte, self.backend, self.parameters = loss, wte, backend, list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
 
-    def backward(self, autocast: bool = True) -> float:
+    def backward(self, autocast: bool = True) -> Tensor:
         """Computes the gradients; the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with use_backend(self.backend):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast(self.wte.device.type, torch.bfloat16, enabled=autocast):
                 loss = self.loss()
             loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def result(self, autocast: bool = True) -> tuple[float, float, Tensor]:
         """The loss, the norm of the gradient, and the part of it that is the token embedding's."""
-        loss = self.backward(autocast)
+        loss = self.backward(autocast).item()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         assert self.wte.grad is not None
         return loss, float(norm), self.wte.grad.clone()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
+import workloads
 
 from igpt_fast import backend, ops
 
@@ -134,16 +136,20 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ops", nargs="+", help="these alone")
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: compares small results on the CPU")
+    parser.add_argument("--resume", action="store_true", help="with --device cuda: go on with the rows that --json has")
     options = parser.parse_args()
+    if options.resume and (options.json is None or options.device == "cpu"):
+        parser.error("--resume: want --device cuda, and --json, the file that has the rows")
     if options.device == "cuda" and options.dry_run:
         return dry_run(options.ops)
     if options.device == "cuda":
-        return bench_cuda(options.ops, options.json)
+        return bench_cuda(options.ops, options.json, options.resume)
     return bench_cpu(options)
 
 
 def bench_cpu(options: argparse.Namespace) -> int:
     import cpu_ops
+    import palettes
 
     if options.dry_run:
         raise SystemExit("--dry-run is for the calls of --device cuda")
@@ -158,9 +164,12 @@ def bench_cpu(options: argparse.Namespace) -> int:
                 for content in ("random", "photograph"):
                     rows += bench_quantize(content, count, side, number, options.rounds)
         print(common.table(rows, COLUMNS))
+        crowded = [row for number in threads for row in palettes.bench(number, options.rounds)]
+        print(common.table(crowded, palettes.COLUMNS))
+        rows += crowded
     copies = {number: cpu_ops.copy_gb_s(number) for number in threads}
     others: list[dict[str, Any]] = []
-    for workload in cpu_ops.workloads(options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):
+    for workload in workloads.workloads(cpu_ops.MAKERS, options.ops, cpu_ops.QUICK if options.quick else cpu_ops.SIZES):
         for number in threads:
             others += cpu_ops.bench(workload, number, options.rounds, copies[number])
     print(common.table(others, CPU_COLUMNS))
@@ -169,8 +178,8 @@ def bench_cpu(options: argparse.Namespace) -> int:
     return failures(others) if others else int(not rows)
 
 
-def bench_cuda(names: list[str] | None, path: Path | None) -> int:
-    """Writes what it has after every workload, so that a run that is cut short leaves its rows."""
+def bench_cuda(names: list[str] | None, path: Path | None, resume: bool) -> int:
+    """The rows of every workload are in the file as soon as they are known; one that fails costs no other."""
     import cuda_ops
     import cuda_timing
 
@@ -180,27 +189,28 @@ def bench_cuda(names: list[str] | None, path: Path | None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = cuda_timing.measure_ceilings(device)
     common.say(f"copy {ceilings.copy_gb_s:.0f} GB/s, bf16 matmul {ceilings.bf16_tflop_s:.0f} TFLOP/s")
-    rows: list[dict[str, Any]] = []
-    for workload in cuda_ops.workloads(names, cuda_ops.SIZES):
-        rows += cuda_timing.bench(workload, device, ceilings)
-        if path:
-            common.write(path, rows, ceilings=dataclasses.asdict(ceilings))
-    print(common.table(rows, CUDA_COLUMNS))
-    return failures(rows)
+    rows = common.Rows(path, ("op", "size"), resume, ceilings=dataclasses.asdict(ceilings))
+    for workload in workloads.workloads(cuda_ops.MAKERS, names, cuda_ops.SIZES):
+        row = {"op": workload.op, "size": workload.size}
+        if not rows.has(row):
+            measure = functools.partial(cuda_timing.bench, workload, device, ceilings)
+            for found in rows.attempt(row | {"pass": "all", "name": workloads.OURS}, measure) or ():
+                rows.add(found)
+    print(common.table(rows.rows, CUDA_COLUMNS))
+    return failures(rows.rows)
 
 
 def dry_run(names: list[str] | None) -> int:
     """Every candidate of every op once, on the CPU."""
     import cuda_ops
-    import cuda_timing
 
     rows = []
-    for workload in cuda_ops.workloads(names, cuda_ops.TINY):
-        for direction in cuda_timing.passes(workload):
-            wrong = cuda_timing.check(workload, torch.device("cpu"), direction)
+    for workload in workloads.workloads(cuda_ops.MAKERS, names, cuda_ops.TINY):
+        for direction in workloads.passes(workload):
+            wrong = workloads.check(workload, torch.device("cpu"), direction)
             rows += [
                 {"op": workload.op, "pass": direction, "size": workload.size, "name": name, "error": wrong.get(name)}
-                for name in cuda_timing.everybody(workload)
+                for name in workloads.everybody(workload)
             ]
     print(common.table(rows, ("op", "pass", "size", "name", "error")))
     return int(not rows or any(row["error"] for row in rows))
@@ -208,9 +218,7 @@ def dry_run(names: list[str] | None) -> int:
 
 def failures(rows: list[dict[str, Any]]) -> int:
     """1 if an op of ours is wrong or did not run; a peer may be missing."""
-    from cuda_timing import OURS
-
-    wrong = [row for row in rows if row["name"] == OURS and "error" in row]
+    wrong = [row for row in rows if row["name"] == workloads.OURS and "error" in row]
     for row in wrong:
         common.say(f"{row['op']} {row['pass']}, {row['size']}: {row['error']}")
     return int(bool(wrong) or not rows)

@@ -1,24 +1,38 @@
-"""Sampling on a GPU: tokens drawn by iGPT-S in bf16, against transformers eager.
+"""Sampling on a GPU, in bf16: iGPT-S, M and L, a token of the whole batch at a time.
 
     python benchmarks/bench_sample_cuda.py --json benchmarks/results/sample_cuda.json
+    python benchmarks/bench_sample_cuda.py --device cpu --quick --json /tmp/rows.json
 
-Drawn are the 256 tokens around the middle of an image, in turns, from a context of 384: a step's time grows linearly
-with its position, so that 1,024 such steps are an image's. Everybody's logits are checked first, against the model's in
-float32. Each draws on the device in its own way: transformers' step with torch's softmax and multinomial, ours with
-``draw`` and ``step_drawn``; nobody waits for the device within a turn.
+Drawn are the tokens around the middle of an image, in turns: a token's time grows linearly with its position, so that
+1,024 such tokens are an image's. Nobody waits for the device within a turn.
 
-- ``us``: microseconds a token of the whole batch; ``img_s``: images a second at 1,024 tokens each.
-- ``of_kv_limit``: the time in which the bytes of weights and cache stream at the bandwidth that a copy was measured to
-  have, over the row's.
+- ``sampling``: in turns with transformers, token by token and by its ``generate`` (both on its own, growing cache), and
+  with this project's PyTorch layers. ``gpt-fast``: in turns with an expert's PyTorch in that form. Everybody's logits
+  are checked first, against the model's in float32, by the rule of the ops: an error of at most twice that of the plain
+  expression in the same dtype, and one unit of rounding. The tokens that our engine draws are checked against those of
+  the definition, from the same numbers.
+- ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 8
+  rows, whose kernels have them); the logits of all are compared.
+- ``profile``: the kernels of a token: microseconds and launches of each, and what the device was busy in all.
 
-``--dry-run`` lets everybody draw a few tokens with a tiny model on the CPU, and says nothing about speed.
+Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine's own ``draw`` and ``step_drawn``.
+``us``: microseconds a token of the whole batch. ``img_s``: images a second at an image's tokens each. ``of_kv_limit``:
+the time in which the bytes of weights and cache stream at the bandwidth that a copy was measured to have, over the
+row's. ``times``: our row over this peer's. ``off``: relative root mean square of the logits to float32. ``error``: why
+a row has no time; the others are measured all the same. Every row is in the file as soon as it is known. ``--quick``: a
+tiny model and a few tokens, which says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
+import copy
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import common
@@ -26,56 +40,427 @@ import peers
 import torch
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops, reference, use_backend
+from igpt_fast.config import PRESETS
 from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.idle import forget
+from igpt_fast.engines.memory import most_images
 from igpt_fast.engines.reference import ReferenceDecoder
 
-COLUMNS = ("batch", "name", "us", "us_spread", "img_s", "of_kv_limit", "times_hf", "error")
-TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
-ERROR = 3e-2  # relative root mean square that still counts as the same computation
-TURNS, CONTEXT = 8, 3 / 8  # of a quarter of the positions; of the positions
+COLUMNS = ("part", "model", "batch", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
+COLUMNS += ("off", "error")
+NAMES = ("part", "model", "batch", "name")  # by which a row is known
+OURS = "igpt_fast"
+DTYPE = torch.bfloat16
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
+SEED = 5
+DEPENDENT_ROWS, KERNELS = 8, 12  # rows of the fused kernels, which alone are launched early; the longest of a profile
 
 
-def make_model(config: ImageGPTConfig, device: str, dtype: torch.dtype) -> ImageGPTForCausalImageModeling:
-    torch.manual_seed(0)
-    return ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(device, dtype)
+@dataclass(frozen=True)
+class Run:
+    """What is measured.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        models: Name -> configuration.
+        batches: Part -> model -> its batch sizes.
+        turns, tokens, warm: Turns of each, tokens in a turn, and tokens that are drawn before.
+        bandwidth: Bytes a second of a copy; ``None``: not measured.
+        rows: Where the rows go.
+    """
+
+    device: str
+    models: dict[str, ImageGPTConfig]
+    batches: dict[str, dict[str, tuple[int, ...]]]
+    turns: int
+    tokens: int
+    warm: int
+    bandwidth: float | None
+    rows: common.Rows
+
+    def each(self, part: str) -> Iterator[tuple[str, ImageGPTConfig, int]]:
+        """Model, configuration and batch size, one after another."""
+        for name, sizes in self.batches[part].items():
+            for batch in sizes:
+                common.say(f"{part}: {name}, batch {batch}")
+                yield name, self.models[name], batch
 
 
-def candidates(model: ImageGPTForCausalImageModeling, batch: int, hf: bool) -> dict[str, Callable[[], Any]]:
-    """What makes each decoder, the one that the others are compared with first."""
-    capacity = model.config.n_positions
-    found: dict[str, Callable[[], Any]] = {}
-    if hf:
-        found["transformers"] = lambda: peers.Transformers(peers.transformers_model(model).to(model.device))
-    found["igpt_fast, PyTorch layers"] = lambda: ReferenceDecoder(model, batch, capacity)
-    found["igpt_fast"] = lambda: make_decoder(model, batch, capacity)
-    return found
+BATCHES: dict[str, dict[str, tuple[int, ...]]] = {
+    "sampling": {"S": (1, 8, 32, 256), "M": (1, 32), "L": (1, 32)},
+    "gpt-fast": {"S": (1, 32, 256)},  # each is compiled, which takes longer than all that is measured
+    "steps": {"S": (1, 8, 32, 128, 256, 512, 1024), "M": (1, 8, 32, 128), "L": (1, 8, 32, 128)},
+    "profile": {"S": (1, 32, 256)},
+}
+
+
+# ---- Who draws ----------------------------------------------------------------------------------------------
 
 
 class Drawing:
-    """Goes on drawing from where it was, a number of tokens at a time."""
+    """Somebody who goes on drawing from where he was.
 
-    def __init__(self, decoder: Any, context: Tensor) -> None:
-        self.decoder, self.logits = decoder, decoder.prefill(context)
-        self.streams = torch.arange(len(context), device=context.device)
+    Attributes:
+        path: How he draws.
+        logits: (B, K) of the next position.
+    """
 
-    def next(self) -> Tensor:
-        """One token more; the logits after it."""
-        if getattr(self.decoder, "draws", False):
-            self.decoder.draw(self.logits, 0, self.streams)
-            self.logits = self.decoder.step_drawn()
-        elif isinstance(self.decoder, peers.Transformers):
-            self.logits = self.decoder.step(torch.multinomial(self.logits.float().softmax(dim=-1), 1)[:, 0])
-        else:
-            uniform = torch.rand(len(self.streams), device=self.streams.device)
-            self.logits = self.decoder.step(ops.sample(self.logits, uniform))
+    path = ""
+    logits: Tensor
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    def begin(self, context: Tensor) -> Tensor:
+        """Reads (B, T) tokens, the last of them by a step; the (B, K) logits."""
+        self.decoder.prefill(context[:, :-1])
+        self.logits = self.decoder.step(context[:, -1])
         return self.logits
+
+    def token(self) -> Tensor:
+        """Draws a token of each image, and reads it; the (B,) tokens."""
+        raise NotImplementedError
 
     def turn(self, count: int) -> None:
         for _ in range(count):
-            self.next()
-        if self.logits.is_cuda:
-            torch.cuda.synchronize(self.logits.device)
+            self.token()
+
+
+class Ours(Drawing):
+    """One of this project's engines. On a GPU it draws there, as generation has it do: numbers, draw and the next input
+    are one kernel.
+
+    Raises:
+        TypeError: The decoder is on a GPU and does not draw there: timing another way would say nothing about it.
+    """
+
+    def __init__(self, decoder: Any, device: str) -> None:
+        super().__init__(decoder)
+        self.draws = hasattr(decoder, "draw") and hasattr(decoder, "step_drawn")
+        if device == "cuda" and not self.draws:
+            raise TypeError(
+                f"{type(decoder).__name__} has no draw and step_drawn; want a decoder that draws on the GPU"
+            )
+        self.path = f"{decoder.name}: " + ("draw, step_drawn" if self.draws else "sample, step")
+
+    def begin(self, context: Tensor) -> Tensor:
+        self.streams = torch.arange(len(context), device=context.device)
+        self.index = context.shape[1] - 1  # in its image, of the token that is drawn next
+        return super().begin(context)
+
+    def token(self) -> Tensor:
+        if self.draws:
+            drawn, _ = self.decoder.draw(self.logits, SEED, self.streams)
+            self.logits = self.decoder.step_drawn()
+        else:
+            drawn = ops.sample(self.logits, self._uniform())
+            self.logits = self.decoder.step(drawn)
+        self.index += 1
+        return drawn
+
+    def _uniform(self) -> Tensor:
+        return reference.uniform(SEED, self.streams, self.index, 1)[:, 0]
+
+    def check_tokens(self, count: int) -> None:
+        """Raises Refused unless the tokens that it draws next are the definition's, by the same numbers.
+
+        One of them may be another: a number beside the border of two colours.
+        """
+        others = 0
+        for _ in range(count):
+            want = reference.sample(self.logits.float(), self._uniform())
+            others += int((self.token() != want).sum())
+        if others > 1:
+            raise common.Refused(f"{others} of {count * len(self.streams)} tokens are not those of the definition")
+
+
+class TokenByToken(Drawing):
+    """``prefill`` and ``step``, and torch's draw between them."""
+
+    path = "multinomial, step"
+
+    def token(self) -> Tensor:
+        drawn = torch.multinomial(self.logits.float().softmax(dim=-1), 1)[:, 0]
+        self.logits = self.decoder.step(drawn)
+        return drawn
+
+
+class Generate(Drawing):
+    """transformers' ``generate``, a turn a call."""
+
+    path = "generate"
+
+    def begin(self, context: Tensor) -> Tensor:
+        logits = super().begin(context)
+        self.tokens = torch.cat([context, logits.argmax(dim=-1, keepdim=True)], 1)
+        return logits
+
+    def turn(self, count: int) -> None:
+        settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}
+        settings["attention_mask"] = torch.ones_like(self.tokens)  # else token 0 would be padding
+        self.tokens = self.decoder.model.generate(
+            self.tokens, past_key_values=self.decoder.cache, min_new_tokens=count, max_new_tokens=count, **settings
+        )
+
+
+class Compiled(Drawing):
+    """The form of gpt-fast, which draws within its compiled call."""
+
+    @property
+    def path(self) -> str:
+        return self.decoder.path
+
+    def begin(self, context: Tensor) -> Tensor:
+        self.decoder.prefill(context[:, :-1])
+        token, logits = self.decoder.token(context[:, -1])
+        self.next, self.logits = token.clone(), logits.clone()
+        return self.logits
+
+    def token(self) -> Tensor:
+        self.next = self.decoder.token(self.next)[0].clone()
+        return self.next
+
+
+def ours(model: ImageGPTForCausalImageModeling, batch: int) -> Ours:
+    """The engine that generation takes; on a GPU the CUDA one alone."""
+    if model.device.type == "cuda" and (reason := why_not_cuda(model)):
+        raise TypeError(f"the CUDA engine does not take the model: {reason}")
+    return Ours(make_decoder(model, batch, model.config.n_positions), model.device.type)
+
+
+def rivals(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, dict[str, Callable[[], Drawing]]]:
+    """Part -> name of one that ours is measured in turns with -> what makes it."""
+    capacity = model.config.n_positions
+
+    def transformers() -> peers.Transformers:
+        if not common.installed("transformers"):
+            raise ModuleNotFoundError("transformers is not installed")
+        return peers.Transformers(peers.transformers_model(model))
+
+    return {
+        "sampling": {
+            "transformers": lambda: TokenByToken(transformers()),
+            "transformers, generate": lambda: Generate(transformers()),
+            "PyTorch layers": lambda: TokenByToken(ReferenceDecoder(model, batch, capacity)),
+        },
+        "gpt-fast": {"gpt-fast form": lambda: Compiled(peers.GptFast(peers.Expert(model), batch, capacity))},
+    }
+
+
+# ---- Equality -----------------------------------------------------------------------------------------------
+
+
+def make_model(config: ImageGPTConfig, device: str) -> ImageGPTForCausalImageModeling:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = ImageGPTForCausalImageModeling(config)
+    return model.eval().requires_grad_(False).to(DTYPE)
+
+
+def make_context(run: Run, config: ImageGPTConfig, batch: int) -> Tensor:
+    """(B, T) tokens, SOS first, after which the timed ones lie around the middle."""
+    length = config.n_positions // 2 - run.warm - run.turns * run.tokens // 2
+    generator = torch.Generator(run.device).manual_seed(1)
+    context = torch.randint(config.n_colours, (batch, length), generator=generator, device=run.device)
+    context[:, 0] = config.sos_token_id
+    return context
+
+
+def right(model: ImageGPTForCausalImageModeling, context: Tensor) -> tuple[Tensor, float]:
+    """The logits in float32, and how far those of the plain expression in the model's dtype may be from them, twice."""
+    with use_backend("reference"):
+        exact = copy.deepcopy(model).float()
+        want = torch.cat([exact(part, use_cache=False).logits[:, -1] for part in context.split(8)])
+        plain = torch.cat([model(part, use_cache=False).logits[:, -1] for part in context.split(8)])
+    return want, 2 * common.relative_error(plain, want) + torch.finfo(model.dtype).eps
+
+
+# ---- Parts --------------------------------------------------------------------------------------------------
+
+
+def bench_sampling(run: Run, part: str) -> None:
+    """Ours in turns with its peers."""
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch}
+        group = row | {"name": f"{OURS} and others"}  # where what they share fails
+        if not run.rows.has(group):
+            run.rows.attempt(group, functools.partial(_sampling, run, row, config))
+        tidy()
+
+
+def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
+    batch, model = row["batch"], make_model(config, run.device)
+    makers: dict[str, Callable[[], Drawing]] = {
+        OURS: lambda: ours(model, batch),
+        **rivals(model, batch)[row["part"]],
+    }
+    makers = {name: make for name, make in makers.items() if not run.rows.has(row | {"name": name})}
+    context = make_context(run, config, batch)
+    want, limit = right(model, context) if makers else (context, 0.0)
+
+    def prepare(make: Callable[[], Drawing]) -> tuple[Drawing, dict[str, Any]]:
+        start, drawing = time.perf_counter(), make()
+        off = common.relative_error(drawing.begin(context), want)
+        if not off <= limit:
+            raise common.Refused(f"its logits are off by {off:.2e}; want {limit:.2e} at most")
+        if isinstance(drawing, Ours):
+            drawing.check_tokens(run.warm)
+        else:
+            drawing.turn(run.warm)
+        return drawing, {"path": drawing.path, "off": off, "prepared_s": round(time.perf_counter() - start, 2)}
+
+    drawings, more = {}, {}
+    for name, make in makers.items():
+        found = run.rows.attempt(row | {"name": name}, functools.partial(prepare, make))
+        if found is not None:
+            drawings[name], more[name] = found
+    times = turns(run, drawings)
+    mine = times.get(OURS, {}).get("us")
+    for name, spent in times.items():
+        found = row | {"name": name} | more[name] | spent | rates(run, config, batch, spent["us"])
+        if mine is not None and name != OURS:
+            found["times"] = spent["us"] / mine
+        run.rows.add(found)
+
+
+def bench_steps(run: Run, part: str) -> None:
+    """The engine kernel by kernel, in graphs, and with dependent launches."""
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch}
+        group = row | {"name": f"{OURS} and others"}  # where what they share fails
+        if not run.rows.has(group):
+            run.rows.attempt(group, functools.partial(_steps, run, row, config))
+        tidy()
+
+
+def variants(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Callable[[], Drawing]]:
+    """Name -> what makes it. Without the CUDA kernels, on a CPU, whichever engine there is."""
+    if why_not_cuda(model) is not None:
+        return {OURS: lambda: ours(model, batch)}
+    capacity, device = model.config.n_positions, model.device.type
+    ways = {"eager": (False, False), "graph": (True, False), "graph, dependent": (True, True)}
+    if batch > DEPENDENT_ROWS:
+        del ways["graph, dependent"]
+    return {
+        f"{OURS}, {name}": lambda graphs=graphs, dependent=dependent: Ours(
+            CudaDecoder(model, batch, capacity, graphs=graphs, dependent=dependent), device
+        )
+        for name, (graphs, dependent) in ways.items()
+    }
+
+
+def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
+    batch, model = row["batch"], make_model(config, run.device)
+    context = make_context(run, config, batch)
+    room = most_images(model, primer=context.shape[1])
+    makers = {name: make for name, make in variants(model, batch).items() if not run.rows.has(row | {"name": name})}
+    together = room is None or (len(makers) + 1) * batch <= room
+    seen: list[Tensor] = []
+
+    def prepare(make: Callable[[], Drawing]) -> Drawing:
+        drawing = make()
+        seen.append(drawing.begin(context).float())
+        if not (off := common.relative_error(seen[-1], seen[0])) <= torch.finfo(DTYPE).eps:
+            raise common.Refused(f"its logits are off by {off:.2e} from those of the first way")
+        drawing.turn(run.warm)
+        return drawing
+
+    def measure(drawings: dict[str, Drawing]) -> None:
+        for name, spent in turns(run, drawings).items():
+            path = {"path": drawings[name].path}
+            run.rows.add(row | {"name": name} | path | spent | rates(run, config, batch, spent["us"]))
+
+    drawings: dict[str, Drawing] = {}
+    for name, make in makers.items():
+        drawing = run.rows.attempt(row | {"name": name}, functools.partial(prepare, make))
+        if drawing is not None:
+            drawings[name] = drawing
+        if not together:  # the memory has room for one
+            measure(drawings)
+            del drawing
+            drawings.clear()
+            tidy()
+    measure(drawings)
+
+
+def bench_profile(run: Run, part: str) -> None:
+    """The kernels of a token."""
+    for name, config, batch in run.each(part):
+        row = {"part": part, "model": name, "batch": batch, "name": OURS}
+        if not run.rows.has(row):
+            run.rows.attempt(row, functools.partial(_profile, run, row, config))
+        tidy()
+
+
+def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
+    model = make_model(config, run.device)
+    drawing = ours(model, row["batch"])
+    drawing.begin(make_context(run, config, row["batch"]))
+    drawing.turn(run.warm)
+    us = turns(run, {OURS: drawing})[OURS]["us"]
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if run.device == "cuda" else activity.CPU]) as profile:
+        drawing.turn(run.tokens)
+        wait(run.device)
+    kernels = [
+        {"name": event.key[:120], "us": spent / run.tokens, "launches": event.count / run.tokens}
+        for event in profile.key_averages()
+        if (spent := event.self_device_time_total if run.device == "cuda" else event.self_cpu_time_total) > 0
+    ]
+    kernels.sort(key=lambda kernel: -kernel["us"])
+    more = {"path": drawing.path, "us": us, "busy_us": sum(kernel["us"] for kernel in kernels)}
+    more["launches"] = sum(kernel["launches"] for kernel in kernels)
+    run.rows.add(row | more | {"kernels": kernels[:KERNELS]})
+
+
+Bench = Callable[[Run, str], None]
+PARTS: dict[str, Bench] = dict(zip(BATCHES, (bench_sampling, bench_sampling, bench_steps, bench_profile), strict=True))
+
+
+# ---- Time ---------------------------------------------------------------------------------------------------
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def tidy() -> None:
+    """Gives back the memory of what is measured no more."""
+    gc.collect()
+    forget()
+    torch.compiler.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def turns(run: Run, drawings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Name -> ``us`` of a token and ``us_spread``."""
+
+    def turn(drawing: Any) -> None:
+        drawing.turn(run.tokens)
+        wait(run.device)
+
+    calls = {name: functools.partial(turn, drawing) for name, drawing in drawings.items()}
+    found = common.interleave(calls, run.turns, warm=True) if calls else {}
+    return {
+        name: {"us": 1e3 * spent["ms"] / run.tokens, "us_spread": 1e3 * spent["ms_spread"] / run.tokens}
+        for name, spent in found.items()
+    }
+
+
+def rates(run: Run, config: ImageGPTConfig, batch: int, us: float) -> dict[str, float]:
+    """Images a second; the limit of the bandwidth over the row's time."""
+    found = {"img_s": batch / (us * 1e-6 * config.n_positions)}
+    if run.bandwidth:
+        weights = config.n_layer * 12 * config.n_embd**2 + config.n_colours * config.n_embd
+        moved = 2 * (
+            weights + batch * config.n_layer * config.n_embd * config.n_positions
+        )  # half of K and V's positions
+        found["of_kv_limit"] = 1e6 * moved / run.bandwidth / us
+    return found
 
 
 def copy_bandwidth() -> float:
@@ -92,80 +477,23 @@ def copy_bandwidth() -> float:
     return best
 
 
-def checked(name: str, make: Callable[[], Any], context: Tensor, want: Tensor) -> tuple[Any, float]:
-    """A decoder whose logits after a context and one token are the wanted ones, and their error.
-
-    Raises:
-        ValueError: They are others.
-    """
-    decoder = make()
-    decoder.prefill(context[:, :-1])
-    error = common.relative_error(decoder.step(context[:, -1]), want)
-    if not error < ERROR:
-        raise ValueError(f"{name} is off by {error:.3g}")
-    return decoder, error
-
-
-def bench(config: ImageGPTConfig, batch: int, device: str, hf: bool, bandwidth: float | None) -> list[dict[str, Any]]:
-    """The rows of a batch size."""
-    common.say(f"sampling: batch {batch}")
-    dtype, positions = torch.bfloat16, config.n_positions
-    length, steps = int(CONTEXT * positions), positions // 4 // TURNS
-    context = torch.randint(config.vocab_size - 1, (batch, length), device=device)
-    context[:, 0] = config.sos_token_id
-    exact = make_model(config, device, torch.float32)
-    want = torch.cat([exact(part).logits[:, -1] for part in context.split(8)])
-    del exact
-    model = make_model(config, device, dtype)
-    runs, errors = {}, {}
-    for name, make in candidates(model, batch, hf).items():
-        found = common.attempt(name, lambda n=name, m=make: checked(n, m, context, want))
-        if found is None:
-            continue
-        decoder, errors[name] = found
-        del decoder, found
-        drawing = common.attempt(name, lambda m=make: Drawing(m(), context))
-        if drawing is not None and common.attempt(name, drawing.next) is not None:  # captures, and makes workspaces
-            runs[name] = lambda d=drawing: d.turn(steps)
-    times = common.interleave(runs, TURNS, warm=True)
-    weights = sum(parameter.numel() for parameter in model.transformer.h.parameters()) + model.lm_head.weight.numel()
-    moved = 2 * (weights + batch * config.n_layer * config.n_embd * positions)  # bf16; half the positions, K and V
-    rows = []
-    for name, time in times.items():
-        us = 1e3 * time["ms"] / steps
-        row = {"batch": batch, "name": name, "us": us, "us_spread": 1e3 * time["ms_spread"] / steps}
-        row |= {"img_s": batch / (us * 1e-6 * positions), "error": errors[name]}
-        if bandwidth is not None:
-            row["of_kv_limit"] = 1e6 * moved / bandwidth / us
-        rows.append(row)
-    theirs = [row["us"] for row in rows if row["name"] == "transformers"]
-    for row in rows:
-        row["times_hf"] = theirs[0] / row["us"] if theirs else None
-    return rows
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 256])
-    parser.add_argument("--dry-run", action="store_true", help="everybody a few tokens, a tiny model on the CPU")
-    options = parser.parse_args()
-    if not options.dry_run and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU to measure; --dry-run runs without")
-    hf = common.installed("transformers")
-    config, device, bandwidth = ImageGPTConfig(), "cuda", None
-    if options.dry_run:
-        config, device, options.batch = ImageGPTConfig(**TINY), "cpu", options.batch[:1]
-    else:
-        bandwidth = copy_bandwidth()
-    rows: list[dict[str, Any]] = []
+    options = common.device_options(parser, PARTS)
+    bandwidth = copy_bandwidth() if options.device == "cuda" else None
+    rows = common.Rows(options.json, NAMES, options.resume, bandwidth=bandwidth)
+    models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
+    run = Run(options.device, models, BATCHES, turns=5, tokens=12, warm=10, bandwidth=bandwidth, rows=rows)
+    if options.quick:
+        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "profile": (1,)}
+        tiny = {"models": {"tiny": ImageGPTConfig(**TINY)}, "batches": {p: {"tiny": few[p]} for p in PARTS}}
+        run = replace(run, **tiny, turns=2, tokens=2, warm=3)
     with torch.no_grad():
-        for batch in options.batch:
-            rows += bench(config, batch, device, hf, bandwidth)
-    print(common.table(rows, COLUMNS))
-    if options.json:
-        common.write(options.json, rows, bandwidth=bandwidth)
+        for part in options.only:
+            PARTS[part](run, part)
+    print(common.table(rows.rows, COLUMNS))
+    return rows.status(OURS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

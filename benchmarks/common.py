@@ -6,6 +6,7 @@ over the rounds, beside the spread and the smallest. Ratios are taken within a r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,9 +226,112 @@ def commit() -> str:
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Writes the machine's description, ``more`` and the rows as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n", "utf-8")
+    replace(path, {"machine": machine(), **more, "rows": list(rows)})
     say(f"wrote {path}")
+
+
+def replace(path: Path, content: Any) -> None:
+    """Writes JSON in place of what a file has, at once: who is ended meanwhile leaves the old or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Rows:
+    """The rows of a run that may be cut short: each is in the file as soon as it is known.
+
+    Args:
+        path: The file; ``None`` for none.
+        names: The columns by which a row is known.
+        resume: Goes on with the rows that the file has.
+        more: What the file says besides.
+    """
+
+    def __init__(self, path: Path | None, names: Sequence[str], resume: bool = False, **more: Any) -> None:
+        self.path, self.names, self.more = path, names, {"machine": machine(), **more}
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and resume:
+            self.rows = json.loads(path.read_text("utf-8"))["rows"]
+        elif path is not None:
+            replace(path, {**self.more, "rows": []})  # those of an earlier run must not pass for this one's
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(dict(row))
+        if self.path is not None:
+            replace(self.path, {**self.more, "rows": self.rows})
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether there is one of the same names."""
+        return any(all(other.get(name) == row.get(name) for name in self.names) for other in self.rows)
+
+    def attempt(self, row: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        """What ``run`` returns; ``None`` where it fails, and the row, with the error, is all that it costs.
+
+        A failed kernel leaves a CUDA context in which nothing works any more: then the program starts anew, with
+        ``--resume``, and goes on behind that row.
+        """
+        try:
+            return run()
+        except Exception as failure:  # whatever it is, the other rows are still measured
+            text = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0][:300]}"
+        say(f"  {label(tuple(str(row[name]) for name in reversed(self.names) if name in row))}: {text}")
+        self.add({**row, "error": text})
+        if self.path is not None and not context_works():
+            say("  the CUDA context is lost: starting anew")
+            os.execve(sys.executable, [sys.executable, *sys.argv, "--resume"], dict(os.environ))
+        return None
+
+    def status(self, mine: str = "igpt_fast") -> int:
+        """Of the program: 1 if one of our rows has an error, or there is no row; a peer may be missing."""
+        wrong = [row for row in self.rows if "error" in row and row["name"].startswith(mine)]
+        return int(bool(wrong) or not self.rows)
+
+
+def chosen(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argument's type: some of the names, with commas between."""
+
+    def parse(text: str) -> list[str]:
+        wanted = [name for name in text.split(",") if name]
+        if unknown := [name for name in wanted if name not in names]:
+            raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(names)}")
+        return [name for name in names if name in wanted]
+
+    return parse
+
+
+def device_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> argparse.Namespace:
+    """The options of a benchmark that is for a GPU, and runs small without: device, quick, json, only, resume.
+
+    Raises:
+        SystemExit: A usage error; or 3, there is no GPU.
+    """
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and a few turns")
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file, as they come")
+    parser.add_argument("--only", type=chosen(parts), default=list(parts), metavar="PART,...", help=", ".join(parts))
+    parser.add_argument("--resume", action="store_true", help="go on with the rows that the file has")
+    options = parser.parse_args()
+    if options.resume and options.json is None:
+        parser.error("--resume: want --json, the file that has the rows")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        say("there is no GPU to measure; --device cpu --quick runs without")
+        raise SystemExit(3)
+    return options
+
+
+def context_works() -> bool:
+    """Whether torch can go on with its CUDA device, or has not begun to use one."""
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
-from cpu_ops_attention import causal_attention
-from cuda_timing import OURS, Function, Workload, check, everybody, gradients, passes, prepare
 from torch import Tensor
+from workloads import OURS, Function, Workload, check, everybody, gradients, passes, prepare
 
 from igpt_fast import ops, reference
 
@@ -40,6 +39,9 @@ SHAPES = (("S", 512, 1), ("S", 512, 64), ("S", 512, 1024), ("S", 512, 8192), ("M
 SIZES = tuple(Size(*shape, dtype) for shape in SHAPES for dtype in DTYPES)
 QUICK = tuple(Size("S", 512, 1024, dtype) for dtype in DTYPES)
 TINY = tuple(Size("tiny", 72, 33, dtype, colours=24) for dtype in DTYPES)  # for --dry-run
+
+# (heads, head_dim, positions) of each model.
+HEADS = {"S": (8, 64, 1024), "M": (8, 128, 1024), "L": (16, 96, 1024), "tiny": (2, 32, 33)}
 
 
 def normal(*shape: int, size: Size, seed: int) -> Tensor:
@@ -196,6 +198,33 @@ def dequantize(size: Size) -> Iterator[Workload]:
     )
 
 
+def causal_attention(size: Size) -> Iterator[Workload]:
+    """Of a packed projection, so that the copies of its gradient count."""
+    h, d, t = HEADS[size.name]
+    b = min(size.rows // t, 4)  # a training step's batch at most: the definition writes all scores out
+    if b == 0 or size.dtype != torch.bfloat16:
+        return
+
+    def inputs(_: torch.device, seed: int) -> tuple[Tensor]:
+        return (torch.randn(b, t, 3, h, d, generator=torch.Generator().manual_seed(seed)).to(size.dtype),)
+
+    def split(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    products = 4.0 * b * h * d * t * (t + 1) / 2
+    yield Workload(
+        op="causal_attention",
+        size=f"{size}: {b} x {h} x {t} x {d}",
+        inputs=inputs,
+        ours=lambda packed: ops.causal_attention_packed(packed).transpose(1, 2),
+        definition=lambda packed: reference.causal_attention(*split(packed), scale=d**-0.5)[0],
+        peers={"SDPA": lambda packed: F.scaled_dot_product_attention(*split(packed), is_causal=True)},
+        differentiable=1,
+        flops=(products, 2.5 * products),
+    )
+
+
 def compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False)
 
@@ -212,14 +241,6 @@ MAKERS: dict[str, Maker] = {
     "dequantize": dequantize,
     "causal_attention": causal_attention,
 }
-
-
-def workloads(names: list[str] | None, sizes: tuple[Size, ...]) -> Iterator[Workload]:
-    """Those of the named ops, or of all."""
-    for name, make in MAKERS.items():
-        if names is None or name in names:
-            for size in sizes:
-                yield from make(size)
 
 
 def copy_gb_s(threads: int, size: int = 1 << 24) -> float:

@@ -1,14 +1,17 @@
-"""Everything that needs a GPU, as one command: build, conformance, tests, determinism, sanitizers, benchmarks.
+"""Everything that needs a GPU, as one command: build, figures, tests, sanitizers.
 
-    python benchmarks/gpu_check.py [--commit NAME] [--out FILE] [--steps NAME ...]
+    python benchmarks/gpu_check.py [--only PART,...] [--all] [--commit NAME] [--out FILE]
 
 Needs nvcc, a C++ compiler, torch with CUDA, pip, pytest, pybind11, scikit-build-core, cmake and ninja; no network, and
-no git: a copy of the tree is enough. The module is built into ``build/gpu_check``, for this GPU alone; what each step
-prints lies beside it. Every step runs, whatever became of those before it, unless it needs their result; each is put
-down with its time, its outcome and the end of what it printed, after every step anew.
+no git: a copy of the tree is enough. The module is built into ``build/gpu_check``, for this GPU alone; what each part
+prints lies beside it. Every part runs, whatever became of those before it, unless it needs their result; each is put
+down with its time, its outcome and the end of what it printed, after every part anew, and what an earlier run on the
+same GPU put down of the others stays, each with its commit. What is measured comes first; what rarely changes comes
+last, and is left as it is where its sources are those of the run that it passed in (``SOURCES``). The whole takes
+``BUDGET`` seconds at most, each part those of ``SECONDS`` and the tables behind it.
 
-Exit status: 0 if every step passed (or was skipped for a reason that is written down), 1 if one failed, 3 if there is
-no GPU, when nothing is written.
+Exit status: 0 if every part passed (or was skipped for a reason that is written down), 1 if one failed, 2 for wrong
+usage, 3 if there is no GPU, when nothing is written.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -27,7 +31,7 @@ import sys
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +41,63 @@ ROOT = common.ROOT
 WORK = ROOT / "build" / "gpu_check"
 SITE = WORK / "site"
 REPORT = WORK / "junit.xml"
-ROWS = WORK / "ops.json"
-SAMPLING = WORK / "sampling.json"
 OUT = common.RESULTS / "gpu_check.json"
-BUDGET = 480.0  # seconds, for all steps together
-TAIL = 4000  # characters of a step's output that are kept
+BUDGET = 480.0  # seconds, for all parts together
+TAIL = 4000  # characters of a part's output that are kept
+
+# Part -> the seconds after which it is ended. Those that every run has are the budget together; those that run where
+# their sources have changed have what the first leave of it; the last run where they are named. Of a run that names its
+# parts these share the budget, in the same proportions.
+SECONDS = {
+    "build": 50,
+    "module": 10,
+    "sampling": 60,
+    "steps": 70,
+    "profile": 15,
+    "gpt-fast": 85,
+    "forward": 20,
+    "training": 50,
+    "decoder-tests": 45,
+    "decoder-memcheck": 20,
+    "decoder-racecheck": 20,
+    "commands": 35,
+}
+SECONDS_IF_CHANGED = {
+    "conformance": 60,
+    "tests": 120,
+    "determinism": 80,
+    "memcheck": 30,
+    "racecheck": 40,
+    "benchmark": 150,
+}
+SECONDS_IF_NAMED = {"compiled": 240}
+PARTS = SECONDS | SECONDS_IF_CHANGED | SECONDS_IF_NAMED
+# What the result of a part depends on, besides the GPU and the versions of torch and nvcc.
+KERNELS = ("csrc/cuda/**/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/reference.py", "tests/ops/*.py")
+MEASURING = ("bench_ops", "cuda_ops", "cuda_timing", "workloads", "peers")  # single ops
+SOURCES = {
+    "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/*", "tests/emulator/*"),
+    "tests": ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py"),
+    "determinism": (*KERNELS, "tests/emulator/test_*.py"),
+    "memcheck": KERNELS,
+    "racecheck": KERNELS,
+    "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),
+}
 
 # The tests with the marker gpu stand here; those of models need the packages that models need.
 GPU_TESTS = ("tests/ops", "tests/emulator")
 MODEL_TESTS = ("tests/model/test_outputs.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
+COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
+# Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
+DECODER_TESTS = (
+    "tests/emulator/test_decoder.py",
+    "tests/emulator/test_fp8_values.py",
+    "tests/ops/test_attention_decode.py",
+    "tests/ops/test_gemv.py",
+    "tests/ops/test_sample.py",
+)
 DETERMINISM = "thousand"  # in the names of its tests
 
 
@@ -115,17 +165,18 @@ Look = Callable[[], tuple[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One part: a command.
 
     Attributes:
-        name: Of the step.
+        name: Of the part.
         command: Of the subprocess, which runs in the root of the tree.
         seconds: After these it is ended, and has failed.
         environment: Added to the process's.
-        needs: Steps without whose success it cannot run.
+        needs: Parts without whose success it cannot run.
         skip: Why it does not run here, where it does not.
-        look: Called after the command: (why the step failed, though the command did not, or "", more of its result).
+        look: Called after the command: (why the part failed, though the command did not, or "", more of its result).
         before: Called first.
+        sources: A digest of all that its result depends on; "": it runs every time.
     """
 
     name: str
@@ -136,6 +187,7 @@ class Step:
     skip: str = ""
     look: Look | None = None
     before: Callable[[], None] | None = None
+    sources: str = ""
 
 
 def run_step(step: Step, seconds: float) -> dict[str, Any]:
@@ -189,34 +241,58 @@ def _run(command: Sequence[str], environment: dict[str, str], seconds: float, lo
     return returncode, log.read_text("utf-8", errors="replace")
 
 
-def run_steps(steps: Sequence[Step], report: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> bool:
-    """Runs the steps one after another, fills ``report["steps"]`` and saves after each; whether all is well."""
-    results: list[dict[str, Any]] = report.setdefault("steps", [])
+def run_steps(
+    steps: Sequence[Step],
+    report: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+    earlier: Sequence[dict[str, Any]] = (),
+    again: bool = True,
+) -> bool:
+    """Runs the parts one after another and saves after each; whether all is well.
+
+    Args:
+        steps: The parts.
+        report: Its "steps" are filled, in the order of ``steps`` before those of other runs.
+        save: Called with the report.
+        earlier: Results of an earlier run, which stay until there are new ones.
+        again: Whether a part runs whose sources are those that it passed with.
+    """
+    results: list[dict[str, Any]] = []
+    before = {result["name"]: result for result in earlier}
     start = time.perf_counter()
     for number, step in enumerate(steps, 1):
         left = BUDGET - (time.perf_counter() - start)
-        passed = {result["name"] for result in results if result["status"] == "passed"}
-        missing = [name for name in step.needs if name not in passed]
-        if step.skip:
-            result: dict[str, Any] = {"name": step.name, "status": "skipped", "reason": step.skip, "seconds": 0.0}
-        elif missing:
-            reason = f"needs {', '.join(missing)}"
-            result = {"name": step.name, "status": "failed", "reason": reason, "seconds": 0.0}
-        elif left < 1:
-            reason = f"the {BUDGET:.0f} s for all steps are over"
-            result = {"name": step.name, "status": "failed", "reason": reason, "seconds": 0.0}
+        was = before.get(step.name, {})
+        if not again and step.sources and was.get("status") == "passed" and was.get("sources") == step.sources:
+            result = was
+            common.say(f"[{number}/{len(steps)}] {step.name} is unchanged since it passed, at {was.get('commit')}")
         else:
-            common.say(f"[{number}/{len(steps)}] {step.name} ...")
-            result = run_step(step, min(step.seconds, left))
+            result = _result(step, left, {r["name"] for r in results if r["status"] == "passed"})
+            result |= {"commit": report.get("commit"), **({"sources": step.sources} if step.sources else {})}
+            why = f": {result['reason']}" if result.get("reason") else ""
+            common.say(f"[{number}/{len(steps)}] {step.name} {result['status']} after {result['seconds']} s{why}")
+            if result["status"] == "failed" and result.get("tail"):
+                common.say(_indented(result["tail"][-1500:]))
         results.append(result)
-        why = f": {result['reason']}" if result.get("reason") else ""
-        common.say(f"[{number}/{len(steps)}] {step.name} {result['status']} after {result['seconds']} s{why}")
-        if result["status"] == "failed" and result.get("tail"):
-            common.say(_indented(result["tail"][-1500:]))
+        named = {result["name"] for result in results}
+        report["steps"] = results + [result for result in earlier if result["name"] not in named]
         report["seconds"] = round(time.perf_counter() - start, 1)
         report["passed"] = len(results) == len(steps) and all(r["status"] != "failed" for r in results)
         save(report)
     return bool(report["passed"])
+
+
+def _result(step: Step, left: float, passed: set[str]) -> dict[str, Any]:
+    """Of a part that has at most the seconds that are left, after others passed."""
+    if step.skip:
+        return {"name": step.name, "status": "skipped", "reason": step.skip, "seconds": 0.0}
+    if missing := [name for name in step.needs if name not in passed]:
+        return {"name": step.name, "status": "failed", "reason": f"needs {', '.join(missing)}", "seconds": 0.0}
+    if left < 1:
+        reason = f"the {BUDGET:.0f} s for all parts are over; make gpu-check ONLY={step.name} runs it"
+        return {"name": step.name, "status": "failed", "reason": reason, "seconds": 0.0}
+    common.say(f"{step.name} ...")
+    return run_step(step, min(step.seconds, left))
 
 
 def _indented(text: str) -> str:
@@ -273,6 +349,16 @@ def rows_that_came(path: Path) -> tuple[str, dict[str, Any]]:
     return "" if written["rows"] else "no row", {key: written[key] for key in written if key != "machine"}
 
 
+def digest(patterns: Sequence[str], device: Device) -> str:
+    """Of the files under the root that the patterns name, of their names, and of what they run on."""
+    found = hashlib.sha256(repr((device.name, device.capability, sorted(device.versions.items()))).encode())
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+        if path.is_file() and "__pycache__" not in path.parts:
+            content = path.read_bytes()
+            found.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
 def forget(path: Path) -> Callable[[], None]:
     """A result of an earlier run must not pass for this one's."""
     return lambda: path.unlink(missing_ok=True)
@@ -298,33 +384,49 @@ def make_steps(device: Device) -> list[Step]:
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
     without = _missing(*MODELS_NEED)
     tests = GPU_TESTS + (() if without else MODEL_TESTS)
-    ignored = [f"--ignore={path}" for path in CONFORMANCE]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    needs = ("build", "module")
-    look: dict[str, Any] = {"environment": modules, "needs": needs, "look": tests_that_ran, "before": forget(REPORT)}
+    look: dict[str, Any] = {"look": tests_that_ran, "before": forget(REPORT)}
+    no_models, no_command = f"needs {', '.join(without)}" if without else "", _missing(*COMMANDS_NEED)
 
-    def sanitize(tool: str) -> Step:
-        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", sys.executable, "tests/ops/run_cases.py"]
-        skip = "" if sanitizer else "compute-sanitizer is not installed"
-        return Step(tool, command, 120, watched, needs, skip=skip)
+    def step(name: str, command: Sequence[str], environment: dict[str, str] = modules, **more: Any) -> Step:
+        sources = digest(SOURCES[name], device) if name in SOURCES else ""
+        needs = more.pop("needs", ("build", "module"))
+        return Step(name, command, PARTS[name], environment, needs, sources=sources, **more)
 
-    def bench(name: str, script: str, path: Path, seconds: float) -> Step:
+    def sanitize(name: str, script: str, skip: str = "") -> Step:
+        # Our kernels alone, by their namespace: cuBLAS's, which the decoder calls as well, are others' business.
+        watch = ["--tool", name.rpartition("-")[2], "--kernel-name", "kns=igpt", "--error-exitcode", "9"]
+        command = [sanitizer or "", *watch, sys.executable, script]
+        return step(name, command, watched, skip=skip or ("" if sanitizer else "compute-sanitizer is not installed"))
+
+    def bench(name: str, script: str, skip: str = "") -> Step:
+        path = WORK / f"{name}.json"
         command = [sys.executable, *script.split(), "--json", str(path)]
-        look = functools.partial(rows_that_came, path)
-        return Step(name, command, seconds, modules, needs, look=look, before=forget(path))
+        return step(name, command, look=functools.partial(rows_that_came, path), before=forget(path), skip=skip)
 
+    apart = [f"--ignore={path}" for path in (*CONFORMANCE, *DECODER_TESTS)]
     return [
-        Step("build", [*pip, str(ROOT)], 240, building, before=clean_site),
-        Step("module", [sys.executable, "-c", CHECK_MODULE, str(SITE)], 60, modules, ("build",)),
-        Step("conformance", _pytest(*CONFORMANCE), 120, **look),
-        Step("tests", _pytest("-k", f"not {DETERMINISM}", *ignored, *tests), 180, **look),
-        Step("determinism", _pytest("-k", DETERMINISM, *tests), 120, **look),
-        sanitize("memcheck"),
-        sanitize("racecheck"),
-        bench("benchmark", "benchmarks/bench_ops.py --device cuda", ROWS, 200),
-        bench("sampling", "benchmarks/bench_sample_cuda.py", SAMPLING, 120),
+        step("build", [*pip, str(ROOT)], building, needs=(), before=clean_site),
+        step("module", [sys.executable, "-c", CHECK_MODULE, str(SITE)], needs=("build",)),
+        bench("sampling", "benchmarks/bench_sample_cuda.py --only sampling", no_models),
+        bench("steps", "benchmarks/bench_sample_cuda.py --only steps", no_models),
+        bench("profile", "benchmarks/bench_sample_cuda.py --only profile", no_models),
+        bench("gpt-fast", "benchmarks/bench_sample_cuda.py --only gpt-fast", no_models),
+        bench("forward", "benchmarks/bench_model_cuda.py --only forward", no_models),
+        bench("training", "benchmarks/bench_model_cuda.py --only training", no_models),
+        step("decoder-tests", _pytest("-k", f"not {DETERMINISM}", *DECODER_TESTS), **look),
+        sanitize("decoder-memcheck", "tests/emulator/run_decoder.py", no_models),
+        sanitize("decoder-racecheck", "tests/emulator/run_decoder.py", no_models),
+        bench("commands", "benchmarks/bench_commands.py", f"needs {', '.join(no_command)}" if no_command else ""),
+        step("conformance", _pytest(*CONFORMANCE), **look),
+        step("tests", _pytest("-k", f"not {DETERMINISM}", *apart, *tests), **look),
+        step("determinism", _pytest("-k", DETERMINISM, *tests), **look),
+        sanitize("memcheck", "tests/ops/run_cases.py"),
+        sanitize("racecheck", "tests/ops/run_cases.py"),
+        bench("benchmark", "benchmarks/bench_ops.py --device cuda"),
+        bench("compiled", "benchmarks/bench_model_cuda.py --only compiled", no_models),
     ]
 
 
@@ -345,30 +447,47 @@ def make_report(device: Device, commit: str) -> dict[str, Any]:
     }
 
 
+def earlier_results(path: Path, device: Device) -> list[dict[str, Any]]:
+    """What the file has of this GPU, each part with its commit; nothing where there is none, or another GPU's."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        results = [{"commit": report["commit"], **step} for step in report["steps"] if step["name"] in PARTS]
+        return results if report["device"] == device.name else []
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError) as error:
+        common.say(f"{path} is no report of this check, and is written anew: {type(error).__name__}: {error}")
+        return []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", help="what the file says where there is no git to ask")
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write; default: %(default)s")
-    parser.add_argument("--steps", nargs="+", help="only these, and what they need")
+    parser.add_argument(
+        "--only",
+        type=common.chosen(tuple(PARTS)),
+        metavar="PART,...",
+        help=f"these, and what they need: {', '.join(PARTS)}",
+    )
+    parser.add_argument("--all", action="store_true", help="also what is unchanged since it passed")
     options = parser.parse_args(arguments)
     device = find_device()
     if isinstance(device, str):
         common.say(f"gpu-check: nothing was checked: {device}")
         return 3
     steps = make_steps(device)
-    if options.steps:
-        if unknown := set(options.steps) - {step.name for step in steps}:
-            parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in steps)}")
-        wanted = set(options.steps).union(*(step.needs for step in steps if step.name in options.steps))
-        steps = [step for step in steps if step.name in wanted]
+    if options.only:
+        wanted = set(options.only).union(*(step.needs for step in steps if step.name in options.only))
+        share = BUDGET / sum(step.seconds for step in steps if step.name in wanted)
+        steps = [replace(step, seconds=max(1, share) * step.seconds) for step in steps if step.name in wanted]
+    else:
+        steps = [step for step in steps if step.name not in SECONDS_IF_NAMED]
     report = make_report(device, options.commit or common.commit())
     common.say(f"gpu-check: {report['device']}, driver {report['driver']}, commit {report['commit']}")
-
-    def save(report: dict[str, Any]) -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-
-    passed = run_steps(steps, report, save)
+    earlier = earlier_results(options.out, device)
+    save = functools.partial(common.replace, options.out)
+    passed = run_steps(steps, report, save, earlier, again=options.all or bool(options.only))
     common.say(f"gpu-check {'passed' if passed else 'failed'} after {report['seconds']} s; wrote {options.out}")
     return 0 if passed else 1
 

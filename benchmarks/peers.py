@@ -7,13 +7,15 @@ cache. A peer reads tokens as ``igpt_fast.engines.choice.Decoder`` does: ``prefi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from igpt_fast import ImageGPTForCausalImageModeling
+if TYPE_CHECKING:
+    from igpt_fast import ImageGPTForCausalImageModeling
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,6 +26,23 @@ def compile_frozen(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     torch._inductor.config.freezing = True  # an option of the call does not reach the part that keeps the weights fixed
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def forced(backend: SDPBackend, function: Callable[..., Any]) -> Callable[..., Any]:
+    """With one of scaled_dot_product_attention's backends alone; on the CPU, whichever there is."""
+
+    def run(*inputs: Any) -> Any:
+        with sdpa_kernel(backend if inputs[0].is_cuda else SDPBackend.MATH):
+            return function(*inputs)
+
+    return run
+
+
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,7 +70,7 @@ class Block(nn.Module):
 
 def linear(layer: Any) -> nn.Linear:
     """``nn.Linear`` of a ``Conv1D``."""
-    made = nn.Linear(*layer.weight.shape, dtype=layer.weight.dtype)
+    made = nn.Linear(*layer.weight.shape, device="meta")  # draws no weights that nobody reads
     made.weight = nn.Parameter(layer.weight.detach().t().contiguous())
     made.bias = nn.Parameter(layer.bias.detach().clone())
     return made
@@ -67,7 +86,7 @@ class Expert(nn.Module):
         self.wte, self.wpe, self.norm = (
             nn.Parameter(tensor.detach().clone()) for tensor in (body.wte.weight, body.wpe.weight, body.ln_f.weight)
         )
-        self.head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False, dtype=model.dtype)
+        self.head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False, device="meta")
         self.head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         self.blocks = nn.ModuleList(Block(block, i, config.n_head, self.eps) for i, block in enumerate(body.h))
 
@@ -97,7 +116,8 @@ def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
     """transformers' own with our weights, in their dtype."""
     import transformers
 
-    theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
+    with model.device:
+        theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
     theirs.load_state_dict(model.state_dict())
     return theirs.to(model.dtype).train(model.training)
 
@@ -115,9 +135,9 @@ class ExpertDecoder:
 
     def __init__(self, expert: Expert, batch: int, capacity: int, compiled: bool) -> None:
         self.expert, self.position, self.compiled = expert, 0, compiled
-        shape = batch, expert.heads, capacity, expert.wte.shape[1] // expert.heads
-        self.caches = [[torch.zeros(shape, dtype=expert.wte.dtype) for _ in range(2)] for _ in expert.blocks]
-        self.at = torch.arange(capacity)
+        shape, like = (batch, expert.heads, capacity, expert.wte.shape[1] // expert.heads), expert.wte
+        self.caches = [[like.new_zeros(shape) for _ in range(2)] for _ in expert.blocks]
+        self.at = torch.arange(capacity, device=like.device)
         self._step: Callable[..., Tensor] = compile_frozen(self._run) if compiled else self._run
 
     def _run(self, tokens: Tensor, where: Tensor, mask: Tensor | None, seen: int) -> Tensor:
@@ -147,6 +167,63 @@ class ExpertDecoder:
         if self.compiled:
             return self._step(tokens[:, None], where, self.at <= where[:, None], 0)
         return self._step(tokens[:, None], where, None, self.position)
+
+
+class GptFast(ExpertDecoder):
+    """``Expert`` in the form of gpt-fast: a static cache read under a mask; one compiled call a token, draw included.
+
+    On a GPU the call is a CUDA graph (``mode="reduce-overhead"``), whose caches must lie at static addresses; elsewhere
+    torch.compile traces it, in one graph, and compiles nothing.
+
+    Args:
+        expert, batch, capacity: As ``ExpertDecoder``'s.
+
+    Source: "Accelerating Generative AI with PyTorch II: GPT, Fast", pytorch.org, 2023.
+    """
+
+    def __init__(self, expert: Expert, batch: int, capacity: int) -> None:
+        from torch._dynamo import mark_static_address
+
+        super().__init__(expert, batch, capacity, compiled=False)
+        for cache in (cache for layer in self.caches for cache in layer):
+            mark_static_address(cache)
+        self._token = compiled(self._run_token, expert.wte.device, mode="reduce-overhead")
+        self._skips = _graphs_skipped()
+
+    @property
+    def path(self) -> str:
+        """What a token is, now that some have been drawn."""
+        if not self.expert.wte.is_cuda:
+            return "one traced call a token"
+        return f"one compiled call a token, {'no' if _graphs_skipped() > self._skips else 'in a'} CUDA graph"
+
+    def _run_token(self, tokens: Tensor, where: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._run(tokens, where, mask, 0)
+        chances = logits.float().softmax(dim=-1)
+        return (chances / torch.empty_like(chances).exponential_(1.0)).argmax(dim=-1), logits
+
+    def token(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads (B,) tokens: (B,) tokens drawn, (B, K) logits, in memory that the next call writes to."""
+        torch.compiler.cudagraph_mark_step_begin()
+        where = self.at[self.position : self.position + 1].clone()
+        self.position += 1
+        return self._token(tokens[:, None].clone(), where, self.at <= where[:, None])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.token(tokens)[1].clone()
+
+
+def compiled(function: Callable[..., Any], device: torch.device, mode: str = "default") -> Callable[..., Any]:
+    """Under torch.compile, in one graph and for fixed shapes; where the device is no GPU it is traced alone."""
+    how: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "eager"}
+    return torch.compile(function, fullgraph=True, dynamic=False, **how)
+
+
+def _graphs_skipped() -> int:
+    """How often Inductor has compiled something without the CUDA graph that was asked for."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]
 
 
 class _Stateless(nn.Module):

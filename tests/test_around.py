@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, Pipeline, backend

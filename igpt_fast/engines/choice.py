@@ -52,11 +52,11 @@ def make_decoder(model: Model, batch_size: int, capacity: int, dtype: str | None
 DECODERS: dict[str, str] = {
     "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' of the first two; quick_gelu, gelu,"
     " gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; no autocast or mode, no hook,"
-    " wrapper, subclass or replaced module or method in between; five kernels a layer for 8 images at most in bf16 and fp16, else torch's products with the rest fused; CUDA"
-    " graphs",
+    " wrapper, subclass or replaced module or method in between; five kernels a layer for 8 images at most in bf16 and"
+    " fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
-    " n_inner of 8, head_dim of 8 to 256; no autocast or mode, no hook, wrapper, subclass or replaced module or method in"
-    " between",
+    " n_inner of 8, head_dim of 8 to 256; no autocast or mode, no hook, wrapper, subclass or replaced module or method"
+    " in between",
     "reference": "for everything else: it calls the model, and with it whatever is around it",
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.

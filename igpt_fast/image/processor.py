@@ -20,9 +20,10 @@ from torch import Tensor
 
 from igpt_fast import files, ops
 from igpt_fast.config import ImageGPTConfig
+from igpt_fast.files import shown
 from igpt_fast.image.clusters import dequantize, quantize
 from igpt_fast.image.reading import is_fractional, open_image, to_pil
-from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, settle
+from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, is_usual, settle
 
 CONFIG_NAME = "preprocessor_config.json"
 
@@ -178,7 +179,7 @@ class ImageGPTImageProcessor:
         """
         if self.clusters is None:
             raise ValueError("decode: the processor has no clusters")
-        if not _is_usual(self.rescale_factor, self._settings()):
+        if not is_usual(self.rescale_factor, self._settings()):
             raise ValueError("decode: the processor's rescale_factor, image_mean or image_std are not the usual ones")
         array = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
         height, width = self._fixed_size()
@@ -209,7 +210,7 @@ class ImageGPTImageProcessor:
         """
         kind = data.get("image_processor_type", data.get("feature_extractor_type", "ImageGPTImageProcessor"))
         if not isinstance(kind, str) or not kind.startswith("ImageGPT"):
-            raise ValueError(f"image_processor_type is {kind!r}; want 'ImageGPTImageProcessor'")
+            raise ValueError(f"image_processor_type is {shown(kind)}; want 'ImageGPTImageProcessor'")
         # Both names of the type are left out: the new one is written anyway, the old one would contradict it.
         kinds = ("image_processor_type", "feature_extractor_type")
         extra = {key: value for key, value in data.items() if key not in SETTINGS and key not in kinds}
@@ -265,7 +266,7 @@ class ImageGPTImageProcessor:
         try:
             processor = cls.from_dict(data)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a usable processor: {error}") from error
+            raise ValueError(f"{path}: not a usable processor: {files.first_line(error)}") from error
         return cls(**{**processor._settings(), **settings}, extra=processor.extra) if settings else processor
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> list[str]:
@@ -360,12 +361,6 @@ def _target(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
 # ---- values
 
 
-def _is_usual(unit: float, given: dict[str, Any]) -> bool:
-    """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
-    centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
-    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
-
-
 def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarray:
     """(H, W, 3) float32 of uint8 pixels, by a table of the 256 levels, rounded step by step as in transformers."""
     if unit == 1.0 and not given["do_normalize"]:
@@ -380,7 +375,7 @@ def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarra
 def _tokens(pixels: list[np.ndarray], units: list[float], given: dict[str, Any]) -> list[np.ndarray]:
     """(H * W,) int64 of each image; in one call where sizes and scaling allow."""
     clusters = given["clusters"]
-    usual = [_is_usual(unit, given) for unit in units]
+    usual = [is_usual(unit, given) for unit in units]
     if all(usual) and len({item.shape for item in pixels}) == 1:
         return list(quantize(np.stack(pixels), clusters).reshape(len(pixels), -1))
     rows = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.checks import whole_number
-from igpt_fast.image.clusters import FLOAT_SLACK
+from igpt_fast.image.clusters import FLOAT_SLACK, eight_bit
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB at three bytes a pixel
 _MAX_EDGE = 1 << 31
@@ -43,17 +42,17 @@ def to_rgb(image: Any, *, input_data_format: str | None = None) -> np.ndarray:
 
     Args:
         image: A PIL image of any mode, or an array or tensor (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4. Its
-            values: uint8; uint16 and PIL's 16-bit grey, 65535 being white; bool; floats in [0, 1], 1 being white
-            (PIL's mode F too). Transparency is composited on white; EXIF orientation is applied; colour profiles
-            are not.
+            values: uint16 and PIL's 16-bit grey, 65535 being white; bool; other integers, in 0..255; floats (PIL's
+            mode F too) in [0, 1], 1 being white, or, where some are larger, whole numbers in 0..255. Transparency is
+            composited on white; EXIF orientation is applied; colour profiles are not.
         input_data_format: ``"channels_first"`` or ``"channels_last"``, for arrays whose shape allows both.
 
     Returns:
         (H, W, 3) uint8, a copy.
 
     Raises:
-        TypeError: Not an image, or another dtype: other integers do not say which value is white.
-        ValueError: No pixels, another or an ambiguous shape, or floats outside [0, 1] or not finite.
+        TypeError: Not an image, or another dtype.
+        ValueError: No pixels, another or an ambiguous shape, or a value out of range or not finite.
     """
     return np.array(to_pil(image, input_data_format=input_data_format))
 
@@ -70,7 +69,7 @@ def to_pil(image: Any, *, input_data_format: str | None = None) -> Image.Image:
         image = _array_of(image)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image is a {type(image).__name__}; want a PIL image, an array or a tensor")
-    pixels = _eight_bit(_last_channels(image, input_data_format))
+    pixels = eight_bit(_last_channels(image, input_data_format))
     if pixels.shape[2] == 1:
         return Image.fromarray(np.repeat(pixels, 3, axis=2))
     picture = Image.fromarray(np.ascontiguousarray(pixels))
@@ -78,10 +77,11 @@ def to_pil(image: Any, *, input_data_format: str | None = None) -> Image.Image:
 
 
 def is_fractional(image: Any) -> bool:
-    """Whether the values of an image are floats in [0, 1], white being 1, and not integers."""
+    """Whether the values of an image are floats in [0, 1], white being 1, and not numbers in 0..255."""
     if isinstance(image, Image.Image):
-        return image.mode == "F"
-    return image.is_floating_point() if isinstance(image, Tensor) else image.dtype.kind == "f"
+        return image.mode == "F" and is_fractional(np.asarray(image))
+    floats = image.is_floating_point() if isinstance(image, Tensor) else image.dtype.kind == "f"
+    return floats and bool(image.max() <= 1.0 + FLOAT_SLACK)
 
 
 def _rgb_of_pil(image: Image.Image) -> Image.Image:
@@ -141,7 +141,7 @@ def _deep_grey(image: Image.Image) -> Image.Image:
         if 0 < high <= 255 and image.format != "PNG":
             raise ValueError(f"image has mode I and values up to {high}: 8 or 16 bits? Convert it to L or I;16")
         values = values.astype(np.uint16)
-    grey = _eight_bit(values)
+    grey = eight_bit(values)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey = np.where(values == transparent, np.uint8(255), grey)
@@ -174,50 +174,18 @@ def _last_channels(array: np.ndarray, input_data_format: str | None) -> np.ndarr
     return np.moveaxis(array, 0, -1) if first else array
 
 
-def _eight_bit(values: np.ndarray) -> np.ndarray:
-    """The values as uint8; see ``to_rgb`` for what each dtype means."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values * np.uint8(255)
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if values.dtype.kind == "f":
-        low, high = float(values.min()), float(values.max())
-        if not (low >= -FLOAT_SLACK and high <= 1.0 + FLOAT_SLACK):  # written so that NaN fails too
-            raise ValueError(f"image holds floats from {low:g} to {high:g}; want finite ones in [0, 1]")
-        values = values.astype(np.float32, copy=False)
-        return np.rint(np.clip(values, 0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
-    raise TypeError(f"image has dtype {values.dtype}; want uint8, uint16, bool or floats in [0, 1]")
-
-
 def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image file: its first frame, upright, in mode RGB.
 
     Args:
-        path: A file in any format that Pillow reads, except EPS, for which it would run Ghostscript.
+        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript.
         max_pixels: Refuse larger pictures, before their pixels are decoded.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
-        ValueError: Not an image, truncated, or too large; the message names the file.
+        ValueError: A device, not an image, truncated, or too large; the message names the file.
     """
-    path = Path(path)
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # a name too long, or with a null byte
-        raise ValueError(f"{path}: not a usable file name: {error}") from error
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path}: is a folder, not an image file")
-    if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
-        raise ValueError(f"{path}: not a regular file")
-    try:
-        file = path.open("rb")
-    except PermissionError as error:
-        raise PermissionError(f"{path}: cannot be read: permission denied") from error
-    with file:
+    with files.open_input(path) as file:
         try:
             return _decode(file, max_pixels)
         except Exception as error:  # Pillow's plugins raise nearly anything on a false file

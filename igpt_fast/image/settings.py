@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.checks import whole_number
+from igpt_fast.checks import finite_number, whole_number
+from igpt_fast.files import shown
 from igpt_fast.image.clusters import check_clusters
 from igpt_fast.image.reading import CHANNELS_FIRST, CHANNELS_LAST
 
@@ -33,7 +34,7 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     square = _flag("default_to_square", settings.pop("default_to_square", None), True)
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise TypeError(f"ImageGPTImageProcessor: unknown argument {unknown[0]!r}; it takes {', '.join(SETTINGS)}")
+        raise TypeError(f"ImageGPTImageProcessor: unknown argument {shown(unknown[0])}; it takes {', '.join(SETTINGS)}")
     result = {}
     for name in SETTINGS:
         value = settings.get(name)
@@ -42,7 +43,15 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         result[name] = own[name] if value is None and name in own else checked(name, value)
     if result["do_center_crop"] and (result["crop_size"] is None or "height" not in result["crop_size"]):
         raise ValueError(f"ImageGPTImageProcessor: do_center_crop needs a crop_size, got {result['crop_size']!r}")
+    if result["clusters"] is not None and result["do_rescale"] and is_usual(result["rescale_factor"], result):
+        check_clusters(result["clusters"])
     return result
+
+
+def is_usual(unit: float, given: dict[str, Any]) -> bool:
+    """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
+    centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
+    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
 
 
 def checked(name: str, value: Any) -> Any:
@@ -53,10 +62,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ValueError:
-    text = repr(value)
-    return ValueError(
-        f"ImageGPTImageProcessor: {name} is {text if len(text) < 80 else text[:77] + '...'}; want {wanted}"
-    )
+    return ValueError(f"ImageGPTImageProcessor: {name} is {shown(value)}; want {wanted}")
 
 
 def _flag(name: str, value: Any, default: bool | None = None) -> Any:
@@ -89,15 +95,7 @@ def _size(name: str, value: Any) -> dict[str, int]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise _wrong(name, value, "a number")
-    try:
-        number = float(value)
-    except OverflowError:  # JSON's integers have no bound
-        number = math.inf
-    if not abs(number) < 1e30:  # so that float32 holds it; and not NaN
-        raise _wrong(name, value, "a finite number")
-    return number
+    return finite_number(f"ImageGPTImageProcessor: {name}", value)
 
 
 def _per_channel(name: str, value: Any) -> float | list[float]:
@@ -130,12 +128,12 @@ def _choice(name: str, value: Any, *, choices: tuple[Any, ...]) -> Any:
 def _device(name: str, value: Any) -> str:
     try:
         return str(torch.device(value))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise _wrong(name, value, "a device such as 'cpu' or 'cuda:0'") from None
 
 
 def _palette(name: str, value: Any) -> np.ndarray:
-    return check_clusters(value)
+    return check_clusters(value, usual=False)  # which range is right depends on the scaling: see settle
 
 
 _Check = Callable[[str, Any], Any]

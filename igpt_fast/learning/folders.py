@@ -33,6 +33,7 @@ def tokens_from_images(
     *,
     skip_unreadable: bool = False,
     classes: bool = False,
+    all_pixels: bool = False,
 ) -> TokenData:
     """Turns all images below a folder into tokens.
 
@@ -50,6 +51,7 @@ def tokens_from_images(
         skip_unreadable: Leave out files that are not readable images, with a warning of one line for each, instead
             of failing; ``skipped`` of the result is their number.
         classes: The sub-directories of ``folder``, in the order of their names, are classes.
+        all_pixels: See ``fit_clusters``.
 
     Raises:
         NotADirectoryError: No such folder.
@@ -70,7 +72,7 @@ def tokens_from_images(
     if heldout.all():
         raise ValueError(f"{folder}: holdout {holdout} leaves none of the {len(names)} images to train on")
     if palette is None:
-        palette = fit_clusters(pictures[~heldout], n_clusters, seed=seed)
+        palette = fit_clusters(pictures[~heldout], n_clusters, seed=seed, all_pixels=all_pixels)
     tokens = quantize(pictures, palette).reshape(len(pictures), -1)
     narrow = _narrow(tokens, len(palette))
     return TokenData(narrow, palette, torch.from_numpy(heldout), skipped, labels, class_names)

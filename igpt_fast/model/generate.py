@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from igpt_fast.checks import check_count
+from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams, check_scale, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 if TYPE_CHECKING:
     from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -126,7 +127,7 @@ class GenerationMixin:
         def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
             rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
             away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-            streams = Streams(seed or 0, torch.arange(start, stop)) if ours else None
+            streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
             numbers = uniforms[start:stop]
             yield decode(
                 model, context[rows], numbers, sampling, callback, dtype, guidance=away, streams=streams

@@ -136,7 +136,8 @@ def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -
             for cell in cells(records, sheet)
         ]
     )
-    clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=((255, 255, 255),))
+    white = ((255, 255, 255),)
+    clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=white, all_pixels=True)
     tokens = quantize(pictures, clusters).reshape(len(pictures), -1)
     return TokenData(torch.from_numpy(tokens), clusters, torch.from_numpy(heldout)), names
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.network import Model
-from igpt_fast.sampling.rules import Guidance, Sampling, Streams
+from igpt_fast.sampling.rules import Guidance, RandomStreams
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -49,7 +50,7 @@ def decode(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: Streams | None = None,
+    streams: RandomStreams | None = None,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
@@ -99,7 +100,7 @@ def decoding(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: Streams | None = None,
+    streams: RandomStreams | None = None,
 ) -> Iterator[int]:
     """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled."""
     check_dtype(dtype)
@@ -144,7 +145,7 @@ def decoding(
 
 
 def _drawn_by(
-    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: Streams, sampling: Sampling
+    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: RandomStreams, sampling: Sampling
 ) -> Iterator[int]:
     """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
     steps, colours = drawn.tokens.shape[1], logits.shape[1]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import Implementation
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
@@ -294,20 +293,6 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
     importlib.import_module("plot").main()
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_sampling_on_a_gpu(
-    emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everybody draws once, ours with the CUDA decoder on the emulated kernels."""
-    monkeypatch.setattr(
-        "sys.argv", ["bench_sample_cuda.py", "--dry-run", "--batch", "2", "--json", str(tmp_path / "s.json")]
-    )
-    importlib.import_module("bench_sample_cuda").main()
-    rows = json.loads((tmp_path / "s.json").read_text("utf-8"))["rows"]
-    assert [row["name"] for row in rows] == ["transformers", "igpt_fast, PyTorch layers", "igpt_fast"]
-    assert all(row["us"] > 0 and row["times_hf"] > 0 and row["error"] < 0.03 for row in rows)
-    assert emulation.module.counters()["launches"] > 100
 
 
 def test_the_picture_takes_the_best_dtype(common: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

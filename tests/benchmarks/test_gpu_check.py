@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import run_decoder
+from implementations import Implementation
 
 from igpt_fast import backend
 
@@ -27,7 +29,6 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = importlib.import_module("gpu_check")
     monkeypatch.setattr(module, "WORK", tmp_path / "work")
     monkeypatch.setattr(module, "REPORT", tmp_path / "junit.xml")
-    monkeypatch.setattr(module, "ROWS", tmp_path / "rows.json")
     return module
 
 
@@ -35,10 +36,10 @@ def python(check: ModuleType, name: str, code: str, **more: Any) -> Any:
     return check.Step(name, [sys.executable, "-c", code], more.pop("seconds", 20), **more)
 
 
-def run(check: ModuleType, *steps: Any) -> tuple[bool, dict[str, Any]]:
-    report: dict[str, Any] = {}
+def run(check: ModuleType, *steps: Any, **more: Any) -> tuple[bool, dict[str, Any]]:
+    report: dict[str, Any] = {"commit": "abc1234"}
     saved: list[str] = []
-    passed = check.run_steps(steps, report, lambda r: saved.append(json.dumps(r)))
+    passed = check.run_steps(steps, report, lambda r: saved.append(json.dumps(r)), **more)
     assert len(saved) == len(steps)
     assert json.loads(saved[-1]) == report
     return passed, {result["name"]: result for result in report["steps"]}
@@ -65,7 +66,13 @@ def test_all_well(check: ModuleType) -> None:
         check, python(check, "a", ""), check.Step("b", [], 1, skip="not here"), python(check, "c", "", needs=("a",))
     )
     assert passed
-    assert results["b"] == {"name": "b", "status": "skipped", "reason": "not here", "seconds": 0.0}
+    assert results["b"] == {
+        "name": "b",
+        "status": "skipped",
+        "reason": "not here",
+        "seconds": 0.0,
+        "commit": "abc1234",
+    }
 
 
 def test_what_needs_a_failed_step_does_not_run(check: ModuleType, tmp_path: Path) -> None:
@@ -96,7 +103,52 @@ def test_the_time_for_all_steps(check: ModuleType, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(check, "BUDGET", 0.5)
     passed, results = run(check, python(check, "a", ""))
     assert not passed
-    assert "are over" in results["a"]["reason"]
+    assert results["a"]["reason"].endswith("are over; make gpu-check ONLY=a runs it")
+
+
+def test_what_is_unchanged_does_not_run_again(check: ModuleType) -> None:
+    """By the digest of its sources in the run that it passed; other runs' results stay."""
+    was = {"name": "a", "status": "passed", "commit": "old", "sources": "x", "rows": [1], "seconds": 3.0}
+    other = {"name": "other", "status": "passed", "commit": "old"}
+    fails = "1 / 0"
+    passed, results = run(check, python(check, "a", fails, sources="x"), earlier=[was, other], again=False)
+    assert passed
+    assert results == {"a": was, "other": other}
+    for step, result, again in (
+        (python(check, "a", fails, sources="x"), was, True),
+        (python(check, "a", fails, sources="y"), was, False),
+        (python(check, "a", fails, sources="x"), was | {"status": "failed"}, False),
+        (python(check, "a", fails, sources="x"), other, False),
+        (python(check, "a", fails), was | {"sources": ""}, False),
+    ):
+        passed, results = run(check, step, earlier=[result], again=again)
+        assert not passed
+        assert (results["a"]["status"], results["a"]["commit"]) == ("failed", "abc1234")
+        assert results["a"].get("sources", "") == step.sources
+
+
+def test_the_digest_of_sources(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("a")
+    (tmp_path / "other").write_text("a")
+    found = [check.digest(["csrc/*"], device(check))]
+    (tmp_path / "other").write_text("b")
+    assert check.digest(["csrc/*"], device(check)) == found[0]
+    assert check.digest(["csrc/*", "csrc/a.cu"], device(check)) == found[0]
+    (tmp_path / "csrc" / "a.cu").write_text("b")
+    found.append(check.digest(["csrc/*"], device(check)))
+    (tmp_path / "csrc" / "a.cu").rename(tmp_path / "csrc" / "b.cu")
+    found.append(check.digest(["csrc/*"], device(check)))
+    found.append(check.digest(["csrc/*"], check.Device("Another GPU", (9, 0), "580.1", 79.6, {"torch": "2.11"})))
+    found.append(check.digest(["csrc/*"], check.Device("A GPU", (9, 0), "580.1", 79.6, {"torch": "2.12"})))
+    assert len(set(found)) == 5
+
+
+def test_the_sources_of_the_parts(check: ModuleType) -> None:
+    assert check.SOURCES.keys() == check.SECONDS_IF_CHANGED.keys()
+    for pattern in {pattern for patterns in check.SOURCES.values() for pattern in patterns}:
+        assert any(path.is_file() for path in ROOT.glob(pattern)), pattern
 
 
 @pytest.mark.clock
@@ -150,7 +202,9 @@ def device(check: ModuleType) -> Any:
     return check.Device("A GPU", (9, 0), "580.1", 79.6, {"torch": "2.11"})
 
 
-def test_the_file(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_file(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "results" / "gpu_check.json"
     monkeypatch.setattr(check, "find_device", lambda: device(check))
     monkeypatch.setattr(check, "make_steps", lambda _: [python(check, "a", ""), python(check, "b", "", needs=("a",))])
@@ -164,8 +218,55 @@ def test_the_file(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(check, "make_steps", lambda _: [python(check, "a", "1 / 0")])
     assert check.main(["--out", str(out), "--commit", "abc1234"]) == 1
     assert json.loads(out.read_text("utf-8"))["passed"] is False
-    with pytest.raises(SystemExit):
-        check.main(["--steps", "nothing"])
+    monkeypatch.setattr(check, "make_steps", lambda _: [python(check, name, "") for name in ("build", "sampling")])
+    assert check.main(["--out", str(out), "--commit", "def5678", "--only", "sampling"]) == 0
+    report = json.loads(out.read_text("utf-8"))
+    assert [(step["name"], step["commit"]) for step in report["steps"]] == [("sampling", "def5678")]
+    assert check.main(["--out", str(out), "--commit", "7777777", "--only", "build"]) == 0
+    report = json.loads(out.read_text("utf-8"))
+    assert [(step["name"], step["commit"]) for step in report["steps"]] == [
+        ("build", "7777777"),
+        ("sampling", "def5678"),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        check.main(["--only", "sampling,nothing"])
+    assert ended.value.code == 2
+    assert f"no part nothing; there are {', '.join(check.PARTS)}" in capsys.readouterr().err
+
+
+def test_a_part_by_itself_has_the_time_of_all(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(check, "find_device", lambda: device(check))
+    monkeypatch.setattr(
+        check, "run_steps", lambda steps, report, *_, **__: seen.append(steps) or report.update(seconds=0)
+    )
+    out = ["--out", str(tmp_path / "out.json"), "--commit", "abc1234"]
+    check.main(out)
+    assert {step.name for step in seen[0]} == check.PARTS.keys() - check.SECONDS_IF_NAMED.keys()
+    assert all(step.seconds == check.PARTS[step.name] for step in seen[0])
+    check.main([*out, "--only", "training,compiled"])
+    assert [step.name for step in seen[1]] == ["build", "module", "training", "compiled"]
+    assert sum(step.seconds for step in seen[1]) == pytest.approx(check.BUDGET)
+
+
+def test_results_of_an_earlier_run(check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    assert check.earlier_results(file, device(check)) == []
+    steps = [{"name": "sampling", "status": "passed"}, {"name": "no such part"}, {"name": "tests", "commit": "new"}]
+    file.write_text(json.dumps({"commit": "old", "device": "A GPU", "steps": steps}))
+    assert check.earlier_results(file, device(check)) == [
+        {"name": "sampling", "status": "passed", "commit": "old"},
+        {"name": "tests", "commit": "new"},
+    ]
+    file.write_text(json.dumps({"commit": "old", "device": "Another", "steps": steps}))
+    assert check.earlier_results(file, device(check)) == []
+    assert not capsys.readouterr().err
+    for text in ("{", "[]", '{"steps": [3], "commit": "a", "device": "A GPU"}', '{"steps": [{}]}'):
+        file.write_text(text)
+        assert check.earlier_results(file, device(check)) == []
+        assert "is no report of this check" in capsys.readouterr().err
 
 
 def test_without_a_gpu(
@@ -186,9 +287,23 @@ def test_the_commands_without_a_gpu(check: ModuleType, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), *out], capture_output=True)
     assert done.returncode == 3
     assert b"nothing was checked" in done.stderr
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ops" / "run_cases.py")], capture_output=True)
-    assert done.returncode == 3
-    assert b"no case ran" in done.stderr
+    for script, text in (("ops/run_cases.py", b"no case ran"), ("emulator/run_decoder.py", b"nothing was drawn")):
+        done = subprocess.run([sys.executable, str(ROOT / "tests" / script)], capture_output=True)
+        assert done.returncode == 3
+        assert text in done.stderr
+
+
+@pytest.mark.skipif(backend.unavailable("cuda") is None, reason="there is a GPU")
+def test_every_benchmark_takes_its_options(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [step.command for step in check.make_steps(device(check)) if step.command[1].startswith("benchmarks/")]
+    assert len(commands) == 9
+    for command in commands:
+        monkeypatch.setattr("sys.argv", list(command[1:]))
+        try:
+            status = importlib.import_module(Path(command[1]).stem).main()
+        except SystemExit as ended:
+            status = ended.code
+        assert status == 3, command  # there is no GPU; 2 would be wrong usage
 
 
 def test_the_commit_of_a_copy(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,8 +320,11 @@ def test_the_commit_of_a_copy(check: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_the_steps(check: ModuleType) -> None:
     steps = check.make_steps(device(check))
     names = [step.name for step in steps]
-    checks, figures = ["conformance", "tests", "determinism", "memcheck", "racecheck"], ["benchmark", "sampling"]
-    assert names == ["build", "module", *checks, *figures]
+    assert names == list(check.PARTS)
+    assert names[:3] == ["build", "module", "sampling"]
+    assert sum(check.SECONDS.values()) == check.BUDGET == 480
+    assert set(check.COMMANDS_NEED) == set(importlib.import_module("bench_commands").NEEDED)
+    assert [step.name for step in steps if step.sources] == list(check.SECONDS_IF_CHANGED)
     for i, step in enumerate(steps):
         assert set(step.needs) <= set(names[:i])
     assert steps[0].environment["IGPT_CUDA_ARCHS"] == "90a-real"
@@ -214,6 +332,15 @@ def test_the_steps(check: ModuleType) -> None:
     for argument in (argument for step in steps for argument in step.command):
         if argument.startswith(("tests/", "benchmarks/")):
             assert (ROOT / argument).exists(), argument
+
+
+@pytest.mark.parametrize("case", run_decoder.CASES, ids=str)
+def test_what_the_sanitizers_watch(emulation: Implementation, case: Any) -> None:
+    emulation.module.reset_counters()
+    tokens = run_decoder.draw("cpu", *case)
+    assert tokens.shape == (case[0] * case[3], run_decoder.POSITIONS - run_decoder.PRIMER)
+    assert ((tokens >= 0) & (tokens < 40)).all()
+    assert emulation.module.counters()["launches"] >= 7 * tokens.shape[1]
 
 
 # ---- What the tests of a GPU need ---------------------------------------------------------------------------
@@ -247,7 +374,7 @@ def collect(without: tuple[str, ...], *paths: str) -> set[str]:
 def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
     everywhere = collect((), "tests")
     assert collect((), *check.GPU_TESTS, *check.MODEL_TESTS) == everywhere
-    for path in check.CONFORMANCE:
+    for path in (*check.CONFORMANCE, *check.DECODER_TESTS):
         assert {name for name in everywhere if name.startswith(path)}, path
     assert {name for name in everywhere if check.DETERMINISM in name}
 

@@ -232,6 +232,9 @@ def test_quantize_and_clusters(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert run(capsys, "clusters", tmp_path, "-k", 5, "--out", clusters, "--json")[0] == 0
     palette = np.load(clusters)
     assert palette.shape == (5, 3)
+    assert run(capsys, "clusters", tmp_path, "-k", 5, "--out", clusters, "--force", "--all-pixels", "--side", 8)[0] == 0
+    assert not np.array_equal(np.load(clusters), palette)
+    palette = np.load(clusters)
     code, text, _ = run(
         capsys, "quantize", photo, "--clusters", clusters, "--side", 0, "--out", tokens, "--preview", preview, "--json"
     )
@@ -315,7 +318,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "--dtype" in fails(capsys, 2, "train", "--dtype", "int8", "--out", tmp_path / "run")
     assert "single" in fails(capsys, 2, "quantize", photo, photo, "--side", 0, "--out", tmp_path / "t.npy")
     assert "--side" in fails(capsys, 2, "clusters", photo, "--side", 0, "--out", tmp_path / "t.npy")
-    for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo)):
+    for option in (("--side", 8), ("--n-clusters", 3), ("--holdout", 0.5), ("--clusters", photo), ("--all-pixels",)):
         assert option[0] in fails(capsys, 2, "train", *option, "--out", tmp_path / "run")
     assert "the bundled emoji have none" in fails(capsys, 2, "train", "--classes", "--out", tmp_path / "run")
     assert "only with --classes" in fails(capsys, 2, "train", "--label-dropout", 0.2, "--out", tmp_path / "run")
@@ -323,6 +326,20 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "steps is 0" in fails(capsys, 2, "train", "--steps", 0, "--out", tmp_path / "run")
     assert "multiple" in fails(capsys, 2, "train", "--n-head", 5, "--out", tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_usage_errors_are_of_the_option(encoding: str) -> None:
+    """Whatever letters a terminal has for tyro's frames."""
+    for option, value, text in (
+        ("--dtype", "int3", "--dtype is 'int3'; want float32, bfloat16, float16, int8, fp8_values or auto"),
+        ("--temperature", "inf", "--temperature is inf; want a number in [0, 1.79769e+308]"),
+        ("--nope", "1", "Unrecognized options: --nope, 1"),
+    ):
+        command = [sys.executable, "-m", "igpt_fast", "sample", option, value]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (2, f"igpt sample: {text} (see igpt sample --help)\n")
 
 
 def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
@@ -438,7 +455,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
     assert "Traceback" not in shown
     # What is said when nothing is finished may be wider than the terminal; a picture or a bar may not.
-    assert Screen(60).feed(re.sub(r"[^\r\n]*no batch is finished[^\r\n]*", "", shown)).cursor
+    assert Screen(60).feed(re.sub(r"[^\r\n]*no image is finished[^\r\n]*", "", shown)).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
     assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
     if report:

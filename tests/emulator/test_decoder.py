@@ -157,7 +157,7 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
     uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = rules.Streams(5, torch.arange(6)) if by_itself else None, []
+    streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
     draw = CudaDecoder.draw
     monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
     sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
@@ -314,7 +314,7 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
     """For the plan of memory, whether the compiled module has a CUDA part or not."""
-    patch.setattr(backend, "no_cuda_decoder", lambda device: None)
+    patch.setattr(cuda_decoder, "no_cuda_decoder", lambda device: None)
     patch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
     for name, value in (("mem_get_info", (free, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
         patch.setattr(torch.cuda, name, lambda _, value=value: value)

@@ -52,6 +52,16 @@ def test_a_strided_readonly_reversed_array() -> None:
     np.testing.assert_array_equal(quantize(view, palette()), quantize(view.copy(), palette()))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint32", "uint64", ">i4"])
+def test_integers_are_colours(dtype: str) -> None:
+    images = np.random.default_rng(1).integers(0, 128 if dtype == "int8" else 256, (5, 7, 3)).astype(dtype)
+    tokens = quantize(images.astype(np.uint8), palette())
+    np.testing.assert_array_equal(quantize(images, palette()), tokens)
+    assert quantize(images[:0], palette()).shape == (0, 7)
+    if dtype.startswith("int"):
+        assert torch.equal(quantize(torch.from_numpy(images), palette()), torch.from_numpy(tokens))
+
+
 def test_bfloat16_and_grad_tensors() -> None:
     x = (torch.rand(5, 3) * 2 - 1).to(torch.bfloat16).requires_grad_()
     np.testing.assert_array_equal(quantize(x, palette()).numpy(), quantize(x.detach().float(), palette()).numpy())
@@ -85,9 +95,12 @@ def test_there_is_no_n_by_k_temporary(dtype: str) -> None:
         ([[0, 0, 0]], TypeError, "list"),
         (np.zeros((2, 4), np.uint8), ValueError, "(2, 4)"),
         (np.uint8(3), TypeError, "uint8"),
-        (np.zeros((2, 3), np.int64), TypeError, "int64"),
+        (np.full((2, 3), 256, np.int64), ValueError, "images holds integers from 256 to 256; want 0..255"),
+        (np.full((2, 3), -1, np.int16), ValueError, "from -1 to -1"),
+        (np.full((2, 3), 2**64 - 1, np.uint64), ValueError, "want 0..255"),
+        (torch.full((2, 3), -1, dtype=torch.int32), ValueError, "from -1 to -1"),
         (np.zeros((2, 3), bool), TypeError, "bool"),
-        (torch.zeros(2, 3, dtype=torch.int32), TypeError, "int32"),
+        (np.zeros((2, 3), complex), TypeError, "complex128"),
         (torch.tensor(1.0), ValueError, "()"),
         (np.full((2, 3), 1.1), ValueError, "[-1, 1]"),
         (np.full((2, 3), np.nan), ValueError, "finite"),
@@ -118,6 +131,8 @@ def test_quantize_refuses(images: object, error: type[Exception], words: str) ->
         (np.zeros(3), ValueError),
         ([[np.nan, 0.0, 0.0]], ValueError),
         ([[1e300, 0.0, 0.0]], ValueError),
+        ([[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]], ValueError),
+        ([[0.0, -1.01, 0.0]], ValueError),
         (np.zeros((65537, 3), np.float32), ValueError),
     ],
 )
@@ -128,6 +143,11 @@ def test_unusable_clusters(clusters: object, error: type[Exception]) -> None:
     ):
         with pytest.raises(error, match="clusters"):
             call()
+
+
+def test_a_palette_of_bytes_names_both_ranges() -> None:
+    with pytest.raises(ValueError, match=r"clusters: values in 0\.\.255; want floats in \[-1, 1\].* 0\.\.255"):
+        quantize(np.zeros((2, 3), np.uint8), [[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]])
 
 
 def test_dequantize_inverts_quantize() -> None:
@@ -187,10 +207,56 @@ def test_pinned_colours_come_first_and_are_exact() -> None:
     assert (((fitted[2:] + 1) * 127.5).max(axis=0) < 252).all()
 
 
+def test_integers_and_whole_floats_are_fitted_as_bytes() -> None:
+    expected = fit_clusters(blobs(), 4)
+    for dtype in ("int16", "int64", "uint32", "float32", "float64"):
+        np.testing.assert_array_equal(fit_clusters(blobs().astype(dtype), 4), expected)
+
+
+def squared_error(pixels: np.ndarray, clusters: np.ndarray) -> float:
+    return float(np.mean((dequantize(quantize(pixels, clusters), clusters).astype(float) - pixels) ** 2))
+
+
+def test_a_sample_does_not_depend_on_the_order_and_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters_module, "_SAMPLE", 2000)
+    monkeypatch.setattr(clusters_module, "_CHUNK", 1 << 10)
+    pixels = blobs()
+    fitted = fit_clusters(pixels, 8, seed=1)
+    shuffled = np.random.default_rng(0).permutation(pixels).reshape(10, 2000, 3)[:, ::-1]
+    np.testing.assert_array_equal(fit_clusters(shuffled, 8, seed=1), fitted)
+    assert not np.array_equal(fit_clusters(pixels, 8, seed=2), fitted)
+    whole = fit_clusters(pixels, 8, seed=1, all_pixels=True)
+    assert not np.array_equal(whole, fitted)
+    assert squared_error(pixels, fitted) < 1.1 * squared_error(pixels, whole)
+
+
+def test_rare_colours_are_found_where_the_sample_misses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters_module, "_SAMPLE", 100)
+    monkeypatch.setattr(clusters_module, "_EACH", 1)
+    pixels = np.full((50_000, 3), 255, np.uint8)
+    pixels[:6] = np.arange(18).reshape(6, 3) * 10
+    fitted = fit_clusters(pixels, 7)
+    assert squared_error(pixels[6:], fitted) == 0
+    assert squared_error(pixels[:6], fitted) < 500
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
+def test_fitting_to_many_pixels_takes_no_copy_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters_module, "_SAMPLE", 10_000)
+    pixels = np.tile(blobs(), (300, 1))
+    fit_clusters(pixels[:1000], 2)  # loads scikit-learn
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    fit_clusters(pixels, 2)
+    assert peak_memory() - before < len(pixels) * 9
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"images": blobs().astype(np.float32)}, TypeError, "float32"),
+        ({"images": blobs() + 0.5}, ValueError, "fit_clusters: images holds floats from"),
+        ({"images": blobs().astype(np.int64) - 1}, ValueError, "fit_clusters: images holds integers from -1"),
+        ({"images": blobs().astype(complex)}, TypeError, "fit_clusters: images has dtype complex128"),
         ({"images": blobs()[:, :2]}, ValueError, "shape"),
         ({"n_clusters": 1}, ValueError, "n_clusters"),
         ({"n_clusters": 2.5}, TypeError, "n_clusters"),
@@ -206,7 +272,7 @@ def test_pinned_colours_come_first_and_are_exact() -> None:
         ({"pinned": [(0.5, 0, 0)]}, ValueError, "0..255"),
         ({"pinned": [(0, 0)]}, ValueError, "pinned"),
         ({"pinned": [(0, 0), (1,)]}, ValueError, "pinned"),
-        ({"pinned": [(0, 0, i) for i in range(4)]}, ValueError, "more than the 4"),
+        ({"pinned": [(0, 0, i) for i in range(4)]}, ValueError, "want an integer in 5..65536"),
     ],
 )
 def test_fit_refuses(change: dict[str, object], error: type[Exception], words: str) -> None:
@@ -257,7 +323,9 @@ def npy(header: str, payload: bytes = b"") -> bytes:
         ("ints.npy", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 3), }", b"\x01" * 6)),
         ("shape.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }", b"\0" * 24)),
         ("huge.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", b"\0" * 4_000_000)),
+        ("bytes.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", b"\0\0\x7f\x43" * 6)),
         ("x.json", b"[1, 2"),
+        ("bytes.json", b'{"clusters": [[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]]}'),
         ("none.json", b"{}"),
         ("nan.json", b'{"clusters": [[NaN, 0.1, 0.1], [0.1, 0.1, 0.1]]}'),
         ("deep.json", b"[" * 100_000),
@@ -275,8 +343,12 @@ def test_hostile_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_clusters(tmp_path / "nothing.npy")
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         load_clusters(tmp_path)
+    for name in ("zero.npy", "zero.json"):
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=rf"{name}: is a device"):
+            load_clusters(tmp_path / name)
 
 
 def test_the_public_names_are_in_image() -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import threading
 import warnings
 import weakref
 import zlib
@@ -186,6 +187,16 @@ def test_arrays_and_tensors_mean_the_same_colours(
     np.testing.assert_array_equal(rgb, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["int16", "int32", "int64", "uint32", "uint64", "float16", "float32", "float64", ">i8"]
+)
+def test_integers_and_whole_floats_are_bytes(dtype: str) -> None:
+    np.testing.assert_array_equal(to_rgb(colours().astype(dtype)), colours())
+    if dtype[0] not in "u>":
+        np.testing.assert_array_equal(to_rgb(torch.from_numpy(colours().astype(dtype))), colours())
+    assert to_rgb(np.ones((5, 5), dtype))[0, 0, 0] == (255 if "f" in dtype else 1)
+
+
 def test_an_ambiguous_shape_must_be_named() -> None:
     array = colours(3, 5)
     with pytest.raises(ValueError, match="channels first or last"):
@@ -202,11 +213,13 @@ def test_an_ambiguous_shape_must_be_named() -> None:
         ([[1, 2]], TypeError, "list"),
         (None, TypeError, "NoneType"),
         (b"png", TypeError, "bytes"),
-        (np.zeros((5, 5, 3), np.int64), TypeError, "int64"),
-        (np.zeros((5, 5, 3), np.int8), TypeError, "int8"),
+        (np.full((5, 5, 3), 256, np.int64), ValueError, "integers from 256 to 256; want 0..255"),
+        (np.full((5, 5, 3), -1, np.int8), ValueError, "from -1 to -1"),
+        (np.full((5, 5), 255.5), ValueError, "255.5"),
+        (np.full((5, 5), 100.5), ValueError, "whole numbers in 0..255"),
         (np.zeros((5, 5, 3), np.complex64), TypeError, "complex64"),
         (np.zeros((5, 5, 3), object), TypeError, "object"),
-        (torch.zeros(5, 5, 3, dtype=torch.int32), TypeError, "int32"),
+        (torch.full((5, 5, 3), 300, dtype=torch.int32), ValueError, "300"),
         (torch.zeros(5, 5, 3, device="meta"), TypeError, "meta"),
         (torch.zeros(5, 5).to_sparse(), TypeError, "sparse"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels"),
@@ -217,7 +230,7 @@ def test_an_ambiguous_shape_must_be_named() -> None:
         (np.zeros((2, 5, 5, 3), np.uint8), ValueError, "(2, 5, 5, 3)"),
         (np.full((5, 5), 1.01), ValueError, "[0, 1]"),
         (np.full((5, 5), -0.5), ValueError, "-0.5"),
-        (np.full((5, 5), 255.0), ValueError, "255"),
+        (np.full((5, 5), 256.0), ValueError, "256"),
         (np.full((5, 5), np.nan), ValueError, "nan"),
         (torch.full((5, 5), torch.inf), ValueError, "inf"),
         (Image.fromarray(np.full((2, 2), np.nan, np.float32)), ValueError, "nan"),
@@ -254,9 +267,18 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
         open_image(tmp_path)
     with pytest.raises(ValueError, match="file name"):
         open_image("a\0b")
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match="regular"):
-        open_image(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="is a device or a socket"):
+        open_image("/dev/zero")
+
+
+def test_a_picture_in_a_pipe(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(colours()).save(buffer, "PNG")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(buffer.getvalue(),))
+    writer.start()
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "pipe")), colours())
+    writer.join()
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])

@@ -158,6 +158,29 @@ def test_floats_with_and_without_rescaling_mean_the_same(hf: Any) -> None:
     np.testing.assert_array_equal(mixed[1], (pixels.transpose(2, 0, 1).astype(np.float32) - 0.5) / 0.5)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint32", "float32", "float64"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_integers_and_whole_floats_are_those_of_transformers(hf: Any, dtype: str, rescale: bool) -> None:
+    image = colours(20, 30).astype(dtype)
+    options = {"size": 16, "do_color_quantize": False, "do_rescale": rescale}
+    mine = ImageGPTImageProcessor(**options)(image)["pixel_values"][0]
+    np.testing.assert_array_equal(mine, hf(**options)(image)["pixel_values"][0])
+    np.testing.assert_array_equal(mine, ImageGPTImageProcessor(**options)(colours(20, 30))["pixel_values"][0])
+
+
+def test_a_palette_of_bytes_is_for_a_processor_that_leaves_bytes(tmp_path: Path) -> None:
+    clusters = colours(5, 6).reshape(-1, 3).astype(np.float32)
+    unusual = ImageGPTImageProcessor(clusters, do_rescale=False, do_normalize=False, do_resize=False)
+    tokens = unusual(colours(5, 6), return_tensors="np").input_ids
+    np.testing.assert_array_equal(tokens, np.arange(30)[None])
+    with pytest.raises(ValueError, match=r"values in .*; want floats in \[-1, 1\]"):
+        ImageGPTImageProcessor(clusters)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"clusters": clusters.tolist()}))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: .*values in"):
+        ImageGPTImageProcessor.from_pretrained(tmp_path)
+
+
 def test_center_crop_of_the_processor() -> None:
     processor = ImageGPTImageProcessor(do_color_quantize=False, do_rescale=False, do_normalize=False, do_resize=False)
     pixels = colours(10, 13)
@@ -306,8 +329,10 @@ def test_unknown_arguments_and_bad_images() -> None:
         processor([1, 2])
     with pytest.raises(ValueError, match=r"images\[1\].*no pixels"):
         processor([colours(), np.zeros((0, 3), np.uint8)])
-    with pytest.raises(TypeError, match=r"images\[0\].*int64"):
-        processor(colours().astype(np.int64))
+    with pytest.raises(ValueError, match=r"images\[0\].*integers from -\d+ to"):
+        processor(colours().astype(np.int64) - 1)
+    with pytest.raises(TypeError, match=r"images\[0\].*complex"):
+        processor(colours().astype(complex))
     with pytest.raises(FileNotFoundError, match="nothing"):
         processor("nothing.png")
     with pytest.raises(ValueError, match="clusters"):

@@ -1,11 +1,13 @@
 """quantize: the C++ twin against the definition in float64, its registration with torch, its errors."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,20 @@ from implementations import ISAS
 from igpt_fast import backend, ops, reference
 
 needs_cpu = pytest.mark.skipif(bool(backend.unavailable("cpu")), reason=f"no native CPU: {backend.unavailable('cpu')}")
+
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@functools.cache
+def crowds() -> dict[str, torch.Tensor]:
+    """The palettes of the benchmark, none when the tests run outside the repository."""
+    if not BENCHMARKS.is_dir():
+        return {}
+    sys.path.insert(0, str(BENCHMARKS))
+    palettes = importlib.import_module("palettes")
+    sys.path.remove(str(BENCHMARKS))
+    return {kind: palettes.palette(kind) for kind in palettes.KINDS}
 
 
 def palette(k: int, seed: int = 0) -> torch.Tensor:
@@ -87,8 +103,8 @@ def test_clusters_and_colours_far_outside(dtype: torch.dtype, scale: float) -> N
 
 
 @needs_cpu
-def test_lists_that_outgrow_their_memory_are_made_anew() -> None:
-    """Every cluster is a candidate of every cell: the lists of a few dozen cells fill the memory."""
+def test_clusters_that_are_all_the_same() -> None:
+    """But for one: the others count once."""
     clusters = torch.zeros(20_000, 3)
     clusters[-1] = 0.5
     x = torch.randint(0, 256, (9_000, 3), dtype=torch.uint8)
@@ -142,10 +158,11 @@ def test_shapes_and_strides(name: str) -> None:
         assert ops.quantize(x[0, 0, 0], clusters).shape == ()
 
 
-def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
+def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1, work: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full((len(x),), -1)
-    addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
-    backend._C.quantize_cpu(*addresses, len(x), len(clusters), threads)
+    addresses = {"x": x.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
+    sizes = {"n": len(x), "k": len(clusters), "threads": threads, "work": 0 if work is None else work.data_ptr()}
+    backend._C.quantize_cpu(is_u8=x.dtype == torch.uint8, **addresses, **sizes)
     return out
 
 
@@ -158,7 +175,15 @@ def adversaries() -> dict[str, torch.Tensor]:
     broken[::11, 2] = float("inf")
     broken[0] = -float("inf")
     close = palette(24, seed=3)
+    angle = torch.linspace(0, 6.2, 300)[:, None]
+    across, along = torch.tensor([[0.5, -0.5, 0.0]]), torch.tensor([[0.25, 0.25, -0.5]])
     return {
+        **crowds(),
+        # All are equally near to a grey, and float64's rounding decides.
+        "a ring about the greys": angle.cos() * across + angle.sin() * along * (4 / 3) ** 0.5,
+        "tiny": palette(200) * 1e-20,
+        "within a rounding of float32": palette(300) * 2e-7 + 0.5,
+        "a clump and one far away": torch.cat([palette(200) * 0.01, palette(1) * 1e12]),
         "random": palette(512),
         "one": palette(1),
         "two": palette(2),
@@ -200,6 +225,20 @@ def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", crowds())
+def test_no_palette_takes_more_work_than_comparing_all_with_all(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Candidates that lists were made of and pixels compared with, those in float64 twice; no clock."""
+    clusters = crowds()[kind]
+    for n in (1_024, 10_000, 65_536):
+        x = torch.randint(0, 256, (n, 3), dtype=torch.uint8)
+        x = x if dtype == torch.uint8 else x / 127.5 - 1.0
+        work = torch.zeros(1, dtype=torch.int64)
+        native(x, clusters, work=work)
+        assert 0.0 < int(work) / n / len(clusters) < (0.3 if kind == "spread" and n > 10_000 else 1.3), (n, int(work))
+
+
+@needs_cpu
 def test_a_palette_of_65536(isa: str) -> None:
     """Lists of many blocks; a part of the tokens by brute force in float64."""
     clusters = palette(65_536)
@@ -213,7 +252,7 @@ def test_a_palette_of_65536(isa: str) -> None:
 @needs_cpu
 def test_the_environment_chooses_the_instruction_set() -> None:
     """In a process of its own: it is chosen once, when the package starts."""
-    code = "import sys; from igpt_fast import backend; assert backend.config()['isa']['live'] == sys.argv[1]"
+    code = "import sys; from igpt_fast import environment; assert environment.config()['isa']['live'] == sys.argv[1]"
     environment = {**os.environ, "IGPT_FAST_ISA": ISAS[0]}
     subprocess.run([sys.executable, "-c", code, ISAS[0]], env=environment, check=True)
 
@@ -227,19 +266,17 @@ def test_not_a_number_gives_the_first_token() -> None:
 
 @needs_cpu
 def test_any_number_of_threads_gives_the_same() -> None:
-    x, clusters, out = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64), torch.zeros(4_097).long()
+    x, clusters = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64)
     expected = reference.quantize(x, clusters)
     for threads in (-1, 0, 1, 2, 3, 7, 1000):
-        out.fill_(-1)
-        backend._C.quantize_cpu(x.data_ptr(), True, clusters.data_ptr(), out.data_ptr(), len(x), 64, threads)
-        assert torch.equal(out, expected)
+        assert torch.equal(native(x, clusters, threads), expected)
 
 
 @needs_cpu
 @pytest.mark.parametrize("k", [0, -1, 2**31])
 def test_the_module_refuses_a_number_of_clusters_that_it_cannot_count(k: int) -> None:
-    with pytest.raises(ValueError, match="rows"):
-        backend._C.quantize_cpu(0, True, 0, 0, 0, k, 1)
+    with pytest.raises(ValueError if k < 1 else TypeError, match="rows" if k < 1 else "k: the number is too large"):
+        backend._C.quantize_cpu(x=0, is_u8=True, clusters=0, out=0, n=0, k=k, threads=1, work=0)
 
 
 @needs_cpu
@@ -253,7 +290,8 @@ pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (8 << 30)  # above what torch has mapped already, which differs by build
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    backend._C.quantize_cpu(x.data_ptr(), True, 0, out.data_ptr(), 8192, 2**31 - 1, 2)
+    places = {"x": x.data_ptr(), "clusters": 0, "out": out.data_ptr()}
+    backend._C.quantize_cpu(**places, is_u8=True, n=8192, k=2**31 - 1, threads=2, work=0)
 except MemoryError:
     print("caught")
 """

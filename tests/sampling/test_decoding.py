@@ -12,10 +12,11 @@ import transformers
 from small_models import small
 
 from igpt_fast import ImageGPTForCausalImageModeling, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Sampling, stream_uniforms
+from igpt_fast.sampling.rules import stream_uniforms
 
 small_model = functools.partial(small, n_positions=64, n_embd=32, spread=0.3)
 

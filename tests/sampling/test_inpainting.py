@@ -142,8 +142,8 @@ def test_resample_takes_by_weight() -> None:
 def test_one_candidate_is_taken_by_the_documented_rule(pipeline: Pipeline, batch_size: int | None) -> None:
     """Candidate c of completion j of input i draws from stream (i, j, c); number T of stream (i, j) chooses."""
     from igpt_fast import reference
+    from igpt_fast.draws import Sampling
     from igpt_fast.sampling.decoding import decode
-    from igpt_fast.sampling.rules import Sampling
 
     images, tokens = pictures(pipeline, 2)
     mask, m, n, seed, batch = torch.from_numpy(checkered(6, 5)).flatten(), 4, 3, 11, 2 * 3 * 4

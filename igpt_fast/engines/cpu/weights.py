@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from igpt_fast import backend
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.network import Body
+from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
 
 
 class _Kept(NamedTuple):
@@ -87,13 +89,9 @@ def _span(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-# As csrc/cpu/decoder_kernels.h numbers them.
+# As csrc/cpu/format.h numbers them.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-ACTIVATIONS = {
-    "quick_gelu": 2,
-    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh"), 3),
-    **dict.fromkeys(("gelu", "gelu_python"), 4),
-}
+ACTIVATIONS = {name: ACTIVATION_NUMBERS[op] for name, op in KERNELS.items()}
 
 
 def why_not_shape(config: ImageGPTConfig) -> str | None:
@@ -126,15 +124,15 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     config, threads = body.config, torch.get_num_threads()
     inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     weights = backend._C.DecoderWeights(
-        config.n_layer,
-        config.n_embd,
-        config.n_head,
-        inner,
-        config.n_positions,
-        config.vocab_size,
-        config.layer_norm_epsilon,
-        ACTIVATIONS[config.activation_function],
-        _FORMATS[dtype],
+        layers=config.n_layer,
+        embd=config.n_embd,
+        heads=config.n_head,
+        inner=inner,
+        positions=config.n_positions,
+        vocab=config.vocab_size,
+        eps=config.layer_norm_epsilon,
+        activation=ACTIVATIONS[config.activation_function],
+        format=_FORMATS[dtype],
     )
     kept: list[Tensor] = []  # temporary copies, until the module has read them
 
@@ -149,17 +147,30 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
     weights.set_tables(
-        vector(body.wte.weight),
-        vector(body.wpe.weight),
-        vector(body.ln_f.weight),
-        (0, False, 0, 0) if head is None else matrix(head, transposed=True),
-        threads,
+        wte=vector(body.wte.weight),
+        wpe=vector(body.wpe.weight),
+        norm=vector(body.ln_f.weight),
+        head=(0, False, 0, 0) if head is None else matrix(head, transposed=True),
+        threads=threads,
     )
     for i, block in enumerate(cast("list[Any]", body.h)):
         kept.clear()
-        linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        pairs = [part for layer in linear for part in (matrix(layer.weight), vector(layer.bias))]
-        weights.set_layer(i, vector(block.ln_1.weight), vector(block.ln_2.weight), *pairs, block.attn.scale, threads)
+        attn, mlp = block.attn, block.mlp
+        weights.set_layer(
+            layer=i,
+            norm_1=vector(block.ln_1.weight),
+            norm_2=vector(block.ln_2.weight),
+            qkv=matrix(attn.c_attn.weight),
+            qkv_bias=vector(attn.c_attn.bias),
+            proj=matrix(attn.c_proj.weight),
+            proj_bias=vector(attn.c_proj.bias),
+            fc=matrix(mlp.c_fc.weight),
+            fc_bias=vector(mlp.c_fc.bias),
+            fc_proj=matrix(mlp.c_proj.weight),
+            fc_proj_bias=vector(mlp.c_proj.bias),
+            scale=attn.scale,
+            threads=threads,
+        )
     return weights
 
 

@@ -17,6 +17,7 @@ from tolerance import assert_parity
 from torch import Tensor, nn
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, environment
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
@@ -24,7 +25,6 @@ from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.files import BUNDLED
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Sampling
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 

@@ -423,7 +423,8 @@ def test_transforms_see_the_layers(calls: list[bool]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="instruction sets are chosen by name on x86-64")
 def test_without_tiles() -> None:
     code = (
-        "from igpt_fast import backend; print(backend.config()['forwards']['cpu']['runs'], backend.no_native_forward())"
+        "from igpt_fast import environment; from igpt_fast.engines.cpu.weights import no_native_forward\n"
+        "print(environment.config()['forwards']['cpu']['runs'], no_native_forward())"
     )
     environment = os.environ | {"IGPT_FAST_ISA": "avx512_bf16"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

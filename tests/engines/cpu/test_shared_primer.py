@@ -15,6 +15,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 from igpt_fast.engines.decoder import Decoder
@@ -23,7 +24,6 @@ from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Sampling
 
 NATIVE = backend._C is not None
 FORMATS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.float32, "int8")}

@@ -1,0 +1,59 @@
+"""A small model draws with the CUDA decoder, kernel by kernel, without graphs: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python tests/emulator/run_decoder.py
+"""
+
+import sys
+
+import torch
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.draws import Sampling
+from igpt_fast.engines.cuda.decoder import CudaDecoder
+
+# Images, dtype, what the cache is rounded to, continuations of each: the fused kernels, torch's products with more than
+# 8 rows and in float32, values of 8 bits, a primer that is shared.
+CASES = (
+    (3, torch.bfloat16, None, 1),
+    (9, torch.float16, None, 1),
+    (2, torch.float32, None, 1),
+    (3, torch.bfloat16, "fp8_values", 1),
+    (2, torch.bfloat16, None, 5),
+)
+POSITIONS, PRIMER = 12, 5
+
+
+@torch.no_grad()
+def draw(device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies: int) -> torch.Tensor:
+    """(rows copies, POSITIONS - PRIMER) tokens."""
+    torch.manual_seed(0)
+    config = ImageGPTConfig(n_layer=2, n_embd=64, n_head=2, n_positions=POSITIONS, vocab_size=41)
+    model = ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(device, dtype)
+    decoder = CudaDecoder(model, rows, POSITIONS, rounded, graphs=False)
+    primer = torch.randint(config.n_colours, (rows, PRIMER), generator=torch.Generator().manual_seed(1))
+    logits = decoder.prefill(primer.to(device)).repeat_interleave(copies, dim=0)
+    decoder.fork(copies)
+    streams, drawn = torch.arange(rows * copies, device=device), []
+    for position in range(PRIMER, POSITIONS):
+        drawn.append(decoder.draw(logits, 0, streams, Sampling(top_k=20))[0])
+        if position + 1 < POSITIONS:
+            logits = decoder.step_drawn()
+    return torch.stack(drawn, dim=1)
+
+
+def main() -> int:
+    reason = backend.unavailable("cuda")
+    if reason is not None:
+        print(f"nothing was drawn: {reason}", file=sys.stderr)
+        return 3
+    with backend.use_backend("auto"):
+        for case in CASES:
+            draw("cuda", *case)
+            torch.cuda.synchronize()  # an error belongs to the case that made it
+            print(*case)
+    print(f"{len(CASES)} decoders drew")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
