@@ -7,6 +7,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
+from igpt_fast.ops.activation import DEFINITIONS
 from igpt_fast.ops.dispatch import (
     DTYPES,
     address,
@@ -25,8 +26,7 @@ OPS["gemv"] = Op(
     otherwise="torch linear",
 )
 
-# As csrc/cuda/ops.h numbers them.
-GEMV_ACTIVATIONS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+GEMV_ACTIVATIONS = {None: -1, **{name: number for name, (number, _) in DEFINITIONS.items()}}
 MAX_ROWS = 8
 
 

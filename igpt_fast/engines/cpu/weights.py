@@ -16,7 +16,7 @@ from igpt_fast import backend
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.network import Body, Layer, Weights, blocks_of
 from igpt_fast.locks import Lock
-from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.activation import DEFINITIONS, KERNELS
 
 
 class _Kept(NamedTuple):
@@ -79,7 +79,7 @@ def _span(tensor: Tensor) -> int:
 
 # As csrc/cpu/decoder_kernels.h numbers them.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-_ACTIVATIONS = {"quick_gelu": 2, "gelu_tanh": 3, "gelu_erf": 4}
+_ACTIVATIONS = {name: 2 + number for name, (number, _) in DEFINITIONS.items()}
 
 
 def why_not_shape(config: ImageGPTConfig) -> str | None:
