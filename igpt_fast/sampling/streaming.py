@@ -160,7 +160,9 @@ class Stream:
             "engine": self.engine,
             "dtype": dtype,
         }
-        return self._request.described() | drawn
+        reason = self._run.engine_reason
+        why = {} if reason is None else {"engine_reason": reason}
+        return self._request.described() | drawn | why
 
 
 def _read(request: Request, processor: ImageGPTImageProcessor) -> tuple[list[Image.Image], Tensor]:
