@@ -48,11 +48,6 @@ def _bound(number: int) -> str:
     return f"2^{power}-1" if power >= 32 and number == (1 << power) - 1 else str(number)
 
 
-def check_count(name: str, value: int, most: int = 1 << 30, least: int = 1) -> int:
-    """``whole_number`` with its bounds in another order."""
-    return whole_number(name, value, least, most)
-
-
 def dtype_name(dtype: Any) -> str:
     """``"float16"`` for ``torch.float16``, and for its name."""
     return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
@@ -270,11 +270,11 @@ class Pipeline:
         Raises:
             TypeError, ValueError: As those.
         """
-        check_count("n", n, MAX_IMAGES)
-        check_count("candidates", candidates, MAX_CANDIDATES)
-        check_count("first" if images is None else "first_input", first, MAX_FIRST, least=0)
+        whole_number("n", n, 1, MAX_IMAGES)
+        whole_number("candidates", candidates, 1, MAX_CANDIDATES)
+        whole_number("first" if images is None else "first_input", first, 0, MAX_FIRST)
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            whole_number("batch_size", batch_size)
         check_dtype(dtype)
         scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width

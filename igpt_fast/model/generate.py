@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
@@ -105,7 +105,7 @@ class GenerationMixin:
                 " last pixel; set it to None"
             )
         top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
-        check_count("generate: num_return_sequences", num_return_sequences)
+        whole_number("generate: num_return_sequences", num_return_sequences)
         random = (temperature, top_k, top_p, min_p, num_return_sequences, seed, generator)
         if not do_sample and random != (1.0, None, None, None, 1, None, None):
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from igpt_fast import processes
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.cli import checks
 from igpt_fast.cli.checks import Paths
 from igpt_fast.cli.draw import options, sharding
@@ -40,7 +40,7 @@ def sample(
         json: Print one JSON object.
     """
     with checks.as_usage():
-        check_count("n", n, MAX_IMAGES)
+        whole_number("n", n, 1, MAX_IMAGES)
     classes = options.labels(drawing.label, n)
     names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names, columns)
@@ -84,7 +84,7 @@ def complete(
     """
     checks.check_images(images)
     with checks.as_usage():
-        check_count("n", n, MAX_IMAGES)
+        whole_number("n", n, 1, MAX_IMAGES)
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
