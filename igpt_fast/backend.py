@@ -38,7 +38,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/bind/module.cpp has its twin.
-INTERFACE = 6
+INTERFACE = 7
 
 
 @dataclass(frozen=True)
@@ -242,10 +242,15 @@ class Kernels(NamedTuple):
     stream: int  # the current one's address
     dependent: bool = False  # ``dependent_launches``
 
+    def function(self, name: str) -> Callable[..., None]:
+        """The module's function of this kind. Both kinds take the same arguments, by the same names."""
+        function: Callable[..., None] = getattr(self.module, f"{name}_{self.kind}")
+        return function
+
     @property
-    def place(self) -> tuple[int, int]:
-        """Where every CUDA function launches: its argument of this name."""
-        return self.device, self.stream
+    def place(self) -> tuple[int, int] | int:
+        """A function's argument of this name: where a CUDA one launches, how many threads one of the CPU may take."""
+        return (self.device, self.stream) if self.kind == "cuda" else torch.get_num_threads()
 
 
 # Set by the tests: the CUDA kernels compiled for the CPU, which then serve its tensors.

@@ -1,7 +1,8 @@
 """The specification: one plain-PyTorch function per op.
 
-Each function is the definition that the C++ and CUDA twins are tested against (evaluated in float64) and
-the fallback where no twin applies. They aim at being read; ``igpt_fast.ops`` adds checks and dispatch.
+Each function is the definition that the C++ and CUDA twins are tested against (evaluated in float64) and the fallback
+where no twin applies. They aim at being read; ``igpt_fast.ops`` adds checks and dispatch, and what is said there of
+shapes, dtypes and sources is not said again here.
 """
 
 from __future__ import annotations
@@ -73,13 +74,7 @@ def laplace(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """``-log softmax(logits)[label]`` in nats over the last dimension, in fp32 at least.
-
-    logits: (..., K); labels: (...) int64. Rows whose label is ``ignore_index`` give 0 and count for nothing.
-    ``reduction``: the ``"mean"`` over the rows that count (NaN of none), their ``"sum"``, or ``"none"``: (...).
-
-    Source: torch.nn.functional.cross_entropy.
-    """
+    """``-log softmax(logits)[label]`` in nats over the last dimension, in fp32 at least; see ``ops.cross_entropy``."""
     rows = logits.to(_statistics_dtype(logits.dtype)).reshape(-1, logits.shape[-1])
     loss = F.cross_entropy(rows, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.reshape(labels.shape) if reduction == "none" else loss
@@ -120,12 +115,8 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + causal mask) v``, and the softmax itself (after dropout, as transformers has it).
 
-    q: (B, H, T_q, D); k, v: (B, H, T_k, D); key_mask: (B, T_k) bool, True where the key may be seen; starts: (B,)
-    integer, the first key that may be seen, those before it being masked. A query that sees no key at all (inside left
-    padding) gives zero, and what stands in a masked key, be it NaN, reaches nothing. The softmax is in fp32; ``upcast``
-    computes the scores in fp32 as well.
-
-    Source: openai/image-gpt src/model.py ``attn``; transformers ``ImageGPTAttention``.
+    Shapes, masks and source: ``ops.causal_attention``. The softmax is in fp32; ``upcast`` computes the scores in fp32
+    as well.
     """
     wide = _statistics_dtype(q.dtype)
     if starts is not None:
@@ -183,13 +174,8 @@ def attention_decode(
 ) -> Tensor:
     """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
 
-    q, k, v: (B, H, D). k_cache, v_cache: (B, H, T_max, D), written to. position: integers, (), (1,) or (B,). Row b sees
-    the keys of prefix ``b // (B / G)``, (G, H, T_p, D), where there is one, then those of its cache at 0 to position,
-    without the first ``starts[b]`` of them all. Where it sees none it gives zero. A position outside the cache writes
-    nothing and gives NaN. Nothing depends on a value on the host, so the work is that of a full cache.
-
-    With v_scale, (B, H, T_max) float32, v_cache is float8_e4m3fn: both as ``quantize_values`` has them. The values are
-    then those of the cache, the new one's among them.
+    Shapes, dtypes and which keys a row sees: ``ops.attention_decode``. Nothing depends on a value on the host, so the
+    work is that of a full cache. With v_scale the values are those of the cache, the new one's among them.
     """
     rows, _, t_max, _ = k_cache.shape
     place = position.reshape(-1).long().expand(rows)
@@ -228,11 +214,7 @@ def gemv(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(rms_norm(x) @ weight + bias) + residual``; every part but the product may be left out.
-
-    x: (..., n_in); weight: (n_in, n_out); bias: (n_out,); norm_weight: (n_in,); residual: (..., n_out). activation:
-    ``"quick_gelu"``, ``"gelu_tanh"`` or ``"gelu_erf"``. Each part rounds to the dtype here; a kernel rounds once.
-    """
+    """``activation(rms_norm(x) @ weight + bias) + residual``, each part rounded to the dtype; see ``ops.gemv``."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
     y = F.linear(x, weight.transpose(0, 1), bias)
@@ -244,11 +226,8 @@ def gemv(
 def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     """Index of the nearest cluster: ``argmin_k sum_c (x_c - clusters_kc)^2``, the lowest index on ties.
 
-    x: (..., 3) uint8, a value v standing for ``v / 127.5 - 1`` evaluated in float64, or a float dtype, evaluated
-    in it. clusters: (K, 3) float32. Returns (...,) int64. Runs over the clusters, so that no (N, K)
-    intermediate exists. transformers expands ``a^2 - 2ab + b^2`` instead, which rounds differently near ties.
-
-    Source: openai/image-gpt src/utils.py ``color_quantize``.
+    See ``ops.quantize``; a float dtype is evaluated in itself. Runs over the clusters, so that no (N, K) intermediate
+    exists. transformers expands ``a^2 - 2ab + b^2`` instead, which rounds differently near ties.
     """
     if x.dtype == torch.uint8:
         x = x.double() / 127.5 - 1.0
@@ -264,13 +243,7 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
 
 
 def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
-    """Colours of the tokens as uint8: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255.
-
-    tokens: (...) integer, -K..-1 counting from the end as in torch's indexing; clusters: (K, 3) float in [-1, 1].
-    Returns (..., 3) uint8.
-
-    Source: the sampling code of openai/image-gpt src/run.py and of transformers' documentation.
-    """
+    """Colours of the tokens: ``rint(127.5 (clusters[token] + 1))`` clipped to 0..255; see ``ops.dequantize``."""
     palette = torch.round(127.5 * (clusters.to(torch.float32) + 1.0)).clamp(0, 255).to(torch.uint8)
     return palette[tokens.long()]
 
@@ -380,10 +353,8 @@ def sample_next(
 ) -> tuple[Tensor, Tensor | None]:
     """``sample`` with the uniform numbers of ``uniform``, and the input of the step that reads the drawn tokens.
 
-    logits: (N, K); streams: (N,) int64; position: (), (1,) or (N,) integer, the index of the drawn token in its image,
-    from 0. Returns (N,) int64, and with wte (V >= K, n_embd) and wpe (n_positions, n_embd) the (N, n_embd) sum
-    ``wte[token] + wpe[position + 1]``: SOS stands before the image, so token t is read at position t + 1. Zeros where
-    wpe has no such row, behind the last token that is ever read.
+    Shapes and dtypes: ``ops.sample_next``. SOS stands before the image, so token t is read at position t + 1. Zeros
+    where wpe has no such row, behind the last token that is ever read.
     """
     tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p, min_p)
     if wte is None or wpe is None:

@@ -245,12 +245,12 @@ def test_the_activations_have_the_same_numbers_on_both_sides() -> None:
         ({"k": None}, "dequantize: the argument 'k' is missing"),
         ({"k": "4"}, "dequantize: k: .*integer"),
         ({"k": 2**63}, "dequantize: k: .*too big"),
-        ({"token_bytes": 2**31}, "dequantize: token_bytes: the number is too large"),
+        ({"token": 2**31}, "dequantize: token: the number is too large"),
         ({"out": -1}, "dequantize: out: .*negative"),
     ],
 )
 def test_the_module_wants_every_argument_by_its_name(change: dict[str, object], message: str) -> None:
-    arguments = {"tokens": 0, "token_bytes": 8, "clusters": 0, "out": 0, "n": 0, "k": 0, "threads": 1}
+    arguments = {"tokens": 0, "token": 0, "clusters": 0, "out": 0, "n": 0, "k": 0, "place": 1}
     backend._C.dequantize_cpu(**arguments)
     with pytest.raises(TypeError, match=message):
         backend._C.dequantize_cpu(**{name: value for name, value in (arguments | change).items() if value is not None})

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 void bind_cuda(pybind11::module_& m);
-void bind_attention(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
-void bind_elementwise(pybind11::module_& m);
+void bind_cpu(pybind11::module_& m);
 void bind_forward(pybind11::module_& m);

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace {
 
 namespace cuda = igpt::cuda;
-using igpt::bind::def, igpt::bind::members, igpt::bind::members_of, igpt::bind::together;
+using igpt::bind::def, igpt::bind::members, igpt::bind::members_of, igpt::bind::together, igpt::bind::unused;
 
 template <auto Launcher>
 struct Cuda {
@@ -23,6 +23,8 @@ struct Cuda {
 
 template <class P>
 constexpr auto place = together<P, &P::device, &P::stream>("place");
+template <class P>
+constexpr auto dtypes = unused<P>("weight_dtype") + unused<P>("out_dtype");  // that of x, as the ops have checked
 
 struct Pixels : cuda::QuantizeParams {
     bool is_u8;
@@ -30,7 +32,8 @@ struct Pixels : cuda::QuantizeParams {
 int quantize(const Pixels& p) { return p.is_u8 ? cuda::quantize_u8(p) : cuda::quantize_f32(p); }
 
 struct Quantize : Cuda<quantize> {
-    static constexpr auto fields = members<P, &P::x, &P::is_u8, &P::clusters, &P::out, &P::n, &P::k> + place<P>;
+    static constexpr auto fields =
+        members<P, &P::x, &P::is_u8, &P::clusters, &P::out, &P::n, &P::k> + unused<P>("work") + place<P>;
 };
 
 struct QuantizeTable : Cuda<cuda::quantize_table> {
@@ -57,14 +60,14 @@ struct Sample : Cuda<cuda::sample> {
 struct NormFwd : Cuda<cuda::norm_fwd> {
     static constexpr auto fields = members<P, &P::x, &P::residual, &P::weight, &P::bias, &P::sum, &P::out, &P::rows,
                                            &P::n_embd, &P::eps, &P::centred, &P::dtype> +
-                                   place<P>;
+                                   dtypes<P> + place<P>;
 };
 
 struct NormBwd : Cuda<cuda::norm_bwd> {
     static constexpr auto fields =
         members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dweight, &P::dbias, &P::partial, &P::rows,
                 &P::n_embd, &P::parts, &P::eps, &P::centred, &P::dtype> +
-        place<P>;
+        dtypes<P> + place<P>;
 };
 
 struct ActivationFwd : Cuda<cuda::activation_fwd> {

@@ -16,7 +16,7 @@ using namespace py::literals;
 namespace {
 
 // Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {
     igpt::cpu::Isa all[8];
@@ -46,8 +46,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
-    bind_attention(m);
     bind_decoder(m);
-    bind_elementwise(m);
+    bind_cpu(m);
     bind_forward(m);
 }

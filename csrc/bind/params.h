@@ -71,14 +71,23 @@ bool set_all(P& params, PyObject* value) {
     return (read(PyTuple_GET_ITEM(value, i++), params.*Members) && ...);
 }
 
-// Members of P under their names; members of a member of it; several together, as a tuple.
+// Members of P under their names; members of a member of it; one under another name; several together, as a tuple;
+// and what only the function's twin on another device takes.
 template <class P, auto... Members>
 constexpr std::array<Field<P>, sizeof...(Members)> members{{{name_of<Members>(), set<P, Members>}...}};
 template <class P, auto Outer, auto... Members>
 constexpr std::array<Field<P>, sizeof...(Members)> members_of{{{name_of<Members>(), set<P, Outer, Members>}...}};
+template <class P, auto... Path>
+constexpr std::array<Field<P>, 1> named(std::string_view name) {
+    return {{{name, set<P, Path...>}}};
+}
 template <class P, auto... Members>
 constexpr std::array<Field<P>, 1> together(std::string_view name) {
     return {{{name, set_all<P, Members...>}}};
+}
+template <class P>
+constexpr std::array<Field<P>, 1> unused(std::string_view name) {
+    return {{{name, [](P&, PyObject*) { return true; }}}};
 }
 
 template <class P, size_t M, size_t N>

@@ -18,10 +18,20 @@ class Arena {
     Arena(Arena&& other) noexcept;
     Arena& operator=(Arena&& other) noexcept;
 
+    // Room for all that `lay`, which is called twice, takes: what it takes the first time is only counted.
+    template <class Lay>
+    static Arena of(Lay lay) {
+        Arena counted;
+        lay(counted);
+        Arena arena(counted.used_);
+        lay(arena);
+        return arena;
+    }
+
     // The next `count` elements, on a line of the cache of their own; the block must have room.
     template <class T>
     T* take(int64_t count) {
-        T* at = reinterpret_cast<T*>(data_ + used_);
+        T* at = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data_) + used_);
         used_ += bytes<T>(count);
         return at;
     }

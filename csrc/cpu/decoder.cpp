@@ -255,23 +255,19 @@ AttentionDecodeParams Decoder::primer_of(int64_t layer, int64_t unit) const {
 void Decoder::reserve(int threads) {
     if (int(scratch_.size()) >= threads) return;
     const int64_t widest = std::max(width_, weights_->layer(0).fc.n), tile = weights_->kernels.tile;
-    const size_t each = Arena::bytes<float>(batch_ * width_) + 2 * Arena::bytes<uint8_t>(batch_ * widest) +
-                        Arena::bytes<uint16_t>(batch_ * widest) + Arena::bytes<float>(batch_) +
-                        Arena::bytes<float>(sums_rows(batch_) * 2 * tile) +
-                        Arena::bytes<char>(tiles_bytes(batch_, widest));
-    scratch_.clear();
-    scratch_block_ = Arena(each * size_t(threads));
-    for (int t = 0; t < threads; ++t) {
-        Scratch s{};
-        s.normed = scratch_block_.take<float>(batch_ * width_);
-        s.high = scratch_block_.take<uint8_t>(batch_ * widest);
-        s.low = scratch_block_.take<uint8_t>(batch_ * widest);
-        s.half = scratch_block_.take<uint16_t>(batch_ * widest);
-        s.scale = scratch_block_.take<float>(batch_);
-        s.sums = scratch_block_.take<float>(sums_rows(batch_) * 2 * tile);
-        s.tiles = scratch_block_.take<char>(tiles_bytes(batch_, widest));
-        scratch_.push_back(s);
-    }
+    std::vector<Scratch> fresh(static_cast<size_t>(threads));
+    scratch_block_ = Arena::of([&](Arena& block) {
+        for (Scratch& s : fresh) {
+            s.normed = block.take<float>(batch_ * width_);
+            s.high = block.take<uint8_t>(batch_ * widest);
+            s.low = block.take<uint8_t>(batch_ * widest);
+            s.half = block.take<uint16_t>(batch_ * widest);
+            s.scale = block.take<float>(batch_);
+            s.sums = block.take<float>(sums_rows(batch_) * 2 * tile);
+            s.tiles = block.take<char>(tiles_bytes(batch_, widest));
+        }
+    });
+    scratch_ = std::move(fresh);
 }
 
 void Decoder::check_free(int64_t count) const {

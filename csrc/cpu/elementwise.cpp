@@ -73,24 +73,26 @@ class Partial {
 void norm_fwd(const NormParams& params) {
     NormParams p = params;
     const auto body = ops().elementwise.norm_fwd;
-    const std::vector<float> weight = wide(p.weight, p.weight_format, p.n), bias = wide(p.bias, p.weight_format, p.n);
+    const std::vector<float> weight = wide(p.weight, p.weight_format, p.n_embd),
+                             bias = wide(p.bias, p.weight_format, p.n_embd);
     p.weight = weight.data();
     p.bias = p.bias ? bias.data() : nullptr;
-    in_blocks(p.rows, kRowBlock, p.n, p.threads, [&](int64_t, int64_t begin, int64_t end) { body(p, begin, end); });
+    in_blocks(p.rows, kRowBlock, p.n_embd, p.threads,
+              [&](int64_t, int64_t begin, int64_t end) { body(p, begin, end); });
 }
 
 void norm_bwd(const NormGradParams& params) {
     NormGradParams p = params;
     const auto& kernels = ops().elementwise;
-    const std::vector<float> weight = wide(p.weight, p.weight_format, p.n);
+    const std::vector<float> weight = wide(p.weight, p.weight_format, p.n_embd);
     p.weight = weight.data();
-    Partial partial(blocks_of(p.rows, kRowBlock), p.dbias ? 2 * p.n : p.n);
-    in_blocks(p.rows, kRowBlock, p.n, p.threads, [&](int64_t block, int64_t begin, int64_t end) {
+    Partial partial(blocks_of(p.rows, kRowBlock), p.dbias ? 2 * p.n_embd : p.n_embd);
+    in_blocks(p.rows, kRowBlock, p.n_embd, p.threads, [&](int64_t block, int64_t begin, int64_t end) {
         kernels.norm_bwd(p, begin, end, partial.clear(block));
     });
     const float* total = partial.total();
-    kernels.narrow(total, p.weight_format, p.n, p.dweight);
-    if (p.dbias) kernels.narrow(total + p.n, p.weight_format, p.n, p.dbias);
+    kernels.narrow(total, p.weight_format, p.n_embd, p.dweight);
+    if (p.dbias) kernels.narrow(total + p.n_embd, p.weight_format, p.n_embd, p.dbias);
 }
 
 void activation_fwd(const ActivationParams& params) {
@@ -181,9 +183,9 @@ void dequantize(const DequantizeParams& p) {
         const float value = std::nearbyint(127.5f * (p.clusters[i] + 1.0f));
         palette[i] = uint8_t(value > 0.0f ? std::min(value, 255.0f) : 0.0f);  // 0 for a NaN, too
     }
-    if (p.token_bytes == 8) return look_up<int64_t>(p, palette);
-    if (p.token_bytes == 4) return look_up<int32_t>(p, palette);
-    if (p.token_bytes == 2) return look_up<int16_t>(p, palette);
+    if (p.token == TokenType::i64) return look_up<int64_t>(p, palette);
+    if (p.token == TokenType::i32) return look_up<int32_t>(p, palette);
+    if (p.token == TokenType::i16) return look_up<int16_t>(p, palette);
     look_up<uint8_t>(p, palette);
 }
 

@@ -15,16 +15,16 @@ namespace igpt::cpu {
 
 constexpr int64_t kRowBlock = 32;
 
-// total = x + residual, rounded, or x where there is none; centred: minus its mean.
-// out = total rsqrt(mean(total^2) + eps) weight + bias
+// sum = x + residual, rounded, or x where there is none; centred: minus its mean.
+// out = sum rsqrt(mean(sum^2) + eps) weight + bias
 struct NormParams {
-    const void* x;         // (rows, n) of `format`
+    const void* x;         // (rows, n_embd) of `format`
     const void* residual;  // likewise, or null
-    const void* weight;    // (n,) of `weight_format`
+    const void* weight;    // (n_embd,) of `weight_format`
     const void* bias;      // likewise, or null
-    void* total;           // (rows, n) of `format`; null without a residual
-    void* out;             // (rows, n) of `out_format`
-    int64_t rows, n;
+    void* sum;             // (rows, n_embd) of `format`; null without a residual
+    void* out;             // (rows, n_embd) of `out_format`
+    int64_t rows, n_embd;
     float eps;
     bool centred;
     Format format, weight_format, out_format;  // out_format: bf16 where format is
@@ -33,13 +33,13 @@ struct NormParams {
 
 // The gradients of what was normalised, of the weight and, where dbias is not null, of the bias.
 struct NormGradParams {
-    const void* dout;       // (rows, n) of `out_format`
-    const void* dsum;       // (rows, n) of `format`: what else is the gradient of x; or null
-    const void* x;          // (rows, n) of `format`: what was normalised
-    const void* weight;     // (n,) of `weight_format`
-    void* dx;               // (rows, n) of `format`
-    void *dweight, *dbias;  // (n,) of `weight_format`
-    int64_t rows, n;
+    const void* dout;       // (rows, n_embd) of `out_format`
+    const void* dsum;       // (rows, n_embd) of `format`: what else is the gradient of x; or null
+    const void* x;          // (rows, n_embd) of `format`: what was normalised
+    const void* weight;     // (n_embd,) of `weight_format`
+    void* dx;               // (rows, n_embd) of `format`
+    void *dweight, *dbias;  // (n_embd,) of `weight_format`
+    int64_t rows, n_embd;
     float eps;
     bool centred;
     Format format, weight_format, out_format;
@@ -127,9 +127,10 @@ void cross_entropy_fwd(const CrossEntropyParams& params);
 void cross_entropy_bwd(const CrossEntropyGradParams& params);
 
 // out[i] = palette[tokens[i]], negative tokens counting from the end.
+enum class TokenType : int32_t { i64, i32, i16, u8 };  // as csrc/cuda/ops.h has it
 struct DequantizeParams {
-    const void* tokens;  // (n,) integers of token_bytes, signed but for one byte
-    int32_t token_bytes;
+    const void* tokens;  // (n,)
+    TokenType token;
     const float* clusters;  // (k, 3) in [-1, 1]; a colour is rint(127.5 (cluster + 1)) clipped to 0 .. 255
     uint8_t* out;           // (n, 3)
     int64_t n;

@@ -39,25 +39,23 @@ int64_t span_rows(const DecoderShape& s) {
 
 // Activations of some sequences.
 struct Forward::Space {
-    Space(const DecoderShape& s, int64_t rows_, int threads_) : rows(rows_), threads(threads_) {
+    Space(const DecoderShape& s, int64_t rows_, int threads_)
+        : rows(rows_), threads(threads_), inner(size_t(threads)), qkv(size_t(threads)), sums(size_t(threads)) {
         const int64_t embd = padded(s.embd, 32), qkv_width = padded(3 * s.embd, 32);
         const int64_t dim = padded(s.head_dim(), 32), span = std::min(rows, span_rows(s)), heads = rows * s.heads;
-        arena = Arena(Arena::bytes<float>(rows * embd) + 2 * Arena::bytes<uint16_t>(rows * embd) +
-                      3 * Arena::bytes<uint16_t>(heads * dim) + Arena::bytes<uint32_t>(heads * dim / 32) +
-                      Arena::bytes<uint8_t>(heads / kRows) +
-                      size_t(threads) * (Arena::bytes<uint16_t>(span * kSlice) +
-                                         Arena::bytes<uint16_t>(span * qkv_width) + Arena::bytes<float>(span * 64)));
-        x = arena.take<float>(rows * embd);
-        normed = arena.take<uint16_t>(rows * embd);
-        mixed = arena.take<uint16_t>(rows * embd);
-        for (uint16_t** packed : {&q, &k, &v}) *packed = arena.take<uint16_t>(heads * dim);
-        flaws = arena.take<uint32_t>(heads * dim / 32);
-        flawed = arena.take<uint8_t>(heads / kRows);
-        for (int t = 0; t < threads; ++t) {
-            inner.push_back(arena.take<uint16_t>(span * kSlice));
-            qkv.push_back(arena.take<uint16_t>(span * qkv_width));
-            sums.push_back(arena.take<float>(span * 64));
-        }
+        arena = Arena::of([&](Arena& block) {
+            x = block.take<float>(rows * embd);
+            normed = block.take<uint16_t>(rows * embd);
+            mixed = block.take<uint16_t>(rows * embd);
+            for (uint16_t** packed : {&q, &k, &v}) *packed = block.take<uint16_t>(heads * dim);
+            flaws = block.take<uint32_t>(heads * dim / 32);
+            flawed = block.take<uint8_t>(heads / kRows);
+            for (size_t t = 0; t < inner.size(); ++t) {
+                inner[t] = block.take<uint16_t>(span * kSlice);
+                qkv[t] = block.take<uint16_t>(span * qkv_width);
+                sums[t] = block.take<float>(span * 64);
+            }
+        });
     }
 
     const int64_t rows;

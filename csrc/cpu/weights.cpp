@@ -57,48 +57,38 @@ void fill(const Matrix& m, const Source& source, const float* bias, const std::v
 
 }  // namespace
 
-size_t DecoderWeights::matrix_bytes(int64_t n, int64_t k) const {
-    const int64_t wide = padded(n, kernels.tile);
-    const size_t vectors = shape.format == Format::int8 ? 3 : 1;
-    return Arena::bytes<char>(wide * k * format_bytes(shape.format)) + vectors * Arena::bytes<float>(wide);
-}
-
-Matrix DecoderWeights::take(int64_t n, int64_t k) {
+Matrix DecoderWeights::take(Arena& arena, int64_t n, int64_t k) const {
     const int64_t wide = padded(n, kernels.tile);
     const bool int8 = shape.format == Format::int8;
     Matrix m{};
     m.n = wide;
     m.k = k;
     m.format = shape.format;
-    m.data = arena_.take<char>(wide * k * format_bytes(shape.format));
-    m.bias = arena_.take<float>(wide);
-    m.scale = int8 ? arena_.take<float>(wide) : nullptr;
-    m.sums = int8 ? arena_.take<int32_t>(wide) : nullptr;
+    m.data = arena.take<char>(wide * k * format_bytes(shape.format));
+    m.bias = arena.take<float>(wide);
+    m.scale = int8 ? arena.take<float>(wide) : nullptr;
+    m.sums = int8 ? arena.take<int32_t>(wide) : nullptr;
     return m;
 }
 
-DecoderWeights::DecoderWeights(const DecoderShape& wanted) : shape(checked(wanted)), kernels(ops().decoder) {
-    const int64_t d = shape.embd, f = shape.inner, colours = shape.vocab - 1;
-    const size_t vector = Arena::bytes<float>(d);
-    const size_t layer =
-        2 * vector + matrix_bytes(3 * d, d) + matrix_bytes(d, d) + matrix_bytes(f, d) + matrix_bytes(d, f);
-    arena_ = Arena(size_t(shape.layers) * layer + matrix_bytes(colours, d) + vector +
-                   Arena::bytes<float>(shape.vocab * d) + Arena::bytes<float>(shape.positions * d));
-    // In the order in which a step reads them.
-    layers_.resize(size_t(shape.layers));
-    for (Layer& l : layers_) {
-        l.norm_1 = arena_.take<float>(d);
-        l.qkv = take(3 * d, d);
-        l.proj = take(d, d);
-        l.norm_2 = arena_.take<float>(d);
-        l.fc = take(f, d);
-        l.fc_proj = take(d, f);
-        l.scale = 1.0f;
-    }
-    norm_ = arena_.take<float>(d);
-    head_ = take(colours, d);
-    wte_ = arena_.take<float>(shape.vocab * d);
-    wpe_ = arena_.take<float>(shape.positions * d);
+DecoderWeights::DecoderWeights(const DecoderShape& wanted)
+    : shape(checked(wanted)), kernels(ops().decoder), layers_(size_t(shape.layers)) {
+    const int64_t d = shape.embd, f = shape.inner;
+    arena_ = Arena::of([&](Arena& arena) {  // in the order in which a step reads them
+        for (Layer& l : layers_) {
+            l.norm_1 = arena.take<float>(d);
+            l.qkv = take(arena, 3 * d, d);
+            l.proj = take(arena, d, d);
+            l.norm_2 = arena.take<float>(d);
+            l.fc = take(arena, f, d);
+            l.fc_proj = take(arena, d, f);
+            l.scale = 1.0f;
+        }
+        norm_ = arena.take<float>(d);
+        head_ = take(arena, shape.vocab - 1, d);
+        wte_ = arena.take<float>(shape.vocab * d);
+        wpe_ = arena.take<float>(shape.positions * d);
+    });
 }
 
 void DecoderWeights::set_tables(const float* wte, const float* wpe, const float* norm, const Source& head,

@@ -57,8 +57,7 @@ class DecoderWeights {
     const float* norm() const { return norm_; }
 
   private:
-    size_t matrix_bytes(int64_t n, int64_t k) const;
-    Matrix take(int64_t n, int64_t k);
+    Matrix take(Arena& arena, int64_t n, int64_t k) const;
 
     Arena arena_;
     std::vector<Layer> layers_;

@@ -12,19 +12,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import LEAST_CPU, OPS, Op
-from igpt_fast.ops.dispatch import (
-    ACTIVATION_NUMBERS,
-    CPU_DTYPES,
-    DTYPES,
-    address,
-    check_floating,
-    dense,
-    differentiate,
-    is_plain,
-    kernel_kind,
-    native_kernels,
-    register,
-)
+from igpt_fast.ops import dispatch
 
 OPS |= dict.fromkeys(
     ("quick_gelu", "gelu_tanh", "gelu_erf"),
@@ -54,19 +42,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_python": reference.gelu_erf,
     "gelu_python_tanh": reference.gelu_tanh,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
     "laplace": reference.laplace,
-    "leaky_relu": F.leaky_relu,
     "linear": lambda x: x,
-    "mish": F.mish,
-    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
     "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
     "swish": F.silu,
-    "tanh": torch.tanh,
+    **{name: getattr(F, name) for name in ("hardswish", "leaky_relu", "mish", "relu", "relu6", "silu")},
+    **{name: getattr(torch, name) for name in ("sigmoid", "tanh")},
 }
 
 # The op with a kernel that a name means.
@@ -170,7 +152,7 @@ def check_activation(name: str) -> str:
 
 
 def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
-    check_floating(op, x=x, **({} if bias is None else {"bias": bias}))
+    dispatch.check_floating(op, x=x, **({} if bias is None else {"bias": bias}))
     if bias is None:
         return
     if x.ndim == 0:
@@ -188,10 +170,10 @@ def _apply(
 ) -> Tensor:
     """Runs the kernel of ``op`` where it may, else ``otherwise``, which on the CPU may be as fast."""
     tensors = (x,) if bias is None else (x, bias)
-    kind = kernel_kind(op, *tensors)
+    kind = dispatch.kernel_kind(op, *tensors)
     if not _covered(kind, x, bias) or (kind == "cpu" and fast_on_cpu):
         return otherwise(x, bias)
-    if is_plain(*tensors):
+    if dispatch.is_plain(*tensors):
         return _forward(op, x, bias)
     out: Tensor = getattr(torch.ops.igpt_fast, op)(x, bias)
     return out
@@ -202,67 +184,52 @@ def _covered(kind: str | None, x: Tensor, bias: Tensor | None) -> bool:
     if kind is None or (bias is not None and bias.dtype != x.dtype):
         return False
     if kind == "cpu":
-        return x.dtype in CPU_DTYPES and x.ndim > 0 and x.shape[-1] > 0
-    return x.dtype in DTYPES and x.ndim > 0 and 8 <= x.shape[-1] < 2**31 and x.shape[-1] % 8 == 0
+        return x.dtype in dispatch.CPU_DTYPES and x.ndim > 0 and x.shape[-1] > 0
+    return x.dtype in dispatch.DTYPES and x.ndim > 0 and 8 <= x.shape[-1] < 2**31 and x.shape[-1] % 8 == 0
 
 
 def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
     """Launches the forward."""
-    kernels = native_kernels(op, x)
-    x, bias = dense(x), None if bias is None else dense(bias)
+    kernels = dispatch.native_kernels(op, x)
+    x, bias, n = dispatch.dense(x), dispatch.dense(bias), x.shape[-1]
     out = torch.empty_like(x)
-    n = x.shape[-1]
-    if kernels.kind == "cuda":
-        kernels.module.activation_fwd_cuda(
+    if kernels.kind == "cuda" or x.numel():
+        kernels.function("activation_fwd")(
             x=x.data_ptr(),
-            bias=address(bias),
+            bias=dispatch.address(bias),
             out=out.data_ptr(),
             rows=x.numel() // n,
             n=n,
-            activation=ACTIVATION_NUMBERS[op],
-            dtype=DTYPES[x.dtype],
+            activation=dispatch.ACTIVATION_NUMBERS[op],
+            dtype=dispatch.DTYPES[x.dtype],
             place=kernels.place,
-        )
-    elif x.numel():
-        kernels.module.activation_fwd_cpu(
-            x=x.data_ptr(),
-            bias=address(bias),
-            out=out.data_ptr(),
-            rows=x.numel() // n,
-            n=n,
-            activation=ACTIVATION_NUMBERS[op],
-            format=CPU_DTYPES[x.dtype],
-            threads=torch.get_num_threads(),
         )
     return out
 
 
 def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of x and of bias, which is empty where there is none."""
-    kernels = native_kernels(op, x)
-    dout, x, bias = dense(dout), dense(x), None if bias is None else dense(bias)
+    kernels = dispatch.native_kernels(op, x)
+    dout, x, bias = dispatch.dense(dout), dispatch.dense(x), dispatch.dense(bias)
     dx, n = torch.empty_like(x), x.shape[-1]
-    rows = x.numel() // n
-    dbias = x.new_empty(0 if bias is None else n)
-    arguments = {
-        "dout": dout.data_ptr(),
-        "x": x.data_ptr(),
-        "bias": address(bias),
-        "dx": dx.data_ptr(),
-        "dbias": 0 if bias is None else dbias.data_ptr(),
-        "rows": rows,
-        "n": n,
-        "activation": ACTIVATION_NUMBERS[op],
-    }
-    if kernels.kind == "cuda":
-        parts = 0 if bias is None else kernels.module.activation_bwd_parts(rows, n)
-        partial = torch.empty((parts, n), dtype=torch.float32, device=x.device)
-        kernels.module.activation_bwd_cuda(
-            **arguments, parts=parts, partial=partial.data_ptr(), dtype=DTYPES[x.dtype], place=kernels.place
+    rows, dbias = x.numel() // n, x.new_empty(0 if bias is None else n)
+    parts = 0 if bias is None or kernels.kind == "cpu" else kernels.module.activation_bwd_parts(rows, n)
+    partial = x.new_empty((parts, n), dtype=torch.float32)
+    if kernels.kind == "cuda" or rows or bias is not None:
+        kernels.function("activation_bwd")(
+            dout=dout.data_ptr(),
+            x=x.data_ptr(),
+            bias=dispatch.address(bias),
+            dx=dx.data_ptr(),
+            dbias=0 if bias is None else dbias.data_ptr(),
+            rows=rows,
+            n=n,
+            activation=dispatch.ACTIVATION_NUMBERS[op],
+            parts=parts,
+            partial=partial.data_ptr(),
+            dtype=dispatch.DTYPES[x.dtype],
+            place=kernels.place,
         )
-    elif rows or bias is not None:
-        threads = torch.get_num_threads()
-        kernels.module.activation_bwd_cpu(**arguments, format=CPU_DTYPES[x.dtype], threads=threads)
     return dx, dbias
 
 
@@ -281,19 +248,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(op: str, ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     if torch.is_grad_enabled():
-        dx, dbias = differentiate(DEFINITIONS[op], (x, bias), dout)
+        dx, dbias = dispatch.differentiate(DEFINITIONS[op], (x, bias), dout)
     else:
         dx, dbias = getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, x, bias)
     return dx, None if bias is None else dbias
 
 
 for _op in DEFINITIONS:
-    register(
+    dispatch.register(
         f"{_op}(Tensor x, Tensor? bias) -> Tensor",
         partial(_forward, _op),
         _fake_forward,
         backward=(_save, partial(_differentiate, _op)),
     )
-    register(
+    dispatch.register(
         f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)", partial(_backward, _op), _fake_backward
     )

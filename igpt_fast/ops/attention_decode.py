@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
-from igpt_fast.ops.dispatch import (
-    DTYPES,
-    HEAD_DIMS,
-    address,
-    check_floating,
-    dense,
-    is_plain,
-    native_kernels,
-    register,
-    use_kernel,
-)
+from igpt_fast.ops import dispatch
 
 OPS["attention_decode"] = Op(
     native=("cuda",),
@@ -96,8 +88,8 @@ def attention_decode(
         )
     optional = [tensor for tensor in (starts, prefix_k, prefix_v, v_scale) if tensor is not None]
     tensors = [q, k, v, k_cache, v_cache, position, *optional]
-    if _covered(q, k_cache, prefix_k, v_scale) and use_kernel("attention_decode", *tensors):
-        run = _attention_decode if is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
+    if _covered(q, k_cache, prefix_k, v_scale) and dispatch.use_kernel("attention_decode", *tensors):
+        run = _attention_decode if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
         return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, scale, limit)
     return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v, v_scale)
 
@@ -121,7 +113,7 @@ def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tensor | None) -> bool:
     """Whether the kernel takes it; the rule is in ``OPS`` in words."""
-    if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
+    if q.dtype not in dispatch.DTYPES or q.shape[-1] not in dispatch.HEAD_DIMS or k_cache.shape[2] > _MOST_KEYS:
         return False
     if q.dtype == torch.float32 and (prefix_k is not None or v_scale is not None):
         return False
@@ -148,7 +140,7 @@ def _check(
         named |= {"prefix_k": prefix_k, "prefix_v": prefix_v}
     if v_scale is not None:
         named["v_scale"] = v_scale
-    check_floating(op, **named)
+    dispatch.check_floating(op, **named)
     for name, tensor in named.items():
         dtype, whose = q.dtype, ", q's"
         if v_scale is not None and name in _SCALED:
@@ -207,13 +199,13 @@ def _rows_of_heads(tensor: Tensor) -> Tensor:
     vector = 16 // tensor.element_size()
     *outer, last = tensor.stride()
     fits = last == 1 and not any(stride % vector for stride in outer) and tensor.data_ptr() % 16 == 0
-    return tensor if fits else dense(tensor)
+    return tensor if fits else dispatch.dense(tensor)
 
 
 def _prefixes(prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
     """Themselves, if every (prefix, head) is contiguous and aligned, at the same strides for both."""
     k, v = (_rows_of_heads(prefix) for prefix in (prefix_k, prefix_v))
-    return (k, v) if k.stride() == v.stride() and k.stride(2) == k.shape[3] else (dense(k), dense(v))
+    return (k, v) if k.stride() == v.stride() and k.stride(2) == k.shape[3] else (dispatch.dense(k), dispatch.dense(v))
 
 
 def _attention_decode(
@@ -231,7 +223,7 @@ def _attention_decode(
     limit: int,
 ) -> Tensor:
     """Launches the kernels."""
-    kernels = native_kernels("attention_decode", q)
+    kernels = dispatch.native_kernels("attention_decode", q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.data_ptr() % 16:
             raise ValueError(f"attention_decode: {name} begins at {cache.data_ptr():#x}; want a multiple of 16 bytes")
@@ -255,39 +247,26 @@ def _attention_decode(
         k=(k.data_ptr(), *k.stride()[:2]),
         v=(v.data_ptr(), *v.stride()[:2]),
         k_cache=k_cache.data_ptr(),
-        v_cache=(v_cache.data_ptr(), address(v_scale)),
+        v_cache=(v_cache.data_ptr(), dispatch.address(v_scale)),
         position=(position.data_ptr(), int(position.numel() > 1)),
-        starts=address(starts),
+        starts=dispatch.address(starts),
         prefix=prefix,
         out=out.data_ptr(),
-        partial=(address(partial), splits, prefix_splits),
+        partial=(dispatch.address(partial), splits, prefix_splits),
         shape=(rows, heads, t_max, dim),
         scale=scale,
-        dtype=DTYPES[q.dtype],
+        dtype=dispatch.DTYPES[q.dtype],
         dependent=kernels.dependent,
         place=kernels.place,
     )
     return out
 
 
-def _fake_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    v_scale: Tensor | None,
-    scale: float,
-    limit: int,
-) -> Tensor:
+def _fake_attention_decode(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-register(
+dispatch.register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
     "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,

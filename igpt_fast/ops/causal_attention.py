@@ -11,19 +11,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
-from igpt_fast.ops.dispatch import (
-    DTYPES,
-    HEAD_DIMS,
-    LEAST_SCALE,
-    address,
-    check_floating,
-    dense,
-    differentiate,
-    is_plain,
-    kernel_kind,
-    native_kernels,
-    register,
-)
+from igpt_fast.ops import dispatch
 
 OPS["causal_attention"] = Op(
     native=("cpu", "cuda"),
@@ -95,7 +83,7 @@ def causal_attention(
     masks = [mask for mask in (key_mask, starts) if mask is not None]
     if not need_weights and not upcast and _use_kernel(op, scale, dropout_p, q, k, v, *masks):
         q, k, v = (_autocast(x) for x in (q, k, v))
-        if is_plain(q, k, v, *masks):
+        if dispatch.is_plain(q, k, v, *masks):
             return _causal_attention(q, k, v, key_mask, starts, scale)[0], None
         return torch.ops.igpt_fast.causal_attention(q, k, v, key_mask, starts, scale)[0], None
     if starts is not None:
@@ -104,7 +92,7 @@ def causal_attention(
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
     # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
     # dropped, cuDNN's, an error.
-    if not scale >= LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
+    if not scale >= dispatch.LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
     return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
 
@@ -133,17 +121,17 @@ def causal_attention_packed(
         TypeError, ValueError, BackendUnavailableError: See ``causal_attention``.
     """
     op = "causal_attention_packed"
-    check_floating(op, qkv=qkv)
+    dispatch.check_floating(op, qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; want (B, T, 3, H, D)")
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = _heads_of(qkv)
     _check_attention(op, q, k, v, dropout_p)
     _check_masks(op, q, q.shape[2], key_mask, starts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = [mask for mask in (key_mask, starts) if mask is not None]
     if not upcast and _use_kernel(op, scale, dropout_p, qkv, *masks):
         qkv = _autocast(qkv)
-        if is_plain(qkv, *masks):
+        if dispatch.is_plain(qkv, *masks):
             return _causal_attention_packed(qkv, key_mask, starts, scale)[0]
         return torch.ops.igpt_fast.causal_attention_packed(qkv, key_mask, starts, scale)[0]
     return causal_attention(q, k, v, scale, key_mask, dropout_p, upcast, starts=starts)[0].transpose(1, 2)
@@ -162,30 +150,24 @@ def _torch_attention(
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What autocast, where it is on, makes of an input of torch's own attention."""
-    kind = tensor.device.type
-    if kind not in ("cpu", "cuda") or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return tensor.dtype
-    return torch.get_autocast_dtype(kind)
-
-
 def _autocast(tensor: Tensor) -> Tensor:
-    return tensor.to(autocast_dtype(tensor))
+    return tensor.to(dispatch.autocast_dtype(tensor))
 
 
 def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
     """Whether a kernel takes it; the rule is in ``OPS`` in words."""
-    dtype = autocast_dtype(x)
+    dtype = dispatch.autocast_dtype(x)
     low = dtype in (torch.bfloat16, torch.float16)
-    if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and LEAST_SCALE <= scale < math.inf):
+    if not (
+        low and x.shape[-1] in dispatch.HEAD_DIMS and dropout_p == 0.0 and dispatch.LEAST_SCALE <= scale < math.inf
+    ):
         return False
-    kind = kernel_kind(op, x, *others)
+    kind = dispatch.kernel_kind(op, x, *others)
     return kind == "cuda" or (kind == "cpu" and dtype == torch.bfloat16)
 
 
 def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
-    check_floating(op, q=q, k=k, v=v)
+    dispatch.check_floating(op, q=q, k=k, v=v)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"{op}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; want one dtype")
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
@@ -219,7 +201,7 @@ def _readable(x: Tensor) -> Tensor:
     per_vector = 16 // x.element_size()
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % per_vector == 0 for step in steps)
-    return x if whole else dense(x)
+    return x if whole else dispatch.dense(x)
 
 
 def _heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +228,7 @@ def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor
         key_mask = key_mask if key_mask.stride(-1) == 1 or key_mask.shape[-1] < 2 else key_mask.contiguous()
         kept.append(key_mask)
         stride = key_mask.stride(0)
-    return kept, {"starts": address(starts), "key_mask": address(key_mask), "key_mask_stride": stride}
+    return kept, {"starts": dispatch.address(starts), "key_mask": dispatch.address(key_mask), "key_mask_stride": stride}
 
 
 def _new_heads(like: Tensor, t: int) -> Tensor:
@@ -256,23 +238,38 @@ def _new_heads(like: Tensor, t: int) -> Tensor:
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
-) -> Tensor:
-    """Launches the forward into ``out``; gives lse."""
-    kernels = native_kernels("causal_attention", q)
-    b, h, t_q, d = q.shape
-    lse = torch.empty((b, h, t_q), dtype=torch.float32, device=q.device)
+    direction: str,
+    read: dict[str, Tensor],
+    written: dict[str, Tensor],
+    lse: Tensor,
+    key_mask: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+) -> None:
+    """Launches the forward, "fwd", or the backward, "bwd", on (B, H, T, D) tensors by their names."""
+    q = read["q"]
+    kernels, (b, h, t_q, d) = dispatch.native_kernels("causal_attention", q), q.shape
+    function = kernels.function(f"causal_attention_{direction}")
     kept, hidden = _hidden(key_mask, starts)
-    tensors = [_readable(x) for x in (q, k, v)]
-    places = dict(zip(["q", "k", "v", "out"], map(_place, (*tensors, out)), strict=True))
-    sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": k.shape[2], "head_dim": d, "scale": scale}
-    arguments: dict[str, Any] = {**places, **sizes, **hidden, "lse": lse.data_ptr()}
+    tensors = {name: _readable(x) for name, x in read.items()} | written
+    sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": read["k"].shape[2], "head_dim": d, "scale": scale}
+    arguments = {name: _place(x) for name, x in tensors.items()} | sizes | hidden | {"lse": lse.data_ptr()}
     if kernels.kind == "cpu":
-        kernels.module.causal_attention_fwd_cpu(**arguments, threads=torch.get_num_threads())
+        function(**arguments, place=kernels.place)
     else:
-        place = {"dtype": DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
-        kernels.module.causal_attention_fwd_cuda(**arguments, rows=0, **place)
+        arguments |= {"dtype": dispatch.DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
+        if direction == "fwd":
+            function(**arguments, rows=0)
+        else:
+            terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=q.device)
+            function(**arguments, terms=terms.data_ptr())
     del kept
+
+
+def _launch_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *masks_and_scale: Any) -> Tensor:
+    """Launches the forward into ``out``; gives lse."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _launch("fwd", {"q": q, "k": k, "v": v}, {"out": out}, lse, *masks_and_scale)
     return lse
 
 
@@ -282,77 +279,40 @@ def _launch_bwd(
     out: Tensor,
     lse: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
-    key_mask: Tensor | None,
-    starts: Tensor | None,
-    scale: float,
+    *masks_and_scale: Any,
 ) -> None:
     """Launches the backward into ``gradients``: of q, k and v."""
-    kernels = native_kernels("causal_attention", out)
-    b, h, t_q, d = out.shape
-    lse = lse.contiguous()
-    kept, hidden = _hidden(key_mask, starts)
-    tensors = [_readable(x) for x in (*inputs, out, dout)]
-    places = dict(
-        zip(["q", "k", "v", "out", "dout", "dq", "dk", "dv"], map(_place, (*tensors, *gradients)), strict=True)
-    )
-    sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": inputs[1].shape[2], "head_dim": d, "scale": scale}
-    arguments: dict[str, Any] = {**places, **sizes, **hidden, "lse": lse.data_ptr()}
-    if kernels.kind == "cpu":
-        kernels.module.causal_attention_bwd_cpu(**arguments, threads=torch.get_num_threads())
-    else:
-        terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)
-        place = {"dtype": DTYPES[out.dtype], "device": kernels.device, "stream": kernels.stream}
-        kernels.module.causal_attention_bwd_cuda(**arguments, terms=terms.data_ptr(), **place)
-    del kept
+    read = dict(zip("qkv", inputs, strict=True)) | {"out": out, "dout": dout}
+    _launch("bwd", read, dict(zip(("dq", "dk", "dv"), gradients, strict=True)), lse.contiguous(), *masks_and_scale)
 
 
-def _causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, *masks_and_scale: Any) -> tuple[Tensor, Tensor]:
     out = _new_heads(q, q.shape[2])
-    return out, _launch(q, k, v, out, key_mask, starts, scale)
+    return out, _launch_fwd(q, k, v, out, *masks_and_scale)
 
 
 def _causal_attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    starts: Tensor | None,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _new_heads(q, q.shape[2]), _new_heads(k, k.shape[2]), _new_heads(k, k.shape[2])
-    _launch_bwd(dout, (q, k, v), out, lse, gradients, key_mask, starts, scale)
+    gradients = _fake_causal_attention_bwd(dout, q, k)
+    _launch_bwd(dout, (q, k, v), out, lse, gradients, *masks_and_scale)
     return gradients
 
 
-def _causal_attention_packed(
-    qkv: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _causal_attention_packed(qkv: Tensor, *masks_and_scale: Any) -> tuple[Tensor, Tensor]:
     b, t, _, h, d = qkv.shape
     out = qkv.new_empty((b, t, h, d))
-    return out, _launch(*_heads_of(_readable(qkv)), out.transpose(1, 2), key_mask, starts, scale)
+    return out, _launch_fwd(*_heads_of(_readable(qkv)), out.transpose(1, 2), *masks_and_scale)
 
 
-def _causal_attention_packed_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    starts: Tensor | None,
-    scale: float,
-) -> Tensor:
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+def _causal_attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any) -> Tensor:
+    dqkv = _fake_causal_attention_packed_bwd(dout, qkv)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    _launch_bwd(dout, _heads_of(_readable(qkv)), out, lse, _heads_of(dqkv), key_mask, starts, scale)
+    _launch_bwd(dout, _heads_of(_readable(qkv)), out, lse, _heads_of(dqkv), *masks_and_scale)
     return dqkv
 
 
-def _fake_causal_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_causal_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -386,7 +346,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
         def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return reference.causal_attention(q, k, v, ctx.scale, key_mask, starts=starts)[0]
 
-        return *differentiate(defined, tuple(tensors), dout), None, None, None
+        return *dispatch.differentiate(defined, tuple(tensors), dout), None, None, None
     gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
     return *gradients, None, None, None
 
@@ -401,30 +361,30 @@ def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor
             out, _ = reference.causal_attention(*_heads_of(qkv), ctx.scale, key_mask, starts=starts)
             return out.transpose(1, 2)
 
-        return *differentiate(defined, (qkv,), dout), None, None, None
+        return *dispatch.differentiate(defined, (qkv,), dout), None, None, None
     dqkv = torch.ops.igpt_fast.causal_attention_packed_bwd(dout, qkv, out, lse, key_mask, starts, ctx.scale)
     return dqkv, None, None, None
 
 
-register(
+dispatch.register(
     "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention,
     _fake_causal_attention,
     backward=(_save, _differentiate),
 )
-register(
+dispatch.register(
     "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
     "Tensor? starts, float scale) -> (Tensor, Tensor, Tensor)",
     _causal_attention_bwd,
     _fake_causal_attention_bwd,
 )
-register(
+dispatch.register(
     "causal_attention_packed(Tensor qkv, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention_packed,
     _fake_causal_attention_packed,
     backward=(_save, _differentiate_packed),
 )
-register(
+dispatch.register(
     "causal_attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? starts, "
     "float scale) -> Tensor",
     _causal_attention_packed_bwd,

@@ -9,18 +9,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import LEAST_CPU, OPS, Op
-from igpt_fast.ops.dispatch import (
-    CPU_DTYPES,
-    DTYPES,
-    address,
-    check_floating,
-    dense,
-    differentiate,
-    is_plain,
-    kernel_kind,
-    native_kernels,
-    register,
-)
+from igpt_fast.ops import dispatch
 
 OPS["cross_entropy"] = Op(
     native=("cpu", "cuda"),
@@ -57,16 +46,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
     Source: torch.nn.functional.cross_entropy.
     """
     _check(logits, labels, ignore_index, reduction)
-    if not _covered(kernel_kind("cross_entropy", logits, labels), logits):
+    if not _covered(dispatch.kernel_kind("cross_entropy", logits, labels), logits):
         return reference.cross_entropy(logits, labels, ignore_index, reduction)
-    if is_plain(logits, labels):
+    if dispatch.is_plain(logits, labels):
         return _forward(logits, labels, ignore_index, reduction)[0]
     loss: Tensor = torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
     return loss
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
-    check_floating("cross_entropy", logits=logits)
+    dispatch.check_floating("cross_entropy", logits=logits)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"cross_entropy: labels is {got}; want a tensor of int64")
@@ -86,50 +75,36 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) ->
 def _covered(kind: str | None, logits: Tensor) -> bool:
     """Whether the kernel of a kind takes it; the rule is in ``OPS`` in words."""
     if kind == "cpu":
-        return logits.dtype in CPU_DTYPES
-    return kind is not None and logits.dtype in DTYPES and logits.shape[-1] <= 65536
+        return logits.dtype in dispatch.CPU_DTYPES
+    return kind is not None and logits.dtype in dispatch.DTYPES and logits.shape[-1] <= 65536
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward: the loss, how many rows count (empty for "none"), and each row's part for the backward."""
-    kernels = native_kernels("cross_entropy", logits)
-    logits, labels = dense(logits), labels.contiguous()
+    kernels = dispatch.native_kernels("cross_entropy", logits)
+    logits, labels = dispatch.dense(logits), labels.contiguous()
     rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"
     loss, count, statistics = _fake_forward(logits, labels, ignore_index, reduction)
-    if kernels.kind == "cpu":
-        losses, total, counted = (loss, None, None) if each else (loss.new_empty(rows), loss, count)
-        if rows or not each:
-            kernels.module.cross_entropy_fwd_cpu(
-                logits=logits.data_ptr(),
-                labels=labels.data_ptr(),
-                losses=losses.data_ptr(),
-                loss=address(total),
-                count=address(counted),
-                statistics=statistics.data_ptr(),
-                rows=rows,
-                k=k,
-                ignore_index=ignore_index,
-                mean=reduction == "mean",
-                format=CPU_DTYPES[logits.dtype],
-                threads=torch.get_num_threads(),
-            )
+    cpu = kernels.kind == "cpu"
+    if cpu and each and rows == 0:
         return loss, count, statistics
-    parts = kernels.module.cross_entropy_parts(rows)
-    partial = torch.empty((parts, 2), dtype=torch.float32, device=logits.device)
-    kernels.module.cross_entropy_fwd_cuda(
+    losses = loss if each else loss.new_empty(rows if cpu else 0)  # a GPU sums them up as they come
+    parts = 0 if cpu else kernels.module.cross_entropy_parts(rows)
+    partial = loss.new_empty((parts, 2))
+    kernels.function("cross_entropy_fwd")(
         logits=logits.data_ptr(),
         labels=labels.data_ptr(),
-        losses=loss.data_ptr() if each else 0,
+        losses=losses.data_ptr() if each or cpu else 0,
         loss=0 if each else loss.data_ptr(),
         count=0 if each else count.data_ptr(),
         statistics=statistics.data_ptr(),
-        partial=partial.data_ptr(),
         rows=rows,
         k=k,
-        parts=parts,
         ignore_index=ignore_index,
         mean=reduction == "mean",
-        dtype=DTYPES[logits.dtype],
+        partial=partial.data_ptr(),
+        parts=parts,
+        dtype=dispatch.DTYPES[logits.dtype],
         place=kernels.place,
     )
     return loss, count, statistics
@@ -139,26 +114,23 @@ def _backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
 ) -> Tensor:
     """Launches the backward: the gradient of logits. ``count`` divides it, where the loss was a mean."""
-    kernels = native_kernels("cross_entropy", logits)
-    dloss, logits, labels = dense(dloss), dense(logits), labels.contiguous()
+    kernels = dispatch.native_kernels("cross_entropy", logits)
+    dloss, logits, labels = dispatch.dense(dloss), dispatch.dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
-    arguments = {
-        "dloss": dloss.data_ptr(),
-        "logits": logits.data_ptr(),
-        "labels": labels.data_ptr(),
-        "statistics": statistics.data_ptr(),
-        "count": address(count),
-        "dlogits": dlogits.data_ptr(),
-        "rows": labels.numel(),
-        "k": logits.shape[-1],
-        "for_each": dloss.shape == labels.shape,
-        "ignore_index": ignore_index,
-    }
-    if kernels.kind == "cpu":
-        threads = torch.get_num_threads()
-        kernels.module.cross_entropy_bwd_cpu(**arguments, format=CPU_DTYPES[logits.dtype], threads=threads)
-    else:
-        kernels.module.cross_entropy_bwd_cuda(**arguments, dtype=DTYPES[logits.dtype], place=kernels.place)
+    kernels.function("cross_entropy_bwd")(
+        dloss=dloss.data_ptr(),
+        logits=logits.data_ptr(),
+        labels=labels.data_ptr(),
+        statistics=statistics.data_ptr(),
+        count=dispatch.address(count),
+        dlogits=dlogits.data_ptr(),
+        rows=labels.numel(),
+        k=logits.shape[-1],
+        for_each=dloss.shape == labels.shape,
+        ignore_index=ignore_index,
+        dtype=dispatch.DTYPES[logits.dtype],
+        place=kernels.place,
+    )
     return dlogits
 
 
@@ -169,9 +141,7 @@ def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: 
     return loss, count, logits.new_empty((*labels.shape, 2), dtype=torch.float32)
 
 
-def _fake_backward(
-    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
-) -> Tensor:
+def _fake_backward(_dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -189,19 +159,19 @@ def _differentiate(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[T
     logits, labels, statistics, count = ctx.saved_tensors
     if torch.is_grad_enabled():
         inputs = logits, labels, ctx.ignore_index, ctx.reduction
-        return differentiate(reference.cross_entropy, inputs, dloss)[0], None, None, None
+        return dispatch.differentiate(reference.cross_entropy, inputs, dloss)[0], None, None, None
     divisor = count if ctx.reduction == "mean" else None
     dlogits = torch.ops.igpt_fast.cross_entropy_bwd(dloss, logits, labels, statistics, divisor, ctx.ignore_index)
     return dlogits, None, None, None
 
 
-register(
+dispatch.register(
     "cross_entropy(Tensor logits, Tensor labels, int ignore_index, str reduction) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     backward=(_save, _differentiate),
 )
-register(
+dispatch.register(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor statistics, Tensor? count, int ignore_index)"
     " -> Tensor",
     _backward,

@@ -9,7 +9,7 @@ backward, so that a gradient takes the way that its forward took. Where no kerne
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import _C, Tensor
@@ -132,8 +132,13 @@ def differentiate(function: Function, inputs: tuple[Any, ...], *upstream: Tensor
     return gradients
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor as a kernel takes it: contiguous, 16-byte aligned; itself where it is that already."""
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+def dense(tensor: MaybeTensor) -> MaybeTensor:
+    """The tensor as a kernel takes it: contiguous, 16-byte aligned; itself where it is that already, or none."""
+    if tensor is None:
+        return tensor
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 

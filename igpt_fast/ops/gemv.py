@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
-from igpt_fast.ops.dispatch import (
-    ACTIVATION_NUMBERS,
-    DTYPES,
-    address,
-    check_floating,
-    dense,
-    is_plain,
-    native_kernels,
-    register,
-    use_kernel,
-)
+from igpt_fast.ops import dispatch
 
 OPS["gemv"] = Op(
     native=("cuda",),
@@ -67,8 +59,8 @@ def gemv(
     """
     _check(x, weight, bias, norm_weight, eps, activation, residual)
     tensors = [tensor for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None]
-    if _covered(x, weight, tensors) and use_kernel("gemv", *tensors):
-        run = _gemv if is_plain(*tensors) else torch.ops.igpt_fast.gemv
+    if _covered(x, weight, tensors) and dispatch.use_kernel("gemv", *tensors):
+        run = _gemv if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.gemv
         return run(x, weight, bias, norm_weight, residual, activation, eps)
     return reference.gemv(x, weight, bias, norm_weight, eps, activation, residual)
 
@@ -106,7 +98,7 @@ def _check(
     residual: Tensor | None,
 ) -> None:
     optional = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
-    check_floating("gemv", x=x, weight=weight, **{name: t for name, t in optional.items() if t is not None})
+    dispatch.check_floating("gemv", x=x, weight=weight, **{name: t for name, t in optional.items() if t is not None})
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"gemv: {name} is {tensor.dtype}; want {x.dtype}, x's")
@@ -121,8 +113,8 @@ def _check(
             raise ValueError(f"gemv: {name} has shape {tuple(tensor.shape)}; want {wanted[name]}")
     if not eps >= 0.0:
         raise ValueError(f"gemv: eps is {eps}; want 0 or above")
-    if activation not in ACTIVATION_NUMBERS:
-        names = ", ".join(repr(name) for name in ACTIVATION_NUMBERS)
+    if activation not in dispatch.ACTIVATION_NUMBERS:
+        names = ", ".join(repr(name) for name in dispatch.ACTIVATION_NUMBERS)
         raise ValueError(f"gemv: activation is {activation!r}; want one of {names}")
 
 
@@ -136,51 +128,43 @@ def _gemv(
     eps: float,
 ) -> Tensor:
     """Launches the kernel."""
-    kernels = native_kernels("gemv", x)
+    kernels = dispatch.native_kernels("gemv", x)
     given = weight, bias
     if weight.data_ptr() % 16:
         weight = weight.clone()
     layout = _layout(weight)
     assert layout is not None
     (transposed, distance), (n_in, n_out) = layout, weight.shape
-    x = dense(x)
-    bias, norm_weight, residual = (None if t is None else dense(t) for t in (bias, norm_weight, residual))
+    x, bias = dispatch.dense(x), dispatch.dense(bias)
+    norm_weight, residual = dispatch.dense(norm_weight), dispatch.dense(residual)
     # The kernel reads these two before it waits: copies that the launch before has made it would miss.
     dependent = kernels.dependent and weight is given[0] and bias is given[1]
     out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
     kernels.module.gemv_cuda(
         x=x.data_ptr(),
         weight=(weight.data_ptr(), distance),
-        bias=address(bias),
-        norm_weight=address(norm_weight),
-        residual=address(residual),
+        bias=dispatch.address(bias),
+        norm_weight=dispatch.address(norm_weight),
+        residual=dispatch.address(residual),
         out=out.data_ptr(),
         rows=x.numel() // n_in,
         n_in=n_in,
         n_out=n_out,
         transposed=transposed,
         eps=eps,
-        activation=ACTIVATION_NUMBERS[activation],
-        dtype=DTYPES[x.dtype],
+        activation=dispatch.ACTIVATION_NUMBERS[activation],
+        dtype=dispatch.DTYPES[x.dtype],
         dependent=dependent,
         place=kernels.place,
     )
     return out
 
 
-def _fake_gemv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
-) -> Tensor:
+def _fake_gemv(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-register(
+dispatch.register(
     "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, str? activation, float eps)"
     " -> Tensor",
     _gemv,

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.backend import LEAST_CPU, OPS, Op
-from igpt_fast.ops.dispatch import (
-    CPU_DTYPES,
-    DTYPES,
-    address,
-    check_floating,
-    dense,
-    differentiate,
-    is_plain,
-    kernel_kind,
-    native_kernels,
-    register,
-)
+from igpt_fast.backend import LEAST_CPU, OPS, Kernels, Op
+from igpt_fast.ops import dispatch
 
 OPS["rms_norm"] = Op(
     native=("cpu", "cuda"),
@@ -76,8 +66,8 @@ def rms_norm(
     _check_norm("rms_norm", x, weight, None, eps, residual)
     dtype = x.dtype if dtype is None else dtype
     others = () if residual is None else (residual,)
-    if _covered(kernel_kind("rms_norm", x, weight, *others), x, weight):
-        plain = is_plain(x, weight, *others)
+    if _covered(dispatch.kernel_kind("rms_norm", x, weight, *others), x, weight):
+        plain = dispatch.is_plain(x, weight, *others)
         if residual is None:
             return (_rms_norm if plain else torch.ops.igpt_fast.rms_norm)(x, weight, eps, dtype)
         return (_add_rms_norm if plain else torch.ops.igpt_fast.add_rms_norm)(x, residual, weight, eps, dtype)
@@ -121,8 +111,8 @@ def layer_norm(
     """
     _check_norm("layer_norm", x, weight, bias, eps, residual)
     others = tuple(t for t in (bias, residual) if t is not None)
-    if _covered(kernel_kind("layer_norm", x, weight, *others), x, weight, bias):
-        plain = is_plain(x, weight, *others)
+    if _covered(dispatch.kernel_kind("layer_norm", x, weight, *others), x, weight, bias):
+        plain = dispatch.is_plain(x, weight, *others)
         if residual is None:
             return (_layer_norm if plain else torch.ops.igpt_fast.layer_norm)(x, weight, bias, eps)
         return (_add_layer_norm if plain else torch.ops.igpt_fast.add_layer_norm)(x, residual, weight, bias, eps)
@@ -137,13 +127,13 @@ def _covered(kind: str | None, x: Tensor, weight: Tensor, bias: Tensor | None = 
     if kind is None or (bias is not None and bias.dtype != weight.dtype):
         return False
     if kind == "cpu":
-        return x.dtype in CPU_DTYPES and weight.dtype in CPU_DTYPES and x.shape[-1] > 0
-    return x.dtype in DTYPES and weight.dtype == x.dtype and x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
+        return x.dtype in dispatch.CPU_DTYPES and weight.dtype in dispatch.CPU_DTYPES and x.shape[-1] > 0
+    return x.dtype in dispatch.DTYPES and weight.dtype == x.dtype and x.shape[-1] % 8 == 0 and 8 <= x.shape[-1] <= 8192
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    check_floating(op, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    dispatch.check_floating(op, **{name: tensor for name, tensor in given.items() if tensor is not None})
     if x.ndim == 0:
         raise ValueError(f"{op}: x has shape (); want at least one dimension")
     if not eps >= 0.0:
@@ -162,57 +152,41 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else dense(tensor)
-
-
 def _forward(
     op: str,
-    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches the forward of (x, residual, weight, bias): the norm, in ``dtype``, and what was normalised."""
-    kernels = native_kernels(op, tensors[0])
-    x, weight, residual, bias = dense(tensors[0]), dense(tensors[2]), _dense(tensors[1]), _dense(tensors[3])
-    dtype = x.dtype if dtype is None else dtype
-    out = torch.empty_like(x, dtype=_written(x, dtype) if kernels.kind == "cpu" else x.dtype)
+    """Launches the forward: the norm, in ``dtype``, and what was normalised."""
+    kernels, dtype = dispatch.native_kernels(op, x), dtype or x.dtype
+    x, residual, weight, bias = (
+        dispatch.dense(x),
+        dispatch.dense(residual),
+        dispatch.dense(weight),
+        dispatch.dense(bias),
+    )
+    out = torch.empty_like(x, dtype=_written(kernels, x, dtype))
     total = None if residual is None else torch.empty_like(x)
-    if kernels.kind == "cuda":
-        kernels.module.norm_fwd_cuda(
+    if kernels.kind == "cuda" or x.numel():
+        kernels.function("norm_fwd")(
             x=x.data_ptr(),
-            residual=address(residual),
+            residual=dispatch.address(residual),
             weight=weight.data_ptr(),
-            bias=address(bias),
-            sum=address(total),
+            bias=dispatch.address(bias),
+            sum=dispatch.address(total),
             out=out.data_ptr(),
-            rows=_rows(x),
+            rows=x.numel() // x.shape[-1],
             n_embd=x.shape[-1],
             eps=eps,
             centred=op == "layer_norm",
-            dtype=DTYPES[x.dtype],
+            weight_dtype=dispatch.DTYPES[weight.dtype],
+            out_dtype=dispatch.DTYPES[out.dtype],
+            dtype=dispatch.DTYPES[x.dtype],
             place=kernels.place,
-        )
-    elif x.numel():
-        kernels.module.norm_fwd_cpu(
-            x=x.data_ptr(),
-            residual=address(residual),
-            weight=weight.data_ptr(),
-            bias=address(bias),
-            total=address(total),
-            out=out.data_ptr(),
-            rows=_rows(x),
-            n=x.shape[-1],
-            eps=eps,
-            centred=op == "layer_norm",
-            format=CPU_DTYPES[x.dtype],
-            weight_format=CPU_DTYPES[weight.dtype],
-            out_format=CPU_DTYPES[out.dtype],
-            threads=torch.get_num_threads(),
         )
     return out.to(dtype), total
 
@@ -221,57 +195,57 @@ def _backward(
     op: str, dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launches the backward: the gradients of what was normalised, of the weight and, of layer_norm, of a bias."""
-    kernels, centred = native_kernels(op, x), op == "layer_norm"
-    read = _written(x, dout.dtype) if kernels.kind == "cpu" else x.dtype
-    dout, x, weight, dsum = dense(dout.to(read)), dense(x), dense(weight), _dense(dsum)
+    kernels, centred, rows = dispatch.native_kernels(op, x), op == "layer_norm", x.numel() // x.shape[-1]
+    dout, dsum = dispatch.dense(dout.to(_written(kernels, x, dout.dtype))), dispatch.dense(dsum)
+    x, weight = dispatch.dense(x), dispatch.dense(weight)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
-    arguments = {
-        "dout": dout.data_ptr(),
-        "dsum": address(dsum),
-        "x": x.data_ptr(),
-        "weight": weight.data_ptr(),
-        "dx": dx.data_ptr(),
-        "dweight": dweight.data_ptr(),
-        "dbias": address(dbias),
-        "rows": _rows(x),
-        "eps": eps,
-        "centred": centred,
-    }
-    if kernels.kind == "cpu":
-        formats = {"weight_format": CPU_DTYPES[weight.dtype], "out_format": CPU_DTYPES[dout.dtype]}
-        threads = torch.get_num_threads()
-        kernels.module.norm_bwd_cpu(**arguments, **formats, n=x.shape[-1], format=CPU_DTYPES[x.dtype], threads=threads)
-        return dx, dweight, dbias
-    parts = kernels.module.norm_bwd_parts(_rows(x))
-    partial = torch.empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
-    work = {"partial": partial.data_ptr(), "parts": parts}
-    kernels.module.norm_bwd_cuda(**arguments, **work, n_embd=x.shape[-1], dtype=DTYPES[x.dtype], place=kernels.place)
+    parts = 0 if kernels.kind == "cpu" else kernels.module.norm_bwd_parts(rows)
+    partial = x.new_empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32)
+    kernels.function("norm_bwd")(
+        dout=dout.data_ptr(),
+        dsum=dispatch.address(dsum),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        dx=dx.data_ptr(),
+        dweight=dweight.data_ptr(),
+        dbias=dispatch.address(dbias),
+        rows=rows,
+        n_embd=x.shape[-1],
+        eps=eps,
+        centred=centred,
+        partial=partial.data_ptr(),
+        parts=parts,
+        weight_dtype=dispatch.DTYPES[weight.dtype],
+        out_dtype=dispatch.DTYPES[dout.dtype],
+        dtype=dispatch.DTYPES[x.dtype],
+        place=kernels.place,
+    )
     return dx, dweight, dbias
 
 
-def _written(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the CPU's kernel writes, and reads the gradient of, where ``dtype`` is wanted."""
-    return dtype if (x.dtype, dtype) == (torch.float32, torch.bfloat16) else x.dtype
+def _written(kernels: Kernels, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes, and reads the gradient of, where ``dtype`` is wanted: the CPU's converts in one way."""
+    return dtype if (kernels.kind, x.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16) else x.dtype
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return _forward("rms_norm", (x, None, weight, None), eps, dtype)[0]
+    return _forward("rms_norm", x, None, weight, None, eps, dtype)[0]
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, total = _forward("rms_norm", (x, residual, weight, None), eps, dtype)
+    out, total = _forward("rms_norm", x, residual, weight, None, eps, dtype)
     assert total is not None
     return out, total
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _forward("layer_norm", (x, None, weight, bias), eps)[0]
+    return _forward("layer_norm", x, None, weight, bias, eps)[0]
 
 
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    out, total = _forward("layer_norm", (x, residual, weight, bias), eps)
+    out, total = _forward("layer_norm", x, residual, weight, bias, eps)
     assert total is not None
     return out, total
 
@@ -303,117 +277,91 @@ def _fake_add_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x), _like(x)
 
 
-def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _fake_rms_norm(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x, dtype=others[-1], memory_format=torch.contiguous_format)
 
 
-def _fake_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(x, weight, eps, dtype), _like(x)
+def _fake_add_rms_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _fake_rms_norm(x, *others), _like(x)
 
 
 def _fake_rms_norm_bwd(
-    dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+    _dout: Tensor, _dsum: Tensor | None, x: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return _like(x), _like(weight)
 
 
-def _fake_layer_norm_bwd(
-    dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _like(weight), _like(weight)
+def _fake_layer_norm_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight = _fake_rms_norm_bwd(*inputs)
+    return dx, dweight, _like(dweight)
 
 
-def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keeps what was normalised: x, or the sum."""
-    *_, weight, ctx.eps, _dtype = inputs
-    ctx.save_for_backward(inputs[0] if isinstance(output, Tensor) else output[1], weight)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps what was normalised, x or the sum, the weight and, of layer_norm, the bias."""
+    x, residual = (inputs[0], ()) if isinstance(output, Tensor) else (output[1], inputs[1:2])
+    weights = [value for value in inputs[1 + len(residual) :] if value is None or isinstance(value, Tensor)]
+    ctx.eps = inputs[1 + len(residual) + len(weights)]
+    ctx.save_for_backward(x, *weights)
     ctx.set_materialize_grads(False)  # no tensor of zeros for an output that was not used
 
 
-def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *_, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(inputs[0] if isinstance(output, Tensor) else output[1], weight, bias)
-    ctx.set_materialize_grads(False)
-
-
-def _rms_gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of what was normalised, and of the weight."""
-    x, weight = ctx.saved_tensors
+def _gradients(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> list[Tensor | None]:
+    """Of what was normalised, of the weight and, of layer_norm, of the bias."""
+    x, weight, *bias = ctx.saved_tensors
     if dout is None:
-        return dsum, None
+        return [dsum, None, *(None for _ in bias)]
     if torch.is_grad_enabled():
-        dx, dweight, _ = differentiate(reference.rms_norm, (x, weight, ctx.eps), dout.to(x.dtype))
-        return _sum(dx, dsum), dweight
-    dx, dweight = torch.ops.igpt_fast.rms_norm_bwd(dout, dsum, x, weight, ctx.eps)
-    return dx, dweight
-
-
-def _layer_gradients(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of what was normalised, of the weight and of the bias."""
-    x, weight, bias = ctx.saved_tensors
-    if dout is None:
-        return dsum, None, None
-    if torch.is_grad_enabled():
-        dx, dweight, dbias, _ = differentiate(reference.layer_norm, (x, weight, bias, ctx.eps), dout)
-        return _sum(dx, dsum), dweight, dbias
-    dx, dweight, dbias = torch.ops.igpt_fast.layer_norm_bwd(dout, dsum, x, weight, ctx.eps)
-    return dx, dweight, None if bias is None else dbias
+        inputs = x, weight, *bias, ctx.eps
+        dx, *others, _ = dispatch.differentiate(getattr(reference, op), inputs, dout.to(x.dtype))
+        return [_sum(dx, dsum), *others]
+    found: list[Tensor | None] = list(getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, dsum, x, weight, ctx.eps))
+    return [*found[:2], None] if bias == [None] else found
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _differentiate_rms(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_rms_gradients(ctx, dout, None), None, None
+def _differentiate(op: str, ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = _gradients(op, ctx, dout, None)
+    return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
 
-def _differentiate_add_rms(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dweight = _rms_gradients(ctx, dout, dsum)
-    return dx, dx, dweight, None, None
+def _differentiate_add(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, *others = _gradients(op, ctx, dout, dsum)
+    return dx, dx, *others, *[None] * (len(ctx.needs_input_grad) - 2 - len(others))
 
 
-def _differentiate_layer(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_layer_gradients(ctx, dout, None), None
-
-
-def _differentiate_add_layer(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = _layer_gradients(ctx, dout, dsum)
-    return dx, dx, dweight, dbias, None
-
-
-register(
+dispatch.register(
     "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
     _rms_norm,
     _fake_rms_norm,
-    backward=(_save_rms, _differentiate_rms),
+    backward=(_save, partial(_differentiate, "rms_norm")),
 )
-register(
+dispatch.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _add_rms_norm,
     _fake_add_rms_norm,
-    backward=(_save_rms, _differentiate_add_rms),
+    backward=(_save, partial(_differentiate_add, "rms_norm")),
 )
-register(
+dispatch.register(
     "rms_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _rms_norm_bwd,
     _fake_rms_norm_bwd,
 )
-register(
+dispatch.register(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     _layer_norm,
     _fake_norm,
-    backward=(_save_layer, _differentiate_layer),
+    backward=(_save, partial(_differentiate, "layer_norm")),
 )
-register(
+dispatch.register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _add_layer_norm,
     _fake_add_norm,
-    backward=(_save_layer, _differentiate_add_layer),
+    backward=(_save, partial(_differentiate_add, "layer_norm")),
 )
-register(
+dispatch.register(
     "layer_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     _layer_norm_bwd,
     _fake_layer_norm_bwd,

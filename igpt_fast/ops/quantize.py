@@ -9,8 +9,7 @@ from torch import Tensor
 
 from igpt_fast import backend, reference
 from igpt_fast.backend import OPS, Op
-from igpt_fast.ops import colour_table
-from igpt_fast.ops.dispatch import dense, is_plain, kernel_kind, library, native_kernels, register
+from igpt_fast.ops import colour_table, dispatch
 
 OPS["quantize"] = Op(
     ("cpu", "cuda"),
@@ -51,7 +50,7 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     Source: openai/image-gpt src/utils.py ``color_quantize``; see ``reference.quantize``.
     """
     _check_quantize(x, clusters)
-    if is_plain(x, clusters):
+    if dispatch.is_plain(x, clusters):
         return _quantize(x, clusters)
     return torch.ops.igpt_fast.quantize(x, clusters)
 
@@ -73,7 +72,7 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
             use of the device by an error at a later call, as torch's indexing does.
         BackendUnavailableError: The chosen backend does not serve the device.
 
-    Source: openai/image-gpt src/run.py.
+    Source: openai/image-gpt src/run.py; the sampling code of transformers' documentation.
     """
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
@@ -83,8 +82,9 @@ def dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
         raise ValueError(f"dequantize: tokens is on {tokens.device}, clusters on {clusters.device}; want one device")
     clusters = clusters.detach()
     covered = tokens.dtype in TOKEN_TYPES and clusters.dtype == torch.float32 and clusters.shape[0] <= 8192
-    if covered and kernel_kind("dequantize", tokens, clusters):
-        return (_dequantize if is_plain(tokens, clusters) else torch.ops.igpt_fast.dequantize)(tokens, clusters)
+    if covered and dispatch.kernel_kind("dequantize", tokens, clusters):
+        op = _dequantize if dispatch.is_plain(tokens, clusters) else torch.ops.igpt_fast.dequantize
+        return op(tokens, clusters)
     return reference.dequantize(tokens, clusters)
 
 
@@ -106,55 +106,41 @@ def _quantize(x: Tensor, clusters: Tensor) -> Tensor:
     kernels = backend.kernels("quantize", x.device)
     if kernels is None:
         return reference.quantize(x, clusters)
-    out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    if kernels.kind == "cuda":
-        _quantize_cuda(dense(x), clusters, out, kernels)
-        return out
-    x, clusters = x.contiguous(), clusters.contiguous()
-    kernels.module.quantize_cpu(
-        x=x.data_ptr(),
-        is_u8=x.dtype == torch.uint8,
-        clusters=clusters.data_ptr(),
-        out=out.data_ptr(),
-        n=out.numel(),
-        k=clusters.shape[0],
-        threads=torch.get_num_threads(),
-        work=0,
-    )
-    return out
-
-
-def _quantize_cuda(x: Tensor, clusters: Tensor, out: Tensor, kernels: backend.Kernels) -> None:
-    is_u8, n = x.dtype == torch.uint8, out.numel()
-    table = colour_table.tables.get(clusters, n, kernels) if is_u8 else None
+    is_u8, out = x.dtype == torch.uint8, torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    x, n = dispatch.dense(x) if kernels.kind == "cuda" else x.contiguous(), out.numel()
+    table = colour_table.tables.get(clusters, n, kernels) if is_u8 and kernels.kind == "cuda" else None
     if table is not None:
         kernels.module.quantize_lookup_cuda(
             x=x.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), n=n, place=kernels.place
         )
-        return
+        return out
     clusters = clusters.contiguous()
-    kernels.module.quantize_cuda(
+    kernels.function("quantize")(
         x=x.data_ptr(),
         is_u8=is_u8,
         clusters=clusters.data_ptr(),
         out=out.data_ptr(),
         n=n,
         k=clusters.shape[0],
+        work=0,
         place=kernels.place,
     )
+    return out
 
 
 def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
-    kernels = native_kernels("dequantize", tokens)
-    tokens, clusters = dense(tokens), dense(clusters)
+    kernels = dispatch.native_kernels("dequantize", tokens)
+    tokens, clusters = dispatch.dense(tokens), dispatch.dense(clusters)
     out = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
-    addresses = {"tokens": tokens.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
-    sizes = {"n": tokens.numel(), "k": clusters.shape[0]}
-    if kernels.kind == "cuda":
-        kernels.module.dequantize_cuda(**addresses, **sizes, token=TOKEN_TYPES[tokens.dtype], place=kernels.place)
-    elif tokens.numel():
-        kernels.module.dequantize_cpu(
-            **addresses, **sizes, token_bytes=tokens.element_size(), threads=torch.get_num_threads()
+    if kernels.kind == "cuda" or tokens.numel():
+        kernels.function("dequantize")(
+            tokens=tokens.data_ptr(),
+            token=TOKEN_TYPES[tokens.dtype],
+            clusters=clusters.data_ptr(),
+            out=out.data_ptr(),
+            n=tokens.numel(),
+            k=clusters.shape[0],
+            place=kernels.place,
         )
     return out
 
@@ -181,11 +167,11 @@ def _vmap_quantize(
     return torch.stack([quantize(row, palette) for row, palette in zip(rows, palettes, strict=True)]), 0
 
 
-library.define("quantize(Tensor x, Tensor clusters) -> Tensor")
+dispatch.library.define("quantize(Tensor x, Tensor clusters) -> Tensor")
 for _key in ("CPU", "CUDA"):
-    library.impl("quantize", _quantize, _key)
-torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=library)
-torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=library)
-torch.library.register_vmap("igpt_fast::quantize", _vmap_quantize, lib=library)
+    dispatch.library.impl("quantize", _quantize, _key)
+torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=dispatch.library)
+torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=dispatch.library)
+torch.library.register_vmap("igpt_fast::quantize", _vmap_quantize, lib=dispatch.library)
 
-register("dequantize(Tensor tokens, Tensor clusters) -> Tensor", _dequantize, _fake_dequantize)
+dispatch.register("dequantize(Tensor tokens, Tensor clusters) -> Tensor", _dequantize, _fake_dequantize)

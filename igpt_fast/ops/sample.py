@@ -11,16 +11,7 @@ from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling
-from igpt_fast.ops.dispatch import (
-    DTYPES,
-    address,
-    check_floating,
-    dense,
-    is_plain,
-    native_kernels,
-    register,
-    use_kernel,
-)
+from igpt_fast.ops import dispatch
 
 OPS["sample"] = Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers")
 OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
@@ -63,8 +54,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
     logits, uniform = logits.detach(), uniform.detach()
     covered = _covered(logits) and uniform.dtype == torch.float32 and uniform.device == logits.device
-    if covered and use_kernel("sample", logits, uniform):
-        op = _sample if is_plain(logits, uniform) else torch.ops.igpt_fast.sample
+    if covered and dispatch.use_kernel("sample", logits, uniform):
+        op = _sample if dispatch.is_plain(logits, uniform) else torch.ops.igpt_fast.sample
         return op(logits, uniform, *_numbers(sampling))
     return reference.sample(logits, uniform, **vars(sampling))
 
@@ -127,9 +118,9 @@ def draw_next(
     logits = logits.detach()
     wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()
     tensors = [tensor for tensor in (logits, streams, position, wte, wpe) if tensor is not None]
-    covered = _covered(logits) and (wte is None or wte.dtype in DTYPES)
-    if covered and use_kernel("sample_next", *tensors):
-        op = _sample_next if is_plain(*tensors) else torch.ops.igpt_fast.sample_next
+    covered = _covered(logits) and (wte is None or wte.dtype in dispatch.DTYPES)
+    if covered and dispatch.use_kernel("sample_next", *tensors):
+        op = _sample_next if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
         tokens, embedding = op(logits, signed, streams, position, *_numbers(sampling), wte, wpe)
@@ -144,7 +135,7 @@ def _check_next(
     logits: Tensor, seed: int, streams: Tensor, position: Tensor, wte: Tensor | None, wpe: Tensor | None
 ) -> None:
     op = "sample_next"
-    check_floating(op, logits=logits)
+    dispatch.check_floating(op, logits=logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; want (N, K) with K >= 1")
     whole_number(f"{op}: seed", seed, 0, (1 << 64) - 1)
@@ -163,7 +154,7 @@ def _check_next(
         raise ValueError(f"{op}: {'wte' if wte is None else 'wpe'} is None; give both or neither")
     if wte is None or wpe is None:
         return
-    check_floating(op, logits=logits, wte=wte, wpe=wpe)
+    dispatch.check_floating(op, logits=logits, wte=wte, wpe=wpe)
     if wte.dtype != wpe.dtype:
         raise TypeError(f"{op}: wte is {wte.dtype}, wpe {wpe.dtype}; want one dtype")
     if wte.ndim != 2 or wte.shape[0] < logits.shape[1]:
@@ -174,7 +165,7 @@ def _check_next(
 
 def _covered(logits: Tensor) -> bool:
     """Whether the kernel takes it; the rule is in ``OPS`` in words."""
-    return logits.dtype in DTYPES and 1 <= logits.shape[1] <= 1024
+    return logits.dtype in dispatch.DTYPES and 1 <= logits.shape[1] <= 1024
 
 
 def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
@@ -189,29 +180,42 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
 
 
-def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float) -> Tensor:
-    kernels = native_kernels("sample", logits)
-    logits, uniform = _rows(logits), uniform.contiguous()
-    n, k = logits.shape
-    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+def _launch(
+    op: str,
+    logits: Tensor,
+    numbers: tuple[float, int, float, float],
+    uniform: int = 0,
+    seed: int = 0,
+    streams: int = 0,
+    position: tuple[int, int] = (0, 0),
+    embedding: tuple[int, ...] = (0,) * 6,
+) -> Tensor:
+    """Launches the kernel of both ops; gives the tokens."""
+    kernels, logits, tokens = dispatch.native_kernels(op, logits), _rows(logits), _fake_sample(logits)
+    temperature, top_k, top_p, min_score = numbers
     kernels.module.sample_cuda(
         logits=(logits.data_ptr(), logits.stride(0)),
-        uniform=uniform.data_ptr(),
-        seed=0,
-        streams=0,
-        position=(0, 0),
+        uniform=uniform,
+        seed=seed,
+        streams=streams,
+        position=position,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_score=min_score,
         tokens=tokens.data_ptr(),
-        embedding=(0, 0, 0, 0, 0, 0),
-        rows=n,
-        k=k,
-        dtype=DTYPES[logits.dtype],
+        embedding=embedding,
+        rows=logits.shape[0],
+        k=logits.shape[1],
+        dtype=dispatch.DTYPES[logits.dtype],
         place=kernels.place,
     )
     return tokens
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float) -> Tensor:
+    uniform = uniform.contiguous()
+    return _launch("sample", logits, (temperature, top_k, top_p, min_score), uniform.data_ptr())
 
 
 def _sample_next(
@@ -226,51 +230,37 @@ def _sample_next(
     wte: Tensor | None,
     wpe: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = native_kernels("sample_next", logits)
-    logits, streams, position = _rows(logits), streams.contiguous(), position.contiguous()
-    wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
-    n, k = logits.shape
-    tokens, embedding = _fake_sample_next(logits, wte, wpe)
-    embeds = 0, 0, 0, 0, 0, 0
+    streams, position = streams.contiguous(), position.contiguous()
+    wte, wpe = dispatch.dense(wte), dispatch.dense(wpe)
+    embedding = _fake_embedding(logits, wte)
+    embeds: tuple[int, ...] = (0,) * 6
     if wte is not None and wpe is not None and embedding.numel() > 0:
-        embeds = *map(address, (embedding, wte, wpe)), DTYPES[wte.dtype], wte.shape[1], wpe.shape[0]
+        embeds = *map(dispatch.address, (embedding, wte, wpe)), dispatch.DTYPES[wte.dtype], wte.shape[1], wpe.shape[0]
     # The number of rows says whether a position is one row's or all rows'.
-    step = 1 if position.numel() == n and n > 1 else 0
-    kernels.module.sample_cuda(
-        logits=(logits.data_ptr(), logits.stride(0)),
-        uniform=0,
-        seed=seed % (1 << 64),
-        streams=streams.data_ptr(),
-        position=(position.data_ptr(), step),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_score=min_score,
-        tokens=tokens.data_ptr(),
-        embedding=embeds,
-        rows=n,
-        k=k,
-        dtype=DTYPES[logits.dtype],
-        place=kernels.place,
-    )
+    where = position.data_ptr(), int(1 < position.numel() == len(logits))
+    numbers = temperature, top_k, top_p, min_score
+    tokens = _launch("sample_next", logits, numbers, 0, seed % (1 << 64), streams.data_ptr(), where, embeds)
     return tokens, embedding
 
 
-def _fake_sample(logits: Tensor, *others: Any) -> Tensor:
+def _fake_sample(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
+def _fake_embedding(logits: Tensor, wte: Tensor | None) -> Tensor:
+    return logits.new_empty(0) if wte is None else wte.new_empty((len(logits), wte.shape[1]))
+
+
 def _fake_sample_next(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    wte = others[-2]
-    return _fake_sample(logits), logits.new_empty(0) if wte is None else wte.new_empty((len(logits), wte.shape[1]))
+    return _fake_sample(logits), _fake_embedding(logits, others[-2])
 
 
-register(
+dispatch.register(
     "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p, float min_score) -> Tensor",
     _sample,
     _fake_sample,
 )
-register(
+dispatch.register(
     "sample_next(Tensor logits, int seed, Tensor streams, Tensor position, float temperature, int top_k, float top_p,"
     " float min_score, Tensor? wte, Tensor? wpe) -> (Tensor, Tensor)",
     _sample_next,

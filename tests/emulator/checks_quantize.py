@@ -167,7 +167,7 @@ def check_far_pixels(kernels: Kernels) -> None:
             if block == 2048:
                 kernels.module.quantize_lookup_cuda(**far, table=table.data_ptr())
             else:
-                kernels.module.quantize_cuda(**far, is_u8=True, clusters=clusters.data_ptr(), k=len(clusters))
+                kernels.module.quantize_cuda(**far, is_u8=True, work=0, clusters=clusters.data_ptr(), k=len(clusters))
             assert torch.equal(out, expected), block
     finally:
         kernels.module.set_blocks()
@@ -190,7 +190,7 @@ def check_many_pixels(kernels: Kernels) -> None:
             for block, count in ((0, 2), (256, 1)):
                 if kernels.device == "cpu":
                     kernels.module.set_blocks(block, count)
-                kernels.module.quantize_cuda(**arguments, place=kernels._place())
+                kernels.module.quantize_cuda(**arguments, work=0, place=kernels._place())
         finally:
             if kernels.device == "cpu":
                 kernels.module.set_blocks()

@@ -58,6 +58,7 @@ class Kernels:
             is_u8=x.dtype == torch.uint8,
             n=out.numel(),
             k=clusters.shape[0],
+            work=0,
             place=self._place(),
             **addresses(x=x, clusters=clusters, out=out),
         )
@@ -76,6 +77,8 @@ class Kernels:
             n_embd=n_embd,
             eps=eps,
             centred=bias is not None,
+            weight_dtype=DTYPES[x.dtype],
+            out_dtype=DTYPES[x.dtype],
             dtype=DTYPES[x.dtype],
             place=self._place(),
         )
@@ -105,6 +108,8 @@ class Kernels:
             parts=parts,
             eps=eps,
             centred=centred,
+            weight_dtype=DTYPES[x.dtype],
+            out_dtype=DTYPES[x.dtype],
             dtype=DTYPES[x.dtype],
             place=self._place(),
         )

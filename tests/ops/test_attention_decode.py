@@ -9,7 +9,8 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
-from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values, quantize_values
+from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
+from igpt_fast.ops.dispatch import HEAD_DIMS
 
 OP = "attention_decode"
 LAUNCHES_NOTHING = {"test_empty_batch", "test_fake_and_meta"}

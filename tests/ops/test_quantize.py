@@ -161,7 +161,7 @@ def test_shapes_and_strides(name: str) -> None:
 def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1, work: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full((len(x),), -1)
     addresses = {"x": x.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
-    sizes = {"n": len(x), "k": len(clusters), "threads": threads, "work": 0 if work is None else work.data_ptr()}
+    sizes = {"n": len(x), "k": len(clusters), "place": threads, "work": 0 if work is None else work.data_ptr()}
     backend._C.quantize_cpu(is_u8=x.dtype == torch.uint8, **addresses, **sizes)
     return out
 
@@ -276,7 +276,7 @@ def test_any_number_of_threads_gives_the_same() -> None:
 @pytest.mark.parametrize("k", [0, -1, 2**31])
 def test_the_module_refuses_a_number_of_clusters_that_it_cannot_count(k: int) -> None:
     with pytest.raises(ValueError if k < 1 else TypeError, match="rows" if k < 1 else "k: the number is too large"):
-        backend._C.quantize_cpu(x=0, is_u8=True, clusters=0, out=0, n=0, k=k, threads=1, work=0)
+        backend._C.quantize_cpu(x=0, is_u8=True, clusters=0, out=0, n=0, k=k, place=1, work=0)
 
 
 @needs_cpu
@@ -291,7 +291,7 @@ limit = pages * resource.getpagesize() + (8 << 30)  # above what torch has mappe
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     places = {"x": x.data_ptr(), "clusters": 0, "out": out.data_ptr()}
-    backend._C.quantize_cpu(**places, is_u8=True, n=8192, k=2**31 - 1, threads=2, work=0)
+    backend._C.quantize_cpu(**places, is_u8=True, n=8192, k=2**31 - 1, place=2, work=0)
 except MemoryError:
     print("caught")
 """

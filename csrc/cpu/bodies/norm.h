@@ -37,25 +37,25 @@ void norm_rows(const NormParams& p, int64_t begin, int64_t end) {
     const auto* weight = static_cast<const float*>(p.weight);
     const auto* bias = static_cast<const float*>(p.bias);
     for (int64_t row = begin; row < end; ++row) {
-        const T* x = static_cast<const T*>(p.x) + row * p.n;
+        const T* x = static_cast<const T*>(p.x) + row * p.n_embd;
         if (p.residual) {
-            const T* residual = static_cast<const T*>(p.residual) + row * p.n;
-            T* sum = static_cast<T*>(p.total) + row * p.n;
-            sweep<2>(p.n, [&](int64_t i, int, auto part) {
+            const T* residual = static_cast<const T*>(p.residual) + row * p.n_embd;
+            T* sum = static_cast<T*>(p.sum) + row * p.n_embd;
+            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) {
                 write(sum + i, read(x + i, part) + read(residual + i, part), part);
             });
             x = sum;
         }
-        const Moments m = moments(x, p.n, p.eps, p.centred);
+        const Moments m = moments(x, p.n_embd, p.eps, p.centred);
         const Vec mean = set1(m.mean), scale = set1(m.scale);
-        Out* out = static_cast<Out*>(p.out) + row * p.n;
+        Out* out = static_cast<Out*>(p.out) + row * p.n_embd;
         if (bias)
-            sweep<2>(p.n, [&](int64_t i, int, auto part) {
+            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) {
                 const Vec y = (read(x + i, part) - mean) * scale;
                 write(out + i, fma(y, read(weight + i, part), read(bias + i, part)), part);
             });
         else
-            sweep<2>(p.n, [&](int64_t i, int, auto part) {
+            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) {
                 write(out + i, (read(x + i, part) - mean) * scale * read(weight + i, part), part);
             });
     }
@@ -70,14 +70,14 @@ void norm_fwd(const NormParams& p, int64_t begin, int64_t end) {
 template <class T, class Out>
 void norm_grad_rows(const NormGradParams& p, int64_t begin, int64_t end, float* partial) {
     const auto* weight = static_cast<const float*>(p.weight);
-    float *dweight = partial, *dbias = p.dbias ? partial + p.n : nullptr;
+    float *dweight = partial, *dbias = p.dbias ? partial + p.n_embd : nullptr;
     for (int64_t row = begin; row < end; ++row) {
-        const T* x = static_cast<const T*>(p.x) + row * p.n;
-        const Out* dout = static_cast<const Out*>(p.dout) + row * p.n;
-        const Moments m = moments(x, p.n, p.eps, p.centred);
+        const T* x = static_cast<const T*>(p.x) + row * p.n_embd;
+        const Out* dout = static_cast<const Out*>(p.dout) + row * p.n_embd;
+        const Moments m = moments(x, p.n_embd, p.eps, p.centred);
         const Vec mean = set1(m.mean), scale = set1(m.scale);
         Vec along[2] = {zero(), zero()}, level[2] = {zero(), zero()};  // sums of g y and of g
-        sweep<2>(p.n, [&](int64_t i, int u, auto part) {
+        sweep<2>(p.n_embd, [&](int64_t i, int u, auto part) {
             const Vec y = (read(x + i, part) - mean) * scale, d = read(dout + i, part);
             const Vec g = d * read(weight + i, part);
             along[u] = fma(g, y, along[u]);
@@ -85,20 +85,20 @@ void norm_grad_rows(const NormGradParams& p, int64_t begin, int64_t end, float* 
             write(dweight + i, fma(d, y, read(dweight + i, part)), part);
             if (dbias) write(dbias + i, d + read(dbias + i, part), part);
         });
-        const Vec by_y = set1(reduce_add(total(along)) / float(p.n));
-        const Vec by_one = set1(p.centred ? reduce_add(total(level)) / float(p.n) : 0.0f);
-        T* dx = static_cast<T*>(p.dx) + row * p.n;
+        const Vec by_y = set1(reduce_add(total(along)) / float(p.n_embd));
+        const Vec by_one = set1(p.centred ? reduce_add(total(level)) / float(p.n_embd) : 0.0f);
+        T* dx = static_cast<T*>(p.dx) + row * p.n_embd;
         const auto gradient = [&](int64_t i, auto part) {
             const Vec y = (read(x + i, part) - mean) * scale;
             const Vec g = read(dout + i, part) * read(weight + i, part);
             return scale * (g - by_one - y * by_y);
         };
         if (p.dsum) {
-            const T* dsum = static_cast<const T*>(p.dsum) + row * p.n;
-            sweep<2>(p.n,
+            const T* dsum = static_cast<const T*>(p.dsum) + row * p.n_embd;
+            sweep<2>(p.n_embd,
                      [&](int64_t i, int, auto part) { write(dx + i, gradient(i, part) + read(dsum + i, part), part); });
         } else {
-            sweep<2>(p.n, [&](int64_t i, int, auto part) { write(dx + i, gradient(i, part), part); });
+            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) { write(dx + i, gradient(i, part), part); });
         }
     }
 }

@@ -24,7 +24,7 @@
 //
 // Source: openai/image-gpt src/utils.py color_quantize (the definition).
 #include "../ops.h"
-#include "simd/registers.h"
+#include "simd/lanes.h"
 
 namespace igpt::cpu {
 namespace {
@@ -47,24 +47,15 @@ inline int blocks_of(int size) { return size / kWidth + 1; }
 int select(QuantizeCells& cells, float limit, const QuantizeBlock* parent, int parent_size) {
     QuantizeKept& kept = cells.kept;
     int n = 0;
-#if defined(__AVX512F__)
-    for (int i = 0; i < parent_size; i += kWidth) {
+    for (int i = 0; i < parent_size; i += kLanes) {
         const QuantizeBlock& block = parent[i / kWidth];
-        const __m512i ids = _mm512_load_si512(block.id);
-        __mmask16 keep = _mm512_cmp_ps_mask(load(cells.near + i), set1(limit), _CMP_LE_OQ);
-        keep = _mm512_mask_cmpge_epi32_mask(keep, ids, _mm512_setzero_si512());
-        for (int c = 0; c < 3; ++c) store(kept.c[c] + n, _mm512_maskz_compress_ps(keep, load(block.c[c])));
-        _mm512_storeu_si512(kept.id + n, _mm512_maskz_compress_epi32(keep, ids));
+        const int at = i % kWidth, count = parent_size - i;
+        uint32_t keep = at_most(load(cells.near + i), set1(limit));
+        if (count < kLanes) keep &= (1u << count) - 1;
+        for (int c = 0; c < 3; ++c) store_marked(kept.c[c] + n, load(block.c[c] + at), keep);
+        store_marked(kept.id + n, floats(load_ints(block.id + at)), keep);
         n += __builtin_popcount(keep);
     }
-#else
-    for (int i = 0; i < parent_size; ++i) {
-        const QuantizeBlock& block = parent[i / kWidth];
-        for (int c = 0; c < 3; ++c) kept.c[c][n] = block.c[c][i % kWidth];
-        kept.id[n] = block.id[i % kWidth];
-        n += cells.near[i] <= limit;
-    }
-#endif
     for (int i = n; i < n + kWidth; ++i) {
         for (int c = 0; c < 3; ++c) kept.c[c][i] = kInfinity;
         kept.id[i] = -1;
@@ -225,11 +216,6 @@ __attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, 
     return entry;
 }
 
-inline int32_t leaf(const QuantizeCells& cells, int r, int g, int b) {
-    constexpr int shift = 8 - kLeafBits;
-    return cells.leaf[(((r >> shift << kLeafBits) | g >> shift) << kLeafBits) | b >> shift];
-}
-
 // Squared distances to the candidates of a block, in the order of the definition.
 inline void distances(const QuantizeBlock& block, Vec r, Vec g, Vec b, Wide& d) {
     for (int i = 0; i < kParts; ++i) {
@@ -252,38 +238,22 @@ inline uint32_t within(const Wide& d, Vec limit) {
     return lanes;
 }
 
-// The definition in float64, over the given lanes of a block after what came before.
-struct Nearest {
-    const float* clusters;
-    double r, g, b;
-    double best = __builtin_inf();
-    int32_t index = 0;
-
-    void take(const QuantizeBlock& block, uint32_t lanes) {
-        for (; lanes; lanes &= lanes - 1) {
-            const int32_t id = block.id[__builtin_ctz(lanes)];
-            if (id < 0) break;
-            const float* c = clusters + 3 * int64_t(id);
-            const double dr = r - double(c[0]), dg = g - double(c[1]), db = b - double(c[2]);
-            const double d = (dr * dr + dg * dg) + db * db;
-            if (d < best) {
-                best = d;
-                index = id;
-            }
-        }
-    }
-};
-
-inline Vec limit_u8(Vec least) { return fma(least, set1(kWider), set1(kFurther)); }
-// Finite: a distance that is not wins nowhere.
-inline Vec limit_f32(Vec least) { return min(least, set1(__FLT_MAX__)); }
-
-// Several candidates of one block are nearest as far as float32 can tell.
+// Several candidates of one block are nearest as far as float32 can tell: the definition in float64 over those lanes.
 __attribute__((noinline)) int32_t settle(const float* clusters, const QuantizeCells& cells, const QuantizeBlock& block,
                                          uint32_t lanes, int r, int g, int b) {
-    Nearest nearest{clusters, cells.levels[r], cells.levels[g], cells.levels[b]};
-    nearest.take(block, lanes);
-    return nearest.index;
+    double best = __builtin_inf();
+    int32_t index = 0;
+    for (; lanes; lanes &= lanes - 1) {
+        const int32_t id = block.id[__builtin_ctz(lanes)];
+        if (id < 0) break;
+        const float* c = clusters + 3 * int64_t(id);
+        const double dr = cells.levels[r] - double(c[0]), dg = cells.levels[g] - double(c[1]),
+                     db = cells.levels[b] - double(c[2]);
+        const double d = (dr * dr + dg * dg) + db * db;
+        index = d < best ? id : index;
+        best = d < best ? d : best;
+    }
+    return index;
 }
 
 // kRegisters registers of T, of pixels, against a list: the definition. `found`: places in the list, -1 for none.
@@ -402,6 +372,21 @@ __attribute__((noinline)) void wait(const QuantizeParams& p, QuantizeCells& cell
     if (++group.count == kQuantizeGroup) flush<IsU8>(p, cells, group);
 }
 
+// The block of the pixel at i, of the colour (r, g, b); nullptr: the pixel waits in a group.
+template <bool IsU8>
+inline const QuantizeBlock* block_of(const QuantizeParams& p, QuantizeCells& cells, int r, int g, int b, int64_t i,
+                                     int64_t seen) {
+    constexpr int shift = 8 - kLeafBits;
+    int32_t entry = cells.leaf[(((r >> shift << kLeafBits) | g >> shift) << kLeafBits) | b >> shift];
+    if (__builtin_expect(entry == -1, 0)) {
+        cells.seen = seen;
+        entry = make_leaf(cells, r, g, b);
+    }
+    if (__builtin_expect(entry >= 0, 1)) return cells.blocks + entry;
+    wait<IsU8>(p, cells, entry, i);
+    return nullptr;
+}
+
 template <bool IsU8>
 void finish(const QuantizeParams& p, QuantizeCells& cells) {
     for (int32_t i = 0; i < cells.groups_used; ++i) {
@@ -417,23 +402,15 @@ void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, i
     for (int64_t i = begin; cells.bits == 0 && i < end; ++i) wait<true>(p, cells, -2, i);
     for (int64_t i = begin; cells.bits > 0 && i < end; ++i) {
         const uint8_t r = x[3 * i], g = x[3 * i + 1], b = x[3 * i + 2];
-        int32_t entry = leaf(cells, r, g, b);
-        if (__builtin_expect(entry == -1, 0)) {
-            cells.seen = i - begin;
-            entry = make_leaf(cells, r, g, b);
-        }
-        if (__builtin_expect(entry < 0, 0)) {
-            wait<true>(p, cells, entry, i);
-            continue;
-        }
-        const QuantizeBlock& block = cells.blocks[entry];
+        const QuantizeBlock* block = block_of<true>(p, cells, r, g, b, i, i - begin);
+        if (__builtin_expect(block == nullptr, 0)) continue;
         Wide d;
-        distances(block, set1(levels[r]), set1(levels[g]), set1(levels[b]), d);
-        const uint32_t lanes = within(d, limit_u8(spread_min(smallest(d))));
+        distances(*block, set1(levels[r]), set1(levels[g]), set1(levels[b]), d);
+        const uint32_t lanes = within(d, fma(spread_min(smallest(d)), set1(kWider), set1(kFurther)));
         if (__builtin_expect(lanes & (lanes - 1), 0))
-            p.out[i] = settle(p.clusters, cells, block, lanes, r, g, b);
+            p.out[i] = settle(p.clusters, cells, *block, lanes, r, g, b);
         else
-            p.out[i] = block.id[__builtin_ctz(lanes)];
+            p.out[i] = block->id[__builtin_ctz(lanes)];
     }
     finish<true>(p, cells);
 }
@@ -456,20 +433,13 @@ void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, 
         for (int j = 0; outside && j < n; ++j) wait<false>(p, cells, -2, i + j);
         for (int j = 0; !outside && j < n; ++j) {
             const int32_t* at = value + 3 * j;
-            int32_t entry = leaf(cells, at[0], at[1], at[2]);
-            if (__builtin_expect(entry == -1, 0)) {
-                cells.seen = i - begin;
-                entry = make_leaf(cells, at[0], at[1], at[2]);
-            }
-            if (__builtin_expect(entry < 0, 0)) {
-                wait<false>(p, cells, entry, i + j);
-                continue;
-            }
-            const QuantizeBlock& block = cells.blocks[entry];
+            const QuantizeBlock* block = block_of<false>(p, cells, at[0], at[1], at[2], i + j, i - begin);
+            if (__builtin_expect(block == nullptr, 0)) continue;
             Wide d;
-            distances(block, set1(x[3 * j]), set1(x[3 * j + 1]), set1(x[3 * j + 2]), d);
-            const uint32_t lanes = within(d, limit_f32(spread_min(smallest(d))));
-            p.out[i + j] = __builtin_expect(lanes, 1) ? block.id[__builtin_ctz(lanes)] : 0;
+            distances(*block, set1(x[3 * j]), set1(x[3 * j + 1]), set1(x[3 * j + 2]), d);
+            // A distance that is not finite wins nowhere.
+            const uint32_t lanes = within(d, min(spread_min(smallest(d)), set1(__FLT_MAX__)));
+            p.out[i + j] = __builtin_expect(lanes, 1) ? block->id[__builtin_ctz(lanes)] : 0;
         }
     }
     finish<false>(p, cells);

@@ -1,13 +1,6 @@
 // AVX2 and FMA: registers of 8 lanes.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 finds its own header's undefined registers uninitialized.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 namespace igpt::cpu {
 namespace {
 

@@ -1,13 +1,6 @@
 // AVX-512: registers of 16 lanes, parts by masks; and, where there are, products of bf16 pairs and of bytes (VNNI).
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 finds its own header's undefined registers uninitialized.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 namespace igpt::cpu {
 namespace {
 
@@ -75,6 +68,9 @@ inline void write(uint16_t* p, Vec v, Whole) { _mm256_storeu_si256(reinterpret_c
 inline void write(uint16_t* p, Vec v, Part part) { _mm256_mask_storeu_epi16(p, mask(part), as_bf16(v)); }
 
 inline Vec pad(Vec v, Part part, Vec with) { return _mm512_mask_mov_ps(with, mask(part), v); }
+inline void store_marked(void* to, Vec v, uint32_t lanes) {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(lanes), v));
+}
 // v, and zero where x is below the limit; a NaN is not below.
 inline Vec drop_below(Vec v, Vec x, Vec limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);

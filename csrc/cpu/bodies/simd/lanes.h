@@ -45,6 +45,14 @@ inline V pad(V v, Part part, V with) {
     return load(some);
 }
 inline Vec pad(Vec v, Whole, Vec) { return v; }
+// The marked lanes side by side; as many bytes as a register has may be written.
+template <class V>
+inline void store_marked(void* to, V v, uint32_t lanes) {
+    float all[kLanes], front[kLanes] = {};
+    store(all, v);
+    for (int i = 0, n = 0; i < kLanes; n += int(lanes >> i & 1), ++i) front[n] = all[i];
+    __builtin_memcpy(to, front, sizeof front);
+}
 
 // The type that a format is stored in, as f(T{}).
 template <class F>

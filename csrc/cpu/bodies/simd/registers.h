@@ -22,6 +22,14 @@ struct Flag {
 }  // namespace
 }  // namespace igpt::cpu
 
+#if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 finds its own header's undefined registers uninitialized.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
 #if defined(__AVX512F__)
 #include "avx512.h"
 #elif defined(__AVX2__)
