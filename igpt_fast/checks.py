@@ -16,7 +16,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 1 << 30) -> 
     Raises:
         ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name} is {shown(value)}; want an integer in {_bound(least)}..{_bound(most)}")
     return int(value)
 
