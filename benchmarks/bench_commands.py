@@ -23,7 +23,7 @@ from typing import Any
 import common
 
 NAMES, COLUMNS = ("part", "name"), ("part", "name", "seconds", "error")
-NEEDED = ("tyro", "PIL", "tqdm", "safetensors", "huggingface_hub")
+NEEDED = ("numpy", "safetensors", "huggingface_hub", "tyro", "PIL", "tqdm")
 SAID = ("engine", "dtype")  # besides numbers
 LIMIT = 300.0  # seconds of a command
 PARTS: dict[str, tuple[str, ...]] = {

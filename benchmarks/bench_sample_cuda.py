@@ -19,9 +19,8 @@ Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine
 ``us``: microseconds a token of the whole batch. ``img_s``: images a second at an image's tokens each. ``of_kv_limit``:
 the time in which the bytes of weights and cache stream at the bandwidth that a copy was measured to have, over the
 row's. ``times``: our row over this peer's. ``off``: relative root mean square of the logits to float32. ``error``: why
-a row has no time; the others are measured all the same. Every row is in the file as soon as it is known.
-
-``--quick``: a tiny model and a few tokens; says nothing about speed.
+a row has no time; the others are measured all the same. Every row is in the file as soon as it is known. ``--quick``: a
+tiny model and a few tokens, which says nothing about speed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import common
@@ -55,8 +54,7 @@ OURS = "igpt_fast"
 DTYPE = torch.bfloat16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
 SEED = 5
-DEPENDENT_ROWS = 8  # more are no fused kernels, which alone are launched early
-KERNELS = 12  # of a profile, the longest
+DEPENDENT_ROWS, KERNELS = 8, 12  # rows of the fused kernels, which alone are launched early; the longest of a profile
 
 
 @dataclass(frozen=True)
@@ -415,12 +413,8 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     run.rows.add(row | more | {"kernels": kernels[:KERNELS]})
 
 
-PARTS: dict[str, Callable[[Run, str], None]] = {
-    "sampling": bench_sampling,
-    "gpt-fast": bench_sampling,
-    "steps": bench_steps,
-    "profile": bench_profile,
-}
+Bench = Callable[[Run, str], None]
+PARTS: dict[str, Bench] = dict(zip(BATCHES, (bench_sampling, bench_sampling, bench_steps, bench_profile), strict=True))
 
 
 # ---- Time ---------------------------------------------------------------------------------------------------
@@ -457,7 +451,7 @@ def turns(run: Run, drawings: dict[str, Any]) -> dict[str, dict[str, float]]:
 def rates(run: Run, config: ImageGPTConfig, batch: int, us: float) -> dict[str, float]:
     """Images a second; the limit of the bandwidth over the row's time."""
     found = {"img_s": batch / (us * 1e-6 * config.n_positions)}
-    if run.bandwidth is not None:
+    if run.bandwidth:
         weights = config.n_layer * 12 * config.n_embd**2 + config.n_colours * config.n_embd
         moved = 2 * (
             weights + batch * config.n_layer * config.n_embd * config.n_positions
@@ -486,11 +480,11 @@ def main() -> int:
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     rows = common.Rows(options.json, NAMES, options.resume, bandwidth=bandwidth)
     models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
-    run = Run(options.device, models, BATCHES, 5, 12, 10, bandwidth, rows)
+    run = Run(options.device, models, BATCHES, turns=5, tokens=12, warm=10, bandwidth=bandwidth, rows=rows)
     if options.quick:
         few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "profile": (1,)}
-        batches = {part: {"tiny": sizes} for part, sizes in few.items()}
-        run = Run(options.device, {"tiny": ImageGPTConfig(**TINY)}, batches, 2, 2, 3, bandwidth, rows)
+        tiny = {"models": {"tiny": ImageGPTConfig(**TINY)}, "batches": {p: {"tiny": few[p]} for p in PARTS}}
+        run = replace(run, **tiny, turns=2, tokens=2, warm=3)
     with torch.no_grad():
         for part in options.only:
             PARTS[part](run, part)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import SDPA, forced
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import Function, Workload
 
 from igpt_fast import ops, reference
@@ -64,23 +64,6 @@ def compiled(function: Function) -> Function:
     """torch.compile's version, on a GPU; on the CPU, where only shapes are tried, the function itself."""
     fast = torch.compile(function, dynamic=False)
     return lambda *inputs: (fast if inputs[0].is_cuda else function)(*inputs)
-
-
-def forced(backend: SDPBackend, function: Function) -> Function:
-    """With one of scaled_dot_product_attention's backends alone; on the CPU, whichever there is."""
-
-    def run(*inputs: Any) -> Any:
-        with sdpa_kernel(backend if inputs[0].is_cuda else SDPBackend.MATH):
-            return function(*inputs)
-
-    return run
-
-
-SDPA = {
-    "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 
 
 # ---- Norms, activations, loss -------------------------------------------------------------------------------

@@ -74,19 +74,21 @@ SECONDS_IF_NAMED = {"compiled": 240}
 PARTS = SECONDS | SECONDS_IF_CHANGED | SECONDS_IF_NAMED
 # What the result of a part depends on, besides the GPU and the versions of torch and nvcc.
 KERNELS = ("csrc/cuda/**/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/reference.py", "tests/ops/*.py")
+MEASURING = ("bench_ops", "cuda_ops", "cuda_timing", "workloads", "peers")  # single ops
 SOURCES = {
     "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/*", "tests/emulator/*"),
     "tests": ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py"),
     "determinism": (*KERNELS, "tests/emulator/test_*.py"),
     "memcheck": KERNELS,
     "racecheck": KERNELS,
-    "benchmark": (*KERNELS[:-1], "benchmarks/bench_ops.py", "benchmarks/cuda_*.py", "benchmarks/workloads.py"),
+    "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),
 }
 
 # The tests with the marker gpu stand here; those of models need the packages that models need.
 GPU_TESTS = ("tests/ops", "tests/emulator")
 MODEL_TESTS = ("tests/model/test_outputs.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
+COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
 DECODER_TESTS = (
@@ -386,7 +388,7 @@ def make_steps(device: Device) -> list[Step]:
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     look: dict[str, Any] = {"look": tests_that_ran, "before": forget(REPORT)}
-    no_models = f"needs {', '.join(without)}" if without else ""
+    no_models, no_command = f"needs {', '.join(without)}" if without else "", _missing(*COMMANDS_NEED)
 
     def step(name: str, command: Sequence[str], environment: dict[str, str] = modules, **more: Any) -> Step:
         sources = digest(SOURCES[name], device) if name in SOURCES else ""
@@ -394,8 +396,9 @@ def make_steps(device: Device) -> list[Step]:
         return Step(name, command, PARTS[name], environment, needs, sources=sources, **more)
 
     def sanitize(name: str, script: str, skip: str = "") -> Step:
-        tool = name.rpartition("-")[2]
-        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", sys.executable, script]
+        # Our kernels alone, by their namespace: cuBLAS's, which the decoder calls as well, are others' business.
+        watch = ["--tool", name.rpartition("-")[2], "--kernel-name", "kns=igpt", "--error-exitcode", "9"]
+        command = [sanitizer or "", *watch, sys.executable, script]
         return step(name, command, watched, skip=skip or ("" if sanitizer else "compute-sanitizer is not installed"))
 
     def bench(name: str, script: str, skip: str = "") -> Step:
@@ -416,7 +419,7 @@ def make_steps(device: Device) -> list[Step]:
         step("decoder-tests", _pytest("-k", f"not {DETERMINISM}", *DECODER_TESTS), **look),
         sanitize("decoder-memcheck", "tests/emulator/run_decoder.py", no_models),
         sanitize("decoder-racecheck", "tests/emulator/run_decoder.py", no_models),
-        bench("commands", "benchmarks/bench_commands.py", no_models),
+        bench("commands", "benchmarks/bench_commands.py", f"needs {', '.join(no_command)}" if no_command else ""),
         step("conformance", _pytest(*CONFORMANCE), **look),
         step("tests", _pytest("-k", f"not {DETERMINISM}", *apart, *tests), **look),
         step("determinism", _pytest("-k", DETERMINISM, *tests), **look),

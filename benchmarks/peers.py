@@ -7,13 +7,15 @@ cache. A peer reads tokens as ``igpt_fast.engines.choice.Decoder`` does: ``prefi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from igpt_fast import ImageGPTForCausalImageModeling
+if TYPE_CHECKING:
+    from igpt_fast import ImageGPTForCausalImageModeling
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,6 +26,23 @@ def compile_frozen(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     torch._inductor.config.freezing = True  # an option of the call does not reach the part that keeps the weights fixed
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def forced(backend: SDPBackend, function: Callable[..., Any]) -> Callable[..., Any]:
+    """With one of scaled_dot_product_attention's backends alone; on the CPU, whichever there is."""
+
+    def run(*inputs: Any) -> Any:
+        with sdpa_kernel(backend if inputs[0].is_cuda else SDPBackend.MATH):
+            return function(*inputs)
+
+    return run
+
+
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

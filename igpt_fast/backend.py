@@ -37,8 +37,8 @@ import igpt_fast
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
-# The number of the interface of _C that this package speaks; csrc/module.cpp has its twin.
-INTERFACE = 5
+# The number of the interface of _C that this package speaks; csrc/bind/module.cpp has its twin.
+INTERFACE = 6
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Kernels(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """The last two arguments of every CUDA function."""
+        """Where every CUDA function launches: its argument of this name."""
         return self.device, self.stream
 
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from igpt_fast import files
+from igpt_fast.checks import dtype_name, finite_number, whole_number
+from igpt_fast.files import listed, shown
 
 # Layers, width and heads of the published models. Source: "Generative Pretraining from Pixels"
 # (Chen et al., 2020), section 4.1, and openai/image-gpt src/run.py. The paper gives no head count
@@ -32,6 +33,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 _FILE_NAME = "config.json"
 _MAX_CONFIG_BYTES = 4 << 20
+_MAX_SIZE = 1 << 24  # of every size and number of tokens
 # What every configuration of transformers has, of no use to the network; read as attributes, these are there
 # even where the file had none.
 _COMMON: dict[str, Any] = {
@@ -78,7 +80,7 @@ def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
         extra = keywords.pop("extra", None) or {}
         known, others = _split(keywords)
         if unknown := others.keys() - _COMMON.keys() - _OLDER:
-            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument: {', '.join(sorted(unknown))}")
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument: {listed(unknown)}")
         number, names = known.get("num_labels"), known.get("id2label")
         if number is not None and isinstance(names, Mapping) and len(names) != number:
             warnings.warn(
@@ -174,41 +176,39 @@ class ImageGPTConfig:
     }
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
-                raise ValueError(f"ImageGPTConfig: {name} must be a positive integer, got {value!r}")
-        if self.n_inner is not None and (not isinstance(self.n_inner, int) or not 1 <= self.n_inner <= 1 << 24):
-            raise ValueError(f"ImageGPTConfig: n_inner must be a positive integer or None, got {self.n_inner!r}")
-        if self.vocab_size < 2:
-            raise ValueError("ImageGPTConfig: vocab_size must be at least 2 (one colour and the SOS token)")
-        if type(self.n_classes) is not int or not 0 <= self.n_classes <= self.vocab_size - 2:
-            raise ValueError(
-                f"ImageGPTConfig: n_classes must be an integer in 0..{self.vocab_size - 2}, which leaves a colour and"
-                f" the SOS token of vocab_size={self.vocab_size}; got {self.n_classes!r}"
-            )
+        whole_number("ImageGPTConfig: num_labels", self.num_labels, 1, _MAX_SIZE)
+        for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            if name != "n_inner" or self.n_inner is not None:
+                self._set_whole(name, 1, _MAX_SIZE)
+        self._set_whole("vocab_size", 2, _MAX_SIZE)  # one colour and the SOS token, which classes leave
+        self._set_whole("n_classes", 0, self.vocab_size - 2)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            several = isinstance(ids, list) and name == "eos_token_id"
+            for value in ids if several else [] if ids is None else [ids]:
+                whole_number(f"ImageGPTConfig: {name}", value, -1, _MAX_SIZE)  # -1 stands for none in some files
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"ImageGPTConfig: n_embd must be divisible by n_head, got n_embd={self.n_embd} n_head={self.n_head}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0.0 <= _number(name, getattr(self, name)) <= 1.0:
-                raise ValueError(f"ImageGPTConfig: {name} must lie in [0, 1], got {getattr(self, name)!r}")
+            setattr(self, name, finite_number(f"ImageGPTConfig: {name}", getattr(self, name), 0, 1))
         for name in ("layer_norm_epsilon", "initializer_range"):
-            if _number(name, getattr(self, name)) < 0:
-                raise ValueError(f"ImageGPTConfig: {name} must not be negative, got {getattr(self, name)!r}")
+            setattr(self, name, finite_number(f"ImageGPTConfig: {name}", getattr(self, name), 0))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"ImageGPTConfig: {name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"ImageGPTConfig: {name} must be true or false, got {shown(getattr(self, name))}")
         if not isinstance(self.activation_function, str):
-            raise ValueError(f"ImageGPTConfig: activation_function must be a name, got {self.activation_function!r}")
+            raise ValueError(
+                f"ImageGPTConfig: activation_function must be a name, got {shown(self.activation_function)}"
+            )
         if self.problem_type not in (
             None,
             "regression",
             "single_label_classification",
             "multi_label_classification",
         ):
-            raise ValueError(f"ImageGPTConfig: unknown problem_type {self.problem_type!r}")
+            raise ValueError(f"ImageGPTConfig: unknown problem_type {shown(self.problem_type)}")
         if self.tie_word_embeddings:
             raise ValueError(
                 "ImageGPTConfig: tie_word_embeddings=True is not supported: wte has one row more than the head"
@@ -217,6 +217,9 @@ class ImageGPTConfig:
             raise ValueError("ImageGPTConfig: add_cross_attention=True is not supported")
         if "id2label" not in self.__dict__:
             self.label2id = None  # as in transformers: names in this direction alone do not count
+
+    def _set_whole(self, name: str, least: int, most: int) -> None:
+        setattr(self, name, whole_number(f"ImageGPTConfig: {name}", getattr(self, name), least, most))
 
     @property
     def use_return_dict(self) -> bool:
@@ -279,11 +282,12 @@ class ImageGPTConfig:
     def _set_names(self, name: str, value: Any) -> None:
         own = self.__dict__
         if value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"ImageGPTConfig: {name} must map integers and names, got {value!r}")
+            raise ValueError(f"ImageGPTConfig: {name} must map integers and names, got {shown(value)}")
         if name == "label2id":
             own["label2id"] = dict(value or {})
         elif value is not None:
-            own["id2label"] = {int(key): str(label) for key, label in value.items()}
+            numbers = [whole_number("ImageGPTConfig: a key of id2label", int(key), 0, _MAX_SIZE) for key in value]
+            own["id2label"] = dict(zip(numbers, map(str, value.values()), strict=True))
             own.pop("num_labels", None)
         else:
             own["num_labels"] = self.num_labels
@@ -355,7 +359,7 @@ class ImageGPTConfig:
             ValueError: As for ``from_json_file``.
         """
         if unknown := _split(overrides)[1].keys() - _COMMON.keys() - _OLDER:
-            raise TypeError(f"from_pretrained() got an unexpected keyword argument: {', '.join(sorted(unknown))}")
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument: {listed(unknown)}")
         path = files.find_file(
             name_or_path,
             _FILE_NAME,
@@ -381,7 +385,7 @@ class ImageGPTConfig:
         try:
             return cls.from_dict(data, **overrides)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a usable ImageGPT configuration: {error}") from error
+            raise ValueError(f"{path}: not a usable ImageGPT configuration: {files.first_line(error)}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names.
@@ -453,16 +457,9 @@ def _split(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_model_type(value: Any) -> None:
     if value != ImageGPTConfig.model_type:
-        raise ValueError(f"model_type is {value!r}, expected {ImageGPTConfig.model_type!r}")
+        raise ValueError(f"model_type is {shown(value)}, expected {ImageGPTConfig.model_type!r}")
 
 
 def _plain_dtype(value: Any) -> Any:
     """``torch.float16`` as ``"float16"``; anything else as it is."""
-    text = str(value)
-    return text.removeprefix("torch.") if text.startswith("torch.") else value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"ImageGPTConfig: {name} must be a finite number, got {value!r}")
-    return float(value)
+    return dtype_name(value) if str(value).startswith("torch.") else value

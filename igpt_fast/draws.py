@@ -1,4 +1,4 @@
-"""How a colour is drawn: four numbers, checked once and handed on as one. Standard library only."""
+"""How images are drawn: the numbers that are asked for, each checked once. Standard library only."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ class Sampling:
 
 
 PLAIN = Sampling()  # in proportion to the probabilities
+MAX_IMAGES = 1 << 24  # of one call
+MAX_SCALE = 1000.0  # of guidance; its logits stay far within float32
+
+
+def check_seed(seed: int) -> int:
+    """The seed; ValueError unless it is an integer in 0..2^64-1."""
+    return whole_number("seed", seed, 0, (1 << 64) - 1)
+
+
+def check_scale(name: str, value: float) -> float:
+    """The scale of a guidance; ValueError, which says ``name``, unless it is a number in 0..1000."""
+    return finite_number(name, value, 0, MAX_SCALE)

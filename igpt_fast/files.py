@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import reprlib
 import secrets
 import stat
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +20,54 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_JSON_BYTES = 64 << 20
+_MAX_JSON_DEPTH = 64  # copying and writing go one call deeper for each level
+_MAX_PIPE_BYTES = 256 << 20
+_MAX_LINE = 400  # characters of what another library says, which may quote a file
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line of bounded length that prints; its class where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line[: _MAX_LINE + 1])
+    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..."
+
+
+def open_input(path: str | os.PathLike[str], max_pipe_bytes: int = _MAX_PIPE_BYTES) -> IO[bytes]:
+    """Opens what is given as an input: a regular file, or a pipe, which is read to its end first.
+
+    Args:
+        path: The file.
+        max_pipe_bytes: No more than this is read of a pipe.
+
+    Returns:
+        Open for reading, at its start; it can be rewound.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: As their names say; the message names the file.
+        ValueError: A device or a socket, of which reading may never end; no usable name; or too much in a pipe.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: {'is a link to nothing' if path.is_symlink() else 'no such file'}") from None
+    except (OSError, ValueError) as error:  # a link to itself, a name too long, or with a null byte
+        raise ValueError(f"{str(path)[:_MAX_LINE]}: not a usable file name: {first_line(error)}") from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path}: is a folder, not a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        raise ValueError(f"{path}: is a device or a socket, not a file")
+    try:
+        file = path.open("rb")
+    except PermissionError as error:
+        raise PermissionError(f"{path}: cannot be read: permission denied") from error
+    if stat.S_ISREG(mode):
+        return file
+    with file:
+        content = file.read(max_pipe_bytes + 1)
+    if len(content) > max_pipe_bytes:
+        raise ValueError(f"{path}: the pipe holds more than {max_pipe_bytes / (1 << 20):g} MiB")
+    return io.BytesIO(content)
 
 
 def find_file(
@@ -150,28 +196,54 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
 
     Raises:
         OSError: No such file, or it cannot be read.
-        ValueError: Too large, not UTF-8, not JSON, or not an object; the message names the file.
+        ValueError: No regular file or pipe; too large, not UTF-8, not JSON, or not an object; a number that is not
+            finite as a float, a name that is there twice, or more than 64 levels; the message names the file.
     """
     path = Path(path)
+    with open_input(path, max_bytes) as file:
+        content = file.read(max_bytes + 1)
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise ValueError(f"larger than {max_bytes / (1 << 20):g} MiB")
-        data = json.loads(content.decode("utf-8"))
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
         if not isinstance(data, dict):
             raise ValueError("the top level is not an object")
+        _check_values(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not usable JSON: {error}") from error
+        raise ValueError(f"{path}: not usable JSON: {first_line(error)}") from error
     return data
 
 
-def read_npy(file: IO[bytes], max_bytes: int) -> np.ndarray:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has {listed({name for name in names if names.count(name) > 1}, 1)} twice")
+    return found
+
+
+def _check_values(data: Any) -> None:
+    """JSON's integers have no bound, and Python reads NaN, Infinity and 1e999 as well."""
+    waiting = [("the top level", data, 1)]
+    while waiting:
+        name, value, depth = waiting.pop()
+        if isinstance(value, dict | list):
+            if depth > _MAX_JSON_DEPTH:
+                raise ValueError(f"has more than {_MAX_JSON_DEPTH} levels")
+            items = value.items() if isinstance(value, dict) else ((name, item) for item in value)
+            waiting += ((key, item, depth + 1) for key, item in items)
+        elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            limit = f"{sys.float_info.max:.1e}"
+            raise ValueError(f"{printable(name)} is {shown(value)}; want a finite number, at most {limit}")
+
+
+def read_npy(file: IO[bytes], max_bytes: int, *, kinds: str = "iufb") -> np.ndarray:
     """The numbers in an open ``.npy`` file, or member of a ``.npz``; nothing is unpickled.
 
     Args:
         file: At its start. What follows the array is not read.
         max_bytes: The file's size, or less: an array that claims more is refused before anything is allocated.
+        kinds: Those of dtypes that are taken; ``"U"`` are strings.
 
     Returns:
         Integers, floats or booleans as they are stored; read-only.
@@ -188,20 +260,20 @@ def read_npy(file: IO[bytes], max_bytes: int) -> np.ndarray:
             raise ValueError(f"unknown version {version} of the format")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        if dtype.hasobject or dtype.kind not in "iufb":
-            raise ValueError(f"holds {dtype}, not numbers")
+        if dtype.hasobject or dtype.kind not in kinds or not dtype.itemsize:
+            raise ValueError(f"holds {printable(str(dtype))}, not numbers")
         if any(length < 0 for length in shape):
-            raise ValueError(f"has the shape {shape}")
+            raise ValueError(f"has the shape {shown(shape)}")
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > max_bytes:
-            raise ValueError(f"claims {claimed} bytes; at most {max_bytes} are read")
+            raise ValueError(f"claims {shown(claimed)} bytes; at most {max_bytes} are read")
         content = file.read(claimed)
         if len(content) != claimed:
             raise ValueError(f"is truncated: {len(content)} bytes of {claimed}")
         return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")
     except OSError:
         raise
-    except Exception as error:  # numpy parses the header with ast, zlib has its own class: nearly anything
+    except Exception as error:  # numpy parses the header with ast, whose MemoryError is nesting; zlib has its own class
         raise ValueError(f"not a usable .npy file: {first_line(error)}") from error
 
 
@@ -259,6 +331,21 @@ def replacing_together(
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Fails now rather than after the work when ``folder`` cannot be made or written to; leaves no trace.
+
+    Raises:
+        OSError: What the file system says, of the folder or of the one that it would be made in.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing}: is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
+    except OSError as error:
+        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
 
 
 def _partial_name(target: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -12,32 +13,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast import image as images_module
 from igpt_fast.checks import check_count
-from igpt_fast.draws import Sampling
+from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
-from igpt_fast.files import BUNDLED
+from igpt_fast.files import BUNDLED, listed
 from igpt_fast.image import ImageGPTImageProcessor
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.sampling.inpainting import following, given_pixels
 from igpt_fast.sampling.inpainting import kept_rows as kept_rows
+from igpt_fast.sampling.request import MAX_CANDIDATES, MAX_FIRST, Request
 from igpt_fast.sampling.results import Generation as Generation
 from igpt_fast.sampling.results import InterruptedGeneration as InterruptedGeneration
-from igpt_fast.sampling.rules import check_scale, check_seed
-from igpt_fast.sampling.streaming import MAX_CANDIDATES, Pictures, Progress, Stream, Task
+from igpt_fast.sampling.streaming import Progress, Stream
 from igpt_fast.sampling.streaming import RowEvent as RowEvent
 
 CACHE_BUDGET = 1 << 30  # bytes of key/value cache that the default batch size may take
-MAX_IMAGES = 1 << 24  # of one call
-MAX_FIRST = 1 << 30  # index of its first one
-INPUT_EDGE = 1024  # pixels; larger inputs of completions are kept at this size, for the grid
 
 Labels = int | Sequence[int] | Tensor | None
 
 
 class Options(TypedDict, total=False):
-    """What ``Pipeline.sample`` and its siblings all take; described there."""
+    """What ``Pipeline.sample`` and its siblings all take, as keywords; described at ``sample``."""
 
     seed: int | None
     batch_size: int | None
@@ -127,7 +124,7 @@ class Pipeline:
         elsewhere as many as have their key/value caches in 1 GiB, 64 at most.
 
         Args:
-            dtype, primer, copies: As in ``decoders.cache_bytes``.
+            dtype, primer, copies: As in ``engines.memory.cache_bytes``.
             guided: Whether each has a second cache, of the context without a class.
         """
         room, most = most_images(self.model, dtype, max(primer, 1), copies), 256
@@ -135,22 +132,7 @@ class Pipeline:
             room, most = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies), 64
         return min(most, max(1, room // 2 if guided else room))
 
-    def sample(
-        self,
-        n: int = 1,
-        *,
-        seed: int | None = None,
-        batch_size: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        labels: Labels = None,
-        cfg_scale: float = 1.0,
-        first: int = 0,
-        dtype: str | None = None,
-        progress: Progress | None = None,
-    ) -> Generation:
+    def sample(self, n: int = 1, *, first: int = 0, **options: Unpack[Options]) -> Generation:
         """Draws images.
 
         Image i is drawn from a stream of its own, made of (seed, first + i): the batch size changes which images are
@@ -162,6 +144,7 @@ class Pipeline:
 
         Args:
             n: How many.
+            first: Index of the first image: ``sample(4)`` is ``sample(2)`` and then ``sample(2, first=2)``.
             seed: 0..2^64-1; ``None`` draws one from torch's global generator. The result tells it.
             batch_size: Images computed together at most; ``None`` see ``default_batch_size``. Where memory does not
                 suffice it is halved, with a warning.
@@ -169,33 +152,20 @@ class Pipeline:
             labels: The class of all images, or of each, for a model that has classes; ``None`` draws without.
             cfg_scale: Scale of classifier-free guidance, see ``Guidance``; needs labels. 1 is none; above, images
                 are more like their class and less like each other, at twice the work.
-            first: Index of the first image: ``sample(4)`` is ``sample(2)`` and then ``sample(2, first=2)``.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
-                CPU; see ``decoders.CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (on a GPU, of models in
-                bfloat16 or float16; see ``decoders.CudaDecoder``). ``None`` draws in the model's own dtype.
+                CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (on a GPU, of models in
+                bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's own dtype.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
             FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
-            TypeError: Labels that are not integers.
+            TypeError: Labels that are not integers, or a keyword that is none.
             ValueError: A value out of its range, or labels for a model without classes.
             InterruptedGeneration: On Ctrl-C.
         """
-        options = Options(
-            seed=seed,
-            batch_size=batch_size,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            labels=labels,
-            cfg_scale=cfg_scale,
-            dtype=dtype,
-            progress=progress,
-        )
-        return _drained(self.stream(n, first=first, **options))
+        return self.stream(n, first=first, **options).drained()
 
     def stream(self, n: int = 1, *, first: int = 0, **options: Unpack[Options]) -> Stream:
         """``sample``, row by row: an iterator of ``RowEvent``, whose ``result`` is what ``sample`` returns.
@@ -206,25 +176,7 @@ class Pipeline:
         Raises:
             TypeError, ValueError: As ``sample``, here already; what else it raises, the iterator does.
         """
-        check_count("n", n, MAX_IMAGES)
-        check_count("first", first, MAX_FIRST, least=0)
-        known = torch.full((1, 1), -1).expand(n, self.model.config.n_positions)
-        labels = self._labels(options.get("labels"), n, "n")
-        task = self._task(known, labels, 1, torch.arange(first, first + n), 1, options)
-        settings = {"first": first} if first else {}
-
-        def collect(drawn: Pictures, stream: Stream) -> Generation:
-            count = len(drawn.tokens)
-            return Generation(
-                drawn.tokens,
-                drawn.logprobs,
-                self.processor,
-                task.seed,
-                self._settings(task, stream, settings),
-                labels=None if labels is None else labels[:count],
-            )
-
-        return self._stream(task, collect, options)
+        return self._begun(options, n=n, first=first)
 
     def complete(
         self,
@@ -233,17 +185,8 @@ class Pipeline:
         keep: Any = 0.5,
         n: int = 4,
         candidates: int = 1,
-        seed: int | None = None,
-        batch_size: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        labels: Labels = None,
-        cfg_scale: float = 1.0,
         first_input: int = 0,
-        dtype: str | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[Options],
     ) -> Generation:
         """Draws the pixels of images that are not kept: what is below their upper part, or where a mask says so.
 
@@ -275,20 +218,8 @@ class Pipeline:
                 given pixel follows a drawn one, or that are all the same as of temperature 0.
             InterruptedGeneration: On Ctrl-C.
         """
-        options = Options(
-            seed=seed,
-            batch_size=batch_size,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            labels=labels,
-            cfg_scale=cfg_scale,
-            dtype=dtype,
-            progress=progress,
-        )
-        stream = self.stream_complete(images, keep=keep, n=n, candidates=candidates, first_input=first_input, **options)
-        return _drained(stream)
+        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "first_input": first_input}
+        return self.stream_complete(images, **given, **options).drained()
 
     def stream_complete(
         self,
@@ -310,57 +241,81 @@ class Pipeline:
         Raises:
             TypeError, ValueError: As ``complete``, here already; what else it raises, the iterator does.
         """
+        inputs = _as_list(images)
+        return self._begun(options, images=inputs, keep=keep, n=n, candidates=candidates, first=first_input)
+
+    def request(
+        self,
+        n: int = 1,
+        *,
+        images: Sequence[Any] | None = None,
+        keep: Any = 0.5,
+        candidates: int = 1,
+        first: int = 0,
+        labels: Labels = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        sampling: Sampling = PLAIN,
+        cfg_scale: float = 1.0,
+        dtype: str | None = None,
+    ) -> Request:
+        """What ``sample`` is to draw, or, of ``images``, ``complete``: checked, and no image read.
+
+        Args:
+            n, keep, candidates, labels, seed, batch_size, cfg_scale, dtype: As of those.
+            images: Each one an image or a path.
+            first: Index of the first image, or input.
+            sampling: How colours are drawn.
+
+        Raises:
+            TypeError, ValueError: As those.
+        """
         check_count("n", n, MAX_IMAGES)
         check_count("candidates", candidates, MAX_CANDIDATES)
-        check_count("first_input", first_input, MAX_FIRST, least=0)
+        check_count("first" if images is None else "first_input", first, MAX_FIRST, least=0)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_dtype(dtype)
+        scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width
-        items = _as_list(images)
-        given = given_pixels(keep, len(items), height, width)
-        _check_candidates(candidates, given, options.get("temperature", 1.0))
-        labels = self._labels(options.get("labels"), len(items), "images")
-        crops, originals = self._read(items)
-        # From 1 on: completion j of the first image is not drawn with the numbers of sample j.
-        streams = (torch.arange(1, len(crops) + 1)[:, None] + first_input << 32) + torch.arange(n)
-        known = originals.masked_fill(~given, -1)
-        task = self._task(known, labels, n, streams.flatten(), candidates, options)
-        settings: dict[str, Any] = {"n": n} if isinstance(keep, int | float) else {"keep": "mask", "n": n}
-        if isinstance(keep, int | float):
-            settings = {"keep": keep, "rows": task.primer // width, "n": n}
-        if candidates > 1:
-            settings["candidates"] = candidates
-        if first_input:
-            settings["first_input"] = first_input
+        given = torch.zeros((1, 1), dtype=torch.bool).expand(n, height * width)
+        if images is not None:
+            given = given_pixels(keep, len(images), height, width)
+        if candidates > 1 and not bool(following(given).any()):
+            why = "no given pixel follows a drawn one, by which to choose among them"
+            raise ValueError(f"candidates is {candidates}, but {why}")
+        if candidates > 1 and sampling.temperature == 0.0:
+            raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
+        if scale != 1.0 and labels is None:
+            raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
+        classes = self._labels(labels, len(given), "n" if images is None else "images")
+        seed = int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
+        kept = keep if isinstance(keep, int | float) else None
+        each = 1 if images is None else n
+        return Request(
+            *(height, width, given, images, kept, classes, each, candidates, first),
+            *(seed, sampling, scale, batch_size, dtype),
+        )
 
-        def collect(drawn: Pictures, stream: Stream) -> Generation:
-            count = len(drawn.tokens)
-            each = torch.arange(count) // n
-            return Generation(
-                drawn.tokens,
-                drawn.logprobs.masked_fill(given[each], torch.nan),
-                self.processor,
-                task.seed,
-                self._settings(task, stream, settings),
-                inputs=crops[: count // n],
-                originals=originals[: count // n],
-                given=task.primer,
-                known=given[: count // n],
-                known_logprobs=drawn.logprobs.masked_fill(~following(given)[each], torch.nan),
-                effective_sample_size=drawn.sizes if candidates > 1 else None,
-                labels=None if labels is None else labels[each],
-            )
+    def start(self, request: Request, progress: Progress | None = None) -> Stream:
+        """Reads the images of a request of this pipeline, if it has some; draws as the stream is followed.
 
-        return self._stream(task, collect, options)
+        Raises:
+            OSError, TypeError, ValueError: Something that is not an image.
+        """
+        size = request.batch_size
+        if size is None:
+            size = self.default_batch_size(request.dtype, request.primer + 1, request.copies, request.scale != 1.0)
+        return Stream(self.model, self.processor, request, size, progress)
 
-    def _read(self, items: Sequence[Any]) -> tuple[list[Image.Image], Tensor]:
-        """Inputs of completions, cropped to the model's aspect, and their (M, T) tokens."""
-        crops, tokens = [], []
-        for item in items:
-            opened = images_module.open_image(item) if isinstance(item, str | os.PathLike) else item
-            crop = images_module.center_crop(opened, self.processor.width / self.processor.height)
-            tokens.append(self.processor(crop, return_tensors="pt")["input_ids"])
-            crop.thumbnail((INPUT_EDGE, INPUT_EDGE))
-            crops.append(crop)
-        return crops, torch.cat(tokens)
+    def _begun(self, options: Options, **request: Any) -> Stream:
+        """The stream of a call: its keywords, of which those of the draw become one object."""
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"unexpected keyword {listed(unknown)}; want some of {', '.join(Options.__annotations__)}")
+        rest: dict[str, Any] = dict(options)
+        progress = rest.pop("progress", None)
+        draw = {field.name: rest.pop(field.name) for field in fields(Sampling) if field.name in rest}
+        return self.start(self.request(sampling=Sampling(**draw), **request, **rest), progress)
 
     def _labels(self, labels: Labels, count: int, what: str) -> Tensor | None:
         """(count,) int64 classes."""
@@ -379,76 +334,6 @@ class Pipeline:
         if wrong := [label for label in each if not 0 <= label < n_classes]:
             raise ValueError(f"label {wrong[0]} is not in 0..{n_classes - 1}")
         return torch.tensor(each, dtype=torch.int64)
-
-    def _task(
-        self, known: Tensor, labels: Tensor | None, n: int, streams: Tensor, candidates: int, options: Options
-    ) -> Task:
-        """The options checked, and with their defaults."""
-        seed, dtype, scale = options.get("seed"), options.get("dtype"), options.get("cfg_scale", 1.0)
-        check_dtype(dtype)
-        check_scale("cfg_scale", scale)
-        if scale != 1.0 and labels is None:
-            raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
-        config = self.model.config
-        # Behind the colours stand the classes, behind these SOS.
-        begins = torch.full((1,), config.sos_token_id).expand(len(known))
-        if labels is not None:
-            begins = labels + self.model.config.n_colours
-        sampling = Sampling(
-            options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"), options.get("min_p")
-        )
-        return Task(
-            known,
-            begins,
-            n,
-            streams,
-            int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed),
-            sampling,
-            candidates,
-            scale,
-            dtype,
-            self.processor.width,
-        )
-
-    def _stream(self, task: Task, collect: Callable[[Pictures, Stream], Generation], options: Options) -> Stream:
-        batch_size = options.get("batch_size")
-        if batch_size is None:
-            batch_size = self.default_batch_size(task.dtype, task.primer + 1, task.copies, task.scale != 1.0)
-        check_count("batch_size", batch_size)
-        return Stream(self.model, task, batch_size, collect, options.get("progress"))
-
-    def _settings(self, task: Task, stream: Stream, more: dict[str, Any]) -> dict[str, Any]:
-        """How images were drawn, as plain values."""
-        return {
-            **more,
-            "temperature": task.sampling.temperature,
-            "top_k": task.sampling.top_k,
-            "top_p": task.sampling.top_p,
-            "min_p": task.sampling.min_p,
-            "cfg_scale": task.scale,
-            "batch_size": stream.batch_size,
-            "device": str(self.device),
-            "engine": stream.engine,
-            **({} if stream.engine_reason is None else {"engine_reason": stream.engine_reason}),
-            "dtype": task.dtype or str(self.model.dtype).removeprefix("torch."),
-        }
-
-
-def _drained(stream: Stream) -> Generation:
-    for _ in stream:
-        pass
-    return stream.result
-
-
-def _check_candidates(candidates: int, given: Tensor, temperature: float) -> None:
-    if candidates == 1:
-        return
-    if not bool(following(given).any()):
-        raise ValueError(
-            f"candidates is {candidates}, but no given pixel follows a drawn one, by which to choose among them"
-        )
-    if temperature == 0.0:
-        raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
 
 
 def _as_list(images: Any) -> Sequence[Any]:

@@ -43,9 +43,9 @@ class CountedModule:
         if not name.endswith("_cpu"):
             return value
 
-        def counted(*arguments: Any) -> Any:
+        def counted(**arguments: Any) -> Any:
             self._calls[name] += 1
-            return value(*arguments)
+            return value(**arguments)
 
         return counted
 

@@ -22,7 +22,8 @@ def small(
     """A model of 2 layers for 17 tokens and 80 positions, biases among its weights; ``fields`` of the config."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 17, "n_positions": 80, "n_embd": 48, "n_layer": 2, "n_head": 2}
-    model = head(ImageGPTConfig(**{**sizes, **fields})).eval()
+    wide = torch.promote_types(dtype, torch.float32)
+    model = head(ImageGPTConfig(**{**sizes, **fields})).eval().to(wide)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, spread)

@@ -34,7 +34,7 @@ def sources() -> list[Path]:
     """Those that CMakeLists.txt compiles for every processor."""
     text = (ROOT / "CMakeLists.txt").read_text("utf-8")
     listed = re.search(r"add_library\(igpt_cpu STATIC(.*?)\)", text, re.DOTALL).group(1)  # type: ignore[union-attr]
-    assert {"csrc/cpu/isa_generic.cpp", "csrc/cpu/decoder.cpp"} <= set(listed.split())
+    assert {"csrc/cpu/isa/generic.cpp", "csrc/cpu/decoder.cpp"} <= set(listed.split())
     return [ROOT / name for name in listed.split()]
 
 
@@ -54,8 +54,8 @@ def test_compiles_without_a_warning(objects: list[Path]) -> None:
 
 
 def test_every_source_is_compiled_or_x86s() -> None:
-    left = {path.name for path in CPU.glob("*.cpp")} - {path.name for path in sources()}
-    assert all(re.fullmatch(r"isa_(avx|amx)\w*\.cpp", name) for name in left), left
+    left = {str(path.relative_to(CPU)) for path in set(CPU.rglob("*.cpp")) - set(sources())}
+    assert all(re.fullmatch(r"isa/(avx|amx)\w*\.cpp", name) for name in left), left
 
 
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (Debian: qemu-user)")

@@ -16,6 +16,7 @@ import igpt_fast
 from igpt_fast import backend, ops
 from igpt_fast import environment as environment_module
 from igpt_fast.engines import choice as decoders
+from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
 
 CPU = torch.device("cpu")
 needs_cpu = pytest.mark.skipif(bool(backend.unavailable("cpu")), reason=f"no native CPU: {backend.unavailable('cpu')}")
@@ -226,8 +227,35 @@ def test_environment_with_a_wrong_value(variable: str, value: str, message: str)
 def test_the_module_and_the_package_speak_the_same() -> None:
     assert backend._C.interface == backend.INTERFACE
     assert backend._C.version == igpt_fast.__version__
-    source = (Path(__file__).parents[1] / "csrc" / "module.cpp").read_text("utf-8")
+    source = (Path(__file__).parents[1] / "csrc" / "bind" / "module.cpp").read_text("utf-8")
     assert f"kInterface = {backend.INTERFACE};" in source
+
+
+@needs_cpu
+def test_the_activations_have_the_same_numbers_on_both_sides() -> None:
+    """csrc/bind/cuda.cpp holds the numbers of CUDA to those of the CPU while it compiles."""
+    assert {name or "none": number for name, number in ACTIVATION_NUMBERS.items()} == backend._C.activations
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": 1}, "dequantize: there is no argument 'm'"),
+        ({"k": None}, "dequantize: the argument 'k' is missing"),
+        ({"k": "4"}, "dequantize: k: .*integer"),
+        ({"k": 2**63}, "dequantize: k: .*too big"),
+        ({"token_bytes": 2**31}, "dequantize: token_bytes: the number is too large"),
+        ({"out": -1}, "dequantize: out: .*negative"),
+    ],
+)
+def test_the_module_wants_every_argument_by_its_name(change: dict[str, object], message: str) -> None:
+    arguments = {"tokens": 0, "token_bytes": 8, "clusters": 0, "out": 0, "n": 0, "k": 0, "threads": 1}
+    backend._C.dequantize_cpu(**arguments)
+    with pytest.raises(TypeError, match=message):
+        backend._C.dequantize_cpu(**{name: value for name, value in (arguments | change).items() if value is not None})
+    with pytest.raises(TypeError, match="by name"):
+        backend._C.dequantize_cpu(*arguments.values())
 
 
 @needs_cpu

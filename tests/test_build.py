@@ -191,8 +191,10 @@ def test_the_source_distribution_builds(built: Path) -> None:
 
 
 def objects(built: Path) -> dict[str, Path]:
-    found = {path.name.removesuffix(".cpp.o"): path for path in (built / "source" / "build").rglob("*.cpp.o")}
-    assert {"isa", "isa_generic", "quantize", "module"} <= set(found)
+    """By the source's name below csrc."""
+    paths = (built / "source" / "build").rglob("*.cpp.o")
+    found = {path.as_posix().rpartition("/csrc/")[2].removesuffix(".cpp.o"): path for path in paths}
+    assert {"cpu/isa/choice", "cpu/isa/generic", "cpu/quantize", "bind/module"} <= set(found)
     return found
 
 
@@ -200,10 +202,10 @@ def objects(built: Path) -> dict[str, Path]:
 def test_files_of_an_instruction_set_give_the_linker_nothing_but_their_table(built: Path) -> None:
     """A weak symbol (an inline function, a template) of the AVX-512 file could serve every processor, and crash it."""
     for name, path in objects(built).items():
-        if name.startswith("isa_"):
+        if name.startswith("cpu/isa/") and name != "cpu/isa/choice":
             lines = run("nm", "-C", "--defined-only", path).stdout.splitlines()
             shared = [line.split(None, 2) for line in lines if line.split(None, 2)[1] not in "bdrt"]
-            assert [symbol for _, _, symbol in shared] == [f"igpt::cpu::{name.removeprefix('isa_')}_ops"], name
+            assert [symbol for _, _, symbol in shared] == [f"igpt::cpu::{path.name.partition('.')[0]}_ops"], name
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed")
@@ -211,8 +213,8 @@ def test_files_of_an_instruction_set_give_the_linker_nothing_but_their_table(bui
 def test_no_other_file_uses_their_instructions(built: Path) -> None:
     wide = re.compile(r"%[yz]mm|\bv[a-z0-9]+\s.*%xmm")
     uses = {name for name, path in objects(built).items() if wide.search(run("objdump", "-d", path).stdout)}
-    assert uses == {"isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16", "isa_amx"}
-    assert "%zmm" not in run("objdump", "-d", objects(built)["isa_avx2"]).stdout
+    assert uses == {f"cpu/isa/{name}" for name in ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")}
+    assert "%zmm" not in run("objdump", "-d", objects(built)["cpu/isa/avx2"]).stdout
 
 
 # ---- What CMake decides about nvcc --------------------------------------------------------------------------

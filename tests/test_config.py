@@ -168,6 +168,23 @@ def test_presets() -> None:
         ({"attn_pdrop": None}, "attn_pdrop"),
         ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon"),
         ({"initializer_range": float("nan")}, "initializer_range"),
+        ({"initializer_range": 1e300}, r"initializer_range is 1e\+300; want a number in \[0, 1e\+30\]"),
+        ({"resid_pdrop": 10**400}, "resid_pdrop is 1000"),
+        ({"resid_pdrop": 10**300}, r"resid_pdrop is 1000.*want a number in \[0, 1\]"),
+        ({"resid_pdrop": True}, "resid_pdrop is True"),
+        ({"n_inner": True}, "n_inner is True"),
+        ({"task_specific_params": {"a": [{"b": float("inf")}]}}, "b is inf"),
+        ({"pad_token_id": 10**9}, "pad_token_id is 1000000000; want an integer in -1"),
+        ({"pad_token_id": [1]}, r"pad_token_id is \[1\]"),
+        ({"bos_token_id": "0"}, "bos_token_id is '0'"),
+        ({"eos_token_id": [1, 2.5]}, "eos_token_id is 2.5"),
+        ({"id2label": {"9" * 4000: "x"}}, "a key of id2label is 9999"),
+        ({"id2label": {"9" * 5000: "x"}}, "limit"),
+        ({"id2label": {"x" * 400_000: "x"}}, "invalid literal"),
+        ({"activation_function": ["\x1b" * 400_000]}, "activation_function must be a name"),
+        ({"problem_type": "\x1b[31m" * 100_000}, "problem_type"),
+        ({"model_type": ["x" * 99] * 9999}, "model_type"),
+        ({"use_cache": {"a": "\n" * 9999}}, "use_cache"),
         ({"problem_type": "guess"}, "problem_type"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"add_cross_attention": True}, "add_cross_attention"),
@@ -177,15 +194,18 @@ def test_presets() -> None:
         ({"id2label": {"x": "y"}}, "invalid literal"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"id2label": 3}, "int"),
-        ({"vocab_size": 9, "n_classes": 8}, r"n_classes must be an integer in 0\.\.7.*got 8"),
+        ({"vocab_size": 9, "n_classes": 8}, r"n_classes is 8; want an integer in 0\.\.7"),
         *(({"n_classes": value}, "n_classes") for value in (-1, 1 << 60, 10**400, 2.0, True, "3", None, [1])),
     ],
 )
 def test_bad_files_name_file_and_field(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=rf"config\.json: not a usable ImageGPT configuration: .*{reason}"):
+    wanted = rf"config\.json: not (a usable ImageGPT configuration|usable JSON): .*{reason}"
+    with pytest.raises(ValueError, match=wanted) as caught:
         ImageGPTConfig.from_json_file(path)
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{", b"[" * 200_000, b"<html></html>"])

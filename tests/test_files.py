@@ -6,8 +6,10 @@ import errno
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,7 @@ def test_hub_cache_offline(tmp_path: Path) -> None:
 def test_unreachable_hub_is_quick_and_clear(tmp_path: Path) -> None:
     _hub_cache(tmp_path, "some/model", {"config.json": b"{}"})
     code = f"""
+import threading
 import time
 from igpt_fast import files
 files.find_file("some/model", "config.json", cache_dir={str(tmp_path)!r})
@@ -148,8 +151,69 @@ def test_read_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="larger than 1 MiB"):
         files.read_json(path, max_bytes=1 << 20)
     assert time.process_time() - start < 1
-    with pytest.raises(ValueError, match="larger than 1 MiB"):  # stat says 0 bytes
-        files.read_json("/dev/zero", max_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"a": NaN}', "a is nan; want a finite number, at most 1.8e+308"),
+        ('{"a": {"b": [1, -Infinity]}}', "b is -inf; want"),
+        ('{"a": 1e400}', "a is inf; want"),
+        ('{"a": ' + "9" * 400 + "}", "a is 9999"),
+        ('{"a": ' + "[" * 64 + "]" * 64 + "}", "more than 64 levels"),
+        ('{"a": ' * 65 + "1" + "}" * 65, "more than 64 levels"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "has c twice"),
+    ],
+)
+def test_json_that_others_read_otherwise(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: not usable JSON: ") as caught:
+        files.read_json(path)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 300
+    path.write_text('{"a": [' + "[" * 61 + "]" * 61 + ", -0, -0.0, 1.7e308, 1" + "0" * 308 + "]}")
+    assert files.read_json(path)["a"][1] == 0
+
+
+def test_open_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    with files.open_input(tmp_path / "file") as file:
+        assert file.read() == b"abc"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for size, most in ((10, 10), (11, 10)):
+        writer = threading.Thread(target=pipe.write_bytes, args=(b"x" * size,))
+        writer.start()
+        if size > most:
+            with pytest.raises(ValueError, match="pipe: the pipe holds more than"):
+                files.open_input(pipe, most)
+        else:
+            with files.open_input(pipe, most) as file:
+                assert file.seek(0, os.SEEK_END) == size
+        writer.join()
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    for name, error, reason in [
+        (tmp_path, IsADirectoryError, "is a folder, not a file"),
+        (tmp_path / "none", FileNotFoundError, "none: no such file"),
+        (tmp_path / "file" / "below", FileNotFoundError, "below: no such file"),
+        (tmp_path / "dangling", FileNotFoundError, "dangling: is a link to nothing"),
+        (tmp_path / "loop", ValueError, "loop: not a usable file name"),
+        (tmp_path / "socket", ValueError, "socket: is a device or a socket"),
+        ("/dev/zero", ValueError, "/dev/zero: is a device or a socket"),
+        ("/dev/kmsg", ValueError if os.path.exists("/dev/kmsg") else FileNotFoundError, "/dev/kmsg: "),
+        ("a\0b", ValueError, "not a usable file name"),
+        ("x" * 5000, ValueError, "not a usable file name"),
+    ]:
+        with pytest.raises(error, match=reason) as caught:
+            files.open_input(name)
+        assert len(str(caught.value)) < 1000
+    listener.close()
+    with pytest.raises(ValueError, match="/dev/zero: is a device"):
+        files.read_json("/dev/zero")
 
 
 def test_replacing(tmp_path: Path) -> None:

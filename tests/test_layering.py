@@ -247,12 +247,14 @@ def test_includes(path: Path) -> None:
     for name in includes(path):
         parts = name.split("/")
         assert not {"torch", "ATen", "c10"} & set(parts), f"{path.name} includes torch"
-        if path.name != "module.cpp" and not path.name.startswith(("bind.", "bind_")):
+        if folder != "bind" and path.name not in ("bind_emulator.h", "module.cpp"):
             assert parts[0] not in ("pybind11", "Python.h"), f"{path.name} includes {name}; only the bindings may"
         if folder in ("cpu", "cuda"):
             other = {"cpu": "cuda", "cuda": "cpu"}[folder]
             assert other not in parts, f"{folder}/{path.name} includes {name}"
-        if folder in ("module.cpp", "bind.h", "bind_cuda.cpp") and parts[0] == "cuda":
+        if "bodies" in parts:
+            assert path.parent.name == "isa", f"{path.name} includes {name}: bodies are compiled for an instruction set"
+        if folder == "bind" and parts[0] == "cuda":
             assert name == "cuda/ops.h", f"{path.name} sees of CUDA its ops.h alone"
         if folder != "emulator" and "emulator" in parts:
             assert (path.name, name) in EMULATED, f"{path.name} includes {name}: the emulator is for tests"
@@ -290,7 +292,8 @@ def test_kernels_neither_read_the_environment_nor_end_the_process(path: Path) ->
 def test_bodies_of_instruction_sets_use_nothing_of_the_standard_library() -> None:
     """An inline function of a header compiled for AVX-512 could become everybody's; see csrc/cpu/ops.h."""
     allowed = {"cstddef", "cstdint", "immintrin.h"}
-    todo, seen = sorted((ROOT / "csrc" / "cpu").glob("isa_*.cpp")), set()
+    isa = ROOT / "csrc" / "cpu" / "isa"
+    todo, seen = sorted(set(isa.glob("*.cpp")) - {isa / "choice.cpp"}), set()
     assert todo
     while todo:
         path = todo.pop()

@@ -147,26 +147,30 @@ def test_interruption_keeps_the_finished_batches(pipeline: Pipeline) -> None:
     assert caught.value.partial is None
 
 
-def test_interruption_keeps_the_inputs_with_all_their_completions(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_interruption_keeps_the_finished_completions(pipeline: Pipeline, tmp_path: Path) -> None:
     images, half = [photograph(seed=i) for i in range(3)], SIDE * SIDE // 2
 
-    def interrupted(after: int) -> Generation | None:
+    def interrupted(after: int, batch_size: int) -> Generation | None:
         def stop(done: int, total: int) -> None:
             if done > after * half:
                 raise KeyboardInterrupt
 
         with pytest.raises(InterruptedGeneration) as caught:
-            pipeline.complete(images, n=2, seed=2, batch_size=3, progress=stop)
+            pipeline.complete(images, n=2, seed=2, batch_size=batch_size, progress=stop)
         return caught.value.partial
 
-    partial = interrupted(after=3)  # in the second batch; a batch has all completions of an image
+    partial = interrupted(3, batch_size=3)  # in the second batch; a batch has all completions of an image
     assert partial is not None
     expected = pipeline.complete(images[:1], n=2, seed=2)
     assert torch.equal(partial.tokens, expected.tokens)
     partial.save_grid(tmp_path / "partial.png")
     expected.save_grid(tmp_path / "expected.png")
     assert (tmp_path / "partial.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
-    assert interrupted(after=1) is None
+    partial = interrupted(3, batch_size=1)
+    assert partial is not None
+    assert (len(partial), partial.counts, partial.labels) == (3, [2, 1], None)
+    assert torch.equal(partial.tokens, pipeline.complete(images[:2], n=2, seed=2, batch_size=1).tokens[:3])
+    assert interrupted(1, batch_size=2) is None
 
 
 @pytest.mark.parametrize(

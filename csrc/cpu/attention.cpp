@@ -1,16 +1,10 @@
 // Causal attention, the drivers: memory, threads, and the kernels of the chosen instruction set.
-#include "attention.h"
-
 #include <algorithm>
 #include <stdexcept>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "arena.h"
-#include "denormals.h"
 #include "ops.h"
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -31,20 +25,12 @@ char* workspace(int64_t bytes) {
 template <class Work>
 void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
     const int threads = int(std::min<int64_t>(usable_threads(wanted), items));
-    const int64_t each = (scratch + 4095) / 4096 * 4096;
+    const int64_t each = padded(scratch, 4096);
     char* memory = workspace(each * threads);
-    // Nothing in the region throws.
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#ifdef _OPENMP
-        char* mine = memory + each * omp_get_thread_num();
-#else
-        char* mine = memory;
-#endif
-        const FlushDenormals flush;
+    in_region(threads, [&](int index, int) {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = items - 1; i >= 0; --i) work(i, mine);
-    }
+        for (int64_t i = items - 1; i >= 0; --i) work(i, memory + each * index);
+    });
 }
 
 const CausalAttentionKernels& kernels_here() {
@@ -55,7 +41,7 @@ const CausalAttentionKernels& kernels_here() {
 
 }  // namespace
 
-void causal_attention_fwd(const CausalAttention& p) {
+void causal_attention_fwd(const CausalAttentionParams& p) {
     const CausalAttentionKernels& kernels = kernels_here();
     const int64_t heads = p.batch * p.heads;
     if (heads <= 0 || p.t_q <= 0) return;
@@ -70,7 +56,7 @@ void causal_attention_fwd(const CausalAttention& p) {
     });
 }
 
-void causal_attention_bwd(const CausalAttentionBwd& p) {
+void causal_attention_bwd(const CausalAttentionGradParams& p) {
     const CausalAttentionKernels& kernels = kernels_here();
     const int64_t heads = p.of.batch * p.of.heads;
     if (heads <= 0 || p.of.t_k <= 0) return;

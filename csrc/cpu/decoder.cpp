@@ -20,17 +20,12 @@
 #include <string>
 
 #include "barrier.h"
-#include "denormals.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
 
 constexpr int64_t kMaxBatch = 1 << 20;
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Busy {
     explicit Busy(std::atomic<bool>& flag) : flag_(flag) {
@@ -62,7 +57,6 @@ class Worker {
     }
 
     void step(const int64_t* tokens, float* logits) {
-        const FlushDenormals flush;
         embed(tokens);
         meet();
         for (int64_t i = 0; i < w_.shape.layers; ++i) layer(i);
@@ -76,13 +70,9 @@ class Worker {
     }
 
   private:
-    struct Range {
-        int64_t begin, end;
-    };
-
     void meet() { barrier_.wait(count_); }
 
-    Range part(int64_t units) const { return {units * index_ / count_, units * (index_ + 1) / count_}; }
+    Range part(int64_t units) const { return cpu::part(units, index_, count_); }
 
     Range share(const Matrix& m) const {
         const Range registers = part(m.n / w_.kernels.lanes);
@@ -149,9 +139,9 @@ class Worker {
         return {unit, unit / d_.primers_, unit % d_.primers_ * copies + begin, end - begin};
     }
 
-    AttentionParams head_of(int64_t layer, const Group& g, int64_t i) const {
+    AttentionDecodeParams head_of(int64_t layer, const Group& g, int64_t i) const {
         const int64_t dim = w_.shape.head_dim(), sequence = g.first + i;
-        AttentionParams p = d_.head_of(layer, g.head * d_.batch_ + sequence);
+        AttentionDecodeParams p = d_.head_of(layer, g.head * d_.batch_ + sequence);
         p.q = d_.qkv_ + sequence * w_.layer(layer).qkv.n + g.head * 3 * dim;
         p.k = p.q + dim;
         p.v = p.k + dim;
@@ -165,13 +155,13 @@ class Worker {
         for (int64_t i = 0; i < g.count; ++i) w_.kernels.expect(head_of(layer, g, i));
     }
 
-    void attend(int64_t layer, const char* next) const {
+    void attention_decode(int64_t layer, const char* next) const {
         const Range units = attention_units();
         for (int64_t u = units.begin; u < units.end; ++u) {
             const Group g = group(u);
             const char* after = u + 1 < units.end ? start(layer, u + 1) : next;
             if (u + 1 < units.end) expect(layer, u + 1);
-            AttentionParams sequences[shared_rows];
+            AttentionDecodeParams sequences[shared_rows];
             for (int64_t i = 0; i < g.count; ++i) {
                 sequences[i] = head_of(layer, g, i);
                 sequences[i].next = after;
@@ -179,12 +169,12 @@ class Worker {
                 if (i > 0) sequences[i - 1].next = sequences[i].keys;
             }
             if (d_.copies_ == 1) {
-                w_.kernels.attend(sequences[0]);
+                w_.kernels.attention_decode(sequences[0]);
                 continue;
             }
-            AttentionParams primer = d_.primer_of(layer, g.unit);
+            AttentionDecodeParams primer = d_.primer_of(layer, g.unit);
             primer.next = sequences[0].keys;
-            w_.kernels.attend_shared(primer, sequences, g.count);
+            w_.kernels.attention_decode_prefix(primer, sequences, g.count);
         }
     }
 
@@ -198,7 +188,7 @@ class Worker {
         multiply(l.qkv, normed(l.norm_1), qkv, d_.qkv_, Then::store,
                  units.begin < units.end ? start(i, units.begin) : start(l.proj, proj));
         if (!own_heads_) meet();
-        attend(i, start(l.proj, proj));
+        attention_decode(i, start(l.proj, proj));
         meet();
         multiply(l.proj, rows_of(d_.mixed_, w_.shape.embd, w_.shape.embd), proj, d_.x_, Then::add, start(l.fc, fc));
         meet();
@@ -242,8 +232,8 @@ void Decoder::make_rows(int64_t batch) {
     for (int i = 0; i < 5; ++i) *rows[i] = rows_.take<float>(batch * widths[i]);
 }
 
-AttentionParams Decoder::unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const {
-    AttentionParams p{};
+AttentionDecodeParams Decoder::unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const {
+    AttentionDecodeParams p{};
     cache.point(layer * units + unit, p);
     p.head_dim = weights_->shape.head_dim();
     p.scale = weights_->layer(layer).scale;
@@ -252,12 +242,12 @@ AttentionParams Decoder::unit_of(const KvCache& cache, int64_t layer, int64_t un
     return p;
 }
 
-AttentionParams Decoder::head_of(int64_t layer, int64_t unit) const {
+AttentionDecodeParams Decoder::head_of(int64_t layer, int64_t unit) const {
     return unit_of(own_, layer, weights_->shape.heads * batch_, unit);
 }
 
-AttentionParams Decoder::primer_of(int64_t layer, int64_t unit) const {
-    AttentionParams p = unit_of(primer_, layer, weights_->shape.heads * primers_, unit);
+AttentionDecodeParams Decoder::primer_of(int64_t layer, int64_t unit) const {
+    AttentionDecodeParams p = unit_of(primer_, layer, weights_->shape.heads * primers_, unit);
     p.position = shared_ - 1;
     return p;
 }
@@ -300,16 +290,7 @@ void Decoder::step(const int64_t* tokens, float* logits, int threads) {
     const int wanted = usable_threads(threads);
     reserve(wanted);
     Barrier barrier;
-    // Nothing in the region throws: an exception that leaves it ends the process. It may get fewer threads than wanted.
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    {
-#ifdef _OPENMP
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-        const int index = 0, count = 1;
-#endif
-        Worker(*this, barrier, index, count).step(tokens, logits);
-    }
+    in_region(wanted, [&](int index, int count) { Worker(*this, barrier, index, count).step(tokens, logits); });
     ++position_;
 }
 
@@ -322,7 +303,7 @@ void Decoder::load(int64_t layer, const float* keys, const float* values, int64_
     const int wanted = usable_threads(threads);
 #pragma omp parallel for schedule(static) num_threads(wanted) if (wanted > 1)
     for (int64_t u = 0; u < units; ++u) {
-        AttentionParams p = head_of(layer, u);
+        AttentionDecodeParams p = head_of(layer, u);
         const int64_t from = (u % batch_ * heads + u / batch_) * count * dim;
         for (p.position = 0; p.position < count; ++p.position) {
             p.k = keys + from + p.position * dim;
@@ -374,7 +355,7 @@ void Decoder::rewind(int64_t position) {
     const int64_t end = std::min(padded(first, value_rows), position_ - shared_);
     for (int64_t layer = 0; layer < weights_->shape.layers; ++layer)
         for (int64_t u = 0; u < units; ++u) {
-            AttentionParams p = head_of(layer, u);
+            AttentionDecodeParams p = head_of(layer, u);
             p.k = p.v = zeros.data();
             for (p.position = first; p.position < end; ++p.position) weights_->kernels.remember(p);
         }

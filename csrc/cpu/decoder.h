@@ -8,75 +8,9 @@
 
 #include "arena.h"
 #include "kv_cache.h"
-#include "ops.h"
+#include "weights.h"
 
 namespace igpt::cpu {
-
-struct DecoderShape {
-    int64_t layers, embd, heads, inner, positions, vocab;  // vocab: tokens, SOS included; the head has one fewer
-    float eps;
-    Then activation;
-    Format format;
-
-    int64_t head_dim() const { return embd / heads; }
-};
-
-// A matrix as a checkpoint has it: element (k, n) at data[k stride_k + n stride_n].
-struct Source {
-    const void* data;
-    bool is_bf16;  // else fp32
-    int64_t stride_k, stride_n;
-};
-
-struct LayerSource {
-    const float *norm_1, *norm_2;   // (embd,)
-    Source qkv, proj, fc, fc_proj;  // (embd, 3 embd), (embd, embd), (embd, inner), (inner, embd)
-    const float *qkv_bias, *proj_bias, *fc_bias, *fc_proj_bias;  // fp32
-    float scale;                                                 // of the scores
-};
-
-// A number for what lies in each of `count` blocks of memory: it changes when a byte changes, but once in 2^64 times.
-struct Block {
-    const void* data;
-    size_t bytes;
-};
-void checksums(const Block* blocks, int64_t count, uint64_t* out, int threads);
-
-// The weights of a model, packed for the instruction set that is chosen when it is made. Immutable once filled, and
-// shared by decoders.
-class DecoderWeights {
-  public:
-    // Throws std::bad_alloc, or std::invalid_argument for a shape that the kernels do not take.
-    explicit DecoderWeights(const DecoderShape& shape);
-
-    void set_tables(const float* wte, const float* wpe, const float* norm, const Source& head, int threads);
-    void set_layer(int64_t layer, const LayerSource& source, int threads);
-
-    // The outputs of qkv are packed head by head (q, k, v of a head), so that a thread can own whole heads.
-    struct Layer {
-        float *norm_1, *norm_2;
-        Matrix qkv, proj, fc, fc_proj;
-        float scale;
-    };
-
-    const DecoderShape shape;
-    const DecoderKernels kernels;
-    const Layer& layer(int64_t i) const { return layers_[size_t(i)]; }
-    const Matrix& head() const { return head_; }
-    const float* wte() const { return wte_; }
-    const float* wpe() const { return wpe_; }
-    const float* norm() const { return norm_; }
-    size_t bytes() const { return arena_.size(); }
-
-  private:
-    size_t matrix_bytes(int64_t n, int64_t k) const;
-    Matrix take(int64_t n, int64_t k);
-
-    Arena arena_;
-    std::vector<Layer> layers_;
-    Matrix head_{};
-    float *wte_ = nullptr, *wpe_ = nullptr, *norm_ = nullptr;
-};
 
 // The state of `batch` sequences, all at the same position. A step is one OpenMP region.
 //
@@ -126,9 +60,9 @@ class Decoder {
     };
 
     // Unit: a head of a sequence, or of a primer; the sequences of a head follow each other.
-    AttentionParams head_of(int64_t layer, int64_t unit) const;
-    AttentionParams primer_of(int64_t layer, int64_t unit) const;
-    AttentionParams unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const;
+    AttentionDecodeParams head_of(int64_t layer, int64_t unit) const;
+    AttentionDecodeParams primer_of(int64_t layer, int64_t unit) const;
+    AttentionDecodeParams unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const;
     KvCache make_cache(int64_t sequences, int64_t capacity) const;
     void make_rows(int64_t batch);
     void reserve(int threads);

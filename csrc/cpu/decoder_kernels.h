@@ -12,14 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "format.h"
+
 namespace igpt::cpu {
 
-enum class Format : int32_t { fp32 = 0, bf16 = 1, int8 = 2 };
-
-constexpr int64_t format_bytes(Format format) { return format == Format::fp32 ? 4 : format == Format::bf16 ? 2 : 1; }
-
-// What happens to x W + bias.
-enum class Then : int32_t { store = 0, add = 1, quick_gelu = 2, gelu_tanh = 3, gelu_erf = 4 };
+// What happens to x W + bias: an Activation (store: none), or it is added to y.
+enum class Then : int32_t { store = -1, quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2, add = 3 };
 
 // A packed matrix. The vectors have as many entries as the padded n.
 struct Matrix {
@@ -78,7 +76,7 @@ struct LinearParams {
 };
 
 // One head of one sequence. `position` is the newest key's.
-struct AttentionParams {
+struct AttentionDecodeParams {
     const float *q, *k, *v;  // (d,)
     float* out;              // (d,)
     char *keys, *values;
@@ -110,14 +108,15 @@ struct DecoderKernels {
     void (*split)(const Rows& rows, int64_t k, Format format);
     void (*linear)(const LinearParams& params);
     // Writes k and v into the cache; the positions before have been written already.
-    void (*remember)(const AttentionParams& params);
+    void (*remember)(const AttentionDecodeParams& params);
     // out = softmax(scale q K^T) V over the positions 0 .. position.
-    void (*attend)(const AttentionParams& params);
+    void (*attention_decode)(const AttentionDecodeParams& params);
     // The same for `count` sequences, shared_rows at most, over all of a primer's positions and each sequence's own
     // 0 .. position after them. The primer's q, k, v and out are not used.
-    void (*attend_shared)(const AttentionParams& primer, const AttentionParams* sequences, int64_t count);
-    // Prefetches what `remember` will write, and what `attend` would have to wait for at its beginning.
-    void (*expect)(const AttentionParams& params);
+    void (*attention_decode_prefix)(const AttentionDecodeParams& primer, const AttentionDecodeParams* sequences,
+                                    int64_t count);
+    // Prefetches what `remember` will write, and what `attention_decode` would have to wait for at its beginning.
+    void (*expect)(const AttentionDecodeParams& params);
 };
 
 }  // namespace igpt::cpu

@@ -1,6 +1,4 @@
 // Norms, activations, the loss and dequantize, the drivers: memory, threads, and the order in which sums are made.
-#include "elementwise.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -8,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "elementwise_kernels.h"
 #include "ops.h"
 
 namespace igpt::cpu {
@@ -140,15 +139,15 @@ int64_t check_labels(const Params& p) {
 
 }  // namespace
 
-void cross_entropy_fwd(const CrossEntropyParams& p, float* total, float* count, bool mean) {
+void cross_entropy_fwd(const CrossEntropyParams& p) {
     const int64_t counted = check_labels(p);
     const auto body = ops().elementwise.cross_entropy_fwd;
     in_blocks(p.rows, kRowBlock, p.k, p.threads, [&](int64_t, int64_t begin, int64_t end) { body(p, begin, end); });
-    if (!total) return;
+    if (!p.loss) return;
     double sum = 0.0;
     for (int64_t i = 0; i < p.rows; ++i) sum += p.losses[i];
-    *total = float(mean ? sum / double(counted) : sum);
-    *count = float(counted);
+    *p.loss = float(p.mean ? sum / double(counted) : sum);
+    *p.count = float(counted);
 }
 
 void cross_entropy_bwd(const CrossEntropyGradParams& p) {

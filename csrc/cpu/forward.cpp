@@ -20,10 +20,7 @@
 #include <vector>
 
 #include "barrier.h"
-#include "denormals.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -33,19 +30,10 @@ constexpr int64_t kSlice = 512;       // outputs of fc, inputs of fc_proj, at a 
 constexpr int64_t kTeamRows = 128;    // of a team at least, before there is a second one
 constexpr int64_t kMostRows = 2048;
 
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Rows of a span: fewer of wide ones.
 int64_t span_rows(const DecoderShape& s) {
     return std::max(kRows, std::min<int64_t>(512, kSpan / s.embd / kRows * kRows));
 }
-
-struct Range {
-    int64_t begin, end;
-};
-
-// Part `index` of `count` of `units`.
-Range part(int64_t units, int64_t index, int64_t count) { return {units * index / count, units * (index + 1) / count}; }
 
 }  // namespace
 
@@ -118,7 +106,7 @@ class ForwardWorker {
                 project(i, span(own, b));
             }
             barriers_[0].wait(count_);
-            attend(i);
+            causal_attention(i);
             barriers_[0].wait(count_);
         }
         for (int64_t b = own.begin; b < own.end; b += span_ / kRows) {
@@ -235,7 +223,7 @@ class ForwardWorker {
     }
 
     // The blocks of queries, over all heads of all sequences, in which this thread's share of the scores lies.
-    void attend(int64_t i) const {
+    void causal_attention(int64_t i) const {
         const int64_t heads = w_.shape.heads, units = sequences_ * heads, blocks = positions_ / kRows;
         const int64_t each = blocks * (blocks + 1) / 2;
         const auto begin_in = [&](int64_t index, int64_t unit) {
@@ -249,7 +237,7 @@ class ForwardWorker {
             const Range own{begin_in(index_, u), begin_in(index_ + 1, u)};
             if (own.begin >= own.end) continue;
             const int64_t at = u * positions_ * dim_;
-            AttendParams a{};
+            AttentionBlocksParams a{};
             a.q = s_.q + at;
             a.k = s_.k + at;
             a.v = s_.v + at;
@@ -263,7 +251,7 @@ class ForwardWorker {
             a.column = u % heads * a.head_dim;
             a.width = embd_;
             a.columns = w_.shape.embd;
-            kernels_.attend(a);
+            kernels_.causal_attention(a);
         }
     }
 
@@ -344,18 +332,11 @@ void Forward::run(const ForwardParams& params, int threads) const {
     const int wanted = usable_threads(threads);
     std::unique_ptr<Space> space = take(together * positions, wanted);
     std::vector<Barrier> barriers(size_t(wanted) + 1);
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    {
-#ifdef _OPENMP
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-        const int index = 0, count = 1;
-#endif
-        const FlushDenormals flush;
+    in_region(wanted, [&](int index, int count) {
         ForwardWorker worker(*this, params, *space, barriers.data(), index, count);
         for (int64_t first = 0; first < params.batch; first += together)
             worker.run(first, std::min(together, params.batch - first));
-    }
+    });
     delete spare_.exchange(space.release());
 }
 

@@ -68,7 +68,7 @@ struct HeadsParams {
 };
 
 // The queries of the blocks begin .. end - 1, kRows each, of one head, to tiles.
-struct AttendParams {
+struct AttentionBlocksParams {
     const uint16_t *q, *k, *v;
     const uint32_t* flaws;
     const uint8_t* flawed;
@@ -90,7 +90,7 @@ struct ForwardKernels {
     void (*residual_row)(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out);
     void (*tiles_row)(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out);
     void (*pack_heads)(const HeadsParams&);
-    void (*attend)(const AttendParams&);
+    void (*causal_attention)(const AttentionBlocksParams&);
 };
 
 }  // namespace igpt::cpu

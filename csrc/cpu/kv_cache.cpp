@@ -5,12 +5,6 @@
 #include <algorithm>
 
 namespace igpt::cpu {
-namespace {
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-}  // namespace
-
 KvCache::KvCache(const DecoderKernels& kernels, Format format, int64_t head_dim, int64_t units, int64_t capacity) {
     const int64_t size = format_bytes(format), tiled = padded(capacity, kernels.tile);
     key_bytes_ = padded(tiled * head_dim * size, 64);
@@ -21,7 +15,7 @@ KvCache::KvCache(const DecoderKernels& kernels, Format format, int64_t head_dim,
     scales_ = Arena(size_t(units * unit_scales_) * sizeof(float));
 }
 
-void KvCache::point(int64_t unit, AttentionParams& params) const {
+void KvCache::point(int64_t unit, AttentionDecodeParams& params) const {
     params.keys = data_.data() + unit * unit_bytes_;
     params.values = params.keys + key_bytes_;
     if (unit_scales_ == 0) return;
@@ -32,7 +26,7 @@ void KvCache::point(int64_t unit, AttentionParams& params) const {
 }
 
 void KvCache::copy(int64_t unit, const KvCache& from) {
-    AttentionParams to{}, source{};
+    AttentionDecodeParams to{}, source{};
     point(unit, to);
     from.point(unit, source);
     std::copy_n(source.keys, key_bytes_, to.keys);

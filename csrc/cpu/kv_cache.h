@@ -13,7 +13,7 @@ class KvCache {
     KvCache(const DecoderKernels& kernels, Format format, int64_t head_dim, int64_t units, int64_t capacity);
 
     // Where a unit lies.
-    void point(int64_t unit, AttentionParams& params) const;
+    void point(int64_t unit, AttentionDecodeParams& params) const;
 
     // Takes the unit's first positions, all that this cache has, from another of the same heads.
     void copy(int64_t unit, const KvCache& from);

@@ -91,8 +91,9 @@ void fill_root(const QuantizeParams& p, std::vector<int32_t>& seen, QuantizeBloc
     }
 }
 
-int64_t run(const QuantizeParams& p, Body body, bool is_u8) {
-    if (p.n <= 0) return 0;
+void run(const QuantizeParams& p, Body body, bool is_u8) {
+    if (p.work) *p.work = 0;
+    if (p.n <= 0) return;
     const int64_t shares = (p.n + kShare - 1) / kShare;
     const int threads = p.n < kParallel ? 1 : int(std::min<int64_t>(usable_threads(p.threads), shares));
     const int bits = cell_bits(p.n, p.k, is_u8);
@@ -119,14 +120,13 @@ int64_t run(const QuantizeParams& p, Body body, bool is_u8) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; ++t)
         body(p, cells[t], shares * t / threads * kShare, std::min(p.n, shares * (t + 1) / threads * kShare));
-    int64_t work = 0;
-    for (const QuantizeCells& each : cells) work += each.built + each.scanned;
-    return work;
+    for (const QuantizeCells& each : cells)
+        if (p.work) *p.work += each.built + each.scanned;
 }
 
 }  // namespace
 
-int64_t quantize_u8(const QuantizeParams& p) { return run(p, ops().quantize_u8, true); }
-int64_t quantize_f32(const QuantizeParams& p) { return run(p, ops().quantize_f32, false); }
+void quantize_u8(const QuantizeParams& p) { run(p, ops().quantize_u8, true); }
+void quantize_f32(const QuantizeParams& p) { run(p, ops().quantize_f32, false); }
 
 }  // namespace igpt::cpu

@@ -282,6 +282,8 @@ int launch_bwd(const ActivationBwdParams& p) {
 template <typename G>
 int dispatch_activation(Activation activation, G&& g) {
     switch (activation) {
+        case Activation::none:
+            break;
         case Activation::quick_gelu:
             return g(QuickGelu());
         case Activation::gelu_tanh:

@@ -53,7 +53,7 @@ bool is_hopper(int device) {
 
 }  // namespace
 
-int attention_fwd(const AttentionFwdParams& params) {
+int causal_attention_fwd(const AttentionFwdParams& params) {
     const bool hopper = params.rows == 0 && hopper_can_run(params) && is_hopper(params.shape.device);
     return dispatch_head_dim(params.shape, [&](auto d) {
         constexpr int D = decltype(d)::value;
@@ -64,7 +64,7 @@ int attention_fwd(const AttentionFwdParams& params) {
     });
 }
 
-int attention_bwd(const AttentionBwdParams& params) {
+int causal_attention_bwd(const AttentionBwdParams& params) {
     return dispatch_head_dim(params.shape, [&](auto d) { return attention::backward<decltype(d)::value>(params); });
 }
 

@@ -206,6 +206,8 @@ __device__ __forceinline__ void multiply(const GemvParams& p, float (&sums)[4][4
 
 __device__ __forceinline__ float activate(Activation activation, float x) {
     switch (activation) {
+        case Activation::none:
+            break;
         case Activation::quick_gelu:
             return x / (1.0f + __expf(-1.702f * x));
         case Activation::gelu_tanh:

@@ -299,7 +299,7 @@ int launch_bwd(const NormBwdParams& p) {
 }
 
 template <bool kCentred>
-int norm_fwd(const NormFwdParams& p) {
+int forward(const NormFwdParams& p) {
     if (p.rows == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
@@ -310,7 +310,7 @@ int norm_fwd(const NormFwdParams& p) {
 }
 
 template <bool kCentred>
-int norm_bwd(const NormBwdParams& p) {
+int backward(const NormBwdParams& p) {
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
     return dispatch_dtype(p.dtype, [&](auto t) {
@@ -321,9 +321,7 @@ int norm_bwd(const NormBwdParams& p) {
 
 }  // namespace
 
-int rms_norm_fwd(const NormFwdParams& p) { return norm_fwd<false>(p); }
-int rms_norm_bwd(const NormBwdParams& p) { return norm_bwd<false>(p); }
-int layer_norm_fwd(const NormFwdParams& p) { return norm_fwd<true>(p); }
-int layer_norm_bwd(const NormBwdParams& p) { return norm_bwd<true>(p); }
+int norm_fwd(const NormFwdParams& p) { return p.centred ? forward<true>(p) : forward<false>(p); }
+int norm_bwd(const NormBwdParams& p) { return p.centred ? backward<true>(p) : backward<false>(p); }
 
 }  // namespace igpt::cuda

@@ -1,4 +1,4 @@
-// The CUDA launchers, as plain C++: all that module.cpp sees of CUDA.
+// The CUDA launchers, as plain C++: all that the binding (bind/cuda.cpp) sees of CUDA.
 // A launcher sets the device for its length, launches on the given stream and returns the runtime's error code.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace igpt::cuda {
 
-// Nearest colour cluster; see csrc/cpu/ops.h for the definition.
+// Nearest colour cluster; see csrc/cpu/quantize_kernels.h for the definition.
 struct QuantizeParams {
     const void* x;          // (n, 3) uint8 or float32, 16-byte aligned
     const float* clusters;  // (k, 3), any k >= 1
@@ -72,6 +72,7 @@ struct NormFwdParams {
     DType dtype;  // of all of them
     int32_t device;
     void* stream;
+    bool centred;  // layer_norm, else rms_norm
 };
 
 struct NormBwdParams {
@@ -90,17 +91,16 @@ struct NormBwdParams {
     DType dtype;  // of all but partial
     int32_t device;
     void* stream;
+    bool centred;  // layer_norm, else rms_norm
 };
 
-int rms_norm_fwd(const NormFwdParams& params);
-int rms_norm_bwd(const NormBwdParams& params);
-int layer_norm_fwd(const NormFwdParams& params);
-int layer_norm_bwd(const NormBwdParams& params);
+int norm_fwd(const NormFwdParams& params);
+int norm_bwd(const NormBwdParams& params);
 
 // How many blocks fill a GPU with the backward, at a small price for their partial sums.
 constexpr int32_t norm_bwd_parts(int64_t rows) { return int32_t(rows < 792 ? rows : 792); }  // 6 blocks for each of 132
 
-enum class Activation : int32_t { quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2 };
+enum class Activation : int32_t { none = -1, quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2 };
 
 // All tensors contiguous and 16-byte aligned. The formulas: activation.cu.
 struct ActivationFwdParams {
@@ -246,8 +246,8 @@ struct AttentionBwdParams {
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
 };
 
-int attention_fwd(const AttentionFwdParams& params);
-int attention_bwd(const AttentionBwdParams& params);
+int causal_attention_fwd(const AttentionFwdParams& params);
+int causal_attention_bwd(const AttentionBwdParams& params);
 
 // One new position of every sequence against its cache, into which its key and value go. The formula, and what the
 // kernels ask of layouts: attention_decode.cu.
@@ -291,8 +291,6 @@ constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
     return int32_t(wanted < most ? wanted : most);
 }
 
-constexpr Activation kNoActivation{-1};
-
 // out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
 struct GemvParams {
     const void* x;            // (rows, n_in)
@@ -306,9 +304,9 @@ struct GemvParams {
     int32_t n_in, n_out;      // multiples of 8
     bool transposed;
     float eps;
-    Activation activation;  // or kNoActivation
-    DType dtype;            // bf16 or f16, of all of them
-    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
+    Activation activation;
+    DType dtype;     // bf16 or f16, of all of them
+    bool dependent;  // launch.cuh; weight and bias must not come from the launch before
     int32_t device;
     void* stream;
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share

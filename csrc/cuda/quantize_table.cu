@@ -13,7 +13,8 @@
 //   loads, shared accesses and stores are of whole sectors without conflicts. Bound by memory: 11 bytes per pixel, and
 //   the sectors of the table that caches do not hold (32 MiB, less than the L2 cache of an H100).
 //
-// Source: openai/image-gpt src/utils.py color_quantize (the definition); csrc/cpu/quantize.h has the same bounds.
+// Source: openai/image-gpt src/utils.py color_quantize (the definition); csrc/cpu/bodies/quantize.h has the same
+// bounds.
 #include "launch.cuh"
 #include "ops.h"
 #include "quantize.cuh"

@@ -2,7 +2,7 @@
 // emulator's schedule and counters. Device and stream are taken and ignored.
 #include <pybind11/pybind11.h>
 
-#include "../bind.h"
+#include "../bind/bind.h"
 #include "bind_emulator.h"
 
 PYBIND11_MODULE(_emulated, m) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import warnings
@@ -26,8 +27,9 @@ from igpt_fast import files
 from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
 from igpt_fast.checkpoint.tensors import StoredTensor, StoredWeights
+from igpt_fast.checks import dtype_name
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.files import listed
+from igpt_fast.files import listed, printable, shown
 
 CONFIG = "config.json"
 
@@ -206,7 +208,7 @@ def _os_error(error: Exception, path: Path) -> OSError:
 
 def _config_text(model: PretrainedMixin, dtype: torch.dtype) -> str:
     config = model.config
-    extra = {**config.extra, "architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    extra = {**config.extra, "architectures": [type(model).__name__], "dtype": dtype_name(dtype)}
     return dataclasses.replace(config, extra=extra).to_json_string()
 
 
@@ -233,9 +235,9 @@ def _dtype(value: Any, what: str) -> torch.dtype | None:
     """``None`` for ``None`` and ``"auto"``."""
     if value is None or (isinstance(value, str) and value == "auto"):
         return None
-    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    dtype = _DTYPES.get(dtype_name(value)) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
-        raise ValueError(f"{what} must be 'auto' or one of {', '.join(_DTYPES)}, got {value!r}")
+        raise ValueError(f"{what} must be 'auto' or one of {', '.join(_DTYPES)}, got {shown(value)}")
     return dtype
 
 
@@ -262,9 +264,9 @@ def _check_trunk(tensors: dict[str, StoredTensor], config: ImageGPTConfig, sourc
 
 def _check(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor.dtype, torch.dtype):
-        raise ValueError(f"{tensor.file}: {name}: dtype {tensor.dtype}; wanted one of {', '.join(_DTYPES)}")
+        raise ValueError(f"{tensor.file}: {name}: dtype {printable(tensor.dtype)}; wanted one of {', '.join(_DTYPES)}")
     if tensor.shape != shape:
-        raise ValueError(f"{tensor.file}: {name}: shape {tensor.shape}, the configuration wants {shape}")
+        raise ValueError(f"{tensor.file}: {name}: shape {shown(tensor.shape)}, the configuration wants {shape}")
 
 
 def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
@@ -304,7 +306,7 @@ def _build(
     if left:
         raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
     model.newly_initialized = new
-    config.extra["dtype"] = str(dtype).removeprefix("torch.")
+    config.extra["dtype"] = dtype_name(dtype)
     return model.eval()
 
 
@@ -334,9 +336,9 @@ def _state_dict(
             new.append(plain)
     if missing := set(new) - set(_HEADS):
         raise ValueError(f"{source}: lacks {listed(missing)}")
-    limit = max(_MAX_NEW_ELEMENTS, sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()))
+    limit = max(_MAX_NEW_ELEMENTS, sum(math.prod(tensor.shape) for tensor in tensors.values()))
     for plain in new:
-        if torch.Size(wanted[plain][1]).numel() > limit:
+        if math.prod(wanted[plain][1]) > limit:
             raise ValueError(f"{source}: lacks {plain}, and the configuration claims {wanted[plain][1]} for it")
     if new:
         warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=4)
@@ -359,7 +361,7 @@ def _read(name: str, tensor: StoredTensor, dtype: torch.dtype, device: torch.dev
         raise ValueError(f"{tensor.file}: {name}: holds NaN or infinity")
     value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(source)
     if torch.finfo(dtype).max < torch.finfo(source.dtype).max and not _is_finite(value):
-        raise ValueError(f"{tensor.file}: {name}: holds values too large for {str(dtype).removeprefix('torch.')}")
+        raise ValueError(f"{tensor.file}: {name}: holds values too large for {dtype_name(dtype)}")
     return value
 
 

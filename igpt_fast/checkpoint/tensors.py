@@ -20,6 +20,7 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.checkpoint.pickles import _MAX_HEADER_BYTES, _what_it_is, scan_torch_file
+from igpt_fast.checks import dtype_name
 from igpt_fast.files import listed, printable
 
 SAFETENSORS = "model.safetensors"
@@ -154,7 +155,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
             read = _reader(path, name, partial(_read_safetensor, path))
             tensors[name] = StoredTensor(path, tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind), read)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a usable safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a usable safetensors file: {files.first_line(error)}") from error
     return tensors
 
 
@@ -170,7 +171,7 @@ def _reader(path: Path, name: str, get: Callable[[str], Tensor]) -> Callable[[],
         try:
             return get(name)
         except Exception as error:
-            raise ValueError(f"{path}: {printable(name)} cannot be read: {error}") from error
+            raise ValueError(f"{path}: {printable(name)} cannot be read: {files.first_line(error)}") from error
 
     return read
 
@@ -187,7 +188,7 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # what a damaged file raises is not documented
-        raise ValueError(f"{path}: not a usable PyTorch checkpoint: {files.first_line(error)[:300]}") from error
+        raise ValueError(f"{path}: not a usable PyTorch checkpoint: {files.first_line(error)}") from error
     return _state_dict(path, state, size)
 
 
@@ -205,7 +206,7 @@ def _state_dict(path: Path, state: Any, size: int) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: {printable(name)}: the tensors claim more bytes than the file has ({size})")
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(f"{path}: {printable(name)}: not an ordinary tensor")
-        dtype = value.dtype if value.dtype in _SAFETENSORS_DTYPES.values() else str(value.dtype).removeprefix("torch.")
+        dtype = value.dtype if value.dtype in _SAFETENSORS_DTYPES.values() else dtype_name(value.dtype)
         tensors[name] = StoredTensor(path, tuple(value.shape), dtype, _constant(value.detach()))
     return tensors
 

@@ -1,4 +1,4 @@
-"""What the commands share: checks before the work, and the report.
+"""What the commands check before the work.
 
 Heavy imports stay inside the functions.
 """
@@ -6,24 +6,24 @@ Heavy imports stay inside the functions.
 from __future__ import annotations
 
 import contextlib
-import json as json_module
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from igpt_fast.files import check_writable
+
 if TYPE_CHECKING:
     import torch
+
+    from igpt_fast.image import ImageGPTImageProcessor
 
 Paths = Positional[tuple[Path, ...]]
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
-# What the library's messages begin with where an option has the same name.
-_ARGUMENT = re.compile(r"^(n|seed|temperature|top_k|top_p|min_p|labels?|cfg_scale|batch_size|keep|candidates)\b")
 
 
 class UsageError(Exception):
@@ -47,13 +47,6 @@ def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> Non
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
     check_writable(path.parent)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # asks the file system, which permissions alone do not tell
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
@@ -87,20 +80,20 @@ def choose_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def as_usage() -> Iterator[None]:
-    """Makes a value out of its range a mistake of usage, which names the option and not the argument."""
+    """Makes a value out of its range a mistake of usage."""
     try:
         yield
     except ValueError as error:
-        text = str(error).removeprefix("sample: ").replace("labels are given", "--label is given")
-        text = _ARGUMENT.sub(lambda match: "-n" if match[0] == "n" else f"--{match[0].replace('_', '-')}", text)
-        raise UsageError(text.replace("--labels", "--label").replace("without labels", "without --label")) from error
+        raise UsageError(of_options(str(error))) from error
 
 
-def told(error: BaseException) -> str:
-    """What an error says."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+def of_options(text: str) -> str:
+    """A message of the library as one that names the option and not the argument."""
+    text = text.replace("labels are given", "label is given")
+    match = re.match(r"(?:sample: )?(\w+) (?=is|has|\d)", text)
+    if match:
+        text = f"{'-' if match[1] == 'n' else '--'}{match[1].replace('_', '-')} {text[match.end() :]}"
+    return text.replace("--labels", "--label").replace("without labels", "without --label")
 
 
 def check_clusters(count: int) -> None:
@@ -118,23 +111,21 @@ def check_images(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{path}: no such file")
 
 
+def read_processor(model: str | None) -> ImageGPTImageProcessor:
+    """Of a model, or of the bundled one."""
+    from igpt_fast.files import BUNDLED
+    from igpt_fast.image import ImageGPTImageProcessor
+
+    return ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+
+
 def read_palette(clusters: Path | None, model: str | None) -> tuple[Any, int]:
     """Colours, and the edge of the images that they are for."""
-    from igpt_fast import image as images_module
-    from igpt_fast.files import BUNDLED
+    from igpt_fast.image import load_clusters
 
     if clusters is not None:
-        return images_module.load_clusters(clusters), 32
-    processor = images_module.ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+        return load_clusters(clusters), 32
+    processor = read_processor(model)
     if processor.clusters is None:
         raise ValueError(f"{model}: its preprocessor_config.json has no clusters")
     return processor.clusters, processor.height
-
-
-def report(json: bool, values: dict[str, Any], text: str) -> None:
-    """The result on stdout: one JSON object, or a line."""
-    print(json_module.dumps(values) if json else text)
-
-
-def nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -18,8 +18,9 @@ from typing import Any
 import tyro
 
 from igpt_fast import processes
-from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, told
+from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
 from igpt_fast.cli.commands import colours, env, sample, train
+from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
 FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, ImportError, RuntimeError, MemoryError)
@@ -87,7 +88,7 @@ def overview() -> str:
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """A warning in one line, without the place in the sources; of several processes, the first one's."""
     if not processes.rank():
-        print(f"igpt: {' '.join(str(message).split())}", file=sys.stderr)
+        say(f"igpt: {message}")
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -102,7 +103,9 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 @contextlib.contextmanager
 def _parsing(name: str) -> Iterator[None]:
-    """tyro's framed message as one line; its exits for help pass."""
+    """tyro's framed message (in ASCII the frame is of dashes) as one line, of options and not of the objects that hold
+    them; its exits for help pass.
+    """
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -110,13 +113,9 @@ def _parsing(name: str) -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in framed.getvalue().splitlines()]
-        words = []
-        for line in lines[1:]:
-            if line.startswith(("Argument helptext", "Perhaps you meant", "For full helptext")):
-                break
-            words.append(line)
-        text = " ".join(" ".join(words).split()).replace("__tyro-dummy-inner__.", "")
+        text = " ".join(re.sub(r"[\u2500-\u257f]|-{9,}", " ", framed.getvalue().partition("\n")[2]).split())
+        text = re.split(r" ?(?:Argument helptext|Perhaps you meant|For full helptext)", text)[0]
+        text = of_options(re.sub(r"^Error parsing [^-\s]\S*: ", "", text))
         raise UsageError(f"{text or 'wrong arguments'} (see igpt {name} --help)") from None
 
 
@@ -127,7 +126,7 @@ def _fail(name: str, error: object, code: int) -> int:
         number = processes.rank()
     if number and code == 2:
         return code
-    text = told(error) if isinstance(error, BaseException) else str(error)
+    text = reason(error) if isinstance(error, BaseException) else error
     where = f" rank {number}:" if number else ""
-    print(f"igpt {name}".strip() + f":{where} " + " ".join(text.split()), file=sys.stderr)
+    say(f"igpt {name}".strip() + f":{where} {text}")
     return code

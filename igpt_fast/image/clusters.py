@@ -288,14 +288,10 @@ def load_clusters(path: str | os.PathLike[str]) -> np.ndarray:
         (K, 3) float32.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
         ValueError: Not such a file, or its clusters are unusable; the message names the file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file")
     if path.suffix.lower() == ".json":
         clusters = files.read_json(path).get("clusters")
         if clusters is None:
@@ -309,10 +305,12 @@ def load_clusters(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if size > MAX_CLUSTERS * 3 * 16 + 65536:
-        raise ValueError(f"{path}: too large for {MAX_CLUSTERS} clusters")
-    with path.open("rb") as file:
+    most = MAX_CLUSTERS * 3 * 16 + 65536
+    with files.open_input(path, most) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if size > most:
+            raise ValueError(f"{path}: too large for {MAX_CLUSTERS} clusters")
         try:
             return files.read_npy(file, size)
         except ValueError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_fast.image.reading import read_square
+
 # Pillow reads more, among them documents and films; these are what folders of pictures hold.
 IMAGE_SUFFIXES = (
     ".avif",
@@ -50,20 +52,18 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _read_pictures(folder: Path, side: int, skip_unreadable: bool) -> tuple[list[str], np.ndarray, int]:
     """Names below the folder, (N, side, side, 3) uint8, and how many files were skipped."""
-    from igpt_fast import image as images
-
     found = find_images(folder)
     names, pictures, failures = [], [], []
     for path in found:
         try:
-            picture = images.resize(images.center_crop(images.open_image(path), 1.0), side, side)
+            picture = read_square(path, side)
         except (OSError, ValueError) as error:
             reason = str(error) or type(error).__name__
             reason = reason if str(path) in reason else f"{path}: {reason}"
             failures.append(" ".join(reason.splitlines()))  # even a file name may hold a line break
             continue
         names.append(path.relative_to(folder).as_posix())
-        pictures.append(np.asarray(picture, dtype=np.uint8))
+        pictures.append(picture)
     if failures and not skip_unreadable:
         shown = "; ".join(failures[:3]) + ("; ..." if len(failures) > 3 else "")
         raise ValueError(f"{folder}: {len(failures)} of {len(found)} images cannot be read: {shown}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from igpt_fast import files, ops
 from igpt_fast.config import ImageGPTConfig
+from igpt_fast.files import shown
 from igpt_fast.image.clusters import dequantize, quantize
 from igpt_fast.image.reading import is_fractional, open_image, to_pil
 from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, is_usual, settle
@@ -209,7 +210,7 @@ class ImageGPTImageProcessor:
         """
         kind = data.get("image_processor_type", data.get("feature_extractor_type", "ImageGPTImageProcessor"))
         if not isinstance(kind, str) or not kind.startswith("ImageGPT"):
-            raise ValueError(f"image_processor_type is {kind!r}; want 'ImageGPTImageProcessor'")
+            raise ValueError(f"image_processor_type is {shown(kind)}; want 'ImageGPTImageProcessor'")
         # Both names of the type are left out: the new one is written anyway, the old one would contradict it.
         kinds = ("image_processor_type", "feature_extractor_type")
         extra = {key: value for key, value in data.items() if key not in SETTINGS and key not in kinds}
@@ -265,7 +266,7 @@ class ImageGPTImageProcessor:
         try:
             processor = cls.from_dict(data)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a usable processor: {error}") from error
+            raise ValueError(f"{path}: not a usable processor: {files.first_line(error)}") from error
         return cls(**{**processor._settings(), **settings}, extra=processor.extra) if settings else processor
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -179,29 +178,14 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     """Opens an image file: its first frame, upright, in mode RGB.
 
     Args:
-        path: A file in any format that Pillow reads, except EPS, for which it would run Ghostscript.
+        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript.
         max_pixels: Refuse larger pictures, before their pixels are decoded.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
-        ValueError: Not an image, truncated, or too large; the message names the file.
+        ValueError: A device, not an image, truncated, or too large; the message names the file.
     """
-    path = Path(path)
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # a name too long, or with a null byte
-        raise ValueError(f"{path}: not a usable file name: {error}") from error
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path}: is a folder, not an image file")
-    if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
-        raise ValueError(f"{path}: not a regular file")
-    try:
-        file = path.open("rb")
-    except PermissionError as error:
-        raise PermissionError(f"{path}: cannot be read: permission denied") from error
-    with file:
+    with files.open_input(path) as file:
         try:
             return _decode(file, max_pixels)
         except Exception as error:  # Pillow's plugins raise nearly anything on a false file

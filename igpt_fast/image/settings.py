@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_fast.checks import whole_number
+from igpt_fast.checks import finite_number, whole_number
+from igpt_fast.files import shown
 from igpt_fast.image.clusters import check_clusters
 from igpt_fast.image.reading import CHANNELS_FIRST, CHANNELS_LAST
 
@@ -33,7 +34,7 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     square = _flag("default_to_square", settings.pop("default_to_square", None), True)
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise TypeError(f"ImageGPTImageProcessor: unknown argument {unknown[0]!r}; it takes {', '.join(SETTINGS)}")
+        raise TypeError(f"ImageGPTImageProcessor: unknown argument {shown(unknown[0])}; it takes {', '.join(SETTINGS)}")
     result = {}
     for name in SETTINGS:
         value = settings.get(name)
@@ -61,10 +62,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ValueError:
-    text = repr(value)
-    return ValueError(
-        f"ImageGPTImageProcessor: {name} is {text if len(text) < 80 else text[:77] + '...'}; want {wanted}"
-    )
+    return ValueError(f"ImageGPTImageProcessor: {name} is {shown(value)}; want {wanted}")
 
 
 def _flag(name: str, value: Any, default: bool | None = None) -> Any:
@@ -97,15 +95,7 @@ def _size(name: str, value: Any) -> dict[str, int]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise _wrong(name, value, "a number")
-    try:
-        number = float(value)
-    except OverflowError:  # JSON's integers have no bound
-        number = math.inf
-    if not abs(number) < 1e30:  # so that float32 holds it; and not NaN
-        raise _wrong(name, value, "a finite number")
-    return number
+    return finite_number(f"ImageGPTImageProcessor: {name}", value)
 
 
 def _per_channel(name: str, value: Any) -> float | list[float]:
@@ -138,7 +128,7 @@ def _choice(name: str, value: Any, *, choices: tuple[Any, ...]) -> Any:
 def _device(name: str, value: Any) -> str:
     try:
         return str(torch.device(value))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise _wrong(name, value, "a device such as 'cpu' or 'cuda:0'") from None
 
 

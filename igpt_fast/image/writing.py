@@ -31,7 +31,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _ANIMATED = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 # Pixels of all frames, which Pillow keeps until the last one, in a byte each or in twice four; and of an edge.
 _MOST_ANIMATED = {"GIF": 1 << 31, "PNG": 1 << 28}
-_GIF_EDGE = (1 << 16) - 1
+_EDGES = {"GIF": (1 << 16) - 1, "WEBP": (1 << 14) - 1, "JPEG": 65_500}
 
 
 def image_grid(
@@ -55,15 +55,10 @@ def image_grid(
         TypeError, ValueError: No image, different sizes, an argument out of range, a result above ``MAX_PIXELS``.
     """
     cells = list(_frames("image_grid", images))
-    columns = math.ceil(math.sqrt(len(cells))) if columns is None else columns
-    columns = whole_number("columns", columns, 1, _MAX_EDGE)
     scale = whole_number("scale", scale, 1, _MAX_EDGE)
     gap = whole_number("gap", gap, 0, _MAX_EDGE)
-    columns, (width, height) = min(columns, len(cells)), (side * scale for side in cells[0].size)
-    rows = -(-len(cells) // columns)
-    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"image_grid: {size[0]}x{size[1]} is more than {MAX_PIXELS} pixels")
+    width, height = (side * scale for side in cells[0].size)
+    columns, size = grid_size(len(cells), columns, width, height, gap)
     grid = Image.new("RGB", size, ImageColor.getrgb(background) if isinstance(background, str) else background)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
@@ -71,6 +66,20 @@ def image_grid(
             cell.resize((width, height), Image.Resampling.NEAREST), (column * (width + gap), row * (height + gap))
         )
     return grid
+
+
+def grid_size(count: int, columns: int | None, width: int, height: int, gap: int) -> tuple[int, tuple[int, int]]:
+    """Images in a row, and the (width, height) of a grid of ``count`` images of ``width`` x ``height`` pixels.
+
+    Raises:
+        ValueError: ``columns`` is out of its range, or the grid has more than ``MAX_PIXELS``.
+    """
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    columns = min(whole_number("columns", columns, 1, _MAX_EDGE), count)
+    size = (columns * (width + gap) - gap, -(-count // columns) * (height + gap) - gap)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"image_grid: {size[0]}x{size[1]} is more than {MAX_PIXELS} pixels")
+    return columns, size
 
 
 def save_image(image: Any, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
@@ -85,15 +94,32 @@ def save_image(image: Any, path: str | os.PathLike[str], *, overwrite: bool = Tr
         TypeError, ValueError: Not an image; see ``to_rgb``.
     """
     path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_FORMATS)}")
-    form, options = _FORMATS[path.suffix.lower()]
     picture = to_pil(image, input_data_format=None if isinstance(image, Image.Image) else CHANNELS_LAST)
+    form, options = check_image(path, *picture.size)
     if form == "GIF":
         (picture,) = _indexed([picture])
     _check_folder(path)
     with files.replacing(path, overwrite=overwrite) as partial:
         picture.save(partial, format=form, **options)
+
+
+def check_image(path: Path, width: int, height: int) -> tuple[str, dict[str, Any]]:
+    """The format that the suffix names, and Pillow's options for it.
+
+    Raises:
+        ValueError: An unknown suffix, or an edge that the format cannot have.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_FORMATS)}")
+    form, options = _FORMATS[path.suffix.lower()]
+    _check_edges(path, form, width, height)
+    return form, options
+
+
+def _check_edges(path: Path, form: str, width: int, height: int) -> None:
+    most = _EDGES.get(form, max(width, height))
+    if max(width, height) > most:
+        raise ValueError(f"{path}: is to be {width}x{height} pixels; a {form} has {most} at most along an edge")
 
 
 def save_animation(
@@ -143,8 +169,7 @@ def check_animation(path: str | os.PathLike[str], width: int, height: int, count
         ValueError: An unknown suffix, an edge that a GIF cannot have, or more pixels in all than memory is taken for.
     """
     form = _animated(Path(path))
-    if form == "GIF" and max(width, height) > _GIF_EDGE:
-        raise ValueError(f"{path}: is to be {width}x{height} pixels; a GIF has {_GIF_EDGE} at most along an edge")
+    _check_edges(Path(path), form, width, height)
     if width * height * count > _MOST_ANIMATED[form]:
         raise ValueError(f"{path}: {count} frames of {width}x{height} are more than {_MOST_ANIMATED[form]} pixels")
 

@@ -9,13 +9,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast import files
+from igpt_fast.files import printable, shown
 from igpt_fast.image.clusters import check_clusters
 
 # What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
@@ -145,33 +146,31 @@ def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> Token
         MemoryError: The arrays are believed, and too large for this machine.
         ValueError: The file is not such a file; the message names it and the reason.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file")
+    names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
+    with files.open_input(path) as file:
+        return _data_of(file, path, names, ("class_names",) if classes else ())
+
+
+def _data_of(file: IO[bytes], path: str | os.PathLike[str], names: Sequence[str], optional: Sequence[str]) -> TokenData:
     try:
-        names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
-        arrays = _read_npz(path, names, ("class_names",) if classes else ())
+        arrays = _read_npz(file, names, optional)
         tokens, clusters, heldout = (arrays[name] for name in names[:3])
         if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
-            raise ValueError(f"tokens must be (N, T) integers, got {tokens.shape} {tokens.dtype}")
+            raise ValueError(f"tokens must be (N, T) integers, got {shown(tokens.shape)} {tokens.dtype}")
         if heldout.dtype != np.bool_:
-            raise ValueError(f"heldout must be (N,) bool, got {heldout.shape} {heldout.dtype}")
+            raise ValueError(f"heldout must be (N,) bool, got {shown(heldout.shape)} {heldout.dtype}")
         palette = check_clusters(clusters)
         return TokenData(
             _narrow(tokens, len(palette)),
             palette,
             torch.from_numpy(heldout.copy()),
-            labels=_labels(arrays["labels"]) if classes else None,
+            labels=_labels(arrays["labels"]) if "labels" in arrays else None,
             class_names=_class_names(arrays.get("class_names")),
         )
     except (PermissionError, MemoryError):
         raise
-    # zlib.error, and whatever numpy's header parser raises on a false header, have no common class.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a token file: {reason.splitlines()[0]}") from error
+    except Exception as error:  # what zipfile raises on a damaged file has no common class
+        raise ValueError(f"{path}: not a token file: {files.first_line(error)}") from error
 
 
 def has_labels(path: Path) -> bool:
@@ -191,7 +190,7 @@ def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
 
 def _labels(labels: np.ndarray) -> Tensor:
     if labels.dtype.kind not in "iu" or labels.dtype == np.uint64:
-        raise ValueError(f"labels must be (N,) integers, got {labels.shape} {labels.dtype}")
+        raise ValueError(f"labels must be (N,) integers, got {shown(labels.shape)} {labels.dtype}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -199,7 +198,7 @@ def _class_names(names: np.ndarray | None) -> list[str]:
     if names is None:
         return []
     if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
-        raise ValueError(f"class_names must be (C,) strings, got {names.shape} {names.dtype}")
+        raise ValueError(f"class_names must be (C,) strings, got {shown(names.shape)} {names.dtype}")
     return names.tolist()
 
 
@@ -210,11 +209,11 @@ def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     return torch.from_numpy(tokens.astype(dtype, order="C"))
 
 
-def _read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def _read_npz(file: IO[bytes], names: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of a .npz, those of ``optional`` if it has them. A zip states sizes it need not keep: each is checked
     before it is believed."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
@@ -226,32 +225,16 @@ def _read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) ->
             raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
         for info in wanted.values():
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{info.filename} is packed by a method that numpy does not write")
-        return {name: _read_npy(archive, info) for name, info in wanted.items()}
+                raise ValueError(f"{printable(info.filename)} is packed by a method that numpy does not write")
+        return {name: _read_member(archive, info) for name, info in wanted.items()}
 
 
-def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{info.filename} has an unknown version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         try:
-            shape, fortran, dtype = read(member)
-        except MemoryError as error:  # what Python's parser raises on brackets that are nested too deep
-            raise ValueError(f"{info.filename} has a header that cannot be parsed") from error
-        if dtype.hasobject or dtype.kind not in "iufbU" or not dtype.itemsize:
-            raise ValueError(f"{info.filename} holds {dtype}, not numbers")
-        if any(length < 0 for length in shape):
-            raise ValueError(f"{info.filename} has the shape {shape}")
-        claimed = math.prod(shape) * dtype.itemsize
-        if claimed > info.file_size:
-            raise ValueError(f"{info.filename} claims {claimed} bytes and holds {info.file_size}")
-        content = member.read(claimed)
-        if len(content) != claimed:
-            raise ValueError(f"{info.filename} is truncated")
-    array = np.frombuffer(content, dtype=dtype)
-    return array.reshape(shape, order="F" if fortran else "C")
+            return files.read_npy(member, info.file_size, kinds="iufbU")
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from error
 
 
 def save_tokens(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from igpt_fast import files
+from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.learning.state import TrainState
 
 CHECKPOINT, LOG = "train.pt", "log.jsonl"
+_MAX_LINE = 1 << 16  # bytes of a record
 
 
 class Output:
@@ -53,31 +54,20 @@ class Output:
             self._begun = True
 
 
-def check_writable(out: Path) -> None:
-    """Fails now rather than after the first steps when ``out`` cannot be made or written to; leaves no trace."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{existing}: is not a directory")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()  # asks the file system, which permissions alone do not tell
-    except OSError as error:
-        raise type(error)(f"{existing}: cannot be written to: {error.strerror}") from error
-
-
 def _cut_log(path: Path, step: int) -> float:
     """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
     kept: list[str] = []
     seconds = 0.0
     if path.exists() and step > 0:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                if not 0 < record["step"] <= step:
-                    break
-                seconds = float(record["seconds"])
-            except (ValueError, TypeError, KeyError):
-                break  # half a line, from a kill
-            kept.append(line + "\n")
+        with files.open_input(path) as file:
+            while line := file.readline(_MAX_LINE).decode("utf-8", "replace"):
+                try:
+                    record = json.loads(line)
+                    whole_number("step", record["step"], 1, step)
+                    seconds = finite_number("seconds", record["seconds"], 0)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    break  # half a line, from a kill; or a record after the step
+                kept.append(line.rstrip("\n") + "\n")
     with files.replacing(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
     return seconds

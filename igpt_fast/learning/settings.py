@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+
+from igpt_fast.checks import finite_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{field.name} is {value!r}; want an integer")
-            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"{field.name} is {value!r}; want a number")
-        for name in ("n_layer", "n_embd", "n_head", "steps", "batch_size", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; want 1 or more")
-        for name in ("lr", "clip"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; want a number above 0")
-        for name in ("warmup_steps", "weight_decay", "shift"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; want 0 or more")
-        for name in ("dropout", "label_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; want a probability in [0, 1)")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed is {self.seed}; want 0..2^32-1")
+            value, name = getattr(self, field.name), field.name
+            if field.type == "int":
+                whole_number(name, value, int(name not in ("seed", "shift", "warmup_steps")), (1 << 32) - 1)
+            elif name in ("dropout", "label_dropout"):
+                finite_number(name, value, 0, 1, without=(1,))
+            elif field.type == "float":
+                finite_number(name, value, 0, without=() if name == "weight_decay" else (0,))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}; want a multiple of n_head, {self.n_head}")

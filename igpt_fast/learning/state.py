@@ -12,6 +12,8 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.checkpoint.pickles import scan_torch_file
+from igpt_fast.checks import finite_number, whole_number
+from igpt_fast.files import printable, shown
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -66,8 +68,10 @@ class TrainState:
             ValueError: Damaged, not the state of a training run, or that of another one; the message names the
                 file.
         """
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; there is no run to resume")
+        if not path.is_file():
+            raise ValueError(f"{path}: is a folder, a pipe or a device, not a file")
         try:
             _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,14 +79,14 @@ class TrainState:
         except PermissionError:
             raise
         except Exception as error:  # what a damaged file raises is not documented
-            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)[:300]}") from error
+            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
         differences = _differences(state["identity"], self.identity)
         if differences:
             raise ValueError(f"{path}: written by another run: {differences}")
         try:
             self._check_tensors(state)
-        except ValueError as error:
-            raise ValueError(f"{path}: not a usable training state: {error}") from error
+        except (ValueError, RuntimeError) as error:  # a tensor in place of a number has no truth value
+            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved = state["step"]
@@ -92,8 +96,13 @@ class TrainState:
             raise ValueError("has other entries than model, optimizer, step and identity")
         if not all(isinstance(state[name], dict) for name in ("model", "optimizer", "identity")):
             raise ValueError("model, optimizer or identity is no dictionary")
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError("step is not a number of steps")
+        whole_number("step", state["step"], 0, _MAX_NUMBER)
+        config, data = state["identity"].get("config"), state["identity"].get("data")
+        if not isinstance(config, dict) or not isinstance(data, str):
+            raise ValueError("identity names no configuration or no data")
+        for name, value in config.items():
+            if not isinstance(name, str) or not isinstance(value, bool | int | float):
+                raise ValueError(f"identity's {printable(name)} is {shown(value)}; want a number")
 
     def _check_tensors(self, state: dict[str, Any]) -> None:
         """torch checks the shapes of a model's state, but not of an optimizer's."""
@@ -106,11 +115,13 @@ class TrainState:
             _check_tensor(name, state["model"][name], value)
         fresh = self.optimizer.state_dict()
         moments, groups = state["optimizer"].get("state"), state["optimizer"].get("param_groups")
-        fixed = [{k: v for k, v in group.items() if k != "lr"} for group in fresh["param_groups"]]
+        fixed = [_without_lr(group) for group in fresh["param_groups"]]
         if not isinstance(groups, list) or [_without_lr(group) for group in groups] != fixed:
             raise ValueError("its optimizer has other settings than this one")
+        for group in groups:
+            finite_number("its optimizer's lr", group.get("lr"), 0)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not isinstance(moments, dict) or (state["step"] and moments.keys() != set(range(len(parameters)))):
+        if not isinstance(moments, dict) or moments.keys() != set(range(len(parameters) if state["step"] else 0)):
             raise ValueError("its optimizer has other parameters than this one")
         for index, moment in moments.items():
             if not isinstance(moment, dict) or moment.keys() != {"step", *_MOMENTS}:
@@ -126,7 +137,7 @@ def _without_lr(group: Any) -> Any:
 
 def _check_tensor(name: str, value: Any, like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-        found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        found = f"{shown(tuple(value.shape))} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {found}; want {tuple(like.shape)} {like.dtype}")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} is not finite")
@@ -134,16 +145,13 @@ def _check_tensor(name: str, value: Any, like: Tensor) -> None:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What differs between two identities, in words; empty when nothing does."""
-    before = theirs.get("config")
-    if not isinstance(before, dict):
-        return "it names no configuration"
-    now = ours["config"]
+    before, now = theirs["config"], ours["config"]
     words = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now}, key=str)
+        f"{printable(key)} was {shown(before.get(key))}, is {shown(now.get(key))}"
+        for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
-    if theirs.get("data") != ours["data"]:
+    if theirs["data"] != ours["data"]:
         words.append("the data differ")
     return "; ".join(words)[:500]
 

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from igpt_fast.config import ImageGPTConfig
+from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import heldout_nats
 from igpt_fast.learning.objectives.next_pixel import image_nats
-from igpt_fast.learning.output import Output, check_writable
+from igpt_fast.learning.output import Output
 from igpt_fast.learning.schedule import _mix, batch_at, labels_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import TrainState, same_run

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from igpt_fast.checks import check_count
-from igpt_fast.draws import Sampling
+from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
-from igpt_fast.sampling.rules import Guidance, Streams, check_scale, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 
 class GenerationMixin:
@@ -126,7 +126,7 @@ class GenerationMixin:
         def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
             rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
             away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-            streams = Streams(seed or 0, torch.arange(start, stop)) if ours else None
+            streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
             numbers = uniforms[start:stop]
             options: dict[str, Any] = {"guidance": away, "streams": streams, "first": start}
             yield decode(model, context[rows], numbers, sampling, callback, dtype, **options).tokens

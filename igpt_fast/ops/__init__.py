@@ -3,7 +3,7 @@
 ``reference.py`` defines each of them; ``backend.py`` says which implementation runs. One file here for each kernel file
 of ``csrc/cuda``: ``norm``, ``activation``, ``cross_entropy``, ``causal_attention``, ``attention_decode``, ``gemv``,
 ``sample``, ``quantize`` (with ``colour_table``, which it asks); ``dispatch`` is what they share.
-May use: reference, backend.
+May use: reference, backend, draws.
 """
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
@@ -13,7 +13,9 @@ from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, draw, draw_next, sample, sample_next
+from igpt_fast.ops.sample import check_sampling, sample, sample_next
+from igpt_fast.ops.sample import draw as draw
+from igpt_fast.ops.sample import draw_next as draw_next
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,8 +27,6 @@ __all__ = [
     "check_sampling",
     "cross_entropy",
     "dequantize",
-    "draw",
-    "draw_next",
     "gelu_erf",
     "gelu_tanh",
     "gemv",

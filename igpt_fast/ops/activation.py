@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt_fast import reference
 from igpt_fast.backend import LEAST_CPU, OPS, Op
 from igpt_fast.ops.dispatch import (
+    ACTIVATION_NUMBERS,
     CPU_DTYPES,
     DTYPES,
     address,
@@ -79,11 +80,10 @@ KERNELS = {
     "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# As csrc/cuda/ops.h numbers them, and their definitions.
 DEFINITIONS = {
-    "quick_gelu": (0, reference.quick_gelu),
-    "gelu_tanh": (1, reference.gelu_tanh),
-    "gelu_erf": (2, reference.gelu_erf),
+    "quick_gelu": reference.quick_gelu,
+    "gelu_tanh": reference.gelu_tanh,
+    "gelu_erf": reference.gelu_erf,
 }
 
 
@@ -211,14 +211,29 @@ def _forward(op: str, x: Tensor, bias: Tensor | None) -> Tensor:
     kernels = native_kernels(op, x)
     x, bias = dense(x), None if bias is None else dense(bias)
     out = torch.empty_like(x)
-    n, kind = x.shape[-1], DEFINITIONS[op][0]
-    addresses = map(address, (x, bias, out))
-    if kernels.kind == "cpu":
-        settings = kind, CPU_DTYPES[x.dtype], torch.get_num_threads()
-        if x.numel():
-            kernels.module.activation_fwd_cpu(*addresses, x.numel() // n, n, *settings)
-        return out
-    kernels.module.activation_fwd_cuda(*addresses, x.numel() // n, n, kind, DTYPES[x.dtype], *kernels.place)
+    n = x.shape[-1]
+    if kernels.kind == "cuda":
+        kernels.module.activation_fwd_cuda(
+            x=x.data_ptr(),
+            bias=address(bias),
+            out=out.data_ptr(),
+            rows=x.numel() // n,
+            n=n,
+            activation=ACTIVATION_NUMBERS[op],
+            dtype=DTYPES[x.dtype],
+            place=kernels.place,
+        )
+    elif x.numel():
+        kernels.module.activation_fwd_cpu(
+            x=x.data_ptr(),
+            bias=address(bias),
+            out=out.data_ptr(),
+            rows=x.numel() // n,
+            n=n,
+            activation=ACTIVATION_NUMBERS[op],
+            format=CPU_DTYPES[x.dtype],
+            threads=torch.get_num_threads(),
+        )
     return out
 
 
@@ -229,17 +244,25 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     dx, n = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // n
     dbias = x.new_empty(0 if bias is None else n)
-    if kernels.kind == "cpu":
-        addresses = map(address, (dout, x, bias, dx, None if bias is None else dbias))
-        settings = DEFINITIONS[op][0], CPU_DTYPES[x.dtype], torch.get_num_threads()
-        if rows or bias is not None:
-            kernels.module.activation_bwd_cpu(*addresses, rows, n, *settings)
-        return dx, dbias
-    parts = 0 if bias is None else kernels.module.activation_bwd_parts(rows, n)
-    partial = torch.empty((parts, n), dtype=torch.float32, device=x.device)
-    addresses = map(address, (dout, x, bias, dx, None if bias is None else dbias, partial))
-    kind = DEFINITIONS[op][0]
-    kernels.module.activation_bwd_cuda(*addresses, rows, n, parts, kind, DTYPES[x.dtype], *kernels.place)
+    arguments = {
+        "dout": dout.data_ptr(),
+        "x": x.data_ptr(),
+        "bias": address(bias),
+        "dx": dx.data_ptr(),
+        "dbias": 0 if bias is None else dbias.data_ptr(),
+        "rows": rows,
+        "n": n,
+        "activation": ACTIVATION_NUMBERS[op],
+    }
+    if kernels.kind == "cuda":
+        parts = 0 if bias is None else kernels.module.activation_bwd_parts(rows, n)
+        partial = torch.empty((parts, n), dtype=torch.float32, device=x.device)
+        kernels.module.activation_bwd_cuda(
+            **arguments, parts=parts, partial=partial.data_ptr(), dtype=DTYPES[x.dtype], place=kernels.place
+        )
+    elif rows or bias is not None:
+        threads = torch.get_num_threads()
+        kernels.module.activation_bwd_cpu(**arguments, format=CPU_DTYPES[x.dtype], threads=threads)
     return dx, dbias
 
 
@@ -258,7 +281,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(op: str, ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     if torch.is_grad_enabled():
-        dx, dbias = differentiate(DEFINITIONS[op][1], (x, bias), dout)
+        dx, dbias = differentiate(DEFINITIONS[op], (x, bias), dout)
     else:
         dx, dbias = getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, x, bias)
     return dx, None if bias is None else dbias

@@ -238,22 +238,34 @@ def _attention_decode(
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
     position, starts = position.contiguous(), None if starts is None else starts.contiguous()
     (rows, heads, t_max, dim), count = k_cache.shape, kernels.module.attention_decode_splits
-    splits, prefix_splits, group, prefix = count(rows * heads, limit), 0, 1, 0
-    prefix_strides: tuple[int, ...] = (0, 0)
+    splits, prefix_splits = count(rows * heads, limit), 0
+    prefix: tuple[int, ...] = (0, 1, 0, 0, 0, 0)  # its length, the rows that share one, addresses and strides
     if prefix_k is not None and prefix_v is not None and rows > 0:
         prefix_k, prefix_v = _prefixes(prefix_k, prefix_v)
-        group, prefix, prefix_strides = rows // prefix_k.shape[0], prefix_k.shape[2], prefix_k.stride()[:2]
-        prefix_splits = count(prefix_k.shape[0] * heads * -(-group // _ROWS), prefix)
+        length, group = prefix_k.shape[2], rows // prefix_k.shape[0]
+        prefix = length, group, prefix_k.data_ptr(), prefix_v.data_ptr(), *prefix_k.stride()[:2]
+        prefix_splits = count(prefix_k.shape[0] * heads * -(-group // _ROWS), length)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     slots = splits + prefix_splits
     partial = None
     if slots > 1:
         partial = torch.empty(rows * heads * slots * (dim + 2), dtype=torch.float32, device=q.device)
-    tensors = map(address, (q, k, v, k_cache, v_cache, v_scale, position, starts, prefix_k, prefix_v, out, partial))
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *prefix_strides
-    sizes = rows, heads, t_max, group, prefix, dim, position.numel() > 1, splits, prefix_splits
     kernels.module.attention_decode_cuda(
-        *tensors, *strides, *sizes, scale, DTYPES[q.dtype], kernels.dependent, *kernels.place
+        q=(q.data_ptr(), *q.stride()[:2]),
+        k=(k.data_ptr(), *k.stride()[:2]),
+        v=(v.data_ptr(), *v.stride()[:2]),
+        k_cache=k_cache.data_ptr(),
+        v_cache=(v_cache.data_ptr(), address(v_scale)),
+        position=(position.data_ptr(), int(position.numel() > 1)),
+        starts=address(starts),
+        prefix=prefix,
+        out=out.data_ptr(),
+        partial=(address(partial), splits, prefix_splits),
+        shape=(rows, heads, t_max, dim),
+        scale=scale,
+        dtype=DTYPES[q.dtype],
+        dependent=kernels.dependent,
+        place=kernels.place,
     )
     return out
 

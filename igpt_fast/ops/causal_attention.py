@@ -237,7 +237,7 @@ def _place(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch, head, position
 
 
-def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor], tuple[int, int, int]]:
+def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor], dict[str, int]]:
     """Tensors to keep while the launch is prepared, and what it takes of them."""
     kept, stride = [], 0
     if starts is not None:
@@ -246,7 +246,7 @@ def _hidden(key_mask: Tensor | None, starts: Tensor | None) -> tuple[list[Tensor
         key_mask = key_mask if key_mask.stride(-1) == 1 or key_mask.shape[-1] < 2 else key_mask.contiguous()
         kept.append(key_mask)
         stride = key_mask.stride(0)
-    return kept, (address(starts), address(key_mask), stride)
+    return kept, {"starts": address(starts), "key_mask": address(key_mask), "key_mask_stride": stride}
 
 
 def _new_heads(like: Tensor, t: int) -> Tensor:
@@ -264,11 +264,14 @@ def _launch(
     lse = torch.empty((b, h, t_q), dtype=torch.float32, device=q.device)
     kept, hidden = _hidden(key_mask, starts)
     tensors = [_readable(x) for x in (q, k, v)]
-    arguments = *map(_place, (*tensors, out)), lse.data_ptr(), (b, h, t_q, k.shape[2], d), hidden, scale
+    places = dict(zip(["q", "k", "v", "out"], map(_place, (*tensors, out)), strict=True))
+    sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": k.shape[2], "head_dim": d, "scale": scale}
+    arguments: dict[str, Any] = {**places, **sizes, **hidden, "lse": lse.data_ptr()}
     if kernels.kind == "cpu":
-        kernels.module.causal_attention_fwd_cpu(*arguments, torch.get_num_threads())
+        kernels.module.causal_attention_fwd_cpu(**arguments, threads=torch.get_num_threads())
     else:
-        kernels.module.causal_attention_fwd_cuda(*arguments, 0, DTYPES[q.dtype], *kernels.place)
+        place = {"dtype": DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
+        kernels.module.causal_attention_fwd_cuda(**arguments, rows=0, **place)
     del kept
     return lse
 
@@ -289,14 +292,17 @@ def _launch_bwd(
     lse = lse.contiguous()
     kept, hidden = _hidden(key_mask, starts)
     tensors = [_readable(x) for x in (*inputs, out, dout)]
-    places = *map(_place, (*tensors, *gradients)), lse.data_ptr()
-    sizes = b, h, t_q, inputs[1].shape[2], d
+    places = dict(
+        zip(["q", "k", "v", "out", "dout", "dq", "dk", "dv"], map(_place, (*tensors, *gradients)), strict=True)
+    )
+    sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": inputs[1].shape[2], "head_dim": d, "scale": scale}
+    arguments: dict[str, Any] = {**places, **sizes, **hidden, "lse": lse.data_ptr()}
     if kernels.kind == "cpu":
-        kernels.module.causal_attention_bwd_cpu(*places, sizes, hidden, scale, torch.get_num_threads())
+        kernels.module.causal_attention_bwd_cpu(**arguments, threads=torch.get_num_threads())
     else:
         terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=out.device)
-        settings = sizes, hidden, scale, DTYPES[out.dtype]
-        kernels.module.causal_attention_bwd_cuda(*places, terms.data_ptr(), *settings, *kernels.place)
+        place = {"dtype": DTYPES[out.dtype], "device": kernels.device, "stream": kernels.stream}
+        kernels.module.causal_attention_bwd_cuda(**arguments, terms=terms.data_ptr(), **place)
     del kept
 
 

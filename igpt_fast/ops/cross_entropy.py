@@ -97,18 +97,41 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) 
     rows, k, each = labels.numel(), logits.shape[-1], reduction == "none"
     loss, count, statistics = _fake_forward(logits, labels, ignore_index, reduction)
     if kernels.kind == "cpu":
-        outputs = (loss, None, None) if each else (loss.new_empty(rows), loss, count)
-        addresses = map(address, (logits, labels, *outputs, statistics))
-        sizes = rows, k, ignore_index, reduction == "mean", CPU_DTYPES[logits.dtype], torch.get_num_threads()
+        losses, total, counted = (loss, None, None) if each else (loss.new_empty(rows), loss, count)
         if rows or not each:
-            kernels.module.cross_entropy_fwd_cpu(*addresses, *sizes)
+            kernels.module.cross_entropy_fwd_cpu(
+                logits=logits.data_ptr(),
+                labels=labels.data_ptr(),
+                losses=losses.data_ptr(),
+                loss=address(total),
+                count=address(counted),
+                statistics=statistics.data_ptr(),
+                rows=rows,
+                k=k,
+                ignore_index=ignore_index,
+                mean=reduction == "mean",
+                format=CPU_DTYPES[logits.dtype],
+                threads=torch.get_num_threads(),
+            )
         return loss, count, statistics
     parts = kernels.module.cross_entropy_parts(rows)
     partial = torch.empty((parts, 2), dtype=torch.float32, device=logits.device)
-    losses, total, counted = (loss, None, None) if each else (None, loss, count)
-    addresses = map(address, (logits, labels, losses, total, counted, statistics, partial))
-    settings = ignore_index, reduction == "mean", DTYPES[logits.dtype]
-    kernels.module.cross_entropy_fwd_cuda(*addresses, rows, k, parts, *settings, *kernels.place)
+    kernels.module.cross_entropy_fwd_cuda(
+        logits=logits.data_ptr(),
+        labels=labels.data_ptr(),
+        losses=loss.data_ptr() if each else 0,
+        loss=0 if each else loss.data_ptr(),
+        count=0 if each else count.data_ptr(),
+        statistics=statistics.data_ptr(),
+        partial=partial.data_ptr(),
+        rows=rows,
+        k=k,
+        parts=parts,
+        ignore_index=ignore_index,
+        mean=reduction == "mean",
+        dtype=DTYPES[logits.dtype],
+        place=kernels.place,
+    )
     return loss, count, statistics
 
 
@@ -119,12 +142,23 @@ def _backward(
     kernels = native_kernels("cross_entropy", logits)
     dloss, logits, labels = dense(dloss), dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
-    addresses = map(address, (dloss, logits, labels, statistics, count, dlogits))
-    sizes = labels.numel(), logits.shape[-1], dloss.shape == labels.shape, ignore_index
+    arguments = {
+        "dloss": dloss.data_ptr(),
+        "logits": logits.data_ptr(),
+        "labels": labels.data_ptr(),
+        "statistics": statistics.data_ptr(),
+        "count": address(count),
+        "dlogits": dlogits.data_ptr(),
+        "rows": labels.numel(),
+        "k": logits.shape[-1],
+        "for_each": dloss.shape == labels.shape,
+        "ignore_index": ignore_index,
+    }
     if kernels.kind == "cpu":
-        kernels.module.cross_entropy_bwd_cpu(*addresses, *sizes, CPU_DTYPES[logits.dtype], torch.get_num_threads())
+        threads = torch.get_num_threads()
+        kernels.module.cross_entropy_bwd_cpu(**arguments, format=CPU_DTYPES[logits.dtype], threads=threads)
     else:
-        kernels.module.cross_entropy_bwd_cuda(*addresses, *sizes, DTYPES[logits.dtype], *kernels.place)
+        kernels.module.cross_entropy_bwd_cuda(**arguments, dtype=DTYPES[logits.dtype], place=kernels.place)
     return dlogits
 
 

@@ -20,9 +20,10 @@ from igpt_fast import backend
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
 
-# As csrc/cuda/ops.h numbers them, and csrc/cpu/decoder_kernels.h, `Format`.
+# As csrc/cuda/ops.h numbers them, and csrc/cpu/format.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATION_NUMBERS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 HEAD_DIMS = (32, 64, 96, 128)  # that attention's kernels take
 # Of scores: a normal float32, for smaller ones are flushed to zero. Hidden scores are minus infinity, of which 0 times
 # makes NaN, and a negative number the largest.

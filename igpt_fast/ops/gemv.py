@@ -7,8 +7,8 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
-from igpt_fast.ops.activation import DEFINITIONS
 from igpt_fast.ops.dispatch import (
+    ACTIVATION_NUMBERS,
     DTYPES,
     address,
     check_floating,
@@ -26,7 +26,6 @@ OPS["gemv"] = Op(
     otherwise="torch linear",
 )
 
-GEMV_ACTIVATIONS = {None: -1, **{name: number for name, (number, _) in DEFINITIONS.items()}}
 MAX_ROWS = 8
 
 
@@ -122,8 +121,8 @@ def _check(
             raise ValueError(f"gemv: {name} has shape {tuple(tensor.shape)}; want {wanted[name]}")
     if not eps >= 0.0:
         raise ValueError(f"gemv: eps is {eps}; want 0 or above")
-    if activation not in GEMV_ACTIVATIONS:
-        names = ", ".join(repr(name) for name in GEMV_ACTIVATIONS)
+    if activation not in ACTIVATION_NUMBERS:
+        names = ", ".join(repr(name) for name in ACTIVATION_NUMBERS)
         raise ValueError(f"gemv: activation is {activation!r}; want one of {names}")
 
 
@@ -149,9 +148,23 @@ def _gemv(
     # The kernel reads these two before it waits: copies that the launch before has made it would miss.
     dependent = kernels.dependent and weight is given[0] and bias is given[1]
     out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
-    tensors = map(address, (x, weight, bias, norm_weight, residual, out))
-    sizes = distance, x.numel() // n_in, n_in, n_out, transposed, eps, GEMV_ACTIVATIONS[activation]
-    kernels.module.gemv_cuda(*tensors, *sizes, DTYPES[x.dtype], dependent, *kernels.place)
+    kernels.module.gemv_cuda(
+        x=x.data_ptr(),
+        weight=(weight.data_ptr(), distance),
+        bias=address(bias),
+        norm_weight=address(norm_weight),
+        residual=address(residual),
+        out=out.data_ptr(),
+        rows=x.numel() // n_in,
+        n_in=n_in,
+        n_out=n_out,
+        transposed=transposed,
+        eps=eps,
+        activation=ACTIVATION_NUMBERS[activation],
+        dtype=DTYPES[x.dtype],
+        dependent=dependent,
+        place=kernels.place,
+    )
     return out
 
 

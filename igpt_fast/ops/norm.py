@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from igpt_fast import backend, reference
+from igpt_fast import reference
 from igpt_fast.backend import LEAST_CPU, OPS, Op
 from igpt_fast.ops.dispatch import (
     CPU_DTYPES,
@@ -170,33 +170,83 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else dense(tensor)
 
 
-def _forward_cpu(
-    kernels: backend.Kernels,
+def _forward(
+    op: str,
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     eps: float,
-    centred: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of (x, residual, weight, bias)."""
-    x, weight = tensors[0], tensors[2]
-    out, total = torch.empty_like(x, dtype=dtype), None if tensors[1] is None else torch.empty_like(x)
-    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[out.dtype]
-    if x.numel():
-        sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
-        kernels.module.norm_fwd_cpu(*map(address, (*tensors, total, out)), *sizes)
-    return out, total
+    """Launches the forward of (x, residual, weight, bias): the norm, in ``dtype``, and what was normalised."""
+    kernels = native_kernels(op, tensors[0])
+    x, weight, residual, bias = dense(tensors[0]), dense(tensors[2]), _dense(tensors[1]), _dense(tensors[3])
+    dtype = x.dtype if dtype is None else dtype
+    out = torch.empty_like(x, dtype=_written(x, dtype) if kernels.kind == "cpu" else x.dtype)
+    total = None if residual is None else torch.empty_like(x)
+    if kernels.kind == "cuda":
+        kernels.module.norm_fwd_cuda(
+            x=x.data_ptr(),
+            residual=address(residual),
+            weight=weight.data_ptr(),
+            bias=address(bias),
+            sum=address(total),
+            out=out.data_ptr(),
+            rows=_rows(x),
+            n_embd=x.shape[-1],
+            eps=eps,
+            centred=op == "layer_norm",
+            dtype=DTYPES[x.dtype],
+            place=kernels.place,
+        )
+    elif x.numel():
+        kernels.module.norm_fwd_cpu(
+            x=x.data_ptr(),
+            residual=address(residual),
+            weight=weight.data_ptr(),
+            bias=address(bias),
+            total=address(total),
+            out=out.data_ptr(),
+            rows=_rows(x),
+            n=x.shape[-1],
+            eps=eps,
+            centred=op == "layer_norm",
+            format=CPU_DTYPES[x.dtype],
+            weight_format=CPU_DTYPES[weight.dtype],
+            out_format=CPU_DTYPES[out.dtype],
+            threads=torch.get_num_threads(),
+        )
+    return out.to(dtype), total
 
 
-def _backward_cpu(
-    kernels: backend.Kernels, tensors: tuple[Tensor, Tensor | None, Tensor, Tensor], eps: float, centred: bool
+def _backward(
+    op: str, dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of (dout, dsum, x, weight): the gradients of what was normalised, of the weight and, ``centred``, of a bias."""
-    dout, _, x, weight = tensors
-    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
-    formats = CPU_DTYPES[x.dtype], CPU_DTYPES[weight.dtype], CPU_DTYPES[dout.dtype]
-    sizes = _rows(x), x.shape[-1], eps, centred, *formats, torch.get_num_threads()
-    kernels.module.norm_bwd_cpu(*map(address, (*tensors, *found)), *sizes)
-    return found
+    """Launches the backward: the gradients of what was normalised, of the weight and, of layer_norm, of a bias."""
+    kernels, centred = native_kernels(op, x), op == "layer_norm"
+    read = _written(x, dout.dtype) if kernels.kind == "cpu" else x.dtype
+    dout, x, weight, dsum = dense(dout.to(read)), dense(x), dense(weight), _dense(dsum)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
+    arguments = {
+        "dout": dout.data_ptr(),
+        "dsum": address(dsum),
+        "x": x.data_ptr(),
+        "weight": weight.data_ptr(),
+        "dx": dx.data_ptr(),
+        "dweight": dweight.data_ptr(),
+        "dbias": address(dbias),
+        "rows": _rows(x),
+        "eps": eps,
+        "centred": centred,
+    }
+    if kernels.kind == "cpu":
+        formats = {"weight_format": CPU_DTYPES[weight.dtype], "out_format": CPU_DTYPES[dout.dtype]}
+        threads = torch.get_num_threads()
+        kernels.module.norm_bwd_cpu(**arguments, **formats, n=x.shape[-1], format=CPU_DTYPES[x.dtype], threads=threads)
+        return dx, dweight, dbias
+    parts = kernels.module.norm_bwd_parts(_rows(x))
+    partial = torch.empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
+    work = {"partial": partial.data_ptr(), "parts": parts}
+    kernels.module.norm_bwd_cuda(**arguments, **work, n_embd=x.shape[-1], dtype=DTYPES[x.dtype], place=kernels.place)
+    return dx, dweight, dbias
 
 
 def _written(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -204,85 +254,37 @@ def _written(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if (x.dtype, dtype) == (torch.float32, torch.bfloat16) else x.dtype
 
 
-def _rms_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    kernels = native_kernels("rms_norm", x)
-    x, weight, residual = dense(x), dense(weight), _dense(residual)
-    if kernels.kind == "cpu":
-        out, total = _forward_cpu(kernels, (x, residual, weight, None), eps, False, _written(x, dtype))
-        return out.to(dtype), total
-    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    tensors = map(address, (x, residual, weight, total, out))
-    kernels.module.rms_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
-    return out.to(dtype), total
-
-
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return _rms_forward(x, None, weight, eps, dtype)[0]
+    return _forward("rms_norm", (x, None, weight, None), eps, dtype)[0]
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, total = _rms_forward(x, residual, weight, eps, dtype)
+    out, total = _forward("rms_norm", (x, residual, weight, None), eps, dtype)
     assert total is not None
     return out, total
 
 
-def _layer_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    kernels = native_kernels("layer_norm", x)
-    x, weight, bias, residual = dense(x), dense(weight), _dense(bias), _dense(residual)
-    if kernels.kind == "cpu":
-        return _forward_cpu(kernels, (x, residual, weight, bias), eps, True, x.dtype)
-    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    tensors = map(address, (x, residual, weight, bias, total, out))
-    kernels.module.layer_norm_fwd_cuda(*tensors, _rows(x), x.shape[-1], eps, DTYPES[x.dtype], *kernels.place)
-    return out, total
-
-
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _layer_forward(x, None, weight, bias, eps)[0]
+    return _forward("layer_norm", (x, None, weight, bias), eps)[0]
 
 
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    out, total = _layer_forward(x, residual, weight, bias, eps)
+    out, total = _forward("layer_norm", (x, residual, weight, bias), eps)
     assert total is not None
     return out, total
 
 
 def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Launches the backward: the gradients of what was normalised, and of the weight."""
-    kernels = native_kernels("rms_norm", x)
-    read = _written(x, dout.dtype) if kernels.kind == "cpu" else x.dtype
-    dout, x, weight, dsum = dense(dout.to(read)), dense(x), dense(weight), _dense(dsum)
-    if kernels.kind == "cpu":
-        return _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=False)[:2]
-    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-    parts = kernels.module.norm_bwd_parts(_rows(x))
-    partial = torch.empty((parts, x.shape[-1]), dtype=torch.float32, device=x.device)
-    tensors = map(address, (dout, dsum, x, weight, dx, dweight, partial))
-    kernels.module.rms_norm_bwd_cuda(*tensors, _rows(x), x.shape[-1], parts, eps, DTYPES[x.dtype], *kernels.place)
-    return dx, dweight
+    return _backward("rms_norm", dout, dsum, x, weight, eps)[:2]
 
 
 def _layer_norm_bwd(
     dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward: the gradients of what was normalised, of the weight, and of a bias."""
-    kernels = native_kernels("layer_norm", x)
-    dout, x, weight, dsum = dense(dout), dense(x), dense(weight), _dense(dsum)
-    if kernels.kind == "cpu":
-        found, by_weight, by_bias = _backward_cpu(kernels, (dout, dsum, x, weight), eps, centred=True)
-        assert by_bias is not None
-        return found, by_weight, by_bias
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    parts = kernels.module.norm_bwd_parts(_rows(x))
-    partial = torch.empty((2, parts, x.shape[-1]), dtype=torch.float32, device=x.device)
-    tensors = map(address, (dout, dsum, x, weight, dx, dweight, dbias, partial))
-    kernels.module.layer_norm_bwd_cuda(*tensors, _rows(x), x.shape[-1], parts, eps, DTYPES[x.dtype], *kernels.place)
+    dx, dweight, dbias = _backward("layer_norm", dout, dsum, x, weight, eps)
+    assert dbias is not None
     return dx, dweight, dbias
 
 

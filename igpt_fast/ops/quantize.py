@@ -111,8 +111,16 @@ def _quantize(x: Tensor, clusters: Tensor) -> Tensor:
         _quantize_cuda(dense(x), clusters, out, kernels)
         return out
     x, clusters = x.contiguous(), clusters.contiguous()
-    sizes = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr(), out.numel(), clusters.shape[0]
-    kernels.module.quantize_cpu(*sizes, torch.get_num_threads())
+    kernels.module.quantize_cpu(
+        x=x.data_ptr(),
+        is_u8=x.dtype == torch.uint8,
+        clusters=clusters.data_ptr(),
+        out=out.data_ptr(),
+        n=out.numel(),
+        k=clusters.shape[0],
+        threads=torch.get_num_threads(),
+        work=0,
+    )
     return out
 
 
@@ -120,24 +128,34 @@ def _quantize_cuda(x: Tensor, clusters: Tensor, out: Tensor, kernels: backend.Ke
     is_u8, n = x.dtype == torch.uint8, out.numel()
     table = colour_table.tables.get(clusters, n, kernels) if is_u8 else None
     if table is not None:
-        kernels.module.quantize_lookup_cuda(x.data_ptr(), table.data_ptr(), out.data_ptr(), n, *kernels.place)
+        kernels.module.quantize_lookup_cuda(
+            x=x.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), n=n, place=kernels.place
+        )
         return
     clusters = clusters.contiguous()
-    addresses = x.data_ptr(), is_u8, clusters.data_ptr(), out.data_ptr()
-    kernels.module.quantize_cuda(*addresses, n, clusters.shape[0], *kernels.place)
+    kernels.module.quantize_cuda(
+        x=x.data_ptr(),
+        is_u8=is_u8,
+        clusters=clusters.data_ptr(),
+        out=out.data_ptr(),
+        n=n,
+        k=clusters.shape[0],
+        place=kernels.place,
+    )
 
 
 def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     kernels = native_kernels("dequantize", tokens)
     tokens, clusters = dense(tokens), dense(clusters)
     out = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
-    if kernels.kind == "cpu":
-        addresses = tokens.data_ptr(), tokens.element_size(), clusters.data_ptr(), out.data_ptr()
-        if tokens.numel():
-            kernels.module.dequantize_cpu(*addresses, tokens.numel(), clusters.shape[0], torch.get_num_threads())
-        return out
-    addresses = tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], clusters.data_ptr(), out.data_ptr()
-    kernels.module.dequantize_cuda(*addresses, tokens.numel(), clusters.shape[0], *kernels.place)
+    addresses = {"tokens": tokens.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
+    sizes = {"n": tokens.numel(), "k": clusters.shape[0]}
+    if kernels.kind == "cuda":
+        kernels.module.dequantize_cuda(**addresses, **sizes, token=TOKEN_TYPES[tokens.dtype], place=kernels.place)
+    elif tokens.numel():
+        kernels.module.dequantize_cpu(
+            **addresses, **sizes, token_bytes=tokens.element_size(), threads=torch.get_num_threads()
+        )
     return out
 
 

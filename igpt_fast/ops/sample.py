@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
+from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling
 from igpt_fast.ops.dispatch import (
     DTYPES,
@@ -144,8 +147,7 @@ def _check_next(
     check_floating(op, logits=logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; want (N, K) with K >= 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"{op}: seed is {seed!r}; want an integer in 0..2^64-1")
+    whole_number(f"{op}: seed", seed, 0, (1 << 64) - 1)
     for name, tensor, dtype in (("streams", streams, torch.int64), ("position", position, torch.int32)):
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -193,8 +195,21 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top
     n, k = logits.shape
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     kernels.module.sample_cuda(
-        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], uniform.data_ptr(), 0, 0, 0, 0),
-        *(temperature, top_k, top_p, min_score, tokens.data_ptr(), 0, 0, 0, 0, 0, 0, n, k, *kernels.place),
+        logits=(logits.data_ptr(), logits.stride(0)),
+        uniform=uniform.data_ptr(),
+        seed=0,
+        streams=0,
+        position=(0, 0),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_score=min_score,
+        tokens=tokens.data_ptr(),
+        embedding=(0, 0, 0, 0, 0, 0),
+        rows=n,
+        k=k,
+        dtype=DTYPES[logits.dtype],
+        place=kernels.place,
     )
     return tokens
 
@@ -215,41 +230,39 @@ def _sample_next(
     logits, streams, position = _rows(logits), streams.contiguous(), position.contiguous()
     wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
     n, k = logits.shape
-    tokens, embedding = _fake_sample_next(
-        logits, seed, streams, position, temperature, top_k, top_p, min_score, wte, wpe
-    )
-    shape = (0, 0, 0) if wte is None or wpe is None else (DTYPES[wte.dtype], wte.shape[1], wpe.shape[0])
-    embeds = wte is not None and embedding.numel() > 0
+    tokens, embedding = _fake_sample_next(logits, wte, wpe)
+    embeds = 0, 0, 0, 0, 0, 0
+    if wte is not None and wpe is not None and embedding.numel() > 0:
+        embeds = *map(address, (embedding, wte, wpe)), DTYPES[wte.dtype], wte.shape[1], wpe.shape[0]
     # The number of rows says whether a position is one row's or all rows'.
     step = 1 if position.numel() == n and n > 1 else 0
     kernels.module.sample_cuda(
-        *(logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], 0, seed % (1 << 64), streams.data_ptr()),
-        *(position.data_ptr(), step, temperature, top_k, top_p, min_score, tokens.data_ptr()),
-        *(address(wte), address(wpe), embedding.data_ptr() if embeds else 0, *shape, n, k, *kernels.place),
+        logits=(logits.data_ptr(), logits.stride(0)),
+        uniform=0,
+        seed=seed % (1 << 64),
+        streams=streams.data_ptr(),
+        position=(position.data_ptr(), step),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_score=min_score,
+        tokens=tokens.data_ptr(),
+        embedding=embeds,
+        rows=n,
+        k=k,
+        dtype=DTYPES[logits.dtype],
+        place=kernels.place,
     )
     return tokens, embedding
 
 
-def _fake_sample(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float
-) -> Tensor:
+def _fake_sample(logits: Tensor, *others: Any) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
-def _fake_sample_next(
-    logits: Tensor,
-    seed: int,
-    streams: Tensor,
-    position: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_score: float,
-    wte: Tensor | None,
-    wpe: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    tokens = logits.new_empty(logits.shape[:1], dtype=torch.int64)
-    return tokens, logits.new_empty(0) if wte is None else wte.new_empty((logits.shape[0], wte.shape[1]))
+def _fake_sample_next(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    wte = others[-2]
+    return _fake_sample(logits), logits.new_empty(0) if wte is None else wte.new_empty((len(logits), wte.shape[1]))
 
 
 register(

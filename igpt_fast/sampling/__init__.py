@@ -1,5 +1,6 @@
 """From logits to images, in an order of their own: ``rules`` (how a token is drawn), ``decoding`` (token after token),
-``batches`` (how many at a time), ``inpainting`` (masks, candidates), ``streaming`` (row by row), ``results``.
+``batches`` (how many at a time), ``inpainting`` (masks, candidates), ``request`` (what is asked for),
+``streaming`` (row by row), ``results``.
 
 May use: the decoder protocol of engines, never an engine by name; image, ops, and the ground.
 """

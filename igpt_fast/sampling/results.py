@@ -17,6 +17,7 @@ from torch import Tensor
 from igpt_fast import image as images_module
 from igpt_fast.checks import check_count
 from igpt_fast.image import ImageGPTImageProcessor
+from igpt_fast.image.writing import grid_size
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Generation:
         settings: Temperature and so on, as plain values; ``engine`` is the decoder's name,
             and ``engine_reason`` says why it is no faster one, where it is the reference.
         inputs: For completions, the (M) inputs as RGB images, cropped to the model's aspect.
+        counts: For completions, how many there are of each input; ``None`` where there are as many of all. After
+            Ctrl-C the last one may have fewer.
         originals: For completions, (M, T) int64, the tokens of the whole inputs.
         given: For completions, how many pixels of all inputs were given before the first drawn one.
         known: For completions, (M, T) bool: which pixels were given.
@@ -47,6 +50,7 @@ class Generation:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: list[Image.Image] | None = None
+    counts: list[int] | None = None
     originals: Tensor | None = None
     given: int = 0
     known: Tensor | None = None
@@ -74,12 +78,12 @@ class Generation:
             ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
         """
         scale = self._scale(scale, columns)
-        if self.tokens.numel() * scale**2 > images_module.MAX_PIXELS:  # before the images are made
-            size = f"{self.processor.width * scale}x{self.processor.height * scale}"
-            raise ValueError(f"grid: {len(self)} images of {size} are more than {images_module.MAX_PIXELS} pixels")
+        inputs = len(self.inputs or ())
+        cells = inputs * max(self._counts(), default=0) or len(self)
+        grid_pixels(self.processor, cells, inputs, columns, scale)  # before the images are made
         if self.inputs is None:
             return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
-        return self._completion_grid(self.tokens, scale)
+        return self._completion_grid(scale)
 
     def save_grid(
         self,
@@ -118,10 +122,10 @@ class Generation:
             FileExistsError: The file exists and ``overwrite`` is false.
             ValueError: An unknown suffix, or too many pixels; see ``save_animation``.
         """
-        frames = self._drawing(columns, self._scale(scale, columns))
+        frames = self._frames(columns, self._scale(scale, columns))
         images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
 
-    def _drawing(self, columns: int | None, scale: int) -> Iterator[Image.Image]:
+    def _frames(self, columns: int | None, scale: int) -> Iterator[Image.Image]:
         """The frames of the grid being drawn, ``height + 1`` at most."""
         width = self.processor.width
         for drawn in (self.given, *range(self.given - self.given % width + width, self.tokens.shape[1] + 1, width)):
@@ -129,14 +133,17 @@ class Generation:
                 cells = [self._partly(tokens, drawn) for tokens in self.tokens]
                 yield images_module.image_grid(cells, columns, scale=scale, gap=scale)
             else:
-                yield self._completion_grid(self.tokens, scale, drawn)
+                yield self._completion_grid(scale, drawn)
 
     def _scale(self, scale: int | None, columns: int | None) -> int:
         if columns is not None and self.inputs is not None:
             raise ValueError("columns is given, but completions have a row for each input")
-        if scale is None:
-            return max(1, 128 // max(self.processor.height, self.processor.width))
-        return check_count("scale", scale, 64)
+        return pixel_edge(self.processor, scale)
+
+    def _counts(self) -> list[int]:
+        """Completions of each input."""
+        inputs = len(self.inputs or ())
+        return [len(self) // inputs] * inputs if inputs and self.counts is None else self.counts or []
 
     def _partly(self, tokens: Tensor, drawn: int, known: Tensor | None = None) -> Image.Image:
         """The image of (T,) tokens, light grey from pixel ``drawn`` on, but where it is known."""
@@ -145,22 +152,44 @@ class Generation:
         pixels.reshape(-1, 3)[(hidden if known is None else hidden & ~known).numpy()] = 224
         return Image.fromarray(pixels)
 
-    def _completion_grid(self, tokens: Tensor, scale: int, drawn: int | None = None) -> Image.Image:
+    def _completion_grid(self, scale: int, drawn: int | None = None) -> Image.Image:
         assert self.inputs is not None
         assert self.originals is not None
         size = (self.processor.width * scale, self.processor.height * scale)
-        per_input = len(tokens) // len(self.inputs)
+        counts = self._counts()
+        missing = Image.new("RGB", (self.processor.width, self.processor.height), "white")
         cells: list[Image.Image] = []
-        for i, original in enumerate(self.originals):
+        for i, (original, completions) in enumerate(zip(self.originals, self.tokens.split(counts), strict=True)):
             known = None if self.known is None else self.known[i]
-            completions = tokens[i * per_input : (i + 1) * per_input]
             pictures = [self._partly(original, self.given, known)]
             pictures += [self._partly(row, row.shape[0] if drawn is None else drawn, known) for row in completions]
+            pictures += [missing] * (max(counts) - len(completions))
             pictures += self.processor.decode(original[None])
             smaller = self.inputs[i].width <= self.processor.width  # its pixels are to be seen, as the others' are
             cells.append(self.inputs[i].resize(size, Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
             cells += [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
-        return images_module.image_grid(cells, per_input + 3, gap=scale)
+        return images_module.image_grid(cells, max(counts) + 3, gap=scale)
+
+
+def pixel_edge(processor: ImageGPTImageProcessor, scale: int | None) -> int:
+    """Edge of a pixel in a grid; ``None`` makes an image 128 pixels high or wide."""
+    default = max(1, 128 // max(processor.height, processor.width))
+    return default if scale is None else check_count("scale", scale, 64)
+
+
+def grid_pixels(
+    processor: ImageGPTImageProcessor, count: int, inputs: int, columns: int | None, scale: int | None
+) -> tuple[int, int]:
+    """The (width, height) of the grid of ``count`` images, or as many completions of ``inputs``.
+
+    Raises:
+        ValueError: A value out of its range, or more than ``MAX_PIXELS``.
+    """
+    scale = pixel_edge(processor, scale)
+    if inputs:
+        columns = count // inputs + 3
+        count = inputs * columns
+    return grid_size(count, columns, processor.width * scale, processor.height * scale, scale)[1]
 
 
 class InterruptedGeneration(KeyboardInterrupt):
@@ -173,8 +202,6 @@ class InterruptedGeneration(KeyboardInterrupt):
 
 def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Generation:
     """The images of several processes as those of one; their order is that of the parts."""
-    import torch
-
     first = parts[0]
     changes: dict[str, Any] = {"processor": processor, "given": min(part.given for part in parts)}
     for name in ("tokens", "logprobs", "originals", "known", "known_logprobs", "effective_sample_size", "labels"):
@@ -182,6 +209,7 @@ def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Gen
         changes[name] = None if values[0] is None else torch.cat(values)
     if first.inputs is not None:
         changes["inputs"] = [image for part in parts for image in part.inputs or ()]
+        changes["counts"] = [count for part in parts for count in part._counts()]
     places = ("first", "first_input")  # of a part in the whole
     changes["settings"] = {name: value for name, value in first.settings.items() if name not in places}
     changes["settings"]["batch_size"] = min(part.settings["batch_size"] for part in parts)
@@ -199,8 +227,6 @@ def save_tokens(generation: Generation, path: Path) -> None:
     ``tokens`` (N, H, W) uint16, ``logprobs`` (N, H, W) float32 in nats, NaN where the pixel was given, ``seed`` uint64,
     ``clusters`` (K, 3) float32 in [-1, 1], the colours; for class-conditional images ``labels`` (N,) int64.
     """
-    import numpy as np
-
     shape = (len(generation), generation.processor.height, generation.processor.width)
     arrays: dict[str, Any] = {
         "tokens": generation.tokens.numpy().astype(np.uint16).reshape(shape),

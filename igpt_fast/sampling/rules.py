@@ -9,8 +9,7 @@ from torch import Tensor
 
 from igpt_fast import reference
 from igpt_fast.draws import Sampling as Sampling
-
-MAX_SCALE = 1000.0  # of guidance; its logits stay far within float32
+from igpt_fast.draws import check_scale, check_seed
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Streams:
+class RandomStreams:
     """Where the uniform numbers of a batch come from, for a decoder that makes them on its device.
 
     Args:
@@ -47,28 +46,6 @@ class Streams:
 
     seed: int
     numbers: Tensor
-
-
-def check_seed(seed: int) -> int:
-    """The seed.
-
-    Raises:
-        ValueError: Not an integer in 0..2^64-1.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed!r}; want an integer in 0..2^64-1")
-    return seed
-
-
-def check_scale(name: str, value: float) -> float:
-    """The scale of a guidance.
-
-    Raises:
-        ValueError: Not a number in 0..1000; the message says ``name``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= MAX_SCALE:
-        raise ValueError(f"{name} is {value!r}; want a number in 0..{MAX_SCALE:.0f}")
-    return value
 
 
 def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from igpt_fast.draws import Sampling
+from igpt_fast.checks import dtype_name
 from igpt_fast.engines.network import Model
+from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
-from igpt_fast.sampling.inpainting import following, primer_lengths, resample
+from igpt_fast.sampling.inpainting import following, resample
+from igpt_fast.sampling.request import Request
 from igpt_fast.sampling.results import Generation, InterruptedGeneration
-from igpt_fast.sampling.rules import Guidance, Streams, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 Progress = Callable[[int, int], None]
-CANDIDATE = 24  # the bit of a stream's number at which a candidate's begins; see Task
-MAX_CANDIDATES = 256
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be drawn: n images of each of M inputs, the n of the first input first.
-
-    Args:
-        known: (M, T) int64: given colours, -1 where one is drawn.
-        begins: (M,) int64: what stands before the first pixel, SOS or a class.
-        n: Images of each input.
-        streams: (M n,) int64: of each image. Candidate c of an image draws from stream ``image + (c << 24)``, so the
-            first one is what is drawn without candidates. Number T of an image's own stream takes one of them.
-        seed: Of the streams.
-        sampling: How colours are drawn.
-        candidates: Drawn for each image; one of them is taken, see ``inpainting``.
-        scale: Of the guidance away from no class.
-        dtype: As in ``decoders.make_decoder``.
-        width: Pixels of a row.
-    """
-
-    known: Tensor
-    begins: Tensor
-    n: int
-    streams: Tensor
-    seed: int
-    sampling: Sampling
-    candidates: int
-    scale: float
-    dtype: str | None
-    width: int
-    primer: int = field(init=False)  # pixels that all inputs have given first
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "primer", int(primer_lengths(self.known >= 0).min()))
-
-    @property
-    def copies(self) -> int:
-        """Sequences that share a primer."""
-        return self.n * self.candidates
+CANDIDATE = 24  # the bit of a random stream's number at which a candidate's begins
+INPUT_EDGE = 1024  # pixels; larger inputs of completions are kept at this size, for the grid
 
 
 @dataclass(frozen=True)
@@ -89,9 +54,6 @@ class Pictures:
     sizes: Tensor  # effective sample sizes of the candidates
 
 
-Collect = Callable[[Pictures, "Stream"], Generation]
-
-
 class Stream:
     """An iterator of ``RowEvent``, which draws as it is asked for the next; after its end, ``result`` has the images.
 
@@ -102,14 +64,18 @@ class Stream:
     def __init__(
         self,
         model: Model,
-        task: Task,
+        processor: ImageGPTImageProcessor,
+        request: Request,
         batch_size: int,
-        collect: Collect,
-        progress: Progress | None,
+        progress: Progress | None = None,
     ) -> None:
-        self._n, self._collect = task.n, collect
-        self._drawing = _Drawing(model, task, batch_size, progress)
-        self._events = self._drawing.run()
+        self._model, self._processor, self._request = model, processor, request
+        known = torch.full((1, 1), -1).expand(len(request), request.height * request.width)
+        if request.images is not None:
+            self._inputs, self._originals = _read(request, processor)
+            known = self._originals.masked_fill(~request.given, -1)
+        self._run = _Run(model, request, known, batch_size, progress)
+        self._events = self._run.events()
 
     def __iter__(self) -> Stream:
         return self
@@ -128,22 +94,17 @@ class Stream:
     @property
     def engine(self) -> str | None:
         """Name of the decoder, when it has been chosen."""
-        return self._drawing.engine
-
-    @property
-    def engine_reason(self) -> str | None:
-        """Why it is no faster one, where it is none."""
-        return self._drawing.engine_reason
+        return self._run.engine
 
     @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
-        return self._drawing.batches.size
+        return self._run.batches.size
 
     @property
     def total(self) -> int:
         """Pixels that are computed in all; see ``RowEvent``."""
-        return self._drawing.total
+        return self._run.total
 
     @property
     def result(self) -> Generation:
@@ -152,94 +113,139 @@ class Stream:
         Raises:
             RuntimeError: The iterator has not come to its end.
         """
-        if not self._drawing.ended:
+        if not self._run.ended:
             raise RuntimeError("the stream has not come to its end; iterate over it first")
-        return self._collect(_joined(self._drawing.finished), self)
+        return self._generation(_joined(self._run.finished))
 
     @property
     def partial(self) -> Generation | None:
-        """What is finished so far: whole batches, and of completions the inputs that have all theirs. Or ``None``."""
-        drawn = _joined(self._drawing.finished) if self._drawing.finished else None
-        n = self._n
-        count = 0 if drawn is None else len(drawn.tokens) // n * n
-        if drawn is None or count == 0:
-            return None
-        return self._collect(Pictures(drawn.tokens[:count], drawn.logprobs[:count], drawn.sizes[:count]), self)
+        """What is finished so far, or ``None``: whole batches. The last input may have fewer completions than ``n``."""
+        return self._generation(_joined(self._run.finished)) if self._run.finished else None
+
+    def drained(self) -> Generation:
+        """``result``, after what is left of the iterator."""
+        for _ in self:
+            pass
+        return self.result
+
+    def _generation(self, drawn: Pictures) -> Generation:
+        request, count = self._request, len(drawn.tokens)
+        each = torch.arange(count) // request.n
+        labels = None if request.labels is None else request.labels[each]
+        generation = Generation(
+            drawn.tokens, drawn.logprobs, self._processor, request.seed, self._settings(), labels=labels
+        )
+        if request.images is None:
+            return generation
+        inputs = -(-count // request.n)
+        given = request.given[:inputs]
+        return replace(
+            generation,
+            logprobs=drawn.logprobs.masked_fill(given[each], torch.nan),
+            inputs=self._inputs[:inputs],
+            counts=each.bincount(minlength=inputs).tolist(),
+            originals=self._originals[:inputs],
+            given=request.primer,
+            known=given,
+            known_logprobs=drawn.logprobs.masked_fill(~following(given)[each], torch.nan),
+            effective_sample_size=drawn.sizes if request.candidates > 1 else None,
+        )
+
+    def _settings(self) -> dict[str, object]:
+        """How images were drawn, as plain values."""
+        dtype = self._request.dtype or dtype_name(self._model.dtype)
+        drawn = {
+            "batch_size": self.batch_size,
+            "device": str(self._model.device),
+            "engine": self.engine,
+            **({} if self._run.engine_reason is None else {"engine_reason": self._run.engine_reason}),
+            "dtype": dtype,
+        }
+        return self._request.described() | drawn
 
 
-class _Drawing:
+def _read(request: Request, processor: ImageGPTImageProcessor) -> tuple[list[Image.Image], Tensor]:
+    """Inputs of completions, cropped to the model's aspect, and their (M, T) tokens."""
+    crops, tokens = [], []
+    for item in request.images or ():
+        opened = open_image(item) if isinstance(item, str | os.PathLike) else item
+        crop = center_crop(opened, request.width / request.height)
+        tokens.append(processor(crop, return_tensors="pt")["input_ids"])
+        crop.thumbnail((INPUT_EDGE, INPUT_EDGE))
+        crops.append(crop)
+    return crops, torch.cat(tokens)
+
+
+class _Run:
     """What a stream has drawn. Apart from it, for ``run`` holds this and the stream holds ``run``: a stream that held
     itself, and with it a decoder, would wait for the collector.
     """
 
-    def __init__(self, model: Model, task: Task, batch_size: int, progress: Progress | None) -> None:
+    def __init__(
+        self, model: Model, request: Request, known: Tensor, batch_size: int, progress: Progress | None
+    ) -> None:
         self.engine: str | None = None
         self.engine_reason: str | None = None
-        self.batches = Batches(len(task.streams) * task.candidates, task.copies, batch_size)
+        self.batches = Batches(len(known) * request.copies, request.copies, batch_size)
         self.finished: list[Pictures] = []
         self.ended = False
-        self._model, self._task, self._progress = model, task, progress
-        self._decoded = task.known.shape[1] - task.primer
+        self._model, self._request, self._known, self._progress = model, request, known, progress
+        self._decoded = known.shape[1] - request.primer
         self._done = 0
         self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
+        # What stands before the first pixel: behind the colours stand the classes, behind these SOS.
+        sos = torch.full((1,), model.config.sos_token_id).expand(len(known))
+        self._begins = sos if request.labels is None else request.labels + model.config.n_colours
 
     @property
     def total(self) -> int:
         return self.batches.count * self._decoded
 
-    def run(self) -> Iterator[RowEvent]:
+    def events(self) -> Iterator[RowEvent]:
         yield from self.batches.run(self._batch)
         self.ended = True
 
     def _batch(self, start: int, stop: int, together: int) -> Iterator[RowEvent]:
         """Draws sequences start .. stop - 1, of which ``together`` that follow each other have one primer."""
-        task, device, width = self._task, self._model.device, self._task.width
+        request, device, width = self._request, self._model.device, self._request.width
         sequence = torch.arange(start, stop)
-        image, candidate = sequence // task.candidates, sequence % task.candidates
-        source = image // task.n
-        tokens, first = task.known[source], task.primer
-        context = torch.cat([task.begins[source][:, None], tokens[:, :first]], dim=1)[::together].to(device)
+        image, candidate = sequence // request.candidates, sequence % request.candidates
+        source = image // request.n
+        tokens, first = self._known[source], request.primer
+        context = torch.cat([self._begins[source][:, None], tokens[:, :first]], dim=1)[::together].to(device)
         guidance = None
-        if task.scale != 1.0:
+        if request.scale != 1.0:
             without = context.clone()
             without[:, 0] = self._model.config.sos_token_id
-            guidance = Guidance(task.scale, without)
-        streams = task.streams[image] + (candidate << CANDIDATE)
-        uniforms = stream_uniforms(task.seed, streams, first, self._decoded, device)
+            guidance = Guidance(request.scale, without)
+        # The first candidate is what is drawn without any.
+        streams = request.streams[image] + (candidate << CANDIDATE)
+        uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms, start // task.candidates)
-        if task.candidates == 1:
+        drawn = blank(uniforms, start, request.candidates)
+        if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
-        steps = decoding(
-            drawn,
-            self._model,
-            context,
-            uniforms,
-            task.sampling,
-            task.dtype,
-            known=known,
-            guidance=guidance,
-            streams=Streams(task.seed, streams),
-        )
+        numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
+        steps = decoding(drawn, self._model, context, uniforms, *how, known=known, guidance=guidance, streams=numbers)
         for t in steps:
             self.engine, self.engine_reason = drawn.engine, drawn.reason
             self._advance(start * self._decoded + (t + 1) * len(sequence))
             end = first + t + 1
-            if task.candidates == 1 and end % width == 0:
+            if request.candidates == 1 and end % width == 0:
                 begin = max(first, end - width)
                 drawn.check(begin - first, end - first)
                 tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                 yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()
         logprobs = torch.cat([torch.full((len(tokens), first), torch.nan), drawn.logprobs.cpu()], dim=1)
-        if task.candidates == 1:
+        if request.candidates == 1:
             self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens))))
         else:
             yield from self._choose(stop, tokens, logprobs)
 
     def _choose(self, stop: int, tokens: Tensor, logprobs: Tensor) -> Iterator[RowEvent]:
         """Takes one of each image's candidates, when they are all there; up to sequence ``stop`` they are drawn."""
-        task, m = self._task, self._task.candidates
+        request, m = self._request, self._request.candidates
         if self._candidates is not None:
             tokens = torch.cat([self._candidates[0], tokens])
             logprobs = torch.cat([self._candidates[1], logprobs])
@@ -250,13 +256,14 @@ class _Drawing:
             self._candidates = rest
             return
         image = torch.arange(first, last)
-        follows = following(task.known[image // task.n] >= 0).repeat_interleave(m, dim=0)
+        follows = following(request.given[image // request.n]).repeat_interleave(m, dim=0)
         weights = logprobs[:count].double().masked_fill(~follows, 0.0).sum(dim=1).view(-1, m)
-        numbers = stream_uniforms(task.seed, task.streams[image], tokens.shape[1], 1, torch.device("cpu"))
+        # Of an image's own stream, the number behind those of its pixels.
+        numbers = stream_uniforms(request.seed, request.streams[image], tokens.shape[1], 1, torch.device("cpu"))
         taken, sizes = resample(weights, numbers[:, 0])
         taken = torch.arange(len(image)) * m + taken
         chosen = Pictures(tokens[taken], logprobs[taken], sizes)
-        events = list(self._rows(first, chosen.tokens, 0, tokens.shape[1] // task.width))
+        events = list(self._rows(first, chosen.tokens, 0, tokens.shape[1] // request.width))
         # Only now: where memory does not suffice for any of it, the batch is drawn again.
         self._candidates = rest
         self.finished.append(chosen)
@@ -264,7 +271,7 @@ class _Drawing:
 
     def _rows(self, first: int, tokens: Tensor, begin: int, end: int) -> Iterator[RowEvent]:
         for row in range(begin, end):
-            part = tokens[:, row * self._task.width : (row + 1) * self._task.width].clone()
+            part = tokens[:, row * self._request.width : (row + 1) * self._request.width].clone()
             yield RowEvent(first, row, part, self._done, self.total)
 
     def _advance(self, done: int) -> None:

@@ -293,6 +293,19 @@ def test_the_commands_without_a_gpu(check: ModuleType, tmp_path: Path) -> None:
         assert text in done.stderr
 
 
+@pytest.mark.skipif(backend.unavailable("cuda") is None, reason="there is a GPU")
+def test_every_benchmark_takes_its_options(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [step.command for step in check.make_steps(device(check)) if step.command[1].startswith("benchmarks/")]
+    assert len(commands) == 9
+    for command in commands:
+        monkeypatch.setattr("sys.argv", list(command[1:]))
+        try:
+            status = importlib.import_module(Path(command[1]).stem).main()
+        except SystemExit as ended:
+            status = ended.code
+        assert status == 3, command  # there is no GPU; 2 would be wrong usage
+
+
 def test_the_commit_of_a_copy(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A copy without .git is of no known commit, also where a repository is around it."""
     if not (ROOT / ".git").exists():
@@ -310,6 +323,7 @@ def test_the_steps(check: ModuleType) -> None:
     assert names == list(check.PARTS)
     assert names[:3] == ["build", "module", "sampling"]
     assert sum(check.SECONDS.values()) == check.BUDGET == 480
+    assert set(check.COMMANDS_NEED) == set(importlib.import_module("bench_commands").NEEDED)
     assert [step.name for step in steps if step.sources] == list(check.SECONDS_IF_CHANGED)
     for i, step in enumerate(steps):
         assert set(step.needs) <= set(names[:i])

@@ -470,6 +470,26 @@ def test_a_layer_too_many(folder: Path) -> None:
     refused(folder, r"does not know: h\.1\.attn\.c_attn\.bias")
 
 
+def test_a_tensor_without_numbers_and_of_an_absurd_shape(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["lm_head.weight"] |= {"shape": [0, (1 << 64) - 1], "data_offsets": [0, 0]}
+    names = sorted((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    end, body = 0, b""
+    for name in names:
+        first, last = header[name]["data_offsets"]
+        body += content[8 + size + first : 8 + size + last]
+        header[name]["data_offsets"] = [end, end + last - first]
+        end += last - first
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    refused(folder, r"lm_head\.weight: shape \(0, 18446744073709551615\)|not a usable safetensors file")
+    with pytest.warns(UserWarning, match="newly initialised"):
+        ImageGPTForImageClassification.from_pretrained(folder)
+
+
 def test_a_name_twice(folder: Path) -> None:
     rewrite(folder, wte__weight=torch.ones(9, 16))
     refused(folder, r"holds both wte\.weight and transformer\.wte\.weight")
@@ -481,6 +501,7 @@ def test_a_name_twice(folder: Path) -> None:
         (torch.ones(16, 9), r"model\.safetensors: wte\.weight: shape \(16, 9\), the configuration wants \(9, 16\)"),
         (torch.ones(9, 16, 1), r"wte\.weight: shape \(9, 16, 1\)"),
         (torch.ones(0, 16), r"wte\.weight: shape \(0, 16\)"),
+        (torch.ones([1] * 60), r"wte\.weight: shape \(1, 1, 1, 1, 1, 1, \.\.\.\), the configuration"),
         (torch.ones(9, 16, dtype=torch.int64), r"wte\.weight: dtype I64; wanted one of float64, float32"),
         (torch.ones(9, 16, dtype=torch.bool), r"wte\.weight: dtype BOOL"),
         (torch.ones(9, 16, dtype=torch.complex64), r"wte\.weight: dtype C64"),

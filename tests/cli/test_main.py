@@ -328,6 +328,20 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_usage_errors_are_of_the_option(encoding: str) -> None:
+    """Whatever letters a terminal has for tyro's frames."""
+    for option, value, text in (
+        ("--dtype", "int3", "--dtype is 'int3'; want float32, bfloat16, float16, int8, fp8_values or auto"),
+        ("--temperature", "inf", "--temperature is inf; want a number in [0, 1.79769e+308]"),
+        ("--nope", "1", "Unrecognized options: --nope, 1"),
+    ):
+        command = [sys.executable, "-m", "igpt_fast", "sample", option, value]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (2, f"igpt sample: {text} (see igpt sample --help)\n")
+
+
 def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
     out = tmp_path / "a.png"
     assert "no such directory" in fails(capsys, 1, "sample", "--out", tmp_path / "none" / "a.png")
@@ -441,7 +455,7 @@ def test_interrupt_is_130_and_leaves_nothing_half_written(
     assert shown.splitlines()[-1].endswith("igpt sample: interrupted")
     assert "Traceback" not in shown
     # What is said when nothing is finished may be wider than the terminal; a picture or a bar may not.
-    assert Screen(60).feed(re.sub(r"[^\r\n]*no batch is finished[^\r\n]*", "", shown)).cursor
+    assert Screen(60).feed(re.sub(r"[^\r\n]*no image is finished[^\r\n]*", "", shown)).cursor
     # The batches that were finished are there, whole; before the first one, nothing is.
     assert {path.name for path in tmp_path.iterdir()} == (set(files.values()) if report else set())
     if report:

@@ -2,7 +2,7 @@
 
 import torch
 from checks import SCHEDULES, Counted, normal, schedule
-from kernels import DTYPES, Kernels
+from kernels import DTYPES, Kernels, addresses
 from tolerance import assert_parity
 from torch import Tensor
 
@@ -17,18 +17,17 @@ def run(
     kernels: Kernels, kind: int, x: Tensor, bias: Tensor | None, dout: Tensor, parts: int = 1, in_place: bool = False
 ) -> list[Tensor]:
     """out, dx and, with bias, dbias, through the launchers; into x and dout themselves ``in_place``."""
-    place = (0, torch.cuda.current_stream().cuda_stream) if kernels.device == "cuda" else (0, 0)
     rows, n = x.shape
+    settings = {"rows": rows, "n": n, "activation": kind, "dtype": DTYPES[x.dtype], "place": kernels._place()}
     x, dout = x.clone(), dout.clone()
     kept = x.clone()
     out, dx = (x, dout) if in_place else (torch.full_like(x, torch.nan), torch.full_like(x, torch.nan))
-    at = 0 if bias is None else bias.data_ptr()
-    kernels.module.activation_fwd_cuda(x.data_ptr(), at, out.data_ptr(), rows, n, kind, DTYPES[x.dtype], *place)
+    kernels.module.activation_fwd_cuda(**addresses(x=x, bias=bias, out=out), **settings)
     dbias = x.new_full((n,), torch.nan)
     partial = torch.full((parts, n), torch.nan, device=x.device)
-    sums = (0, 0) if bias is None else (dbias.data_ptr(), partial.data_ptr())
-    addresses = dout.data_ptr(), kept.data_ptr(), at, dx.data_ptr(), *sums
-    kernels.module.activation_bwd_cuda(*addresses, rows, n, parts, kind, DTYPES[x.dtype], *place)
+    sums = {"dbias": None, "partial": None} if bias is None else {"dbias": dbias, "partial": partial}
+    given = addresses(dout=dout, x=kept, bias=bias, dx=dx, **sums)
+    kernels.module.activation_bwd_cuda(**given, parts=parts, **settings)
     return [out, dx] if bias is None else [out, dx, dbias]
 
 

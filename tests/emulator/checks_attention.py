@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from checks import SCHEDULES, Counted, schedule
-from kernels import DTYPES, Kernels
+from kernels import DTYPES, Kernels, addresses
 from tolerance import assert_parity
 from torch import Tensor
 
@@ -83,21 +84,28 @@ def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
     lse = torch.full((b, h, t_q), torch.nan, device=device)
     terms = torch.full((b, h, t_q, 2), torch.nan, device=device)
     mask = case.key_mask
-    hidden = (
-        0 if case.starts is None else case.starts.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        0 if mask is None else mask.stride(0),
-    )
-    sizes, dtype = (b, h, t_q, t_k, d), DTYPES[case.q.dtype]
-    place = lambda *tensors: [(x.data_ptr(), *x.stride()[:3]) for x in tensors]  # noqa: E731
-    forward, backward = kernels.module.causal_attention_fwd_cuda, kernels.module.causal_attention_bwd_cuda
-    stream = kernels._place()
+    settings = arguments((b, h, t_q, t_k, d), case.scale, case.q.dtype) | {"lse": lse.data_ptr()}
+    settings |= addresses(starts=case.starts, key_mask=mask)
+    settings["key_mask_stride"] = 0 if mask is None else mask.stride(0)
+    settings["device"], settings["stream"] = kernels._place()
+    named = places(**dict(zip(("q", "k", "v"), inputs, strict=True)), out=out)
     with capability(kernels, 90 if rows == HOPPER else 80):
-        places = place(*inputs, out)
-        forward(*places, lse.data_ptr(), sizes, hidden, case.scale, max(rows, 0), dtype, *stream)
-    everything = place(*inputs, out, case.dout, dq, dk, dv)
-    backward(*everything, lse.data_ptr(), terms.data_ptr(), sizes, hidden, case.scale, dtype, *stream)
+        kernels.module.causal_attention_fwd_cuda(**named, rows=max(rows, 0), **settings)
+    named |= places(dout=case.dout, dq=dq, dk=dk, dv=dv)
+    kernels.module.causal_attention_bwd_cuda(**named, terms=terms.data_ptr(), **settings)
     return [out, lse, dq, dk, dv]
+
+
+def places(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
+    """Address and strides of each (B, H, T, D) tensor."""
+    return {name: (x.data_ptr(), *x.stride()[:3]) for name, x in tensors.items()}
+
+
+def arguments(sizes: tuple[int, ...], scale: float, dtype: torch.dtype) -> dict[str, Any]:
+    """What the launchers take beside tensors, of (B, H, T_q, T_k, D): nothing is hidden."""
+    named: dict[str, Any] = dict(zip(("batch", "heads", "t_q", "t_k", "head_dim"), sizes, strict=True))
+    hidden = {"starts": 0, "key_mask": 0, "key_mask_stride": 0}
+    return named | hidden | {"scale": scale, "dtype": DTYPES[dtype], "device": 0, "stream": 0}
 
 
 def define(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -246,11 +254,8 @@ def check_hopper_is_chosen(kernels: Kernels) -> None:
 def launch_forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """out, from tensors as they lie in memory."""
     out, lse = torch.full(q.shape, torch.nan, dtype=q.dtype), torch.full(q.shape[:3], torch.nan)
-    tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, out)]
-    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
-    kernels.module.causal_attention_fwd_cuda(
-        *tensors, lse.data_ptr(), sizes, (0, 0, 0), 0.125, 0, DTYPES[q.dtype], 0, 0
-    )
+    settings = arguments((*q.shape[:3], k.shape[2], q.shape[3]), 0.125, q.dtype)
+    kernels.module.causal_attention_fwd_cuda(**places(q=q, k=k, v=v, out=out), lse=lse.data_ptr(), rows=0, **settings)
     return out
 
 
@@ -262,13 +267,12 @@ def check_order(kernels: Kernels, rows: int = 64) -> None:
     assert group < (24 << 20) // (t * d * 4) < pairs
     q = eighths(pairs, 1, t, d).bfloat16()
     out, lse = torch.full_like(q, torch.nan), torch.full((pairs, 1, t), torch.nan)
-    tensors = [(x.data_ptr(), *x.stride()[:3]) for x in (q, q, q, out)]
+    tensors = places(q=q, k=q, v=q, out=out)
     kernels.module.set_blocks(2 * group, 2 * (pairs - group))
     try:
         with capability(kernels, 90 if rows == HOPPER else 80):
-            kernels.module.causal_attention_fwd_cuda(
-                *tensors, lse.data_ptr(), (pairs, 1, t, t, d), (0, 0, 0), 0.2, max(rows, 0), 1, 0, 0
-            )
+            settings = arguments((pairs, 1, t, t, d), 0.2, q.dtype)
+            kernels.module.causal_attention_fwd_cuda(**tensors, lse=lse.data_ptr(), rows=max(rows, 0), **settings)
     finally:
         kernels.module.set_blocks()
     assert lse[:group].isnan().all()
@@ -285,20 +289,19 @@ def check_huge(kernels: Kernels, rows: int = 0) -> None:
             memory = torch.empty(2**31 + 2**27, dtype=dtype)
         except RuntimeError:
             return  # the system promises no more memory than it has
-        places = []
+        views = []
         for i, x in enumerate((case.q, case.k, case.v, case.q, case.dout, case.q, case.k, case.v)):
             strides = (stride, 8, 8 * d, 1) if b > 1 else (8, 8, stride, 1)
             far = memory[d * i :].as_strided(x.shape, strides, d * i)
             far.copy_(torch.full_like(x, torch.nan) if i in (3, 5, 6, 7) else x)
-            places.append(far)
+            views.append(far)
         lse, terms = torch.empty(b, 1, t), torch.empty(b, 1, t, 2)
-        tensors = [(x.data_ptr(), *x.stride()[:3]) for x in places]
-        sizes, kind = (b, 1, t, t, d), DTYPES[dtype]
-        launch = kernels.module
+        named = dict(zip(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), views, strict=True))
+        settings = arguments((b, 1, t, t, d), case.scale, dtype) | {"lse": lse.data_ptr()}
         with capability(kernels, 90 if rows == HOPPER else 80):
-            launch.causal_attention_fwd_cuda(*tensors[:4], lse.data_ptr(), sizes, (0, 0, 0), case.scale, 0, kind, 0, 0)
-        pointers = lse.data_ptr(), terms.data_ptr()
-        launch.causal_attention_bwd_cuda(*tensors, *pointers, sizes, (0, 0, 0), case.scale, kind, 0, 0)
+            first = {name: named[name] for name in ("q", "k", "v", "out")}
+            kernels.module.causal_attention_fwd_cuda(**places(**first), rows=0, **settings)
+        kernels.module.causal_attention_bwd_cuda(**places(**named), terms=terms.data_ptr(), **settings)
         expected = run(kernels, case, rows)
         for i, wanted in ((3, 0), (5, 2), (6, 3), (7, 4)):
-            assert torch.equal(places[i], expected[wanted]), (b, NAMES[wanted])
+            assert torch.equal(views[i], expected[wanted]), (b, NAMES[wanted])

@@ -2,7 +2,7 @@
 
 import torch
 from checks import SCHEDULES, Counted, normal, schedule
-from kernels import DTYPES, Kernels
+from kernels import DTYPES, Kernels, addresses
 from tolerance import assert_parity
 from torch import Tensor
 
@@ -25,28 +25,20 @@ def run(
     kernels: Kernels, logits: Tensor, labels: Tensor, reduction: str, dloss: Tensor, parts: int, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of logits, into logits themselves ``in_place``."""
-    place = (0, torch.cuda.current_stream().cuda_stream) if kernels.device == "cuda" else (0, 0)
     (rows, k), device, each = logits.shape, kernels.device, reduction == "none"
     losses, statistics, partial = (
         torch.full(shape, torch.nan, device=device) for shape in ((rows,), (rows, 2), (parts, 2))
     )
     loss, count = (torch.full((), torch.nan, device=device) for _ in range(2))
-    ends = (losses.data_ptr(), 0, 0) if each else (0, loss.data_ptr(), count.data_ptr())
-    settings = IGNORED, reduction == "mean", DTYPES[logits.dtype]
-    addresses = logits.data_ptr(), labels.data_ptr(), *ends, statistics.data_ptr(), partial.data_ptr()
-    kernels.module.cross_entropy_fwd_cuda(*addresses, rows, k, parts, *settings, *place)
+    ends = dict(zip(("losses", "loss", "count"), (losses, None, None) if each else (None, loss, count), strict=True))
+    settings = {"rows": rows, "k": k, "ignore_index": IGNORED, "dtype": DTYPES[logits.dtype], "place": kernels._place()}
+    given = addresses(logits=logits, labels=labels, **ends, statistics=statistics, partial=partial)
+    kernels.module.cross_entropy_fwd_cuda(**given, parts=parts, mean=reduction == "mean", **settings)
     logits = logits.clone()
     dlogits = logits if in_place else torch.full_like(logits, torch.nan)
-    divisor = count.data_ptr() if reduction == "mean" else 0
-    addresses = (
-        dloss.data_ptr(),
-        logits.data_ptr(),
-        labels.data_ptr(),
-        statistics.data_ptr(),
-        divisor,
-        dlogits.data_ptr(),
-    )
-    kernels.module.cross_entropy_bwd_cuda(*addresses, rows, k, each, IGNORED, DTYPES[logits.dtype], *place)
+    divisor = count if reduction == "mean" else None
+    given = addresses(dloss=dloss, logits=logits, labels=labels, statistics=statistics, count=divisor, dlogits=dlogits)
+    kernels.module.cross_entropy_bwd_cuda(**given, for_each=each, **settings)
     return losses if each else loss, dlogits
 
 

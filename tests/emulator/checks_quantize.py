@@ -2,7 +2,7 @@
 
 import torch
 from checks import SCHEDULES, Counted, schedule
-from kernels import Kernels
+from kernels import Kernels, addresses
 
 from igpt_fast import reference
 
@@ -40,14 +40,14 @@ def build(kernels: Kernels, clusters: torch.Tensor, cells: tuple[int, ...] | Non
     """A table on the CPU; on the emulator of some cells alone, in which case the rest is 65535."""
     table = torch.full((ENTRIES,), 65535, dtype=torch.uint16, device=kernels.device)
     on_device = clusters.to(kernels.device)
-    arguments = on_device.data_ptr(), table.data_ptr(), len(clusters), *kernels._place()
+    arguments = addresses(clusters=on_device, table=table) | {"k": len(clusters), "place": kernels._place()}
     if cells is None or kernels.device != "cpu":
-        kernels.module.quantize_table_cuda(*arguments)
+        kernels.module.quantize_table_cuda(**arguments)
         return table.cpu()
     try:
         for cell in cells:
             kernels.module.set_blocks(cell, 1)
-            kernels.module.quantize_table_cuda(*arguments)
+            kernels.module.quantize_table_cuda(**arguments)
     finally:
         kernels.module.set_blocks()
     return table
@@ -117,8 +117,8 @@ def check_table_stores(kernels: Kernels) -> None:
 def look_up(kernels: Kernels, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     out = torch.full(x.shape[:-1], -1, device=kernels.device)
     on_device, table = x.to(kernels.device), table.to(kernels.device)
-    addresses = on_device.data_ptr(), table.data_ptr(), out.data_ptr()
-    kernels.module.quantize_lookup_cuda(*addresses, out.numel(), *kernels._place())
+    given = addresses(x=on_device, table=table, out=out)
+    kernels.module.quantize_lookup_cuda(**given, n=out.numel(), place=kernels._place())
     return out.cpu()
 
 
@@ -161,14 +161,13 @@ def check_far_pixels(kernels: Kernels) -> None:
     try:
         for block, expected in ((2048, table[entry(x)].long()), (512, reference.quantize(x, clusters))):
             out = torch.full((n,), -1)
-            from_x, to_out = x.data_ptr() - 3 * first, out.data_ptr() - 8 * first
+            far = {"x": x.data_ptr() - 3 * first, "out": out.data_ptr() - 8 * first, "n": first + n}
+            far["place"] = kernels._place()
             kernels.module.set_blocks(first // block, (n + block - 1) // block)
             if block == 2048:
-                kernels.module.quantize_lookup_cuda(from_x, table.data_ptr(), to_out, first + n, *kernels._place())
+                kernels.module.quantize_lookup_cuda(**far, table=table.data_ptr())
             else:
-                kernels.module.quantize_cuda(
-                    from_x, True, clusters.data_ptr(), to_out, first + n, len(clusters), *kernels._place()
-                )
+                kernels.module.quantize_cuda(**far, is_u8=True, clusters=clusters.data_ptr(), k=len(clusters))
             assert torch.equal(out, expected), block
     finally:
         kernels.module.set_blocks()
@@ -186,12 +185,12 @@ def check_many_pixels(kernels: Kernels) -> None:
         parts = [slice(0, 1024), slice(n - 3, n)]
         out = torch.full((n,), -1, device=kernels.device)
         on_device, palette = x.to(kernels.device), clusters.to(kernels.device)
-        arguments = on_device.data_ptr(), dtype == torch.uint8, palette.data_ptr(), out.data_ptr(), n, k
+        arguments = addresses(x=on_device, clusters=palette, out=out) | {"is_u8": dtype == torch.uint8, "n": n, "k": k}
         try:
             for block, count in ((0, 2), (256, 1)):
                 if kernels.device == "cpu":
                     kernels.module.set_blocks(block, count)
-                kernels.module.quantize_cuda(*arguments, *kernels._place())
+                kernels.module.quantize_cuda(**arguments, place=kernels._place())
         finally:
             if kernels.device == "cpu":
                 kernels.module.set_blocks()
@@ -217,8 +216,9 @@ def check_not_numbers(kernels: Kernels) -> None:
 def dequantize(kernels: Kernels, tokens: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:
     out = torch.full((*tokens.shape, 3), 77, dtype=torch.uint8, device=kernels.device)
     on_device, palette = tokens.to(kernels.device), clusters.to(kernels.device)
-    arguments = on_device.data_ptr(), TOKEN_TYPES[tokens.dtype], palette.data_ptr(), out.data_ptr()
-    kernels.module.dequantize_cuda(*arguments, tokens.numel(), len(clusters), *kernels._place())
+    given = addresses(tokens=on_device, clusters=palette, out=out)
+    sizes = {"token": TOKEN_TYPES[tokens.dtype], "n": tokens.numel(), "k": len(clusters)}
+    kernels.module.dequantize_cuda(**given, **sizes, place=kernels._place())
     return out.cpu()
 
 
@@ -243,14 +243,14 @@ def check_dequantize_turns(kernels: Kernels) -> None:
     tokens = torch.randint(0, 100, (n,), dtype=torch.uint8)
     out = torch.full((n, 3), 77, dtype=torch.uint8, device=kernels.device)
     on_device, palette = tokens.to(kernels.device), clusters.to(kernels.device)
-    arguments = on_device.data_ptr(), 3, palette.data_ptr(), out.data_ptr(), n, 100
+    arguments = addresses(tokens=on_device, clusters=palette, out=out) | {"token": 3, "n": n, "k": 100}
     for order, seed in SCHEDULES if kernels.device == "cpu" else [("fifo", 0)]:
         schedule(kernels, order, seed)
         try:
             if kernels.device == "cpu":
                 kernels.module.set_blocks(0, 3)
             out.fill_(77)
-            kernels.module.dequantize_cuda(*arguments, *kernels._place())
+            kernels.module.dequantize_cuda(**arguments, place=kernels._place())
         finally:
             if kernels.device == "cpu":
                 kernels.module.set_blocks()
@@ -279,8 +279,8 @@ def check_far_tokens(kernels: Kernels) -> None:
     tokens[1 << 31 :] = torch.randint(0, 256, (700,))
     kernels.module.set_blocks(0, 1)
     try:
-        arguments = tokens.data_ptr(), 3, clusters.data_ptr(), out.data_ptr(), n, 256
-        kernels.module.dequantize_cuda(*arguments, *kernels._place())
+        arguments = addresses(tokens=tokens, clusters=clusters, out=out) | {"token": 3, "n": n, "k": 256}
+        kernels.module.dequantize_cuda(**arguments, place=kernels._place())
     finally:
         kernels.module.set_blocks()
     assert torch.equal(out[1 << 31 :], reference.dequantize(tokens[1 << 31 :], clusters))

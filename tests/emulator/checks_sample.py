@@ -228,10 +228,20 @@ def check_far_rows(kernels: Kernels) -> None:
     logits, uniform = rows(1, 100)
     tokens, last, stride = torch.full((4,), -1), 3, 1 << 31
     from_logits = logits.data_ptr() - 4 * last * stride
-    arguments = from_logits, stride, 0, uniform.data_ptr() - 4 * last, 0, 0, 0, 0, 1.0, 0, 1.0, ALL, tokens.data_ptr()
+    settings = {"seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_score": ALL, "k": 100, "dtype": 0}
+    settings["place"] = kernels._place()
     kernels.module.set_blocks(last, 1)
     try:
-        kernels.module.sample_cuda(*arguments, 0, 0, 0, 0, 0, 0, 4, 100, *kernels._place())
+        kernels.module.sample_cuda(
+            logits=(from_logits, stride),
+            uniform=uniform.data_ptr() - 4 * last,
+            streams=0,
+            position=(0, 0),
+            tokens=tokens.data_ptr(),
+            embedding=(0, 0, 0, 0, 0, 0),
+            rows=4,
+            **settings,
+        )
     finally:
         kernels.module.set_blocks()
     assert_draws(tokens[last:], logits, uniform)
@@ -239,7 +249,14 @@ def check_far_rows(kernels: Kernels) -> None:
     wte, wpe, hidden = torch.randn(100, n_embd), torch.randn(1, n_embd), torch.zeros(1, n_embd)
     from_wpe = wpe.data_ptr() - 4 * n_embd * (int(position) + 1)
     streams, token = torch.zeros(1).long(), tokens[:1]
-    arguments = logits.data_ptr(), 100, 0, 0, 0, streams.data_ptr(), position.data_ptr(), 0, 1.0, 0, 1.0, ALL
-    tables = token.data_ptr(), wte.data_ptr(), from_wpe, hidden.data_ptr(), 0, n_embd, 1 << 30
-    kernels.module.sample_cuda(*arguments, *tables, 1, 100, *kernels._place())
+    kernels.module.sample_cuda(
+        logits=(logits.data_ptr(), 100),
+        uniform=0,
+        streams=streams.data_ptr(),
+        position=(position.data_ptr(), 0),
+        tokens=token.data_ptr(),
+        embedding=(hidden.data_ptr(), wte.data_ptr(), from_wpe, 0, n_embd, 1 << 30),
+        rows=1,
+        **settings,
+    )
     assert torch.equal(hidden, wte[token] + wpe)

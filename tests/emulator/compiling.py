@@ -187,7 +187,10 @@ def build_emulated(mutation: Mutation | None = None) -> Path:
     """The file of the module _emulated: the CUDA functions of _C for tensors of the CPU."""
     tree = Tree(mutation)
     sources = tree.sources()
-    sources += [(tree.csrc / "bind_cuda.cpp", python_flags()), (tree.csrc / "emulator" / "module.cpp", python_flags())]
+    sources += [
+        (tree.csrc / "bind" / "cuda.cpp", python_flags()),
+        (tree.csrc / "emulator" / "module.cpp", python_flags()),
+    ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return link(tree.objects(sources), f"_emulated{suffix}", "-shared")
 

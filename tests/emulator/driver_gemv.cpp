@@ -6,7 +6,6 @@ using driver::check;
 using driver::Memory;
 using igpt::cuda::Activation;
 using igpt::cuda::DType;
-using igpt::cuda::kNoActivation;
 
 // With everything if `all`, else with the product alone.
 void layer(DType dtype, int32_t rows, int32_t n_in, int32_t n_out, bool transposed, bool all) {
@@ -15,7 +14,8 @@ void layer(DType dtype, int32_t rows, int32_t n_in, int32_t n_out, bool transpos
     const Memory residual(size_t(rows) * out_size, 2), out(size_t(rows) * out_size, 2);
     check(igpt::cuda::gemv({x.get(), weight.get(), all ? bias.get() : nullptr, all ? norm.get() : nullptr,
                             all ? residual.get() : nullptr, out.get(), transposed ? n_in : n_out, rows, n_in, n_out,
-                            transposed, 1e-5f, all ? Activation::quick_gelu : kNoActivation, dtype, false, 0, nullptr, 0, 0}));
+                            transposed, 1e-5f, all ? Activation::quick_gelu : Activation::none, dtype, false, 0,
+                            nullptr, 0, 0}));
 }
 
 void gemv(bool brief) {

@@ -20,8 +20,9 @@ void run(bool centred, DType dtype, int64_t rows, int32_t n, int32_t parts, bool
                                             1e-5f,
                                             dtype,
                                             0,
-                                            nullptr};
-    check(centred ? igpt::cuda::layer_norm_fwd(forward) : igpt::cuda::rms_norm_fwd(forward));
+                                            nullptr,
+                                            centred};
+    check(igpt::cuda::norm_fwd(forward));
     const Memory dx(count, size), dweight(size_t(n), size), dbias(size_t(n), size);
     const Memory partial(sums * size_t(parts) * size_t(n), 4);
     const igpt::cuda::NormBwdParams backward{out.get(),
@@ -38,8 +39,9 @@ void run(bool centred, DType dtype, int64_t rows, int32_t n, int32_t parts, bool
                                              1e-5f,
                                              dtype,
                                              0,
-                                             nullptr};
-    check(centred ? igpt::cuda::layer_norm_bwd(backward) : igpt::cuda::rms_norm_bwd(backward));
+                                             nullptr,
+                                             centred};
+    check(igpt::cuda::norm_bwd(backward));
 }
 
 void norm(bool brief) {

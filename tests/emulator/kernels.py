@@ -3,7 +3,6 @@
 Each takes and returns tensors; ``device`` says where they have to be.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -55,8 +54,13 @@ class Kernels:
 
     def quantize(self, x: Tensor, clusters: Tensor) -> Tensor:
         out = torch.full(x.shape[:-1], -1, device=self.device)
-        arguments = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
-        self.module.quantize_cuda(*arguments, out.numel(), clusters.shape[0], *self._place())
+        self.module.quantize_cuda(
+            is_u8=x.dtype == torch.uint8,
+            n=out.numel(),
+            k=clusters.shape[0],
+            place=self._place(),
+            **addresses(x=x, clusters=clusters, out=out),
+        )
         return out
 
     def norm_fwd(
@@ -65,10 +69,16 @@ class Kernels:
         """rms_norm, or layer_norm with ``bias``: its output, and what was normalised."""
         out, total = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
-        ends = [None if residual is None else total, out]
-        addresses = _addresses([x, residual, weight, *([] if bias is None else [bias]), *ends])
-        launch = self.module.rms_norm_fwd_cuda if bias is None else self.module.layer_norm_fwd_cuda
-        launch(*addresses, rows, n_embd, eps, DTYPES[x.dtype], *self._place())
+        tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": out}
+        self.module.norm_fwd_cuda(
+            **addresses(**tensors, sum=None if residual is None else total),
+            rows=rows,
+            n_embd=n_embd,
+            eps=eps,
+            centred=bias is not None,
+            dtype=DTYPES[x.dtype],
+            place=self._place(),
+        )
         return out, x if residual is None else total
 
     def norm_bwd(
@@ -86,9 +96,18 @@ class Kernels:
         parts = self.module.norm_bwd_parts(rows) if parts is None else parts
         found = [torch.full_like(x, torch.nan), *(torch.full_like(weight, torch.nan) for _ in range(1 + centred))]
         partial = torch.full((1 + centred, parts, n_embd), torch.nan, device=self.device)
-        addresses = _addresses([dout, dsum, x, weight, *found, partial])
-        launch = self.module.layer_norm_bwd_cuda if centred else self.module.rms_norm_bwd_cuda
-        launch(*addresses, rows, n_embd, parts, eps, DTYPES[x.dtype], *self._place())
+        dx, dweight, dbias = (*found, None)[:3]
+        tensors = {"dout": dout, "dsum": dsum, "x": x, "weight": weight, "dx": dx, "dweight": dweight, "dbias": dbias}
+        self.module.norm_bwd_cuda(
+            **addresses(**tensors, partial=partial),
+            rows=rows,
+            n_embd=n_embd,
+            parts=parts,
+            eps=eps,
+            centred=centred,
+            dtype=DTYPES[x.dtype],
+            place=self._place(),
+        )
         return tuple(found)
 
     def norm(
@@ -109,5 +128,5 @@ class Kernels:
         return Norm(out, None if residual is None else total, *gradients)
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}

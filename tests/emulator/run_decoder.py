@@ -8,6 +8,7 @@ import sys
 import torch
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 
 # Images, dtype, what the cache is rounded to, continuations of each: the fused kernels, torch's products with more than
@@ -34,7 +35,7 @@ def draw(device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies
     decoder.fork(copies)
     streams, drawn = torch.arange(rows * copies, device=device), []
     for position in range(PRIMER, POSITIONS):
-        drawn.append(decoder.draw(logits, 0, streams, top_k=20)[0])
+        drawn.append(decoder.draw(logits, 0, streams, Sampling(top_k=20))[0])
         if position + 1 < POSITIONS:
             logits = decoder.step_drawn()
     return torch.stack(drawn, dim=1)

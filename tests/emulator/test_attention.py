@@ -135,12 +135,12 @@ def test_huge_strides(emulated: Kernels, rows: int) -> None:
 @pytest.mark.parametrize(("d", "rows"), [(48, 0), (64, 32), (128, 128)])
 def test_sizes_that_it_does_not_take(kernels: Kernels, d: int, rows: int) -> None:
     case = attention.make(kernels.device, BF16, d, 2, 2)
-    with pytest.raises(RuntimeError, match="causal_attention: CUDA error: invalid argument"):
+    with pytest.raises(RuntimeError, match="causal_attention_fwd: CUDA error: invalid argument"):
         attention.run(kernels, case, rows)
 
 
 def test_too_many_blocks(emulated: Kernels) -> None:
-    nowhere = (0, 0, 0, 0)
-    sizes = (2**16, 2**15, 1, 1, 64)
-    with pytest.raises(RuntimeError, match="causal_attention: CUDA error: invalid argument"):
-        emulated.module.causal_attention_fwd_cuda(*[nowhere] * 4, 0, sizes, (0, 0, 0), 1.0, 64, 1, 0, 0)
+    nowhere = dict.fromkeys(("q", "k", "v", "out"), (0, 0, 0, 0))
+    settings = attention.arguments((2**16, 2**15, 1, 1, 64), 1.0, BF16)
+    with pytest.raises(RuntimeError, match="causal_attention_fwd: CUDA error: invalid argument"):
+        emulated.module.causal_attention_fwd_cuda(**nowhere, lse=0, rows=64, **settings)

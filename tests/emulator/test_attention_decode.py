@@ -44,6 +44,17 @@ def test_splits(emulated: Kernels) -> None:
 
 @pytest.mark.parametrize("dim", [16, 48, 256])
 def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
-    sizes = 1, 1, 5, 1, 0, dim, False, 1, 0
+    nowhere = dict.fromkeys(("q", "k", "v"), (0, 0, 0)) | dict.fromkeys(("v_cache", "position", "place"), (0, 0))
     with pytest.raises(RuntimeError, match="attention_decode: CUDA error: invalid argument"):
-        emulated.module.attention_decode_cuda(*[0] * 12, *[0] * 8, *sizes, 1.0, 1, False, 0, 0)
+        emulated.module.attention_decode_cuda(
+            **nowhere,
+            k_cache=0,
+            starts=0,
+            prefix=(0, 1, 0, 0, 0, 0),
+            out=0,
+            partial=(0, 1, 0),
+            shape=(1, 1, 5, dim),
+            scale=1.0,
+            dtype=1,
+            dependent=False,
+        )

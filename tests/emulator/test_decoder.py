@@ -156,7 +156,7 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
     uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = rules.Streams(5, torch.arange(6)) if by_itself else None, []
+    streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
     draw = CudaDecoder.draw
     noted = lambda *args, **more: (calls.append(args[3] is not None), draw(*args, **more))[1]  # noqa: E731
     monkeypatch.setattr(CudaDecoder, "draw", noted)

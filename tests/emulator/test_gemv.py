@@ -53,4 +53,16 @@ def test_huge_weight(on: Kernels) -> None:
 @pytest.mark.parametrize(("rows", "n_in", "n_out", "dtype"), [(9, 8, 8, 1), (1, 12, 8, 1), (1, 8, 4, 1), (1, 8, 8, 0)])
 def test_sizes_that_it_does_not_take(emulated: Kernels, rows: int, n_in: int, n_out: int, dtype: int) -> None:
     with pytest.raises(RuntimeError, match="gemv: CUDA error: invalid argument"):
-        emulated.module.gemv_cuda(*[0] * 6, n_out, rows, n_in, n_out, False, 1e-5, -1, dtype, False, 0, 0)
+        emulated.module.gemv_cuda(
+            **dict.fromkeys(("x", "bias", "norm_weight", "residual", "out"), 0),
+            weight=(0, n_out),
+            rows=rows,
+            n_in=n_in,
+            n_out=n_out,
+            transposed=False,
+            eps=1e-5,
+            activation=-1,
+            dtype=dtype,
+            dependent=False,
+            place=(0, 0),
+        )

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernels import Kernels
+from kernels import Kernels, addresses
 from torch import Tensor
 
 from igpt_fast import reference
 
 BEYOND = 2**31 + 2**12
+BF16 = {"dtype": 1, "place": (0, 0)}
 
 
 @contextmanager
@@ -37,7 +38,8 @@ def test_rms_norm(emulated: Kernels) -> None:
     x[-4:] = torch.randn(4, n)
     weight.normal_()
     with last_blocks(emulated, rows, 4):
-        emulated.module.rms_norm_fwd_cuda(x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr(), rows, n, 1e-5, 1, 0, 0)
+        given = addresses(x=x, residual=None, weight=weight, bias=None, sum=None, out=out)
+        emulated.module.norm_fwd_cuda(**given, rows=rows, n_embd=n, eps=1e-5, centred=False, **BF16)
     exact = reference.rms_norm(x[-4:].double(), weight.double(), 1e-5)
     assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)
 
@@ -50,7 +52,8 @@ def test_activation(emulated: Kernels) -> None:
     x[-4:] = torch.randn(4, n)
     last = (rows * n // 8 - 1) // at_once % blocks
     with last_blocks(emulated, last + 1):
-        emulated.module.activation_fwd_cuda(x.data_ptr(), 0, out.data_ptr(), rows, n, 0, 1, 0, 0)
+        given = addresses(x=x, bias=None, out=out)
+        emulated.module.activation_fwd_cuda(**given, rows=rows, n=n, activation=0, **BF16)
     exact = reference.quick_gelu(x[-4:].double())
     assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)
 
@@ -61,9 +64,9 @@ def test_activation_with_bias(emulated: Kernels) -> None:
     x, out, bias = (lazily(*shape, dtype=torch.bfloat16) for shape in ((2, n), (2, n), (n,)))
     x[:, -lanes:] = torch.randn(2, lanes)
     bias[-lanes:] = torch.randn(lanes)
-    addresses = x.data_ptr(), bias.data_ptr()
+    given = addresses(x=x, bias=bias, out=out)
     with last_blocks(emulated, n // lanes):
-        emulated.module.activation_fwd_cuda(*addresses, out.data_ptr(), 2, n, 0, 1, 0, 0)
+        emulated.module.activation_fwd_cuda(**given, rows=2, n=n, activation=0, **BF16)
     exact = reference.quick_gelu(x[:, -lanes:].double(), bias[-lanes:].double())
     assert torch.allclose(out[:, -lanes:].double(), exact, rtol=1e-2, atol=1e-6)
 
@@ -74,7 +77,8 @@ def test_activation_of_more_rows_than_a_grid_has(emulated: Kernels) -> None:
     x, out = (lazily(rows, n, dtype=torch.bfloat16) for _ in range(2))
     x[-5:], bias = torch.randn(5, n), torch.randn(n).bfloat16()
     with last_blocks(emulated, 1):
-        emulated.module.activation_fwd_cuda(x.data_ptr(), bias.data_ptr(), out.data_ptr(), rows, n, 0, 1, 0, 0)
+        given = addresses(x=x, bias=bias, out=out)
+        emulated.module.activation_fwd_cuda(**given, rows=rows, n=n, activation=0, **BF16)
     exact = reference.quick_gelu(x[-5:].double(), bias.double())
     assert torch.allclose(out[-5:].double(), exact, rtol=1e-2, atol=1e-6)
 
@@ -89,18 +93,18 @@ def test_cross_entropy(emulated: Kernels) -> None:
     last = (rows - 1) // 4 % blocks
     logits[-4:] = torch.randn(4, k)
     labels[-4:] = torch.tensor([0, 5, 1023, 512])
-    ends = losses.data_ptr(), 0, 0, statistics.data_ptr(), 0
+    ends = {"losses": losses, "loss": None, "count": None, "statistics": statistics, "partial": None}
+    sizes = {"rows": rows, "k": k, "ignore_index": -100} | BF16
     with last_blocks(emulated, last + 1):
-        emulated.module.cross_entropy_fwd_cuda(
-            logits.data_ptr(), labels.data_ptr(), *ends, rows, k, blocks, -100, False, 1, 0, 0
-        )
+        given = addresses(logits=logits, labels=labels, **ends)
+        emulated.module.cross_entropy_fwd_cuda(**given, parts=blocks, mean=False, **sizes)
     leaf = logits[-4:].double().requires_grad_()
     exact = reference.cross_entropy(leaf, labels[-4:], reduction="none")
     assert torch.allclose(losses[-4:].double(), exact.detach(), rtol=1e-5)
     one = torch.ones(())
-    addresses = one.data_ptr(), logits.data_ptr(), labels.data_ptr(), statistics.data_ptr(), 0, dlogits.data_ptr()
+    tensors = {"dloss": one, "logits": logits, "labels": labels, "statistics": statistics, "dlogits": dlogits}
     last = (rows - 1) // 4 % (2 * blocks)
     with last_blocks(emulated, last + 1):
-        emulated.module.cross_entropy_bwd_cuda(*addresses, rows, k, False, -100, 1, 0, 0)
+        emulated.module.cross_entropy_bwd_cuda(**addresses(**tensors, count=None), for_each=False, **sizes)
     (wanted,) = torch.autograd.grad(exact.sum(), leaf)
     assert torch.allclose(dlogits[-4:].double(), wanted, rtol=1e-2, atol=1e-6)

@@ -343,8 +343,12 @@ def test_hostile_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_clusters(tmp_path / "nothing.npy")
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         load_clusters(tmp_path)
+    for name in ("zero.npy", "zero.json"):
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=rf"{name}: is a device"):
+            load_clusters(tmp_path / name)
 
 
 def test_the_public_names_are_in_image() -> None:

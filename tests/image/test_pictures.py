@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import threading
 import warnings
 import weakref
 import zlib
@@ -266,9 +267,18 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
         open_image(tmp_path)
     with pytest.raises(ValueError, match="file name"):
         open_image("a\0b")
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match="regular"):
-        open_image(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="is a device or a socket"):
+        open_image("/dev/zero")
+
+
+def test_a_picture_in_a_pipe(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(colours()).save(buffer, "PNG")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(buffer.getvalue(),))
+    writer.start()
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "pipe")), colours())
+    writer.join()
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])

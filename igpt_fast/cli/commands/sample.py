@@ -1,6 +1,6 @@
-"""The commands of ``igpt``: functions with typed signatures, which ``cli.py`` turns into a command line.
+"""``igpt sample`` and ``igpt complete``.
 
-Results go to stdout, progress to stderr. Heavy imports stay inside the functions.
+Heavy imports stay inside the functions.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from igpt_fast import processes
-from igpt_fast.cli import checks as terminal
+from igpt_fast.checks import check_count
+from igpt_fast.cli import checks
 from igpt_fast.cli.checks import Paths
 from igpt_fast.cli.draw import options, sharding
 from igpt_fast.cli.draw.exports import Exports, file_hash
-from igpt_fast.cli.draw.job import Job, check_completion, load_pipeline, rehearse, run
-from igpt_fast.cli.draw.options import Drawing, Files
+from igpt_fast.cli.draw.job import Job, load_pipeline, run
+from igpt_fast.cli.draw.options import DrawOptions, Files
+from igpt_fast.draws import MAX_IMAGES
 
 
 def sample(
@@ -24,7 +26,7 @@ def sample(
     out: Path = Path("samples.png"),
     files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
     columns: int | None = None,
-    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
+    drawing: OmitArgPrefixes[DrawOptions] = DrawOptions(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Draw images and write them as a grid; under torchrun, with all its processes.
@@ -37,33 +39,20 @@ def sample(
         drawing: How they are drawn.
         json: Print one JSON object.
     """
-    options.check_drawing(n, drawing)
+    with checks.as_usage():
+        check_count("n", n, MAX_IMAGES)
     classes = options.labels(drawing.label, n)
     names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names, columns)
     with sharding.world() as world:
         if world.first:
             exports.check()
-            rehearse(exports, drawing.model, n, 0)
+            exports.check_size(checks.read_processor(drawing.model), n)
         pipeline = load_pipeline(drawing, processes.local_rank())
-        mine = world.share(n)
-        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
-        with terminal.as_usage():  # before anything is computed
-            pipeline.stream(n, labels=classes, **asked)
-        job = Job(
-            command="sample",
-            total=n,
-            mine=mine,
-            stream=lambda: pipeline.stream(
-                len(mine),
-                first=mine.start,
-                labels=None if classes is None else classes[mine.start : mine.stop],
-                **asked,
-            ),
-            exports=exports,
-            values={"model": drawing.model or "bundled"},
-        )
-        run(job, pipeline, drawing, world, json=json)
+        with checks.as_usage():  # before anything is computed
+            request = pipeline.request(n, labels=classes, **drawing.requested(world))
+        values = {"model": drawing.model or "bundled"}
+        run(Job("sample", request, exports, values, json), pipeline, drawing, world)
 
 
 def complete(
@@ -74,7 +63,7 @@ def complete(
     candidates: int = 1,
     out: Path = Path("completions.png"),
     files: OmitArgPrefixes[Files] = Files(),  # noqa: B008 - a frozen value
-    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008
+    drawing: OmitArgPrefixes[DrawOptions] = DrawOptions(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Complete images of which a part is kept; one row each: input, kept part, completions, original.
@@ -93,36 +82,23 @@ def complete(
         drawing: How they are drawn.
         json: Print one JSON object.
     """
-    terminal.check_images(images)
-    options.check_drawing(n, drawing)
+    checks.check_images(images)
+    with checks.as_usage():
+        check_count("n", n, MAX_IMAGES)
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
     with sharding.world() as world:
         if world.first:
             exports.check()
-            rehearse(exports, drawing.model, n, len(images))
+            exports.check_size(checks.read_processor(drawing.model), n * len(images), len(images))
         pipeline = load_pipeline(drawing, processes.local_rank())
-        size = pipeline.processor.height, pipeline.processor.width
-        mine = world.share(len(images))
-        asked = options.settings(drawing, world.agree("seed", options.seed(drawing)))
-        kept: dict[str, Any] = {"keep": options.kept(keep, mask, *size), "n": n, "candidates": candidates}
-        check_completion(pipeline, classes, len(images), kept, asked)
-        values: dict[str, Any] = {"inputs": list(map(str, images)), "mask": mask and str(mask)}
+        given = options.kept(keep, mask, pipeline.processor.height, pipeline.processor.width)
+        asked = drawing.requested(world)
+        with checks.as_usage():  # before an image is read
+            request = pipeline.request(n, images=images, keep=given, candidates=candidates, labels=classes, **asked)
+        values: dict[str, Any] = {"model": drawing.model or "bundled"}
+        values |= {"inputs": list(map(str, images)), "mask": mask and str(mask)}
         if world.first and files.sidecar is not None:
             values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
-        job = Job(
-            command="complete",
-            total=n * len(images),
-            mine=range(mine.start * n, mine.stop * n),
-            stream=lambda: pipeline.stream_complete(
-                images[mine.start : mine.stop],
-                first_input=mine.start,
-                labels=None if classes is None else classes[mine.start : mine.stop],
-                **kept,
-                **asked,
-            ),
-            exports=exports,
-            values={"model": drawing.model or "bundled"} | values,
-        )
-        run(job, pipeline, drawing, world, json=json)
+        run(Job("complete", request, exports, values, json), pipeline, drawing, world)

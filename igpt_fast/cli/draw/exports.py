@@ -9,18 +9,20 @@ import hashlib
 import json as json_module
 import re
 import secrets
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_fast.cli.checks import ANIMATION_SUFFIXES, GRID_SUFFIXES, UsageError, check_output, check_writable, told
+from igpt_fast.cli.checks import ANIMATION_SUFFIXES, GRID_SUFFIXES, UsageError, check_output
 from igpt_fast.cli.draw.options import Files
+from igpt_fast.cli.terminal import reason
+from igpt_fast.files import check_writable, replacing, replacing_together
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from igpt_fast.image import ImageGPTImageProcessor
     from igpt_fast.sampling.results import Generation
 
 _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASCII)  # names of single images
@@ -86,16 +88,19 @@ class Exports:
         found = [(path, _NUMBERED.fullmatch(path.name)) for path in sorted(folder.iterdir())]
         return [path for path, match in found if match and bool(match[2]) == pairs and not path.is_dir()]
 
-    def rehearse(self, blank: Generation) -> None:
-        """Fails, as a mistake of usage, where images of this number and size make too large a grid or animation."""
-        from igpt_fast.image import check_animation, save_image
+    def check_size(self, processor: ImageGPTImageProcessor, count: int, inputs: int = 0) -> None:
+        """Fails, as a mistake of usage, where ``count`` images, or as many completions of ``inputs``, make too large a
+        grid or animation.
+        """
+        from igpt_fast.image import check_animation
+        from igpt_fast.image.writing import check_image
+        from igpt_fast.sampling.results import grid_pixels
 
         try:
-            grid = blank.grid(columns=self.columns, scale=self.files.upscale)
+            size = grid_pixels(processor, count, inputs, self.columns, self.files.upscale)
             if self.files.gif is not None:
-                check_animation(self.files.gif, *grid.size, blank.processor.height + 1)
-            with tempfile.TemporaryDirectory() as folder:
-                save_image(grid, Path(folder) / f"grid{self.grid.suffix}")
+                check_animation(self.files.gif, *size, processor.height + 1)
+            check_image(self.grid, *size)
         except ValueError as error:
             raise UsageError(f"{error}; make the grid's images smaller with --upscale 1, or draw fewer") from error
 
@@ -110,7 +115,6 @@ class Exports:
         Returns:
             The names of the files, for the report.
         """
-        from igpt_fast.files import replacing_together
         from igpt_fast.sampling.results import save_tokens
 
         files, singles = self.files, self.files.singles
@@ -151,7 +155,6 @@ class Exports:
 
     def rescue(self, generation: Generation) -> str:
         """Where ``write`` has failed: saves the tokens alone, beside the grid under a new name, and says so."""
-        from igpt_fast.files import replacing
         from igpt_fast.sampling.results import save_tokens
 
         path = self.grid.with_name(f"{self.grid.stem[:200]}.{secrets.token_hex(4)}.npz")
@@ -159,7 +162,7 @@ class Exports:
             with replacing(path, overwrite=False) as partial:
                 save_tokens(generation, partial)
         except Exception as error:
-            return f"the tokens alone cannot be saved either: {told(error)}"
+            return f"the tokens alone cannot be saved either: {reason(error)}"
         return f"the tokens alone are saved in {path}"
 
 

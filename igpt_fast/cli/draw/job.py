@@ -5,18 +5,19 @@ Heavy imports stay inside the functions.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from igpt_fast.cli import checks as terminal
+from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.draw.exports import Exports, weights_hash
-from igpt_fast.cli.draw.options import ROUNDED, Drawing
-from igpt_fast.interrupts import undisturbed
+from igpt_fast.cli.draw.options import ROUNDED, DrawOptions
+from igpt_fast.interrupts import delayed_interrupt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from igpt_fast.cli.draw.preview import Preview
     from igpt_fast.cli.draw.sharding import World
     from igpt_fast.pipeline import Pipeline
+    from igpt_fast.sampling.request import Request
     from igpt_fast.sampling.results import Generation
-    from igpt_fast.sampling.streaming import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +35,33 @@ class Job:
 
     Args:
         command: Its name.
-        total: Images in all.
-        mine: Which of them this process draws.
-        stream: Begins to draw them; not called where there are none.
+        request: All of it; every process draws its part.
         exports: Where they go.
         values: For sidecar and report: what is not known from the images.
+        json: Whether the report is one JSON object.
     """
 
     command: str
-    total: int
-    mine: range
-    stream: Callable[[], Stream]
+    request: Request
     exports: Exports
     values: dict[str, Any]
+    json: bool = False
+
+    @property
+    def total(self) -> int:
+        """Images in all."""
+        return len(self.request) * self.request.n
+
+    def share(self, world: World) -> range:
+        """Which of them this process draws."""
+        part = world.share(len(self.request))
+        return range(part.start * self.request.n, part.stop * self.request.n)
 
 
-def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
+def load_pipeline(drawing: DrawOptions, local_rank: int | None) -> Pipeline:
     """The pipeline that the options ask for."""
-    terminal.choose_backend(drawing.backend)
-    device = terminal.choose_device(drawing.device, local_rank)
+    checks.choose_backend(drawing.backend)
+    device = checks.choose_device(drawing.device, local_rank)
     from igpt_fast.pipeline import Pipeline
 
     # Those are made of bfloat16: half the memory of float32; to the rounding of int8 it adds a hundredth.
@@ -60,45 +69,7 @@ def load_pipeline(drawing: Drawing, local_rank: int | None) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
-def check_completion(
-    pipeline: Pipeline, labels: list[int] | None, inputs: int, kept: dict[str, Any], asked: dict[str, Any]
-) -> None:
-    """Fails as a mistake of usage, before an image is read: errors of the images themselves are none of usage."""
-    from PIL import Image
-
-    blank = Image.new("RGB", (pipeline.processor.width, pipeline.processor.height))
-    with terminal.as_usage():
-        pipeline.stream(inputs, labels=labels, **asked)
-        pipeline.stream_complete(blank, labels=None if labels is None else labels[0], **kept, **asked)
-
-
-def rehearse(exports: Exports, model: str | None, n: int, inputs: int) -> None:
-    """Makes an empty grid of the size that the model's images give it, before it is read and hours of work are put in.
-
-    Raises:
-        UsageError: The grid or the animation would be too large.
-        FileNotFoundError, ValueError: As ``ImageGPTImageProcessor.from_pretrained``.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from igpt_fast.files import BUNDLED
-    from igpt_fast.image import ImageGPTImageProcessor
-    from igpt_fast.sampling.results import Generation
-
-    processor = ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
-    height, width = processor.height, processor.width
-    white = ImageGPTImageProcessor(clusters=np.ones((1, 3), np.float32), size={"height": height, "width": width})
-    tokens = torch.zeros((1, 1), dtype=torch.int64).expand(n * max(1, inputs), height * width)
-    blank = Generation(tokens, tokens, white, 0)
-    if inputs:
-        blank.inputs = [Image.new("RGB", (1, 1))] * inputs
-        blank.originals = tokens[:inputs]
-    exports.rehearse(blank)
-
-
-def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: bool) -> None:
+def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> None:
     """Draws a job, with the other processes if there are some; the first one writes and reports.
 
     Raises:
@@ -109,8 +80,8 @@ def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: b
 
     with _previewing(job, pipeline, drawing, world) as preview:
         with contextlib.closing(Progress(job, world)) as progress:
-            part, interrupted = _follow(job, progress, preview)
-            mine = list(job.mine), without_processor(part), interrupted
+            part, interrupted = _follow(job, pipeline, world, progress, preview)
+            mine = list(job.share(world)), without_processor(part), interrupted
             parts = world.gather(mine, interrupted, progress.show)
             seconds = progress.seconds
         if parts is None:
@@ -119,56 +90,49 @@ def run(job: Job, pipeline: Pipeline, drawing: Drawing, world: World, *, json: b
             return
         interrupted = any(stopped for *_, stopped in parts)
         finished = [(numbers[: len(part)], part) for numbers, part, _ in parts if part is not None]
-        with undisturbed():
+        with delayed_interrupt():
             if finished:
                 whole = merge([part for _, part in finished], pipeline.processor)
                 which = [number for numbers, _ in finished for number in numbers]
                 if preview is not None and not interrupted:
                     preview.finish(_pixels(whole))
-                _save(job, whole, which, pipeline, world, seconds, json, interrupted)
+                _save(job, whole, which, pipeline, world, seconds, interrupted)
             else:
-                print(
-                    "igpt: no batch is finished, nothing is saved; a smaller --batch-size saves more often",
-                    file=sys.stderr,
-                )
+                terminal.say("igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often")
     if interrupted:
         raise KeyboardInterrupt
 
 
-def _follow(job: Job, progress: Progress, preview: Preview | None) -> tuple[Generation | None, bool]:
-    """What has been drawn of a job, and whether Ctrl-C ended it before its time: then it is what was finished."""
-    if not job.mine:
+def _follow(
+    job: Job, pipeline: Pipeline, world: World, progress: Progress, preview: Preview | None
+) -> tuple[Generation | None, bool]:
+    """What this process has drawn, and whether Ctrl-C ended it before its time: then it is what was finished."""
+    request, stream = job.request.shard(world.share(len(job.request))), None
+    if not len(request):
         return None, False
-    stream = job.stream()
     try:
+        stream = pipeline.start(request)
         for event in stream:
-            progress(event.done / event.total * len(job.mine))
+            progress(event.done / event.total * len(job.share(world)))
             if preview is not None and preview.put(event.first, event.row, event.tokens):
                 progress.refresh()  # the picture went over it
         return stream.result, False
     except KeyboardInterrupt:
-        return stream.partial, True
+        return None if stream is None else stream.partial, True
 
 
 def _save(
-    job: Job,
-    generation: Generation,
-    which: Sequence[int],
-    pipeline: Pipeline,
-    world: World,
-    seconds: float,
-    json: bool,
-    interrupted: bool,
+    job: Job, generation: Generation, which: list[int], pipeline: Pipeline, world: World, seconds: float, stopped: bool
 ) -> None:
     import torch
 
     from igpt_fast import __version__
 
-    height, width = generation.processor.height, generation.processor.width
+    size = [generation.processor.height, generation.processor.width]
     nats = -float(torch.nanmean(generation.logprobs))
     values = {
         "images": len(generation),
-        "size": [height, width],
+        "size": size,
         "seed": generation.seed,
         **generation.settings,
         "labels": None if generation.labels is None else generation.labels.tolist(),
@@ -176,8 +140,11 @@ def _save(
         "processes": world.size,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(generation) / seconds, 3) if seconds else None,
-        "interrupted": interrupted,
+        "interrupted": stopped,
     }
+    if job.request.images is not None:
+        counts = collections.Counter(number // job.request.n for number in which)
+        values["completions"] = [counts[i] for i in range(len(job.request))]
     details: dict[str, Any] = {}
     if job.exports.files.sidecar is not None:
         details = {"command": job.command, **job.values, "model_sha256": weights_hash(pipeline.model), **values}
@@ -186,17 +153,17 @@ def _save(
     try:
         names = job.exports.write(generation, which, details)
     except BaseException as error:  # be it a second Ctrl-C: hours of work may be in it
-        reason = f"{terminal.told(error)}; {job.exports.rescue(generation)}"
-        if isinstance(error, Exception) and not interrupted:
-            raise RuntimeError(reason) from error
-        print(f"igpt: the finished images cannot be saved: {reason}", file=sys.stderr)
+        said = f"{terminal.reason(error)}; {job.exports.rescue(generation)}"
+        if isinstance(error, Exception) and not stopped:
+            raise RuntimeError(said) from error
+        terminal.say(f"igpt: the finished images cannot be saved: {said}")
         if not isinstance(error, Exception):
             raise
         return
     terminal.report(
-        json,
+        job.json,
         names | values,
-        f"{names['out']}: {len(generation)} images of {height}x{width}, seed {generation.seed}, {seconds:.1f} s"
+        f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
         f" ({values['images_per_second']} images/s, {values['engine']})",
     )
 
@@ -260,7 +227,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def _previewing(job: Job, pipeline: Pipeline, drawing: Drawing, world: World) -> Iterator[Preview | None]:
+def _previewing(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Iterator[Preview | None]:
     """The preview, if it is asked for; of several processes the first one's share, and at the end the whole."""
     if not drawing.preview or not world.first:
         yield None
@@ -268,7 +235,7 @@ def _previewing(job: Job, pipeline: Pipeline, drawing: Drawing, world: World) ->
     from igpt_fast.cli.draw.preview import Preview
 
     size = pipeline.processor.height, pipeline.processor.width
-    with terminal.as_usage():
-        preview = Preview(sys.stderr, len(job.mine), *size, _palette(pipeline))
+    with checks.as_usage():
+        preview = Preview(sys.stderr, len(job.share(world)), *size, _palette(pipeline))
     with contextlib.closing(preview):
         yield preview

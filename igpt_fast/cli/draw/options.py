@@ -13,25 +13,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from igpt_fast.cli.checks import UsageError, as_usage
+from igpt_fast.checks import check_count
+from igpt_fast.cli.checks import UsageError
+from igpt_fast.draws import PLAIN, Sampling, check_scale, check_seed
+from igpt_fast.files import shown
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from igpt_fast.cli.draw.sharding import World
+
 ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
+DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawOptions:
     """How images are drawn.
 
     Args:
         model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
         seed: The same seed gives the same images; drawn at random, and reported, if not given.
-        temperature: Divides the logits; 0 takes the most likely colour.
-        top_k: Draw among the k most likely colours only.
-        top_p: Draw among the most likely colours that reach this probability only.
-        min_p: Draw among the colours that are at least this fraction as likely as the most likely one only.
+        sampling: How colours are drawn.
         label: Class of the images, for a model that has classes: a number, or several with commas between, which are
             repeated until every image (every input of complete) has one.
         cfg_scale: Scale of classifier-free guidance towards the class; 1 is none, above follows it more closely.
@@ -42,14 +45,14 @@ class Drawing:
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     model: str | None = None
     seed: int | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    sampling: Annotated[Sampling, arg(name="")] = PLAIN
     label: str | None = None
     cfg_scale: float = 1.0
     batch_size: int | None = None
@@ -57,6 +60,21 @@ class Drawing:
     dtype: str = "float32"
     backend: str = "auto"
     preview: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, "auto"):
+            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)} or auto")
+        check_scale("cfg_scale", self.cfg_scale)
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+
+    def requested(self, world: World) -> dict[str, Any]:
+        """The keywords of ``Pipeline.request``, but for the labels. A seed that is not given is drawn, one for all."""
+        seed = world.agree("seed", secrets.randbits(62) if self.seed is None else self.seed)
+        shared = {"batch_size": self.batch_size, "sampling": self.sampling, "cfg_scale": self.cfg_scale}
+        return shared | {"seed": seed, "dtype": self.dtype if self.dtype in ROUNDED else None}
 
 
 @dataclass(frozen=True)
@@ -81,37 +99,6 @@ class Files:
     sidecar: Path | None = None
     upscale: Annotated[int | None, arg(aliases=["--scale"])] = None
     force: bool = False
-
-
-def check_drawing(n: int, drawing: Drawing) -> None:
-    """Fails early, as a mistake of usage, where a value is out of its range."""
-    from igpt_fast.checks import check_count
-    from igpt_fast.draws import Sampling
-    from igpt_fast.pipeline import MAX_IMAGES
-    from igpt_fast.sampling.rules import check_scale, check_seed
-
-    if drawing.dtype not in ("float32", "bfloat16", "float16", *ROUNDED, "auto"):
-        raise UsageError(f"--dtype is {drawing.dtype!r}; want float32, bfloat16, float16, {', '.join(ROUNDED)} or auto")
-    with as_usage():
-        check_count("n", n, MAX_IMAGES)
-        Sampling(drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p)
-        check_scale("cfg_scale", drawing.cfg_scale)
-        if drawing.seed is not None:
-            check_seed(drawing.seed)
-        if drawing.batch_size is not None:
-            check_count("batch_size", drawing.batch_size)
-
-
-def seed(drawing: Drawing) -> int:
-    """The seed that is asked for, or one that is drawn."""
-    return secrets.randbits(62) if drawing.seed is None else drawing.seed
-
-
-def settings(drawing: Drawing, seed: int) -> dict[str, Any]:
-    """The options that ``Pipeline.stream`` and ``stream_complete`` take as keywords, but for the labels."""
-    names = ("batch_size", "temperature", "top_k", "top_p", "min_p", "cfg_scale")
-    options = {name: getattr(drawing, name) for name in names}
-    return options | {"seed": seed, "dtype": drawing.dtype if drawing.dtype in ROUNDED else None}
 
 
 def labels(text: str | None, count: int) -> list[int] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
 from igpt_fast.engines.network import Body, Weights, why_not_modules, why_not_settings
-from igpt_fast.ops.dispatch import is_plain
+from igpt_fast.ops.dispatch import address, is_plain
 
 
 class States(NamedTuple):
@@ -55,8 +55,16 @@ def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = 
     states = last.new_empty(config.n_layer, *last.shape) if hidden else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (last, states, keys, values))
-    _forward(model).run(tokens.data_ptr(), batch, length, *addresses, torch.get_num_threads())
+    _forward(model).run(
+        tokens=tokens.data_ptr(),
+        batch=batch,
+        length=length,
+        last=last.data_ptr(),
+        hidden=address(states),
+        keys=address(keys),
+        values=address(values),
+        threads=torch.get_num_threads(),
+    )
     return States(last, states, keys, values)
 
 

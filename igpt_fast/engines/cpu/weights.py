@@ -16,7 +16,8 @@ from igpt_fast import backend
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.network import Body, Layer, Weights, blocks_of
 from igpt_fast.locks import Lock
-from igpt_fast.ops.activation import DEFINITIONS, KERNELS
+from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
 
 
 class _Kept(NamedTuple):
@@ -77,9 +78,8 @@ def _span(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-# As csrc/cpu/decoder_kernels.h numbers them.
+# As csrc/cpu/format.h numbers them.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-_ACTIVATIONS = {name: 2 + number for name, (number, _) in DEFINITIONS.items()}
 
 
 def why_not_shape(config: ImageGPTConfig) -> str | None:
@@ -110,15 +110,15 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     assert backend._C is not None
     config, threads, found = body.config, torch.get_num_threads(), Weights.of(body)
     weights = backend._C.DecoderWeights(
-        config.n_layer,
-        config.n_embd,
-        config.n_head,
-        config.inner,
-        config.n_positions,
-        config.vocab_size,
-        config.layer_norm_epsilon,
-        _ACTIVATIONS[KERNELS[config.activation_function]],
-        _FORMATS[dtype],
+        layers=config.n_layer,
+        embd=config.n_embd,
+        heads=config.n_head,
+        inner=config.inner,
+        positions=config.n_positions,
+        vocab=config.vocab_size,
+        eps=config.layer_norm_epsilon,
+        activation=ACTIVATION_NUMBERS[KERNELS[config.activation_function]],
+        format=_FORMATS[dtype],
     )
     kept: list[Tensor] = []  # temporary copies, until the module has read them
 
@@ -133,16 +133,30 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
     weights.set_tables(
-        vector(found.wte),
-        vector(found.wpe),
-        vector(found.ln_f),
-        (0, False, 0, 0) if head is None else matrix(head, transposed=True),
-        threads,
+        wte=vector(found.wte),
+        wpe=vector(found.wpe),
+        norm=vector(found.ln_f),
+        head=(0, False, 0, 0) if head is None else matrix(head, transposed=True),
+        threads=threads,
     )
     for i, (layer, block) in enumerate(zip(found.layers, blocks_of(body), strict=True)):
         kept.clear()
         parts = Layer(*(vector(part) if part.ndim == 1 else matrix(part) for part in layer))
-        weights.set_layer(i, *parts, block.attn.scale, threads)
+        weights.set_layer(
+            layer=i,
+            norm_1=parts.ln_1,
+            norm_2=parts.ln_2,
+            qkv=parts.qkv_weight,
+            qkv_bias=parts.qkv_bias,
+            proj=parts.out_weight,
+            proj_bias=parts.out_bias,
+            fc=parts.fc_weight,
+            fc_bias=parts.fc_bias,
+            fc_proj=parts.proj_weight,
+            fc_proj_bias=parts.proj_bias,
+            scale=block.attn.scale,
+            threads=threads,
+        )
     return weights
 
 

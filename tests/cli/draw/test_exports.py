@@ -1,6 +1,5 @@
 """What sample and complete write: all of it or nothing, and nothing over something that is there."""
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -176,18 +175,35 @@ def test_a_failed_export_leaves_the_tokens(generation: Generation, tmp_path: Pat
     assert nowhere.rescue(generation).startswith("the tokens alone cannot be saved either: ")
 
 
-def test_too_large_a_grid_is_said_with_a_way_out(generation: Generation, tmp_path: Path) -> None:
-    all_files(tmp_path).rehearse(generation)
-    for suffix, columns, words in ((".webp", 1, "make the grid's"), (".png", 70_000, "a GIF has 65535")):
-        tokens = generation.tokens[:1].expand(5000, -1)
-        many = dataclasses.replace(generation, tokens=tokens, logprobs=tokens, labels=None)
-        target = Exports(tmp_path / f"a{suffix}", Files(upscale=1, gif=tmp_path / "a.gif"), (), columns)
+def test_too_large_a_grid_is_said_with_a_way_out(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Of numbers alone."""
+    all_files(tmp_path).check_size(pipeline.processor, 3)
+    Exports(tmp_path / "a.png", Files(upscale=1), ()).check_size(pipeline.processor, 4, inputs=2)
+    for grid, columns, size, words in (
+        ("a.webp", 1, (5000,), "a WEBP has 16383 at most"),
+        ("a.jpg", 1, (5000,), "a JPEG has 65500 at most"),
+        ("a.png", 70_000, (5000,), "a GIF has 65535 at most"),
+        ("a.png", None, (1 << 24,), r"image_grid: \d+x\d+ is more than \d+ pixels"),
+        ("a.png", None, (6 << 20, 3), r"image_grid: 35651634x50 is more than \d+ pixels"),
+    ):
+        animation = tmp_path / "a.gif" if "GIF" in words else None
+        target = Exports(tmp_path / grid, Files(upscale=1, gif=animation), (), columns)
         with pytest.raises(UsageError, match=words) as error:
-            target.rehearse(many)
+            target.check_size(pipeline.processor, *size)
         assert str(error.value).endswith("; make the grid's images smaller with --upscale 1, or draw fewer")
-    with pytest.raises(UsageError, match=r"5000 images of 1024x1024 are more than \d+ pixels; make"):
-        Exports(tmp_path / "a.png", Files(upscale=64), ()).rehearse(many)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(("columns", "scale", "count"), [(None, None, 5), (2, 3, 5), (9, 1, 5), (None, 2, 1)])
+def test_the_size_of_a_grid_is_known_before(
+    pipeline: Pipeline, columns: int | None, scale: int | None, count: int
+) -> None:
+    tokens = torch.zeros(count, 256, dtype=torch.int64)
+    grid = Generation(tokens, tokens, pipeline.processor, 0).grid(columns=columns, scale=scale)
+    assert results.grid_pixels(pipeline.processor, count, 0, columns, scale) == grid.size
+    picture = Image.new("RGB", (16, 16))
+    several = Generation(tokens, tokens, pipeline.processor, 0, inputs=[picture], originals=tokens[:1])
+    assert results.grid_pixels(pipeline.processor, count, 1, None, scale) == several.grid(scale=scale).size
 
 
 def test_the_hash_is_of_names_types_shapes_and_values() -> None:

@@ -1,20 +1,22 @@
 """The work of sample and complete: Ctrl-C at any moment, and parts that become a whole."""
 
 import contextlib
+import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from igpt_fast import interrupts as interrupts_module
-from igpt_fast.cli.draw import job as drawing
+from igpt_fast.cli import main as cli
+from igpt_fast.cli.draw import job as job_module
 from igpt_fast.cli.draw.exports import Exports
-from igpt_fast.cli.draw.options import Drawing, Files
+from igpt_fast.cli.draw.options import DrawOptions, Files
 from igpt_fast.cli.draw.sharding import World
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling import results
@@ -24,7 +26,7 @@ def written_under(interrupts: int) -> list[str]:
     """What a block gets done in which Ctrl-C is pressed."""
     done = []
     with contextlib.suppress(KeyboardInterrupt):
-        with interrupts_module.undisturbed():
+        with interrupts_module.delayed_interrupt():
             for _ in range(interrupts):
                 os.kill(os.getpid(), signal.SIGINT)
             done.append("written")
@@ -39,9 +41,9 @@ def test_ctrl_c_waits_until_the_files_are_written() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def job_of(folder: Path, pipeline: Pipeline, stream: Callable[[], Any], **more: Any) -> tuple[Any, ...]:
+def job_of(folder: Path, pipeline: Pipeline, **more: Any) -> tuple[Any, ...]:
     files = Exports(folder / "a.png", Files(tokens=folder / "a.npz", **more), ())
-    return drawing.Job("sample", 2, range(2), stream, files, {}), pipeline, Drawing(), World()
+    return job_module.Job("sample", pipeline.request(2, seed=1), files, {}), pipeline, DrawOptions(), World()
 
 
 def test_files_that_cannot_be_written_leave_the_tokens(
@@ -49,13 +51,9 @@ def test_files_that_cannot_be_written_leave_the_tokens(
 ) -> None:
     """A file has appeared meanwhile, the disk is full, Ctrl-C is pressed twice: the work is not lost."""
     pipeline = Pipeline.from_pretrained(device="cpu")
-
-    def stream() -> Any:
-        (tmp_path / "a.png").write_text("appeared")
-        return pipeline.stream(2, seed=1)
-
+    (tmp_path / "a.png").write_text("appeared")
     with pytest.raises(RuntimeError, match=r"a\.png: exists already; the tokens alone are saved in \S+a\.\w{8}\.npz$"):
-        drawing.run(*job_of(tmp_path, pipeline, stream), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     with np.load(saved) as arrays:
         assert np.array_equal(arrays["tokens"].reshape(2, -1), pipeline.sample(2, seed=1).tokens)
@@ -66,25 +64,73 @@ def test_files_that_cannot_be_written_leave_the_tokens(
 
     monkeypatch.setattr(Exports, "write", pressed)
     with pytest.raises(KeyboardInterrupt):
-        drawing.run(*job_of(tmp_path, pipeline, stream), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     assert str(saved) in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_first_batch_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("where", ["begins", "draws"])
+def test_ctrl_c_before_the_first_image_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
 
-    class Pressed:
-        partial = None
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-        def __iter__(self) -> Any:
-            raise KeyboardInterrupt
-
+    monkeypatch.setattr(*(Pipeline, "start") if where == "begins" else (job_module.Progress, "__call__"), pressed)
     with pytest.raises(KeyboardInterrupt):
-        drawing.run(*job_of(tmp_path, pipeline, Pressed), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     err = capsys.readouterr().err
-    assert err == "igpt: no batch is finished, nothing is saved; a smaller --batch-size saves more often\n"
+    assert err == "igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("candidates", [1, 2])
+def test_ctrl_c_saves_the_completions_that_are_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, candidates: int
+) -> None:
+    """A signal, when five completions are drawn of three inputs with three each, batches of one image."""
+    show = job_module.Progress.show
+
+    def pressed(progress: job_module.Progress, images: float) -> None:
+        show(progress, images)
+        if images > (5.5 if candidates == 1 else 4.5):  # of candidates nothing is shown before one is chosen
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(job_module.Progress, "show", pressed)
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[13, 3:9] = 0
+    images = [tmp_path / f"in{i}.png" for i in range(3)]
+    for path, array in zip((*images, tmp_path / "mask.png"), (mask // 2, mask // 3, mask, mask), strict=True):
+        Image.fromarray(array).save(path)
+    command = ["complete", *images, "--mask", tmp_path / "mask.png", "-n", "3", "--seed", "1", "--upscale", "1"]
+    command += ["--candidates", candidates, "--batch-size", candidates, "--device", "cpu", "--json"]
+    files = {"--out": "a.png", "--gif": "a.gif", "--tokens": "a.npz", "--sidecar": "a.json", "--singles": "s"}
+    command += [word for option, name in files.items() for word in (option, tmp_path / name)]
+    assert cli.main(list(map(str, command))) == 130
+    out, err = capsys.readouterr()
+    assert err == "igpt complete: interrupted\n"
+    report, sidecar = json.loads(out), json.loads((tmp_path / "a.json").read_text())
+    for values in (report, sidecar):
+        assert (values["images"], values["completions"], values["interrupted"]) == (5, [3, 2, 0], True)
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        *(f"00000-{j:02}.png" for j in range(3)),
+        *(f"00001-{j:02}.png" for j in range(2)),
+    ]
+    whole = Pipeline.from_pretrained(device="cpu").complete(
+        list(map(str, images)), keep=mask > 0, n=3, seed=1, candidates=candidates, batch_size=candidates
+    )
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(arrays["tokens"].reshape(5, -1), whole.tokens[:5])
+    with Image.open(tmp_path / "a.png") as grid, Image.open(tmp_path / "a.gif") as animation:
+        cells, expected = np.asarray(grid), np.asarray(whole.grid(scale=1))
+        assert animation.size == grid.size == (6 * 17 - 1, 2 * 17 - 1)
+    missing = (slice(17, 33), slice(4 * 17, 4 * 17 + 16))
+    assert (cells[missing] == 255).all()
+    cells = cells.copy()
+    cells[missing] = expected[missing]
+    assert np.array_equal(cells, expected[:33])
 
 
 def test_parts_are_merged() -> None:
@@ -108,14 +154,36 @@ def test_parts_are_merged() -> None:
     for name in ("logprobs", "known_logprobs", "effective_sample_size"):
         assert torch.allclose(getattr(merged, name), getattr(whole, name), atol=1e-3, equal_nan=True), name
     assert merged.grid().tobytes() == whole.grid().tobytes()
+    assert merged.counts == [2, 2, 2]
     late = results.merge(parts[1:], pipeline.processor)  # the first process had finished nothing
     assert late.settings == merged.settings
     assert torch.equal(late.tokens, whole.tokens[2:])
 
 
+def test_interrupted_parts_are_merged() -> None:
+    """Of each process a prefix of its own: three of four completions of two inputs, one of two of the third."""
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    images = [np.full((16, 16, 3), 60 * i, np.uint8) for i in range(3)]
+    request, parts = pipeline.request(2, images=images, keep=14, seed=3, batch_size=1), []
+    for part, finished in ((range(2), 3), (range(2, 3), 1)):
+        stream = pipeline.start(request.shard(part))
+        for event in stream:
+            if event.first == finished:
+                break
+        parts.append(stream.partial)
+    merged, whole = results.merge(parts, pipeline.processor), pipeline.start(request).drained()
+    assert merged.counts == [2, 1, 1]
+    assert torch.equal(merged.tokens, whole.tokens[[0, 1, 2, 4]])
+    cells, expected = np.array(merged.grid(scale=1)), np.asarray(whole.grid(scale=1))
+    missing = slice(17, None), slice(3 * 17, 4 * 17)
+    assert (cells[missing] == 255).all()
+    cells[missing] = expected[missing]
+    assert np.array_equal(cells, expected)
+
+
 def test_the_palette_is_what_the_tokens_become() -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
     generation = pipeline.sample(2, seed=1)
-    palette = drawing._palette(pipeline)
+    palette = job_module._palette(pipeline)
     assert palette.shape == (128, 3)
-    assert (palette[generation.tokens.view(2, 16, 16)] == drawing._pixels(generation)).all()
+    assert (palette[generation.tokens.view(2, 16, 16)] == job_module._pixels(generation)).all()

@@ -186,7 +186,10 @@ def test_a_process_that_has_stopped_is_noticed(tmp_path: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    code = "import sys; from igpt_fast import cli, sharding; sharding.SILENCE = 2.0; sys.exit(cli.main(sys.argv[1:]))"
+    code = (
+        "import sys; from igpt_fast.cli import main; from igpt_fast.cli.draw import sharding;"
+        " sharding.SILENCE = 2.0; sys.exit(main.main(sys.argv[1:]))"
+    )
     runs = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -1,0 +1,95 @@
+// The CPU decoder and its weights for Python: raw addresses and sizes in. No maths, no torch.
+// Whoever calls it has checked every argument (cpu_decoder.py, packed.py).
+#include "cpu/decoder.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "cpu/checksums.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+namespace cpu = igpt::cpu;
+
+// (address, is bf16, stride along inputs, stride along outputs)
+using Address = std::tuple<uintptr_t, bool, int64_t, int64_t>;
+
+cpu::Source source(const Address& a) {
+    return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        "checksums",
+        [](const std::vector<std::pair<uintptr_t, size_t>>& blocks, int32_t threads) {
+            std::vector<cpu::Block> found;
+            for (const auto& block : blocks)
+                found.push_back({reinterpret_cast<const void*>(block.first), block.second});
+            std::vector<uint64_t> sums(found.size());
+            cpu::checksums(found.data(), int64_t(found.size()), sums.data(), threads);
+            return sums;
+        },
+        unlocked);
+    py::class_<cpu::DecoderWeights, std::shared_ptr<cpu::DecoderWeights>>(m, "DecoderWeights")
+        .def(py::init([](int64_t layers, int64_t embd, int64_t heads, int64_t inner, int64_t positions, int64_t vocab,
+                         float eps, int32_t activation, int32_t format) {
+                 return std::make_shared<cpu::DecoderWeights>(cpu::DecoderShape{
+                     layers, embd, heads, inner, positions, vocab, eps, cpu::Then(activation), cpu::Format(format)});
+             }),
+             unlocked, py::kw_only(), "layers"_a, "embd"_a, "heads"_a, "inner"_a, "positions"_a, "vocab"_a, "eps"_a,
+             "activation"_a, "format"_a)
+        .def(
+            "set_tables",
+            [](cpu::DecoderWeights& self, uintptr_t wte, uintptr_t wpe, uintptr_t norm, const Address& head,
+               int32_t threads) { self.set_tables(floats(wte), floats(wpe), floats(norm), source(head), threads); },
+            unlocked, py::kw_only(), "wte"_a, "wpe"_a, "norm"_a, "head"_a, "threads"_a)
+        .def(
+            "set_layer",
+            [](cpu::DecoderWeights& self, int64_t layer, uintptr_t norm_1, uintptr_t norm_2, const Address& qkv,
+               uintptr_t qkv_bias, const Address& proj, uintptr_t proj_bias, const Address& fc, uintptr_t fc_bias,
+               const Address& fc_proj, uintptr_t fc_proj_bias, float scale, int32_t threads) {
+                self.set_layer(layer,
+                               {floats(norm_1), floats(norm_2), source(qkv), source(proj), source(fc), source(fc_proj),
+                                floats(qkv_bias), floats(proj_bias), floats(fc_bias), floats(fc_proj_bias), scale},
+                               threads);
+            },
+            unlocked, py::kw_only(), "layer"_a, "norm_1"_a, "norm_2"_a, "qkv"_a, "qkv_bias"_a, "proj"_a, "proj_bias"_a,
+            "fc"_a, "fc_bias"_a, "fc_proj"_a, "fc_proj_bias"_a, "scale"_a, "threads"_a);
+    py::class_<cpu::Decoder>(m, "Decoder")
+        .def(py::init([](std::shared_ptr<cpu::DecoderWeights> weights, int64_t batch, int64_t capacity) {
+                 return std::make_unique<cpu::Decoder>(std::move(weights), batch, capacity);
+             }),
+             unlocked)
+        .def(
+            "step",
+            [](cpu::Decoder& self, uintptr_t tokens, uintptr_t logits, int32_t threads) {
+                self.step(reinterpret_cast<const int64_t*>(tokens), reinterpret_cast<float*>(logits), threads);
+            },
+            unlocked)
+        .def(
+            "load",
+            [](cpu::Decoder& self, int64_t layer, uintptr_t keys, uintptr_t values, int64_t count, int32_t threads) {
+                self.load(layer, floats(keys), floats(values), count, threads);
+            },
+            unlocked)
+        .def("advance", &cpu::Decoder::advance)
+        .def("fork", &cpu::Decoder::fork, unlocked)
+        .def("rewind", &cpu::Decoder::rewind, unlocked)
+        .def_property_readonly("position", &cpu::Decoder::position)
+        .def_property_readonly("sizes", &cpu::Decoder::sizes, "(batch, heads, head_dim, colours)")
+        .def_property_readonly("bytes", &cpu::Decoder::bytes);
+}

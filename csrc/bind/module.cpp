@@ -1,0 +1,53 @@
+// pybind11 module igpt_fast._C: what was built, what runs, and the parts of bind.h. No maths, no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "build_info.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+// Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
+constexpr int kInterface = 6;
+
+std::vector<std::pair<std::string, bool>> cpu_isas() {
+    igpt::cpu::Isa all[8];
+    std::vector<std::pair<std::string, bool>> names;
+    for (int i = 0, n = igpt::cpu::isas(all); i < n; ++i) names.emplace_back(all[i].table->isa, all[i].supported);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("version") = IGPT_VERSION;
+    m.attr("interface") = kInterface;
+    m.attr("compiler") = IGPT_COMPILER;
+    m.attr("openmp") = IGPT_OPENMP_STATUS;
+    m.attr("cuda_status") = IGPT_CUDA_STATUS;
+#ifdef IGPT_WITH_CUDA
+    m.attr("has_cuda") = true;
+    bind_cuda(m);
+#else
+    m.attr("has_cuda") = false;
+#endif
+    using igpt::cpu::Activation;
+    m.attr("activations") =
+        py::dict("none"_a = int(Activation::none), "quick_gelu"_a = int(Activation::quick_gelu),
+                 "gelu_tanh"_a = int(Activation::gelu_tanh), "gelu_erf"_a = int(Activation::gelu_erf));
+    m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
+    m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
+    m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
+    bind_attention(m);
+    bind_decoder(m);
+    bind_elementwise(m);
+    bind_forward(m);
+}

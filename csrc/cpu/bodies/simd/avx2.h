@@ -1,0 +1,84 @@
+// AVX2 and FMA: registers of 8 lanes.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 finds its own header's undefined registers uninitialized.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+namespace igpt::cpu {
+namespace {
+
+using Vec = __m256;
+using Ints = __m256i;
+constexpr int kLanes = 8;
+constexpr int kMaxRows = 2;  // 2 rows x 4 registers, 16 there are
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec set1(float x) { return _mm256_set1_ps(x); }
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Ints bits(Vec v) { return _mm256_castps_si256(v); }
+inline Vec floats(Ints v) { return _mm256_castsi256_ps(v); }
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+template <int N>
+inline Ints shift_left(Ints v) {
+    return _mm256_slli_epi32(v, N);
+}
+inline Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Vec bf16_even(Ints v) { return floats(shift_left<16>(v)); }
+inline Vec bf16_odd(Ints v) { return floats(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000)))); }
+inline Vec load_bytes(const char* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline float reduce_add(Vec v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(Vec v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec spread_min(Vec v) {
+    v = min(v, _mm256_permute2f128_ps(v, v, 1));
+    v = min(v, _mm256_permute_ps(v, 0x4e));
+    return min(v, _mm256_permute_ps(v, 0xb1));
+}
+inline uint32_t at_most(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ))); }
+
+inline Vec read(const float* p, Whole) { return load(p); }
+inline void write(float* p, Vec v, Whole) { store(p, v); }
+inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }
+inline Vec reciprocal_coarse(Vec x) {  // 12 bits, and twice as many
+    const Vec r = _mm256_rcp_ps(x);
+    return r * fma(zero() - x, r, set1(2.0f));
+}
+
+inline Vec read(const uint16_t* p, Whole) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+inline void write(uint16_t* p, Vec v, Whole) {
+    const Ints u = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const Ints rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const Vec nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const Vec kept = _mm256_blendv_ps(floats(rounded), floats(_mm256_set1_epi32(0x7fc00000)), nan);
+    const Ints high = _mm256_srli_epi32(bits(kept), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline Vec drop_below(Vec v, Vec x, Vec limit) { return _mm256_and_ps(v, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ)); }
+inline Vec by_sign(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_LT_OQ)); }
+
+constexpr bool kPairs = false, kBytes = false;
+
+}  // namespace
+}  // namespace igpt::cpu

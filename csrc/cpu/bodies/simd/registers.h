@@ -1,0 +1,59 @@
+// Registers of the instruction set that a file is compiled for: kLanes floats or 32-bit integers, kMaxRows rows of a
+// product, reads and writes of whole ones and parts, and whether there are products of bf16 pairs (kPairs) and of bytes
+// (kBytes). A machine is one header. Everything has internal linkage; see ops.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace igpt::cpu {
+namespace {
+
+struct Whole {};
+struct Part {
+    int count;  // the first lanes, fewer than kLanes; the others are zero when read and not written
+};
+
+template <bool Value>
+struct Flag {
+    static constexpr bool value = Value;
+};
+
+}  // namespace
+}  // namespace igpt::cpu
+
+#if defined(__AVX512F__)
+#include "avx512.h"
+#elif defined(__AVX2__)
+#include "avx2.h"
+#else
+#include "generic.h"
+#endif
+
+namespace igpt::cpu {
+namespace {
+
+constexpr int kTile = 4 * kLanes;
+constexpr float kLog2e = 1.44269504f;
+
+inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// e^x, relative error below 2e-7, for x clamped to what float32 holds; NaN stays.
+inline Vec exp(Vec x) {
+    x = min(set1(88.0f), max(set1(-87.0f), x));
+    const Vec shifted = fma(x, set1(kLog2e), set1(12582912.0f));  // 1.5 2^23: the low bits are round(x / ln 2)
+    const Vec n = shifted - set1(12582912.0f);
+    const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));  // x - n ln 2, ln 2 in two parts
+    Vec p = set1(1.0f / 5040);                                                   // Taylor's, |r| <= 0.347
+    p = fma(p, r, set1(1.0f / 720));
+    p = fma(p, r, set1(1.0f / 120));
+    p = fma(p, r, set1(1.0f / 24));
+    p = fma(p, r, set1(1.0f / 6));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r, set1(1.0f));
+    p = fma(p, r, set1(1.0f));
+    return floats(add_ints(bits(p), shift_left<23>(bits(shifted))));
+}
+
+}  // namespace
+}  // namespace igpt::cpu

@@ -1,0 +1,6 @@
+// The avx512_bf16 table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
+#include "../bodies/table.h"
+
+namespace igpt::cpu {
+const Ops avx512_bf16_ops = make_ops("avx512_bf16");
+}

@@ -1,0 +1,81 @@
+// Chooses the instruction set once, by cpuid.
+#include <atomic>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "../ops.h"
+
+namespace igpt::cpu {
+namespace {
+
+#ifdef IGPT_X86
+// Whether the processor multiplies tiles of bf16 and int8, the operating system saves them, and the kernel lets this
+// process use them: tiles are a state that has to be asked for, once in a process.
+bool have_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, d;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, osxsave = 1u << 27, states = 3u << 17;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr int ask_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return (low & states) == states && syscall(SYS_arch_prctl, ask_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+const Ops* fastest() {
+    Isa all[8];
+    const Ops* best = &generic_ops;
+    for (int i = 0, n = isas(all); i < n; ++i)
+        if (all[i].supported) best = all[i].table;
+    return best;
+}
+
+std::atomic<const Ops*>& chosen() {
+    static std::atomic<const Ops*> table{fastest()};
+    return table;
+}
+
+}  // namespace
+
+int isas(Isa* out) {
+    int n = 0;
+    out[n++] = {&generic_ops, true};
+#ifdef IGPT_X86
+    __builtin_cpu_init();  // its answers for AVX include the state that the operating system saves (xgetbv)
+    out[n++] = {&avx2_ops, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    out[n++] = {&avx512_ops, avx512};
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    out[n++] = {&avx512_vnni_ops, vnni};
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    out[n++] = {&avx512_bf16_ops, bf16};
+    static const bool amx = have_amx();
+    out[n++] = {&amx_ops, bf16 && amx};
+#endif
+    return n;
+}
+
+const Ops& ops() { return *chosen().load(std::memory_order_relaxed); }
+
+bool select_isa(const char* name) {
+    Isa all[8];
+    for (int i = 0, n = isas(all); i < n; ++i)
+        if (std::strcmp(all[i].table->isa, name) == 0 && all[i].supported) {
+            chosen().store(all[i].table, std::memory_order_relaxed);
+            return true;
+        }
+    return false;
+}
+
+}  // namespace igpt::cpu

@@ -1,6 +1,0 @@
-// The avx2 table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
-#include "bodies.h"
-
-namespace igpt::cpu {
-const Ops avx2_ops = make_ops("avx2");
-}

@@ -1,6 +1,0 @@
-// The generic table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
-#include "bodies.h"
-
-namespace igpt::cpu {
-const Ops generic_ops = make_ops("generic");
-}

@@ -1,0 +1,269 @@
+"""The benchmarks that are for a GPU, each with a tiny model, so that no minute of a GPU meets a mistake of theirs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from implementations import Implementation
+
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside the repository")
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("common")
+
+
+@pytest.fixture
+def peers(common: ModuleType) -> ModuleType:
+    return importlib.import_module("peers")
+
+
+def quick(name: str, file: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """The status and the rows of a script that is for a GPU."""
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--device", "cpu", "--quick", "--json", str(file), *options])
+    status = importlib.import_module(name).main()
+    return status, json.loads(file.read_text("utf-8"))["rows"]
+
+
+def test_sampling_on_a_gpu(
+    emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody draws, ours with the CUDA decoder on the emulated kernels; each row says how."""
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch)
+    assert status == 0
+    drawn, ours = "cuda: draw, step_drawn", "igpt_fast"
+    assert [(row["part"], row["batch"], row["name"], row["path"]) for row in rows] == [
+        ("sampling", 2, ours, drawn),
+        ("sampling", 2, "transformers", "multinomial, step"),
+        ("sampling", 2, "transformers, generate", "generate"),
+        ("sampling", 2, "PyTorch layers", "multinomial, step"),
+        ("gpt-fast", 2, ours, drawn),
+        ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
+        *(("steps", 2, f"{ours}, {way}", drawn) for way in ("eager", "graph", "graph, dependent")),
+        *(("steps", 9, f"{ours}, {way}", drawn) for way in ("eager", "graph")),
+        ("profile", 1, ours, drawn),
+    ]
+    assert all(row["us"] > 0 for row in rows)
+    assert all(row["times"] > 0 for row in rows[:6] if row["name"] != ours)
+    assert all(row["off"] < 0.03 for row in rows[:6])
+    assert rows[-1]["kernels"]
+    assert emulation.module.counters()["launches"] > 100
+
+
+def test_sampling_is_timed_as_the_device_draws_or_not_at_all(common: ModuleType) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+
+    class Slow:
+        name = "reference"
+
+    with pytest.raises(TypeError, match="Slow has no draw and step_drawn"):
+        sampling.Ours(Slow(), "cuda")
+    assert sampling.Ours(Slow(), "cpu").path == "reference: sample, step"
+
+
+def test_sampling_refuses_wrong_tokens(common: ModuleType) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+    config = ImageGPTConfig(n_layer=1, n_embd=32, n_head=2, n_positions=24, vocab_size=33)
+    model = ImageGPTForCausalImageModeling(config).eval()
+
+    class Drawing(sampling.Ours):
+        add = 0
+
+        def token(self) -> torch.Tensor:
+            return (super().token() + self.add) % 32
+
+    with torch.no_grad():
+        drawing = Drawing(sampling.make_decoder(model, 2, 24), "cpu")
+        drawing.begin(torch.randint(32, (2, 6)))
+        drawing.check_tokens(3)
+        drawing.add = 1
+        with pytest.raises(common.Refused, match="6 of 6 tokens"):
+            drawing.check_tokens(3)
+
+
+def test_a_row_that_fails_costs_no_other(
+    common: ModuleType, peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    monkeypatch.setattr(peers.GptFast, "prefill", lambda self, tokens: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling,gpt-fast")
+    assert status == 0
+    missing = "ModuleNotFoundError: transformers is not installed"
+    assert {row["name"]: row.get("error") for row in rows} == {
+        "transformers": missing,
+        "transformers, generate": missing,
+        "igpt_fast": None,
+        "PyTorch layers": None,
+        "gpt-fast form": "ZeroDivisionError: division by zero",
+    }
+    monkeypatch.setattr(sampling, "make_decoder", lambda *_: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling,profile")
+    assert status == 1
+    assert {row["part"] for row in rows if row["name"] == "igpt_fast" and "division" in row["error"]} == {
+        "sampling",
+        "profile",
+    }
+    assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
+
+
+def test_a_run_goes_on_behind_what_ended_it(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for all of a size loses the context, twice; each start gets further, and the last to the end."""
+    sampling, starts = importlib.import_module("bench_sample_cuda"), []
+
+    class Ended(BaseException):
+        pass
+
+    def start(*arguments: Any) -> None:
+        starts.append(arguments[1])
+        raise Ended
+
+    for name in ("right", "most_images"):
+        monkeypatch.setattr(sampling, name, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(common, "context_works", lambda: False)
+    monkeypatch.setattr("os.execve", start)
+    options = ["--only", "sampling,steps,profile"]
+    with pytest.raises(Ended):
+        quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options)
+    for _ in range(2):
+        with pytest.raises(Ended):
+            quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, *options, "--resume")
+    assert status == 1
+    assert [(row["part"], row["batch"], row.get("error")) for row in rows] == [
+        ("sampling", 2, "ZeroDivisionError: division by zero"),
+        *(("steps", batch, "ZeroDivisionError: division by zero") for batch in (2, 9)),
+        ("profile", 1, None),
+    ]
+    assert all(arguments[-1] == "--resume" for arguments in starts)
+
+
+def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch)
+    assert status == 0
+    eager, compiled = ["transformers", "igpt_fast", "PyTorch"], ["igpt_fast, compiled", "PyTorch, compiled"]
+    assert [(row["work"], row["name"]) for row in rows] == [
+        (work, name) for names in (eager, compiled) for work in ("forward", "training") for name in names
+    ]
+    assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
+    assert all("times_hf" in row for row in rows[:6] if row["name"] != "transformers")
+
+
+def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("bench_model_cuda")
+    network = ImageGPTForCausalImageModeling.forward
+
+    def wrong(self: Any, *arguments: Any, **more: Any) -> Any:
+        out = network(self, *arguments, **more)
+        out.logits = 1.1 * out.logits
+        out.loss = None if out.loss is None else 1.1 * out.loss
+        return out
+
+    monkeypatch.setattr(ImageGPTForCausalImageModeling, "forward", wrong)
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "forward,training")
+    assert status == 1
+    for row in rows:
+        text = {"transformers": "transformers is not installed", bench.OURS: "Refused: its lo"}.get(row["name"])
+        assert row["ms"] > 0 if text is None else text in row["error"]
+
+
+def test_commands(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = importlib.import_module("bench_commands")
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 0
+    assert [row["name"] for row in rows] == ["igpt sample -n 1 --seed 0"]
+    assert rows[0]["seconds"] > 0
+    assert (rows[0]["said"]["images"], rows[0]["said"]["dtype"]) == (1, "float32")
+    done = subprocess.run([sys.executable, "-m", "igpt_fast", "train", "--help"], capture_output=True, text=True)
+    for command in (*commands.PARTS["train"], *commands.QUICK["train"]):
+        assert all(word in done.stdout for word in command.split() if word.startswith("--"))
+    monkeypatch.setitem(commands.QUICK, "sample", ("igpt sample -n 0",))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch, "--only", "sample")
+    assert status == 1
+    assert "exit status 2" in rows[0]["error"]
+    monkeypatch.setattr(commands, "NEEDED", ("tyro", "no_such_package"))
+    status, rows = quick("bench_commands", tmp_path / "c.json", monkeypatch)
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ModuleNotFoundError: not installed: no_such_package"] * 2
+    monkeypatch.setattr(commands, "NEEDED", ())
+    monkeypatch.setattr(commands, "LIMIT", 0.01)
+    with pytest.raises(RuntimeError, match="igpt sample took more than 0 s"):
+        commands.run("igpt sample -n 1", "cpu", tmp_path)
+
+
+def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, started = tmp_path / "new" / "rows.json", []
+    read = lambda: json.loads(file.read_text("utf-8"))  # noqa: E731
+    rows = common.Rows(file, ("name", "batch"), bandwidth=3.0)
+    assert (read()["rows"], read()["bandwidth"]) == ([], 3.0)
+    assert rows.status() == 1  # nothing was measured
+    rows.add({"name": "peer", "batch": 1, "error": "not here"})
+    rows.add({"name": "igpt_fast", "batch": 1, "us": 2.0})
+    assert read()["rows"] == rows.rows
+    assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+    assert rows.status() == 0
+    assert rows.has({"name": "peer", "batch": 1, "us": 7})
+    assert not rows.has({"name": "peer", "batch": 2})
+    assert rows.attempt({"name": "fine", "batch": 1}, lambda: 3) == 3
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("sys.argv", ["bench.py", "--json", str(file)])
+    assert rows.attempt({"name": "igpt_fast", "batch": 8}, lambda: 1 / 0) is None
+    assert not started
+    assert rows.status() == 1
+    monkeypatch.setattr(common, "context_works", lambda: False)
+    rows.attempt({"name": "peer", "batch": 8}, lambda: [][0])
+    assert started[0][1][1:] == ["bench.py", "--json", str(file), "--resume"]
+    assert read()["rows"][-1] == {"name": "peer", "batch": 8, "error": "IndexError: list index out of range"}
+    assert common.Rows(file, ("name", "batch"), resume=True).rows == rows.rows
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: [][0])
+    with pytest.raises(IndexError):
+        common.context_works()
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.synchronize", lost)
+    assert not common.context_works()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, profile"),
+        (["--resume", "--device", "cpu"], 2, "--resume: want --json"),
+        ([], 3, "there is no GPU to measure"),
+    ],
+)
+def test_usage_of_what_is_for_a_gpu(
+    common: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    status: int,
+    text: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench_sample_cuda.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("bench_sample_cuda").main()
+    assert ended.value.code == status
+    assert text in capsys.readouterr().err
