@@ -35,8 +35,8 @@ def finite_number(
     Raises:
         ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
-    # Compared as it is: an integer may be too large for a float.
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most or value in without:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value in without:  # unconverted: an int may exceed a float
         interval = f"{'[('[least in without]}{least:g}, {most:g}{'])'[most in without]}"
         raise ValueError(f"{name} is {shown(value)}; want a number in {interval}")
     return float(value)

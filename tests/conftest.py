@@ -21,13 +21,15 @@ from igpt_fast import backend
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="of the mutations run every Nth only")
-    parser.addoption("--soak", action="store_true", help="1,000 random settings of sampling, and 200 images")
+    parser.addoption("--soak", action="store_true", help="marker soak, and more of the same in other tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist's own, which reads the groups, comes after it
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mutations = [item for item in items if item.get_closest_marker("mutation")]
     left_out = set(mutations) - set(mutations[:: config.getoption("--every")])
+    if not config.getoption("--soak"):
+        left_out |= {item for item in items if item.get_closest_marker("soak")}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     reason = backend.unavailable("cuda")

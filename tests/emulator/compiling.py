@@ -90,16 +90,19 @@ class Tree:
 
     def __init__(self, mutation: Mutation | None = None) -> None:
         self.csrc = ROOT / "csrc"
-        self.optimise = "-O1"
+        self.mutated: Path | None = None
         if mutation is None:
             return
-        self.optimise = "-O0"  # a mutant runs once: most of its time is the compiler's
         target = CACHE / "mutants" / mutation.name / "csrc"
         shutil.rmtree(target.parent, ignore_errors=True)
         shutil.copytree(self.csrc, target)
         path = target / mutation.file
         path.write_text(mutation.apply(path.read_text("utf-8")), "utf-8")
-        self.csrc = target
+        self.csrc, self.mutated = target, path.resolve()
+
+    def optimise(self, path: Path) -> str:
+        """What a mutation changes runs once: most of its time is the compiler's. All else is compiled already."""
+        return "-O0" if self.mutated in self.closure(path) else "-O1"
 
     def closure(self, path: Path) -> list[Path]:
         """A source and all files of the repository that it includes."""
@@ -145,7 +148,7 @@ class Tree:
             for name in ("emulator", "fibre", "counters", "ptx", "record", "hopper", "wgmma")
         ]
         instrument = SANITIZERS.get(sanitizer, ())
-        return [(path, (self.optimise, "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [
+        return [(path, (self.optimise(path), "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [
             (path, ("-O2", *MACROS[sanitizer])) for path in emulator
         ]
 

@@ -1,5 +1,6 @@
 """The backends of the kernel tests: emulated on every machine, cuda where there is a GPU."""
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -19,3 +20,14 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
         assert backend._C is not None
         return Kernels(backend._C, "cuda")
     return request.getfixturevalue("emulated")
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the CUDA kernels serve: emulated on the CPU, without graphs, or on a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulation")
+        yield "cpu"
+    else:
+        with backend.use_backend("auto"):
+            yield "cuda"

@@ -9,56 +9,26 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
-from tolerance import assert_parity, randomise, tokens
+from decoding import make, read, shared
+from tolerance import assert_parity, tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast import ImageGPTForCausalImageModeling, backend, ops, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice, memory
 from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
 from igpt_fast.engines.cuda import step as cuda_step
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
-from igpt_fast.engines.decoder import Decoder
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling import rules
 
-SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
 DTYPES = [torch.bfloat16, torch.float16]
-gpu = pytest.mark.gpu
-
-
-def make(device: str, dtype: torch.dtype = torch.bfloat16, **fields: object) -> ImageGPTForCausalImageModeling:
-    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**{**SIZES, **fields}))
-    randomise(model, 0)
-    return model.to(device, dtype).eval()
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the CUDA kernels serve: emulated on the CPU, without graphs, or on a GPU."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulation")
-        yield "cpu"
-    else:
-        with backend.use_backend("auto"):
-            yield "cuda"
-
-
-@torch.no_grad()
-def read(decoder: Decoder, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
-    """(B, T - primer + 1, K) logits: of a primer, whose rows are the first of each ``copies``, and step by step."""
-    logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
-    if copies > 1:
-        decoder.fork(copies)
-    logits += [decoder.step(column) for column in ids[:, primer:].unbind(1)]
-    return torch.stack(logits, dim=1)
 
 
 def assert_reads(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> None:
@@ -95,13 +65,6 @@ def test_float32(device: str, rows: int) -> None:
     model = make(device, torch.float32)
     assert_reads(model, tokens(model.config, rows, 8).to(device), 3)
     assert_reads(model, tokens(model.config, 2 * rows, 8).to(device), 3, copies=rows)
-
-
-def shared(rows: int, copies: int, length: int, primer: int, config: ImageGPTConfig) -> Tensor:
-    """(rows * copies, length) tokens; copies that follow each other share the first ``primer``."""
-    ids = tokens(config, rows * copies, length)
-    ids[:, :primer] = ids[::copies, :primer].repeat_interleave(copies, dim=0)
-    return ids
 
 
 @pytest.mark.parametrize(("rows", "copies"), [(1, 1), (1, 3), (2, 4), (3, 3), (1, 17)])
@@ -452,7 +415,7 @@ def test_continuations_take_less_memory(emulation) -> None:
     assert memory.cache_bytes(model.float(), None, 35, 5) == 2 * 2 * 64 * 4 * 70
 
 
-@gpu
+@pytest.mark.gpu
 def test_the_plan_of_memory_holds() -> None:
     """A decoder takes no more than planned, and no memory is left behind."""
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
@@ -600,7 +563,7 @@ def test_out_of_memory_at_a_capture(captures: Captures, where: str, monkeypatch:
     assert captures.waits == [("capturing", "here"), ("here", "capturing")] * 2  # the third batch captures nothing
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "copies"), [(1, 1), (8, 1), (33, 1), (1, 4), (2, 9)])
 def test_graphs_change_no_bit(rows: int, copies: int) -> None:
     """Nor do dependent launches; past every limit, with a graph for each. Above 8 rows the products are cuBLAS's."""
@@ -618,7 +581,7 @@ def test_graphs_change_no_bit(rows: int, copies: int) -> None:
         torch.testing.assert_close(other, results[0], rtol=0.0, atol=tolerance)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_thousand_replays_are_the_same() -> None:
     """Races of dependent launches would show as bits that differ."""
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=4, vocab_size=513)
@@ -628,7 +591,7 @@ def test_a_thousand_replays_are_the_same() -> None:
     assert torch.equal(read(CudaDecoder(model, 1, 1001, dependent=False), ids, 1), first)
 
 
-@gpu
+@pytest.mark.gpu
 def test_drawing_does_not_wait() -> None:
     """torch raises where the host would wait for the device."""
     model = make("cuda", n_positions=300, n_embd=128)
@@ -649,7 +612,7 @@ def test_drawing_does_not_wait() -> None:
     assert int(tokens.max()) < 40
 
 
-@gpu
+@pytest.mark.gpu
 def test_threads_and_streams() -> None:
     """Decoders of one model in threads, each on a stream of its own: what each reads alone."""
     model = make("cuda", n_embd=128)
@@ -674,7 +637,7 @@ def test_threads_and_streams() -> None:
         assert torch.equal(got, expected)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_failed_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("cuda")
     decoder = CudaDecoder(model, 9, 8)

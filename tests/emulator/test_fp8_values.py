@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_decoder import device, make, read, shared  # noqa: F401
+from decoding import make, read, shared
 from tolerance import assert_parity, tokens
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, cop
 @pytest.mark.parametrize(("rows", "copies", "primer"), [(1, 1, 60), (3, 1, 5), (9, 1, 60), (1, 3, 9), (2, 8, 9)])
 @pytest.mark.parametrize(("heads", "dtype"), [(2, torch.bfloat16), (1, torch.float16)], ids=["dim32", "dim64"])
 def test_reads_as_defined(
-    device: str,  # noqa: F811
+    device: str,
     rows: int,
     copies: int,
     primer: int,
@@ -67,7 +67,7 @@ def test_reads_as_defined(
 
 
 @torch.no_grad()
-def test_caches(device: str) -> None:  # noqa: F811
+def test_caches(device: str) -> None:
     """In the first layer, whose values do not depend on others: those of the model's own dtype, rounded."""
     model = make(device)
     ids = tokens(model.config, 2, 9).to(device)
@@ -86,7 +86,7 @@ def test_caches(device: str) -> None:  # noqa: F811
 
 
 @torch.no_grad()
-def test_fork_after_steps(device: str) -> None:  # noqa: F811
+def test_fork_after_steps(device: str) -> None:
     """What was cached in 8 bits becomes the primer of all, in the model's dtype: as a fork of the rounded model."""
     model = make(device)
     ids = shared(1, 3, 12, 6, model.config).to(device)
@@ -101,7 +101,7 @@ def test_fork_after_steps(device: str) -> None:  # noqa: F811
     torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[0].std()))
 
 
-def test_a_step_of_the_other_kind_is_not_used(device: str) -> None:  # noqa: F811
+def test_a_step_of_the_other_kind_is_not_used(device: str) -> None:
     model = make(device)
     ids = tokens(model.config, 1, 9).to(device)
     plain, scaled = (read(CudaDecoder(model, 1, 9, dtype), ids, 3) for dtype in (None, FP8))
@@ -110,7 +110,7 @@ def test_a_step_of_the_other_kind_is_not_used(device: str) -> None:  # noqa: F81
 
 
 @torch.no_grad()
-def test_nan_reaches_its_image_alone(device: str) -> None:  # noqa: F811
+def test_nan_reaches_its_image_alone(device: str) -> None:
     """A NaN or an infinity in one colour's embedding is in every later logit of the image that has it."""
     model = make(device)
     ids = tokens(model.config, 3, 8).to(device) % 30
@@ -123,13 +123,13 @@ def test_nan_reaches_its_image_alone(device: str) -> None:  # noqa: F811
             assert logits.isnan().any(dim=1).tolist() == [False, True, False]
 
 
-def test_draws(device: str) -> None:  # noqa: F811
+def test_draws(device: str) -> None:
     model = make(device, n_positions=20)
     drawn = model.generate(do_sample=True, seed=1, dtype=FP8, num_return_sequences=3)
     assert torch.equal(model.generate(do_sample=True, seed=1, dtype=FP8, num_return_sequences=3), drawn)
 
 
-def test_the_rule(device: str) -> None:  # noqa: F811
+def test_the_rule(device: str) -> None:
     assert why_not_cuda(make(device), FP8) is None
     reason = "the weights are float32; want bfloat16 or float16 for 'fp8_values'"
     assert why_not_cuda(make(device, torch.float32), FP8) == reason

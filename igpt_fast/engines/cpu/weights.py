@@ -142,21 +142,7 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     for i, (layer, block) in enumerate(zip(found.layers, blocks_of(body), strict=True)):
         kept.clear()
         parts = Layer(*(vector(part) if part.ndim == 1 else matrix(part) for part in layer))
-        weights.set_layer(
-            layer=i,
-            norm_1=parts.ln_1,
-            norm_2=parts.ln_2,
-            qkv=parts.qkv_weight,
-            qkv_bias=parts.qkv_bias,
-            proj=parts.out_weight,
-            proj_bias=parts.out_bias,
-            fc=parts.fc_weight,
-            fc_bias=parts.fc_bias,
-            fc_proj=parts.proj_weight,
-            fc_proj_bias=parts.proj_bias,
-            scale=block.attn.scale,
-            threads=threads,
-        )
+        weights.set_layer(layer=i, **parts._asdict(), scale=block.attn.scale, threads=threads)
     return weights
 
 

@@ -2,33 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from small_models import small
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, Pipeline, backend
+from igpt_fast import Pipeline, backend
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu.decoder import why_not_cpu
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
-BONUS = 1000.0 * nn.functional.one_hot(torch.tensor(3), 16)  # for a colour, which whoever goes around misses
+BONUS = 1000.0 * nn.functional.one_hot(
+    torch.tensor(3), 16
+)  # for a colour: whoever goes around a change does not see it
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(autouse=True)
-def _auto() -> Iterator[None]:
-    with backend.use_backend("auto"):
-        yield
-
-
-def small() -> ImageGPTForCausalImageModeling:
-    torch.manual_seed(0)
-    config = ImageGPTConfig(vocab_size=17, n_positions=80, n_embd=48, n_layer=2, n_head=2)
-    return ImageGPTForCausalImageModeling(config).eval()
 
 
 def favour(output: Any) -> Any:
