@@ -1,5 +1,5 @@
 // The CPU decoder and its weights for Python: raw addresses and sizes in. No maths, no torch.
-// Whoever calls it has checked every argument (cpu_decoder.py, packed.py).
+// Whoever calls it has checked every argument (igpt_fast/engines/cpu).
 #include "cpu/decoder.h"
 
 #include <pybind11/stl.h>
