@@ -44,7 +44,6 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops, refer
 from igpt_fast.config import PRESETS
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
-from igpt_fast.engines.cuda.idle import forget
 from igpt_fast.engines.memory import most_images
 from igpt_fast.engines.reference import ReferenceDecoder
 
@@ -138,21 +137,20 @@ class Ours(Drawing):
 
     def __init__(self, decoder: Any, device: str) -> None:
         super().__init__(decoder)
-        self.draws = hasattr(decoder, "draw") and hasattr(decoder, "step_drawn")
+        self.draws = decoder.name == "cuda"
         if device == "cuda" and not self.draws:
-            raise TypeError(
-                f"{type(decoder).__name__} has no draw and step_drawn; want a decoder that draws on the GPU"
-            )
+            raise TypeError(f"{type(decoder).__name__} does not draw on the GPU; want a decoder that does")
         self.path = f"{decoder.name}: " + ("draw, step_drawn" if self.draws else "sample, step")
 
     def begin(self, context: Tensor) -> Tensor:
         self.streams = torch.arange(len(context), device=context.device)
+        self.unused = torch.zeros(len(context), device=context.device)  # numbers, which the decoder makes by itself
         self.index = context.shape[1] - 1  # in its image, of the token that is drawn next
         return super().begin(context)
 
     def token(self) -> Tensor:
         if self.draws:
-            drawn, _ = self.decoder.draw(self.logits, SEED, self.streams)
+            drawn, _ = self.decoder.draw(self.logits, self.unused, (SEED, self.streams))
             self.logits = self.decoder.step_drawn()
         else:
             drawn = ops.sample(self.logits, self._uniform())
@@ -430,7 +428,6 @@ def wait(device: str) -> None:
 def tidy() -> None:
     """Gives back the memory of what is measured no more."""
     gc.collect()
-    forget()
     torch.compiler.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 1 << 30) -> 
     Raises:
         ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name} is {shown(value)}; want an integer in {_bound(least)}..{_bound(most)}")
     return int(value)
 
@@ -35,8 +35,8 @@ def finite_number(
     Raises:
         ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
-    # Compared as it is: an integer may be too large for a float.
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most or value in without:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value in without:  # unconverted: an int may exceed a float
         interval = f"{'[('[least in without]}{least:g}, {most:g}{'])'[most in without]}"
         raise ValueError(f"{name} is {shown(value)}; want a number in {interval}")
     return float(value)
@@ -46,11 +46,6 @@ def _bound(number: int) -> str:
     """Large ones as powers of two."""
     power = number.bit_length()
     return f"2^{power}-1" if power >= 32 and number == (1 << power) - 1 else str(number)
-
-
-def check_count(name: str, value: int, most: int = 1 << 30, least: int = 1) -> int:
-    """``whole_number`` with its bounds in another order."""
-    return whole_number(name, value, least, most)
 
 
 def dtype_name(dtype: Any) -> str:

@@ -232,6 +232,11 @@ class ImageGPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def inner(self) -> int:
+        """Width of the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
     def sos_token_id(self) -> int:
         """Id of the start-of-sequence token: the last row of ``wte``."""
         return self.vocab_size - 1

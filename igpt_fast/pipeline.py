@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
@@ -159,6 +159,7 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError: Labels that are not integers, or a keyword that is none.
             ValueError: A value out of its range, or labels for a model without classes.
@@ -211,14 +212,14 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.
             InterruptedGeneration: On Ctrl-C.
         """
-        return self.stream_complete(
-            images, keep=keep, n=n, candidates=candidates, first_input=first_input, **options
-        ).drained()
+        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "first_input": first_input}
+        return self.stream_complete(images, **given, **options).drained()
 
     def stream_complete(
         self,
@@ -269,11 +270,11 @@ class Pipeline:
         Raises:
             TypeError, ValueError: As those.
         """
-        check_count("n", n, MAX_IMAGES)
-        check_count("candidates", candidates, MAX_CANDIDATES)
-        check_count("first" if images is None else "first_input", first, MAX_FIRST, least=0)
+        whole_number("n", n, 1, MAX_IMAGES)
+        whole_number("candidates", candidates, 1, MAX_CANDIDATES)
+        whole_number("first" if images is None else "first_input", first, 0, MAX_FIRST)
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            whole_number("batch_size", batch_size)
         check_dtype(dtype)
         scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width

@@ -59,16 +59,17 @@ void bind_decoder(py::module_& m) {
             unlocked, py::kw_only(), "wte"_a, "wpe"_a, "norm"_a, "head"_a, "threads"_a)
         .def(
             "set_layer",
-            [](cpu::DecoderWeights& self, int64_t layer, uintptr_t norm_1, uintptr_t norm_2, const Address& qkv,
-               uintptr_t qkv_bias, const Address& proj, uintptr_t proj_bias, const Address& fc, uintptr_t fc_bias,
-               const Address& fc_proj, uintptr_t fc_proj_bias, float scale, int32_t threads) {
+            [](cpu::DecoderWeights& self, int64_t layer, uintptr_t ln_1, uintptr_t ln_2, const Address& qkv_weight,
+               uintptr_t qkv_bias, const Address& out_weight, uintptr_t out_bias, const Address& fc_weight,
+               uintptr_t fc_bias, const Address& proj_weight, uintptr_t proj_bias, float scale, int32_t threads) {
                 self.set_layer(layer,
-                               {floats(norm_1), floats(norm_2), source(qkv), source(proj), source(fc), source(fc_proj),
-                                floats(qkv_bias), floats(proj_bias), floats(fc_bias), floats(fc_proj_bias), scale},
+                               {floats(ln_1), floats(ln_2), source(qkv_weight), source(out_weight), source(fc_weight),
+                                source(proj_weight), floats(qkv_bias), floats(out_bias), floats(fc_bias),
+                                floats(proj_bias), scale},
                                threads);
             },
-            unlocked, py::kw_only(), "layer"_a, "norm_1"_a, "norm_2"_a, "qkv"_a, "qkv_bias"_a, "proj"_a, "proj_bias"_a,
-            "fc"_a, "fc_bias"_a, "fc_proj"_a, "fc_proj_bias"_a, "scale"_a, "threads"_a);
+            unlocked, py::kw_only(), "layer"_a, "ln_1"_a, "ln_2"_a, "qkv_weight"_a, "qkv_bias"_a, "out_weight"_a,
+            "out_bias"_a, "fc_weight"_a, "fc_bias"_a, "proj_weight"_a, "proj_bias"_a, "scale"_a, "threads"_a);
     py::class_<cpu::Decoder>(m, "Decoder")
         .def(py::init([](std::shared_ptr<cpu::DecoderWeights> weights, int64_t batch, int64_t capacity) {
                  return std::make_unique<cpu::Decoder>(std::move(weights), batch, capacity);

@@ -1,5 +1,5 @@
 // The CPU's forward pass for Python: raw addresses and sizes in. No maths, no torch.
-// Whoever calls it has checked every argument (igpt_fast/forwards.py).
+// Whoever calls it has checked every argument (igpt_fast/engines/cpu/forward.py).
 #include "cpu/forward.h"
 
 #include <cstdint>

@@ -31,10 +31,8 @@ struct Range {
     int64_t begin, end;
 };
 
-// Part `index` of `count` of `units`.
-inline Range part(int64_t units, int64_t index, int64_t count) {
-    return {units * index / count, units * (index + 1) / count};
-}
+// Part `index` of `count` of n.
+inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index / count, n * (index + 1) / count}; }
 
 // Calls work(index, count) in each of `wanted` threads, or fewer: the region may not get them all. Nothing may throw:
 // an exception that leaves the region ends the process.

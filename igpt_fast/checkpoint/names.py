@@ -36,8 +36,7 @@ _IGNORED = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)")
 def trunk_shapes(config: ImageGPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight of ``ImageGPTModel``, one after another (``n_layer`` may be absurd)."""
     d = config.n_embd
-    inner = config.n_inner if config.n_inner is not None else 4 * d
-    sizes = {"V": config.vocab_size, "P": config.n_positions, "D": d, "3D": 3 * d, "I": inner}
+    sizes = {"V": config.vocab_size, "P": config.n_positions, "D": d, "3D": 3 * d, "I": config.inner}
     layers = ((f"h.{i}.", _LAYER) for i in range(config.n_layer))
     for place, table in itertools.chain([("", _EMBEDDINGS)], layers, [("", _FINAL)]):
         for name, axes in table.items():

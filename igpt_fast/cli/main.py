@@ -22,6 +22,8 @@ from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
 from igpt_fast.cli.commands import colours, env, sample, train
 from igpt_fast.cli.terminal import reason, say
 
+# What a user or a machine may cause; anything else is a mistake of ours.
+FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, ImportError, RuntimeError, MemoryError)
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "complete": sample.complete,
@@ -63,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout does not fail again
         return 1
-    except (DeviceUnavailableError, OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+    except FAILURES as error:
         unavailable = isinstance(error, DeviceUnavailableError) or type(error).__name__ == "BackendUnavailableError"
         return _fail(name, error, 3 if unavailable else 1)
     except Exception as error:  # a mistake of ours

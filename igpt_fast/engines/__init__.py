@@ -2,6 +2,6 @@
 
 ``network``: what an engine asks of a network. ``decoder``: the protocol of all decoders. ``reference``, ``cpu``,
 ``cuda``: the decoders, with the native forward pass in ``cpu``. ``cache``: keys and values. ``memory``: how much it
-takes. ``choice``: which one serves.
-May use: ops, backend, checkpoint's names, and the ground. Never: model, sampling.
+takes. ``choice``: which one serves, and keeps what the next images can use.
+May use: ops, backend, and the ground. Never: model, sampling.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -184,5 +185,12 @@ def _check_fits(name: str, key: Tensor, want: tuple[int, int, int]) -> None:
         raise ValueError(f"{name}: made for (batch, heads, head_dim) = {want}, got {got}")
 
 
-# So that torch.export and torch.func see the tensors inside.
-torch.export.register_dataclass(DynamicCache, serialized_type_name="igpt_fast.DynamicCache")
+def register(kind: type) -> None:
+    """Lets torch.export, torch.func and DistributedDataParallel see the tensors inside of a dataclass."""
+    with warnings.catch_warnings():
+        # Up to torch 2.6 its function calls another that it warns of, which nobody outside of torch can change.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.export.register_dataclass(kind, serialized_type_name=f"igpt_fast.{kind.__name__}")
+
+
+register(DynamicCache)

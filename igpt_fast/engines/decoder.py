@@ -1,40 +1,84 @@
-"""What generation asks of a decoder, and the checks that all of them share."""
+"""What generation asks of a decoder, what all of them share, and their checks."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from igpt_fast import ops
+from igpt_fast.draws import PLAIN, Sampling
+from igpt_fast.engines.network import Model
 
 # What a caller may ask for besides the model's own dtype.
 DTYPES = (None, "int8", "fp8_values")
 
 
-class Decoder(Protocol):
+class PositionBytes(NamedTuple):
+    """Bytes of key/value cache that one position takes in one layer.
+
+    Attributes:
+        own: Of an image's own position.
+        shared: Of a primer's position, where its continuations share it; ``None`` where each has a copy.
+    """
+
+    own: int
+    shared: int | None
+
+
+class Decoder(ABC):
     """What generation asks of a decoder. It holds the state of ``batch_size`` images.
+
+    Args:
+        model: The model; in eval mode.
+        batch_size: Images decoded together; ``fork`` multiplies it.
+        capacity: Positions that will be read at most, ``n_positions`` or fewer.
+        dtype: ``None`` for the model's, or another that the decoder offers.
+
+    Raises:
+        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
+        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
 
     Attributes:
         name: ``"reference"``, ``"cpu"`` or ``"cuda"``.
-        batch_size: Images decoded together; ``fork`` multiplies it.
-        capacity: Positions that can be read.
+        reason: Why it is no faster one, where one was looked for.
         dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
-        reason: Why it is no faster one, where one was asked for.
     """
 
     name: str
+    reason: str | None = None
+    model: Model
     batch_size: int
     capacity: int
     dtype: str
-    reason: str | None
+    _next: Tensor | None = None  # what ``draw`` drew
 
+    def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        self.start(model, batch_size, capacity, dtype)
+
+    @abstractmethod
+    def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        """Begins anew, with arguments as of the class, on the weights as they are. What was made for images before, and
+        captured, serves again where the sizes are the same.
+        """
+
+    def rest(self) -> int:
+        """Lets go of the model and of the images until the next ``start``; returns the bytes of what is kept for it, 0
+        where there is nothing that a new decoder would not have as soon.
+        """
+        return 0
+
+    @abstractmethod
     def prefill(self, tokens: Tensor) -> Tensor:
         """Reads (B, T) int64 tokens, SOS first; returns the (B, vocab_size - 1) logits of the next position."""
-        ...
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Reads (B,) int64 tokens; returns the (B, vocab_size - 1) logits of the next position."""
-        ...
 
+    @abstractmethod
     def fork(self, n: int) -> None:
         """Continues each of the B images n times: from here on there are B n, the n of the first one first.
 
@@ -43,7 +87,51 @@ class Decoder(Protocol):
         Raises:
             ValueError: ``n`` is not a positive integer, nothing has been read, or it was forked before.
         """
-        ...
+
+    def draw(
+        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+    ) -> tuple[Tensor, Tensor]:
+        """Draws the tokens that follow, which ``step_drawn`` reads.
+
+        Args:
+            logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
+            uniform: (B,) float32 in [0, 1).
+            streams: What ``uniform`` was made of, where it was: a seed and (B,) int64 numbers of streams, as
+                ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
+                make the numbers anew, on its device.
+            sampling: How they are drawn.
+
+        Returns:
+            (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.
+        """
+        tokens = ops.draw(logits, uniform, sampling)
+        self._next = tokens
+        return tokens, torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+
+    def step_drawn(self) -> Tensor:
+        """``step`` of the tokens that ``draw`` has drawn. The logits may be in memory that the next step writes to.
+
+        Raises:
+            ValueError: Nothing was drawn since the last step.
+        """
+        tokens, self._next = self._next, None
+        if tokens is None:
+            raise ValueError("decoder: nothing was drawn since the last step; call draw first")
+        return self.step(tokens)
+
+    @staticmethod
+    def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
+        """What a position of a layer takes."""
+        return PositionBytes(2 * model.config.n_embd * cache_dtype(model).itemsize, None)
+
+
+def cache_dtype(model: Model) -> torch.dtype:
+    """One that holds the keys without loss: that of the weights that make them, and what autocast makes of it."""
+    attention: Any = model.transformer.h[0].attn
+    dtype, kind = attention.c_attn.weight.dtype, model.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.promote_types(dtype, torch.get_autocast_dtype(kind))
+    return dtype
 
 
 def check_capacity(capacity: int, n_positions: int) -> None:

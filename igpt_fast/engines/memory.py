@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from igpt_fast.engines.choice import _chosen
-from igpt_fast.engines.cuda.idle import idle_bytes
-from igpt_fast.engines.cuda.step import FUSED_DTYPES
-from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.choice import choose, kept_bytes
+from igpt_fast.engines.decoder import cache_dtype, check_dtype
 from igpt_fast.engines.network import Model
-from igpt_fast.engines.reference import cache_dtype
 
 WORKSPACE_BYTES = 1 << 28  # of libraries and graphs, whatever the images
 
@@ -26,17 +23,10 @@ def cache_bytes(model: Model, dtype: str | None = None, primer: int = 0, copies:
     Raises:
         ValueError: An unknown ``dtype``.
     """
-    config, kind = model.config, _chosen(model, dtype)[0]
-    shares = kind == "cpu" or (kind == "cuda" and model.dtype in FUSED_DTYPES)
-    shared = primer if shares and copies > 1 else 0
-    item = cache_dtype(model).itemsize
-    own_position = shared_position = 2 * config.n_embd * item
-    if kind == "cpu" and dtype == "int8":
-        own_position = shared_position = 2 * config.n_embd + 12 * config.n_head  # two scales and a sum for each head
-    if kind == "cuda" and dtype == "fp8_values":
-        own_position = config.n_embd * (item + 1) + 4 * config.n_head  # a scale for each head
-    own, each = config.n_positions - shared, -(-shared // copies)
-    return config.n_layer * (own * own_position + each * shared_position)
+    position = choose(model, dtype).engine.position_bytes(model, dtype)
+    shared = primer if position.shared is not None and copies > 1 else 0
+    own, each = model.config.n_positions - shared, -(-shared // copies)
+    return model.config.n_layer * (own * position.own + each * (position.shared or 0))
 
 
 def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int | None:
@@ -55,7 +45,7 @@ def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies:
     if model.device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(model.device)
-    free += idle_bytes(model)
+    free += kept_bytes(model)
     # What torch holds without using it is free for it, though it may be in pieces.
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
@@ -64,10 +54,9 @@ def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies:
 def image_bytes(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int:
     """Bytes that one more image takes while it is decoded, activations included; arguments as in ``cache_bytes``."""
     config = model.config
-    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     item = cache_dtype(model).itemsize
     # Of a position while it is computed: some ten tensors of n_embd at once, the MLP's two, and logits.
-    position = item * (10 * config.n_embd + 2 * inner) + 16 * config.vocab_size
+    position = item * (10 * config.n_embd + 2 * config.inner) + 16 * config.vocab_size
     # What was read is there twice for a moment: as it was read, and where the images keep it.
     read = 2 * config.n_layer * config.n_embd * item + position
     return cache_bytes(model, dtype, primer, copies) + position + -(-primer * read // copies)

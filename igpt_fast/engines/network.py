@@ -6,6 +6,7 @@ not known here: they declare themselves (``plain``).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -16,14 +17,13 @@ from torch import Tensor, nn
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.dispatch import LEAST_SCALE
 
 Kind = TypeVar("Kind", bound=type)
 METHODS = ("__call__", "_call_impl", "forward", "_embed")  # what a module computes, and what calls it
 # The classes of modules that are computed as this package computes them, and their methods as they were declared;
 # anything else may mean anything.
 MODULES: dict[type, list[Any]] = {}
-
-_LEAST_SCALE = 2.0**-126  # a normal float32: smaller ones are flushed to zero
 
 
 class Body(Protocol):
@@ -73,40 +73,79 @@ for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
     plain(_kind)
 
 
-def why_not_settings(model: Body, weights: list[Any]) -> str | None:
+class Layer(NamedTuple):
+    """Something of each parameter of a layer, as a rule the parameter."""
+
+    ln_1: Any
+    ln_2: Any
+    qkv_weight: Any
+    qkv_bias: Any
+    out_weight: Any
+    out_bias: Any
+    fc_weight: Any
+    fc_bias: Any
+    proj_weight: Any
+    proj_bias: Any
+
+
+class Weights(NamedTuple):
+    """The parameters of a network whose modules are this package's."""
+
+    wte: Tensor
+    wpe: Tensor
+    ln_f: Tensor
+    layers: list[Layer]
+
+    @classmethod
+    def of(cls, body: Body) -> Weights:
+        """Those that a network has now."""
+        layers = []
+        for block in blocks_of(body):
+            linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            pairs = (part for layer in linear for part in (layer.weight, layer.bias))
+            layers.append(Layer(block.ln_1.weight, block.ln_2.weight, *pairs))
+        return cls(body.wte.weight, body.wpe.weight, body.ln_f.weight, layers)
+
+    def each(self) -> list[Tensor]:
+        """All of them."""
+        return [self.wte, self.wpe, self.ln_f, *itertools.chain.from_iterable(self.layers)]
+
+
+def blocks_of(body: Body) -> list[Any]:
+    """The layers' modules."""
+    return list(body.h)
+
+
+def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
-    config, blocks = model.config, blocks_of(model)
-    embd, inner = config.n_embd, config.n_inner if config.n_inner is not None else 4 * config.n_embd
-    shapes = [(config.vocab_size, embd), (config.n_positions, embd), (embd,)]
-    linear = ((embd, 3 * embd), (3 * embd,), (embd, embd), (embd,), (embd, inner), (inner,), (inner, embd), (embd,))
-    shapes += config.n_layer * [(embd,), (embd,), *linear]
-    if [weight.shape for weight in weights] != shapes:
+    config, blocks = body.config, blocks_of(body)
+    n, inner = config.n_embd, config.inner
+    layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
+    shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
+    if [weight.shape for weight in weights.each()] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
-    norms = [model.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+    norms = [body.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
     if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
         return "a norm or an activation is not the configuration's"
     if any(block.attn.n_head != config.n_head for block in blocks):
         return "the heads are not the configuration's"
-    if any(not _LEAST_SCALE <= block.attn.scale < math.inf for block in blocks):
+    if any(not LEAST_SCALE <= block.attn.scale < math.inf for block in blocks):
         return "the scale of the scores is not a normal, positive float32"
-    if model.wte.max_norm is not None or model.wpe.max_norm is not None:
+    if body.wte.max_norm is not None or body.wpe.max_norm is not None:
         return "an embedding has a max_norm"
     return None
 
 
-def blocks_of(model: Body) -> list[Any]:
-    return list(model.h)
-
-
-def weights_of(model: Body) -> list[Any]:
-    """The parameters of a network whose modules are this package's, in the order of its computation."""
-    found: list[Any] = [model.wte.weight, model.wpe.weight, model.ln_f.weight]
-    for block in blocks_of(model):
-        found += [block.ln_1.weight, block.ln_2.weight]
-        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            found += [linear.weight, linear.bias]
-    return found
+def why_not_head(model: Model) -> str | None:
+    """Whether a model's head is not that of the configuration, or its network not (``why_not_settings``)."""
+    config, head = model.config, model.lm_head
+    if head.bias is not None:
+        return "lm_head has a bias"
+    if head.weight.shape != (config.vocab_size - 1, config.n_embd):
+        want = (config.vocab_size - 1, config.n_embd)
+        return f"lm_head is {tuple(head.weight.shape)}; the configuration says {want}"
+    return why_not_settings(model.transformer, Weights.of(model.transformer))
 
 
 def why_not_modules(root: Any, around: bool = True) -> str | None:
@@ -122,7 +161,7 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
     if torch._C._len_torch_dispatch_stack():
         return "a mode of torch's looks at every operation"
     known: set[type] = set()
-    modules: list[nn.Module] = [root]  # not modules(), which takes a millisecond for 24 layers
+    modules: list[Any] = [root]  # not modules(), which takes a millisecond for 24 layers
     for module in modules:
         modules += [child for child in module._modules.values() if child is not None]
         kind, state, outside = type(module), module.__dict__, around or module is not root
@@ -150,32 +189,14 @@ def _name(root: nn.Module, module: nn.Module) -> str:
     return next(name for name, part in root.named_modules() if part is module) or "the model"
 
 
-class Layer(NamedTuple):
-    """A layer's parameters, in the order of ``weights_of``, and the scale of its scores."""
-
-    ln_1: Tensor
-    ln_2: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    fc_weight: Tensor
-    fc_bias: Tensor
-    proj_weight: Tensor
-    proj_bias: Tensor
-    scale: float
-
-
 class Network:
     """The parameters of a model that ``why_not_cuda`` has nothing against, as a step reads them: not copies."""
 
     def __init__(self, model: Model) -> None:
-        body = model.transformer
-        found = [weight.detach() for weight in weights_of(body)]
-        self.wte, self.wpe, self.ln_f = found[:3]
-        self.layers = [
-            Layer._make([*found[3 + 10 * i : 13 + 10 * i], block.attn.scale]) for i, block in enumerate(blocks_of(body))
-        ]
+        body, weights = model.transformer, Weights.of(model.transformer)
+        self.wte, self.wpe, self.ln_f = (weight.detach() for weight in weights[:3])
+        self.layers = [Layer(*(weight.detach() for weight in layer)) for layer in weights.layers]
+        self.scales = [block.attn.scale for block in blocks_of(body)]
         self.head = model.lm_head.weight.detach().T
         self.eps, self.activation = body.config.layer_norm_epsilon, body.config.activation_function
         self.kernel = KERNELS[self.activation]
@@ -184,8 +205,6 @@ class Network:
 
     def key(self) -> tuple[Any, ...]:
         """What a captured graph has of it: where the weights are, and settings."""
-        tensors = [self.wte, self.wpe, self.ln_f, self.head]
-        tensors += [part for layer in self.layers for part in layer[:-1]]
+        tensors = [self.head, *Weights(self.wte, self.wpe, self.ln_f, self.layers).each()]
         places = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
-        scales = tuple(layer.scale for layer in self.layers)
-        return places, scales, self.eps, self.activation, self.heads, self.dtype
+        return places, tuple(self.scales), self.eps, self.activation, self.heads, self.dtype

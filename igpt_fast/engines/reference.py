@@ -5,37 +5,27 @@ It calls the model itself, so that hooks, wrappers, subclasses and modes do what
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from igpt_fast import backend
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.decoder import check_capacity, check_fork
+from igpt_fast.engines.decoder import Decoder, cache_dtype, check_capacity, check_dtype, check_fork
 from igpt_fast.engines.network import Model
 
 
-class ReferenceDecoder:
-    """The PyTorch model on a static cache.
-
-    Args:
-        model: The model; in eval mode.
-        batch_size: Images decoded together.
-        capacity: Positions that will be read at most, ``n_positions`` or fewer.
-        reason: Why it is none of the faster decoders.
-
-    Raises:
-        ValueError: ``capacity`` exceeds ``n_positions``.
-    """
+class ReferenceDecoder(Decoder):
+    """The PyTorch model on a static cache, in the model's dtype. Arguments and errors as of ``Decoder``."""
 
     name = "reference"
 
-    def __init__(self, model: Model, batch_size: int, capacity: int, reason: str | None = None) -> None:
+    def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        """See ``Decoder.start``."""
         config = model.config
         check_capacity(capacity, config.n_positions)
-        self.model, self.reason = model, reason
-        self.batch_size = batch_size
-        self.capacity = capacity
+        check_dtype(dtype)
+        if dtype is not None:
+            raise backend.BackendUnavailableError(f"decoder: it decodes in the model's dtype, not in {dtype!r}")
+        self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._forked = False
         self._cache = StaticCache(
@@ -63,12 +53,3 @@ class ReferenceDecoder:
         self.batch_size *= n
         if n > 1:
             self._cache = self._cache.repeat_interleave(n)
-
-
-def cache_dtype(model: Model) -> torch.dtype:
-    """One that holds the keys without loss: that of the weights that make them, and what autocast makes of it."""
-    attention: Any = model.transformer.h[0].attn
-    dtype, kind = attention.c_attn.weight.dtype, model.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.promote_types(dtype, torch.get_autocast_dtype(kind))
-    return dtype

@@ -58,7 +58,7 @@ def _cut_log(path: Path, step: int) -> float:
     """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
     kept: list[str] = []
     seconds = 0.0
-    if path.exists() and step > 0:
+    if path.is_file() and step > 0:
         with files.open_input(path) as file:
             while line := file.readline(_MAX_LINE).decode("utf-8", "replace"):
                 try:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling, check_scale
+from igpt_fast.engines.network import Model
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
-
-if TYPE_CHECKING:
-    from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
 class GenerationMixin:
@@ -74,21 +72,22 @@ class GenerationMixin:
             callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
                 result. Without it, rows for which memory does not suffice together are computed in parts.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
-                the CPU; see ``decoders.CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
-                or float16 on a GPU; see ``decoders.CudaDecoder``). ``None`` decodes in the model's own dtype.
+                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
+                or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in the model's own dtype.
 
         Returns:
             (B * num_return_sequences, length) int64, on the model's device.
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+            FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
             TypeError: ``input_ids`` is not an integer tensor, or an argument that is not listed here.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
 
         Source: transformers ``GenerationMixin.generate``.
         """
-        model = cast("ImageGPTForCausalImageModeling", self)
+        model = cast(Model, self)
         if unsupported:
             names = ", ".join(sorted(unsupported))
             raise TypeError(
@@ -106,7 +105,7 @@ class GenerationMixin:
                 " last pixel; set it to None"
             )
         top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
-        check_count("generate: num_return_sequences", num_return_sequences)
+        whole_number("generate: num_return_sequences", num_return_sequences)
         random = (temperature, top_k, top_p, min_p, num_return_sequences, seed, generator)
         if not do_sample and random != (1.0, None, None, None, 1, None, None):
             raise ValueError(
@@ -114,13 +113,13 @@ class GenerationMixin:
                 " effect on greedy decoding; pass do_sample=True"
             )
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
-        context = _check_context("input_ids", input_ids, model)
+        context = _check_context("input_ids", input_ids, model)  # (B, T_0)
         guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
         count = context.shape[0] * num_return_sequences
         if do_sample and seed is None and generator is None:
             seed = int(torch.randint(0, 1 << 62, ()))
-        uniforms = _uniforms(count, steps, seed, generator, model.device)
+        uniforms = _uniforms(count, steps, seed, generator, model.device)  # (B n, steps)
         ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
         parts = Batches(count, num_return_sequences, max(1, count))
 
@@ -129,9 +128,8 @@ class GenerationMixin:
             away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
             streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
             numbers = uniforms[start:stop]
-            yield decode(
-                model, context[rows], numbers, sampling, callback, dtype, guidance=away, streams=streams
-            ).tokens
+            options: dict[str, Any] = {"guidance": away, "streams": streams, "first": start}
+            yield decode(model, context[rows], numbers, sampling, callback, dtype, **options).tokens
 
         whole = callback is not None or count == 0
         drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
@@ -144,9 +142,7 @@ def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None
     return input_ids if inputs is None else inputs
 
 
-def _guidance(
-    scale: float | None, negative: Any, context: Tensor, model: ImageGPTForCausalImageModeling
-) -> Guidance | None:
+def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model) -> Guidance | None:
     """What ``guidance_scale`` and ``negative_prompt_ids`` ask for, beside the guided context."""
     if scale is None or scale == 1.0:
         if negative is not None:
@@ -171,7 +167,7 @@ def _guidance(
     return Guidance(scale, without.expand_as(context))
 
 
-def _check_context(name: str, input_ids: Any, model: ImageGPTForCausalImageModeling) -> Tensor:
+def _check_context(name: str, input_ids: Any, model: Model) -> Tensor:
     """The context as (B, T_0) int64 on the model's device."""
     sos = model.config.sos_token_id
     if input_ids is None:

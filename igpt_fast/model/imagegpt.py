@@ -113,7 +113,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         config = self.config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # colours, classes, SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))
@@ -180,9 +180,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 return output if return_dict else output.to_tuple()
         cache = self._cache(past_key_values, use_cache)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        tokens = self._tokens(input_ids, inputs_embeds)
-        key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])
-        hidden = self._embed(tokens, past, position_ids, token_type_ids)
+        tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
+        key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
+        hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
         all_hidden: list[Tensor] = []
         all_attentions: list[Tensor] = []
@@ -194,11 +194,11 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 again = block if torch.compiler.is_compiling() else backend.keep_choice(block)
                 hidden, weights = checkpoint(again, *arguments, **self.checkpoint_kwargs)
             else:
-                hidden, weights = block(*arguments)
+                hidden, weights = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
             all_attentions.append(weights)
-        hidden = self.ln_f(hidden)
+        hidden = self.ln_f(hidden)  # (B, T, n_embd)
         if input_ids is not None:
-            hidden = hidden.view(*input_ids.shape, hidden.shape[-1])
+            hidden = hidden.view(*input_ids.shape, hidden.shape[-1])  # (T,) ids give (T, n_embd)
 
         output = BaseModelOutput(
             last_hidden_state=hidden,
@@ -233,7 +233,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
             if input_ids.ndim == 0:
                 raise ValueError("input_ids: expected (B, T), got a scalar")
-            return self.wte(input_ids.view(-1, input_ids.shape[-1]))
+            return self.wte(input_ids.view(-1, input_ids.shape[-1]))  # (B, T, n_embd)
         if input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.n_embd:
@@ -247,14 +247,14 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if position_ids is None:
             if past + t > self.config.n_positions:
                 raise ValueError(f"{past + t} positions exceed n_positions={self.config.n_positions}")
-            position_ids = torch.arange(past, past + t, device=tokens.device)[None]
+            position_ids = torch.arange(past, past + t, device=tokens.device)[None]  # (1, T)
         elif position_ids.shape not in ((t,), (1, t), (b, t)):  # broadcasting would take (B, 1) for the same position
             raise ValueError(f"position_ids: expected (B, T) = {(b, t)} or (1, T), got {tuple(position_ids.shape)}")
-        hidden = tokens + self.wpe(position_ids)
+        hidden = tokens + self.wpe(position_ids)  # (B, T, n_embd)
         if token_type_ids is not None:
             if token_type_ids.numel() != b * t:
                 raise ValueError(f"token_type_ids: expected (B, T) = {(b, t)}, got {tuple(token_type_ids.shape)}")
-            hidden = hidden + self.wte(token_type_ids.view(-1, t))
+            hidden = hidden + self.wte(token_type_ids.view(-1, t))  # (B, T, n_embd)
         return self.drop(hidden)
 
 
@@ -323,13 +323,13 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.lm_head(base.last_hidden_state)
+        logits = self.lm_head(base.last_hidden_state)  # (B, T, vocab_size - 1)
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:-1]:
                 raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
-            loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))
+            loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))  # ()
         output = CausalImageModelingOutput(
             loss=loss,
             logits=logits,
@@ -396,7 +396,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.score(base.last_hidden_state.mean(dim=1))
+        logits = self.score(base.last_hidden_state.mean(dim=1))  # (B, num_labels)
         output = ImageClassificationOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
@@ -415,7 +415,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
                 config.problem_type = "single_label_classification"
             else:
                 config.problem_type = "multi_label_classification"
-        logits, labels = _wide(logits), labels.to(logits.device)
+        logits, labels = _wide(logits), labels.to(logits.device)  # (B, num_labels)
         if config.problem_type == "single_label_classification":
             return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
         # Compared by size, since a broadcast would score every output against every target.
@@ -423,7 +423,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             raise ValueError(
                 f"labels: expected {tuple(logits.shape)} for {config.problem_type}, got {tuple(labels.shape)}"
             )
-        labels = labels.view_as(logits).to(logits.dtype)
+        labels = labels.view_as(logits).to(logits.dtype)  # (B, num_labels)
         if config.problem_type == "regression":
             return F.mse_loss(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels)
@@ -432,7 +432,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
-    last = last.view(*shape, last.shape[-1])
+    last = last.view(*shape, last.shape[-1])  # (B, T, n_embd)
     return BaseModelOutput(
         last_hidden_state=last,
         past_key_values=DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None,
@@ -454,4 +454,4 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
         raise ValueError(
             f"attention_mask: expected (B, T_past + T) = ({batch}, {length}), got {tuple(attention_mask.shape)}"
         )
-    return attention_mask.view(batch, length).bool()
+    return attention_mask.view(batch, length).bool()  # (B, T_k)

@@ -21,7 +21,7 @@ class ImageGPTLayerNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.ones(hidden_size))  # (n_embd,)
 
     @overload
     def forward(self, x: Tensor, residual: None = None, dtype: torch.dtype | None = None) -> Tensor: ...
@@ -32,8 +32,9 @@ class ImageGPTLayerNorm(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of ``x``, in ``dtype``; with ``residual``, of the sum, and the sum in the residual's dtype."""
         if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps, dtype=dtype)
-        return ops.rms_norm(x.to(residual.dtype), self.weight, self.eps, residual=residual, dtype=dtype)
+            return ops.rms_norm(x, self.weight, self.eps, dtype=dtype)  # (..., n_embd)
+        x = x.to(residual.dtype)  # (..., n_embd), what is added to the residual
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, dtype=dtype)  # (..., n_embd) twice
 
 
 @plain
@@ -42,12 +43,12 @@ class Conv1D(nn.Module):
 
     def __init__(self, n_out: int, n_in: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(n_out))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # (n_in, n_out)
+        self.bias = nn.Parameter(torch.zeros(n_out))  # (n_out,)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], self.weight.shape[1])
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)  # (B T, n_out)
+        return y.view(*x.shape[:-1], self.weight.shape[1])  # (B, T, n_out)
 
 
 @plain
@@ -71,23 +72,24 @@ class ImageGPTAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        b, t, d = x.shape
-        qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)
+        b, t, d = x.shape  # B, T, n_embd
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)  # (B, T, 3, H, D)
         dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
         if cache is None and not need_weights:
-            out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)
-            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)  # (B, T, H, D)
+            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None  # (B, T, n_embd)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             if k.shape[2] != past + t:
                 # transformers' StaticCache hands out its whole buffer, unwritten positions included.
                 raise ValueError(
                     f"past_key_values: {type(cache).__name__} returned {k.shape[2]} positions after {past} + {t};"
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
+        # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
         out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
-        out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))
+        out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights
 
 
@@ -97,14 +99,14 @@ class ImageGPTMLP(nn.Module):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, inner)
+        self.c_fc = Conv1D(config.inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.inner)
         self.activation = ops.check_activation(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(ops.activation(self.c_fc(x), self.activation)))
+        inner = ops.activation(self.c_fc(x), self.activation)  # (B, T, n_inner)
+        return self.dropout(self.c_proj(inner))  # (B, T, n_embd)
 
 
 @plain
@@ -122,6 +124,7 @@ class ImageGPTBlock(nn.Module):
         self, x: Tensor, cache: Cache | None, past: int, key_mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         dtype = autocast_dtype(x)  # as the linear layers would convert it
-        attended, weights = self.attn(self.ln_1(x, dtype=dtype), cache, past, key_mask, need_weights)
-        normed, x = self.ln_2(attended, residual=x, dtype=dtype)
-        return x + self.mlp(normed), weights
+        normed = self.ln_1(x, dtype=dtype)  # (B, T, n_embd)
+        attended, weights = self.attn(normed, cache, past, key_mask, need_weights)  # (B, T, n_embd), (B, H, T, T_k)
+        normed, x = self.ln_2(attended, residual=x, dtype=dtype)  # of x + attended, and that: (B, T, n_embd) each
+        return x + self.mlp(normed), weights  # (B, T, n_embd)

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from igpt_fast.engines.cache import Cache
+from igpt_fast.engines.cache import Cache, register
 
 
 @dataclass(eq=False)
@@ -106,6 +105,5 @@ class ImageClassificationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-# So that torch.export, torch.func and DistributedDataParallel see the tensors inside.
 for _output in (BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput):
-    torch.export.register_dataclass(_output, serialized_type_name=f"igpt_fast.{_output.__name__}")
+    register(_output)

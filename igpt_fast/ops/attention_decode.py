@@ -9,6 +9,7 @@ from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
+    HEAD_DIMS,
     address,
     check_floating,
     dense,
@@ -24,7 +25,6 @@ OPS["attention_decode"] = Op(
     otherwise="torch expression over the whole cache",
 )
 
-HEAD_DIMS = (32, 64, 96, 128)
 _ROWS = 16  # that a block of the prefix's kernel serves
 _MOST_KEYS = 2**31 - 1025  # of a cache or a prefix
 _SCALED = {"v_cache": torch.float8_e4m3fn, "v_scale": torch.float32}

@@ -13,6 +13,8 @@ from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.ops.dispatch import (
     DTYPES,
+    HEAD_DIMS,
+    LEAST_SCALE,
     address,
     check_floating,
     dense,
@@ -38,10 +40,6 @@ OPS["causal_attention_packed"] = Op(
     needs_isa="amx",
     otherwise="causal_attention of the three parts",
 )
-
-HEAD_DIMS = (32, 64, 96, 128)  # that the kernels take
-# A normal float32. Hidden scores are minus infinity, of which 0 times makes NaN, and a negative number the largest.
-_LEAST_SCALE = 2.0**-126
 
 
 def causal_attention(
@@ -106,7 +104,7 @@ def causal_attention(
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
     # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
     # dropped, cuDNN's, an error.
-    if not scale >= _LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
+    if not scale >= LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
     return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
 
@@ -180,7 +178,7 @@ def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Ten
     """Whether a kernel takes it; the rule is in ``OPS`` in words."""
     dtype = autocast_dtype(x)
     low = dtype in (torch.bfloat16, torch.float16)
-    if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and _LEAST_SCALE <= scale < math.inf):
+    if not (low and x.shape[-1] in HEAD_DIMS and dropout_p == 0.0 and LEAST_SCALE <= scale < math.inf):
         return False
     kind = kernel_kind(op, x, *others)
     return kind == "cuda" or (kind == "cpu" and dtype == torch.bfloat16)

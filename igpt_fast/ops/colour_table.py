@@ -7,7 +7,6 @@ that come before it, or that it does not serve, are compared with every cluster;
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.backend import Kernels
+from igpt_fast.locks import Lock
 
 ENTRIES = 1 << 24
 MAX_CLUSTERS = 1 << 16  # an entry has 16 bits
@@ -57,8 +57,7 @@ class ColourTables:
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}  # by id, the most recently used last
-        # Reentrant: a tensor may be collected, and _forget called, in the middle of a call.
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         """How many tables there are."""

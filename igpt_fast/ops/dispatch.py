@@ -24,6 +24,10 @@ library = torch.library.Library("igpt_fast", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_NUMBERS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+HEAD_DIMS = (32, 64, 96, 128)  # that attention's kernels take
+# Of scores: a normal float32, for smaller ones are flushed to zero. Hidden scores are minus infinity, of which 0 times
+# makes NaN, and a negative number the largest.
+LEAST_SCALE = 2.0**-126
 
 
 Function = Callable[..., Any]

@@ -231,7 +231,7 @@ def _sample_next(
     wte, wpe = None if wte is None else dense(wte), None if wpe is None else dense(wpe)
     n, k = logits.shape
     tokens, embedding = _fake_sample_next(logits, wte, wpe)
-    embeds = 0, 0, 0, 0, 0, 0
+    embeds: tuple[int, ...] = (0,) * 6
     if wte is not None and wpe is not None and embedding.numel() > 0:
         embeds = *map(address, (embedding, wte, wpe)), DTYPES[wte.dtype], wte.shape[1], wpe.shape[0]
     # The number of rows says whether a position is one row's or all rows'.

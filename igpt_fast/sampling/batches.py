@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import torch
 
-from igpt_fast.engines.cuda.idle import forget
-
 T = TypeVar("T")
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -71,7 +69,6 @@ class Batches:
                 stacklevel=3,
             )
             gc.collect()
-            forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

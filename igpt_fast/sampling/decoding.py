@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.draws import Sampling
-from igpt_fast.engines.choice import make_decoder
-from igpt_fast.engines.cuda.decoder import CudaDecoder
+from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.network import Model
+from igpt_fast.locks import Lock
 from igpt_fast.sampling.rules import Guidance, RandomStreams
 
 StepCallback = Callable[[int, Tensor], None]
@@ -30,14 +30,43 @@ class Drawn:
         tokens: (B, T) int64.
         logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
             context: before guidance, temperature, top-k, top-p and min-p.
+        first: Number of the first row, for errors.
+        each: Rows of an image, for errors.
         engine: Name of the decoder; ``None`` where there was nothing to decode.
         reason: Why it is no faster one, where it is none.
+        known: (B, T) int64 as of ``decode``.
+        given: Pixels that stand before the first position.
     """
 
     tokens: Tensor
     logprobs: Tensor
+    first: int = 0
+    each: int = 1
     engine: str | None = None
     reason: str | None = None
+    known: Tensor | None = None
+    given: int = 0
+
+    def check(self, begin: int, end: int) -> None:
+        """Whether positions begin .. end - 1 come from logits that are numbers; waits for the device.
+
+        Where a logit is NaN or infinite, so is the log-probability of what is drawn. Minus infinity is a number here,
+        as of a colour that a hook forbids: it is never drawn, and where it is given its likelihood is 0.
+
+        Raises:
+            FloatingPointError: One does not; the message has the first image and its first such position.
+        """
+        logprobs = self.logprobs[:, begin:end]
+        wrong = ~logprobs.isfinite()
+        if self.known is not None:
+            wrong &= logprobs.isnan() | (self.known[:, begin:end] < 0)
+        if bool(wrong.any()):
+            row, t = wrong.nonzero()[0].tolist()
+            where = f"image {(self.first + row) // self.each}, position {self.given + begin + t}"
+            raise FloatingPointError(
+                f"the logits are not finite ({where}): the model's weights, or what it computes in its dtype, hold"
+                " NaN or infinity"
+            )
 
 
 def decode(
@@ -51,6 +80,7 @@ def decode(
     known: Tensor | None = None,
     guidance: Guidance | None = None,
     streams: RandomStreams | None = None,
+    first: int = 0,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
@@ -61,19 +91,21 @@ def decode(
             first row come first. They share what is computed of the context.
         sampling: How tokens are drawn.
         callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
-        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``decoders.make_decoder``.
+        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``engines.choice``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
         streams: What ``uniforms`` were made of, where they were: an engine that draws by itself then does.
+        first: Number of the first row, for errors.
 
     Returns:
         The T new tokens of every continuation, (B n, T).
 
     Raises:
         BackendUnavailableError: Nothing here decodes this model in ``dtype``.
+        FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
-    drawn = blank(uniforms)
+    drawn = blank(uniforms, first)
     positions = decoding(
         drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams
     )
@@ -83,10 +115,10 @@ def decode(
     return drawn
 
 
-def blank(uniforms: Tensor) -> Drawn:
+def blank(uniforms: Tensor, first: int = 0, each: int = 1) -> Drawn:
     """Room for as many tokens as there are numbers."""
     shape, device = uniforms.shape, uniforms.device
-    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device))
+    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device), first, each)
 
 
 @torch.no_grad()
@@ -102,68 +134,85 @@ def decoding(
     guidance: Guidance | None = None,
     streams: RandomStreams | None = None,
 ) -> Iterator[int]:
-    """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled."""
+    """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled.
+
+    At the end all are checked. Who looks at them before may have them checked before (``Drawn.check``).
+    """
     check_dtype(dtype)
     batch, steps = uniforms.shape
-    copies = batch // context.shape[0] if batch else 1
     if guidance is not None and guidance.context.shape != context.shape:
         shapes = f"{tuple(guidance.context.shape)}, the guided one {tuple(context.shape)}"
         raise ValueError(f"the context of the guidance has shape {shapes}; want one shape")
     if steps == 0 or batch == 0:
         return
+    copies = batch // context.shape[0]
+    given = None if known is None else known >= 0
+    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
+    drawn.known, drawn.given = known, context.shape[1] - 1
     guided = guidance is not None and guidance.scale != 1.0
     if guidance is not None and guided:
         context = torch.cat([context, guidance.context])
-    given = None if known is None else known >= 0
-    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
-    colours = model.config.n_colours
     with _evaluating(model):
         decoder = make_decoder(model, context.shape[0], context.shape[1] + steps - 1, dtype)
         drawn.engine, drawn.reason = decoder.name, decoder.reason
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
-        if isinstance(decoder, CudaDecoder) and streams is not None and known is None and not guided:
-            yield from _drawn_by(decoder, drawn, logits[:, :colours], streams, sampling)
-            return
-        for t in range(steps):
-            logits = logits[:, :colours]
-            logprobs = torch.log_softmax(logits[:batch].float(), dim=-1)
-            if guidance is not None and guided and not every[t]:
-                without = torch.log_softmax(logits[batch:].float(), dim=-1)
-                logits = without + guidance.scale * (logprobs - without)
-            if known is not None and given is not None and some[t]:
-                token = known[:, t]
-                if not every[t]:
-                    token = torch.where(given[:, t], token, ops.draw(logits, uniforms[:, t], sampling))
-            else:
-                token = ops.draw(logits, uniforms[:, t], sampling)
-            drawn.tokens[:, t] = token
-            drawn.logprobs[:, t] = logprobs.gather(1, token[:, None])[:, 0]
-            yield t
-            if t + 1 < steps:
-                logits = decoder.step(token.repeat(2) if guided else token)
+        free = known is None and not guided
+        source = None if streams is None else (streams.seed, streams.numbers.to(context.device))
+        scale = guidance.scale if guidance is not None else 1.0
+        try:
+            for t in range(steps):
+                logits = logits[:, : model.config.n_colours]
+                if free:
+                    token, logprob = decoder.draw(logits, uniforms[:, t], source, sampling)
+                else:
+                    column = known[:, t] if known is not None and some[t] else None
+                    token, logprob = _constrained(logits, uniforms[:, t], sampling, scale, column, every[t])
+                drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
+                yield t
+                if t + 1 < steps:
+                    logits = decoder.step_drawn() if free else decoder.step(token.repeat(2) if guided else token)
+        except GeneratorExit:  # nobody asks for more
+            keep(decoder)
+            raise
+        keep(decoder)
+    drawn.check(0, steps)
 
 
-def _drawn_by(
-    decoder: CudaDecoder, drawn: Drawn, logits: Tensor, streams: RandomStreams, sampling: Sampling
-) -> Iterator[int]:
-    """The loop of a decoder that draws on its device: numbers, draw and the next input are one kernel."""
-    steps, colours = drawn.tokens.shape[1], logits.shape[1]
-    numbers = streams.numbers.to(logits.device)
-    for t in range(steps):
-        drawn.tokens[:, t], drawn.logprobs[:, t] = decoder.draw(logits, streams.seed, numbers, sampling)
-        yield t
-        if t + 1 < steps:
-            logits = decoder.step_drawn()[:, :colours]
+def _constrained(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, scale: float, known: Tensor | None, every: bool
+) -> tuple[Tensor, Tensor]:
+    """``Decoder.draw`` where tokens are given, or under guidance.
+
+    Args:
+        logits: (B, K); under guidance (2 B, K), those of the other context last.
+        uniform: (B,) numbers.
+        sampling: How the others are drawn.
+        scale: Of the guidance; 1 is none.
+        known: (B,) tokens that are given, -1 where one is drawn; ``None`` where all are.
+        every: Whether all are given.
+    """
+    logprobs = torch.log_softmax(logits[: len(uniform)].float(), dim=-1)
+    if known is not None and every:
+        return known, logprobs.gather(1, known[:, None])[:, 0]
+    if scale != 1.0:
+        without = torch.log_softmax(logits[len(uniform) :].float(), dim=-1)
+        logits = (without + scale * (logprobs - without)).masked_fill(logprobs == -torch.inf, -torch.inf)
+        # That the other context's are not finite shows where they are looked for.
+        logprobs = logprobs.masked_fill(logits.isnan().any(dim=1, keepdim=True), torch.nan)
+    token = ops.draw(logits, uniform, sampling)
+    if known is not None:
+        token = torch.where(known >= 0, known, token)
+    return token, logprobs.gather(1, token[:, None])[:, 0]
 
 
 # Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.
 _users: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-_users_lock = RLock()  # the collector may end an abandoned decoding, which counts, inside of a block
+_users_lock = Lock()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off for the length of a block; on again after the last of the threads that decode with the model."""
     users, counts = _users.setdefault(model, [0]), False
     try:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from igpt_fast import image as images_module
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.image import ImageGPTImageProcessor
 from igpt_fast.image.writing import grid_size
 
@@ -174,7 +174,7 @@ class Generation:
 def pixel_edge(processor: ImageGPTImageProcessor, scale: int | None) -> int:
     """Edge of a pixel in a grid; ``None`` makes an image 128 pixels high or wide."""
     default = max(1, 128 // max(processor.height, processor.width))
-    return default if scale is None else check_count("scale", scale, 64)
+    return default if scale is None else whole_number("scale", scale, 1, 64)
 
 
 def grid_pixels(

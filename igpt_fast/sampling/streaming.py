@@ -97,11 +97,6 @@ class Stream:
         return self._run.engine
 
     @property
-    def engine_reason(self) -> str | None:
-        """Why it is no faster one, where it is none."""
-        return self._run.engine_reason
-
-    @property
     def batch_size(self) -> int:
         """Sequences computed together at most; halved where memory does not suffice."""
         return self._run.batches.size
@@ -163,9 +158,12 @@ class Stream:
             "batch_size": self.batch_size,
             "device": str(self._model.device),
             "engine": self.engine,
+            **({} if self._run.engine_reason is None else {"engine_reason": self._run.engine_reason}),
             "dtype": dtype,
         }
-        return self._request.described() | drawn
+        reason = self._run.engine_reason
+        why = {} if reason is None else {"engine_reason": reason}
+        return self._request.described() | drawn | why
 
 
 def _read(request: Request, processor: ImageGPTImageProcessor) -> tuple[list[Image.Image], Tensor]:
@@ -226,7 +224,7 @@ class _Run:
         streams = request.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms)
+        drawn = blank(uniforms, start, request.candidates)
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
@@ -237,6 +235,7 @@ class _Run:
             end = first + t + 1
             if request.candidates == 1 and end % width == 0:
                 begin = max(first, end - width)
+                drawn.check(begin - first, end - first)
                 tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                 yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()

@@ -19,10 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from igpt_fast import ImageGPTForCausalImageModeling, backend, ops, reference
 from igpt_fast.draws import Sampling
-from igpt_fast.engines import memory
-from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines import choice, memory
+from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
-from igpt_fast.engines.cuda import idle as idle_module
 from igpt_fast.engines.cuda import step as cuda_step
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
 from igpt_fast.engines.reference import ReferenceDecoder
@@ -122,10 +121,11 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
     streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
     draw = CudaDecoder.draw
-    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    noted = lambda *args, **more: (calls.append(args[3] is not None), draw(*args, **more))[1]  # noqa: E731
+    monkeypatch.setattr(CudaDecoder, "draw", noted)
     sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
     drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
-    assert len(calls) == (12 if by_itself else 0)
+    assert calls == [by_itself] * 12
     with backend.use_backend("reference"):
         expected = generation.decode(model, context, uniforms, sampling, streams=streams)
     assert torch.equal(drawn.tokens, expected.tokens)
@@ -135,17 +135,18 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
 def test_generate_draws_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With numbers of streams from the first pixel on, and greedily; another generator's come from the host."""
     model = make(device, torch.float32)
-    calls: list[int] = []
+    calls: list[bool] = []
     draw = CudaDecoder.draw
-    monkeypatch.setattr(CudaDecoder, "draw", lambda *args, **more: (calls.append(1), draw(*args, **more))[1])
+    noted = lambda *args, **more: (calls.append(args[3] is not None), draw(*args, **more))[1]  # noqa: E731
+    monkeypatch.setattr(CudaDecoder, "draw", noted)
     for options, drawn in (
-        ({"do_sample": True, "seed": 3, "num_return_sequences": 3}, 6),
-        ({}, 6),
-        ({"do_sample": True, "generator": torch.Generator().manual_seed(1)}, 0),
+        ({"do_sample": True, "seed": 3, "num_return_sequences": 3}, True),
+        ({}, True),
+        ({"do_sample": True, "generator": torch.Generator().manual_seed(1)}, False),
     ):
         calls.clear()
         with_it = model.generate(max_new_tokens=6, **options)
-        assert len(calls) == drawn
+        assert calls == [drawn] * 6
         if "generator" in options:
             options["generator"].manual_seed(1)
         with backend.use_backend("reference"):
@@ -165,13 +166,14 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
     decoder.fork(copies)
     other.fork(copies)
     for position in range(4, length + 1):
-        drawn, logprobs = decoder.draw(logits[:, :37], seed, streams, Sampling(**settings))
         uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
+        drawn, logprobs = decoder.draw(logits[:, :37], torch.zeros_like(uniform), (seed, streams), Sampling(**settings))
         assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
         expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
         torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-5)
         if position < length:
             logits = decoder.step_drawn()
+            assert torch.equal(other.draw(logits[:, :37], uniform)[0], ops.sample(logits[:, :37], uniform))
             assert torch.equal(logits, other.step(drawn))
     with pytest.raises(ValueError, match="10 positions do not fit into capacity=9"):
         decoder.step(drawn)
@@ -184,7 +186,7 @@ def test_misuse(device: str) -> None:
     for call, message in (
         (lambda: CudaDecoder(model, 1, 71), r"capacity is 71; want 1\.\.70"),
         (lambda: decoder.step(ids[:, 0]), "nothing has been read"),
-        (lambda: decoder.draw(torch.zeros(2, 40), 0, ids[:, 0]), "nothing has been read"),
+        (lambda: decoder.draw(torch.zeros(2, 40), torch.zeros(2)), "nothing has been read"),
         (lambda: decoder.fork(2), "nothing has been read"),
         (lambda: decoder.prefill(ids), "5 positions do not fit into capacity=4"),
         (lambda: decoder.prefill(ids[0]), r"tokens is \(5,\); want \(2, T\)"),
@@ -200,7 +202,7 @@ def test_misuse(device: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    decoder.draw(decoder.step(ids[:, 2]), 0, ids[:, 0])
+    decoder.draw(decoder.step(ids[:, 2]), torch.zeros(2), (0, ids[:, 0]))
     decoder.fork(2)
     for call, message in ((lambda: decoder.fork(1), "forked before"), (decoder.step_drawn, "nothing was drawn")):
         with pytest.raises(ValueError, match=message):
@@ -252,27 +254,52 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+def again(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
+    """What generation's decoder reads, which it leaves to the model's next images."""
+    decoder = make_decoder(model, len(ids) // copies, ids.shape[1])
+    logits = read(decoder, ids, primer, copies)
+    keep(decoder)
+    return logits
+
+
 def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next decoder of its kind, which sees nothing of what was there; else it goes, and large ones at once."""
+    """By the next images of these sizes, which see nothing of what was there; else it goes, and large ones at once."""
     model = make(device)
     ids = shared(1, 3, 12, 5, model.config).to(device)
-    first = read(CudaDecoder(model, 1, 12), ids, 5, 3)
-    other = read(CudaDecoder(model, 1, 12), ids.flip(1), 5, 3)
-    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), first)
-    assert torch.equal(read(CudaDecoder(model, 1, 12), ids.flip(1), 5, 3), other)
+    first, other = (read(CudaDecoder(model, 1, 12), part, 5, 3) for part in (ids, ids.flip(1)))
+    made.clear()
+    for _ in range(2):
+        assert torch.equal(again(model, ids, 5, 3), first)
+        assert torch.equal(again(model, ids.flip(1), 5, 3), other)
     assert made == [3]
-    read(CudaDecoder(model, 3, 12), ids, 5)
+    again(model, ids, 5)
     assert made == [3, 3]  # without a primer to share
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
-    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 2 * first)
+    assert torch.equal(again(model, ids, 5, 3), 2 * first)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2.0)
-    assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 4 * first)
+    assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3]
     monkeypatch.setattr(cuda_decoder, "KEPT_BYTES", 0)
     for _ in range(2):
-        assert torch.equal(read(CudaDecoder(model, 1, 12), ids, 5, 3), 4 * first)
+        assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3, 3]
+    assert choice.kept_bytes(model) == 0
+
+
+def test_what_is_kept_has_one_owner(device: str, made: list[int]) -> None:
+    """Whoever decodes takes it out, another one meanwhile has its own, and another kind of decoder drops it."""
+    model = make(device)
+    ids = tokens(model.config, 2, 6).to(device)
+    again(model, ids, 3)
+    one, two = (make_decoder(model, 2, 6) for _ in range(2))
+    assert torch.equal(read(one, ids, 3), read(two, ids, 3))
+    assert made == [2, 2]
+    keep(one)
+    assert choice.kept_bytes(model) > 0
+    model.transformer.register_forward_hook(lambda *_: None)
+    assert make_decoder(model, 2, 6).name == "reference"
+    assert choice.kept_bytes(model) == 0
 
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
@@ -299,23 +326,22 @@ def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypa
     first, second = (pipeline.sample(8, seed=1) for _ in range(2))
     assert made == [8]
     assert torch.equal(first.tokens, second.tokens)
-    idle = idle_module.idle_bytes(pipeline.model)
-    assert idle == 8 * memory.cache_bytes(pipeline.model)
+    kept = choice.kept_bytes(pipeline.model)
+    assert kept == 8 * memory.cache_bytes(pipeline.model)
     plans = []
-    for there in (idle, 0):
+    for there in (kept, 0):
         with monkeypatch.context() as patch:
             as_on_a_gpu(patch, (1 << 30) - there)
             plans.append(memory.most_images(pipeline.model))
-        idle_module.forget()
+        choice._kept.clear()
     assert plans[0] == plans[1]
-    assert idle_module.idle_bytes(pipeline.model) == 0
 
 
 def test_a_step_that_is_kept_keeps_no_weights(device: str) -> None:
     model = make(device)
     ids = tokens(model.config, 2, 6).to(device)
-    read(CudaDecoder(model, 2, 6), ids, 3)
-    assert idle_module.idle_bytes(model) > 0
+    again(model, ids, 3)
+    assert choice.kept_bytes(model) > 0
     weights = StorageWeakRef(model.transformer.h[0].mlp.c_fc.weight.untyped_storage())
     model.float()
     assert weights.expired()
@@ -325,7 +351,7 @@ def test_a_step_that_is_kept_is_of_the_weights_as_they_are(device: str, made: li
     """The same memory read in another order is another network, for a graph has the strides."""
     model = make(device)
     ids = tokens(model.config, 2, 6).to(device)
-    read(CudaDecoder(model, 2, 6), ids, 3)
+    again(model, ids, 3)
     weight = model.transformer.h[0].attn.c_proj.weight
     weight.data = weight.data.T
     assert_reads(model, ids, 3)
@@ -395,7 +421,6 @@ def test_the_plan_of_memory_holds() -> None:
     model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=8, vocab_size=513)
     ids = tokens(model.config, 16, 516).cuda()
     for primer, copies in ((1, 1), (512, 1), (512, 4)):
-        idle_module.forget()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -406,7 +431,6 @@ def test_the_plan_of_memory_holds() -> None:
         planned = 16 * memory.image_bytes(model, None, primer, copies) + memory.WORKSPACE_BYTES
         assert 16 * memory.cache_bytes(model, None, primer, copies) <= used <= planned, (primer, copies)
         del decoder
-        idle_module.forget()
         gc.collect()
         assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
 
@@ -435,7 +459,7 @@ class Captures:
     Attributes:
         pools: Of each capture.
         waits: Which stream waited for which.
-        decoders: Each one, weakly, and the bytes of an idle step when it was made.
+        decoders: Each one, weakly.
         fails: Where a step of more than ``most`` rows fails, for want of memory: "before", "inside", or "at the end" of
             its capture.
     """
@@ -443,7 +467,7 @@ class Captures:
     def __init__(self) -> None:
         self.pools: list[object] = []
         self.waits: list[tuple[str, str]] = []
-        self.decoders: list[tuple[weakref.ref[CudaDecoder], int]] = []
+        self.decoders: list[weakref.ref[CudaDecoder]] = []
         self.fails, self.most = "", 99
         self._inside = False
         self._last: tuple[cuda_step.CudaStep, int, Tensor] | None = None
@@ -478,7 +502,7 @@ class Captures:
         def made(decoder: CudaDecoder, *arguments: object, graphs: bool = True) -> None:
             init(decoder, *arguments)  # type: ignore[arg-type]
             decoder._options = (graphs, True)
-            captures.decoders.append((weakref.ref(decoder), idle_module.idle_bytes(decoder.model)))
+            captures.decoders.append(weakref.ref(decoder))
 
         def stream(name: str) -> types.SimpleNamespace:
             return types.SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
@@ -508,12 +532,14 @@ def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int)
     ids = shared(1, copies, 70, primer, model.config)
     expected = read(CudaDecoder(model, 1, 70, graphs=False), ids, primer, copies)
     results = []
+    decoder = CudaDecoder(model, 1, 70)
     for _ in range(2):
-        decoder = CudaDecoder(model, 1, 70)
         results.append(read(decoder, ids, primer, copies))
-    assert decoder._step is not None
-    assert captures.pools == [None, (0, 1)], "a second decoder captures nothing, and graphs share a pool"
-    assert list(decoder._step._graphs or ()) == decoder._step._limits
+        decoder.rest()
+        decoder.start(model, 1, 70)
+    assert decoder._spare is not None
+    assert captures.pools == [None, (0, 1)], "a second start captures nothing, and graphs share a pool"
+    assert list(decoder._spare._graphs or ()) == decoder._spare._limits
     assert all(torch.equal(result, expected) for result in results)
 
 
@@ -526,16 +552,15 @@ def test_out_of_memory_at_a_capture(captures: Captures, where: str, monkeypatch:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            note = lambda *_: left.extend(decoder() for decoder, _ in captures.decoders)  # noqa: E731
+            note = lambda *_: left.extend(decoder() for decoder in captures.decoders)  # noqa: E731
             monkeypatch.setattr(warnings, "showwarning", note)
             drawn = model.generate(max_new_tokens=3, do_sample=True, seed=1, num_return_sequences=2)
     finally:
         gc.enable()
     assert drawn.shape == (2, 4)
     assert left == [None]
-    assert [idle for _, idle in captures.decoders][:2] == [0, 0]
-    assert len(captures.decoders) == 3
-    assert captures.waits == [("capturing", "here"), ("here", "capturing")] * 2  # the third decoder captures nothing
+    assert len(captures.decoders) == 2
+    assert captures.waits == [("capturing", "here"), ("here", "capturing")] * 2  # the third batch captures nothing
 
 
 @pytest.mark.gpu
@@ -572,14 +597,14 @@ def test_drawing_does_not_wait() -> None:
     model = make("cuda", n_positions=300, n_embd=128)
     decoder = CudaDecoder(model, 4, 300)
     logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
-    streams = torch.arange(4, device="cuda")
+    streams, numbers = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda")
     for _ in range(2):
-        tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
+        tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
         logits = decoder.step_drawn()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            tokens, _ = decoder.draw(logits, 3, streams, Sampling(top_k=5))
+            tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
             logits = decoder.step_drawn()
             logits = decoder.step(tokens)
     finally:

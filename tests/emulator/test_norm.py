@@ -64,5 +64,5 @@ def test_sizes_that_it_does_not_take(kernels: Kernels, n: int) -> None:
     x, weight = torch.zeros(1, n, device=kernels.device), torch.ones(n, device=kernels.device)
     with pytest.raises(RuntimeError, match="norm_fwd: CUDA error: invalid argument"):
         kernels.norm_fwd(x, weight, 1e-5, None)
-    with pytest.raises(RuntimeError, match="norm_fwd: CUDA error: invalid argument"):
+    with pytest.raises(RuntimeError, match="norm_bwd: CUDA error: invalid argument"):
         kernels.norm_bwd(x, None, x, weight, 1e-5, centred=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,3 +179,19 @@ def test_static_cache_is_reordered_in_place() -> None:
             assert torch.equal(found[i], torch.cat([pairs[layer][i][[2, 0, 0]], new[i]], dim=2))
     with pytest.raises(ValueError, match=r"made for batch 3, got \(2,\) indices"):
         cache.reorder_cache(torch.tensor([0, 1]))
+
+
+OLD = """
+import torch, warnings
+register = torch.export.register_dataclass
+torch.export.register_dataclass = lambda *args, **more: (warnings.warn("old", FutureWarning), register(*args, **more))
+import igpt_fast
+igpt_fast.Pipeline
+"""
+
+
+@pytest.mark.parametrize("program", ["import igpt_fast; igpt_fast.Pipeline", OLD], ids=["this torch", "torch 2.6"])
+def test_loading_warns_of_nothing(program: str) -> None:
+    """Nor where torch warns of what it calls itself, as 2.6 does."""
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")

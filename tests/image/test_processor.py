@@ -294,8 +294,15 @@ BAD = [
     ("clusters", [[0.0, 0.0]]),
     ("clusters", "clusters.npy"),
     ("clusters", {}),
+    ("clusters", [[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]]),
+    ("device", 10**300),
+    ("device", "x" * 400_000),
+    ("resample", 10**300),
+    ("size", {"\x1b" * 400_000: 1}),
+    ("data_format", "\n" * 400_000),
     ("image_processor_type", "CLIPImageProcessor"),
     ("image_processor_type", 3),
+    ("image_processor_type", "\x1b" * 400_000),
 ]
 
 

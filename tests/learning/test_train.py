@@ -24,6 +24,7 @@ from igpt_fast.learning.baselines import lookup_table_nats
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import evaluate
 from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.output import Output
 from igpt_fast.learning.run import run
 from igpt_fast.learning.schedule import batch_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
@@ -307,6 +308,17 @@ def test_resume_after_a_kill_while_writing(tiny: TokenData, tmp_path: Path) -> N
     assert_same_state(tmp_path / "straight", killed)
     assert records(tmp_path / "straight") == records(killed)
     assert sorted(path.name for path in killed.iterdir()) == ["log.jsonl", "train.pt"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "seconds": 1e999}', '{"step": 2, "seconds": ' + "9" * 400 + "}", "[" * 9999, '{"step": true}', "x"],
+)
+def test_a_log_is_kept_up_to_the_first_line_that_is_no_record(tmp_path: Path, line: str) -> None:
+    good = '{"step": 1, "seconds": 2.5}\n'
+    (tmp_path / "log.jsonl").write_text(good + line + "\n" + good)
+    assert Output(tmp_path, ()).resume(5) == 2.5
+    assert (tmp_path / "log.jsonl").read_text() == good
 
 
 def test_a_failing_write_keeps_the_old_checkpoint(

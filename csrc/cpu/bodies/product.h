@@ -239,7 +239,13 @@ struct Int8Floats {
     }
 };
 
-using Int8 = Choice<kBytes, Int8Bytes, Int8Floats>::Type;
+constexpr auto int8_format() {
+    if constexpr (kBytes)
+        return Int8Bytes{};
+    else
+        return Int8Floats{};
+}
+using Int8 = decltype(int8_format());
 
 // A piece of any number of registers up to 4.
 template <class F, int R>

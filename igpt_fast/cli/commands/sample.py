@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from igpt_fast import processes
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.cli import checks
 from igpt_fast.cli.checks import Paths
 from igpt_fast.cli.draw import options, sharding
@@ -40,7 +40,7 @@ def sample(
         json: Print one JSON object.
     """
     with checks.as_usage():
-        check_count("n", n, MAX_IMAGES)
+        whole_number("n", n, 1, MAX_IMAGES)
     classes = options.labels(drawing.label, n)
     names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names, columns)
@@ -51,7 +51,8 @@ def sample(
         pipeline = load_pipeline(drawing, processes.local_rank())
         with checks.as_usage():  # before anything is computed
             request = pipeline.request(n, labels=classes, **drawing.requested(world))
-        run(Job("sample", request, exports, {"model": drawing.model or "bundled"}), pipeline, drawing, world, json=json)
+        values = {"model": drawing.model or "bundled"}
+        run(Job("sample", request, exports, values, json), pipeline, drawing, world)
 
 
 def complete(
@@ -83,7 +84,7 @@ def complete(
     """
     checks.check_images(images)
     with checks.as_usage():
-        check_count("n", n, MAX_IMAGES)
+        whole_number("n", n, 1, MAX_IMAGES)
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
@@ -100,4 +101,4 @@ def complete(
         values |= {"inputs": list(map(str, images)), "mask": mask and str(mask)}
         if world.first and files.sidecar is not None:
             values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
-        run(Job("complete", request, exports, values), pipeline, drawing, world, json=json)
+        run(Job("complete", request, exports, values, json), pipeline, drawing, world)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from igpt_fast.cli import checks, terminal
@@ -38,12 +38,14 @@ class Job:
         request: All of it; every process draws its part.
         exports: Where they go.
         values: For sidecar and report: what is not known from the images.
+        json: Whether the report is one JSON object.
     """
 
     command: str
     request: Request
     exports: Exports
     values: dict[str, Any]
+    json: bool = False
 
     @property
     def total(self) -> int:
@@ -67,7 +69,7 @@ def load_pipeline(drawing: DrawOptions, local_rank: int | None) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
-def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World, *, json: bool) -> None:
+def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> None:
     """Draws a job, with the other processes if there are some; the first one writes and reports.
 
     Raises:
@@ -94,7 +96,7 @@ def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World, *, jso
                 which = [number for numbers, _ in finished for number in numbers]
                 if preview is not None and not interrupted:
                     preview.finish(_pixels(whole))
-                _save(job, whole, which, pipeline, world, seconds, json, interrupted)
+                _save(job, whole, which, pipeline, world, seconds, interrupted)
             else:
                 terminal.say("igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often")
     if interrupted:
@@ -120,24 +122,17 @@ def _follow(
 
 
 def _save(
-    job: Job,
-    generation: Generation,
-    which: Sequence[int],
-    pipeline: Pipeline,
-    world: World,
-    seconds: float,
-    json: bool,
-    interrupted: bool,
+    job: Job, generation: Generation, which: list[int], pipeline: Pipeline, world: World, seconds: float, stopped: bool
 ) -> None:
     import torch
 
     from igpt_fast import __version__
 
-    height, width = generation.processor.height, generation.processor.width
+    size = [generation.processor.height, generation.processor.width]
     nats = -float(torch.nanmean(generation.logprobs))
     values = {
         "images": len(generation),
-        "size": [height, width],
+        "size": size,
         "seed": generation.seed,
         **generation.settings,
         "labels": None if generation.labels is None else generation.labels.tolist(),
@@ -145,7 +140,7 @@ def _save(
         "processes": world.size,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(generation) / seconds, 3) if seconds else None,
-        "interrupted": interrupted,
+        "interrupted": stopped,
     }
     if job.request.images is not None:
         counts = collections.Counter(number // job.request.n for number in which)
@@ -159,16 +154,16 @@ def _save(
         names = job.exports.write(generation, which, details)
     except BaseException as error:  # be it a second Ctrl-C: hours of work may be in it
         said = f"{terminal.reason(error)}; {job.exports.rescue(generation)}"
-        if isinstance(error, Exception) and not interrupted:
+        if isinstance(error, Exception) and not stopped:
             raise RuntimeError(said) from error
         terminal.say(f"igpt: the finished images cannot be saved: {said}")
         if not isinstance(error, Exception):
             raise
         return
     terminal.report(
-        json,
+        job.json,
         names | values,
-        f"{names['out']}: {len(generation)} images of {height}x{width}, seed {generation.seed}, {seconds:.1f} s"
+        f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
         f" ({values['images_per_second']} images/s, {values['engine']})",
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from igpt_fast.checks import check_count
+from igpt_fast.checks import whole_number
 from igpt_fast.cli.checks import UsageError
 from igpt_fast.draws import PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.files import shown
@@ -68,7 +68,7 @@ class DrawOptions:
         if self.seed is not None:
             check_seed(self.seed)
         if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
+            whole_number("batch_size", self.batch_size)
 
     def requested(self, world: World) -> dict[str, Any]:
         """The keywords of ``Pipeline.request``, but for the labels. A seed that is not given is drawn, one for all."""

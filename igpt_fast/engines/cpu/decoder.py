@@ -8,13 +8,13 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
-from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Model, weights_of, why_not_modules, why_not_settings
+from igpt_fast.engines.decoder import Decoder, PositionBytes, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.network import Model, why_not_head, why_not_modules
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class CpuDecoder:
+class CpuDecoder(Decoder):
     """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
 
     The weights are packed for a model's first decoder, and again for the first after a change of them; what changes
@@ -26,30 +26,19 @@ class CpuDecoder:
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
       and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
 
-    A primer is read by the model's forward pass (``forwards``), in the model's own dtype and from its weights, not
-    the int8 ones. As many threads compute as torch is set to.
-
-    Args:
-        model: The model, on the CPU; in eval mode.
-        batch_size: Images decoded together.
-        capacity: Positions that will be read at most, ``n_positions`` or fewer.
-        dtype: ``None`` for the model's, or ``"int8"``.
-
-    Raises:
-        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
-        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+    A primer is read by the model's forward pass (``forward``), in the model's own dtype and from its weights, not
+    the int8 ones. As many threads compute as torch is set to. Arguments and errors as of ``Decoder``.
     """
 
-    name, reason = "cpu", None
+    name = "cpu"
 
-    def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+    def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        """See ``Decoder.start``."""
         check_capacity(capacity, model.config.n_positions)
         if reason := why_not_cpu(model, dtype):
             raise backend.BackendUnavailableError(f"decoder: {reason}")
         assert backend._C is not None
-        self.model = model
-        self.batch_size = batch_size
-        self.capacity = capacity
+        self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = dtype or str(model.dtype).removeprefix("torch.")
         self._forked = False
         self._decoder = backend._C.Decoder(
@@ -85,6 +74,13 @@ class CpuDecoder:
         self._decoder.fork(n, torch.get_num_threads())
         self._forked = True
         self.batch_size *= n
+
+    @staticmethod
+    def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
+        """See ``Decoder.position_bytes``. In int8 each head has two scales and a sum."""
+        config = model.config
+        own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else Decoder.position_bytes(model, dtype).own
+        return PositionBytes(own, own)
 
     def _check_room(self, count: int) -> None:
         end = self._decoder.position + count
@@ -126,11 +122,4 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
-    if reason := why_not_shape(model.config) or why_not_modules(model):
-        return reason
-    if model.lm_head.bias is not None:
-        return "lm_head has a bias"
-    head, config = model.lm_head.weight, model.config
-    if head.shape != (config.vocab_size - 1, config.n_embd):
-        return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
-    return why_not_settings(model.transformer, weights_of(model.transformer))
+    return why_not_shape(model.config) or why_not_modules(model) or why_not_head(model)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from igpt_fast import backend
 from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
-from igpt_fast.engines.network import Body, weights_of, why_not_modules, why_not_settings
+from igpt_fast.engines.network import Body, Weights, why_not_modules, why_not_settings
 from igpt_fast.ops.dispatch import address, is_plain
 
 
@@ -84,8 +84,8 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
         return "the network is in training mode"
     if reason := why_not_shape(model.config) or why_not_modules(model, around=False):
         return reason
-    weights = weights_of(model)
-    return why_not_settings(model, weights) or _why_not_weights(weights)
+    weights = Weights.of(model)
+    return why_not_settings(model, weights) or _why_not_weights(weights.each())
 
 
 def _why_not_weights(weights: list[Any]) -> str | None:

@@ -5,10 +5,8 @@ Kept beside the model, not in it: copies, pickles and state dicts know nothing o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable
-from threading import Lock
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 
 from igpt_fast import backend
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.engines.network import Body
+from igpt_fast.engines.network import Body, Layer, Weights, blocks_of
+from igpt_fast.locks import Lock
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
 
@@ -32,18 +31,8 @@ _kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 _lock = Lock()
 
 
-def _renew_lock() -> None:
-    """Another thread's, which a forked child does not have, would stay locked."""
-    global _lock
-    _lock = Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 def packed(
-    model: nn.Module, purpose: Hashable, settings: Hashable, pack: Callable[[], Any], others: dict[str, Tensor]
+    model: Any, purpose: Hashable, settings: Hashable, pack: Callable[[], Any], others: dict[str, Tensor]
 ) -> Any:
     """The result of ``pack()``, kept for the next call.
 
@@ -91,17 +80,15 @@ def _span(tensor: Tensor) -> int:
 
 # As csrc/cpu/format.h numbers them.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-ACTIVATIONS = {name: ACTIVATION_NUMBERS[op] for name, op in KERNELS.items()}
 
 
 def why_not_shape(config: ImageGPTConfig) -> str | None:
     """Why the compiled module's kernels do not take a model's sizes; ``None`` when they do."""
-    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-    if config.activation_function not in ACTIVATIONS:
-        return f"activation_function is {config.activation_function!r}; want {', '.join(ACTIVATIONS)}"
+    if config.activation_function not in KERNELS:
+        return f"activation_function is {config.activation_function!r}; want {', '.join(KERNELS)}"
     if config.head_dim % 8 or config.head_dim > 256:
         return f"head_dim is {config.head_dim}; want a multiple of 8, 256 at most"
-    for name, value, multiple in (("n_embd", config.n_embd, 16), ("n_inner", inner, 8)):
+    for name, value, multiple in (("n_embd", config.n_embd, 16), ("n_inner", config.inner, 8)):
         if value % multiple or value > 65536:
             return f"{name} is {value}; want a multiple of {multiple}, 65536 at most"
     return None
@@ -110,9 +97,9 @@ def why_not_shape(config: ImageGPTConfig) -> str | None:
 def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
     """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
 
-    One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
+    One that was made with a head serves where none is wanted, so decoders and the forward pass share it.
     """
-    scales = tuple(block.attn.scale for block in cast("list[Any]", body.h))
+    scales = tuple(block.attn.scale for block in blocks_of(body))
     settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
     others = {} if head is None else {"head": head}
     return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
@@ -121,17 +108,16 @@ def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
 def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
-    config, threads = body.config, torch.get_num_threads()
-    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+    config, threads, found = body.config, torch.get_num_threads(), Weights.of(body)
     weights = backend._C.DecoderWeights(
         layers=config.n_layer,
         embd=config.n_embd,
         heads=config.n_head,
-        inner=inner,
+        inner=config.inner,
         positions=config.n_positions,
         vocab=config.vocab_size,
         eps=config.layer_norm_epsilon,
-        activation=ACTIVATIONS[config.activation_function],
+        activation=ACTIVATION_NUMBERS[KERNELS[config.activation_function]],
         format=_FORMATS[dtype],
     )
     kept: list[Tensor] = []  # temporary copies, until the module has read them
@@ -147,30 +133,16 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
     weights.set_tables(
-        wte=vector(body.wte.weight),
-        wpe=vector(body.wpe.weight),
-        norm=vector(body.ln_f.weight),
+        wte=vector(found.wte),
+        wpe=vector(found.wpe),
+        norm=vector(found.ln_f),
         head=(0, False, 0, 0) if head is None else matrix(head, transposed=True),
         threads=threads,
     )
-    for i, block in enumerate(cast("list[Any]", body.h)):
+    for i, (layer, block) in enumerate(zip(found.layers, blocks_of(body), strict=True)):
         kept.clear()
-        attn, mlp = block.attn, block.mlp
-        weights.set_layer(
-            layer=i,
-            norm_1=vector(block.ln_1.weight),
-            norm_2=vector(block.ln_2.weight),
-            qkv=matrix(attn.c_attn.weight),
-            qkv_bias=vector(attn.c_attn.bias),
-            proj=matrix(attn.c_proj.weight),
-            proj_bias=vector(attn.c_proj.bias),
-            fc=matrix(mlp.c_fc.weight),
-            fc_bias=vector(mlp.c_fc.bias),
-            fc_proj=matrix(mlp.c_proj.weight),
-            fc_proj_bias=vector(mlp.c_proj.bias),
-            scale=attn.scale,
-            threads=threads,
-        )
+        parts = Layer(*(vector(part) if part.ndim == 1 else matrix(part) for part in layer))
+        weights.set_layer(layer=i, **parts._asdict(), scale=block.attn.scale, threads=threads)
     return weights
 
 

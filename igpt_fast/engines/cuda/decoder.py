@@ -1,12 +1,11 @@
 """The decode step of the CUDA kernels: a static cache, CUDA graphs, tokens drawn on the device.
 
-The step itself, and how it is captured: cuda_step.py. Nothing here waits for the device but a capture, which a step has
+The step itself, and how it is captured: step.py. Nothing here waits for the device but a capture, which a step has
 at its first position and where attention is launched in another way.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -15,18 +14,18 @@ from torch import Tensor
 from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.cuda.idle import give, take
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Model, Network, weights_of, why_not_modules, why_not_settings
+from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.attention_decode import HEAD_DIMS, dequantize_values
+from igpt_fast.ops.attention_decode import dequantize_values
+from igpt_fast.ops.dispatch import HEAD_DIMS
 
-# A step with caches of more bytes is not kept for the next decoder: capturing is little beside its work.
+# A step with caches of more bytes is not kept for the next images.
 KEPT_BYTES = 1 << 28
 
 
-class CudaDecoder:
+class CudaDecoder(Decoder):
     """The CUDA kernels' decode step, captured in CUDA graphs.
 
     Up to 8 images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused
@@ -40,19 +39,15 @@ class CudaDecoder:
     those that continuations share stay in the model's dtype.
 
     Args:
-        model: The model, on a CUDA device; in eval mode.
-        batch_size: Images decoded together.
-        capacity: Positions that will be read at most, ``n_positions`` or fewer.
-        dtype: ``None``: the model's; or ``"fp8_values"``.
+        model, batch_size, capacity, dtype: As of ``Decoder``.
         graphs: Capture each step in a CUDA graph. Not on the emulator, which has none.
         dependent: Let a kernel begin while the one before ends, where the kernels are built for sm_90 or later.
 
     Raises:
-        BackendUnavailableError: The model, or this machine, is not covered; the message says why.
-        ValueError: ``capacity`` exceeds ``n_positions``, or an unknown ``dtype``.
+        BackendUnavailableError, ValueError: As ``Decoder``.
     """
 
-    name, reason = "cuda", None
+    name = "cuda"
 
     def __init__(
         self,
@@ -64,23 +59,38 @@ class CudaDecoder:
         graphs: bool = True,
         dependent: bool = True,
     ) -> None:
+        self._options = (graphs and model.device.type == "cuda", dependent)
+        self._spare: CudaStep | None = None  # of images before, and what it is for
+        self._key: Any = None
+        super().__init__(model, batch_size, capacity, dtype)
+
+    def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
+        """See ``Decoder.start``. Where the sizes, the stream and the place of the weights are as before, the graphs of
+        the images before are those of the next ones; else they go with their memory.
+        """
         check_capacity(capacity, model.config.n_positions)
         if reason := why_not_cuda(model, dtype):
             raise backend.BackendUnavailableError(f"decoder: {reason}")
-        self.model = model
-        self.batch_size = batch_size
-        self.capacity = capacity
+        self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = dtype or str(model.dtype).removeprefix("torch.")
-        self._scaled = dtype == "fp8_values"
         self._network = Network(model)
-        self._options = (graphs and model.device.type == "cuda", dependent)
         self._position = 0  # tokens read
         self._forked = False
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
         self._own = 0  # position in its caches
-        self._key: Any = None
         self._drawn = False  # whether the step's input is what ``draw`` drew
+
+    def rest(self) -> int:
+        """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
+        step, self._spare = self._step or self._spare, None
+        self._step = self._primer = self._next = None
+        del self.model, self._network  # the weights may go, or be others in the same place
+        if step is None or step.bytes > KEPT_BYTES:
+            return 0
+        del step.network
+        self._spare = step
+        return step.bytes
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
@@ -105,46 +115,36 @@ class CudaDecoder:
         step.x += net.wpe[self._position]
         return self._advance(step).clone()
 
-    def draw(self, logits: Tensor, seed: int, streams: Tensor, sampling: Sampling = PLAIN) -> tuple[Tensor, Tensor]:
-        """Draws the tokens that follow, and makes of them the input of ``step_drawn``: no wait, no copy by the host.
-
-        The number of an image is that of ``reference.uniform`` for the seed, its stream and the token's index in the
-        image, the tokens that the decoder has read less SOS.
-
-        Args:
-            logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
-            seed, streams: As ``ops.sample_next`` takes them.
-            sampling: How they are drawn.
-
-        Returns:
-            (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits, before the settings.
+    def draw(
+        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Decoder.draw``. Of streams, numbers, draw and the next step's input are one kernel: no wait, no copy by
+        the host.
 
         Raises:
             ValueError: Nothing was read, or an argument out of its range.
         """
         if self._position == 0:
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
+        if streams is None:
+            return super().draw(logits, uniform, None, sampling)
         net = self._network
         # The kernel wants the index on the device: where the step's own count stands, it need not come from the host.
         index = torch.full((1,), self._position - 1, dtype=torch.int32, device=net.device)
         if self._position >= self.capacity:  # the last token, which nobody reads
-            tokens, _ = ops.draw_next(logits, seed, streams, index, sampling)
+            tokens, _ = ops.draw_next(logits, *streams, index, sampling)
         else:
             step = self._begin()
-            tokens, following = ops.draw_next(logits, seed, streams, index, sampling, net.wte, net.wpe)
+            tokens, following = ops.draw_next(logits, *streams, index, sampling, net.wte, net.wpe)
             assert following is not None
             step.x.copy_(following)
             self._drawn = True
         return tokens, ops.cross_entropy(logits, tokens, reduction="none").neg_()
 
     def step_drawn(self) -> Tensor:
-        """``step`` of the tokens that ``draw`` has drawn. The logits are in memory that the next step writes to.
-
-        Raises:
-            ValueError: Nothing was drawn since the last step.
-        """
+        """See ``Decoder.step_drawn``."""
         if not self._drawn:
-            raise ValueError("decoder: nothing was drawn since the last step; call draw first")
+            return super().step_drawn()
         self._check_room(1)
         return self._advance(self._begin())
 
@@ -158,7 +158,8 @@ class CudaDecoder:
             if step.scales is not None:
                 values = dequantize_values(values, step.scales[..., read], keys.dtype)
             self._primer = keys, values
-            self._step, self._drawn = None, False
+            self._step = None
+        self._drawn, self._next = False, None
         self.batch_size *= n
 
     def _check_room(self, count: int) -> None:
@@ -186,10 +187,12 @@ class CudaDecoder:
         positions = self.capacity - (self._position if shares else 0)
         stream = torch.cuda.current_stream(net.device) if net.device.type == "cuda" else None
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        self._key = (*shape, self._scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
-        step = take(self.model, self._key, net)
+        scaled = self.dtype == "fp8_values"
+        key = (*shape, scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
+        step, self._spare = self._spare if key == self._key else None, None
         if step is None:
-            step = CudaStep(net, self.batch_size, positions, primer if shares else None, self._scaled, *self._options)
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, scaled, *self._options)
+        step.network, self._key = net, key
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
         return step
@@ -198,13 +201,15 @@ class CudaDecoder:
         logits = step.run(self._own)
         self._own += 1
         self._position += 1
-        self._drawn = False
+        self._drawn, self._next = False, None
         return logits
 
-    def __del__(self) -> None:
-        step = getattr(self, "_step", None)
-        if step is not None and step.bytes <= KEPT_BYTES and not sys.is_finalizing():
-            give(self.model, self._key, step)
+    @staticmethod
+    def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
+        """See ``Decoder.position_bytes``. Values of 8 bits have a scale for each head; a shared primer's have 16."""
+        config, item = model.config, cache_dtype(model).itemsize
+        own = config.n_embd * (item + 1) + 4 * config.n_head if dtype == "fp8_values" else 2 * config.n_embd * item
+        return PositionBytes(own, 2 * config.n_embd * item if model.dtype in FUSED_DTYPES else None)
 
 
 def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
@@ -228,21 +233,13 @@ def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return "the weights are on several devices"
     config = model.config
-    inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     if config.activation_function not in KERNELS:
         return f"activation_function is {config.activation_function!r}; want {', '.join(KERNELS)}"
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim is {config.head_dim}; want {', '.join(map(str, HEAD_DIMS))}"
-    if config.n_embd % 8 or inner % 8:
-        return f"n_embd is {config.n_embd}, n_inner {inner}; want multiples of 8"
-    if reason := why_not_modules(model):
-        return reason
-    if model.lm_head.bias is not None:
-        return "lm_head has a bias"
-    head = model.lm_head.weight
-    if head.shape != (config.vocab_size - 1, config.n_embd):
-        return f"lm_head is {tuple(head.shape)}; the configuration says {(config.vocab_size - 1, config.n_embd)}"
-    return why_not_settings(model.transformer, weights_of(model.transformer))
+    if config.n_embd % 8 or config.inner % 8:
+        return f"n_embd is {config.n_embd}, n_inner {config.inner}; want multiples of 8"
+    return why_not_modules(model) or why_not_head(model)
 
 
 def no_cuda_decoder(device: torch.device) -> str | None:

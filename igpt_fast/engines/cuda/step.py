@@ -9,7 +9,7 @@ split depends on the rows and on the largest position, and short caches shall no
 captured when its first position comes, after a run that loads kernels and workspaces, on a stream of its own, into one
 pool of memory for all graphs of a step: they run one after another, and what lasts, the logits, is held.
 
-A step that is no longer used is kept for the next decoder of the same model and sizes, which then captures nothing.
+A step serves the next images of the same model and sizes, for which then nothing is captured (``CudaDecoder.start``).
 
 Source: PyTorch's notes on CUDA graphs; programmatic dependent launch: CUDA C++ Programming Guide.
 """
@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from igpt_fast import backend, ops
 from igpt_fast.engines.network import Network
+from igpt_fast.locks import Lock
 from igpt_fast.ops.attention_decode import quantize_values
-
-if TYPE_CHECKING:
-    pass
 
 FUSED_ROWS = 8  # that ops.gemv's kernel takes
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -196,7 +193,7 @@ class CudaStep:
         net = self.network
         q, k, v = qkv.view(-1, 3, net.heads, net.head_dim).unbind(1)
         prefix_k, prefix_v = (None, None) if self.primer is None else (self.primer[0][i], self.primer[1][i])
-        state = self.keys[i], self.values[i], self.position, None, net.layers[i].scale
+        state = self.keys[i], self.values[i], self.position, None, net.scales[i]
         scales = None if self.scales is None else self.scales[i]
         out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, scales)
         return out.view(out.shape[0], -1)

@@ -53,7 +53,7 @@ def test_files_that_cannot_be_written_leave_the_tokens(
     pipeline = Pipeline.from_pretrained(device="cpu")
     (tmp_path / "a.png").write_text("appeared")
     with pytest.raises(RuntimeError, match=r"a\.png: exists already; the tokens alone are saved in \S+a\.\w{8}\.npz$"):
-        job_module.run(*job_of(tmp_path, pipeline), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     with np.load(saved) as arrays:
         assert np.array_equal(arrays["tokens"].reshape(2, -1), pipeline.sample(2, seed=1).tokens)
@@ -64,7 +64,7 @@ def test_files_that_cannot_be_written_leave_the_tokens(
 
     monkeypatch.setattr(Exports, "write", pressed)
     with pytest.raises(KeyboardInterrupt):
-        job_module.run(*job_of(tmp_path, pipeline), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     assert str(saved) in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_ctrl_c_before_the_first_image_says_so(
 
     monkeypatch.setattr(*(Pipeline, "start") if where == "begins" else (job_module.Progress, "__call__"), pressed)
     with pytest.raises(KeyboardInterrupt):
-        job_module.run(*job_of(tmp_path, pipeline), json=False)
+        job_module.run(*job_of(tmp_path, pipeline))
     err = capsys.readouterr().err
     assert err == "igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often\n"
     assert not list(tmp_path.iterdir())

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, environment
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import make_decoder
-from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.files import BUNDLED
+from igpt_fast.ops.activation import KERNELS
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling.decoding import decode
 
@@ -334,7 +334,7 @@ def test_autocast_goes_to_torch() -> None:
 
 
 def test_every_activation_of_the_rule_agrees() -> None:
-    for name in weights.ACTIVATIONS:
+    for name in KERNELS:
         model = small(activation_function=name)
         tokens = ids(model, 1, 5)
         torch.testing.assert_close(stepped(CpuDecoder(model, 1, 5), tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,4 @@
-// AVX-512: registers of 16 lanes, of whose rows a mask takes a part; and, where they are, its products of bf16 pairs
-// and of bytes (VNNI).
+// AVX-512: registers of 16 lanes, parts by masks; and, where there are, products of bf16 pairs and of bytes (VNNI).
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -14,18 +14,9 @@ struct Part {
     int count;  // the first lanes, fewer than kLanes; the others are zero when read and not written
 };
 
-// What a body chooses by while it is compiled.
 template <bool Value>
 struct Flag {
     static constexpr bool value = Value;
-};
-template <bool First, class A, class B>
-struct Choice {
-    using Type = A;
-};
-template <class A, class B>
-struct Choice<false, A, B> {
-    using Type = B;
 };
 
 }  // namespace
