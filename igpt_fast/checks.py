@@ -36,7 +36,9 @@ def finite_number(
         ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value <= most or value in without:  # unconverted: an int may exceed a float
+    if number and not isinstance(value, Integral):
+        value = float(value)  # numpy would make its own type, in which a bound may be infinite, of the bounds
+    if not number or not least <= value <= most or value in without:
         interval = f"{'[('[least in without]}{least:g}, {most:g}{'])'[most in without]}"
         raise ValueError(f"{name} is {shown(value)}; want a number in {interval}")
     return float(value)
