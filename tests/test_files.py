@@ -256,6 +256,7 @@ def test_replacing(tmp_path: Path) -> None:
 def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
     """Without touching the umask, which belongs to all threads."""
     code = f"""
+import os
 from igpt_fast import files
 os.umask({umask})
 os.umask = None
