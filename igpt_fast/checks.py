@@ -16,7 +16,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 1 << 30) -> 
     Raises:
         ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name} is {shown(value)}; want an integer in {_bound(least)}..{_bound(most)}")
     return int(value)
 
@@ -36,7 +36,9 @@ def finite_number(
         ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value <= most or value in without:  # unconverted: an int may exceed a float
+    if number and not isinstance(value, Integral):
+        value = float(value)  # numpy would make its own type, in which a bound may be infinite, of the bounds
+    if not number or not least <= value <= most or value in without:
         interval = f"{'[('[least in without]}{least:g}, {most:g}{'])'[most in without]}"
         raise ValueError(f"{name} is {shown(value)}; want a number in {interval}")
     return float(value)

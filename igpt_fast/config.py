@@ -184,9 +184,12 @@ class ImageGPTConfig:
         self._set_whole("n_classes", 0, self.vocab_size - 2)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
-            several = isinstance(ids, list) and name == "eos_token_id"
-            for value in ids if several else [] if ids is None else [ids]:
-                whole_number(f"ImageGPTConfig: {name}", value, -1, _MAX_SIZE)  # -1 stands for none in some files
+            if isinstance(ids, list | tuple) and name == "eos_token_id":
+                setattr(
+                    self, name, [whole_number(f"ImageGPTConfig: {name}", value, -_MAX_SIZE, _MAX_SIZE) for value in ids]
+                )
+            elif ids is not None:  # negative ones stand for none in some files
+                self._set_whole(name, -_MAX_SIZE, _MAX_SIZE)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"ImageGPTConfig: n_embd must be divisible by n_head, got n_embd={self.n_embd} n_head={self.n_head}"
@@ -286,7 +289,8 @@ class ImageGPTConfig:
         if name == "label2id":
             own["label2id"] = dict(value or {})
         elif value is not None:
-            numbers = [whole_number("ImageGPTConfig: a key of id2label", int(key), 0, _MAX_SIZE) for key in value]
+            texts = [int(key) if isinstance(key, str) else key for key in value]
+            numbers = [whole_number("ImageGPTConfig: a key of id2label", key, 0, _MAX_SIZE) for key in texts]
             own["id2label"] = dict(zip(numbers, map(str, value.values()), strict=True))
             own.pop("num_labels", None)
         else:

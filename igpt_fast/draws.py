@@ -32,7 +32,7 @@ class Sampling:
     def __post_init__(self) -> None:
         checked = {"temperature": finite_number("sample: temperature", self.temperature, 0, sys.float_info.max)}
         if self.top_k is not None:
-            checked["top_k"] = whole_number("sample: top_k", self.top_k)
+            checked["top_k"] = whole_number("sample: top_k", self.top_k, most=(1 << 63) - 1)
         if self.top_p is not None:
             checked["top_p"] = finite_number("sample: top_p", self.top_p, 0, 1, without=(0,))
         if self.min_p is not None:

@@ -57,10 +57,14 @@ def open_input(path: str | os.PathLike[str], max_pipe_bytes: int = _MAX_PIPE_BYT
         raise IsADirectoryError(f"{path}: is a folder, not a file")
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
         raise ValueError(f"{path}: is a device or a socket, not a file")
+    wait = 0 if stat.S_ISFIFO(mode) else getattr(os, "O_NONBLOCK", 0)  # what has become a pipe since shall not wait
     try:
-        file = path.open("rb")
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait))  # noqa: SIM115 - returned
     except PermissionError as error:
         raise PermissionError(f"{path}: cannot be read: permission denied") from error
+    if stat.S_IFMT(os.fstat(file.fileno()).st_mode) != stat.S_IFMT(mode):
+        file.close()
+        raise ValueError(f"{path}: has become another kind of file while it was opened")
     if stat.S_ISREG(mode):
         return file
     with file:

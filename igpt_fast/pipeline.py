@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -270,11 +271,10 @@ class Pipeline:
         Raises:
             TypeError, ValueError: As those.
         """
-        whole_number("n", n, 1, MAX_IMAGES)
-        whole_number("candidates", candidates, 1, MAX_CANDIDATES)
-        whole_number("first" if images is None else "first_input", first, 0, MAX_FIRST)
-        if batch_size is not None:
-            whole_number("batch_size", batch_size)
+        n = whole_number("n", n, 1, MAX_IMAGES)
+        candidates = whole_number("candidates", candidates, 1, MAX_CANDIDATES)
+        first = whole_number("first" if images is None else "first_input", first, 0, MAX_FIRST)
+        batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         check_dtype(dtype)
         scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width
@@ -290,7 +290,9 @@ class Pipeline:
             raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
         classes = self._labels(labels, len(given), "n" if images is None else "images")
         seed = int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
-        kept = keep if isinstance(keep, int | float) else None
+        kept = None  # of a mask
+        if not isinstance(keep, np.ndarray | Tensor | list):
+            kept = int(keep) if isinstance(keep, Integral) else float(keep)
         each = 1 if images is None else n
         return Request(
             *(height, width, given, images, kept, classes, each, candidates, first),

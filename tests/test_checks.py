@@ -32,6 +32,16 @@ def test_finite_numbers() -> None:
     assert finite_number("x", 1, 0, 1, without=(0,)) == 1.0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_numbers_of_numpy_are_compared_as_floats(kind: type[np.floating]) -> None:
+    """Not the bounds as numpy's: the largest ones would be infinite."""
+    assert finite_number("x", kind(0.5), 0) == 0.5
+    for value in (np.inf, -np.inf, np.nan):
+        with pytest.raises(ValueError, match="want a number in"):
+            finite_number("x", kind(value))
+
+
 @pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, math.nan, math.inf, 10**400, HUGE, -0.1, 1.1])
 def test_what_is_no_finite_number(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^x is .*; want a number in \[0, 1\]$"):

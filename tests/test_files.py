@@ -216,6 +216,18 @@ def test_open_input(tmp_path: Path) -> None:
         files.read_json("/dev/zero")
 
 
+def test_open_input_looks_at_what_it_has_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may have put a device, or a pipe that nobody writes to, in the file's place by then."""
+    regular = tmp_path / "file"
+    regular.write_bytes(b"1")
+    os.mkfifo(tmp_path / "pipe")
+    before = regular.stat()
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: before)
+    for other in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="has become another kind of file"):
+            files.open_input(other)
+
+
 def test_replacing(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with files.replacing(path) as partial:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,7 +208,7 @@ def fit_clusters(
         raise ValueError(f"fit_clusters: images has shape {array.shape}; want (..., 3)")
     pixels = eight_bit(array, "fit_clusters: images").reshape(-1, 3)
     pins = _check_pinned(pinned)
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int):
+    if isinstance(n_clusters, bool) or not isinstance(n_clusters, Integral):
         raise TypeError(f"fit_clusters: n_clusters is {shown(n_clusters)}; want an integer")
     n_clusters = whole_number("fit_clusters: n_clusters", n_clusters, max(2, len(pins) + 1), MAX_CLUSTERS)
     seed = whole_number("fit_clusters: seed", seed, 0, (1 << 32) - 1)

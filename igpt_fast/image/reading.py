@@ -149,8 +149,16 @@ def _deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-        raise TypeError(f"image is a tensor of layout {tensor.layout} on {tensor.device}; want plain values")
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_complex()
+        or tensor.is_meta
+        or tensor.is_quantized
+        or tensor.is_nested
+    ):
+        raise TypeError(
+            f"image is a tensor of {tensor.dtype}, layout {tensor.layout}, on {tensor.device}; want plain values"
+        )
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor.resolve_neg()).numpy()
 

@@ -72,8 +72,8 @@ class GenerationMixin:
             callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
                 result. Without it, rows for which memory does not suffice together are computed in parts.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
-                the CPU; see ``decoders.CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
-                or float16 on a GPU; see ``decoders.CudaDecoder``). ``None`` decodes in the model's own dtype.
+                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
+                or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in the model's own dtype.
 
         Returns:
             (B * num_return_sequences, length) int64, on the model's device.

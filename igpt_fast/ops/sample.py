@@ -128,7 +128,9 @@ def draw_next(
     return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
 
 
-check_sampling = Sampling  # whose construction is the check
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """Raises ValueError unless the settings are ones that ``sample`` takes."""
+    Sampling(temperature, top_k, top_p, min_p)
 
 
 def _check_next(
@@ -172,7 +174,7 @@ def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
     temperature = 0.0 if sampling.temperature < 2.0**-149 else min(sampling.temperature, reference.MAX_TEMPERATURE)
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
-    return temperature, sampling.top_k or 0, top_p, reference.least_score(sampling.min_p)
+    return temperature, min(sampling.top_k or 0, 1 << 30), top_p, reference.least_score(sampling.min_p)
 
 
 def _rows(logits: Tensor) -> Tensor:

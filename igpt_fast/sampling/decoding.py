@@ -30,7 +30,8 @@ class Drawn:
         tokens: (B, T) int64.
         logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
             context: before guidance, temperature, top-k, top-p and min-p.
-        first: Number of the first image, for errors.
+        first: Number of the first row, for errors.
+        each: Rows of an image, for errors.
         engine: Name of the decoder; ``None`` where there was nothing to decode.
         reason: Why it is no faster one, where it is none.
         known: (B, T) int64 as of ``decode``.
@@ -40,6 +41,7 @@ class Drawn:
     tokens: Tensor
     logprobs: Tensor
     first: int = 0
+    each: int = 1
     engine: str | None = None
     reason: str | None = None
     known: Tensor | None = None
@@ -60,7 +62,7 @@ class Drawn:
             wrong &= logprobs.isnan() | (self.known[:, begin:end] < 0)
         if bool(wrong.any()):
             row, t = wrong.nonzero()[0].tolist()
-            where = f"image {self.first + row}, position {self.given + begin + t}"
+            where = f"image {(self.first + row) // self.each}, position {self.given + begin + t}"
             raise FloatingPointError(
                 f"the logits are not finite ({where}): the model's weights, or what it computes in its dtype, hold"
                 " NaN or infinity"
@@ -89,7 +91,7 @@ def decode(
             first row come first. They share what is computed of the context.
         sampling: How tokens are drawn.
         callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
-        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``decoders.make_decoder``.
+        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``engines.choice``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
         streams: What ``uniforms`` were made of, where they were: an engine that draws by itself then does.
@@ -113,10 +115,10 @@ def decode(
     return drawn
 
 
-def blank(uniforms: Tensor, first: int = 0) -> Drawn:
+def blank(uniforms: Tensor, first: int = 0, each: int = 1) -> Drawn:
     """Room for as many tokens as there are numbers."""
     shape, device = uniforms.shape, uniforms.device
-    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device), first)
+    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device), first, each)
 
 
 @torch.no_grad()

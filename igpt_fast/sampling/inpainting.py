@@ -18,6 +18,7 @@ Wong (1994).
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,10 @@ def kept_rows(keep: float, height: int) -> int:
     Raises:
         ValueError: Not a float in [0, 1) or an integer below ``height``, or none of the rows would be left to draw.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 <= keep < (1.0, height)[type(keep) is int]:
+    whole = isinstance(keep, Integral)
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 <= float(keep) < (height if whole else 1.0):
         raise ValueError(f"keep is {keep!r}; want a fraction in [0, 1), a number of rows below {height}, or a mask")
-    rows = keep if isinstance(keep, int) else round(keep * height)
+    rows = int(keep) if whole else round(float(keep) * height)
     if rows == height:
         raise ValueError(f"keep is {keep}; want a fraction that leaves a row of {height} to draw")
     return rows

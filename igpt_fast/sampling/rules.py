@@ -31,7 +31,7 @@ class Guidance:
     context: Tensor
 
     def __post_init__(self) -> None:
-        check_scale("scale", self.scale)
+        object.__setattr__(self, "scale", check_scale("scale", self.scale))
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class Stream:
             "batch_size": self.batch_size,
             "device": str(self._model.device),
             "engine": self.engine,
+            **({} if self._run.engine_reason is None else {"engine_reason": self._run.engine_reason}),
             "dtype": dtype,
         }
         reason = self._run.engine_reason
@@ -223,7 +224,7 @@ class _Run:
         streams = request.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms, start // request.candidates)
+        drawn = blank(uniforms, start, request.candidates)
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)

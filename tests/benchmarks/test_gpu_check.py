@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -359,8 +360,10 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 OPTIONAL = ("hypothesis", "_hypothesis_pytestplugin", "skimage", "scipy", "sklearn", "transformers", "PIL", "tyro")
 MODELS = ("safetensors", "huggingface_hub", "tqdm")
+COLLECTED = pytest.mark.xdist_group("collected")
 
 
+@functools.cache
 def collect(without: tuple[str, ...], *paths: str) -> set[str]:
     """The tests with the marker gpu that pytest finds where some distributions are missing."""
     options = ["-m", "gpu", "--collect-only", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib -q"]
@@ -371,17 +374,24 @@ def collect(without: tuple[str, ...], *paths: str) -> set[str]:
     return {line for line in done.stdout.splitlines() if "::" in line}
 
 
+def below(names: set[str], paths: tuple[str, ...]) -> set[str]:
+    return {name for name in names if name.startswith(paths)}
+
+
+@COLLECTED
 def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
     everywhere = collect((), "tests")
-    assert collect((), *check.GPU_TESTS, *check.MODEL_TESTS) == everywhere
-    for path in (*check.CONFORMANCE, *check.DECODER_TESTS):
-        assert {name for name in everywhere if name.startswith(path)}, path
+    assert below(everywhere, (*check.GPU_TESTS, *check.MODEL_TESTS)) == everywhere
+    for path in (*check.GPU_TESTS, *check.MODEL_TESTS, *check.CONFORMANCE, *check.DECODER_TESTS):
+        assert below(everywhere, (path,)), path
     assert {name for name in everywhere if check.DETERMINISM in name}
 
 
+@COLLECTED
 def test_gpu_tests_of_ops_need_torch_and_pytest_alone(check: ModuleType) -> None:
-    assert collect((*OPTIONAL, *MODELS), *check.GPU_TESTS) == collect((), *check.GPU_TESTS)
+    assert collect((*OPTIONAL, *MODELS), *check.GPU_TESTS) == below(collect((), "tests"), check.GPU_TESTS)
 
 
+@COLLECTED
 def test_gpu_tests_of_models_need_no_extra(check: ModuleType) -> None:
-    assert collect(OPTIONAL, *check.MODEL_TESTS) == collect((), *check.MODEL_TESTS)
+    assert collect(OPTIONAL, *check.MODEL_TESTS) == below(collect((), "tests"), check.MODEL_TESTS)

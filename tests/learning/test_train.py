@@ -74,7 +74,9 @@ def assert_same_state(one: Path, other: Path) -> None:
             assert torch.equal(value, b["optimizer"]["state"][index][name]), (index, name)
 
 
-def test_digits_are_learned(tmp_path: Path) -> None:
+def test_digits_are_learned(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """In 300 steps; with --soak in 800, as well as it gets."""
+    steps, best = (800, 1.47) if pytestconfig.getoption("--soak") else (300, 1.53)
     data = digits()
     # An earlier trial's table, which saw black outside the image, reached 1.633 on a split of its own; over twenty
     # random splits this one reaches 1.649 with a standard deviation of 0.015.
@@ -84,24 +86,23 @@ def test_digits_are_learned(tmp_path: Path) -> None:
         n_layer=4,
         n_embd=64,
         n_head=2,
-        steps=800,
+        steps=steps,
         batch_size=16,
         lr=4e-3,
-        warmup_steps=100,
+        warmup_steps=steps // 8,
         flip=False,
         shift=0,
         dropout=0.0,
         bf16=False,
-        eval_every=400,
-        save_every=400,
+        eval_every=steps // 2,
+        save_every=steps // 2,
     )
     summary = run(data, tmp_path, config)
-    assert summary["heldout_nats"] <= 1.47
-    assert summary["heldout_nats"] < table - 0.1
+    assert summary["heldout_nats"] <= best < table - 0.07
     assert summary["lookup_table_nats"] == table
     log = records(tmp_path)
-    assert [record["step"] for record in log] == list(range(50, 801, 50))
-    assert [record["step"] for record in log if "heldout_nats" in record] == [400, 800]
+    assert [record["step"] for record in log] == list(range(50, steps + 1, 50))
+    assert [record["step"] for record in log if "heldout_nats" in record] == [steps // 2, steps]
     assert log[-1]["heldout_nats"] == pytest.approx(summary["heldout_nats"], abs=1e-6)
     assert log[0]["nats"] < math.log(16)
     # The model in the folder is the one that was scored.
@@ -660,7 +661,7 @@ def test_settings_are_checked(field: str, value: float) -> None:
 
 
 def test_messages_begin_with_the_settings_name() -> None:
-    with pytest.raises(ValueError, match=r"^steps is 0; want 1 or more$"):
+    with pytest.raises(ValueError, match=r"^steps is 0; want an integer in 1\.\.2\^32-1$"):
         TrainConfig(steps=0)
 
 

@@ -36,9 +36,9 @@ void quantize() {
     std::vector<uint8_t> bytes(3 * n);
     for (uint8_t& x : bytes) x = uint8_t((number() + 1.0f) * 127.5f);
     std::vector<int64_t> out(n);
-    cpu::quantize_u8({bytes.data(), clusters.data(), out.data(), n, k, 2});
+    cpu::quantize_u8({bytes.data(), clusters.data(), out.data(), n, k, 2, nullptr});
     for (int64_t i : out) std::printf("%d\n", int(i));
-    cpu::quantize_f32({floats.data(), clusters.data(), out.data(), n, k, 2});
+    cpu::quantize_f32({floats.data(), clusters.data(), out.data(), n, k, 2, nullptr});
     for (int64_t i : out) std::printf("%d\n", int(i));
 }
 

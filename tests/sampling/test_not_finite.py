@@ -11,7 +11,7 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, Pipeline, 
 from igpt_fast.cli.main import main
 from igpt_fast.draws import Sampling
 from igpt_fast.sampling.decoding import decode
-from igpt_fast.sampling.rules import Guidance, Streams
+from igpt_fast.sampling.rules import Guidance, RandomStreams
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 70, "vocab_size": 41}
 FIRST = "image 0, position 0"
@@ -80,7 +80,7 @@ def test_every_way_of_drawing(engine: str) -> None:
     away = Guidance(2.0, torch.full((1, 1), 7))
     with pytest.raises(FloatingPointError, match=FIRST):
         decode(model, sos, numbers, Sampling(), guidance=away)
-    for streams in (None, Streams(0, torch.zeros(1, dtype=torch.int64))):
+    for streams in (None, RandomStreams(0, torch.zeros(1, dtype=torch.int64))):
         with pytest.raises(FloatingPointError, match=FIRST):
             decode(model, torch.full((1, 1), 7), numbers, Sampling(), streams=streams)
 

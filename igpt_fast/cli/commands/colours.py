@@ -140,7 +140,7 @@ def _read_squares(images: Sequence[Path], side: int, skip_unreadable: bool) -> t
         for path in find_images(item) if item.is_dir() else [item]:
             try:
                 squares.append(read_square(path, side))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 if not (skip_unreadable and item.is_dir()):
                     raise
                 terminal.say(f"left out: {error}")

@@ -87,7 +87,9 @@ def train(
     """
     if resume and force:
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
-    preparation.check(data is not None and not data.is_file())
+    if data is not None and not data.exists():
+        raise FileNotFoundError(f"{data}: no such file or directory")
+    preparation.check(data is not None and data.is_dir())
     if classes and data is None:
         raise checks.UsageError("--classes: the bundled emoji have none; give a directory or a token file with labels")
     if not classes and config.label_dropout != TrainConfig.label_dropout:

@@ -97,7 +97,7 @@ def why_not_shape(config: ImageGPTConfig) -> str | None:
 def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
     """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
 
-    One that was made with a head serves where none is wanted, so decoders and ``forwards`` share it.
+    One that was made with a head serves where none is wanted, so decoders and the forward pass share it.
     """
     scales = tuple(block.attn.scale for block in blocks_of(body))
     settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
