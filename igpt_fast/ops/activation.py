@@ -214,7 +214,7 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     dx, n = torch.empty_like(x), x.shape[-1]
     rows, dbias = x.numel() // n, x.new_empty(0 if bias is None else n)
     parts = 0 if bias is None or kernels.kind == "cpu" else kernels.module.activation_bwd_parts(rows, n)
-    partial = x.new_empty((parts, n), dtype=torch.float32)
+    partial = x.new_empty((parts, n), dtype=torch.float32) if parts else None
     if kernels.kind == "cuda" or rows or bias is not None:
         kernels.function("activation_bwd")(
             dout=dout.data_ptr(),
@@ -226,7 +226,7 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
             n=n,
             activation=dispatch.ACTIVATION_NUMBERS[op],
             parts=parts,
-            partial=partial.data_ptr(),
+            partial=dispatch.address(partial),
             dtype=dispatch.DTYPES[x.dtype],
             place=kernels.place,
         )

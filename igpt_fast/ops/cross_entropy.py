@@ -88,13 +88,13 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) 
     cpu = kernels.kind == "cpu"
     if cpu and each and rows == 0:
         return loss, count, statistics
-    losses = loss if each else loss.new_empty(rows if cpu else 0)  # a GPU sums them up as they come
+    losses = loss if each else loss.new_empty(rows) if cpu else None  # a GPU sums them up as they come
     parts = 0 if cpu else kernels.module.cross_entropy_parts(rows)
-    partial = loss.new_empty((parts, 2))
+    partial = loss.new_empty((parts, 2)) if parts else None
     kernels.function("cross_entropy_fwd")(
         logits=logits.data_ptr(),
         labels=labels.data_ptr(),
-        losses=losses.data_ptr() if each or cpu else 0,
+        losses=dispatch.address(losses),
         loss=0 if each else loss.data_ptr(),
         count=0 if each else count.data_ptr(),
         statistics=statistics.data_ptr(),
@@ -102,7 +102,7 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) 
         k=k,
         ignore_index=ignore_index,
         mean=reduction == "mean",
-        partial=partial.data_ptr(),
+        partial=dispatch.address(partial),
         parts=parts,
         dtype=dispatch.DTYPES[logits.dtype],
         place=kernels.place,

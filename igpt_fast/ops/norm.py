@@ -200,7 +200,7 @@ def _backward(
     x, weight = dispatch.dense(x), dispatch.dense(weight)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
     parts = 0 if kernels.kind == "cpu" else kernels.module.norm_bwd_parts(rows)
-    partial = x.new_empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32)
+    partial = x.new_empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32) if parts else None
     kernels.function("norm_bwd")(
         dout=dout.data_ptr(),
         dsum=dispatch.address(dsum),
@@ -213,7 +213,7 @@ def _backward(
         n_embd=x.shape[-1],
         eps=eps,
         centred=centred,
-        partial=partial.data_ptr(),
+        partial=dispatch.address(partial),
         parts=parts,
         weight_dtype=dispatch.DTYPES[weight.dtype],
         out_dtype=dispatch.DTYPES[dout.dtype],
