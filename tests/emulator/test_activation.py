@@ -65,5 +65,5 @@ def test_parts(emulated: Kernels) -> None:
 @pytest.mark.parametrize("n", [4, 12])
 def test_sizes_that_it_does_not_take(kernels: Kernels, n: int) -> None:
     x = torch.zeros(1, n, device=kernels.device)
-    with pytest.raises(RuntimeError, match="activation: CUDA error: invalid argument"):
+    with pytest.raises(RuntimeError, match="activation_fwd: CUDA error: invalid argument"):
         checks_activation.run(kernels, 0, x, None, x)
