@@ -200,6 +200,14 @@ class InterruptedGeneration(KeyboardInterrupt):
         self.partial = partial
 
 
+class NotFiniteError(FloatingPointError):
+    """Logits that are no numbers during a generation; ``partial`` holds the images that were finished, or ``None``."""
+
+    def __init__(self, message: str, partial: Generation | None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
 def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Generation:
     """The images of several processes as those of one; their order is that of the parts."""
     first = parts[0]

@@ -13,11 +13,12 @@ from torch import Tensor
 from igpt_fast.checks import dtype_name
 from igpt_fast.engines.network import Model
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
+from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
 from igpt_fast.sampling.inpainting import following, resample
 from igpt_fast.sampling.request import Request
-from igpt_fast.sampling.results import Generation, InterruptedGeneration
+from igpt_fast.sampling.results import Generation, InterruptedGeneration, NotFiniteError
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 Progress = Callable[[int, int], None]
@@ -85,11 +86,15 @@ class Stream:
 
         Raises:
             InterruptedGeneration: On Ctrl-C.
+            NotFiniteError: The model's logits are not finite.
         """
         try:
             return next(self._events)
+        except FloatingPointError as error:
+            raise NotFiniteError(str(error), self.partial) from error
         except KeyboardInterrupt as error:
-            raise InterruptedGeneration(self.partial) from error
+            with delayed_interrupt():  # a second one, or a third
+                raise InterruptedGeneration(self.partial) from error
 
     @property
     def engine(self) -> str | None:

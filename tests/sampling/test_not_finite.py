@@ -104,6 +104,22 @@ def test_a_colour_may_be_forbidden(scale: float) -> None:
     assert (drawn.logprobs[:, 0] == -torch.inf).all()
 
 
+def test_what_is_finished_is_not_lost() -> None:
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    want, weight = pipeline.sample(2, seed=1), pipeline.model.transformer.ln_f.weight
+
+    def spoilt(done: int, total: int) -> None:
+        if done > 2 * 256:
+            spoil(weight, torch.nan)
+
+    with pytest.raises(FloatingPointError) as caught:
+        pipeline.sample(5, seed=1, batch_size=1, progress=spoilt)
+    assert torch.equal(caught.value.partial.tokens[:2], want.tokens)
+    with pytest.raises(FloatingPointError) as caught:
+        pipeline.sample(5, seed=1)
+    assert caught.value.partial is None
+
+
 def test_pipelines_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
     spoil(pipeline.model.transformer.ln_f.weight, torch.nan)
