@@ -1,6 +1,7 @@
 """The work of sample and complete: Ctrl-C at any moment, and parts that become a whole."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from igpt_fast.cli.draw.options import DrawOptions, Files
 from igpt_fast.cli.draw.sharding import World
 from igpt_fast.engines import choice
 from igpt_fast.pipeline import Pipeline
-from igpt_fast.sampling import decoding, results
+from igpt_fast.sampling import decoding, results, streaming
 
 
 def written_under(interrupts: int) -> list[str]:
@@ -149,6 +150,32 @@ def test_an_error_of_another_process_saves_what_is_finished(
         job_module.run(job, pipeline, DrawOptions(), Process(0, parts))
     assert capsys.readouterr().err == "igpt: 6 of 8 images are finished and saved\n"
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize("where", [(streaming, "_joined"), (World, "gather"), (job_module.Progress, "close")])
+def test_a_second_ctrl_c_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
+) -> None:
+    """While what is finished is put together, gathered, or the bar closed."""
+    pipeline, show, real = Pipeline.from_pretrained(device="cpu"), job_module.Progress.show, getattr(*where)
+
+    def pressed(progress: job_module.Progress, images: float) -> None:
+        show(progress, images)
+        if images > 1.5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def again(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(job_module.Progress, "show", pressed)
+    monkeypatch.setattr(*where, again)
+    job, *rest = job_of(tmp_path, pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        job_module.run(dataclasses.replace(job, request=pipeline.request(2, seed=1, batch_size=1)), *rest)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["tokens"]) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("candidates", [1, 2])
