@@ -229,7 +229,7 @@ class _Run:
         streams = request.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms, start, request.candidates)
+        drawn = blank(uniforms, request.first * request.copies + start, request.candidates)  # of the whole request
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)

@@ -120,6 +120,22 @@ def test_what_is_finished_is_not_lost() -> None:
     assert caught.value.partial is None
 
 
+def test_the_number_is_that_of_the_whole() -> None:
+    """Of a shard, behind a first one, among completions and their candidates."""
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    spoil(pipeline.model.transformer.ln_f.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match="image 4, position 0"):
+        pipeline.start(pipeline.request(8, batch_size=2).shard(range(4, 8))).drained()
+    with pytest.raises(FloatingPointError, match="image 1000, "):
+        pipeline.sample(2, first=1000)
+    images, keep = [torch.zeros(16, 16, 3, dtype=torch.uint8)] * 3, torch.ones(16, 16, dtype=torch.bool)
+    keep[14, 3:6] = False
+    for candidates in (1, 3):
+        request = pipeline.request(2, images=images, keep=keep, candidates=candidates, batch_size=2)
+        with pytest.raises(FloatingPointError, match="image 4, position 227"):  # the first of the third input's two
+            pipeline.start(request.shard(range(2, 3))).drained()
+
+
 def test_pipelines_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
     spoil(pipeline.model.transformer.ln_f.weight, torch.nan)
