@@ -163,7 +163,6 @@ class Stream:
             "batch_size": self.batch_size,
             "device": str(self._model.device),
             "engine": self.engine,
-            **({} if self._run.engine_reason is None else {"engine_reason": self._run.engine_reason}),
             "dtype": dtype,
         }
         reason = self._run.engine_reason
