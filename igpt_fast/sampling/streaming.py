@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -233,15 +234,16 @@ class _Run:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
         steps = decoding(drawn, self._model, context, uniforms, *how, known=known, guidance=guidance, streams=numbers)
-        for t in steps:
-            self.engine, self.engine_reason = drawn.engine, drawn.reason
-            self._advance(start * self._decoded + (t + 1) * len(sequence))
-            end = first + t + 1
-            if request.candidates == 1 and end % width == 0:
-                begin = max(first, end - width)
-                drawn.check(begin - first, end - first)
-                tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
-                yield from self._rows(start, tokens, end // width - 1, end // width)
+        with closing(steps):  # also where somebody keeps an error of what is below
+            for t in steps:
+                self.engine, self.engine_reason = drawn.engine, drawn.reason
+                self._advance(start * self._decoded + (t + 1) * len(sequence))
+                end = first + t + 1
+                if request.candidates == 1 and end % width == 0:
+                    begin = max(first, end - width)
+                    drawn.check(begin - first, end - first)
+                    tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
+                    yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()
         logprobs = torch.cat([torch.full((len(tokens), first), torch.nan), drawn.logprobs.cpu()], dim=1)
         if request.candidates == 1:

@@ -1,7 +1,9 @@
 """Logits that are no numbers: an error on every engine, never colour 0."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, Pipeline, backend
 from igpt_fast.cli.main import main
 from igpt_fast.draws import Sampling
+from igpt_fast.engines import choice
+from igpt_fast.sampling import decoding
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Guidance, RandomStreams
 
@@ -118,6 +122,34 @@ def test_what_is_finished_is_not_lost() -> None:
     with pytest.raises(FloatingPointError) as caught:
         pipeline.sample(5, seed=1)
     assert caught.value.partial is None
+
+
+def test_an_error_that_is_kept_keeps_no_decoder() -> None:
+    """The model is in training mode again, though the error's frames live: of the logits, and of a callback."""
+    pipeline, made = Pipeline.from_pretrained(device="cpu"), []
+
+    def make(*arguments: Any) -> Any:
+        decoder = choice.make_decoder(*arguments)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError
+
+    model = pipeline.model.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "make_decoder", make)
+        with pytest.raises(ZeroDivisionError) as caught:
+            pipeline.sample(1, progress=failing)
+        assert (model.training, made.pop()(), caught.value is None) == (True, None, False)
+        with pytest.raises(ZeroDivisionError) as caught:
+            sos, numbers = torch.full((1, 1), model.config.sos_token_id), torch.full((1, 2), 0.5)
+            decode(model, sos, numbers, Sampling(), failing)
+        assert (model.training, made.pop()()) == (True, None)
+        spoil(model.transformer.ln_f.weight, torch.nan)
+        with pytest.raises(FloatingPointError) as caught:
+            pipeline.sample(1)
+        assert (model.training, made.pop()()) == (True, None)
 
 
 def test_the_number_is_that_of_the_whole() -> None:
