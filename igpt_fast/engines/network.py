@@ -128,6 +128,9 @@ def why_not_settings(body: Body, weights: Weights) -> str | None:
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
+    # Whether packed copies are those of the weights as they are is asked of the parameters.
+    if any(type(weight) is not nn.Parameter for weight in weights.each()):
+        return "a weight is no parameter"
     if [weight.shape for weight in weights.each()] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
@@ -148,6 +151,8 @@ def why_not_head(model: Model) -> str | None:
     config, head = model.config, model.lm_head
     if head.bias is not None:
         return "lm_head has a bias"
+    if type(head.weight) is not nn.Parameter:
+        return "the weight of lm_head is no parameter"
     if head.weight.shape != (config.vocab_size - 1, config.n_embd):
         want = (config.vocab_size - 1, config.n_embd)
         return f"lm_head is {tuple(head.weight.shape)}; the configuration says {want}"

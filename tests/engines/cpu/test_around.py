@@ -98,6 +98,21 @@ def test_nothing_is_gone_around(way: Callable, monkeypatch: Patch) -> None:
         assert model.generate(context, max_new_tokens=3)[0, -3:].tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc", "transformer.wpe", "lm_head"])
+def test_weights_that_are_no_parameters(name: str, without_gradients: None) -> None:
+    """What changes a buffer in place reaches the next decoder and the next forward pass."""
+    model, tokens = small(torch.bfloat16), torch.tensor([[16, 1, 2, 3, 4, 5, 6, 7]])
+    module = model.get_submodule(name)
+    weight = module.weight.detach()
+    del module.weight
+    module.register_buffer("weight", weight)
+    before = model(tokens).logits, make_decoder(model, 1, 3).step(tokens[:, 0])
+    weight.mul_(-1)
+    assert not torch.equal(model(tokens).logits, before[0])
+    assert not torch.equal(make_decoder(model, 1, 3).step(tokens[:, 0]), before[1])
+    assert "no parameter" in (why_not_cpu(model) or "")
+
+
 def test_dropout_that_is_on_by_itself_stays_on(without_gradients: None) -> None:
     """In a model in eval mode, as for several answers of one. Of a model in training mode all of it goes off."""
     model = small(resid_pdrop=0.5)
