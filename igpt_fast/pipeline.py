@@ -160,8 +160,8 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights or
-                an overflow. Its ``partial`` has the images that were finished, or ``None``.
+            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights
+                or an overflow. Its ``partial`` has the images that were finished, or ``None``.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError: Labels that are not integers, or a keyword that is none.
             ValueError: A value out of its range, or labels for a model without classes.
@@ -214,8 +214,8 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights or
-                an overflow. Its ``partial`` has the images that were finished, or ``None``.
+            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights
+                or an overflow. Its ``partial`` has the images that were finished, or ``None``.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.

@@ -14,7 +14,6 @@ from igpt_fast.engines.cuda import step
 from igpt_fast.ops import colour_table
 from igpt_fast.sampling import decoding
 
-
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 threaded = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

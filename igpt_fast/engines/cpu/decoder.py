@@ -1,4 +1,4 @@
-"""The compiled module's decode step on the CPU, and the packed weights that it reads."""
+"""The compiled module's decode step on the CPU."""
 
 from __future__ import annotations
 
