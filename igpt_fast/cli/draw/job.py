@@ -177,7 +177,6 @@ def _save(
     }
     if reasons and not interrupted:
         values["error"] = reasons[0]
-        terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
     if job.request.images is not None:
         counts = collections.Counter(number // job.request.n for number in which)
         values["completions"] = [counts[i] for i in range(len(job.request))]
@@ -196,6 +195,8 @@ def _save(
         if not isinstance(error, Exception):
             raise
         return
+    if "error" in values:
+        terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
     terminal.report(
         job.json,
         names | values,

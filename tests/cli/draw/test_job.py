@@ -106,8 +106,11 @@ def third_is_broken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_an_error_saves_what_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], third_is_broken: list[Any]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, third_is_broken: list[Any]
 ) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
     files = {"--out": "a.png", "--tokens": "a.npz", "--sidecar": "a.json"}
     paths = [str(word) for option, name in files.items() for word in (option, tmp_path / name)]
     command = ["sample", "-n", "6", "--batch-size", "2", "--seed", "1", "--device", "cpu", "--json", *paths]
@@ -119,6 +122,12 @@ def test_an_error_saves_what_is_finished(
     for values in (json.loads(out), json.loads((tmp_path / "a.json").read_text())):
         assert (values["images"], values["interrupted"]) == (4, False)
         assert values["error"].startswith("the logits are not finite")
+    third_is_broken.clear()
+    monkeypatch.setattr(Exports, "write", full)
+    assert cli.main([*command, "--force"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("igpt: the finished images cannot be saved: the disk is full; the tokens alone are saved")
+    assert told[1] == why
     third_is_broken.clear()
     want = Pipeline.from_pretrained(device="cpu").sample(4, seed=1).tokens
     with np.load(tmp_path / "a.npz") as arrays:
