@@ -11,11 +11,12 @@ class Lock:
     """A lock for ``with``; reentrant, as the collector may end something that takes it in the middle of a block."""
 
     def __init__(self) -> None:
-        self._renew()
+        self._lock = RLock()
         _locks.add(self)
 
     def _renew(self) -> None:
-        self._lock = RLock()
+        if not self._lock._is_owned():  # type: ignore[attr-defined] # by whoever forks, who will release it
+            self._lock = RLock()
 
     def __enter__(self) -> None:
         self._lock.acquire()

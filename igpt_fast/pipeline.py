@@ -26,6 +26,7 @@ from igpt_fast.sampling.inpainting import kept_rows as kept_rows
 from igpt_fast.sampling.request import MAX_CANDIDATES, MAX_FIRST, Request
 from igpt_fast.sampling.results import Generation as Generation
 from igpt_fast.sampling.results import InterruptedGeneration as InterruptedGeneration
+from igpt_fast.sampling.results import NotFiniteError as NotFiniteError
 from igpt_fast.sampling.streaming import Progress, Stream
 from igpt_fast.sampling.streaming import RowEvent as RowEvent
 
@@ -160,7 +161,8 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
+            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights
+                or an overflow. Its ``partial`` has the images that were finished, or ``None``.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError: Labels that are not integers, or a keyword that is none.
             ValueError: A value out of its range, or labels for a model without classes.
@@ -213,7 +215,8 @@ class Pipeline:
 
         Raises:
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            FloatingPointError: The model's logits are not finite: NaN or infinity in its weights, or an overflow.
+            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights
+                or an overflow. Its ``partial`` has the images that were finished, or ``None``.
             MemoryError, RuntimeError: Memory does not suffice for a single image.
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.

@@ -78,6 +78,11 @@ def kept_bytes(model: Model) -> int:
     return _kept.get(model, (None, 0))[1]
 
 
+def forget() -> None:
+    """Drops what is kept for all models' next images: memory does not suffice."""
+    _kept.clear()
+
+
 # Every decoder of igpt_fast.engines.choice, the faster one first: what it covers.
 DECODERS: dict[str, str] = {
     "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' of the first two; quick_gelu, gelu,"

@@ -53,7 +53,7 @@ class Decoder(ABC):
     batch_size: int
     capacity: int
     dtype: str
-    _next: Tensor | None = None  # what ``draw`` drew
+    _next: Tensor | None = None  # what ``draw`` drew since the last ``start``, ``step`` or ``fork``
 
     def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         self.start(model, batch_size, capacity, dtype)
@@ -112,7 +112,7 @@ class Decoder(ABC):
         """``step`` of the tokens that ``draw`` has drawn. The logits may be in memory that the next step writes to.
 
         Raises:
-            ValueError: Nothing was drawn since the last step.
+            ValueError: Nothing was drawn since the last start, step or fork.
         """
         tokens, self._next = self._next, None
         if tokens is None:

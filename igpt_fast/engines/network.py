@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
@@ -20,7 +21,8 @@ from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.dispatch import LEAST_SCALE
 
 Kind = TypeVar("Kind", bound=type)
-METHODS = ("__call__", "_call_impl", "forward", "_embed")  # what a module computes, and what calls it
+INNER = ("_tokens", "_embed")  # methods that a module's own ``forward`` calls
+METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module computes, and what calls it
 # The classes of modules that are computed as this package computes them, and their methods as they were declared;
 # anything else may mean anything.
 MODULES: dict[type, list[Any]] = {}
@@ -65,8 +67,12 @@ def plain(kind: Kind) -> Kind:
     """Declares a class of modules: an engine may read the weights of its instances in place of calling them. A subclass
     is another class, and so is one whose methods have been replaced since.
     """
-    MODULES[kind] = [getattr(kind, method, None) for method in METHODS]
+    MODULES[kind] = _methods(kind)
     return kind
+
+
+def _methods(kind: type) -> list[Any]:
+    return [getattr(kind, method, None) for method in METHODS]
 
 
 for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
@@ -122,6 +128,9 @@ def why_not_settings(body: Body, weights: Weights) -> str | None:
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
+    # Whether packed copies are those of the weights as they are is asked of the parameters.
+    if any(type(weight) is not nn.Parameter for weight in weights.each()):
+        return "a weight is no parameter"
     if [weight.shape for weight in weights.each()] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
@@ -142,6 +151,8 @@ def why_not_head(model: Model) -> str | None:
     config, head = model.config, model.lm_head
     if head.bias is not None:
         return "lm_head has a bias"
+    if type(head.weight) is not nn.Parameter:
+        return "the weight of lm_head is no parameter"
     if head.weight.shape != (config.vocab_size - 1, config.n_embd):
         want = (config.vocab_size - 1, config.n_embd)
         return f"lm_head is {tuple(head.weight.shape)}; the configuration says {want}"
@@ -158,7 +169,8 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
     """
     if nn.modules.module._has_any_global_hook():
         return "there are hooks of all modules"
-    if torch._C._len_torch_dispatch_stack():
+    functions = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    if torch._C._len_torch_dispatch_stack() or any(type(mode) is not DeviceContext for mode in functions):
         return "a mode of torch's looks at every operation"
     known: set[type] = set()
     modules: list[Any] = [root]  # not modules(), which takes a millisecond for 24 layers
@@ -168,15 +180,16 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
         if kind not in known:
             if kind not in MODULES:
                 return f"{_name(root, module)} is a {kind.__module__}.{kind.__qualname__}"
-            if outside and MODULES[kind] != [getattr(kind, method, None) for method in METHODS]:
+            own = len(METHODS) if outside else len(INNER)  # the last ones
+            if MODULES[kind][-own:] != _methods(kind)[-own:]:
                 return f"the methods of {kind.__qualname__} are not its own"
             known.add(kind)
-        if not outside and "_embed" in state:
+        if not outside and not state.keys().isdisjoint(INNER):
             return f"{_name(root, module)} embeds in a way of its own"
         hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or not state.keys().isdisjoint(METHODS)
         if outside and hooked:
             return f"{_name(root, module)} has a hook or a forward of its own"
-        if not around and module.training and kind is nn.Dropout and module.p > 0.0:
+        if module.training and not root.training and kind is nn.Dropout and module.p > 0.0:
             return f"the dropout {_name(root, module)} is on"
         for part, parameter in state["_parameters"].items():
             # Others stand in for parameters under torch.func.functional_call and in DataParallel's replicas.

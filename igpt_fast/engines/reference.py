@@ -10,7 +10,7 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import Decoder, cache_dtype, check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Model
+from igpt_fast.engines.network import Model, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -27,7 +27,7 @@ class ReferenceDecoder(Decoder):
             raise backend.BackendUnavailableError(f"decoder: it decodes in the model's dtype, not in {dtype!r}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self._forked = False
+        self._forked, self._next = False, None
         self._cache = StaticCache(
             config.n_layer,
             batch_size,
@@ -39,8 +39,12 @@ class ReferenceDecoder(Decoder):
         )
 
     def prefill(self, tokens: Tensor) -> Tensor:
-        """See ``Decoder.prefill``."""
-        return self.model(tokens, past_key_values=self._cache, use_cache=True, return_dict=True).logits[:, -1]
+        """See ``Decoder.prefill``. Where nothing stands in between, the head reads the last position alone."""
+        self._next = None
+        arguments = {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
+        if tokens.shape[1] > 1 and why_not_modules(self.model) is None:
+            return self.model.lm_head(self.model.transformer(tokens, **arguments).last_hidden_state[:, -1])
+        return self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""
@@ -49,7 +53,7 @@ class ReferenceDecoder(Decoder):
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. Every image takes a copy of its primer's keys and values."""
         check_fork(n, self._cache.get_seq_length(), self._forked)
-        self._forked = True
+        self._forked, self._next = True, None
         self.batch_size *= n
         if n > 1:
             self._cache = self._cache.repeat_interleave(n)

@@ -1,4 +1,4 @@
-"""Images of every kind to 8-bit RGB, and pictures from and to files: read with bounds, written whole or not at all.
+"""Images of every kind to 8-bit RGB, and pictures from files: read with bounds.
 
 Import these names from ``igpt_fast.image``.
 """

@@ -1,4 +1,4 @@
-"""What a model is trained on: token files, folders of images turned into tokens, and two baselines to beat."""
+"""What a model is trained on: images as tokens, and the files of them, read with bounds and written whole."""
 
 from __future__ import annotations
 

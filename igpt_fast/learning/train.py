@@ -1,4 +1,4 @@
-"""Trains an iGPT: images -> clusters -> tokens -> model. One readable script behind ``igpt train``.
+"""Trains an iGPT: tokens -> model. The loop behind ``igpt train``.
 
 The objective is the paper's: the input is ``[SOS, x_0 .. x_{T-2}]`` and position ``t`` predicts ``x_t``, so that
 every pixel counts. With classes, the token of the image's own stands in place of SOS, most of the time; it is no

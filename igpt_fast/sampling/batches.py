@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from igpt_fast.engines.choice import forget
+
 T = TypeVar("T")
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -68,6 +70,7 @@ class Batches:
                 RuntimeWarning,
                 stacklevel=3,
             )
+            forget()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

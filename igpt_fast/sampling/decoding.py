@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -109,9 +109,10 @@ def decode(
     positions = decoding(
         drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams
     )
-    for t in positions:
-        if callback is not None:
-            callback(t, drawn.tokens[:, t])
+    with closing(positions):  # also where somebody keeps an error of the callback
+        for t in positions:
+            if callback is not None:
+                callback(t, drawn.tokens[:, t])
     return drawn
 
 
@@ -133,7 +134,7 @@ def decoding(
     known: Tensor | None = None,
     guidance: Guidance | None = None,
     streams: RandomStreams | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled.
 
     At the end all are checked. Who looks at them before may have them checked before (``Drawn.check``).

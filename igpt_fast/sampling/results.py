@@ -30,8 +30,8 @@ class Generation:
             before guidance, temperature, top-k, top-p and min-p. NaN where the pixel was given.
         processor: Knows the colours and the size.
         seed: What the streams were made of.
-        settings: Temperature and so on, as plain values; ``engine`` is the decoder's name,
-            and ``engine_reason`` says why it is no faster one, where it is the reference.
+        settings: Temperature and so on, as plain values; ``engine`` is the decoder's name. Where it is the reference,
+            and only there, ``engine_reason`` says why it is no faster one.
         inputs: For completions, the (M) inputs as RGB images, cropped to the model's aspect.
         counts: For completions, how many there are of each input; ``None`` where there are as many of all. After
             Ctrl-C the last one may have fewer.
@@ -197,6 +197,14 @@ class InterruptedGeneration(KeyboardInterrupt):
 
     def __init__(self, partial: Generation | None) -> None:
         super().__init__("interrupted")
+        self.partial = partial
+
+
+class NotFiniteError(FloatingPointError):
+    """Logits that are no numbers during a generation; ``partial`` holds the images that were finished, or ``None``."""
+
+    def __init__(self, message: str, partial: Generation | None) -> None:
+        super().__init__(message)
         self.partial = partial
 
 

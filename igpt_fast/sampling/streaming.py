@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from igpt_fast.checks import dtype_name
 from igpt_fast.engines.network import Model
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
+from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
 from igpt_fast.sampling.inpainting import following, resample
 from igpt_fast.sampling.request import Request
-from igpt_fast.sampling.results import Generation, InterruptedGeneration
+from igpt_fast.sampling.results import Generation, InterruptedGeneration, NotFiniteError
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 Progress = Callable[[int, int], None]
@@ -85,11 +87,15 @@ class Stream:
 
         Raises:
             InterruptedGeneration: On Ctrl-C.
+            NotFiniteError: The model's logits are not finite.
         """
         try:
             return next(self._events)
+        except FloatingPointError as error:
+            raise NotFiniteError(str(error), self.partial) from error
         except KeyboardInterrupt as error:
-            raise InterruptedGeneration(self.partial) from error
+            with delayed_interrupt():  # a second one, or a third
+                raise InterruptedGeneration(self.partial) from error
 
     @property
     def engine(self) -> str | None:
@@ -158,7 +164,6 @@ class Stream:
             "batch_size": self.batch_size,
             "device": str(self._model.device),
             "engine": self.engine,
-            **({} if self._run.engine_reason is None else {"engine_reason": self._run.engine_reason}),
             "dtype": dtype,
         }
         reason = self._run.engine_reason
@@ -224,20 +229,21 @@ class _Run:
         streams = request.streams[image] + (candidate << CANDIDATE)
         uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms, start, request.candidates)
+        drawn = blank(uniforms, request.first * request.copies + start, request.candidates)  # of the whole request
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
         steps = decoding(drawn, self._model, context, uniforms, *how, known=known, guidance=guidance, streams=numbers)
-        for t in steps:
-            self.engine, self.engine_reason = drawn.engine, drawn.reason
-            self._advance(start * self._decoded + (t + 1) * len(sequence))
-            end = first + t + 1
-            if request.candidates == 1 and end % width == 0:
-                begin = max(first, end - width)
-                drawn.check(begin - first, end - first)
-                tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
-                yield from self._rows(start, tokens, end // width - 1, end // width)
+        with closing(steps):  # also where somebody keeps an error of what is below
+            for t in steps:
+                self.engine, self.engine_reason = drawn.engine, drawn.reason
+                self._advance(start * self._decoded + (t + 1) * len(sequence))
+                end = first + t + 1
+                if request.candidates == 1 and end % width == 0:
+                    begin = max(first, end - width)
+                    drawn.check(begin - first, end - first)
+                    tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
+                    yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()
         logprobs = torch.cat([torch.full((len(tokens), first), torch.nan), drawn.logprobs.cpu()], dim=1)
         if request.candidates == 1:

@@ -1,7 +1,9 @@
 """Logits that are no numbers: an error on every engine, never colour 0."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, Pipeline, backend
 from igpt_fast.cli.main import main
 from igpt_fast.draws import Sampling
+from igpt_fast.engines import choice
+from igpt_fast.sampling import decoding
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Guidance, RandomStreams
 
@@ -102,6 +106,67 @@ def test_a_colour_may_be_forbidden(scale: float) -> None:
     assert len(drawn.tokens.unique()) > 10
     drawn = decode(model, sos, torch.rand(8, 2), Sampling(), known=torch.tensor([[3, -1]]).expand(8, 2))
     assert (drawn.logprobs[:, 0] == -torch.inf).all()
+
+
+def test_what_is_finished_is_not_lost() -> None:
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    want, weight = pipeline.sample(2, seed=1), pipeline.model.transformer.ln_f.weight
+
+    def spoilt(done: int, total: int) -> None:
+        if done > 2 * 256:
+            spoil(weight, torch.nan)
+
+    with pytest.raises(FloatingPointError) as caught:
+        pipeline.sample(5, seed=1, batch_size=1, progress=spoilt)
+    assert torch.equal(caught.value.partial.tokens[:2], want.tokens)
+    with pytest.raises(FloatingPointError) as caught:
+        pipeline.sample(5, seed=1)
+    assert caught.value.partial is None
+
+
+def test_an_error_that_is_kept_keeps_no_decoder() -> None:
+    """The model is in training mode again, though the error's frames live: of the logits, and of a callback."""
+    pipeline, made = Pipeline.from_pretrained(device="cpu"), []
+
+    def make(*arguments: Any) -> Any:
+        decoder = choice.make_decoder(*arguments)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError
+
+    model = pipeline.model.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "make_decoder", make)
+        with pytest.raises(ZeroDivisionError) as caught:
+            pipeline.sample(1, progress=failing)
+        assert (model.training, made.pop()()) == (True, None)
+        sos, numbers = torch.full((1, 1), model.config.sos_token_id), torch.full((1, 2), 0.5)
+        with pytest.raises(ZeroDivisionError) as caught:
+            decode(model, sos, numbers, Sampling(), failing)
+        assert (model.training, made.pop()()) == (True, None)
+        spoil(model.transformer.ln_f.weight, torch.nan)
+        with pytest.raises(FloatingPointError) as caught:
+            pipeline.sample(1)
+        assert (model.training, made.pop()()) == (True, None)
+    del caught
+
+
+def test_the_number_is_that_of_the_whole() -> None:
+    """Of a shard, behind a first one, among completions and their candidates."""
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    spoil(pipeline.model.transformer.ln_f.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match="image 4, position 0"):
+        pipeline.start(pipeline.request(8, batch_size=2).shard(range(4, 8))).drained()
+    with pytest.raises(FloatingPointError, match="image 1000, "):
+        pipeline.sample(2, first=1000)
+    images, keep = [torch.zeros(16, 16, 3, dtype=torch.uint8)] * 3, torch.ones(16, 16, dtype=torch.bool)
+    keep[14, 3:6] = False
+    for candidates in (1, 3):
+        request = pipeline.request(2, images=images, keep=keep, candidates=candidates, batch_size=2)
+        with pytest.raises(FloatingPointError, match="image 4, position 227"):  # the first of the third input's two
+            pipeline.start(request.shard(range(2, 3))).drained()
 
 
 def test_pipelines_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

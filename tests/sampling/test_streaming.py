@@ -313,6 +313,21 @@ def test_out_of_memory_means_smaller_batches(
     assert calls[-1] == (13 * SIDE * SIDE, 13 * SIDE * SIDE)
 
 
+def test_out_of_memory_frees_what_is_kept_for_other_models(
+    pipeline: Pipeline, scarce: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch is asked to give back what nobody uses."""
+    other, left = small_pipeline(SIDE, SIDE, COLOURS), []
+    monkeypatch.setattr(Decoder, "rest", lambda _: 1 << 20)  # as one that has graphs
+    decoders.keep(decoders.make_decoder(other.model, 1, 4))
+    monkeypatch.setattr("gc.collect", lambda: left.append(decoders.kept_bytes(other.model)))
+    scarce(1, "step", MemoryError())
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        pipeline.sample(2)
+    assert left == [0]
+    decoders.forget()
+
+
 @pytest.mark.parametrize("candidates", [1, 4])
 def test_completions_out_of_memory(pipeline: Pipeline, images: list, scarce: Callable, candidates: int) -> None:
     options = {"keep": ragged(), "n": 3, "seed": 3, "candidates": candidates}

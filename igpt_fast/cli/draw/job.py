@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from igpt_fast.cli import checks, terminal
@@ -75,55 +76,87 @@ def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Non
     Raises:
         KeyboardInterrupt: On Ctrl-C, after what was finished has been saved.
         PeerGoneError: Another process is gone.
+        Exception: What ended the drawing, after the same.
     """
     from igpt_fast.sampling.results import merge, without_processor
 
-    with _previewing(job, pipeline, drawing, world) as preview:
+    with _previewing(job, pipeline, drawing, world) as preview, ExitStack() as held:
         with contextlib.closing(Progress(job, world)) as progress:
-            part, interrupted = _follow(job, pipeline, world, progress, preview)
-            mine = list(job.share(world)), without_processor(part), interrupted
-            parts = world.gather(mine, interrupted, progress.show)
+            part, error = _follow(job, pipeline, world, progress, preview, held)
+            interrupted = isinstance(error, KeyboardInterrupt)
+            why = "interrupted" if interrupted else "" if error is None else terminal.reason(error)
+            parts = world.gather(
+                (list(job.share(world)), without_processor(part), interrupted, why), interrupted, progress.show
+            )
             seconds = progress.seconds
-        if parts is None:
+        if parts is None:  # the first process says what has failed, and must not be stopped before
             if interrupted:
                 raise KeyboardInterrupt
             return
-        interrupted = any(stopped for *_, stopped in parts)
-        finished = [(numbers[: len(part)], part) for numbers, part, _ in parts if part is not None]
-        with delayed_interrupt():
-            if finished:
-                whole = merge([part for _, part in finished], pipeline.processor)
-                which = [number for numbers, _ in finished for number in numbers]
-                if preview is not None and not interrupted:
-                    preview.finish(_pixels(whole))
-                _save(job, whole, which, pipeline, world, seconds, interrupted)
-            else:
-                terminal.say("igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often")
+        held.enter_context(delayed_interrupt())
+        interrupted = any(stopped for *_, stopped, _ in parts)
+        reasons = [why if rank == world.rank else f"rank {rank}: {why}" for rank, (*_, why) in enumerate(parts) if why]
+        finished = [(numbers[: len(part)], part) for numbers, part, *_ in parts if part is not None]
+        if finished:
+            whole = merge([part for _, part in finished], pipeline.processor)
+            which = [number for numbers, _ in finished for number in numbers]
+            if preview is not None and not reasons:
+                preview.finish(_pixels(whole))
+            _save(job, whole, which, pipeline, world, seconds, interrupted, reasons)
+        elif interrupted:
+            terminal.say("igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often")
     if interrupted:
         raise KeyboardInterrupt
+    if error is not None:
+        raise error
+    if reasons:
+        raise RuntimeError(reasons[0])
 
 
 def _follow(
-    job: Job, pipeline: Pipeline, world: World, progress: Progress, preview: Preview | None
-) -> tuple[Generation | None, bool]:
-    """What this process has drawn, and whether Ctrl-C ended it before its time: then it is what was finished."""
+    job: Job, pipeline: Pipeline, world: World, progress: Progress, preview: Preview | None, held: ExitStack
+) -> tuple[Generation | None, BaseException | None]:
+    """What this process has drawn, and what ended it before its time, Ctrl-C or an error: then it is what was finished,
+    and from there on ``held`` holds Ctrl-C back. So it does where nobody else has to be waited for.
+
+    Raises:
+        Exception: Nothing was begun.
+        PeerGoneError: Another process is gone.
+    """
+    from igpt_fast.cli.draw.sharding import PeerGoneError
+
     request, stream = job.request.shard(world.share(len(job.request))), None
     if not len(request):
-        return None, False
+        return None, None
     try:
         stream = pipeline.start(request)
         for event in stream:
             progress(event.done / event.total * len(job.share(world)))
             if preview is not None and preview.put(event.first, event.row, event.tokens):
                 progress.refresh()  # the picture went over it
-        return stream.result, False
-    except KeyboardInterrupt:
-        return None if stream is None else stream.partial, True
+        if world.size == 1:
+            held.enter_context(delayed_interrupt())
+        return stream.result, None
+    except PeerGoneError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        held.enter_context(delayed_interrupt())
+        if stream is None and isinstance(error, Exception):
+            raise
+        return None if stream is None else getattr(error, "partial", None) or stream.partial, error
 
 
 def _save(
-    job: Job, generation: Generation, which: list[int], pipeline: Pipeline, world: World, seconds: float, stopped: bool
+    job: Job,
+    generation: Generation,
+    which: list[int],
+    pipeline: Pipeline,
+    world: World,
+    seconds: float,
+    interrupted: bool,
+    reasons: list[str],
 ) -> None:
+    """Writes and reports what is finished: all, or where there are ``reasons``, what was before them."""
     import torch
 
     from igpt_fast import __version__
@@ -140,8 +173,10 @@ def _save(
         "processes": world.size,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(generation) / seconds, 3) if seconds else None,
-        "interrupted": stopped,
+        "interrupted": interrupted,
     }
+    if reasons and not interrupted:
+        values["error"] = reasons[0]
     if job.request.images is not None:
         counts = collections.Counter(number // job.request.n for number in which)
         values["completions"] = [counts[i] for i in range(len(job.request))]
@@ -154,12 +189,14 @@ def _save(
         names = job.exports.write(generation, which, details)
     except BaseException as error:  # be it a second Ctrl-C: hours of work may be in it
         said = f"{terminal.reason(error)}; {job.exports.rescue(generation)}"
-        if isinstance(error, Exception) and not stopped:
+        if isinstance(error, Exception) and not reasons:
             raise RuntimeError(said) from error
         terminal.say(f"igpt: the finished images cannot be saved: {said}")
         if not isinstance(error, Exception):
             raise
         return
+    if "error" in values:
+        terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
     terminal.report(
         job.json,
         names | values,

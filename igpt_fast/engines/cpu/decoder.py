@@ -1,4 +1,4 @@
-"""The compiled module's decode step on the CPU, and the packed weights that it reads."""
+"""The compiled module's decode step on the CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CpuDecoder(Decoder):
         assert backend._C is not None
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = dtype or str(model.dtype).removeprefix("torch.")
-        self._forked = False
+        self._forked, self._next = False, None
         self._decoder = backend._C.Decoder(
             packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
         )
@@ -65,6 +65,7 @@ class CpuDecoder(Decoder):
         self._check_room(1)
         tokens = tokens.contiguous()
         logits = torch.empty(batch, colours, dtype=torch.float32, device="cpu")
+        self._next = None
         self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         return logits
 
@@ -72,7 +73,7 @@ class CpuDecoder(Decoder):
         """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
         check_fork(n, self._decoder.position, self._forked)
         self._decoder.fork(n, torch.get_num_threads())
-        self._forked = True
+        self._forked, self._next = True, None
         self.batch_size *= n
 
     @staticmethod

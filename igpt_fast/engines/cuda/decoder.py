@@ -79,7 +79,7 @@ class CudaDecoder(Decoder):
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
         self._own = 0  # position in its caches
-        self._drawn = False  # whether the step's input is what ``draw`` drew
+        self._drawn, self._next = False, None  # whether the step's input is what ``draw`` drew
 
     def rest(self) -> int:
         """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
@@ -126,6 +126,7 @@ class CudaDecoder(Decoder):
         """
         if self._position == 0:
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
+        self._drawn, self._next = False, None
         if streams is None:
             return super().draw(logits, uniform, None, sampling)
         net = self._network

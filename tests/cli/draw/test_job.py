@@ -1,6 +1,7 @@
 """The work of sample and complete: Ctrl-C at any moment, and parts that become a whole."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ from igpt_fast.cli.draw import job as job_module
 from igpt_fast.cli.draw.exports import Exports
 from igpt_fast.cli.draw.options import DrawOptions, Files
 from igpt_fast.cli.draw.sharding import World
+from igpt_fast.engines import choice
 from igpt_fast.pipeline import Pipeline
-from igpt_fast.sampling import results
+from igpt_fast.sampling import decoding, results, streaming
 
 
 def written_under(interrupts: int) -> list[str]:
@@ -84,6 +86,105 @@ def test_ctrl_c_before_the_first_image_says_so(
     err = capsys.readouterr().err
     assert err == "igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def third_is_broken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """From the third batch on the logits are no numbers; the batches so far."""
+    made: list[Any] = []
+
+    def make(*arguments: Any) -> Any:
+        decoder = choice.make_decoder(*arguments)
+        made.append(decoder)
+        if len(made) >= 3:
+            prefill = decoder.prefill
+            decoder.prefill = lambda tokens: torch.full_like(prefill(tokens), torch.nan)  # type: ignore[method-assign]
+        return decoder
+
+    monkeypatch.setattr(decoding, "make_decoder", make)
+    return made
+
+
+def test_an_error_saves_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, third_is_broken: list[Any]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    files = {"--out": "a.png", "--tokens": "a.npz", "--sidecar": "a.json"}
+    paths = [str(word) for option, name in files.items() for word in (option, tmp_path / name)]
+    command = ["sample", "-n", "6", "--batch-size", "2", "--seed", "1", "--device", "cpu", "--json", *paths]
+    assert cli.main(command) == 1
+    out, err = capsys.readouterr()
+    saved, why = err.splitlines()
+    assert saved == "igpt: 4 of 6 images are finished and saved"
+    assert why.startswith("igpt sample: the logits are not finite (image 4, position 0)")
+    for values in (json.loads(out), json.loads((tmp_path / "a.json").read_text())):
+        assert (values["images"], values["interrupted"]) == (4, False)
+        assert values["error"].startswith("the logits are not finite")
+    third_is_broken.clear()
+    monkeypatch.setattr(Exports, "write", full)
+    assert cli.main([*command, "--force"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("igpt: the finished images cannot be saved: the disk is full; the tokens alone are saved")
+    assert told[1] == why
+    third_is_broken.clear()
+    want = Pipeline.from_pretrained(device="cpu").sample(4, seed=1).tokens
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(arrays["tokens"].reshape(4, -1), want)
+
+
+class Process(World):
+    """One of two, whose parts are gathered by hand."""
+
+    def __init__(self, rank: int, others: list[Any]) -> None:
+        self.rank, self.size, self.others = rank, 2, others
+
+    def gather(self, part: Any, *_: Any) -> list[Any] | None:
+        self.others.append(part)
+        return self.others[::-1] if self.first else None
+
+
+@pytest.mark.usefixtures("third_is_broken")
+def test_an_error_of_another_process_saves_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, parts = Pipeline.from_pretrained(device="cpu"), []
+    files = Exports(tmp_path / "a.png", Files(singles=tmp_path / "s"), [f"{i}.png" for i in range(8)])
+    job = job_module.Job("sample", pipeline.request(8, seed=1, batch_size=1), files, {})
+    job_module.run(job, pipeline, DrawOptions(), Process(1, parts))  # with an error it would end the first
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(decoding, "make_decoder", choice.make_decoder)
+    with pytest.raises(RuntimeError, match="rank 1: the logits are not finite"):
+        job_module.run(job, pipeline, DrawOptions(), Process(0, parts))
+    assert capsys.readouterr().err == "igpt: 6 of 8 images are finished and saved\n"
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize("where", [(streaming, "_joined"), (World, "gather"), (job_module.Progress, "close")])
+def test_a_second_ctrl_c_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
+) -> None:
+    """While what is finished is put together, gathered, or the bar closed."""
+    pipeline, show, real = Pipeline.from_pretrained(device="cpu"), job_module.Progress.show, getattr(*where)
+
+    def pressed(progress: job_module.Progress, images: float) -> None:
+        show(progress, images)
+        if images > 1.5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def again(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(job_module.Progress, "show", pressed)
+    monkeypatch.setattr(*where, again)
+    job, *rest = job_of(tmp_path, pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        job_module.run(dataclasses.replace(job, request=pipeline.request(2, seed=1, batch_size=1)), *rest)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["tokens"]) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("candidates", [1, 2])

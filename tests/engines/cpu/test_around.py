@@ -9,10 +9,12 @@ import pytest
 import torch
 from small_models import small
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_fast import Pipeline, backend
 from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cpu import forward as forward_module
 from igpt_fast.engines.cpu.decoder import why_not_cpu
 
 pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
@@ -96,10 +98,66 @@ def test_nothing_is_gone_around(way: Callable, monkeypatch: Patch) -> None:
         assert model.generate(context, max_new_tokens=3)[0, -3:].tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc", "transformer.wpe", "lm_head"])
+def test_weights_that_are_no_parameters(name: str, without_gradients: None) -> None:
+    """What changes a buffer in place reaches the next decoder and the next forward pass."""
+    model, tokens = small(torch.bfloat16), torch.tensor([[16, 1, 2, 3, 4, 5, 6, 7]])
+    module = model.get_submodule(name)
+    weight = module.weight.detach()
+    del module.weight
+    module.register_buffer("weight", weight)
+    before = model(tokens).logits, make_decoder(model, 1, 3).step(tokens[:, 0])
+    weight.mul_(-1)
+    assert not torch.equal(model(tokens).logits, before[0])
+    assert not torch.equal(make_decoder(model, 1, 3).step(tokens[:, 0]), before[1])
+    assert "no parameter" in (why_not_cpu(model) or "")
+
+
+def test_dropout_that_is_on_by_itself_stays_on(without_gradients: None) -> None:
+    """In a model in eval mode, as for several answers of one. Of a model in training mode all of it goes off."""
+    model = small(resid_pdrop=0.5)
+    assert why_not_cpu(model.train()) is None
+    assert why_not_cpu(model.eval()) is None
+    model.transformer.h[1].mlp.dropout.train()
+    assert why_not_cpu(model) == "the dropout transformer.h.1.mlp.dropout is on"
+    decoder = make_decoder(model, 1, 3)
+    assert decoder.name == "reference"
+    assert not torch.equal(*(make_decoder(model, 1, 3).step(torch.tensor([16])) for _ in range(2)))
+
+
 def test_modes_see_what_is_computed() -> None:
     with FlopCounterMode(display=False) as counter:
         small().generate(max_new_tokens=3)
     assert counter.get_total_flops() > 0
+
+
+def test_modes_of_functions_see_what_is_computed() -> None:
+    """But a default device, which is one, counts not: it moves nothing that is there."""
+    model, seen = small(), []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("cpu"):
+        assert why_not_cpu(model) is None
+        with Mode():
+            assert why_not_cpu(model) == "a mode of torch's looks at every operation"
+            model.generate(max_new_tokens=2)
+    assert nn.functional.linear in seen
+
+
+@pytest.mark.parametrize("method", ["_embed", "_tokens"])
+@pytest.mark.parametrize("of_the_class", [False, True])
+def test_other_embeddings(method: str, of_the_class: bool, monkeypatch: Patch, without_gradients: None) -> None:
+    """Generation and the forward pass go through them."""
+    model, tokens = small(torch.bfloat16), torch.tensor([[16, 1, 2, 3, 4, 5, 6, 7]])
+    body = model.transformer
+    monkeypatch.setattr(*(type(body) if of_the_class else body, method), lambda *_: torch.ones(1, 8, 48).bfloat16())
+    assert why_not_cpu(model) is not None
+    assert forward_module.why_not_modules(body, around=False) is not None
+    assert torch.equal(body(tokens).last_hidden_state[0, 3], body(tokens.flip(1)).last_hidden_state[0, 3])
 
 
 def test_compiling_is_nothing_in_between() -> None:
