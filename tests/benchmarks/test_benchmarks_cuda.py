@@ -70,7 +70,7 @@ def test_sampling_is_timed_as_the_device_draws_or_not_at_all(common: ModuleType)
     class Slow:
         name = "reference"
 
-    with pytest.raises(TypeError, match="Slow has no draw and step_drawn"):
+    with pytest.raises(TypeError, match="Slow does not draw on the GPU; want a decoder"):
         sampling.Ours(Slow(), "cuda")
     assert sampling.Ours(Slow(), "cpu").path == "reference: sample, step"
 
