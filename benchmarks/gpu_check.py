@@ -73,12 +73,14 @@ SECONDS_IF_CHANGED = {
 SECONDS_IF_NAMED = {"compiled": 240}
 PARTS = SECONDS | SECONDS_IF_CHANGED | SECONDS_IF_NAMED
 # What the result of a part depends on, besides the GPU and the versions of torch and nvcc.
-KERNELS = ("csrc/cuda/**/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/reference.py", "tests/ops/*.py")
+KERNELS = ("csrc/cuda/**/*", "csrc/bind/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/backend.py")
+KERNELS += ("igpt_fast/reference.py", "tests/ops/*.py")
+EVERYTHING = ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py")
 MEASURING = ("bench_ops", "cuda_ops", "cuda_timing", "workloads", "peers")  # single ops
 SOURCES = {
-    "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/*", "tests/emulator/*"),
-    "tests": ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py"),
-    "determinism": (*KERNELS, "tests/emulator/test_*.py"),
+    "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/**/*", "tests/emulator/*"),
+    "tests": EVERYTHING,
+    "determinism": EVERYTHING,  # of the engines too: it alone replays their graphs a thousand times
     "memcheck": KERNELS,
     "racecheck": KERNELS,
     "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),

@@ -150,6 +150,15 @@ def test_the_sources_of_the_parts(check: ModuleType) -> None:
     assert check.SOURCES.keys() == check.SECONDS_IF_CHANGED.keys()
     for pattern in {pattern for patterns in check.SOURCES.values() for pattern in patterns}:
         assert any(path.is_file() for path in ROOT.glob(pattern)), pattern
+    bound = ("csrc/bind/cuda.cpp", "csrc/bind/elementwise.cpp", "csrc/cuda/norm.cu", "igpt_fast/backend.py")
+    engine = ("igpt_fast/engines/cuda/step.py", "igpt_fast/engines/cuda/decoder.py", "tests/emulator/test_decoder.py")
+    for part, paths in {
+        **dict.fromkeys(("memcheck", "racecheck", "benchmark"), bound),
+        **dict.fromkeys(("tests", "determinism"), (*bound, *engine)),
+        "conformance": ("csrc/cuda/ptx.cuh", "csrc/emulator/include/cuda_runtime.h", "tests/emulator/conformance.cu"),
+    }.items():
+        for path in paths:
+            assert any(ROOT / path in ROOT.glob(pattern) for pattern in check.SOURCES[part]), f"{part}: {path}"
 
 
 @pytest.mark.clock
