@@ -121,6 +121,56 @@ def test_a_row_that_fails_costs_no_other(
     assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
 
 
+def test_one_that_fails_in_its_turn_costs_no_other(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    monkeypatch.setattr(sampling.TokenByToken, "turn", lambda self, count: None if count == 3 else 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling")
+    assert status == 0
+    found = {row["name"]: row.get("error") for row in rows if "transformers" not in row["name"]}
+    assert found == {"igpt_fast": None, "PyTorch layers": "ZeroDivisionError: division by zero"}
+    monkeypatch.setattr(sampling.Ours, "turn", lambda self, count: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "profile")
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ZeroDivisionError: division by zero"]
+
+
+@pytest.mark.parametrize(("step", "whose"), [("step", "float32; want"), ("step_drawn", "float32 of what it drew")])
+def test_steps_with_wrong_logits_have_no_time(
+    emulation: Implementation,
+    common: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    whose: str,
+) -> None:
+    """Whichever way comes first in a program: after a new start none is compared with itself alone."""
+    sampling = importlib.import_module("bench_sample_cuda")
+    right = getattr(sampling.CudaDecoder, step)
+    monkeypatch.setattr(sampling.CudaDecoder, step, lambda self, *tokens: 1.1 * right(self, *tokens))
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "steps")
+    assert status == 1
+    assert len(rows) == 5
+    assert all(whose in row["error"] for row in rows)
+
+
+def test_after_a_new_start_the_ways_are_compared_with_the_first(
+    emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, file = importlib.import_module("bench_sample_cuda"), tmp_path / "s.json"
+    quick("bench_sample_cuda", file, monkeypatch, "--only", "steps")
+    written = json.loads(file.read_text("utf-8"))
+    written["rows"] = written["rows"][:1]
+    file.write_text(json.dumps(written), "utf-8")
+    near, compared = sampling.near, []
+    monkeypatch.setattr(sampling, "near", lambda *given: (compared.append(given[3:]), near(*given))[1])
+    status, rows = quick("bench_sample_cuda", file, monkeypatch, "--only", "steps", "--resume")
+    assert (status, len(rows)) == (0, 5)
+    assert compared.count(("those of the first way",)) == 4
+
+
 def test_a_run_goes_on_behind_what_ended_it(
     common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
