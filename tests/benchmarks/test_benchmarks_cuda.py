@@ -212,7 +212,34 @@ def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: p
         (work, name) for names in (eager, compiled) for work in ("forward", "training") for name in names
     ]
     assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
-    assert all("times_hf" in row for row in rows[:6] if row["name"] != "transformers")
+    assert all("times_hf" in row for row in rows if row["name"] != "transformers")
+    assert {row["path"] for row in rows if not row["name"].startswith("igpt_fast")} == {"PyTorch"}
+    assert {row["path"] for row in rows if row["name"].startswith("igpt_fast")} == {"cpu kernels"}
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "compiled")
+    assert status == 0
+    assert [row["name"] for row in rows] == ["transformers", *compiled] * 2
+    assert all(row["times_hf"] > 0 for row in rows if row["name"] != "transformers")
+
+
+def test_on_a_gpu_nothing_of_ours_falls_back(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network has the backend that raises where there are no kernels; a command's engine is the CUDA one."""
+    bench, commands = (importlib.import_module(name) for name in ("bench_model_cuda", "bench_commands"))
+    case = bench.Case("training", "tiny", 1, ImageGPTConfig(**bench.TINY), torch.device("cuda"))
+    backends = {name: case.backend(name) for name in (*bench.EAGER, *bench.COMPILED)}
+    assert backends == {name: "cuda" if name.startswith("igpt_fast") else "auto" for name in backends}
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"images": 1, "engine": "reference"}), "")
+
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="the engine is 'reference'; want 'cuda'"):
+        commands.run("igpt sample -n 1", "cuda", tmp_path)
+    assert seen[0][-2:] == ["--backend", "cuda"]
+    assert commands.run("igpt sample -n 1", "cpu", tmp_path)["said"]["engine"] == "reference"
 
 
 def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

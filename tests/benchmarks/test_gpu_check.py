@@ -339,6 +339,8 @@ def test_the_steps(check: ModuleType) -> None:
         assert set(step.needs) <= set(names[:i])
     assert steps[0].environment["IGPT_CUDA_ARCHS"] == "90a-real"
     assert check.Device("", (8, 9), "", 0.0, {}).architecture == "89-real"
+    strict = {step.name for step in steps if step.environment.get("IGPT_FAST_BACKEND") == "cuda"}
+    assert strict == {"forward", "training", "compiled", "commands"}
     for argument in (argument for step in steps for argument in step.command):
         if argument.startswith(("tests/", "benchmarks/")):
             assert (ROOT / argument).exists(), argument
