@@ -16,12 +16,13 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test mutate lint format bench gpu-check clean help
+.PHONY: sample test soak mutate lint format bench gpu-check clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test       install with the development extra, and run the tests, a process for each core"
+	@echo "make soak       the same tests, and those at full size: minutes more"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
@@ -35,6 +36,9 @@ sample: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --soak
 
 mutate: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator

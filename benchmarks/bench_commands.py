@@ -3,6 +3,8 @@
     python benchmarks/bench_commands.py --json benchmarks/results/commands.json
     python benchmarks/bench_commands.py --device cpu --quick --json /tmp/rows.json
 
+Of a GPU's commands nothing but the CUDA kernels counts: ops that lack them raise, and another engine is an error.
+
 ``seconds``: of the whole process, Python, torch and the model's loading included. ``said``: what it printed of itself.
 ``error``: why there is no time. ``--quick``: next to nothing of each.
 """
@@ -45,13 +47,14 @@ def run(command: str, device: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: A package that the command needs is not installed.
-        RuntimeError: It failed, or took too long.
+        RuntimeError: It failed, took too long, or drew on a GPU with another engine than the CUDA one.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(f"not installed: {', '.join(missing)}")
     program, what, *rest = command.split()
     out = folder / ("run" if what == "train" else "samples.png")
     full = [sys.executable, "-m", "igpt_fast", what, *rest, "--out", str(out), "--device", device, "--json"]
+    full += ["--backend", "cuda"] if device == "cuda" else []
     path = os.pathsep.join([str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.perf_counter()
     try:
@@ -65,6 +68,8 @@ def run(command: str, device: str, folder: Path) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
         raise RuntimeError(f"exit status {done.returncode}: {last[:300]}")
     said = json.loads(done.stdout.splitlines()[-1])
+    if device == "cuda" and said.get("engine", device) != "cuda":
+        raise RuntimeError(f"the engine is {said['engine']!r}; want 'cuda'")
     kept = {name: value for name, value in said.items() if isinstance(value, int | float) or name in SAID}
     return {"seconds": seconds, "said": kept}
 

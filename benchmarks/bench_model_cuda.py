@@ -5,17 +5,19 @@
 
 1,024 tokens an image, seeded weights, no dropout. Ours and an expert's plain PyTorch (peers.py), each eager and under
 torch.compile, and transformers, whose attention writes all scores out. One after another, since a step of L takes the
-memory of the GPU; ``compiled`` has both works of the two that are compiled, which takes longer than the measuring.
+memory of the GPU; ``compiled`` has both works of the two that are compiled, which takes longer than the measuring, and
+of transformers, where there are no rows of it.
 
 - ``forward``: the logits of every position, in bfloat16. They are checked first, against float32, by the rule of the
   ops: an error of at most twice that of the plain expression in bfloat16, and one unit of rounding.
 - ``training``: forward, loss, backward and fused AdamW, under autocast to bfloat16 with float32 weights. The loss, the
   norm of the gradient and the token embedding's gradient are checked first, against float32 without autocast.
 
-What is right is the expert's, which the tests hold against the model. ``ms``: of a batch, the median over turns;
-``img_s``, ``tflop_s`` (of multiplications); ``times_hf``: as many times faster than transformers; ``off``: relative
-error of the logits, or of loss and norm; ``prepared_s``: seconds until the first result was checked, compiling among
-them; ``error``: why a row has no time. Every row is in the file as soon as it is known.
+What is right is the expert's, which the tests hold against the model. ``path``: whose kernels ran; of ours on a GPU the
+CUDA ones, or an op raises. ``ms``: of a batch, the median over turns; ``img_s``, ``tflop_s`` (of multiplications);
+``times_hf``: as many times faster than transformers; ``off``: relative error of the logits, or of loss and norm;
+``prepared_s``: seconds until the first result was checked, compiling among them; ``error``: why a row has no time.
+Every row is in the file as soon as it is known.
 
 ``--quick``: a tiny model, two turns; where the device is no GPU, torch.compile traces and compiles nothing.
 """
@@ -38,14 +40,27 @@ import torch.nn.functional as F
 from bench_model import GRADIENT_ERROR, LOSS_ERROR, NO_DROPOUT, Training, flops
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
 from igpt_fast.config import PRESETS
 
 NAMES = ("work", "model", "batch", "name")
-COLUMNS = ("work", "model", "batch", "name", "ms", "ms_spread", "img_s", "tflop_s", "times_hf", "off", "prepared_s")
+COLUMNS = (
+    "work",
+    "model",
+    "batch",
+    "name",
+    "path",
+    "ms",
+    "ms_spread",
+    "img_s",
+    "tflop_s",
+    "times_hf",
+    "off",
+    "prepared_s",
+)
 COLUMNS += ("error",)
 OURS, SUFFIX = "igpt_fast", ", compiled"
-EAGER, COMPILED = ("transformers", OURS, "PyTorch"), (OURS + SUFFIX, "PyTorch" + SUFFIX)
+EAGER, COMPILED = ("transformers", OURS, "PyTorch"), ("transformers", OURS + SUFFIX, "PyTorch" + SUFFIX)
 PARTS = ("forward", "training", "compiled")
 # Model -> images of a batch: as many as leave transformers room for its scores.
 BATCHES = {"forward": {"S": 32, "M": 16, "L": 8}, "training": {"S": 16, "M": 16, "L": 8}}
@@ -78,6 +93,16 @@ class Case:
         torch.manual_seed(0)
         with torch.device(self.device):
             return ImageGPTForCausalImageModeling(self.config).eval().requires_grad_(False).to(dtype)
+
+    def backend(self, name: str) -> str:
+        """The backend under which a candidate runs: of ours on a GPU the one that raises where the kernels are not."""
+        return "cuda" if name.startswith(OURS) and self.device.type == "cuda" else "auto"
+
+    def path(self, name: str) -> str:
+        """Whose kernels a candidate runs."""
+        with backend.use_backend(self.backend(name)):
+            kernels = backend.kernels("rms_norm", self.device) if name.startswith(OURS) else None
+        return "PyTorch" if kernels is None else f"{kernels.kind} kernels"
 
     def compiled(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return peers.compiled(function, self.device) if name.endswith(SUFFIX) else function
@@ -139,7 +164,7 @@ def training(case: Case, name: str) -> Training:
 
     wte = network.wte if who == "PyTorch" else network.transformer.wte.weight
     call = case.compiled(loss, name)
-    return Training(network, wte, lambda: call(tokens))
+    return Training(network, wte, lambda: call(tokens), case.backend(name))
 
 
 def right_step(case: Case) -> tuple[float, float, Tensor]:
@@ -166,7 +191,7 @@ WORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any
 # ---- Time ---------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, name: str, right: Any, turns: int, seconds: float) -> dict[str, float]:
+def measure(case: Case, name: str, right: Any, turns: int, seconds: float) -> dict[str, Any]:
     """A candidate's figures.
 
     Raises:
@@ -174,7 +199,7 @@ def measure(case: Case, name: str, right: Any, turns: int, seconds: float) -> di
     """
     make, _, check = WORKS[case.work]
     start, run = time.perf_counter(), make(case, name)
-    found = check(run, right)
+    found = {"path": case.path(name)} | check(run, right)
     found["prepared_s"] = round(time.perf_counter() - start, 2)
 
     def several(count: int) -> float:
@@ -216,7 +241,8 @@ def bench(case: Case, names: tuple[str, ...], rows: common.Rows, turns: int, sec
             tidy(case.device)
             common.say(f"{case.work}: {case.model}, batch {case.batch}; {name}")
             row = case.row | {"name": name}
-            found = rows.attempt(row, functools.partial(measure, case, name, right, turns, seconds))
+            with backend.use_backend(case.backend(name)):
+                found = rows.attempt(row, functools.partial(measure, case, name, right, turns, seconds))
             if found is not None:
                 theirs = [r["ms"] for r in rows.rows if case.row.items() <= r.items() and r["name"] == "transformers"
                           and "ms" in r]  # fmt: skip

@@ -6,13 +6,14 @@
 Drawn are the tokens around the middle of an image, in turns: a token's time grows linearly with its position, so that
 1,024 such tokens are an image's. Nobody waits for the device within a turn.
 
-- ``sampling``: in turns with transformers, token by token and by its ``generate`` (both on its own, growing cache), and
-  with this project's PyTorch layers. ``gpt-fast``: in turns with an expert's PyTorch in that form. Everybody's logits
-  are checked first, against the model's in float32, by the rule of the ops: an error of at most twice that of the plain
-  expression in the same dtype, and one unit of rounding. The tokens that our engine draws are checked against those of
-  the definition, from the same numbers.
+- ``sampling``: in turns with transformers, token by token and by its ``generate`` (both on its own, growing cache; a
+  call of one token is taken off those of more), and with this project's PyTorch layers. ``gpt-fast``: in turns with an
+  expert's PyTorch in that form. Everybody's logits are checked first, against the model's in float32, by the rule of
+  the ops: an error of at most twice that of the plain expression in the same dtype, and one unit of rounding. The
+  tokens that our engine draws are checked against those of the definition, from the same numbers, and the logits
+  behind them as the others.
 - ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 8
-  rows, whose kernels have them); the logits of all are compared.
+  rows, whose kernels have them); the logits of all are compared with each other, and of some rows with float32.
 - ``profile``: the kernels of a token: microseconds and launches of each, and what the device was busy in all.
 
 Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine's own ``draw`` and ``step_drawn``.
@@ -38,9 +39,10 @@ from typing import Any
 import common
 import peers
 import torch
+from drawings import Compiled, Drawing, Generate, Ours, TokenByToken
 from torch import Tensor
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ops, reference, use_backend
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, use_backend
 from igpt_fast.config import PRESETS
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
@@ -53,8 +55,8 @@ NAMES = ("part", "model", "batch", "name")  # by which a row is known
 OURS = "igpt_fast"
 DTYPE = torch.bfloat16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
-SEED = 5
 DEPENDENT_ROWS, KERNELS = 8, 12  # rows of the fused kernels, which alone are launched early; the longest of a profile
+EXACT_ROWS = 8  # of a batch, whose logits are compared with float32 after every way's tokens
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Run:
         models: Name -> configuration.
         batches: Part -> model -> its batch sizes.
         turns, tokens, warm: Turns of each, tokens in a turn, and tokens that are drawn before.
+        call: Tokens in a turn of who sets up anew at each call; a turn of one token is taken off.
         bandwidth: Bytes a second of a copy; ``None``: not measured.
         rows: Where the rows go.
     """
@@ -75,6 +78,7 @@ class Run:
     batches: dict[str, dict[str, tuple[int, ...]]]
     turns: int
     tokens: int
+    call: int
     warm: int
     bandwidth: float | None
     rows: common.Rows
@@ -96,129 +100,6 @@ BATCHES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 # ---- Who draws ----------------------------------------------------------------------------------------------
-
-
-class Drawing:
-    """Somebody who goes on drawing from where he was.
-
-    Attributes:
-        path: How he draws.
-        logits: (B, K) of the next position.
-    """
-
-    path = ""
-    logits: Tensor
-
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    def begin(self, context: Tensor) -> Tensor:
-        """Reads (B, T) tokens, the last of them by a step; the (B, K) logits."""
-        self.decoder.prefill(context[:, :-1])
-        self.logits = self.decoder.step(context[:, -1])
-        return self.logits
-
-    def token(self) -> Tensor:
-        """Draws a token of each image, and reads it; the (B,) tokens."""
-        raise NotImplementedError
-
-    def turn(self, count: int) -> None:
-        for _ in range(count):
-            self.token()
-
-
-class Ours(Drawing):
-    """One of this project's engines. On a GPU it draws there, as generation has it do: numbers, draw and the next input
-    are one kernel.
-
-    Raises:
-        TypeError: The decoder is on a GPU and does not draw there: timing another way would say nothing about it.
-    """
-
-    def __init__(self, decoder: Any, device: str) -> None:
-        super().__init__(decoder)
-        self.draws = decoder.name == "cuda"
-        if device == "cuda" and not self.draws:
-            raise TypeError(f"{type(decoder).__name__} does not draw on the GPU; want a decoder that does")
-        self.path = f"{decoder.name}: " + ("draw, step_drawn" if self.draws else "sample, step")
-
-    def begin(self, context: Tensor) -> Tensor:
-        self.streams = torch.arange(len(context), device=context.device)
-        self.unused = torch.zeros(len(context), device=context.device)  # numbers, which the decoder makes by itself
-        self.index = context.shape[1] - 1  # in its image, of the token that is drawn next
-        return super().begin(context)
-
-    def token(self) -> Tensor:
-        if self.draws:
-            drawn, _ = self.decoder.draw(self.logits, self.unused, (SEED, self.streams))
-            self.logits = self.decoder.step_drawn()
-        else:
-            drawn = ops.sample(self.logits, self._uniform())
-            self.logits = self.decoder.step(drawn)
-        self.index += 1
-        return drawn
-
-    def _uniform(self) -> Tensor:
-        return reference.uniform(SEED, self.streams, self.index, 1)[:, 0]
-
-    def check_tokens(self, count: int) -> None:
-        """Raises Refused unless the tokens that it draws next are the definition's, by the same numbers.
-
-        One of them may be another: a number beside the border of two colours.
-        """
-        others = 0
-        for _ in range(count):
-            want = reference.sample(self.logits.float(), self._uniform())
-            others += int((self.token() != want).sum())
-        if others > 1:
-            raise common.Refused(f"{others} of {count * len(self.streams)} tokens are not those of the definition")
-
-
-class TokenByToken(Drawing):
-    """``prefill`` and ``step``, and torch's draw between them."""
-
-    path = "multinomial, step"
-
-    def token(self) -> Tensor:
-        drawn = torch.multinomial(self.logits.float().softmax(dim=-1), 1)[:, 0]
-        self.logits = self.decoder.step(drawn)
-        return drawn
-
-
-class Generate(Drawing):
-    """transformers' ``generate``, a turn a call."""
-
-    path = "generate"
-
-    def begin(self, context: Tensor) -> Tensor:
-        logits = super().begin(context)
-        self.tokens = torch.cat([context, logits.argmax(dim=-1, keepdim=True)], 1)
-        return logits
-
-    def turn(self, count: int) -> None:
-        settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}
-        settings["attention_mask"] = torch.ones_like(self.tokens)  # else token 0 would be padding
-        self.tokens = self.decoder.model.generate(
-            self.tokens, past_key_values=self.decoder.cache, min_new_tokens=count, max_new_tokens=count, **settings
-        )
-
-
-class Compiled(Drawing):
-    """The form of gpt-fast, which draws within its compiled call."""
-
-    @property
-    def path(self) -> str:
-        return self.decoder.path
-
-    def begin(self, context: Tensor) -> Tensor:
-        self.decoder.prefill(context[:, :-1])
-        token, logits = self.decoder.token(context[:, -1])
-        self.next, self.logits = token.clone(), logits.clone()
-        return self.logits
-
-    def token(self) -> Tensor:
-        self.next = self.decoder.token(self.next)[0].clone()
-        return self.next
 
 
 def ours(model: ImageGPTForCausalImageModeling, batch: int) -> Ours:
@@ -275,6 +156,25 @@ def right(model: ImageGPTForCausalImageModeling, context: Tensor) -> tuple[Tenso
     return want, 2 * common.relative_error(plain, want) + torch.finfo(model.dtype).eps
 
 
+def near(logits: Tensor, want: Tensor, limit: float, whose: str = "those in float32") -> float:
+    """The relative error; raises Refused where it is above the limit."""
+    off = common.relative_error(logits, want)
+    if not off <= limit:
+        raise common.Refused(f"its logits are off by {off:.2e} from {whose}; want {limit:.2e} at most")
+    return off
+
+
+def check_drawn(model: ImageGPTForCausalImageModeling, drawing: Ours, context: Tensor, count: int) -> None:
+    """Draws tokens; raises Refused unless they are right, and the logits behind them, of the step that is timed."""
+    tokens = torch.cat([context, drawing.check_tokens(count)], dim=1)
+    near(some(drawing.logits), *right(model, some(tokens)), "those in float32 of what it drew")
+
+
+def some(rows: Tensor) -> Tensor:
+    """At most EXACT_ROWS, from the first to the last."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), EXACT_ROWS), device=rows.device).long()]
+
+
 # ---- Parts --------------------------------------------------------------------------------------------------
 
 
@@ -300,11 +200,9 @@ def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 
     def prepare(make: Callable[[], Drawing]) -> tuple[Drawing, dict[str, Any]]:
         start, drawing = time.perf_counter(), make()
-        off = common.relative_error(drawing.begin(context), want)
-        if not off <= limit:
-            raise common.Refused(f"its logits are off by {off:.2e}; want {limit:.2e} at most")
+        off = near(drawing.begin(context), want, limit)
         if isinstance(drawing, Ours):
-            drawing.check_tokens(run.warm)
+            check_drawn(model, drawing, context, run.warm)
         else:
             drawing.turn(run.warm)
         return drawing, {"path": drawing.path, "off": off, "prepared_s": round(time.perf_counter() - start, 2)}
@@ -314,7 +212,7 @@ def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
         found = run.rows.attempt(row | {"name": name}, functools.partial(prepare, make))
         if found is not None:
             drawings[name], more[name] = found
-    times = turns(run, drawings)
+    times = turns(run, row, drawings)
     mine = times.get(OURS, {}).get("us")
     for name, spent in times.items():
         found = row | {"name": name} | more[name] | spent | rates(run, config, batch, spent["us"])
@@ -333,7 +231,7 @@ def bench_steps(run: Run, part: str) -> None:
         tidy()
 
 
-def variants(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Callable[[], Drawing]]:
+def variants(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Callable[[], Ours]]:
     """Name -> what makes it. Without the CUDA kernels, on a CPU, whichever engine there is."""
     if why_not_cuda(model) is not None:
         return {OURS: lambda: ours(model, batch)}
@@ -353,20 +251,27 @@ def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     batch, model = row["batch"], make_model(config, run.device)
     context = make_context(run, config, batch)
     room = most_images(model, primer=context.shape[1])
-    makers = {name: make for name, make in variants(model, batch).items() if not run.rows.has(row | {"name": name})}
+    every = variants(model, batch)
+    makers = {name: make for name, make in every.items() if not run.rows.has(row | {"name": name})}
     together = room is None or (len(makers) + 1) * batch <= room
+    want, limit = right(model, some(context)) if makers else (context, 0.0)
+    timed = [r["name"] for r in run.rows.rows if row.items() <= r.items() and "error" not in r]
     seen: list[Tensor] = []
+    if timed and makers:  # before this program was started anew
+        seen.append(every[timed[0]]().begin(context).float())
+        tidy()
 
-    def prepare(make: Callable[[], Drawing]) -> Drawing:
+    def prepare(make: Callable[[], Ours]) -> Ours:
         drawing = make()
-        seen.append(drawing.begin(context).float())
-        if not (off := common.relative_error(seen[-1], seen[0])) <= torch.finfo(DTYPE).eps:
-            raise common.Refused(f"its logits are off by {off:.2e} from those of the first way")
-        drawing.turn(run.warm)
+        logits = drawing.begin(context).float()
+        near(some(logits), want, limit)
+        seen.append(logits)
+        near(logits, seen[0], torch.finfo(DTYPE).eps, "those of the first way")
+        check_drawn(model, drawing, context, run.warm)
         return drawing
 
     def measure(drawings: dict[str, Drawing]) -> None:
-        for name, spent in turns(run, drawings).items():
+        for name, spent in turns(run, row, drawings).items():
             path = {"path": drawings[name].path}
             run.rows.add(row | {"name": name} | path | spent | rates(run, config, batch, spent["us"]))
 
@@ -397,7 +302,9 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     drawing = ours(model, row["batch"])
     drawing.begin(make_context(run, config, row["batch"]))
     drawing.turn(run.warm)
-    us = turns(run, {OURS: drawing})[OURS]["us"]
+    times = turns(run, row, {OURS: drawing})
+    if not times:
+        return
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if run.device == "cuda" else activity.CPU]) as profile:
         drawing.turn(run.tokens)
@@ -408,7 +315,7 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
         if (spent := event.self_device_time_total if run.device == "cuda" else event.self_cpu_time_total) > 0
     ]
     kernels.sort(key=lambda kernel: -kernel["us"])
-    more = {"path": drawing.path, "us": us, "busy_us": sum(kernel["us"] for kernel in kernels)}
+    more = {"path": drawing.path, "us": times[OURS]["us"], "busy_us": sum(kernel["us"] for kernel in kernels)}
     more["launches"] = sum(kernel["launches"] for kernel in kernels)
     run.rows.add(row | more | {"kernels": kernels[:KERNELS]})
 
@@ -433,19 +340,33 @@ def tidy() -> None:
         torch.cuda.empty_cache()
 
 
-def turns(run: Run, drawings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Name -> ``us`` of a token and ``us_spread``."""
+def turns(run: Run, row: dict[str, Any], drawings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Name -> ``us`` of a token and ``us_spread``. Who fails has a row with the error, and no time."""
+    failed: set[str] = set()
 
-    def turn(drawing: Any) -> None:
-        drawing.turn(run.tokens)
-        wait(run.device)
+    def turn(name: str, count: int) -> None:
+        def tokens() -> bool:
+            drawings[name].turn(count)
+            wait(run.device)
+            return True
 
-    calls = {name: functools.partial(turn, drawing) for name, drawing in drawings.items()}
-    found = common.interleave(calls, run.turns, warm=True) if calls else {}
-    return {
-        name: {"us": 1e3 * spent["ms"] / run.tokens, "us_spread": 1e3 * spent["ms_spread"] / run.tokens}
-        for name, spent in found.items()
-    }
+        if name not in failed and run.rows.attempt(row | {"name": name}, tokens) is None:
+            failed.add(name)
+
+    counts = {name: run.call if isinstance(who, Generate) else run.tokens for name, who in drawings.items()}
+    keys = [(name, n) for name, who in drawings.items() for n in (counts[name], *([1] * isinstance(who, Generate)))]
+    spent = common.interleave({key: functools.partial(turn, *key) for key in keys}, run.turns, warm=True)
+    found = {}
+    for name in (name for name in drawings if name not in failed):
+        count, us, spread = counts[name], *(1e3 * spent[name, counts[name]][key] for key in ("ms", "ms_spread"))
+        if isinstance(drawings[name], Generate):  # less the set-up of a call, and one token
+            one = spent[name, 1]
+            count, us, spread = count - 1, us - 1e3 * one["ms"], spread + 1e3 * one["ms_spread"]
+        if us > 0:
+            found[name] = {"us": us / count, "us_spread": spread / count}
+        else:
+            run.rows.add(row | {"name": name, "error": f"{count} tokens more took no longer"})
+    return found
 
 
 def rates(run: Run, config: ImageGPTConfig, batch: int, us: float) -> dict[str, float]:
@@ -480,11 +401,11 @@ def main() -> int:
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     rows = common.Rows(options.json, NAMES, options.resume, bandwidth=bandwidth)
     models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
-    run = Run(options.device, models, BATCHES, turns=5, tokens=12, warm=10, bandwidth=bandwidth, rows=rows)
+    run = Run(options.device, models, BATCHES, turns=5, tokens=12, call=12, warm=10, bandwidth=bandwidth, rows=rows)
     if options.quick:
         few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "profile": (1,)}
         tiny = {"models": {"tiny": ImageGPTConfig(**TINY)}, "batches": {p: {"tiny": few[p]} for p in PARTS}}
-        run = replace(run, **tiny, turns=2, tokens=2, warm=3)
+        run = replace(run, **tiny, turns=2, tokens=2, call=6, warm=3)
     with torch.no_grad():
         for part in options.only:
             PARTS[part](run, part)

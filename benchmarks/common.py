@@ -185,6 +185,20 @@ class Refused(Exception):
     """A candidate whose result is wrong: its time means nothing."""
 
 
+class Lost(Exception):
+    """After a candidate's failure the CUDA context does not work: what fails from here on is that candidate's doing."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+def check_context(name: str, text: str) -> None:
+    """Raises Lost after a candidate's failure, unless others can go on."""
+    if not context_works():
+        raise Lost(name, text)
+
+
 def attempt(name: Any, run: Callable[[], Any]) -> Any:
     """What ``run`` returns; ``None`` for a peer that fails or is refused, which is named on stderr.
 
@@ -269,7 +283,8 @@ class Rows:
         return any(all(other.get(name) == row.get(name) for name in self.names) for other in self.rows)
 
     def attempt(self, row: Mapping[str, Any], run: Callable[[], Any]) -> Any:
-        """What ``run`` returns; ``None`` where it fails, and the row, with the error, is all that it costs.
+        """What ``run`` returns; ``None`` where it fails, and the row, with the error, is all that it costs: of ``Lost``
+        the candidate's that it names, with ``lost``.
 
         A failed kernel leaves a CUDA context in which nothing works any more: then the program starts anew, with
         ``--resume``, and goes on behind that row.
@@ -278,6 +293,8 @@ class Rows:
             return run()
         except Exception as failure:  # whatever it is, the other rows are still measured
             text = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0][:300]}"
+            if isinstance(failure, Lost):
+                row = {**row, "name": failure.name, "lost": True}
         say(f"  {label(tuple(str(row[name]) for name in reversed(self.names) if name in row))}: {text}")
         self.add({**row, "error": text})
         if self.path is not None and not context_works():

@@ -107,11 +107,19 @@ def replay_ms(captured: Captured) -> float:
 
 
 def interleave(graphs: dict[str, Captured], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Name -> ``us`` of a call (median over the rounds), ``us_spread`` (third minus first quartile)."""
+    """Name -> ``us`` of a call (median over the rounds), ``us_spread`` (third minus first quartile).
+
+    Raises:
+        Lost: One of them ended the CUDA context.
+    """
     found: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, captured in graphs.items():
-            found[name].append(1e3 * replay_ms(captured) / captured.replays / captured.calls)
+            try:
+                found[name].append(1e3 * replay_ms(captured) / captured.replays / captured.calls)
+            except Exception as failure:
+                common.check_context(name, f"{type(failure).__name__}: {str(failure).strip()[:200]}")
+                raise
     times = {}
     for name, us in found.items():
         quartiles = statistics.quantiles(us, n=4)
@@ -148,7 +156,11 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def bench(workload: Workload, device: torch.device, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The rows of a workload: one for each pass and candidate; ``error`` in place of a time where there is none."""
+    """The rows of a workload: one for each pass and candidate; ``error`` in place of a time where there is none.
+
+    Raises:
+        Lost: One of them ended the CUDA context.
+    """
     rows = []
     for number, direction in enumerate(passes(workload)):
         common.say(f"{workload.op} {direction}, {workload.size}")
@@ -162,6 +174,7 @@ def bench(workload: Workload, device: torch.device, ceilings: Ceilings) -> list[
                     graphs[name] = capture(function, sets, count, workload.graph)
                 except Exception as failure:
                     wrong[name] = f"not captured: {type(failure).__name__}: {str(failure).strip()[:200]}"
+                    common.check_context(name, wrong[name])
         times = interleave(graphs) if graphs else {}
         peers = [time["us"] for name, time in times.items() if name != OURS]
         for name in everybody(workload):

@@ -73,12 +73,13 @@ SECONDS_IF_CHANGED = {
 SECONDS_IF_NAMED = {"compiled": 240}
 PARTS = SECONDS | SECONDS_IF_CHANGED | SECONDS_IF_NAMED
 # What the result of a part depends on, besides the GPU and the versions of torch and nvcc.
-KERNELS = ("csrc/cuda/**/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/reference.py", "tests/ops/*.py")
+KERNELS = ("csrc/cuda/**/*", "csrc/bind/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/backend.py")
+KERNELS += ("igpt_fast/reference.py", "tests/ops/*.py")
 MEASURING = ("bench_ops", "cuda_ops", "cuda_timing", "workloads", "peers")  # single ops
 SOURCES = {
-    "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/*", "tests/emulator/*"),
-    "tests": ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py"),
-    "determinism": (*KERNELS, "tests/emulator/test_*.py"),
+    "conformance": ("csrc/cuda/*.cuh", "csrc/emulator/**/*", "tests/emulator/*"),
+    # The latter of the engines as well: it alone replays their graphs a thousand times.
+    **dict.fromkeys(("tests", "determinism"), ("csrc/**/*", "CMakeLists.txt", "igpt_fast/**/*.py", "tests/**/*.py")),
     "memcheck": KERNELS,
     "racecheck": KERNELS,
     "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),
@@ -379,6 +380,7 @@ def make_steps(device: Device) -> list[Step]:
     """The steps for a GPU, in their order."""
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(_nvcc() or "").parent), os.environ["PATH"]])
     modules = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SITE)]), "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    strict = modules | {"IGPT_FAST_BACKEND": "cuda"}  # no op of ours falls back where figures are made
     building = {"IGPT_CUDA": "ON", "IGPT_CUDA_ARCHS": device.architecture, "IGPT_WERROR": "ON", "PATH": path}
     install = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(SITE), "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
@@ -388,7 +390,8 @@ def make_steps(device: Device) -> list[Step]:
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     look: dict[str, Any] = {"look": tests_that_ran, "before": forget(REPORT)}
-    no_models, no_command = f"needs {', '.join(without)}" if without else "", _missing(*COMMANDS_NEED)
+    no_models = f"needs {', '.join(without)}" if without else ""
+    no_commands = f"needs {', '.join(missing)}" if (missing := _missing(*COMMANDS_NEED)) else ""
 
     def step(name: str, command: Sequence[str], environment: dict[str, str] = modules, **more: Any) -> Step:
         sources = digest(SOURCES[name], device) if name in SOURCES else ""
@@ -401,10 +404,10 @@ def make_steps(device: Device) -> list[Step]:
         command = [sanitizer or "", *watch, sys.executable, script]
         return step(name, command, watched, skip=skip or ("" if sanitizer else "compute-sanitizer is not installed"))
 
-    def bench(name: str, script: str, skip: str = "") -> Step:
-        path = WORK / f"{name}.json"
+    def bench(name: str, script: str, skip: str = "", environment: dict[str, str] = modules) -> Step:
+        path, look = WORK / f"{name}.json", functools.partial(rows_that_came, WORK / f"{name}.json")
         command = [sys.executable, *script.split(), "--json", str(path)]
-        return step(name, command, look=functools.partial(rows_that_came, path), before=forget(path), skip=skip)
+        return step(name, command, environment, look=look, before=forget(path), skip=skip)
 
     apart = [f"--ignore={path}" for path in (*CONFORMANCE, *DECODER_TESTS)]
     return [
@@ -414,19 +417,19 @@ def make_steps(device: Device) -> list[Step]:
         bench("steps", "benchmarks/bench_sample_cuda.py --only steps", no_models),
         bench("profile", "benchmarks/bench_sample_cuda.py --only profile", no_models),
         bench("gpt-fast", "benchmarks/bench_sample_cuda.py --only gpt-fast", no_models),
-        bench("forward", "benchmarks/bench_model_cuda.py --only forward", no_models),
-        bench("training", "benchmarks/bench_model_cuda.py --only training", no_models),
+        bench("forward", "benchmarks/bench_model_cuda.py --only forward", no_models, strict),
+        bench("training", "benchmarks/bench_model_cuda.py --only training", no_models, strict),
         step("decoder-tests", _pytest("-k", f"not {DETERMINISM}", *DECODER_TESTS), **look),
         sanitize("decoder-memcheck", "tests/emulator/run_decoder.py", no_models),
         sanitize("decoder-racecheck", "tests/emulator/run_decoder.py", no_models),
-        bench("commands", "benchmarks/bench_commands.py", f"needs {', '.join(no_command)}" if no_command else ""),
+        bench("commands", "benchmarks/bench_commands.py", no_commands, strict),
         step("conformance", _pytest(*CONFORMANCE), **look),
         step("tests", _pytest("-k", f"not {DETERMINISM}", *apart, *tests), **look),
         step("determinism", _pytest("-k", DETERMINISM, *tests), **look),
         sanitize("memcheck", "tests/ops/run_cases.py"),
         sanitize("racecheck", "tests/ops/run_cases.py"),
         bench("benchmark", "benchmarks/bench_ops.py --device cuda"),
-        bench("compiled", "benchmarks/bench_model_cuda.py --only compiled", no_models),
+        bench("compiled", "benchmarks/bench_model_cuda.py --only compiled", no_models, strict),
     ]
 
 

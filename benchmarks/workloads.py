@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import common
 import torch
 from torch import Tensor
 
@@ -145,7 +146,11 @@ def gradients(wanted: bool) -> Iterator[None]:
 
 
 def check(workload: Workload, device: torch.device, direction: str) -> dict[str, str]:
-    """Name -> why that candidate's result is wrong, or that it cannot run; nobody is in it who is right."""
+    """Name -> why that candidate's result is wrong, or that it cannot run; nobody is in it who is right.
+
+    Raises:
+        Lost: One of them ended the CUDA context.
+    """
     count = workload.differentiable if direction == "backward" else 0
     inputs = workload.inputs(device, 0)
     wrong = {}
@@ -159,6 +164,7 @@ def check(workload: Workload, device: torch.device, direction: str) -> dict[str,
                 problem = "" if skipped else difference(found, plain, exact, workload.may_differ)
             except Exception as failure:  # a peer that this machine or this torch does not have
                 problem = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}"
+                common.check_context(name, problem)
             if problem:
                 wrong[name] = problem
     return wrong

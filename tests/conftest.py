@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     reason = backend.unavailable("cuda")
     for item in items:
-        if item.get_closest_marker("clock"):
+        # Of two groups pytest-xdist makes a third, which another process may run beside either.
+        if item.get_closest_marker("clock") and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("clock"))
         if reason is not None and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))

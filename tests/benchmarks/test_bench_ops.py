@@ -225,6 +225,54 @@ def test_a_workload_that_fails_costs_no_other(
     assert json.loads(file.read_text("utf-8"))["rows"] == rows
 
 
+def test_a_peer_that_ends_the_context_costs_its_own_row(
+    timing: ModuleType, work: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether a call of its own does it, or a graph; the workload is measured without it after the new start."""
+    bench, file = importlib.import_module("bench_ops"), tmp_path / "rows.json"
+    works, x = [True], torch.ones(3)
+
+    def ends(*_: Any) -> None:
+        works[0] = False
+        raise RuntimeError("CUDA error")
+
+    def rows_of(workload: Any, *_: Any) -> list[dict[str, Any]]:
+        assert not work.check(workload, torch.device("cpu"), "forward")
+        return [{"op": "op", "size": "1", "name": name} for name in work.everybody(workload)]
+
+    class Ended(BaseException):
+        pass
+
+    def start(*_: Any) -> None:
+        works[0] = True
+        raise Ended
+
+    peers = {"fine": torch.square, "ends": ends}
+    workload = work.Workload("op", "1", lambda *_: (x,), torch.square, torch.square, peers)
+    monkeypatch.setattr(timing.common, "context_works", lambda: works[0])
+    monkeypatch.setattr("os.execve", start)
+    monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(timing, "measure_ceilings", lambda _: timing.Ceilings(4000.0, 800.0))
+    monkeypatch.setattr(timing, "bench", rows_of)
+    monkeypatch.setattr(bench.workloads, "workloads", lambda *_: [workload])
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", "--device", "cuda", "--json", str(file)])
+    with pytest.raises(Ended):
+        bench.main()
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    row = {"op": "op", "size": "1", "pass": "all", "name": "ends"}
+    assert rows == [row | {"lost": True, "error": "Lost: RuntimeError: CUDA error"}]
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", "--device", "cuda", "--json", str(file), "--resume"])
+    for _ in range(2):  # and nothing more after that
+        bench.main()
+        rows = json.loads(file.read_text("utf-8"))["rows"]
+        assert [row["name"] for row in rows] == ["ends", work.OURS, "torch eager", "fine"]
+    monkeypatch.setattr(timing, "replay_ms", ends)
+    with pytest.raises(timing.common.Lost, match="CUDA error") as lost:
+        timing.interleave({"peer": timing.Captured("peer", 1, [])})
+    assert lost.value.name == "peer"
+
+
 def test_the_commands(timing: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bench = importlib.import_module("bench_ops")
     monkeypatch.setattr("sys.argv", ["bench_ops.py", "--device", "cuda", "--dry-run", "--ops", "rms_norm"])

@@ -70,7 +70,7 @@ def test_sampling_is_timed_as_the_device_draws_or_not_at_all(common: ModuleType)
     class Slow:
         name = "reference"
 
-    with pytest.raises(TypeError, match="Slow has no draw and step_drawn"):
+    with pytest.raises(TypeError, match="Slow does not draw on the GPU; want a decoder"):
         sampling.Ours(Slow(), "cuda")
     assert sampling.Ours(Slow(), "cpu").path == "reference: sample, step"
 
@@ -121,6 +121,56 @@ def test_a_row_that_fails_costs_no_other(
     assert any(row["us"] > 0 for row in rows if row["name"] == "PyTorch layers")
 
 
+def test_one_that_fails_in_its_turn_costs_no_other(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = importlib.import_module("bench_sample_cuda")
+    monkeypatch.setattr(common, "installed", lambda name: False)
+    monkeypatch.setattr(sampling.TokenByToken, "turn", lambda self, count: None if count == 3 else 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "sampling")
+    assert status == 0
+    found = {row["name"]: row.get("error") for row in rows if "transformers" not in row["name"]}
+    assert found == {"igpt_fast": None, "PyTorch layers": "ZeroDivisionError: division by zero"}
+    monkeypatch.setattr(sampling.Ours, "turn", lambda self, count: 1 / 0)
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "profile")
+    assert status == 1
+    assert [row["error"] for row in rows] == ["ZeroDivisionError: division by zero"]
+
+
+@pytest.mark.parametrize(("step", "whose"), [("step", "float32; want"), ("step_drawn", "float32 of what it drew")])
+def test_steps_with_wrong_logits_have_no_time(
+    emulation: Implementation,
+    common: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    whose: str,
+) -> None:
+    """Whichever way comes first in a program: after a new start none is compared with itself alone."""
+    sampling = importlib.import_module("bench_sample_cuda")
+    right = getattr(sampling.CudaDecoder, step)
+    monkeypatch.setattr(sampling.CudaDecoder, step, lambda self, *tokens: 1.1 * right(self, *tokens))
+    status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "steps")
+    assert status == 1
+    assert len(rows) == 5
+    assert all(whose in row["error"] for row in rows)
+
+
+def test_after_a_new_start_the_ways_are_compared_with_the_first(
+    emulation: Implementation, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, file = importlib.import_module("bench_sample_cuda"), tmp_path / "s.json"
+    quick("bench_sample_cuda", file, monkeypatch, "--only", "steps")
+    written = json.loads(file.read_text("utf-8"))
+    written["rows"] = written["rows"][:1]
+    file.write_text(json.dumps(written), "utf-8")
+    near, compared = sampling.near, []
+    monkeypatch.setattr(sampling, "near", lambda *given: (compared.append(given[3:]), near(*given))[1])
+    status, rows = quick("bench_sample_cuda", file, monkeypatch, "--only", "steps", "--resume")
+    assert (status, len(rows)) == (0, 5)
+    assert compared.count(("those of the first way",)) == 4
+
+
 def test_a_run_goes_on_behind_what_ended_it(
     common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +212,34 @@ def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: p
         (work, name) for names in (eager, compiled) for work in ("forward", "training") for name in names
     ]
     assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
-    assert all("times_hf" in row for row in rows[:6] if row["name"] != "transformers")
+    assert all("times_hf" in row for row in rows if row["name"] != "transformers")
+    assert {row["path"] for row in rows if not row["name"].startswith("igpt_fast")} == {"PyTorch"}
+    assert {row["path"] for row in rows if row["name"].startswith("igpt_fast")} == {"cpu kernels"}
+    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "compiled")
+    assert status == 0
+    assert [row["name"] for row in rows] == ["transformers", *compiled] * 2
+    assert all(row["times_hf"] > 0 for row in rows if row["name"] != "transformers")
+
+
+def test_on_a_gpu_nothing_of_ours_falls_back(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network has the backend that raises where there are no kernels; a command's engine is the CUDA one."""
+    bench, commands = (importlib.import_module(name) for name in ("bench_model_cuda", "bench_commands"))
+    case = bench.Case("training", "tiny", 1, ImageGPTConfig(**bench.TINY), torch.device("cuda"))
+    backends = {name: case.backend(name) for name in (*bench.EAGER, *bench.COMPILED)}
+    assert backends == {name: "cuda" if name.startswith("igpt_fast") else "auto" for name in backends}
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"images": 1, "engine": "reference"}), "")
+
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="the engine is 'reference'; want 'cuda'"):
+        commands.run("igpt sample -n 1", "cuda", tmp_path)
+    assert seen[0][-2:] == ["--backend", "cuda"]
+    assert commands.run("igpt sample -n 1", "cpu", tmp_path)["said"]["engine"] == "reference"
 
 
 def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

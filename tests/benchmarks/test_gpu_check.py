@@ -150,6 +150,15 @@ def test_the_sources_of_the_parts(check: ModuleType) -> None:
     assert check.SOURCES.keys() == check.SECONDS_IF_CHANGED.keys()
     for pattern in {pattern for patterns in check.SOURCES.values() for pattern in patterns}:
         assert any(path.is_file() for path in ROOT.glob(pattern)), pattern
+    bound = ("csrc/bind/cuda.cpp", "csrc/bind/elementwise.cpp", "csrc/cuda/norm.cu", "igpt_fast/backend.py")
+    engine = ("igpt_fast/engines/cuda/step.py", "igpt_fast/engines/cuda/decoder.py", "tests/emulator/test_decoder.py")
+    for part, paths in {
+        **dict.fromkeys(("memcheck", "racecheck", "benchmark"), bound),
+        **dict.fromkeys(("tests", "determinism"), (*bound, *engine)),
+        "conformance": ("csrc/cuda/ptx.cuh", "csrc/emulator/include/cuda_runtime.h", "tests/emulator/conformance.cu"),
+    }.items():
+        for path in paths:
+            assert any(ROOT / path in ROOT.glob(pattern) for pattern in check.SOURCES[part]), f"{part}: {path}"
 
 
 @pytest.mark.clock
@@ -330,6 +339,8 @@ def test_the_steps(check: ModuleType) -> None:
         assert set(step.needs) <= set(names[:i])
     assert steps[0].environment["IGPT_CUDA_ARCHS"] == "90a-real"
     assert check.Device("", (8, 9), "", 0.0, {}).architecture == "89-real"
+    strict = {step.name for step in steps if step.environment.get("IGPT_FAST_BACKEND") == "cuda"}
+    assert strict == {"forward", "training", "compiled", "commands"}
     for argument in (argument for step in steps for argument in step.command):
         if argument.startswith(("tests/", "benchmarks/")):
             assert (ROOT / argument).exists(), argument

@@ -127,6 +127,8 @@ def compile_all() -> tuple[Compiled, ...]:
     """All sources, side by side, the longest of the last time first."""
     before: dict[str, float] = {}
     for path in CACHE.glob("*/status"):
+        if path.parent.suffix == ".partial":  # of another process, or one that was killed
+            continue
         before[path.parent.name.rsplit("-", 1)[0]] = float(path.read_text().split()[1])
     order = sorted(sources(), key=lambda path: -before.get(path.stem, path.stat().st_size / 1000))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:

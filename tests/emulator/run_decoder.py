@@ -34,8 +34,9 @@ def draw(device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies
     logits = decoder.prefill(primer.to(device)).repeat_interleave(copies, dim=0)
     decoder.fork(copies)
     streams, drawn = torch.arange(rows * copies, device=device), []
+    unused = torch.zeros(rows * copies, device=device)  # numbers, which the decoder makes by itself
     for position in range(PRIMER, POSITIONS):
-        drawn.append(decoder.draw(logits, 0, streams, Sampling(top_k=20))[0])
+        drawn.append(decoder.draw(logits, unused, (0, streams), Sampling(top_k=20))[0])
         if position + 1 < POSITIONS:
             logits = decoder.step_drawn()
     return torch.stack(drawn, dim=1)

@@ -68,6 +68,9 @@ def test_what_nvcc_did_not_finish_is_asked_again(tmp_path: Path, monkeypatch: py
     assert nvcc.compile_one(source).success
     (tmp_path / "again").unlink()
     assert nvcc.compile_one(source).output == "said\n", "what was finished is kept"
+    (tmp_path / "cache" / "kernel-0.partial").mkdir()
+    (tmp_path / "cache" / "kernel-0.partial" / "status").touch()
+    assert all(compiled.success for compiled in nvcc.compile_all.__wrapped__())
 
 
 def test_kernels_are_found(built: dict[str, nvcc.Compiled]) -> None:
@@ -79,6 +82,12 @@ def test_the_build_has_every_source() -> None:
     text = (compiling.ROOT / "CMakeLists.txt").read_text("utf-8")
     listed = re.findall(r"(?:add_library|target_sources)\(igpt_cuda (?:STATIC|PRIVATE)\s([^)]*)\)", text)
     assert sorted(" ".join(listed).split()) == [f"csrc/cuda/{path.name}" for path in nvcc.sources()]
+
+
+def test_one_group_each(request: pytest.FixtureRequest) -> None:
+    """Those of a clock too: here they stay with whoever has compiled."""
+    for item in request.session.items:
+        assert len(list(item.iter_markers("xdist_group"))) <= 1, item.nodeid
 
 
 @pytest.mark.clock

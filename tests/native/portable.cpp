@@ -1,13 +1,16 @@
 // What tests/test_aarch64.py runs on the plain level: colours to clusters, and a model of two layers that reads a
 // primer, forks and goes on, in every format. Prints one number a line, the same on every processor up to rounding.
-// With an argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
+// With an argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite, and the
+// elementwise ops.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
 #include "cpu/decoder.h"
+#include "cpu/ops.h"
 
 namespace cpu = igpt::cpu;
 
@@ -30,16 +33,65 @@ std::vector<float> numbers(int64_t n, float scale = 1.0f) {
     return all;
 }
 
-void quantize() {
-    constexpr int64_t n = 1000, k = 37;
+void print(const std::vector<int64_t>& out, bool whole) {
+    uint32_t sum = 0;
+    for (int64_t i : out) {
+        sum = sum * 31u + uint32_t(i);
+        if (whole) std::printf("%d\n", int(i));
+    }
+    if (!whole) std::printf("%u\n", unsigned(sum));
+}
+
+// Every token, or a checksum of them.
+void quantize(int64_t n, int32_t k, bool whole) {
     const std::vector<float> clusters = numbers(3 * k), floats = numbers(3 * n);
-    std::vector<uint8_t> bytes(3 * n);
+    std::vector<uint8_t> bytes(size_t(3 * n));
     for (uint8_t& x : bytes) x = uint8_t((number() + 1.0f) * 127.5f);
-    std::vector<int64_t> out(n);
+    std::vector<int64_t> out(static_cast<size_t>(n));
     cpu::quantize_u8({bytes.data(), clusters.data(), out.data(), n, k, 2, nullptr});
-    for (int64_t i : out) std::printf("%d\n", int(i));
+    print(out, whole);
     cpu::quantize_f32({floats.data(), clusters.data(), out.data(), n, k, 2, nullptr});
-    for (int64_t i : out) std::printf("%d\n", int(i));
+    print(out, whole);
+}
+
+// As an array of the format; bfloat16 is the upper half, which is not rounded here.
+std::vector<uint8_t> stored(const std::vector<float>& from, cpu::Format format) {
+    const size_t size = size_t(cpu::format_bytes(format));
+    std::vector<uint8_t> bytes(from.size() * size);
+    for (size_t i = 0; i < from.size(); ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &from[i], 4);
+        const uint16_t upper = uint16_t(bits >> 16);
+        std::memcpy(&bytes[i * size], size == 4 ? static_cast<const void*>(&bits) : &upper, size);
+    }
+    return bytes;
+}
+
+// Each op forward and backward, every activation.
+void elementwise(cpu::Format format) {
+    constexpr int64_t rows = 37, n = 21;
+    const auto array = [&](int64_t count, float scale = 1.0f) { return stored(numbers(count, scale), format); };
+    const auto x = array(rows * n), other = array(rows * n), weight = array(n), bias = array(n);
+    auto total = array(rows * n), out = array(rows * n), dweight = array(n), dbias = array(n);
+    for (bool centred : {false, true}) {
+        cpu::norm_fwd({x.data(), other.data(), weight.data(), bias.data(), total.data(), out.data(), rows, n, 1e-5f,
+                       centred, format, format, format, 2});
+        cpu::norm_bwd({out.data(), other.data(), total.data(), weight.data(), out.data(), dweight.data(), dbias.data(),
+                       rows, n, 1e-5f, centred, format, format, format, 2});
+    }
+    for (auto activation : {cpu::Activation::quick_gelu, cpu::Activation::gelu_tanh, cpu::Activation::gelu_erf}) {
+        cpu::activation_fwd({x.data(), bias.data(), out.data(), rows, n, activation, format, 2});
+        cpu::activation_bwd(
+            {other.data(), x.data(), bias.data(), out.data(), dbias.data(), rows, n, activation, format, 2});
+    }
+    std::vector<int64_t> labels;
+    for (int64_t i = 0; i < rows; ++i) labels.push_back(i % 5 ? i % n : -100);
+    std::vector<float> losses(rows), statistics(2 * rows), loss(1), count(1);
+    cpu::cross_entropy_fwd({x.data(), labels.data(), losses.data(), statistics.data(), rows, n, -100, format, 2,
+                            loss.data(), count.data(), true});
+    cpu::cross_entropy_bwd({loss.data(), x.data(), labels.data(), statistics.data(), count.data(), out.data(), rows, n,
+                            -100, false, format, 2});
+    std::printf("%.9g %.9g\n", double(loss[0]), double(count[0]));
 }
 
 void decode(cpu::Format format) {
@@ -84,6 +136,9 @@ void decode(cpu::Format format) {
 int main(int count, char**) {
     all_finite = count < 2;
     if (!cpu::select_isa("generic")) return 1;
-    quantize();
+    quantize(1000, 37, true);
+    quantize(9000, 300, false);  // with cells and groups
+    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16})
+        if (!all_finite) elementwise(format);
     for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16, cpu::Format::int8}) decode(format);
 }

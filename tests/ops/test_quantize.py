@@ -239,6 +239,20 @@ def test_no_palette_takes_more_work_than_comparing_all_with_all(isa: str, kind: 
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("n", [10_000, 65_536, 131_072])
+def test_thousands_of_colours_that_are_almost_equal(isa: str, n: int, dtype: torch.dtype) -> None:
+    """At most about twice the work of all with all. With the most pixels the lists fill their memory."""
+    clusters = torch.linspace(-1, 1, 4_096)[:, None].repeat(1, 3)
+    x = torch.randint(0, 256, (n, 3), dtype=torch.uint8)
+    x = x if dtype == torch.uint8 else x / 127.5 - 1.0
+    work = torch.zeros(1, dtype=torch.int64)
+    tokens = native(x, clusters, work=work)
+    assert torch.equal(tokens[::97], reference.quantize(x[::97], clusters))
+    assert int(work) / n / len(clusters) < 2.0
+
+
+@needs_cpu
 def test_a_palette_of_65536(isa: str) -> None:
     """Lists of many blocks; a part of the tokens by brute force in float64."""
     clusters = palette(65_536)
