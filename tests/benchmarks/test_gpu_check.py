@@ -150,7 +150,7 @@ def test_the_sources_of_the_parts(check: ModuleType) -> None:
     assert check.SOURCES.keys() == check.SECONDS_IF_CHANGED.keys()
     for pattern in {pattern for patterns in check.SOURCES.values() for pattern in patterns}:
         assert any(path.is_file() for path in ROOT.glob(pattern)), pattern
-    bound = ("csrc/bind/cuda.cpp", "csrc/bind/elementwise.cpp", "csrc/cuda/norm.cu", "igpt_fast/backend.py")
+    bound = ("csrc/bind/cuda.cpp", "csrc/bind/cpu.cpp", "csrc/cuda/norm.cu", "igpt_fast/backend.py")
     engine = ("igpt_fast/engines/cuda/step.py", "igpt_fast/engines/cuda/decoder.py", "tests/emulator/test_decoder.py")
     for part, paths in {
         **dict.fromkeys(("memcheck", "racecheck", "benchmark"), bound),

@@ -113,7 +113,7 @@ def test_a_model_with_classes_in_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(input_ids=tokens).logits, model(tokens).logits)
     assert ImageGPTConfig.of(theirs.config, "test").n_classes == 3
     set_config(tmp_path, n_classes=8)
-    with pytest.raises(ValueError, match=r"config\.json: .*n_classes must be an integer in 0\.\.7"):
+    with pytest.raises(ValueError, match=r"config\.json: .*n_classes is 8; want an integer in 0\.\.7"):
         ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
 
 
@@ -393,7 +393,7 @@ def test_save_arguments(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "new" / "deep", state_dict=average)
     assert_same(ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "new" / "deep").state_dict(), average)
     average.pop("lm_head.weight")
-    with pytest.raises(ValueError, match=r"differ in lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"differs from the model in lm_head\.weight"):
         model.save_pretrained(tmp_path / "x", state_dict=average)
     for bad in ("5 parsecs", 0, -3):
         with pytest.raises(ValueError, match=r"Unit|max_shard_size"):
