@@ -209,6 +209,7 @@ def test_a_workload_that_fails_costs_no_other(
         return [{"op": workload.op, "pass": "forward", "size": workload.size, "name": "igpt_fast", "us": 1.0}]
 
     monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr(backend, "_too_old", lambda _: None)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(timing, "measure_ceilings", lambda _: timing.Ceilings(4000.0, 800.0))
     monkeypatch.setattr(timing, "bench", measure)
@@ -252,6 +253,7 @@ def test_a_peer_that_ends_the_context_costs_its_own_row(
     monkeypatch.setattr(timing.common, "context_works", lambda: works[0])
     monkeypatch.setattr("os.execve", start)
     monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr(backend, "_too_old", lambda _: None)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(timing, "measure_ceilings", lambda _: timing.Ceilings(4000.0, 800.0))
     monkeypatch.setattr(timing, "bench", rows_of)
