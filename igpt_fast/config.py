@@ -66,6 +66,7 @@ _FLAGS = (
     "output_hidden_states",
     "output_attentions",
     "return_dict",
+    "bidirectional",
 )
 
 C = TypeVar("C")
@@ -122,6 +123,9 @@ class ImageGPTConfig:
         n_classes: Classes that the model draws images of on demand; not a field of transformers, and in
             ``config.json`` only if it is not 0. Class ``c`` has the token ``n_colours + c``, which stands in place
             of SOS in front of its images; SOS in front means an image of any class.
+        bidirectional: Whether every position attends to all others, as in OpenAI's BERT models, and not to those before
+            it alone; not a field of transformers, which ignores it, and in ``config.json`` only if it is true. Such a
+            model predicts what stands where SOS does, which is its mask; it cannot draw.
         extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
             that writing the file back loses nothing, and readable as attributes. Unknown entries land here
             when the configuration comes from a file or an attribute is set; the constructor refuses them.
@@ -165,6 +169,7 @@ class ImageGPTConfig:
     label2id: dict[str, int] | None = field(default_factory=lambda: None)
     problem_type: str | None = None
     n_classes: int = 0
+    bidirectional: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "imagegpt"
@@ -248,6 +253,14 @@ class ImageGPTConfig:
     def n_colours(self) -> int:
         """Number of colours: tokens ``0 .. n_colours - 1``, and the outputs of the head that can be drawn."""
         return self.vocab_size - 1 - self.n_classes
+
+    def check_causal(self, caller: str) -> None:
+        """Raises ValueError, which begins with ``caller``, where a position attends to those that follow it."""
+        if self.bidirectional:
+            raise ValueError(
+                f"{caller}: the model's attention is bidirectional (a BERT): it predicts masked pixels from all others,"
+                " and does not draw one after another"
+            )
 
     def __getattr__(self, name: str) -> Any:
         """What ``__dict__`` lacks: other names of fields, labels (see there), and the entries of ``extra``."""
@@ -394,11 +407,12 @@ class ImageGPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names.
 
-        And no ``n_classes`` of 0: the files of a model without classes hold what transformers' own do.
+        And neither an ``n_classes`` of 0 nor a ``bidirectional`` of false: what transformers' own files hold.
         """
         data = {name: getattr(self, name) for name in _FIELDS if name != "num_labels"}
-        if not self.n_classes:
-            del data["n_classes"]
+        for name in ("n_classes", "bidirectional"):
+            if not data[name]:
+                del data[name]
         return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
 
     def update(self, values: Mapping[str, Any]) -> None:

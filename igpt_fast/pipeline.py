@@ -58,12 +58,13 @@ class Pipeline:
         processor: Colours and size; they must be the model's.
 
     Raises:
-        ValueError: The processor has another number of colours or pixels than the model.
+        ValueError: The processor has another number of colours or pixels than the model, or the model is bidirectional.
     """
 
     def __init__(self, model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> None:
         if model.newly_initialized:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
+        model.config.check_causal("Pipeline")
         colours = 0 if processor.clusters is None else len(processor.clusters)
         pixels = processor.height * processor.width
         if colours != model.config.n_colours:

@@ -21,6 +21,7 @@ from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.dispatch import LEAST_SCALE
 
 Kind = TypeVar("Kind", bound=type)
+BIDIRECTIONAL = "attention is bidirectional"  # why no engine runs a network
 INNER = ("_tokens", "_embed")  # methods that a module's own ``forward`` calls
 METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module computes, and what calls it
 # The classes of modules that are computed as this package computes them, and their methods as they were declared;
@@ -125,6 +126,8 @@ def blocks_of(body: Body) -> list[Any]:
 def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
     config, blocks = body.config, blocks_of(body)
+    if config.bidirectional or any(block.attn.bidirectional for block in blocks):
+        return BIDIRECTIONAL
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]

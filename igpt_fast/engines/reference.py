@@ -10,7 +10,7 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import Decoder, cache_dtype, check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Model, why_not_modules
+from igpt_fast.engines.network import BIDIRECTIONAL, Model, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -25,6 +25,8 @@ class ReferenceDecoder(Decoder):
         check_dtype(dtype)
         if dtype is not None:
             raise backend.BackendUnavailableError(f"decoder: it decodes in the model's dtype, not in {dtype!r}")
+        if config.bidirectional:
+            raise backend.BackendUnavailableError(f"decoder: {BIDIRECTIONAL}; no position is done before the last one")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._forked, self._next = False, None

@@ -41,10 +41,12 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     Raises:
         ImportError: transformers is not installed.
         TypeError: Another model.
-        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers).
+        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers), or its
+            attention is bidirectional, which transformers does not have.
     """
     transformers = _transformers()
     name = _class_name(model, _CLASSES, "to_transformers")
+    model.config.check_causal("to_transformers")
     config = transformers.ImageGPTConfig.from_dict(model.config.to_dict())
     theirs = _twin(getattr(transformers, name), config, model, "to_transformers")
     _fill_masks(theirs)

@@ -94,6 +94,7 @@ class GenerationMixin:
                 f"generate: {names} is not offered here; transformers' own generate may have it:"
                 f" igpt_fast.hf.to_transformers(model).generate({names}=...)"
             )
+        model.config.check_causal("generate")
         input_ids = _one_input(input_ids, inputs)
         if not use_cache:
             raise ValueError("generate: use_cache=False is not supported")

@@ -151,7 +151,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             inputs_embeds: (B, T, n_embd), instead of ``input_ids``.
             encoder_hidden_states, encoder_attention_mask: Not supported; anything but ``None`` raises.
             use_cache: Return a cache; the configuration's ``use_cache`` when ``None``. Never made while gradient
-                checkpointing is at work.
+                checkpointing is at work, nor where attention is bidirectional.
             output_attentions: Return the softmax of each layer, (B, H, T, T_k), after dropout.
             output_hidden_states: Return ``n_layer + 1`` hidden states, the last one after ``ln_f``.
             return_dict: ``False`` returns a tuple.
@@ -210,6 +210,10 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to extend, a new one, or ``None``."""
+        if self.config.bidirectional:
+            if past_key_values is not None or use_cache:
+                raise ValueError("past_key_values, use_cache: bidirectional attention has no cache; later pixels count")
+            return None
         if self.gradient_checkpointing and self.training:
             # The recomputation would append to the cache a second time.
             if past_key_values is not None:
@@ -326,6 +330,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         logits = self.lm_head(base.last_hidden_state)  # (B, T, vocab_size - 1)
         loss = None
         if labels is not None:
+            self.config.check_causal("labels")  # the loss of what every position has seen says nothing
             if labels.shape != logits.shape[:-1]:
                 raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
