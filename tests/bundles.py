@@ -87,7 +87,9 @@ def _block(entries: Entries, interval: int) -> bytes:
     return bytes(out) + b"".join(n.to_bytes(4, "little") for n in [*restarts, len(restarts)])
 
 
-def table(entries: Entries, block_bytes: int = 200, kind: int = 0, damage: Damage = lambda number, block: block) -> bytes:
+def table(
+    entries: Entries, block_bytes: int = 200, kind: int = 0, damage: Damage = lambda number, block: block
+) -> bytes:
     """An index. ``damage`` changes a block, given its number, before its checksum is computed."""
     out, handles, numbers = bytearray(), [], itertools.count()
 

@@ -155,10 +155,11 @@ def _open_regular(path: Path) -> IO[bytes]:
 
 def _read_index(path: Path) -> bytes:
     with _open_regular(path) as file:
-        content = file.read(_MAX_INDEX_BYTES + 1)
-    if len(content) > _MAX_INDEX_BYTES:
-        raise ValueError(f"{path}: larger than {_MAX_INDEX_BYTES >> 20} MiB")
-    return content
+        size = file.seek(0, 2)
+        if size > _MAX_INDEX_BYTES:
+            raise ValueError(f"{path}: an index of {size} bytes; at most {_MAX_INDEX_BYTES} are read")
+        file.seek(0)
+        return file.read(size)
 
 
 def _crc32c(data: np.ndarray | bytes, before: int = 0) -> int:

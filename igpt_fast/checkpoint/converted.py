@@ -44,6 +44,11 @@ class Converted:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
     def save_pretrained(
         self,
         directory: str | os.PathLike[str],

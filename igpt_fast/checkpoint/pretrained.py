@@ -181,6 +181,7 @@ class PretrainedMixin(nn.Module):
                 "weight_map": split.tensor_to_filename,
             }
             texts = {weights.SAFETENSORS_INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
+
         def shard(names: list[str]) -> Writer:
             return partial(_save_file, {name: state[name] for name in names})
 
@@ -214,7 +215,9 @@ def write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str
     before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
     # The other layouts' main files, and an index of shards that are about to change; the file that is read first, last.
     order = sorted(_MAIN, key=weights.SAFETENSORS.__eq__)
-    outdated = [folder / name for name in order if name in before and (name != weights.SAFETENSORS or name not in names)]
+    outdated = [
+        folder / name for name in order if name in before and (name != weights.SAFETENSORS or name not in names)
+    ]
     with files.replacing_together([folder / name for name in names], outdated=outdated) as partials:
         for name, path in zip(names, partials, strict=True):
             if name in writers:
