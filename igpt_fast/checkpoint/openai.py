@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt_fast.checkpoint import foreign
 from igpt_fast.checkpoint.bundle import Bundle
 from igpt_fast.checkpoint.converted import Converted
 from igpt_fast.checkpoint.names import _PREFIX, trunk_shapes
@@ -51,6 +52,7 @@ _SAME: dict[str, str] = {
     "mlp.c_fc.weight": "mlp/c_fc/w",
     "mlp.c_proj.weight": "mlp/c_proj/w",
 }
+_PARTS = re.compile(r"(?<=.)\.(?:index|data-\d{5}-of-\d{5})$")  # ends of a bundle's files
 _ROOT = "model/"
 _SKIPPED = re.compile(r"(?:clf/.*|global_step)")  # a classifier, which is of one set of labels, and the step
 _SLOT = re.compile(r"/Adam(?:_1)?$")
@@ -74,7 +76,8 @@ def from_openai(checkpoint: str | os.PathLike[str]) -> Converted:
     Raises:
         FileNotFoundError: There is none.
         BackendUnavailableError: The compiled module, which computes the checksums, is not there.
-        ValueError: It is damaged, or not of such a network; the message names the file and the variable.
+        ValueError: It is damaged, or not of such a network; the message names the file and the variable. Or a file of
+            PyTorch's: it says what that is, and why it is not converted.
     """
     bundle = Bundle(_prefix(Path(checkpoint)))
     axes, skipped = _names(bundle)
@@ -96,7 +99,9 @@ def _prefix(path: Path) -> Path:
         if len(found) > 1:
             raise ValueError(f"{path}: has several checkpoints; give one of {listed(found)}")
         path = path / found[0]
-    return path.with_name(re.sub(r"(.)\.(?:index|data-\d{5}-of-\d{5})$", r"\1", path.name))
+    elif path.is_file() and not _PARTS.search(path.name):
+        raise ValueError(f"{path}: {foreign.why_not(path)}")
+    return path.with_name(_PARTS.sub("", path.name))
 
 
 def _names(bundle: Bundle) -> tuple[dict[str, str], list[str]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from igpt_fast.cli import checks, terminal
 
@@ -17,8 +17,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def convert(
-    checkpoint: Positional[Path],
-    out: Positional[Path],
+    checkpoint: Annotated[Positional[Path], arg(metavar="CKPT")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
     clusters: Path | None = None,
     dtype: str | None = None,
     size: str | None = None,
@@ -83,5 +83,5 @@ def _processor(clusters: Path, shape: tuple[int, int] | None, config: ImageGPTCo
     height, width = shape or (math.isqrt(config.n_positions),) * 2
     if height * width != config.n_positions:
         what = "give --size HxW" if shape is None else f"--size has {height * width} pixels"
-        raise ValueError(f"the checkpoint has {config.n_positions} positions: {what}")
+        raise checks.UsageError(f"the checkpoint has {config.n_positions} positions: {what}")
     return ImageGPTImageProcessor(clusters=palette, size={"height": height, "width": width}).to_json_string()
