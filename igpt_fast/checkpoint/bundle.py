@@ -114,7 +114,7 @@ class Bundle:
     def _fill(self, file: IO[bytes], name: str, out: np.ndarray) -> None:
         place = f"{self.shards[self.variables[name].shard]}: {printable(name)}"
         try:
-            count = file.readinto(memoryview(out).cast("B")) if out.nbytes else 0  # type: ignore[attr-defined]
+            count = file.readinto(out.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
         except OSError as error:
             raise ValueError(f"{place}: cannot be read: {files.first_line(error)}") from error
         if count != out.nbytes:
@@ -304,11 +304,12 @@ def _message(data: bytes, kinds: Mapping[int, int]) -> dict[int, list[Any]]:
         tag, at = _varint(data, at)
         if kinds.get(tag >> 3) != tag & 7:
             raise ValueError(f"has an unknown field ({shown(tag >> 3)}, wire type {tag & 7})")
-        value, at = _varint(data, at) if tag & 7 != 5 else (4, at)  # the value, or how many bytes it has
+        number, at = _varint(data, at) if tag & 7 != 5 else (4, at)  # the value, or how many bytes it has
+        value: Any = number
         if tag & 7:
-            if at + value > len(data):
+            if at + number > len(data):
                 raise ValueError("is cut off")
-            value, at = data[at : at + value], at + value
+            value, at = data[at : at + number], at + number
         found.setdefault(tag >> 3, []).append(value)
     return found
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -94,12 +95,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: to
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            value = tensor.read()
-            if tuple(value.shape) != tensor.shape:
-                raise ValueError(f"{tensor.file}: {name}: became {tuple(value.shape)}, and not {tensor.shape}")
-            for part in value.reshape(-1).split(_CHUNK):
-                stored = part.to(dtype)
-                if not _is_finite(stored):
-                    what = f"NaN, infinity, or values too large for {dtype_name(dtype)}"
-                    raise ValueError(f"{tensor.file}: {name}: holds {what}")
-                file.write(stored.view(torch.uint8).numpy())
+            _write(file, name, tensor, dtype)
+
+
+def _write(file: IO[bytes], name: str, tensor: StoredTensor, dtype: torch.dtype) -> None:
+    """A function of its own, so that one tensor is gone before the next one is read."""
+    value = tensor.read()
+    if tuple(value.shape) != tensor.shape:
+        raise ValueError(f"{tensor.file}: {name}: became {tuple(value.shape)}, and not {tensor.shape}")
+    for part in value.reshape(-1).split(_CHUNK):
+        stored = part.to(dtype)
+        if not _is_finite(stored):
+            what = f"NaN, infinity, or values too large for {dtype_name(dtype)}"
+            raise ValueError(f"{tensor.file}: {name}: holds {what}")
+        file.write(stored.view(torch.uint8).numpy())

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,11 @@ _SKIPPED = re.compile(r"(?:clf/.*|global_step)")  # a classifier, which is of on
 _SLOT = re.compile(r"/Adam(?:_1)?$")
 _NAME = re.compile(r"(?:h(0|[1-9]\d{0,7})/)?(.+)", re.DOTALL)
 # TensorFlow's number of a dtype -> ours, and numpy's of the same size.
-_DTYPES = {1: (torch.float32, np.float32), 19: (torch.float16, np.float16), 14: (torch.bfloat16, np.uint16)}
+_DTYPES: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
+    1: (torch.float32, np.dtype(np.float32)),
+    19: (torch.float16, np.dtype(np.float16)),
+    14: (torch.bfloat16, np.dtype(np.uint16)),
+}
 
 
 def from_openai(checkpoint: str | os.PathLike[str]) -> Converted:
@@ -212,7 +217,7 @@ def _read(bundle: Bundle, name: str, out: np.ndarray) -> Tensor:
     return value
 
 
-def _numpy_dtype(bundle: Bundle, name: str) -> type[np.generic]:
+def _numpy_dtype(bundle: Bundle, name: str) -> np.dtype[Any]:
     return _DTYPES[bundle.variables[name].dtype][1]
 
 
