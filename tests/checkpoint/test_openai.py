@@ -120,6 +120,24 @@ def test_a_bert(tmp_path: Path) -> None:
     assert classifier(pixels).logits.shape == (3, 2)
 
 
+@pytest.mark.parametrize("kind", ["causal", "bert"])
+def test_what_tensorflow_has_written(tmp_path: Path, kind: str) -> None:
+    """TensorFlow 2.21 ran openai/image-gpt's src/model.py: random weights, three steps of Adam, three shards; its logits.
+
+    Of the BERT, with which pixels were masked.
+    """
+    given = Path(__file__).parent / "tensorflow" / kind
+    with np.load(given / "want.npz") as want:
+        pixels, hidden, expected = want["x"], want["mask"], want["out"]
+    from_openai(given / "model.ckpt-1000000").save_pretrained(tmp_path)
+    model = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+    assert (model.config.n_head, model.config.bidirectional) == (2, kind == "bert")
+    sos = model.config.sos_token_id
+    given_pixels = np.where(hidden, sos, pixels) if kind == "bert" else np.insert(pixels[:, :-1], 0, sos, axis=1)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.from_numpy(given_pixels)).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(tmp_path: Path, stored: torch.dtype) -> None:
     variables = bundles.network(dtype=stored)
