@@ -88,16 +88,20 @@ def _block(entries: Entries, interval: int) -> bytes:
 
 
 def table(
-    entries: Entries, block_bytes: int = 200, kind: int = 0, damage: Damage = lambda number, block: block
+    entries: Entries,
+    block_bytes: int = 200,
+    kind: int = 0,
+    damage: Damage = lambda number, block: block,
+    gap: bytes = b"",
 ) -> bytes:
-    """An index. ``damage`` changes a block, given its number, before its checksum is computed."""
+    """An index. ``damage`` changes a block, given its number, before its checksum is computed; ``gap`` follows each."""
     out, handles, numbers = bytearray(), [], itertools.count()
 
     def add(rows: Entries) -> bytes:
         content = damage(next(numbers), _block(rows, interval=3))
         place = varint(len(out)) + varint(len(content))
         out.extend(content + bytes([kind]))
-        out.extend(masked(crc32c(content + bytes([kind]))).to_bytes(4, "little"))
+        out.extend(masked(crc32c(content + bytes([kind]))).to_bytes(4, "little") + gap)
         return place
 
     rows: Entries = []

@@ -122,9 +122,8 @@ def test_a_bert(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "bert"])
 def test_what_tensorflow_has_written(tmp_path: Path, kind: str) -> None:
-    """TensorFlow 2.21 ran openai/image-gpt's src/model.py: random weights, three steps of Adam, three shards; its logits.
-
-    Of the BERT, with which pixels were masked.
+    """TensorFlow 2.21 ran openai/image-gpt's src/model.py: random weights, three steps of Adam, three shards; and its
+    logits, and which pixels the BERT did not see.
     """
     given = Path(__file__).parent / "tensorflow" / kind
     with np.load(given / "want.npz") as want:
@@ -273,6 +272,18 @@ def described(dtype: int = 1, shape: tuple[int, ...] = (2,), size: int = 8, shar
     return bundles.entry(dtype, shape, shard, offset, size, 0)
 
 
+def blocks_of(entries: bundles.Entries) -> list[bytes]:
+    """The blocks of an index."""
+    found: list[bytes] = []
+
+    def keep(number: int, block: bytes) -> bytes:
+        found.append(block)
+        return block
+
+    bundles.table(entries, damage=keep)
+    return found
+
+
 HUGE = 1 << 40
 SHAPES_NAME = "model/wpe"
 
@@ -341,6 +352,10 @@ def test_tables_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     refused(table([*entries, (b"z" * 2000, entries[-1][1])]), r"claims 0 \+ 2000")
     refused(table(entries, damage=lambda n, block: b"\x01" + block[1:] if n == 0 else block), r"claims 1 \+ 0")
     refused(table(entries, damage=lambda n, block: block[:-4] + b"\xff" * 4), "claims 4294967295 restarts")
+    places = blocks_of(entries)[-1]  # each with a name that those in its block do not exceed
+    lowered = places.replace(b"model", b"aodel")
+    refused(table(entries, damage=lambda n, block: lowered if block == places else block), "names are not in order")
+    refused(table(entries, gap=b"junk"), r"a block begins at \d+, and the one before ends at \d+")
     content = table(entries)
     refused(content[:-49] + bytes(5) + content[-49:], "is damaged|its blocks end at|claims the bytes")
     refused(content[:-10] + b"\x01" + content[-9:], "its footer is damaged")
@@ -421,6 +436,16 @@ def test_every_damage_is_noticed(tmp_path: Path, request: pytest.FixtureRequest)
         path.write_bytes(good[path])
         tried += 1
     read_all(tmp_path)
+
+
+def test_every_byte_of_the_index(tmp_path: Path) -> None:
+    bundles.write_bundle(tmp_path / "model", {"model/a": torch.ones(2), "model/b": torch.ones(3)})
+    index = tmp_path / "model.index"
+    good = index.read_bytes()
+    for at, bit in itertools.product(range(len(good)), (1, 128)):
+        index.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
+        with pytest.raises(ValueError, match=re.escape(str(index))):
+            bundle.Bundle(tmp_path / "model")
 
 
 def test_malice_is_a_value_error(tmp_path: Path, request: pytest.FixtureRequest) -> None:
