@@ -176,7 +176,8 @@ class PretrainedMixin(nn.Module):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-        texts = {CONFIG: _config_text(self, dtype)}
+        extra = {**self.config.extra, "architectures": [type(self).__name__], "dtype": dtype_name(dtype)}
+        texts = {CONFIG: dataclasses.replace(self.config, extra=extra).to_json_string()}
         if split.is_sharded:
             total = sum(value.numel() for value in state.values())
             metadata = {**split.metadata, "total_parameters": total}
@@ -205,12 +206,6 @@ def _os_error(error: Exception, path: Path) -> OSError:
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else errno.EIO
     return OSError(number, os.strerror(number) if told else files.first_line(error), str(path))
-
-
-def _config_text(model: PretrainedMixin, dtype: torch.dtype) -> str:
-    config = model.config
-    extra = {**config.extra, "architectures": [type(model).__name__], "dtype": dtype_name(dtype)}
-    return dataclasses.replace(config, extra=extra).to_json_string()
 
 
 def _load_config(
