@@ -247,6 +247,12 @@ class Kernels(NamedTuple):
         function: Callable[..., None] = getattr(self.module, f"{name}_{self.kind}")
         return function
 
+    def launch(self, name: str, tensors: dict[str, torch.Tensor | None], **arguments: Any) -> None:
+        """Calls a function of this kind with the addresses of tensors by their names, 0 for none, and with the rest."""
+        for key, tensor in tensors.items():
+            arguments[key] = 0 if tensor is None else tensor.data_ptr()
+        self.function(name)(**arguments, place=self.place)
+
     @property
     def place(self) -> tuple[int, int] | int:
         """A function's argument of this name: where a CUDA one launches, how many threads one of the CPU may take."""

@@ -62,11 +62,7 @@ KERNELS = {
     "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-DEFINITIONS = {
-    "quick_gelu": reference.quick_gelu,
-    "gelu_tanh": reference.gelu_tanh,
-    "gelu_erf": reference.gelu_erf,
-}
+DEFINITIONS = {"quick_gelu": reference.quick_gelu, "gelu_tanh": reference.gelu_tanh, "gelu_erf": reference.gelu_erf}
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -216,20 +212,9 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     parts = 0 if bias is None or kernels.kind == "cpu" else kernels.module.activation_bwd_parts(rows, n)
     partial = x.new_empty((parts, n), dtype=torch.float32) if parts else None
     if kernels.kind == "cuda" or rows or bias is not None:
-        kernels.function("activation_bwd")(
-            dout=dout.data_ptr(),
-            x=x.data_ptr(),
-            bias=dispatch.address(bias),
-            dx=dx.data_ptr(),
-            dbias=0 if bias is None else dbias.data_ptr(),
-            rows=rows,
-            n=n,
-            activation=dispatch.ACTIVATION_NUMBERS[op],
-            parts=parts,
-            partial=dispatch.address(partial),
-            dtype=dispatch.DTYPES[x.dtype],
-            place=kernels.place,
-        )
+        tensors = {"dout": dout, "x": x, "bias": bias, "dx": dx, "dbias": dbias, "partial": partial}
+        numbers = {"activation": dispatch.ACTIVATION_NUMBERS[op], "dtype": dispatch.DTYPES[x.dtype]}
+        kernels.launch("activation_bwd", tensors, rows=rows, n=n, parts=parts, **numbers)
     return dx, dbias
 
 

@@ -133,9 +133,7 @@ def _state(clusters: Tensor) -> tuple[Any, ...]:
 def _build(entry: _Entry, clusters: Tensor, kernels: Kernels) -> None:
     table = torch.empty(ENTRIES, dtype=torch.uint16, device=clusters.device)
     dense = clusters.contiguous()
-    kernels.module.quantize_table_cuda(
-        clusters=dense.data_ptr(), table=table.data_ptr(), k=clusters.shape[0], place=kernels.place
-    )
+    kernels.launch("quantize_table", {"clusters": dense, "table": table}, k=clusters.shape[0])
     entry.table, entry.stream = table, kernels.stream
     if clusters.is_cuda:
         entry.ready = torch.cuda.Event()

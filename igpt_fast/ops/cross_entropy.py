@@ -117,20 +117,10 @@ def _backward(
     kernels = dispatch.native_kernels("cross_entropy", logits)
     dloss, logits, labels = dispatch.dense(dloss), dispatch.dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
-    kernels.function("cross_entropy_bwd")(
-        dloss=dloss.data_ptr(),
-        logits=logits.data_ptr(),
-        labels=labels.data_ptr(),
-        statistics=statistics.data_ptr(),
-        count=dispatch.address(count),
-        dlogits=dlogits.data_ptr(),
-        rows=labels.numel(),
-        k=logits.shape[-1],
-        for_each=dloss.shape == labels.shape,
-        ignore_index=ignore_index,
-        dtype=dispatch.DTYPES[logits.dtype],
-        place=kernels.place,
-    )
+    tensors = {"dloss": dloss, "logits": logits, "labels": labels, "statistics": statistics, "count": count}
+    sizes = {"rows": labels.numel(), "k": logits.shape[-1], "dtype": dispatch.DTYPES[logits.dtype]}
+    settings = {"for_each": dloss.shape == labels.shape, "ignore_index": ignore_index}
+    kernels.launch("cross_entropy_bwd", tensors | {"dlogits": dlogits}, **sizes, **settings)
     return dlogits
 
 
