@@ -28,36 +28,34 @@ METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module compute
 MODULES: dict[type, list[Any]] = {}
 
 
-class Body(Protocol):
+class _Called(Protocol):
+    """What is asked of a network and of a model alike."""
+
+    config: ImageGPTConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
+
+
+class Body(_Called, Protocol):
     """A network without its head: modules and parameters are named as in transformers' state dicts."""
 
-    config: ImageGPTConfig
     wte: nn.Embedding
     wpe: nn.Embedding
-    h: nn.ModuleList
+    h: Any  # the layers, in a ModuleList
     ln_f: Any
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
 
 
-class Model(Protocol):
+class Model(_Called, Protocol):
     """A network and its head."""
 
-    config: ImageGPTConfig
     transformer: Any  # a Body
     lm_head: nn.Linear
-    training: bool
 
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
@@ -106,7 +104,7 @@ class Weights(NamedTuple):
     def of(cls, body: Body) -> Weights:
         """Those that a network has now."""
         layers = []
-        for block in blocks_of(body):
+        for block in body.h:
             linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             pairs = (part for layer in linear for part in (layer.weight, layer.bias))
             layers.append(Layer(block.ln_1.weight, block.ln_2.weight, *pairs))
@@ -117,14 +115,9 @@ class Weights(NamedTuple):
         return [self.wte, self.wpe, self.ln_f, *itertools.chain.from_iterable(self.layers)]
 
 
-def blocks_of(body: Body) -> list[Any]:
-    """The layers' modules."""
-    return list(body.h)
-
-
 def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
-    config, blocks = body.config, blocks_of(body)
+    config, blocks = body.config, body.h
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
@@ -209,7 +202,7 @@ class Network:
         body, weights = model.transformer, Weights.of(model.transformer)
         self.wte, self.wpe, self.ln_f = (weight.detach() for weight in weights[:3])
         self.layers = [Layer(*(weight.detach() for weight in layer)) for layer in weights.layers]
-        self.scales = [block.attn.scale for block in blocks_of(body)]
+        self.scales = [block.attn.scale for block in body.h]
         self.head = model.lm_head.weight.detach().T
         self.eps, self.activation = body.config.layer_norm_epsilon, body.config.activation_function
         self.kernel = KERNELS[self.activation]

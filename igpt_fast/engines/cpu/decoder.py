@@ -8,7 +8,7 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
-from igpt_fast.engines.decoder import Decoder, PositionBytes, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
 from igpt_fast.engines.network import Model, why_not_head, why_not_modules
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,16 +34,10 @@ class CpuDecoder(Decoder):
 
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         """See ``Decoder.start``."""
-        check_capacity(capacity, model.config.n_positions)
-        if reason := why_not_cpu(model, dtype):
-            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        self._start(model, batch_size, capacity, dtype, why_not_cpu(model, dtype))
         assert backend._C is not None
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
-        self._forked, self._next = False, None
-        self._decoder = backend._C.Decoder(
-            packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
-        )
+        packed = packed_weights(model.transformer, model.lm_head.weight, dtype)
+        self._decoder = backend._C.Decoder(packed, batch_size, capacity)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""

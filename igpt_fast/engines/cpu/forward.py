@@ -55,16 +55,10 @@ def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = 
     states = last.new_empty(config.n_layer, *last.shape) if hidden else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
-    _forward(model).run(
-        tokens=tokens.data_ptr(),
-        batch=batch,
-        length=length,
-        last=last.data_ptr(),
-        hidden=address(states),
-        keys=address(keys),
-        values=address(values),
-        threads=torch.get_num_threads(),
-    )
+    written = {"last": last, "hidden": states, "keys": keys, "values": values}
+    places = {name: address(tensor) for name, tensor in written.items()}
+    threads = torch.get_num_threads()
+    _forward(model).run(tokens=tokens.data_ptr(), batch=batch, length=length, **places, threads=threads)
     return States(last, states, keys, values)
 
 

@@ -15,7 +15,7 @@ from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.attention_decode import dequantize_values
@@ -68,18 +68,13 @@ class CudaDecoder(Decoder):
         """See ``Decoder.start``. Where the sizes, the stream and the place of the weights are as before, the graphs of
         the images before are those of the next ones; else they go with their memory.
         """
-        check_capacity(capacity, model.config.n_positions)
-        if reason := why_not_cuda(model, dtype):
-            raise backend.BackendUnavailableError(f"decoder: {reason}")
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
         self._position = 0  # tokens read
-        self._forked = False
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
         self._own = 0  # position in its caches
-        self._drawn, self._next = False, None  # whether the step's input is what ``draw`` drew
+        self._drawn = False  # whether the step's input is what ``draw`` drew
 
     def rest(self) -> int:
         """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
