@@ -36,14 +36,8 @@ _MAX_CONFIG_BYTES = 4 << 20
 _MAX_SIZE = 1 << 24  # of every size and number of tokens
 # What every configuration of transformers has, of no use to the network; read as attributes, these are there
 # even where the file had none.
-_COMMON: dict[str, Any] = {
-    "_name_or_path": "",
-    "architectures": None,
-    "chunk_size_feed_forward": 0,
-    "dtype": None,
-    "is_encoder_decoder": False,
-    "transformers_version": None,
-}
+_COMMON: dict[str, Any] = {"_name_or_path": "", "chunk_size_feed_forward": 0, "is_encoder_decoder": False}
+_COMMON |= {"architectures": None, "dtype": None, "transformers_version": None}
 # Entries that transformers 4 wrote for every model as well; some are about generation.
 _OLDER = frozenset(
     """

@@ -71,6 +71,10 @@ class Decoder(ABC):
         self.dtype = dtype or dtype_name(model.dtype)
         self._forked, self._next = False, None
 
+    def _check_room(self, end: int) -> None:
+        if end > self.capacity:
+            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
+
     @abstractmethod
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         """Begins anew, with arguments as of the class, on the weights as they are. What was made for images before, and

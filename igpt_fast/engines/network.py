@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -77,19 +78,8 @@ for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
     plain(_kind)
 
 
-class Layer(NamedTuple):
-    """Something of each parameter of a layer, as a rule the parameter."""
-
-    ln_1: Any
-    ln_2: Any
-    qkv_weight: Any
-    qkv_bias: Any
-    out_weight: Any
-    out_bias: Any
-    fc_weight: Any
-    fc_bias: Any
-    proj_weight: Any
-    proj_bias: Any
+# Something of each parameter of a layer, as a rule the parameter.
+Layer = namedtuple("Layer", "ln_1 ln_2 qkv_weight qkv_bias out_weight out_bias fc_weight fc_bias proj_weight proj_bias")
 
 
 class Weights(NamedTuple):
@@ -146,8 +136,7 @@ def why_not_head(model: Model) -> str | None:
         return "lm_head has a bias"
     if type(head.weight) is not nn.Parameter:
         return "the weight of lm_head is no parameter"
-    if head.weight.shape != (config.vocab_size - 1, config.n_embd):
-        want = (config.vocab_size - 1, config.n_embd)
+    if head.weight.shape != (want := (config.vocab_size - 1, config.n_embd)):
         return f"lm_head is {tuple(head.weight.shape)}; the configuration says {want}"
     return why_not_settings(model.transformer, Weights.of(model.transformer))
 

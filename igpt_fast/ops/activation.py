@@ -222,14 +222,6 @@ def _fake_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _fake_forward(x, bias), x.new_empty(0 if bias is None else x.shape[-1])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _differentiate(op: str, ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     if torch.is_grad_enabled():
@@ -244,8 +236,10 @@ for _op in DEFINITIONS:
         f"{_op}(Tensor x, Tensor? bias) -> Tensor",
         partial(_forward, _op),
         _fake_forward,
-        backward=(_save, partial(_differentiate, _op)),
+        backward=(lambda ctx, inputs, output: ctx.save_for_backward(*inputs), partial(_differentiate, _op)),
     )
     dispatch.register(
-        f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)", partial(_backward, _op), _fake_backward
+        f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
+        partial(_backward, _op),
+        lambda dout, x, bias: (_fake_forward(x, bias), x.new_empty(0 if bias is None else x.shape[-1])),
     )

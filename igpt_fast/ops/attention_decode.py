@@ -218,13 +218,9 @@ def _attention_decode(
     return out
 
 
-def _fake_attention_decode(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
 dispatch.register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
     "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,
-    _fake_attention_decode,
+    lambda q, *_: q.new_empty(q.shape),
 )

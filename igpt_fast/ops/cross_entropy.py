@@ -131,10 +131,6 @@ def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: 
     return loss, count, logits.new_empty((*labels.shape, 2), dtype=torch.float32)
 
 
-def _fake_backward(_dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, labels, ctx.ignore_index, ctx.reduction = inputs
     _, count, statistics = output
@@ -165,5 +161,5 @@ dispatch.register(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor statistics, Tensor? count, int ignore_index)"
     " -> Tensor",
     _backward,
-    _fake_backward,
+    lambda dloss, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )

@@ -153,13 +153,7 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
 
 
 def _forward(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward: the norm, in ``dtype``, and what was normalised."""
     kernels = dispatch.native_kernels(op, x)

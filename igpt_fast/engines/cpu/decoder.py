@@ -11,8 +11,6 @@ from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
 from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
 from igpt_fast.engines.network import Model, why_not_head, why_not_modules
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class CpuDecoder(Decoder):
     """The compiled module's decode step: all layers and the head in one call, on packed copies of the weights.
@@ -43,7 +41,7 @@ class CpuDecoder(Decoder):
         """See ``Decoder.prefill``."""
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
             raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
-        self._check_room(tokens.shape[1])
+        self._check_room(self._decoder.position + tokens.shape[1])
         if self._decoder.position == 0 and tokens.shape[1] > 1:
             return self._read_primer(tokens)
         for column in tokens.unbind(1):
@@ -56,7 +54,7 @@ class CpuDecoder(Decoder):
         if tokens.shape != (batch,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             raise ValueError(f"decoder: tokens is {got}; want ({batch},) int64 on the CPU")
-        self._check_room(1)
+        self._check_room(self._decoder.position + 1)
         tokens = tokens.contiguous()
         logits = torch.empty(batch, colours, dtype=torch.float32, device="cpu")
         self._next = None
@@ -76,11 +74,6 @@ class CpuDecoder(Decoder):
         config = model.config
         own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else Decoder.position_bytes(model, dtype).own
         return PositionBytes(own, own)
-
-    def _check_room(self, count: int) -> None:
-        end = self._decoder.position + count
-        if end > self.capacity:
-            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         """At the speed of a forward pass: the model's keys and values become the cache's."""
@@ -115,6 +108,7 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
+    taken = {torch.float32, torch.bfloat16} if dtype is None else {torch.float32, torch.bfloat16, torch.float16}
+    if len(dtypes) != 1 or dtypes - taken:
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
     return why_not_shape(model.config) or why_not_modules(model) or why_not_head(model)

@@ -91,7 +91,7 @@ class CudaDecoder(Decoder):
         """See ``Decoder.prefill``."""
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
             raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
-        self._check_room(tokens.shape[1])
+        self._check_room(self._position + tokens.shape[1])
         if self._position == 0:
             return self._read_primer(tokens)
         for column in tokens.unbind(1):
@@ -104,7 +104,7 @@ class CudaDecoder(Decoder):
         if tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64 or tokens.device != device:
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             raise ValueError(f"decoder: tokens is {got}; want ({self.batch_size},) int64 on {device}")
-        self._check_room(1)
+        self._check_room(self._position + 1)
         step, net = self._begin(), self._network
         torch.index_select(net.wte, 0, tokens, out=step.x)
         step.x += net.wpe[self._position]
@@ -141,7 +141,7 @@ class CudaDecoder(Decoder):
         """See ``Decoder.step_drawn``."""
         if not self._drawn:
             return super().step_drawn()
-        self._check_room(1)
+        self._check_room(self._position + 1)
         return self._advance(self._begin())
 
     def fork(self, n: int) -> None:
@@ -157,11 +157,6 @@ class CudaDecoder(Decoder):
             self._step = None
         self._drawn, self._next = False, None
         self.batch_size *= n
-
-    def _check_room(self, count: int) -> None:
-        end = self._position + count
-        if end > self.capacity:
-            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         net, (batch, length) = self._network, tokens.shape
