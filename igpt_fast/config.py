@@ -388,9 +388,8 @@ class ImageGPTConfig:
         Raises:
             OSError: It cannot be written.
         """
-        text = self.to_json_string()
         with files.replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(self.to_json_string(), encoding="utf-8")
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` to a folder, which is made if it does not exist.

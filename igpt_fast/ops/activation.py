@@ -171,8 +171,7 @@ def _apply(
         return otherwise(x, bias)
     if dispatch.is_plain(*tensors):
         return _forward(op, x, bias)
-    out: Tensor = getattr(torch.ops.igpt_fast, op)(x, bias)
-    return out
+    return getattr(torch.ops.igpt_fast, op)(x, bias)
 
 
 def _covered(kind: str | None, x: Tensor, bias: Tensor | None) -> bool:

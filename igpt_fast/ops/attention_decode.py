@@ -81,8 +81,9 @@ def attention_decode(
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
     """
-    caches = {"k_cache": k_cache, "v_cache": v_cache, "v_scale": v_scale}
-    _check(position, starts, q=q, k=k, v=v, **caches, prefix_k=prefix_k, prefix_v=prefix_v)
+    given = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    optional = (("v_scale", v_scale), ("prefix_k", prefix_k), ("prefix_v", prefix_v))
+    _check(given | {name: tensor for name, tensor in optional if tensor is not None}, position, starts)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
     if limit is None:
@@ -107,8 +108,8 @@ def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tenso
     return prefix_k is None or prefix_k.shape[2] <= _MOST_KEYS
 
 
-def _check(position: Tensor, starts: Tensor | None, **given: Tensor | None) -> None:
-    op, tensors = "attention_decode", {name: tensor for name, tensor in given.items() if tensor is not None}
+def _check(tensors: dict[str, Tensor], position: Tensor, starts: Tensor | None) -> None:
+    op = "attention_decode"
     if ("prefix_k" in tensors) != ("prefix_v" in tensors):
         raise ValueError(f"{op}: prefix_k and prefix_v come together; want both or neither")
     dispatch.check_floating(op, **tensors)
@@ -121,14 +122,16 @@ def _check(position: Tensor, starts: Tensor | None, **given: Tensor | None) -> N
             raise ValueError(f"{op}: {name} wants a gradient; there is none: decode under torch.no_grad()")
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; want (B, H, D)")
-    _check_shapes(tensors, "q", q.shape, ("k", "v"))
+    _check_shape(tensors, "k", "q", q.shape)
+    _check_shape(tensors, "v", "q", q.shape)
     rows, heads, dim = q.shape
     if k_cache.ndim != 4 or (*k_cache.shape[:2], k_cache.shape[3]) != (rows, heads, dim) or k_cache.shape[2] < 1:
         raise ValueError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; want ({rows}, {heads}, T_max, {dim})")
-    _check_shapes(tensors, "k_cache", k_cache.shape, ("v_cache",))
-    _check_shapes(tensors, "k_cache", k_cache.shape[:3], ("v_scale",))
-    for name in ("k_cache", "v_cache", "v_scale"):
-        if name in tensors and not tensors[name].is_contiguous():
+    _check_shape(tensors, "v_cache", "k_cache", k_cache.shape)
+    if scaled:
+        _check_shape(tensors, "v_scale", "k_cache", k_cache.shape[:3])
+    for name in ("k_cache", "v_cache", "v_scale")[: 2 + scaled]:
+        if not tensors[name].is_contiguous():
             strides = tensors[name].stride()
             raise ValueError(f"{op}: {name} has strides {strides}; want a contiguous tensor, to write to")
     _check_integers("position", position, q, ((), (1,), (rows,)))
@@ -142,14 +145,13 @@ def _check(position: Tensor, starts: Tensor | None, **given: Tensor | None) -> N
         raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want {want}")
     if shape[0] == 0 and rows > 0:
         raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want one prefix or more")
-    _check_shapes(tensors, "prefix_k", shape, ("prefix_v",))
+    _check_shape(tensors, "prefix_v", "prefix_k", shape)
 
 
-def _check_shapes(tensors: dict[str, Tensor], whose: str, want: torch.Size, names: tuple[str, ...]) -> None:
-    for name in names:
-        if name in tensors and tensors[name].shape != want:
-            shape = tuple(tensors[name].shape)
-            raise ValueError(f"attention_decode: {name} has shape {shape}; want {tuple(want)}, {whose}'s")
+def _check_shape(tensors: dict[str, Tensor], name: str, whose: str, want: torch.Size) -> None:
+    shape = tensors[name].shape
+    if shape != want:
+        raise ValueError(f"attention_decode: {name} has shape {tuple(shape)}; want {tuple(want)}, {whose}'s")
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -50,8 +50,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
         return reference.cross_entropy(logits, labels, ignore_index, reduction)
     if dispatch.is_plain(logits, labels):
         return _forward(logits, labels, ignore_index, reduction)[0]
-    loss: Tensor = torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
-    return loss
+    return torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
