@@ -82,8 +82,9 @@ def attention_decode(
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
     """
     given = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    optional = (("v_scale", v_scale), ("prefix_k", prefix_k), ("prefix_v", prefix_v))
-    _check(given | {name: tensor for name, tensor in optional if tensor is not None}, position, starts)
+    optional = {"v_scale": v_scale, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    given |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check(given, position, starts)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
     if limit is None:
@@ -91,8 +92,7 @@ def attention_decode(
     elif isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= k_cache.shape[2]:
         want = f"an integer in 1..{k_cache.shape[2]}, the cache's length"
         raise ValueError(f"attention_decode: limit is {limit!r}; want {want}")
-    optional = [tensor for tensor in (starts, prefix_k, prefix_v, v_scale) if tensor is not None]
-    tensors = [q, k, v, k_cache, v_cache, position, *optional]
+    tensors = [*given.values(), position, *(() if starts is None else (starts,))]
     if _covered(q, k_cache, prefix_k, v_scale) and dispatch.use_kernel("attention_decode", *tensors):
         run = _attention_decode if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
         return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, scale, limit)
