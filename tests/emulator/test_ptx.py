@@ -126,9 +126,6 @@ def test_hints_change_nothing(run: Run) -> None:
     assert torch.equal(run("hints", torch.full_like(x, torch.nan), x), x)
 
 
-
-
-
 @pytest.mark.gpu
 def test_gpu_and_emulator_agree(on_gpu: Run, on_emulator: Run) -> None:
     """Bit for bit, but for the approximation (2^-22) and the order in which mma adds."""
