@@ -59,6 +59,32 @@ def _transforming() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def _derivatives() -> int | None:
+    """Levels of derivatives by torch.func that look at what runs now, forward-mode as two; ``None``: no transform."""
+    if not _transforming():
+        return None
+    levels = _C._functorch.get_interpreter_stack() or ()
+    grads = sum(level.key() == _C._functorch.TransformType.Grad for level in levels)
+    return grads + 2 * (torch.autograd.forward_ad._current_level >= 0)
+
+
+def derivatives_of_transforms(*tensors: Tensor) -> bool:
+    """Whether transforms may ask for more than a first backward of tensors, which is all that fused attention has.
+
+    What a transform has differentiated is differentiated again where another one, or autograd, looks at the result.
+    """
+    levels = _derivatives()
+    if levels is None or torch.compiler.is_compiling():
+        return bool(levels)
+    return levels > 1 or any(_unwrapped(tensor).requires_grad for tensor in tensors)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    while _C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _choice_when_traced(op: str, device: torch.device) -> str | None:
     """A compiled function keeps the choice that held when it was traced.
 
@@ -70,13 +96,38 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result does, which would load the compiler: 80 MB and seconds.
 _choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_derivatives._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _little_when_traced(op: str, tensor: Tensor) -> bool:
+    """A size that the graph leaves open may be any: the kernel serves it, and no guard asks for another graph."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a compiler has loaded it
+
+    return statically_known_true(tensor.numel() < backend.OPS[op].least_cpu)
+
+
+# From torch 2.7 on.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit.trace writes down what runs, for where this package is not.
+
+    They get the definitions: ops of torch's own, for every size.
+    """
+    return _is_exporting() or _C._get_tracing_state() is not None
+
+
+def eager() -> bool:
+    """Whether nothing compiles, exports or transforms what runs now."""
+    return not (torch.compiler.is_compiling() or exporting() or _transforming())
 
 
 def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     """Whose kernel of ``op`` shall serve the tensors, if it covers them: ``"cuda"``, ``"cpu"`` or ``None``.
 
-    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts, and on the CPU
-    for little work: the reference serves those.
+    None for transforms of torch.func, forward-mode derivatives, exports, subclasses of Tensor and other layouts, and on
+    the CPU for little work: the reference serves those.
 
     Raises:
         BackendUnavailableError: The chosen backend does not serve the device.
@@ -84,9 +135,9 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     device = tensors[0].device
     if torch.compiler.is_compiling():
         kind = _choice_when_traced(op, device)
-        return None if kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu else kind
+        return None if kind is None or exporting() or (kind == "cpu" and _little_when_traced(op, tensors[0])) else kind
     chosen = backend.kernels(op, device)
-    if chosen is None or _transforming():
+    if chosen is None or _transforming() or exporting():
         return None
     if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
