@@ -94,6 +94,11 @@ class GenerationMixin:
                 f"generate: {names} is not offered here; transformers' own generate may have it:"
                 f" igpt_fast.hf.to_transformers(model).generate({names}=...)"
             )
+        if model.transformer.wte.weight.ndim != 2:
+            raise RuntimeError(
+                "generate: the weights are in pieces, which FullyShardedDataParallel gathers only where it is called"
+                " itself; generate inside FullyShardedDataParallel.summon_full_params(model, recurse=False)"
+            )
         input_ids = _one_input(input_ids, inputs)
         if not use_cache:
             raise ValueError("generate: use_cache=False is not supported")

@@ -79,7 +79,7 @@ class ImageGPTAttention(nn.Module):
             out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)  # (B, T, H, D)
             return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None  # (B, T, n_embd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
-        if cache is not None:
+        if cache is not None and not _recomputed(cache, past, self.layer_idx):
             k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             if k.shape[2] != past + t:
                 # transformers' StaticCache hands out its whole buffer, unwritten positions included.
@@ -91,6 +91,19 @@ class ImageGPTAttention(nn.Module):
         out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights
+
+
+def _recomputed(cache: Cache, past: int, layer_idx: int) -> bool:
+    """Whether the cache has a layer's new positions already: its block runs again, for the backward.
+
+    Raises:
+        ValueError: There are positions before them as well, which what the layer did first had from the cache.
+    """
+    if not torch.is_grad_enabled() or cache.get_seq_length(layer_idx) <= past:
+        return False
+    if past > 0:
+        raise ValueError("past_key_values cannot be combined with blocks that are recomputed in the backward")
+    return True
 
 
 @plain

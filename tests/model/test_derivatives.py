@@ -88,8 +88,7 @@ OPS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         lambda x, w, b, n, r: ops.gemv(x, w, b, norm_weight=n, activation="quick_gelu", residual=r),
         [(2, 3), (3, 4), (4,), (3,), (2, 4)],
     ),
-    **{name: (lambda x, b, f=getattr(ops, name): f(x, b), [(2, 4), (4,)]) for name in ("quick_gelu", "gelu_tanh")},
-    "gelu_erf": (ops.gelu_erf, [(2, 4), (4,)]),
+    **{op.__name__: (op, [(2, 4), (4,)]) for op in (ops.quick_gelu, ops.gelu_tanh, ops.gelu_erf)},
     **{name: (lambda x, n=name: ops.activation(x, n), [(2, 4)]) for name in ("gelu", "gelu_10", "mish", "laplace")},
 }
 
@@ -104,7 +103,7 @@ def test_every_op(name: str) -> None:
 
 @pytest.mark.parametrize("head", ["ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"])
 def test_models(head: str) -> None:
-    """Along a direction through all parameters: forward-mode, twice in reverse, forward over reverse, by differences."""
+    """Along a direction through all parameters: forward-mode, twice in reverse, forward over reverse, differences."""
     sizes = {"n_layer": 1, "n_positions": 5, "vocab_size": 5, "n_embd": 4, "n_head": 2, "num_labels": 3}
     network = getattr(model, head)(ImageGPTConfig(**sizes, initializer_range=0.5)).eval().double()
     ids = torch.randint(4, (2, 5))
