@@ -262,6 +262,14 @@ def _attention_decode(
     return out
 
 
+def _check_launch(*arguments: Any) -> None:
+    *tensors, _scale, limit = arguments
+    _check(*tensors)
+    q, k_cache, prefix_k, v_scale = tensors[0], tensors[3], tensors[7], tensors[9]
+    covered = _covered(q, k_cache, prefix_k, v_scale) and 1 <= limit <= k_cache.shape[2]
+    dispatch.check_covered("attention_decode", covered, q)
+
+
 def _fake_attention_decode(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -271,4 +279,5 @@ dispatch.register(
     "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,
     _fake_attention_decode,
+    check=_check_launch,
 )

@@ -398,27 +398,74 @@ def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor
     return dqkv, None, None, None
 
 
+def _check_scores(op: str, x: Tensor, rank: int, t_k: int, *masks_and_scale: Any) -> None:
+    """What forward and backward ask of the queries, or all three, of the masks and the scale."""
+    key_mask, starts, scale = masks_and_scale
+    kind = dispatch.native_kind(x)
+    covered = x.dtype == torch.bfloat16 or (kind == "cuda" and x.dtype == torch.float16)
+    covered = covered and x.ndim == rank and x.shape[-1] in dispatch.HEAD_DIMS
+    dispatch.check_covered(op, covered and dispatch.LEAST_SCALE <= scale < math.inf, x)
+    _check_masks(op, x, t_k, key_mask, starts)
+
+
+def _check_launch(q: Tensor, k: Tensor, v: Tensor, *masks_and_scale: Any) -> None:
+    op, t_k = "causal_attention", k.shape[2] if k.ndim == 4 else 0
+    _check_scores(op, q, 4, t_k, *masks_and_scale)
+    b, h, t_q, d = q.shape
+    dispatch.check_operand(op, "k", k, q, q.dtype, (b, h, max(t_k, t_q), d))
+    dispatch.check_operand(op, "v", v, q, q.dtype, k.shape)
+
+
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any
+) -> None:
+    _check_launch(q, k, v, *masks_and_scale)
+    op = "causal_attention_bwd"
+    dispatch.check_operand(op, "dout", dout, q, q.dtype, q.shape)
+    dispatch.check_operand(op, "out", out, q, q.dtype, q.shape)
+    dispatch.check_operand(op, "lse", lse, q, torch.float32, q.shape[:3])
+
+
+def _check_packed(qkv: Tensor, *masks_and_scale: Any) -> None:
+    op, t = "causal_attention_packed", qkv.shape[1] if qkv.ndim == 5 else 0
+    _check_scores(op, qkv, 5, t, *masks_and_scale)
+    if qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; want (B, T, 3, H, D)")
+
+
+def _check_packed_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any) -> None:
+    _check_packed(qkv, *masks_and_scale)
+    op, (b, t, _, h, d) = "causal_attention_packed_bwd", qkv.shape
+    dispatch.check_operand(op, "dout", dout, qkv, qkv.dtype, (b, t, h, d))
+    dispatch.check_operand(op, "out", out, qkv, qkv.dtype, (b, t, h, d))
+    dispatch.check_operand(op, "lse", lse, qkv, torch.float32, (b, h, t))
+
+
 dispatch.register(
     "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention,
     _fake_causal_attention,
     backward=(_save, _differentiate),
+    check=_check_launch,
 )
 dispatch.register(
     "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
     "Tensor? starts, float scale) -> (Tensor, Tensor, Tensor)",
     _causal_attention_bwd,
     _fake_causal_attention_bwd,
+    check=_check_backward,
 )
 dispatch.register(
     "causal_attention_packed(Tensor qkv, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention_packed,
     _fake_causal_attention_packed,
     backward=(_save, _differentiate_packed),
+    check=_check_packed,
 )
 dispatch.register(
     "causal_attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? starts, "
     "float scale) -> Tensor",
     _causal_attention_packed_bwd,
     _fake_causal_attention_packed_bwd,
+    check=_check_packed_backward,
 )

@@ -160,6 +160,21 @@ def _gemv(
     return out
 
 
+def _check_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+) -> None:
+    _check(x, weight, bias, norm_weight, eps, activation, residual)
+    tensors = [tensor for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None]
+    with torch.no_grad():
+        dispatch.check_covered("gemv", _covered(x, weight, tensors), x)
+
+
 def _fake_gemv(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
@@ -169,4 +184,5 @@ dispatch.register(
     " -> Tensor",
     _gemv,
     _fake_gemv,
+    check=_check_launch,
 )

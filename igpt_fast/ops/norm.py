@@ -262,6 +262,28 @@ def _layer_norm_bwd(
     return dx, dweight, dbias
 
 
+def _check_launch(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dout: Tensor | None = None,
+    dsum: Tensor | None = None,
+) -> None:
+    dispatch.check_covered(op, x.ndim > 0 and _covered(dispatch.native_kind(x), x, weight, bias), x)
+    shape, last = x.shape, x.shape[-1:]
+    dispatch.check_operand(op, "weight", weight, x, None, last)
+    if bias is not None:
+        dispatch.check_operand(op, "bias", bias, x, None, last)
+    if residual is not None:
+        dispatch.check_operand(op, "residual", residual, x, x.dtype, shape)
+    if dout is not None:
+        dispatch.check_operand(op, "dout", dout, x, None, shape)  # it is converted
+    if dsum is not None:
+        dispatch.check_operand(op, "dsum", dsum, x, x.dtype, shape)
+
+
 # ---- registration ------------------------------------------------------------------------------------------------
 
 
@@ -337,32 +359,38 @@ dispatch.register(
     _rms_norm,
     _fake_rms_norm,
     backward=(_save, partial(_differentiate, "rms_norm")),
+    check=lambda x, weight, *_: _check_launch("rms_norm", x, weight),
 )
 dispatch.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _add_rms_norm,
     _fake_add_rms_norm,
     backward=(_save, partial(_differentiate_add, "rms_norm")),
+    check=lambda x, residual, weight, *_: _check_launch("rms_norm", x, weight, residual=residual),
 )
 dispatch.register(
     "rms_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _rms_norm_bwd,
     _fake_rms_norm_bwd,
+    check=lambda dout, dsum, x, weight, _: _check_launch("rms_norm", x, weight, dout=dout, dsum=dsum),
 )
 dispatch.register(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     _layer_norm,
     _fake_norm,
     backward=(_save, partial(_differentiate, "layer_norm")),
+    check=lambda x, weight, bias, _: _check_launch("layer_norm", x, weight, bias),
 )
 dispatch.register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _add_layer_norm,
     _fake_add_norm,
     backward=(_save, partial(_differentiate_add, "layer_norm")),
+    check=lambda x, residual, weight, bias, _: _check_launch("layer_norm", x, weight, bias, residual),
 )
 dispatch.register(
     "layer_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     _layer_norm_bwd,
     _fake_layer_norm_bwd,
+    check=lambda dout, dsum, x, weight, _: _check_launch("layer_norm", x, weight, dout=dout, dsum=dsum),
 )
