@@ -121,7 +121,7 @@ def whole(logits: Tensor, head: nn.Module) -> Tensor:
     """The (..., K) logits of all K outputs, where tensor parallelism of ``head`` gives each process its own, or a
     DTensor; else as they are.
     """
-    weight = getattr(head, "weight", None)  # (K, n_embd), of which a wrapper may have none
+    weight: Any = getattr(head, "weight", None)  # (K, n_embd), of which a wrapper may have none
     if not hasattr(logits, "full_tensor") and hasattr(weight, "full_tensor") and logits.shape[-1] != weight.shape[0]:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 

@@ -167,7 +167,7 @@ class _Twice(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, key_mask)
-        return out.view_as(out)
+        return out.detach()  # no view, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -129,3 +129,12 @@ def test_models(head: str) -> None:
     total = sum((g * a).sum() for g, a in zip(first, along.values(), strict=True))
     for name, value in zip(at, torch.autograd.grad(total, leaves), strict=True):
         torch.testing.assert_close(value, reverse[name])
+
+
+def test_the_output_is_no_view() -> None:
+    """Which may not be written to."""
+    function, tensors = attention(3, 4, True)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    doubled = torch.autograd.grad(function(*leaves).mul_(2).sum(), leaves)
+    for found, want in zip(doubled, torch.autograd.grad(function(*leaves).sum(), leaves), strict=True):
+        torch.testing.assert_close(found, 2 * want)
