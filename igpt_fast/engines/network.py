@@ -106,6 +106,22 @@ class Weights(NamedTuple):
         return [self.wte, self.wpe, self.ln_f, *itertools.chain.from_iterable(self.layers)]
 
 
+def whole(logits: Tensor, head: nn.Module) -> Tensor:
+    """The (..., K) logits of all K outputs, where tensor parallelism of ``head`` gives each process its own, or a
+    DTensor; else as they are.
+    """
+    weight: Any = getattr(head, "weight", None)  # (K, n_embd), of which a wrapper may have none
+    if not hasattr(logits, "full_tensor") and hasattr(weight, "full_tensor") and logits.shape[-1] != weight.shape[0]:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        last = logits.ndim - 1
+        placements = [Shard(last) if place.is_shard(0) else Replicate() for place in weight.placements]
+        shape = torch.Size((*logits.shape[:-1], weight.shape[0]))
+        stride = torch.empty(shape, device="meta").stride()
+        logits = DTensor.from_local(logits.contiguous(), weight.device_mesh, placements, shape=shape, stride=stride)
+    return logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+
+
 def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
     config, blocks = body.config, body.h

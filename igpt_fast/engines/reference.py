@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import Decoder, cache_dtype, check_dtype, check_fork
-from igpt_fast.engines.network import BIDIRECTIONAL, Model, why_not_modules
+from igpt_fast.engines.network import BIDIRECTIONAL, Model, whole, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -34,7 +34,8 @@ class ReferenceDecoder(Decoder):
         arguments = {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
         if tokens.shape[1] > 1 and why_not_modules(self.model) is None:
             return self.model.lm_head(self.model.transformer(tokens, **arguments).last_hidden_state[:, -1])
-        return self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
+        logits = self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
+        return whole(logits, self.model.lm_head)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""

@@ -95,6 +95,11 @@ class GenerationMixin:
         model.config.check_causal("generate")
         if input_ids is not None and inputs is not None:
             raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+        if model.transformer.wte.weight.ndim != 2:
+            raise RuntimeError(
+                "generate: the weights are in pieces, which FullyShardedDataParallel gathers only where it is called"
+                " itself; generate inside FullyShardedDataParallel.summon_full_params(model, recurse=False)"
+            )
         if not use_cache:
             raise ValueError("generate: use_cache=False is not supported")
         if attention_mask is not None and not bool((attention_mask == 1).all()):

@@ -19,7 +19,7 @@ from igpt_fast.checkpoint.pretrained import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
 from igpt_fast.engines.cpu import forward as forwards
-from igpt_fast.engines.network import plain
+from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
@@ -312,7 +312,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
             if labels.shape != logits.shape[:-1]:
                 raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
-            loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))  # ()
+            loss = ops.cross_entropy(whole(logits, self.lm_head), F.pad(labels[..., 1:], (0, 1), value=-100))  # ()
         output = CausalImageModelingOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()
 
@@ -374,7 +374,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             return_dict=True,
         )
         logits = self.score(base.last_hidden_state.mean(dim=1))  # (B, num_labels)
-        loss = None if labels is None else self._loss(logits, labels)  # ()
+        loss = None if labels is None else self._loss(whole(logits, self.score), labels)  # ()
         output = ImageClassificationOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()
 

@@ -81,7 +81,7 @@ class ImageGPTAttention(nn.Module):
             out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)  # (B, T, H, D)
             return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None  # (B, T, n_embd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
-        if cache is not None:
+        if cache is not None and not _recomputed(cache, past, self.layer_idx):
             k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             if k.shape[2] != past + t:
                 # transformers' StaticCache hands out its whole buffer, unwritten positions included.
@@ -117,6 +117,19 @@ def _full_attention(
     visible = key_mask[:, None, None, :] | ~some  # (B, 1, 1, T_k)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
     return out.masked_fill(~some, 0.0), None
+
+
+def _recomputed(cache: Cache, past: int, layer_idx: int) -> bool:
+    """Whether the cache has a layer's new positions already: its block runs again, for the backward.
+
+    Raises:
+        ValueError: There are positions before them as well, which what the layer did first had from the cache.
+    """
+    if not torch.is_grad_enabled() or cache.get_seq_length(layer_idx) <= past:
+        return False
+    if past > 0:
+        raise ValueError("past_key_values cannot be combined with blocks that are recomputed in the backward")
+    return True
 
 
 @plain

@@ -217,6 +217,12 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     return dx, dbias
 
 
+def _check_launch(op: str, x: Tensor, bias: Tensor | None, dout: Tensor | None = None) -> None:
+    dispatch.check_covered(op, _covered(dispatch.native_kind(x), x, bias), x)
+    dispatch.check_operand(op, "bias", bias, x, x.dtype, x.shape[-1:])
+    dispatch.check_operand(op, "dout", dout, x, x.dtype, x.shape)
+
+
 def _fake_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -236,9 +242,11 @@ for _op in DEFINITIONS:
         partial(_forward, _op),
         _fake_forward,
         backward=(lambda ctx, inputs, output: ctx.save_for_backward(*inputs), partial(_differentiate, _op)),
+        check=partial(_check_launch, _op),
     )
     dispatch.register(
         f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
         partial(_backward, _op),
         lambda dout, x, bias: (_fake_forward(x, bias), x.new_empty(0 if bias is None else x.shape[-1])),
+        check=lambda dout, x, bias, op=_op: _check_launch(op, x, bias, dout),
     )

@@ -82,8 +82,7 @@ def attention_decode(
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
     """
     given = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    optional = {"v_scale": v_scale, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    given |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    given |= _given(v_scale, prefix_k, prefix_v)
     _check(given, position, starts)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
@@ -97,6 +96,12 @@ def attention_decode(
         run = _attention_decode if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
         return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, scale, limit)
     return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v, v_scale)
+
+
+def _given(*optional: Tensor | None) -> dict[str, Tensor]:
+    """Those that are there, by name."""
+    named = zip(("v_scale", "prefix_k", "prefix_v"), optional, strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tensor | None) -> bool:
@@ -220,9 +225,19 @@ def _attention_decode(
     return out
 
 
+def _check_launch(*arguments: Any) -> None:
+    q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, _, limit = arguments
+    given = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    given |= _given(v_scale, prefix_k, prefix_v)
+    _check(given, position, starts)
+    covered = _covered(q, k_cache, prefix_k, v_scale) and 1 <= limit <= k_cache.shape[2]
+    dispatch.check_covered("attention_decode", covered, q)
+
+
 dispatch.register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
     "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,
     lambda q, *_: q.new_empty(q.shape),
+    check=_check_launch,
 )

@@ -145,9 +145,25 @@ def _gemv(
     return out
 
 
+def _check_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+) -> None:
+    _check(x, weight, eps, activation, bias=bias, norm_weight=norm_weight, residual=residual)
+    tensors = [tensor for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None]
+    with torch.no_grad():
+        dispatch.check_covered("gemv", _covered(x, weight, tensors), x)
+
+
 dispatch.register(
     "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, str? activation, float eps)"
     " -> Tensor",
     _gemv,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[1])),
+    check=_check_launch,
 )

@@ -204,6 +204,28 @@ def _written(kernels: Kernels, x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if (kernels.kind, x.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16) else x.dtype
 
 
+def _check_launch(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dout: Tensor | None = None,
+    dsum: Tensor | None = None,
+) -> None:
+    dispatch.check_covered(op, x.ndim > 0 and _covered(dispatch.native_kind(x), x, weight, bias), x)
+    shape, last = x.shape, x.shape[-1:]
+    dispatch.check_operand(op, "weight", weight, x, None, last)
+    if bias is not None:
+        dispatch.check_operand(op, "bias", bias, x, None, last)
+    if residual is not None:
+        dispatch.check_operand(op, "residual", residual, x, x.dtype, shape)
+    if dout is not None:
+        dispatch.check_operand(op, "dout", dout, x, None, shape)  # it is converted
+    if dsum is not None:
+        dispatch.check_operand(op, "dsum", dsum, x, x.dtype, shape)
+
+
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -226,7 +248,7 @@ def _differentiate(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None =
     elif torch.is_grad_enabled():
         inputs = x, weight, *bias, ctx.eps
         dx, *parameters = dispatch.differentiate(getattr(reference, op), inputs, dout.to(x.dtype))
-        dx = dx if dx is None or dsum is None else dx + dsum
+        dx = dsum if dx is None else dx if dsum is None else dx + dsum
     else:
         dx, *parameters = getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, dsum, x, weight, ctx.eps)
         parameters = parameters[:1] if bias == [None] else parameters
@@ -239,32 +261,38 @@ dispatch.register(
     lambda x, weight, eps, dtype: _forward("rms_norm", x, None, weight, None, eps, dtype)[0],
     lambda x, weight, eps, dtype: _like(x, dtype),
     backward=(_save, partial(_differentiate, "rms_norm")),
+    check=lambda x, weight, *_: _check_launch("rms_norm", x, weight),
 )
 dispatch.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     lambda x, residual, weight, eps, dtype: _forward("rms_norm", x, residual, weight, None, eps, dtype),
     lambda x, residual, weight, eps, dtype: (_like(x, dtype), _like(x)),
     backward=(_save, partial(_differentiate, "rms_norm")),
+    check=lambda x, residual, weight, *_: _check_launch("rms_norm", x, weight, residual=residual),
 )
 dispatch.register(
     "rms_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     lambda *inputs: _backward("rms_norm", *inputs)[:2],
     lambda dout, dsum, x, weight, eps: (_like(x), _like(weight)),
+    check=lambda dout, dsum, x, weight, _: _check_launch("rms_norm", x, weight, dout=dout, dsum=dsum),
 )
 dispatch.register(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     lambda x, weight, bias, eps: _forward("layer_norm", x, None, weight, bias, eps, x.dtype)[0],
     lambda x, weight, bias, eps: _like(x),
     backward=(_save, partial(_differentiate, "layer_norm")),
+    check=lambda x, weight, bias, _: _check_launch("layer_norm", x, weight, bias),
 )
 dispatch.register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     lambda x, residual, weight, bias, eps: _forward("layer_norm", x, residual, weight, bias, eps, x.dtype),
     lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
     backward=(_save, partial(_differentiate, "layer_norm")),
+    check=lambda x, residual, weight, bias, _: _check_launch("layer_norm", x, weight, bias, residual),
 )
 dispatch.register(
     "layer_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     partial(_backward, "layer_norm"),
     lambda dout, dsum, x, weight, eps: (_like(x), _like(weight), _like(weight)),
+    check=lambda dout, dsum, x, weight, _: _check_launch("layer_norm", x, weight, dout=dout, dsum=dsum),
 )
