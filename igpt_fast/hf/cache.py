@@ -12,26 +12,34 @@ from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.decoder import Decoder
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
-# What DynamicCache has in an instance; whoever looks there wants keys and values.
-_PARTS = frozenset(vars(DynamicCache()))
+# What an instance of DynamicCache has; whoever looks there wants keys and values.
+_PARTS = tuple(vars(DynamicCache()))
 
 
 class DecoderCache(DynamicCache):
     """A ``DynamicCache`` whose keys and values lie in a decoder. Whatever asks for them (an update from outside, a
-    crop, another order of images, a copy, a pickle) makes an ordinary ``DynamicCache`` of it, by a forward pass over
-    the tokens that it has read, with the weights as they are then.
-
-    Args:
-        twin: What decodes: see ``model_twin``.
-        config: transformers' configuration of the model.
-        batch_size, capacity: As of ``Decoder``.
+    crop, another order of images, a copy, a pickle) makes an ordinary ``DynamicCache`` of it again, by a forward pass
+    over the tokens that it has read, with the weights as they are then.
     """
 
-    def __init__(self, twin: ImageGPTForCausalImageModeling, config: Any, batch_size: int, capacity: int) -> None:
-        self._config = config
-        self._tokens: list[Tensor] = []  # (B, T) each
-        self._length = 0
-        self._decoder: Decoder = make_decoder(twin, batch_size, capacity)
+    _ordinary: dict[str, Any]  # what it had as a DynamicCache, empty
+    _decoder: Decoder
+    _tokens: list[Tensor]  # (B, T) each
+    _length: int
+
+    @classmethod
+    def take(cls, cache: DynamicCache, twin: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
+        """Makes one of an empty ``DynamicCache``, the object itself.
+
+        Args:
+            cache: The object.
+            twin: What decodes: see ``model_twin``.
+            batch_size, capacity: As of ``Decoder``.
+        """
+        decoder = make_decoder(twin, batch_size, capacity)
+        parts = {name: cache.__dict__.pop(name) for name in _PARTS}
+        cache.__dict__.update(_ordinary=parts, _decoder=decoder, _tokens=[], _length=0)
+        cache.__class__ = cls
 
     def restart(self, twin: ImageGPTForCausalImageModeling, capacity: int) -> None:
         """Goes on with another capacity, and with the weights as they are now."""
@@ -72,17 +80,18 @@ class DecoderCache(DynamicCache):
 
     def become_ordinary(self) -> None:
         """Makes a ``DynamicCache`` of the object itself."""
-        cache = DynamicCache(config=self._config)
+        pairs: Any = ()
         if self._tokens:
             tokens, network = torch.cat(self._tokens, dim=1), self._decoder.model.transformer
             with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
                 pairs = network(tokens, use_cache=True, return_dict=True).past_key_values
-            for layer, (keys, values) in enumerate(pairs):
-                cache.update(keys, values, layer)
-        for name in ("_config", "_tokens", "_length", "_decoder"):
+        parts = self._ordinary
+        for name in ("_ordinary", "_decoder", "_tokens", "_length"):
             del self.__dict__[name]
-        self.__dict__.update(vars(cache))
+        self.__dict__.update(parts)
         self.__class__ = DynamicCache  # type: ignore[assignment]
+        for layer, (keys, values) in enumerate(pairs):
+            self.update(keys, values, layer)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _PARTS or "_decoder" not in self.__dict__:

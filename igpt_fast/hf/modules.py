@@ -233,9 +233,7 @@ class ImageGPTForCausalImageModeling(theirs.ImageGPTForCausalImageModeling):
         """The loop of greedy and random choice, which looks at the logits of the last position alone."""
         cache = kwargs.get("past_key_values")
         if not synced_gpus and _decodes(self, input_ids, generation_config, **kwargs):
-            capacity = min(generation_config.max_length - 1, self.config.n_positions)  # the last token is not read
-            cache = _decoder_cache(self, input_ids, capacity, cache)
-            kwargs["past_key_values"] = cache
+            _decode_with(cache, self, input_ids, generation_config.max_length - 1)  # the last token is not read
         elif isinstance(cache, DecoderCache):
             cache.become_ordinary()
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
@@ -290,16 +288,15 @@ def _asked(kwargs: dict[str, Any]) -> set[str]:
     return {name for name, value in kwargs.items() if value is not None and value is not False} - {"use_cache"}
 
 
-def _decoder_cache(model: Any, tokens: Tensor, capacity: int, cache: Any) -> Any:
-    """A cache with a decoder for the model, where one serves it; ``cache``, which it takes the place of, where not."""
+def _decode_with(cache: Any, model: Any, tokens: Tensor, positions: int) -> None:
+    """Lets a decoder serve so many positions of the model, with the cache, where it can; else ordinary it is."""
+    capacity = min(positions, model.config.n_positions)
     twin = model_twin(model) if tokens.shape[1] <= capacity else "the context is too long"
-    if not isinstance(cache, DecoderCache):
-        return cache if isinstance(twin, str) else DecoderCache(twin, model.config, tokens.shape[0], capacity)
-    if isinstance(twin, str):
+    earlier = isinstance(cache, DecoderCache)
+    if not isinstance(twin, str):
+        cache.restart(twin, capacity) if earlier else DecoderCache.take(cache, twin, tokens.shape[0], capacity)
+    elif earlier:
         cache.become_ordinary()
-    else:
-        cache.restart(twin, capacity)
-    return cache
 
 
 SERVED: dict[type, type] = {

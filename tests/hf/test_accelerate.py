@@ -262,6 +262,19 @@ def test_a_cache_that_is_looked_into_is_an_ordinary_one() -> None:
 
 
 @native
+def test_a_cache_of_the_caller_is_filled(steps: list[int]) -> None:
+    plain, fast = both()
+    caches = [DynamicCache(), DynamicCache(config=fast.config)]
+    for model, cache in zip((plain, fast), caches, strict=True):
+        model.generate(TOKENS, past_key_values=cache, max_length=9, do_sample=False)
+    assert len(steps) == 3
+    for (keys, values, _), (want_keys, want_values, _) in zip(*reversed(caches), strict=True):
+        close(keys, want_keys)
+        close(values, want_values)
+    assert [type(cache) for cache in caches] == [DynamicCache] * 2
+
+
+@native
 def test_going_on_with_a_cache(steps: list[int]) -> None:
     plain, fast = both()
     whole = plain.generate(TOKENS, **LONG, do_sample=False)
