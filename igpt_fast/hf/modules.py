@@ -8,6 +8,7 @@ them what they do not serve.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def left_to_transformers(x: Tensor) -> bool:
     return is_torchdynamo_exporting() or torch.jit.is_tracing()
 
 
+def signed_as(original: Any) -> Callable[[Any], Any]:
+    """``functools.wraps``: a method has the signature of transformers', which Trainer and ``generate`` look at."""
+    return functools.wraps(original)
+
+
 def bare(module: nn.Module) -> bool:
     """Whether a module does no more than its class says."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -52,7 +58,7 @@ def bare(module: nn.Module) -> bool:
 class ImageGPTLayerNorm(theirs.ImageGPTLayerNorm):
     """By ``ops.rms_norm``."""
 
-    @functools.wraps(theirs.ImageGPTLayerNorm.forward)
+    @signed_as(theirs.ImageGPTLayerNorm.forward)
     def forward(self, tensor: Tensor) -> Tensor:
         if left_to_transformers(tensor):
             return super().forward(tensor)
@@ -72,9 +78,10 @@ class ImageGPTAttention(theirs.ImageGPTAttention):
     def scale(self) -> float:
         """What scores are multiplied by."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
-        return scale / (self.layer_idx + 1) if self.scale_attn_by_inverse_layer_idx else scale
+        layer: Any = self.layer_idx
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
-    @functools.wraps(theirs.ImageGPTAttention.forward)
+    @signed_as(theirs.ImageGPTAttention.forward)
     def forward(
         self,
         hidden_states: Tensor,
@@ -117,7 +124,7 @@ class ImageGPTMLP(theirs.ImageGPTMLP):
         """The name of the activation, where it is one that has a kernel, and nothing is around it."""
         return ACTIVATIONS.get(type(self.act)) if bare(self.act) else None
 
-    @functools.wraps(theirs.ImageGPTMLP.forward)
+    @signed_as(theirs.ImageGPTMLP.forward)
     def forward(self, hidden_states: Tensor) -> Tensor:
         name = self.activation
         if name is None or left_to_transformers(hidden_states):
@@ -130,7 +137,7 @@ class ImageGPTMLP(theirs.ImageGPTMLP):
 class ImageGPTModel(theirs.ImageGPTModel):
     """In one call of the compiled module where that offers it, by its modules elsewhere."""
 
-    @functools.wraps(theirs.ImageGPTModel.forward)
+    @signed_as(theirs.ImageGPTModel.forward)
     def forward(self, input_ids: Tensor | None = None, past_key_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(past_key_values, StaticCache):
             raise ValueError(
@@ -204,7 +211,7 @@ def whole(tokens: Tensor, mask: Tensor | None, positions: Tensor | None, past: i
 class ImageGPTForCausalImageModeling(theirs.ImageGPTForCausalImageModeling):
     """transformers' ``generate`` on a decoder of ours."""
 
-    @functools.wraps(theirs.ImageGPTForCausalImageModeling.forward)
+    @signed_as(theirs.ImageGPTForCausalImageModeling.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -214,12 +221,13 @@ class ImageGPTForCausalImageModeling(theirs.ImageGPTForCausalImageModeling):
         **kwargs: Any,
     ) -> Any:
         if isinstance(past_key_values, DecoderCache):
-            if not args and _reads(self, past_key_values, input_ids, attention_mask, **kwargs):
-                return ModelOutput(logits=past_key_values.read(input_ids), past_key_values=past_key_values)
+            tokens: Any = input_ids
+            if not args and _reads(self, past_key_values, tokens, attention_mask, **kwargs):
+                return ModelOutput(logits=past_key_values.read(tokens), past_key_values=past_key_values)
             past_key_values.become_ordinary()
         return super().forward(input_ids, past_key_values, attention_mask, *args, **kwargs)
 
-    @functools.wraps(theirs.ImageGPTForCausalImageModeling._sample)
+    @signed_as(theirs.ImageGPTForCausalImageModeling._sample)
     def _sample(
         self,
         input_ids: Tensor,
@@ -237,7 +245,8 @@ class ImageGPTForCausalImageModeling(theirs.ImageGPTForCausalImageModeling):
         elif isinstance(cache, DecoderCache):
             cache.become_ordinary()
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        result = super()._sample(*arguments, **kwargs)
+        loop: Any = super()._sample  # type: ignore[misc] # whose ``self`` is a protocol
+        result = loop(*arguments, **kwargs)
         if type(cache) is DecoderCache and not generation_config.return_dict_in_generate:
             cache.rest()
         return result
