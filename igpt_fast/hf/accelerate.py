@@ -46,7 +46,7 @@ def accelerate(model: Module) -> Module:
     them training; a forward pass in eval mode, and ``generate`` of one image or several, greedily or with sampling, on
     its engines where these serve the model: see ``accelerated``. Masks that hide something, attention weights,
     cross-attention, autocast, and what is exported or traced are left to transformers, as are modules that are hooked,
-    patched or replaced. A second call changes nothing; modules that came since are seen to. An engine keeps a packed
+    patched or replaced; a second call sees to what has been put in or patched since. An engine keeps a packed
     copy of the weights on the CPU while the model lives.
 
     Numbers agree with transformers' up to rounding. A ``StaticCache``, with which transformers' ImageGPT silently gives
@@ -64,9 +64,8 @@ def accelerate(model: Module) -> Module:
         TypeError: There is no ImageGPT of transformers in ``model``.
     """
     modules = _modules("accelerate", model)
-    for module in model.modules():
-        if type(module) in modules.SERVED and why_not(modules, module) is None:
-            module.__class__ = modules.SERVED[type(module)]
+    for module, kind in _served(modules, model):
+        module.__class__ = kind if _why_left(modules, kind, module) else modules.SERVED[kind]
     return model
 
 
@@ -78,11 +77,9 @@ def restore(model: Module) -> Module:
         TypeError: There is no ImageGPT of transformers in ``model``.
     """
     modules = _modules("restore", model)
-    back = {kind: theirs for theirs, kind in modules.SERVED.items()}
-    for module in model.modules():
-        if type(module) in back:
-            module.__class__ = back[type(module)]
-            forget(module)
+    for module, kind in _served(modules, model):
+        module.__class__ = kind
+        forget(module)
     return model
 
 
@@ -112,23 +109,37 @@ def _modules(caller: str, model: Any) -> Any:
     return modules
 
 
-def why_not(modules: Any, module: Any) -> str | None:
-    """Why a module, of transformers' classes or ours of them, is left to transformers; ``None`` when it is served."""
-    kind = next((theirs for theirs, ours in modules.SERVED.items() if type(module) in (theirs, ours)), None)
-    if kind is None:
-        return f"it is a {type(module).__module__}.{type(module).__qualname__}"
+def _served(modules: Any, model: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    """The modules that have, or could have, a class of ours, and transformers' class of each."""
+    kinds = modules.SERVED.items()
+    kinds = {**{ours: theirs for theirs, ours in kinds}, **{theirs: theirs for theirs, _ in kinds}}
+    return ((module, kinds[type(module)]) for module in model.modules() if type(module) in kinds)
+
+
+def _why_left(modules: Any, kind: type, module: Any) -> str | None:
+    """Why ``accelerate`` leaves a module, of this class of transformers, as it is."""
+    theirs = modules.theirs
+    if kind not in modules.SERVED:
+        return f"it is a {kind.__module__}.{kind.__qualname__}"
     if modules.patched(kind):
         return f"the forward of transformers' {kind.__name__} has been replaced"
-    if "forward" in module.__dict__:
-        return "it has a forward of its own"
-    if kind is modules.theirs.ImageGPTAttention:
+    if kind is theirs.ImageGPTAttention:
         if module.is_cross_attention:
             return "it is cross-attention"
         mask = module.bias[0, 0]  # (n_positions, n_positions)
         if not mask.is_meta and not torch.equal(mask, torch.ones_like(mask).tril_()):
             return "its mask is not the causal one"
-    if kind is modules.theirs.ImageGPTMLP and type(module.act) not in modules.ACTIVATIONS:
-        return f"its activation is a {type(module.act).__qualname__}, which has no kernel"
+    return None
+
+
+def _why_not(modules: Any, module: Any) -> str | None:
+    """Why transformers computes a module now."""
+    if type(module) not in modules.SERVED.values():
+        return _why_left(modules, type(module), module) or "it is not accelerated"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if isinstance(module, modules.theirs.ImageGPTMLP) and module.activation is None:
+        return f"its activation, a {type(module.act).__qualname__}, has no kernel, or something is around it"
     return None
 
 
@@ -140,22 +151,18 @@ def _rows(modules: Any, name: str, module: Any) -> Iterator[Served]:
     elif isinstance(module, theirs.ImageGPTModel):
         yield Served(f"{inside}forward", *_forward(modules, module))
     elif isinstance(module, theirs.ImageGPTLayerNorm | theirs.ImageGPTAttention | theirs.ImageGPTMLP):
-        reason = why_not(modules, module) or _not_accelerated(modules, module)
+        reason = _why_not(modules, module)
         yield Served(name, "transformers" if reason else "ops", reason)
 
 
-def _not_accelerated(modules: Any, module: Any) -> str | None:
-    return "it is not accelerated" if type(module) in modules.SERVED else None
-
-
 def _generate(modules: Any, model: Any) -> tuple[str, str | None]:
-    twin = why_not(modules, model) or _not_accelerated(modules, model) or model_twin(model)
+    twin = _why_not(modules, model) or model_twin(model)
     return ("modules", twin) if isinstance(twin, str) else (choose(twin).engine.name, None)
 
 
 @torch.no_grad()
 def _forward(modules: Any, network: Any) -> tuple[str, str | None]:
-    twin = why_not(modules, network) or _not_accelerated(modules, network)
+    twin = _why_not(modules, network)
     if twin is None:
         tokens = torch.zeros(1, min(8, network.config.n_positions), dtype=torch.int64, device=network.device)
         twin = modules.forward_twin(network, tokens)

@@ -32,12 +32,14 @@ def network_twin(body: Any) -> ImageGPTModel | str:
     """
     try:
         weights, twin = Weights.of(body), _networks.get(body)
-        if twin is None or any(a is not b for a, b in zip(Weights.of(twin).each(), weights.each(), strict=True)):
+        if twin is None or [*map(id, Weights.of(twin).each())] != [*map(id, weights.each())]:
             config = ImageGPTConfig.of(body.config, "accelerate")
             config.activation_function = body.h[0].mlp.activation
             twin = _networks[body] = twin_of(ImageGPTModel, config, body, "accelerate", same=True).eval()
         # What transformers' modules compute is what they were told when they were made, whatever a configuration says.
         told: Any = SimpleNamespace(config=twin.config, wte=body.wte, wpe=body.wpe, h=body.h, ln_f=body.ln_f)
+        if any(theirs.attn.scale != ours.attn.scale for theirs, ours in zip(body.h, twin.h, strict=True)):
+            return "the scale of the scores is not the configuration's"
         return why_not_settings(told, weights) or twin
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return f"it is not the network that its configuration says: {error}"

@@ -315,7 +315,7 @@ def test_changed_weights_are_seen_and_unchanged_ones_not_packed_again(monkeypatc
     _, fast = both()
 
     def check() -> None:
-        assert why(fast, "generate") is None
+        assert why(hf.accelerate(fast), "generate") is None
         want = hf.restore(copy.deepcopy(fast)).generate(TOKENS, **LONG, do_sample=False)
         assert torch.equal(fast.generate(TOKENS, **LONG, do_sample=False), want)
 
@@ -483,15 +483,24 @@ def test_what_is_served_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {row.part: row.reason for row in hf.accelerated(hf.accelerate(model))}
     assert reasons["generate"] == f"it is a {__name__}.{Root.__qualname__}"
     assert reasons["transformer.h.0.mlp"] == f"it is a {__name__}.{Mine.__qualname__}"
-    assert reasons["transformer.h.1.mlp"] == "its activation is a SiLUActivation, which has no kernel"
+    assert reasons["transformer.h.1.mlp"] == (
+        "its activation, a SiLUActivation, has no kernel, or something is around it"
+    )
     assert reasons["transformer.h.1.attn"] == "its mask is not the causal one"
     assert reasons["transformer.ln_f"] == "the forward of transformers' ImageGPTLayerNorm has been replaced"
+    monkeypatch.undo()
     fast.train()
     assert why(fast, "generate") == "the model is in training mode"
     fast.eval().transformer.h[1].ln_1.eps = 0.1
     assert why(fast, "generate") == "a norm or an activation is not the configuration's"
-    with torch.no_grad():
-        hf.restore(plain.load_state_dict(fast.state_dict()) and plain)
+    fast.transformer.h[1].ln_1.eps = 1e-5
+    fast.transformer.h[1].attn.scale_attn_weights = False
+    assert why(fast, "generate") == "the scale of the scores is not the configuration's"
+    fast.transformer.h[0].attn.bias.fill_(True)
+    hf.accelerate(fast)
+    assert why(fast, "transformer.h.0.attn") == "its mask is not the causal one"
+    fast.transformer.h = fast.transformer.h[1:]
+    assert "it is not the network that its configuration says" in str(why(fast, "generate"))
 
 
 def test_what_is_refused() -> None:
