@@ -87,6 +87,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         {"scale_attn_weights": False, "activation_function": "gelu_new", "n_inner": 24, "layer_norm_epsilon": 1e-2},
         {"activation_function": "relu"},
+        {"attn_pdrop": 1.0},
     ],
 )
 def test_the_same_numbers_and_gradients(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
