@@ -17,7 +17,7 @@ NAMES = {
     "igpt_fast.model": """
         ImageGPTForCausalImageModeling ImageGPTForImageClassification ImageGPTModel ImageGPTPreTrainedModel""",
     "igpt_fast.checkpoint": "from_openai",
-    "igpt_fast.hf": "from_transformers to_transformers",
+    "igpt_fast.hf": "Served accelerate accelerated from_transformers restore to_transformers",
     "igpt_fast.ops": """
         ACTIVATIONS activation attention_decode causal_attention causal_attention_packed check_activation check_sampling
         cross_entropy dequantize gelu_erf gelu_tanh gemv layer_norm quantize quick_gelu rms_norm sample sample_next""",
