@@ -200,7 +200,9 @@ class PretrainedMixin(nn.Module):
             return
         own = self.state_dict()
         if state_dict is None and any(value.is_meta for value in own.values()):  # accelerate keeps them elsewhere
-            state_dict = kin.library("accelerate", "save_pretrained").utils.get_state_dict_offloaded_model(self)
+            state_dict = kin.library("accelerate.utils.modeling", "save_pretrained").get_state_dict_offloaded_model(
+                self
+            )
         state = {
             name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
         }
