@@ -1,8 +1,10 @@
-"""Bridges to Hugging Face's libraries; alone imports transformers. ``bridge``: models on shared parameters.
+"""Bridges to Hugging Face's libraries; alone imports transformers. ``bridge``: models on shared parameters. ``linear``:
+the models' linear layers as torch's own, for quantizers.
 
 May use: model, checkpoint, and the ground.
 """
 
 from igpt_fast.hf.bridge import from_transformers, to_transformers
+from igpt_fast.hf.linear import linear_layers
 
-__all__ = ["from_transformers", "to_transformers"]
+__all__ = ["from_transformers", "linear_layers", "to_transformers"]
