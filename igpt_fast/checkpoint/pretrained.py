@@ -137,7 +137,7 @@ class PretrainedMixin(nn.Module):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
-        where = {
+        where: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,

@@ -524,7 +524,7 @@ def _encoder_mask(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _resized(old: nn.Parameter, rows: int, last: int, std: float, mean: bool) -> nn.Parameter:
+def _resized(old: Tensor, rows: int, last: int, std: float, mean: bool) -> nn.Parameter:
     """A parameter with ``rows`` rows in front of its ``last`` ones, of its own as far as they go."""
     kept = old[: min(rows, old.shape[0] - last)]
     new = torch.empty(rows - kept.shape[0], old.shape[1], dtype=old.dtype, device=old.device).normal_(0.0, std)
