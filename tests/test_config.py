@@ -392,7 +392,7 @@ def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
         assert (found.n_layer, found.use_cache, found.note) == (3, False, "new")
         assert unused == {"revision_of": 1}
     assert ImageGPTConfig.from_pretrained(tmp_path, note="other").note == "other"
-    with pytest.raises(TypeError, match="multiple values|the same; give one"):
+    with pytest.raises(TypeError, match=r"multiple values|the same; give one"):
         ImageGPTConfig.from_pretrained(tmp_path, pretrained_model_name_or_path=tmp_path)
     for name, value in (("force_download", True), ("trust_remote_code", True), ("proxies", {"http": "x"})):
         with pytest.raises(ValueError, match=f"from_pretrained: {name}=.* is not offered: "):

@@ -165,6 +165,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         config = self.config
+        self.embed_dim = config.n_embd
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # colours, classes, SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
