@@ -187,7 +187,6 @@ def test_presets() -> None:
         ({"use_cache": {"a": "\n" * 9999}}, "use_cache"),
         ({"problem_type": "guess"}, "problem_type"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"add_cross_attention": True}, "add_cross_attention"),
         ({"use_cache": "yes"}, "use_cache"),
         ({"activation_function": ["gelu"]}, "activation_function"),
         ({"id2label": {}}, "num_labels"),
@@ -236,10 +235,13 @@ def test_size_is_bounded(tmp_path: Path) -> None:
         ImageGPTConfig.from_json_file(path)
 
 
-def test_unknown_keywords() -> None:
-    for keywords in ({"no_such": 1}, {"dtype": "float16", "no_such": 1}):
-        with pytest.raises(TypeError, match=r"unexpected keyword argument: no_such$"):
-            ImageGPTConfig(**keywords)  # type: ignore[arg-type]
+def test_unknown_keywords_are_kept() -> None:
+    config = ImageGPTConfig(dtype="float16", no_such=1)  # type: ignore[call-arg]
+    assert (config.no_such, config.extra) == (1, {"dtype": "float16", "no_such": 1})
+    assert ("no_such" in config, "n_layer" in config, "other" in config) == (True, True, False)
+    assert {"no_such", "n_layer"} <= set(config)
+    del config.no_such
+    assert not hasattr(config, "no_such")
     with pytest.raises(ValueError, match="model_type is 'gpt2'"):
         ImageGPTConfig(model_type="gpt2")  # type: ignore[call-arg, misc]
 
@@ -379,3 +381,26 @@ def test_models_take_the_configuration_of_transformers(tmp_path: Path, name: str
             cls(bad)
         with pytest.raises(TypeError, match=f"from_pretrained: config must be an ImageGPTConfig, got {told}"):
             cls.from_pretrained(tmp_path, config=bad)
+
+
+def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
+    config = ImageGPTConfig(n_layer=3, note="kept")  # type: ignore[call-arg]
+    config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    given: dict[str, Any] = {"return_unused_kwargs": True, "use_cache": False, "note": "new", "revision_of": 1}
+    for load in (ImageGPTConfig.from_pretrained, transformers.ImageGPTConfig.from_pretrained):
+        found, unused = load(pretrained_model_name_or_path=tmp_path, trust_remote_code=False, **given)
+        assert (found.n_layer, found.use_cache, found.note) == (3, False, "new")
+        assert unused == {"revision_of": 1}
+    assert ImageGPTConfig.from_pretrained(tmp_path, note="other").note == "other"
+    with pytest.raises(TypeError, match=r"multiple values|the same; give one"):
+        ImageGPTConfig.from_pretrained(tmp_path, pretrained_model_name_or_path=tmp_path)
+    for name, value in (("force_download", True), ("trust_remote_code", True), ("proxies", {"http": "x"})):
+        with pytest.raises(ValueError, match=f"from_pretrained: {name}=.* is not offered: "):
+            ImageGPTConfig.from_pretrained(tmp_path, **{name: value})
+    assert config.to_diff_dict() == {"n_layer": 3, "note": "kept", "model_type": "imagegpt"}
+
+
+def test_implementations_of_attention() -> None:
+    assert "attn_implementation" not in ImageGPTConfig(attn_implementation="eager")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="attn_implementation can be 'eager' alone, got 'sdpa': the fastest kernel"):
+        ImageGPTConfig(attn_implementation="sdpa")  # type: ignore[call-arg]

@@ -23,7 +23,7 @@ from igpt_fast.ops.dispatch import LEAST_SCALE
 
 Kind = TypeVar("Kind", bound=type)
 BIDIRECTIONAL = "attention is bidirectional"  # why no engine runs a network
-INNER = ("_tokens", "_embed")  # methods that a module's own ``forward`` calls
+INNER = ("_tokens", "_embed", "_computed")  # methods that a module's own ``forward`` calls
 METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module computes, and what calls it
 # The classes of modules that are computed as this package computes them, and their methods as they were declared;
 # anything else may mean anything.
@@ -73,6 +73,13 @@ def plain(kind: Kind) -> Kind:
 
 def _methods(kind: type) -> list[Any]:
     return [getattr(kind, method, None) for method in METHODS]
+
+
+def _own_methods(kind: type) -> list[Any]:
+    """Without those of bases that the class has from transformers (see ``kin``), which change no value."""
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith("transformers.")]
+    found = [next((base for base in bases if method in vars(base)), None) for method in METHODS]
+    return [None if base is None else getattr(base, method) for base, method in zip(found, METHODS, strict=True)]
 
 
 for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
@@ -182,7 +189,7 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
             if kind not in MODULES:
                 return f"{_name(root, module)} is a {kind.__module__}.{kind.__qualname__}"
             own = len(METHODS) if outside else len(INNER)  # the last ones
-            if MODULES[kind][-own:] != _methods(kind)[-own:]:
+            if MODULES[kind][-own:] != _methods(kind)[-own:] and MODULES[kind][-own:] != _own_methods(kind)[-own:]:
                 return f"the methods of {kind.__qualname__} are not its own"
             known.add(kind)
         if not outside and not state.keys().isdisjoint(INNER):
