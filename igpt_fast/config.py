@@ -12,12 +12,12 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from igpt_fast import files
+from igpt_fast import files, keywords, kin
 from igpt_fast.checks import dtype_name, finite_number, whole_number
 from igpt_fast.files import listed, shown
 
@@ -44,18 +44,8 @@ _COMMON: dict[str, Any] = {
     "is_encoder_decoder": False,
     "transformers_version": None,
 }
-# Entries that transformers 4 wrote for every model as well; some are about generation.
-_OLDER = frozenset(
-    """
-    bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing is_decoder length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix pruned_heads
-    remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
-    typical_p use_bfloat16
-    """.split()  # noqa: SIM905
-)
+# How transformers would compute attention and experts: neither is a choice here, so there is one value of each.
+_IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
 _FLAGS = (
     "scale_attn_weights",
     "use_cache",
@@ -68,6 +58,8 @@ _FLAGS = (
     "return_dict",
 )
 
+_NO_CHOICE = "the fastest kernel that covers the input is taken by itself; see igpt_fast.show_config()"
+
 C = TypeVar("C")
 
 
@@ -76,11 +68,14 @@ def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
     init: Any = cls.__init__
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **keywords: Any) -> None:
-        extra = keywords.pop("extra", None) or {}
-        known, others = _split(keywords)
-        if unknown := others.keys() - _COMMON.keys() - _OLDER:
-            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument: {listed(unknown)}")
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        kin.meet()
+        extra = given.pop("extra", None) or {}
+        for name, only in _IMPLEMENTATIONS.items():
+            value = given.pop(name, None)
+            if value not in (None, only):
+                raise ValueError(f"{cls.__name__}: {name} can be {only!r} alone, got {shown(value)}: {_NO_CHOICE}")
+        known, others = _split(given)
         number, names = known.get("num_labels"), known.get("id2label")
         if number is not None and isinstance(names, Mapping) and len(names) != number:
             warnings.warn(
@@ -92,9 +87,10 @@ def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
     return cls
 
 
+@kin.stands_for("transformers.configuration_utils", "PreTrainedConfig")
 @_with_keywords_of_transformers
 @dataclass
-class ImageGPTConfig:
+class ImageGPTConfig(kin.Root):
     """Hyper-parameters of an iGPT; field for field those of transformers' class of the same name.
 
     The constructor also takes the other names of ``attribute_map`` (``hidden_size`` for ``n_embd``; given both,
@@ -123,11 +119,13 @@ class ImageGPTConfig:
             ``config.json`` only if it is not 0. Class ``c`` has the token ``n_colours + c``, which stands in place
             of SOS in front of its images; SOS in front means an image of any class.
         extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
-            that writing the file back loses nothing, and readable as attributes. Unknown entries land here
-            when the configuration comes from a file or an attribute is set; the constructor refuses them.
+            that writing the file back loses nothing, and readable as attributes; unknown keywords as well, as in
+            transformers. Names with a leading underscore are no entries but attributes, which no file has.
+
+    The model's modules take their settings when they are made, as in transformers: a change afterwards is one of the
+    next model's, except of ``use_cache``, ``return_dict``, ``output_*`` and ``problem_type``.
 
     Raises:
-        TypeError: An unknown keyword.
         ValueError: A field is out of its range.
 
     Source: transformers ``ImageGPTConfig``.
@@ -168,6 +166,14 @@ class ImageGPTConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "imagegpt"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    base_model_tp_plan: ClassVar[None] = None
+    base_model_pp_plan: ClassVar[None] = None
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"wte": "free_full_weight", "h.*": "free_full_weight"}
+    # What transformers' methods keep on an instance.
+    _attn_implementation_internal: ClassVar[str | None] = "eager"
+    _experts_implementation_internal: ClassVar[str | None] = None
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -216,8 +222,6 @@ class ImageGPTConfig:
             raise ValueError(
                 "ImageGPTConfig: tie_word_embeddings=True is not supported: wte has one row more than the head"
             )
-        if self.add_cross_attention:
-            raise ValueError("ImageGPTConfig: add_cross_attention=True is not supported")
         if "id2label" not in self.__dict__:
             self.label2id = None  # as in transformers: names in this direction alone do not count
 
@@ -249,6 +253,8 @@ class ImageGPTConfig:
         """Number of colours: tokens ``0 .. n_colours - 1``, and the outputs of the head that can be drawn."""
         return self.vocab_size - 1 - self.n_classes
 
+    __getattribute__ = object.__getattribute__  # transformers' has a Python function for every attribute
+
     def __getattr__(self, name: str) -> Any:
         """What ``__dict__`` lacks: other names of fields, labels (see there), and the entries of ``extra``."""
         own = self.__dict__
@@ -277,10 +283,25 @@ class ImageGPTConfig:
                 own["num_labels"] = value
         elif name in ("id2label", "label2id"):
             self._set_names(name, value)
-        elif name in _FIELDS or name == "extra" or hasattr(type(self), name):
-            super().__setattr__(name, value)
+        elif name in _FIELDS or name == "extra" or (name not in _COMMON and hasattr(type(self), name)):
+            object.__setattr__(self, name, value)
+        elif name.startswith("_") and name not in _COMMON:
+            own[name] = value
         else:
             self.extra[name] = _plain_dtype(value) if name == "dtype" else value
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.extra:
+            del self.extra[name]
+        else:
+            object.__delattr__(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the settings, as ``in`` asks for them."""
+        yield from self.to_dict()
+
+    def __contains__(self, name: object) -> bool:
+        return name in _FIELDS or name in self.extra
 
     def _set_names(self, name: str, value: Any) -> None:
         own = self.__dict__
@@ -311,10 +332,24 @@ class ImageGPTConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], **overrides: Any) -> ImageGPTConfig:
-        """Builds a configuration from the content of a ``config.json``; unknown entries go to ``extra``."""
+    def from_dict(cls, data: dict[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """Builds a configuration from the content of a ``config.json``; unknown entries go to ``extra``.
+
+        Args:
+            data: The content.
+            return_unused_kwargs: Return a pair: the configuration, and those of ``overrides`` that no configuration
+                has, which are left out of it.
+            overrides: Entries that replace those of ``data``.
+        """
+        unused = {}
+        if return_unused_kwargs:
+            known = {*_FIELDS, *_ALIASES, *_COMMON, *_IMPLEMENTATIONS, *data, "model_type"}
+            unused = {name: overrides.pop(name) for name in overrides.keys() - known}
+            unused |= {name: overrides[name] for name in ("dtype", "torch_dtype") if name in overrides}
+            config = cls.from_dict(data, **{name: value for name, value in overrides.items() if value != "auto"})
+            return config, unused
         given, given_extra = _split(overrides)
-        known, extra = _split(data)
+        known, extra = _split({name: value for name, value in data.items() if name not in _IMPLEMENTATIONS})
         names, number = known.get("id2label"), given.get("num_labels")
         if "id2label" in given or number not in (None, len(names or ())):
             for name in ("num_labels", "id2label", "label2id"):
@@ -338,6 +373,7 @@ class ImageGPTConfig:
         raise TypeError(f"{caller}: config must be an ImageGPTConfig, got {name}")
 
     @classmethod
+    @keywords.also_called(name_or_path="pretrained_model_name_or_path")
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -347,23 +383,25 @@ class ImageGPTConfig:
         local_files_only: bool = False,
         token: str | bool | None = None,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **overrides: Any,
-    ) -> ImageGPTConfig:
+    ) -> Any:
         """Reads the ``config.json`` of a folder, or of a repository of the hub.
 
         Args:
             name_or_path: A folder, or a hub name such as ``"openai/imagegpt-small"``.
             revision, cache_dir, local_files_only, token, subfolder: As in
                 ``huggingface_hub.hf_hub_download``.
-            overrides: Keywords of the constructor, which replace the file's entries.
+            return_unused_kwargs: See ``from_dict``.
+            overrides: Keywords of the constructor, which replace the file's entries; and what transformers'
+                ``from_pretrained`` takes, where it asks for nothing (``trust_remote_code=False``).
 
         Raises:
             FileNotFoundError: No such folder, repository or file, or no network.
-            TypeError: A keyword that the constructor does not know.
+            TypeError: A keyword that is no entry of a configuration.
             ValueError: As for ``from_json_file``.
         """
-        if unknown := _split(overrides)[1].keys() - _COMMON.keys() - _OLDER:
-            raise TypeError(f"from_pretrained() got an unexpected keyword argument: {listed(unknown)}")
+        overrides = keywords.without_neutral("from_pretrained", overrides)
         path = files.find_file(
             name_or_path,
             _FILE_NAME,
@@ -374,10 +412,13 @@ class ImageGPTConfig:
             subfolder=subfolder,
         )
         assert path is not None
-        return cls.from_json_file(path, **overrides)
+        found = _split(files.read_json(path, _MAX_CONFIG_BYTES))[1] if not return_unused_kwargs and overrides else {}
+        if not return_unused_kwargs and (unknown := _split(overrides)[1].keys() - _COMMON.keys() - found.keys()):
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument: {listed(unknown)}")
+        return cls.from_json_file(path, return_unused_kwargs=return_unused_kwargs, **overrides)
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> ImageGPTConfig:
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> Any:
         """Reads a ``config.json``; ``overrides`` are fields that replace its own.
 
         Raises:
@@ -413,11 +454,22 @@ class ImageGPTConfig:
         twin.__post_init__()
         self.__dict__ = twin.__dict__
 
-    def to_json_string(self) -> str:
-        """``to_dict`` as indented JSON with sorted keys and a final newline."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Those of ``to_dict`` that are not the defaults."""
+        defaults = type(self)().to_dict()
+        data = {name: value for name, value in self.to_dict().items() if defaults.get(name, self) != value}
+        return {**data, "model_type": self.model_type}
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> ImageGPTConfig:
+        """Itself: there is no configuration within this one."""
+        return self
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """``to_dict`` as indented JSON with sorted keys and a final newline; ``use_diff`` is for transformers' sake."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+    @keywords.also_called(path="json_file_path")
+    def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Writes ``to_json_string``; the file is whole before it gets its name.
 
         Raises:
@@ -427,19 +479,43 @@ class ImageGPTConfig:
         with files.replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    @keywords.also_called(directory="save_directory")
+    def save_pretrained(self, directory: str | os.PathLike[str], **neutral: Any) -> None:
         """Writes ``config.json`` to a folder, which is made if it does not exist.
+
+        ``neutral`` is what transformers takes, where it asks for nothing (``push_to_hub=False``).
 
         Raises:
             OSError: The folder or the file cannot be written.
         """
+        keywords.refuse("save_pretrained", keywords.without_neutral("save_pretrained", neutral))
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / _FILE_NAME)
 
 
+class _Own:
+    """An attribute that stands in ``__dict__`` or that ``__getattr__`` makes, whatever a base class has by its name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return self
+        own = config.__dict__
+        return own[self.name] if self.name in own else config.__getattr__(self.name)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        config.__dict__[self.name] = value
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.name != "extra")
 _ALIASES = {**ImageGPTConfig.attribute_map, "torch_dtype": "dtype", "name_or_path": "_name_or_path"}
+for _name in ("num_labels", "id2label", "label2id", "torch_dtype", "name_or_path", *_COMMON):
+    _own = _Own()
+    _own.__set_name__(ImageGPTConfig, _name)
+    setattr(ImageGPTConfig, _name, _own)
 
 
 def _split(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

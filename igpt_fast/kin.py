@@ -3,18 +3,25 @@
 Tools ask what something is: Trainer saves a ``config.json`` for a ``PreTrainedModel`` alone, PEFT adapts transformers'
 ``Conv1D`` by name. So a class here names the class of transformers that it stands for, which becomes the last of its
 bases when there is something to ask: instances made before are included, what the class defines itself counts first,
-and without transformers nothing changes. Nothing here imports it.
+and without transformers nothing changes. Nothing here imports it before ``library`` is asked to.
+
+A class that has kin never calls ``super().__init__()``, which would be theirs some day: it names the base it means.
+What theirs keeps on instances, ours has as class attributes or properties, since an instance may be older than the
+kinship.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from igpt_fast.locks import Lock
 
 Class = TypeVar("Class", bound=type)
+_EXTRAS = {"transformers": "igpt_fast[hf]"}
 
 
 class Root:
@@ -48,6 +55,26 @@ def meet() -> None:
         for entry in list(_waiting):
             cls, module, name = entry
             kin = getattr(sys.modules.get(module), name, None)  # None too where its import is still under way
-            if kin is not None:
-                _waiting.remove(entry)
+            if kin is None:
+                continue
+            _waiting.remove(entry)
+            try:
                 cls.__bases__ = (*(base for base in cls.__bases__ if not issubclass(kin, base)), kin)
+            except TypeError as error:  # a transformers whose class is laid out in another way
+                warnings.warn(f"igpt_fast: {cls.__name__} is no {module}.{name}: {error}", stacklevel=3)
+
+
+def library(name: str, who: str) -> Any:
+    """An optional library, loaded now.
+
+    Raises:
+        ImportError: It is not installed; the message starts with ``who``, who needs it.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise  # it is there, and lacks something itself
+        raise ImportError(f"{who} needs {name}: pip install '{_EXTRAS.get(name, name)}'", name=name) from error
+    meet()
+    return module

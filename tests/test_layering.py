@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "igpt_fast"
 
 # What stands on the ground: the standard library and numpy alone.
-GROUND = {"config", "draws", "files", "checks", "interrupts", "kin", "locks", "processes"}
+GROUND = {"config", "draws", "files", "checks", "interrupts", "keywords", "kin", "locks", "processes"}
 # Floor -> the floors that it uses, bottom up. A floor is a folder of the package, or a file beside the folders.
 FLOORS: dict[str, set[str]] = {
     "reference": set(),

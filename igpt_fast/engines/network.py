@@ -75,6 +75,15 @@ def _methods(kind: type) -> list[Any]:
     return [getattr(kind, method, None) for method in METHODS]
 
 
+def _own_methods(kind: type) -> list[Any]:
+    """Without those of bases that the class has from transformers (see ``kin``), which change no value."""
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith("transformers.")]
+    found = [next((base for base in bases if method in vars(base)), None) for method in METHODS]
+    return [
+        None if base is None else getattr(base, method) for base, method in zip(found, METHODS, strict=True)
+    ]
+
+
 for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
     plain(_kind)
 
@@ -181,7 +190,7 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
             if kind not in MODULES:
                 return f"{_name(root, module)} is a {kind.__module__}.{kind.__qualname__}"
             own = len(METHODS) if outside else len(INNER)  # the last ones
-            if MODULES[kind][-own:] != _methods(kind)[-own:]:
+            if MODULES[kind][-own:] != _methods(kind)[-own:] and MODULES[kind][-own:] != _own_methods(kind)[-own:]:
                 return f"the methods of {kind.__qualname__} are not its own"
             known.add(kind)
         if not outside and not state.keys().isdisjoint(INNER):

@@ -5,8 +5,10 @@ The network is thin: every computation that has a faster twin goes through ``igp
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import backend, ops
+from igpt_fast import backend, kin, ops
 from igpt_fast.checkpoint.pretrained import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
 from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.encoder_cache import EncoderDecoderCache
 from igpt_fast.engines.network import plain
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
@@ -26,41 +29,71 @@ from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, 
 from igpt_fast.model.trainable import TrainableMixin
 
 
+@kin.stands_for("transformers.modeling_utils", "PreTrainedModel")
 class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
-    """What the three model classes share: configuration, initial weights, checkpoints."""
+    """What the three model classes share: configuration, initial weights, checkpoints.
+
+    A ``PreTrainedModel`` once transformers is loaded (see ``kin``), with its methods where this has none.
+    """
 
     config_class = ImageGPTConfig
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
+    input_modalities = ("image",)
+    # What transformers' __init__ and post_init keep on an instance.
+    kernel_config = None
+    loss_type: str | None = None
+    all_tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 # replaced, never changed
+    _no_split_modules: set[str] | list[str] = ["ImageGPTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement: set[str] | list[str] = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: ImageGPTConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ImageGPTConfig, *_: Any, **__: Any) -> None:
+        kin.meet()
+        nn.Module.__init__(self)
         self.config = ImageGPTConfig.of(config, type(self).__name__)
+
+    def named_modules(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As every module's; transformers' tools, which all come here, meet their kin."""
+        if not torch.compiler.is_compiling():
+            kin.meet()
+        return super().named_modules(*args, **keywords)
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
+        """Device of the parameters; where accelerate keeps these elsewhere, of what they are computed with."""
+        device = next(self.parameters()).device
+        if device.type == "meta":
+            hook = getattr(self, "_hf_hook", None)
+            found = getattr(hook, "execution_device", None)
+            return device if found is None else torch.device(found)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
         return next(self.parameters()).dtype
 
+    def post_init(self) -> None:
+        """The initial weights, which the models' own constructors have made: for subclasses that call it, none else."""
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal(0, initializer_range); residual projections divided by sqrt(2 n_layer). Source: GPT-2, iGPT."""
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                module.weight.normal_(0.0, std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            elif isinstance(module, ImageGPTLayerNorm):
-                nn.init.ones_(module.weight)
+            self._init_weights(module)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            module.weight.normal_(0.0, self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, ImageGPTLayerNorm):
+            nn.init.ones_(module.weight)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces ``wte``."""
@@ -106,8 +139,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))
         self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
-        self.checkpoint_every_n_layers = 1
-        self.checkpoint_kwargs: dict[str, Any] = {"use_reentrant": False}
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         self.init_weights()
 
     def forward(
@@ -136,7 +168,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             position_ids: (B, T), (1, T) or (T,) int64; counted on from the cache when not given, whatever the
                 ``attention_mask``, as in transformers.
             inputs_embeds: (B, T, n_embd), instead of ``input_ids``.
-            encoder_hidden_states, encoder_attention_mask: Not supported; anything but ``None`` raises.
+            encoder_hidden_states: (B, S, n_embd), what the cross-attention of a configuration with
+                ``add_cross_attention`` attends to.
+            encoder_attention_mask: (B, S), 1 or True where it may.
             use_cache: Return a cache; the configuration's ``use_cache`` when ``None``. Never made while gradient
                 checkpointing is at work.
             output_attentions: Return the softmax of each layer, (B, H, T, T_k), after dropout.
@@ -151,46 +185,54 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             ValueError: Neither or both inputs, a sequence longer than ``n_positions``, a bad shape, or an
                 argument that is not supported.
         """
-        if encoder_hidden_states is not None or encoder_attention_mask is not None:
-            raise ValueError("cross-attention is not supported: encoder_hidden_states and _mask must be None")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states)
         if not output_attentions and all(argument is None for argument in others):
             with_cache = bool(self.config.use_cache if use_cache is None else use_cache)
             states = forwards.run(self, input_ids, bool(output_hidden_states), with_cache)
             if states is not None:
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache, encoder_hidden_states is not None)
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None and (last := int(cache.get_seq_length(len(self.h) - 1))) != past:
+            raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
         key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
+        encoder_mask = _encoder_mask(encoder_attention_mask, encoder_hidden_states)  # (B, S)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
         all_hidden: list[Tensor] = []
         all_attentions: list[Tensor] = []
-        for i, block in enumerate(self.h):
+        all_across: list[Tensor] = []
+        for block in self.h:
             all_hidden.append(hidden)
-            arguments = (hidden, cache, past, key_mask, output_attentions)
-            if self.gradient_checkpointing and self.training and i % self.checkpoint_every_n_layers == 0:
+            arguments = (hidden, cache, key_mask, encoder_hidden_states, encoder_mask, False, output_attentions)
+            if self.gradient_checkpointing and self.training and block.gradient_checkpointing:
                 # A compiled function keeps its choice by itself.
                 again = block if torch.compiler.is_compiling() else backend.keep_choice(block)
-                hidden, weights = checkpoint(again, *arguments, **self.checkpoint_kwargs)
+                hidden, weights, *across = self._gradient_checkpointing_func(again, *arguments)
             else:
-                hidden, weights = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
+                hidden, weights, *across = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
             all_attentions.append(weights)
+            all_across += across
         hidden = self.ln_f(hidden)  # (B, T, n_embd)
         if input_ids is not None:
             hidden = hidden.view(*input_ids.shape, hidden.shape[-1])  # (T,) ids give (T, n_embd)
 
-        shown = (*all_hidden, hidden) if output_hidden_states else None
-        output = BaseModelOutput(hidden, cache, shown, tuple(all_attentions) if output_attentions else None)
+        output = BaseModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            cross_attentions=tuple(all_across) if output_attentions and all_across else None,
+        )
         return output if return_dict else output.to_tuple()
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, encoder: bool) -> Cache | None:
         """The cache to extend, a new one, or ``None``."""
         if self.gradient_checkpointing and self.training:
             # The recomputation would append to the cache a second time.
@@ -201,9 +243,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             return None
         if past_key_values is None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
-            return DynamicCache() if use_cache else None
-        usable = hasattr(past_key_values, "update") and hasattr(past_key_values, "get_seq_length")
-        if not usable or hasattr(past_key_values, "cross_attention_cache"):
+            return (EncoderDecoderCache() if encoder else DynamicCache()) if use_cache else None
+        if not (hasattr(past_key_values, "update") and hasattr(past_key_values, "get_seq_length")):
             got = type(past_key_values).__name__
             raise TypeError(f"past_key_values must be a cache such as igpt_fast.DynamicCache, got {got}")
         return past_key_values
@@ -308,7 +349,14 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
                 raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
             loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))  # ()
-        output = CausalImageModelingOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
+        output = CausalImageModelingOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+            cross_attentions=base.cross_attentions,
+        )
         return output if return_dict else output.to_tuple()
 
 
@@ -413,3 +461,14 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask: expected (B, T_past + T) = ({batch}, {length}), got {shape}")
     return attention_mask.view(batch, length).bool()  # (B, T_k)
+
+
+def _encoder_mask(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
+    """(B, S) bool, or None when nothing is hidden."""
+    if mask is None:
+        return None
+    if states is None:
+        raise ValueError("encoder_attention_mask: given without encoder_hidden_states")
+    if mask.shape != states.shape[:2]:
+        raise ValueError(f"encoder_attention_mask: expected (B, S) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}")
+    return mask.bool()  # (B, S)

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from igpt_fast import kin
 from igpt_fast.engines.cache import Cache, register
 
 
+@kin.stands_for("transformers.utils.generic", "ModelOutput")
 @dataclass(eq=False)
 class ModelOutput(OrderedDict[str, Any]):
     """A dict of the fields that are set, readable by attribute and by position too; ``None`` has no key.
@@ -36,7 +38,7 @@ class ModelOutput(OrderedDict[str, Any]):
             self[name] = value
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self.__dataclass_fields__:
@@ -48,9 +50,9 @@ class ModelOutput(OrderedDict[str, Any]):
         if name not in self.__dataclass_fields__:
             return
         if value is not None:
-            super().__setitem__(name, value)
+            OrderedDict.__setitem__(self, name, value)
         elif name in self:
-            super().__delitem__(name)
+            OrderedDict.__delitem__(self, name)
 
     def __delitem__(self, key: str) -> None:
         raise TypeError(f"{type(self).__name__}: set {key!r} to None instead of deleting it")
@@ -67,13 +69,15 @@ class ModelOutput(OrderedDict[str, Any]):
 
 @dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k)."""
+    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k), cross_attentions
+    (B, H, T, S).
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: None = None  # for transformers' sake; always None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -85,7 +89,7 @@ class CausalImageModelingOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: None = None  # for transformers' sake; always None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(eq=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 
@@ -25,7 +28,10 @@ class TrainableMixin(nn.Module):
         return self.base_model.wte
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
@@ -33,26 +39,34 @@ class TrainableMixin(nn.Module):
             gradient_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``; ``use_reentrant=False`` if
                 ``None``.
             every_n_layers: Recompute the first of every so many blocks.
+            offload: Keep in the host's memory what the recomputation begins with.
 
         Raises:
             ValueError: ``every_n_layers`` is less than 1.
         """
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers is {every_n_layers}; want 1 or more")
+        keywords = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         base = self.base_model
+        base._gradient_checkpointing_func = functools.partial(_offloaded if offload else checkpoint, **keywords)
         base.gradient_checkpointing = True
-        base.checkpoint_every_n_layers = every_n_layers
-        base.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for i, block in enumerate(base.h):
+            block.gradient_checkpointing = i % every_n_layers == 0
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
         self.base_model.gradient_checkpointing = False
+        for block in self.base_model.h:
+            block.gradient_checkpointing = False
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """transformers' newer name of ``gradient_checkpointing_enable``."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers)
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def activation_checkpointing_disable(self) -> None:
         """transformers' newer name of ``gradient_checkpointing_disable``."""
@@ -62,6 +76,11 @@ class TrainableMixin(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
         return self.base_model.gradient_checkpointing
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """transformers' newer name of ``is_gradient_checkpointing``."""
+        return self.is_gradient_checkpointing
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters.
@@ -93,3 +112,8 @@ class TrainableMixin(nn.Module):
 
 def _require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     output.requires_grad_(True)
+
+
+def _offloaded(*args: Any, **keywords: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(*args, **keywords)
