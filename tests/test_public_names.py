@@ -16,7 +16,7 @@ NAMES = {
         load_clusters open_image quantize resize save_animation save_clusters save_image to_pil to_rgb""",
     "igpt_fast.model": """
         ImageGPTForCausalImageModeling ImageGPTForImageClassification ImageGPTModel ImageGPTPreTrainedModel""",
-    "igpt_fast.hf": "from_transformers to_transformers",
+    "igpt_fast.hf": "from_transformers register to_transformers unregister",
     "igpt_fast.ops": """
         ACTIVATIONS activation attention_decode causal_attention causal_attention_packed check_activation check_sampling
         cross_entropy dequantize gelu_erf gelu_tanh gemv layer_norm quantize quick_gelu rms_norm sample sample_next""",
