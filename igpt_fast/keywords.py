@@ -39,9 +39,9 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "weights_only": ((True, None), "no pickles are ever run"),
     "_commit_hash": ((None,), "use revision"),
     "_fast_init": ((True, False), "weights are read one by one as it is"),
-    "_from_auto": ((True, False, None), "leave it out"),
-    "_from_pipeline": ((None,), "leave it out"),
 }
+# transformers' word to itself of who is calling.
+_CALLERS = ("_from_auto", "_from_pipeline")
 
 
 def also_called(**names: str) -> Callable[[Function], Function]:
@@ -68,6 +68,7 @@ def without_neutral(who: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: One of these asks for something; the message says what to do instead.
     """
+    keywords = {name: value for name, value in keywords.items() if name not in _CALLERS}
     for name, value in keywords.items():
         values, instead = NEUTRAL.get(name, ((value,), ""))
         if not any(type(value) is type(known) and value == known for known in values):

@@ -297,6 +297,7 @@ class ImageGPTImageProcessor(kin.Root):
             ValueError: Unusable content; the message names the file. Or an argument asks for what is not offered;
                 the message says what to do instead.
         """
+        of_pipeline = settings.get("_from_pipeline") is not None  # which hands on the keywords of its model as well
         settings = keywords.without_neutral("from_pretrained", settings)
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         where |= {"token": token, "subfolder": subfolder}
@@ -306,7 +307,8 @@ class ImageGPTImageProcessor(kin.Root):
         if data.get("size") is None:
             config = files.find_file(name_or_dir, "config.json", required=False, **where)
             data["size"] = None if config is None else _side(config)
-        return cls._of_file(path, data)._with(settings, return_unused_kwargs)
+        found = cls._of_file(path, data)._with(settings, return_unused_kwargs or of_pipeline)
+        return found[0] if of_pipeline and not return_unused_kwargs else found
 
     @keywords.also_called(directory="save_directory")
     def save_pretrained(self, directory: str | os.PathLike[str], **neutral: Any) -> list[str]:
