@@ -45,7 +45,7 @@ _COMMON: dict[str, Any] = {
     "transformers_version": None,
 }
 # How transformers would compute attention and experts: neither is a choice here, so there is one value of each.
-_IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
+IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
 _FLAGS = (
     "scale_attn_weights",
     "use_cache",
@@ -71,7 +71,7 @@ def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
     def __init__(self: Any, *args: Any, **given: Any) -> None:
         kin.meet()
         extra = given.pop("extra", None) or {}
-        for name, only in _IMPLEMENTATIONS.items():
+        for name, only in IMPLEMENTATIONS.items():
             value = given.pop(name, None)
             if value not in (None, only):
                 raise ValueError(f"{cls.__name__}: {name} can be {only!r} alone, got {shown(value)}: {_NO_CHOICE}")
@@ -343,18 +343,19 @@ class ImageGPTConfig(kin.Root):
         """
         unused = {}
         if return_unused_kwargs:
-            known = {*_FIELDS, *_ALIASES, *_COMMON, *_IMPLEMENTATIONS, *data, "model_type"}
+            known = {*_FIELDS, *_ALIASES, *_COMMON, *IMPLEMENTATIONS, *data, "model_type"}
             unused = {name: overrides.pop(name) for name in overrides.keys() - known}
             unused |= {name: overrides[name] for name in ("dtype", "torch_dtype") if name in overrides}
             config = cls.from_dict(data, **{name: value for name, value in overrides.items() if value != "auto"})
             return config, unused
+        chosen = {name: overrides.pop(name) for name in IMPLEMENTATIONS if name in overrides}
         given, given_extra = _split(overrides)
-        known, extra = _split({name: value for name, value in data.items() if name not in _IMPLEMENTATIONS})
+        known, extra = _split({name: value for name, value in data.items() if name not in IMPLEMENTATIONS})
         names, number = known.get("id2label"), given.get("num_labels")
         if "id2label" in given or number not in (None, len(names or ())):
             for name in ("num_labels", "id2label", "label2id"):
                 known.pop(name, None)
-        return cls(**{**known, **given}, extra={**extra, **given_extra})
+        return cls(**{**known, **given, **chosen}, extra={**extra, **given_extra})
 
     @classmethod
     def of(cls, config: Any, caller: str) -> ImageGPTConfig:
@@ -412,8 +413,9 @@ class ImageGPTConfig(kin.Root):
             subfolder=subfolder,
         )
         assert path is not None
+        allowed = _COMMON.keys() | IMPLEMENTATIONS.keys()
         found = _split(files.read_json(path, _MAX_CONFIG_BYTES))[1] if not return_unused_kwargs and overrides else {}
-        if not return_unused_kwargs and (unknown := _split(overrides)[1].keys() - _COMMON.keys() - found.keys()):
+        if not return_unused_kwargs and (unknown := _split(overrides)[1].keys() - allowed - found.keys()):
             raise TypeError(f"from_pretrained() got an unexpected keyword argument: {listed(unknown)}")
         return cls.from_json_file(path, return_unused_kwargs=return_unused_kwargs, **overrides)
 

@@ -76,5 +76,9 @@ def library(name: str, who: str) -> Any:
         if error.name != name:
             raise  # it is there, and lacks something itself
         raise ImportError(f"{who} needs {name}: pip install '{_EXTRAS.get(name, name)}'", name=name) from error
+    if name == "transformers":
+        for _, kin_module, _ in list(_waiting):
+            if kin_module.startswith("transformers."):
+                importlib.import_module(kin_module)
     meet()
     return module

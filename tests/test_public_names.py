@@ -8,7 +8,8 @@ NAMES = {
     "igpt_fast": """
         BackendUnavailableError DynamicCache Generation ImageGPTConfig ImageGPTFeatureExtractor
         ImageGPTForCausalImageModeling ImageGPTForCausalLM ImageGPTForImageClassification ImageGPTImageProcessor
-        ImageGPTImageProcessorFast ImageGPTImageProcessorPil ImageGPTModel ImageGPTTokenizer Pipeline StaticCache __version__ backend center_crop
+        ImageGPTImageProcessorFast ImageGPTImageProcessorPil ImageGPTModel ImageGPTTokenizer Pipeline StaticCache
+        __version__ backend center_crop
         dequantize fit_clusters get_backend hf image image_grid load_clusters open_image ops quantize reference resize
         save_animation save_clusters save_image set_backend show_config to_rgb use_backend""",
     "igpt_fast.image": """

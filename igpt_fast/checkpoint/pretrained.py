@@ -23,15 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from igpt_fast import files
+from igpt_fast import files, keywords, kin
 from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
 from igpt_fast.checkpoint.tensors import StoredTensor
 from igpt_fast.checks import dtype_name
-from igpt_fast.config import ImageGPTConfig
+from igpt_fast.config import IMPLEMENTATIONS, ImageGPTConfig
 from igpt_fast.files import listed, printable, shown
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_NEW_ELEMENTS = 1 << 26  # of a head that is not in the file and larger than the file
@@ -51,15 +52,21 @@ class PretrainedMixin(nn.Module):
     config: ImageGPTConfig
     # Weights that from_pretrained did not find and made up, as it warned: a head. () for any other model.
     newly_initialized: tuple[str, ...] = ()
+    # Of the file, what it had no place for.
+    _dropped: tuple[str, ...] = ()
     # What from_pretrained was given; "" for a model made from a configuration.
     name_or_path: str = ""
+    # Of a generation_config.json, which is transformers'.
+    _generation_file: dict[str, Any] | None = None
 
     @classmethod
+    @keywords.also_called(name_or_path="pretrained_model_name_or_path")
     def from_pretrained(
         cls: type[M],
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | None,
         *,
         config: ImageGPTConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
@@ -73,8 +80,11 @@ class PretrainedMixin(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         low_cpu_mem_usage: bool | None = None,
         output_loading_info: bool = False,
+        device_map: Any = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        max_memory: dict[Any, Any] | None = None,
         **config_overrides: Any,
-    ) -> M:
+    ) -> Any:
         """Loads a model, in eval mode, from a folder or from the hub.
 
         A checkpoint of another of the three classes is fine: its head is dropped, and a head it lacks is newly
@@ -84,6 +94,7 @@ class PretrainedMixin(nn.Module):
             name_or_path: A folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``
                 (single or sharded), or a hub name such as ``"openai/imagegpt-small"``.
             config: Used instead of ``config.json``.
+            state_dict: Of weights, instead of files; ``name_or_path`` is ``None`` then and ``config`` is wanted.
             dtype: Of the loaded parameters: float32, float16, bfloat16 or float64, as a dtype or its name.
                 ``None`` and ``"auto"``, as in transformers 5: the configuration's ``dtype`` entry, and
                 where it has none, that of the stored weights.
@@ -95,19 +106,33 @@ class PretrainedMixin(nn.Module):
             use_safetensors: ``True`` only safetensors, ``False`` only ``.bin``, ``None`` either.
             torch_dtype: Older name of ``dtype``.
             low_cpu_mem_usage: Accepted for transformers' sake; a load never takes more than it must.
-            output_loading_info: ``True`` is refused: what is missing or unknown raises or warns, and
-                ``model.newly_initialized`` names what is new.
-            config_overrides: Fields of the configuration, such as ``num_labels=10``.
+            output_loading_info: Return a pair: the model, and transformers' dict of ``missing_keys`` and so on.
+            device_map: A device; or where which module goes, as accelerate has it, which is needed then: a dict, or
+                ``"auto"``, with ``max_memory``, and ``offload_folder`` for what goes to the disk.
+            config_overrides: Fields of the configuration, such as ``num_labels=10``; and what transformers'
+                ``from_pretrained`` takes, where it asks for nothing (``trust_remote_code=False``).
 
         Raises:
             FileNotFoundError: No such folder, repository or file, or no network.
+            ImportError: A ``device_map`` of several places, and accelerate is not installed.
             TypeError: A keyword that is not a field of the configuration.
             ValueError: A file is damaged, malicious, or does not fit the configuration (a missing, unknown,
-                misshapen, integer or non-finite weight); the message names file and reason. Or
-                ``output_loading_info=True``.
+                misshapen, integer or non-finite weight); the message names file and reason. Or a keyword asks for
+                what is not offered; the message says what to do instead.
         """
-        if output_loading_info:
-            raise ValueError("from_pretrained: output_loading_info is not supported; see model.newly_initialized")
+        if offload_folder is not None or max_memory is not None or device_map is not None:
+            if device is not None:
+                raise TypeError("from_pretrained: give device, or device_map and what goes with it, not both")
+            device, device_map = _one_device(device_map)
+        config_overrides = keywords.without_neutral("from_pretrained", config_overrides)
+        if name_or_path is None or state_dict is not None:
+            if name_or_path is not None or state_dict is None or config is None:
+                raise ValueError("from_pretrained: name_or_path, or config and state_dict, are wanted")
+            model = cls(_load_config("", config, config_overrides, {}))
+            model.load_state_dict(state_dict, strict=strict)
+            return model.to(
+                device, _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
+            ).eval()
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
@@ -128,8 +153,14 @@ class PretrainedMixin(nn.Module):
         model.newly_initialized = new
         config.extra["dtype"] = dtype_name(wanted)
         model.name_or_path = os.fspath(name_or_path)
-        return model.eval()
+        model.eval()
+        generation = files.find_file(name_or_path, GENERATION, required=False, **where)
+        model._generation_file = None if generation is None else files.read_json(generation)
+        if device_map is not None:
+            _dispatch(model, device_map, max_memory, offload_folder)
+        return (model, model._loading_info) if output_loading_info else model
 
+    @keywords.also_called(directory="save_directory")
     def save_pretrained(
         self,
         directory: str | os.PathLike[str],
@@ -138,8 +169,11 @@ class PretrainedMixin(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         safe_serialization: bool = True,
         is_main_process: bool = True,
+        save_function: Any = None,
+        **neutral: Any,
     ) -> None:
-        """Writes ``config.json`` and safetensors, in the form of transformers.
+        """Writes ``config.json`` and safetensors, in the form of transformers, and ``generation_config.json`` where
+        there is one.
 
         Every file is whole before the first one gets its name. The folder holds one model afterwards: other
         weights in it, ``pytorch_model.bin`` too, are removed, and those that ``from_pretrained`` could take
@@ -151,6 +185,8 @@ class PretrainedMixin(nn.Module):
             state_dict: Saved instead of the model's own, such as averaged weights; same names.
             safe_serialization: ``False`` is refused: no pickles are written.
             is_main_process: ``False`` writes nothing, for all but one of the processes of a training run.
+            save_function: For transformers' sake; files are written here, each whole.
+            neutral: What transformers takes, where it asks for nothing (``push_to_hub=False``).
 
         Raises:
             OSError: The folder or a file cannot be written.
@@ -165,9 +201,12 @@ class PretrainedMixin(nn.Module):
             raise ValueError(f"save_pretrained: max_shard_size must be positive, got {max_shard_size}")
         if not safe_serialization:
             raise ValueError("save_pretrained: safe_serialization=False is not supported; no pickles are written")
+        keywords.refuse("save_pretrained", keywords.without_neutral("save_pretrained", neutral))
         if not is_main_process:
             return
         own = self.state_dict()
+        if state_dict is None and any(value.is_meta for value in own.values()):  # accelerate keeps them elsewhere
+            state_dict = kin.library("accelerate", "save_pretrained").utils.get_state_dict_offloaded_model(self)
         given = own if state_dict is None else state_dict
         state = {name: value.detach().contiguous() for name, value in given.items()}
         if differing := state.keys() ^ own.keys():
@@ -177,7 +216,7 @@ class PretrainedMixin(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
         extra = {**self.config.extra, "architectures": [type(self).__name__], "dtype": dtype_name(dtype)}
-        texts = {CONFIG: dataclasses.replace(self.config, extra=extra).to_json_string()}
+        texts = {CONFIG: dataclasses.replace(self.config, extra=extra).to_json_string(), **self._further_texts()}
         if split.is_sharded:
             total = sum(value.numel() for value in state.values())
             metadata = {**split.metadata, "total_parameters": total}
@@ -201,6 +240,15 @@ class PretrainedMixin(nn.Module):
         for name in before - set(names):
             (folder / name).unlink(missing_ok=True)
 
+    def _further_texts(self) -> dict[str, str]:
+        """What else ``save_pretrained`` writes: names of files and their content."""
+        return {}
+
+    @property
+    def _loading_info(self) -> dict[str, Any]:
+        new = set(self.newly_initialized)
+        return {"missing_keys": new, "unexpected_keys": set(self._dropped), "mismatched_keys": set(), "error_msgs": []}
+
 
 def _os_error(error: Exception, path: Path) -> OSError:
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -214,7 +262,7 @@ def _load_config(
     overrides: dict[str, Any],
     where: dict[str, Any],
 ) -> ImageGPTConfig:
-    known = {field.name for field in dataclasses.fields(ImageGPTConfig)} - {"extra"}
+    known = {field.name for field in dataclasses.fields(ImageGPTConfig)} - {"extra"} | IMPLEMENTATIONS.keys()
     if unknown := overrides.keys() - known - ImageGPTConfig.attribute_map.keys():
         raise TypeError(f"from_pretrained: neither arguments nor fields of the configuration: {listed(unknown)}")
     if config is not None:
@@ -232,6 +280,31 @@ def _dtype(value: Any, what: str) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
         raise ValueError(f"{what} must be 'auto' or one of {', '.join(_DTYPES)}, got {shown(value)}")
     return dtype
+
+
+# --- devices -----------------------------------------------------------------------------------------------------
+
+
+def _one_device(device_map: Any) -> tuple[Any, Any]:
+    """(device, ``None``) where a device map names one for all, else (``None``, the map)."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    places = ("auto", "balanced", "balanced_low_0", "sequential")
+    if device_map is None or isinstance(device_map, dict) or device_map in places:
+        return None, device_map or "auto"
+    return torch.device(device_map), None
+
+
+def _dispatch(model: Any, device_map: Any, max_memory: Any, folder: Any) -> None:
+    """Puts the modules of a model where a device map says."""
+    accelerate = kin.library("accelerate", "from_pretrained: device_map")
+    if isinstance(device_map, str):
+        whole = list(model._no_split_modules)
+        device_map = accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=whole)
+    accelerate.dispatch_model(model, device_map, offload_dir=folder, skip_keys=model._skip_keys_device_placement)
+
+
+# --- names, shapes, values ---------------------------------------------------------------------------------------
 
 
 def _check_trunk(tensors: dict[str, StoredTensor], config: ImageGPTConfig, source: Path) -> None:
@@ -283,7 +356,8 @@ def _state_dict(
         message = f"{source}: holds tensors that {type(model).__name__} does not know: {listed(unknown)}"
         if strict:
             raise ValueError(f"{message} (strict=False drops them)")
-        warnings.warn(f"{message}: dropped", stacklevel=3)
+        warnings.warn(f"{message}: dropped", stacklevel=4)
+    model._dropped = tuple(sorted(tensors.keys() - wanted.keys()))
     new = []
     for plain, (_, shape) in wanted.items():
         if plain in _HEADS and plain in tensors and ignore_mismatched_sizes and tensors[plain].shape != shape:
@@ -299,7 +373,7 @@ def _state_dict(
         if math.prod(wanted[plain][1]) > limit:
             raise ValueError(f"{source}: lacks {plain}, and the configuration claims {wanted[plain][1]} for it")
     if new:
-        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=3)
+        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=4)
     state = {}
     for plain, (name, shape) in wanted.items():
         if plain in tensors:

@@ -21,7 +21,7 @@ from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.dispatch import LEAST_SCALE
 
 Kind = TypeVar("Kind", bound=type)
-INNER = ("_tokens", "_embed")  # methods that a module's own ``forward`` calls
+INNER = ("_tokens", "_embed", "_computed")  # methods that a module's own ``forward`` calls
 METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module computes, and what calls it
 # The classes of modules that are computed as this package computes them, and their methods as they were declared;
 # anything else may mean anything.
@@ -79,9 +79,7 @@ def _own_methods(kind: type) -> list[Any]:
     """Without those of bases that the class has from transformers (see ``kin``), which change no value."""
     bases = [base for base in kind.__mro__ if not base.__module__.startswith("transformers.")]
     found = [next((base for base in bases if method in vars(base)), None) for method in METHODS]
-    return [
-        None if base is None else getattr(base, method) for base, method in zip(found, METHODS, strict=True)
-    ]
+    return [None if base is None else getattr(base, method) for base, method in zip(found, METHODS, strict=True)]
 
 
 for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):

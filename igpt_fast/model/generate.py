@@ -1,59 +1,68 @@
-"""``generate`` in transformers' calling convention, on top of ``generation.decode``."""
+"""``generate`` in transformers' calling convention: on top of ``sampling.decoding``, or else by transformers itself."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from igpt_fast import kin
 from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.engines.network import Model
+from igpt_fast.model.settings import GenerationSettings, asks_for_nothing, set_in
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 
-class GenerationMixin:
+@kin.stands_for("transformers.generation.utils", "GenerationMixin")
+class GenerationMixin(GenerationSettings):
     """``generate`` in transformers' calling convention."""
 
     def generate(
         self,
         input_ids: Tensor | None = None,
+        generation_config: Any = None,
         *,
         inputs: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        use_cache: bool = True,
+        use_cache: bool | None = None,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         guidance_scale: float | None = None,
         negative_prompt_ids: Tensor | None = None,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         callback: StepCallback | None = None,
         dtype: str | None = None,
-        **unsupported: Any,
-    ) -> Tensor:
+        **theirs: Any,
+    ) -> Any:
         """Continues contexts by drawn colours.
 
         Unlike transformers', ``max_length`` defaults to a whole image (``n_positions`` colours after SOS) instead
-        of 20, and ``top_k`` to all colours instead of 50. Options of transformers' ``generate`` that are not
-        listed here raise TypeError; ``igpt_fast.hf.to_transformers(model).generate`` has them all.
+        of 20, and ``top_k`` to all colours instead of 50; both where ``generation_config`` does not say it. What else
+        transformers' ``generate`` takes (beams, processors of logits, an assistant, ``return_dict_in_generate``, ...)
+        it does itself, with this model and about as slowly as with its own; a warning says so once.
 
         Args:
             input_ids: (B, T_0) int64 with 1 <= T_0; SOS (``config.sos_token_id``) first, as the model was
                 trained. ``None`` means one row of SOS alone.
-            inputs: The same, by its other name.
-            attention_mask: (B, T_0), all ones: contexts have no padding here.
-            use_cache: True; decoding without a cache is not offered.
+            generation_config: transformers' ``GenerationConfig``: what is set in it stands for arguments that are not
+                given, before what is set in the model's own.
+            inputs: ``input_ids`` by its other name.
+            attention_mask: (B, T_0); other than all ones is transformers' to do, and so is ``use_cache=False``.
+            use_cache: Whether keys and values are kept.
             max_length: Length of the result, ``input_ids`` included; at most ``n_positions + 1``.
             max_new_tokens: The same, counted from the end of ``input_ids``; one of the two at most.
             do_sample: Draw the tokens; else take the most likely one each time.
@@ -74,65 +83,167 @@ class GenerationMixin:
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
                 the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
                 or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in the model's own dtype.
+            theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:
-            (B * num_return_sequences, length) int64, on the model's device.
+            (B * num_return_sequences, length) int64, on the model's device; where transformers does it, what that
+            returns.
 
         Raises:
+            ImportError: What only transformers does, which is not installed.
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
             FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
-            TypeError: ``input_ids`` is not an integer tensor, or an argument that is not listed here.
+            TypeError: ``input_ids`` is not an integer tensor, or an argument that nobody has, or that transformers
+                has not (``seed``, ``generator``, ``callback``, ``dtype``) beside one that only it has.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
 
         Source: transformers ``GenerationMixin.generate``.
         """
-        model = cast(Model, self)
-        if unsupported:
-            names = ", ".join(sorted(unsupported))
-            theirs = f"igpt_fast.hf.to_transformers(model).generate({names}=...)"
-            raise TypeError(f"generate: {names} is not offered here; transformers' own generate may have it: {theirs}")
-        if input_ids is not None and inputs is not None:
-            raise ValueError("generate: give input_ids or inputs, which are the same, not both")
-        if not use_cache:
-            raise ValueError("generate: use_cache=False is not supported")
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("generate: attention_mask hides positions; contexts have no padding here")
-        if model.config.eos_token_id is not None:
-            raise ValueError(
-                f"generate: the configuration has eos_token_id {model.config.eos_token_id}, but images end at their"
-                " last pixel; set it to None"
-            )
-        top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
-        whole_number("generate: num_return_sequences", num_return_sequences)
-        random = (temperature, top_k, top_p, min_p, num_return_sequences, seed, generator)
-        if not do_sample and random != (1.0, None, None, None, 1, None, None):
-            raise ValueError(
-                "generate: temperature, top_k, top_p, min_p, seed, generator and num_return_sequences above 1 have no"
-                " effect on greedy decoding; pass do_sample=True"
-            )
-        sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
-        context = _check_context("input_ids", inputs if input_ids is None else input_ids, model)  # (B, T_0)
-        guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
-        steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
-        count = context.shape[0] * num_return_sequences
-        if do_sample and seed is None and generator is None:
-            seed = int(torch.randint(0, 1 << 62, ()))
-        uniforms = _uniforms(count, steps, seed, generator, model.device)  # (B n, steps)
-        ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
-        parts = Batches(count, num_return_sequences, max(1, count))
+        asked: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "max_length": max_length,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "guidance_scale": guidance_scale,
+            "negative_prompt_ids": negative_prompt_ids,
+            "num_return_sequences": num_return_sequences,
+        }
+        asked = {name: value for name, value in asked.items() if value is not None}
+        only_here = {"seed": seed, "generator": generator, "callback": callback, "dtype": dtype}
+        context = _one_input(input_ids, inputs)
+        stored = {**self._generation_settings(), **({} if generation_config is None else set_in(generation_config))}
+        if "max_length" in asked or "max_new_tokens" in asked:
+            stored = {name: value for name, value in stored.items() if name not in ("max_length", "max_new_tokens")}
+        if not {**stored, **asked}.get("do_sample"):
+            stored = {name: value for name, value in stored.items() if name not in _OF_DRAWING}
+        settings = {**stored, **asked, **theirs}
+        if beyond := _beyond(cast(Model, self), settings):
+            arguments = {**asked, **theirs}
+            return self._generate_as_transformers(beyond, context, generation_config, settings, arguments, only_here)
+        ours = {name: value for name, value in settings.items() if name in _OURS - {"attention_mask", "use_cache"}}
+        return _generate(cast(Model, self), context, **ours, **only_here)
 
-        def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
-            rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
-            away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-            streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
-            numbers = uniforms[start:stop]
-            options: dict[str, Any] = {"guidance": away, "streams": streams, "first": start}
-            yield decode(model, context[rows], numbers, sampling, callback, dtype, **options).tokens
+    def _generate_as_transformers(
+        self,
+        beyond: list[str],
+        context: Tensor | None,
+        generation_config: Any,
+        settings: dict[str, Any],
+        arguments: dict[str, Any],
+        only_here: dict[str, Any],
+    ) -> Any:
+        """transformers' own ``generate`` with this model, for the sake of the settings ``beyond`` ours."""
+        model, names = cast(Model, self), ", ".join(beyond)
+        if mixed := sorted(name for name, value in only_here.items() if value is not None):
+            raise TypeError(f"generate: {', '.join(mixed)} cannot be combined with {names}, which transformers does")
+        theirs = kin.library("transformers", f"generate: {names}")
+        if names not in _told:
+            _told.add(names)
+            warnings.warn(f"generate: {names}: transformers' own generate does this, step by step", stacklevel=3)
+        embeddings = arguments.get("inputs_embeds")
+        if context is None and embeddings is None:
+            context = _check_context("input_ids", None, model)
+        if generation_config is None and not {"max_length", "max_new_tokens", "max_time"} & settings.keys():
+            given = (embeddings if context is None else context).shape[1]
+            arguments["max_new_tokens"] = model.config.n_positions + 1 - given
+        if generation_config is None and settings.get("do_sample") and "top_k" not in settings:
+            arguments["top_k"] = 0
+        return theirs.GenerationMixin.generate(self, context, generation_config=generation_config, **arguments)
 
-        whole = callback is not None or count == 0
-        drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
-        return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
+
+_told: set[str] = set()
+_OF_DRAWING = {"temperature", "top_k", "top_p", "min_p"}
+# The settings that are ours to do.
+_OURS = _OF_DRAWING | {
+    "attention_mask",
+    "use_cache",
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "guidance_scale",
+    "negative_prompt_ids",
+    "num_return_sequences",
+}
+
+
+def _beyond(model: Model, settings: dict[str, Any]) -> list[str]:
+    """The names of the settings that ask for what only transformers does."""
+    others = {name: value for name, value in settings.items() if name not in _OURS}
+    config = model.config
+    if config.n_classes and others.get("suppress_tokens") == list(range(config.n_colours, config.sos_token_id)):
+        del others["suppress_tokens"]
+    if "eos_token_id" not in others:
+        others["eos_token_id"] = config.eos_token_id
+    names = {name for name, value in others.items() if not asks_for_nothing(name, value)}
+    if not settings.get("use_cache", True):
+        names.add("use_cache=False")
+    mask = settings.get("attention_mask")
+    if mask is not None and not bool((mask == 1).all()):
+        names.add("attention_mask")
+    return sorted(names)
+
+
+def _generate(
+    model: Model,
+    input_ids: Tensor | None,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    num_return_sequences: int = 1,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    callback: StepCallback | None = None,
+    dtype: str | None = None,
+) -> Tensor:
+    """``GenerationMixin.generate`` of what the engines here do."""
+    top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
+    num_return_sequences = whole_number("generate: num_return_sequences", num_return_sequences)
+    random = (temperature, top_k, top_p, min_p, num_return_sequences, seed, generator)
+    if not do_sample and random != (1.0, None, None, None, 1, None, None):
+        raise ValueError(
+            "generate: temperature, top_k, top_p, min_p, seed, generator and num_return_sequences above 1 have no"
+            " effect on greedy decoding; pass do_sample=True"
+        )
+    sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
+    context = _check_context("input_ids", input_ids, model)  # (B, T_0)
+    guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
+    steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
+    count = context.shape[0] * num_return_sequences
+    if do_sample and seed is None and generator is None:
+        seed = int(torch.randint(0, 1 << 62, ()))
+    uniforms = _uniforms(count, steps, seed, generator, model.device)  # (B n, steps)
+    ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
+    parts = Batches(count, num_return_sequences, max(1, count))
+
+    def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
+        rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
+        away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
+        streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
+        numbers = uniforms[start:stop]
+        options: dict[str, Any] = {"guidance": away, "streams": streams, "first": start}
+        yield decode(model, context[rows], numbers, sampling, callback, dtype, **options).tokens
+
+    whole = callback is not None or count == 0
+    drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
+    return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
+
+
+def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+    if input_ids is not None and inputs is not None:
+        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+    return input_ids if inputs is None else inputs
 
 
 def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model) -> Guidance | None:
@@ -180,10 +291,10 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
     if max_length is not None and max_new_tokens is not None:
         raise ValueError("generate: give max_length or max_new_tokens, not both")
     for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise ValueError(f"generate: {name} is {value!r}; want an integer")
     if max_new_tokens is not None:
-        max_length = given + max_new_tokens
+        max_length = given + int(max_new_tokens)
     elif max_length is None:
         max_length = n_positions + 1
     if max_length > n_positions + 1:
@@ -191,7 +302,7 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
         raise ValueError(f"generate: a length of {max_length} tokens exceeds {most}")
     if max_length <= given:
         raise ValueError(f"generate: {given} tokens are given, which leaves none of a length of {max_length} to draw")
-    return max_length - given
+    return int(max_length) - given
 
 
 def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device) -> Tensor:

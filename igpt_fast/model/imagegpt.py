@@ -5,7 +5,6 @@ The network is thin: every computation that has a faster twin goes through ``igp
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import backend, kin, ops
+from igpt_fast import kin, ops
 from igpt_fast.checkpoint.pretrained import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
@@ -44,6 +42,9 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
     kernel_config = None
     loss_type: str | None = None
     all_tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 # replaced, never changed
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset[str]()
+    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = frozenset[str]()
+    _keys_to_ignore_on_save = frozenset[str]()
     _no_split_modules: set[str] | list[str] = ["ImageGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement: set[str] | list[str] = ["past_key_values"]  # noqa: RUF012
 
@@ -103,18 +104,36 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
         """The head that predicts colours, if there is one."""
         return None
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
-        """The token embedding, if ``new_num_tokens`` is its size or ``None``.
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """The token embedding, after rows have been added or taken away in front of the last one, which is SOS.
+
+        Unlike transformers', which appends rows and would make the last of these the start of a sequence. The head,
+        which has an output less, follows. New rows stand for tokens of no meaning yet: colours, or classes after
+        ``config.n_classes`` has been set.
+
+        Args:
+            new_num_tokens: The new ``config.vocab_size``, SOS included; ``None`` changes nothing.
+            pad_to_multiple_of: Rounds that up.
+            mean_resizing: New rows are the mean of the old ones and a little noise, in place of the noise alone.
 
         Raises:
-            NotImplementedError: Any other size. SOS is the last row of ``wte`` and not in the head, so a change of
-                the palette means new rows in front of it: build a model from a new configuration instead.
+            ValueError: Fewer than two tokens, or than the classes leave.
         """
-        if new_num_tokens not in (None, self.config.vocab_size):
-            raise NotImplementedError(
-                f"resize_token_embeddings: vocab_size is {self.config.vocab_size}, asked for {new_num_tokens};"
-                " the SOS token is the last row, so build a model from a new configuration instead"
-            )
+        old = self.config.vocab_size
+        size = old if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size != old:
+            self.config.update({"vocab_size": size})
+            std = self.config.initializer_range
+            table, head = self.base_model.wte, self.get_output_embeddings()
+            table.weight = _resized(table.weight, size - 1, 1, std, mean_resizing)
+            table.num_embeddings = size
+            if head is not None:
+                head.weight = _resized(head.weight, size - 1, 0, std, mean_resizing)
+                head.out_features = size - 1
         return self.get_input_embeddings()
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
@@ -139,8 +158,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))
         self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         self.init_weights()
+        if getattr(config, "gradient_checkpointing", False):  # of a file that transformers 3 has written
+            self.gradient_checkpointing_enable()
 
     def forward(
         self,
@@ -211,12 +231,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         for block in self.h:
             all_hidden.append(hidden)
             arguments = (hidden, cache, key_mask, encoder_hidden_states, encoder_mask, False, output_attentions)
-            if self.gradient_checkpointing and self.training and block.gradient_checkpointing:
-                # A compiled function keeps its choice by itself.
-                again = block if torch.compiler.is_compiling() else backend.keep_choice(block)
-                hidden, weights, *across = self._gradient_checkpointing_func(again, *arguments)
-            else:
-                hidden, weights, *across = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
+            hidden, weights, *across = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
             all_attentions.append(weights)
             all_across += across
         hidden = self.ln_f(hidden)  # (B, T, n_embd)
@@ -470,5 +485,16 @@ def _encoder_mask(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
     if states is None:
         raise ValueError("encoder_attention_mask: given without encoder_hidden_states")
     if mask.shape != states.shape[:2]:
-        raise ValueError(f"encoder_attention_mask: expected (B, S) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"encoder_attention_mask: expected (B, S) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}"
+        )
     return mask.bool()  # (B, S)
+
+
+@torch.no_grad()
+def _resized(old: nn.Parameter, rows: int, last: int, std: float, mean: bool) -> nn.Parameter:
+    """A parameter with ``rows`` rows in front of its ``last`` ones, of its own as far as they go."""
+    kept = old[: min(rows, old.shape[0] - last)]
+    new = torch.empty(rows - kept.shape[0], old.shape[1], dtype=old.dtype, device=old.device).normal_(0.0, std)
+    new = new + kept.mean(dim=0) if mean else new
+    return nn.Parameter(torch.cat([kept, new, old[old.shape[0] - last :]]), old.requires_grad)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import kin, ops
+from igpt_fast import backend, kin, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.encoder_cache import encoder_states, keep_encoder_states
@@ -147,9 +149,7 @@ class ImageGPTAttention(nn.Module):
         out, weights = self._written_out(q, *kept, mask, causal=False)  # (B, H, T, D), (B, H, T, S)
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).reshape(b, t, d))), weights
 
-    def _written_out(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
         """The attention as PyTorch expressions around the dropout module, whatever the mask: (B, H, T, D), softmax."""
         wide = torch.promote_types(q.dtype, torch.float32)
         if self.upcast:
@@ -196,7 +196,9 @@ class ImageGPTMLP(nn.Module):
 class ImageGPTBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    gradient_checkpointing = False  # whether the network recomputes it
+    # Whether it is computed again in the backward pass, in place of being kept, and how; see ``trainable``.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: ImageGPTConfig, layer_idx: int = 0) -> None:
         nn.Module.__init__(self)
@@ -222,6 +224,25 @@ class ImageGPTBlock(nn.Module):
 
         Arguments: see ``ImageGPTAttention.forward``.
         """
+        arguments = (
+            *(hidden_states, layer_past, attention_mask, encoder_hidden_states, encoder_attention_mask),
+            output_attentions,
+        )
+        if self.gradient_checkpointing and self.training:
+            # A compiled function keeps its choice by itself.
+            again = self._computed if torch.compiler.is_compiling() else backend.keep_choice(self._computed)
+            return self._gradient_checkpointing_func(again, *arguments)
+        return self._computed(*arguments)
+
+    def _computed(
+        self,
+        hidden_states: Tensor,
+        layer_past: Cache | None,
+        attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor | None, ...]:
         x, dtype = hidden_states, autocast_dtype(hidden_states)  # as the linear layers would convert it
         normed = self.ln_1(x, dtype=dtype)  # (B, T, n_embd)
         attended, weights = self.attn(normed, layer_past, attention_mask, output_attentions=output_attentions)

@@ -48,9 +48,9 @@ class TrainableMixin(nn.Module):
             raise ValueError(f"every_n_layers is {every_n_layers}; want 1 or more")
         keywords = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         base = self.base_model
-        base._gradient_checkpointing_func = functools.partial(_offloaded if offload else checkpoint, **keywords)
         base.gradient_checkpointing = True
         for i, block in enumerate(base.h):
+            block._gradient_checkpointing_func = functools.partial(_offloaded if offload else checkpoint, **keywords)
             block.gradient_checkpointing = i % every_n_layers == 0
 
     def gradient_checkpointing_disable(self) -> None:

@@ -239,8 +239,10 @@ def test_config_and_overrides(folder: Path) -> None:
     (folder / "config.json").unlink()
     model = load(folder, config=config, attn_pdrop=0.75)
     assert (model.config.embd_pdrop, model.config.attn_pdrop, config.attn_pdrop) == (0.25, 0.75, 0.1)
-    with pytest.raises(TypeError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="trust_remote_code=True is not offered: no code of a repository is ever run"):
         load(folder, trust_remote_code=True)
+    with pytest.raises(TypeError, match="no_such"):
+        load(folder, no_such=True)
     with pytest.raises(TypeError, match="must be an ImageGPTConfig, got dict"):
         load(folder, config={})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not both"):
@@ -267,7 +269,12 @@ def test_saving_over_an_older_save(tmp_path: Path) -> None:
         model = tiny(n_layer=1 if shard == "2KB" else 2)
         model.save_pretrained(tmp_path, max_shard_size=shard)
         assert_same(ImageGPTForCausalImageModeling.from_pretrained(tmp_path).state_dict(), model.state_dict())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
 
 
 @pytest.mark.parametrize("shard", ["5KB", "5GB"])
@@ -418,8 +425,14 @@ def test_arguments_of_trainers(tmp_path: Path) -> None:
         again = load(tmp_path / "model", low_cpu_mem_usage=low, output_loading_info=False)
         assert_same(again.state_dict(), model.state_dict())
         assert again.name_or_path == str(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"output_loading_info is not supported; see model\.newly_initialized"):
-        load(tmp_path / "model", output_loading_info=True)
+    again, told = load(pretrained_model_name_or_path=tmp_path / "model", output_loading_info=True)
+    assert told == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    with pytest.warns(UserWarning, match="newly initialised"):
+        _, told = ImageGPTForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert (told["missing_keys"], told["unexpected_keys"]) == ({"score.weight"}, {"lm_head.weight"})
+    again.save_pretrained(save_directory=tmp_path / "named", push_to_hub=False, save_function=print)
+    with pytest.raises(ValueError, match="save_pretrained: push_to_hub=True is not offered: call huggingface_hub"):
+        again.save_pretrained(tmp_path / "named", push_to_hub=True)
 
 
 def test_hub_cache_offline(tmp_path: Path, folder: Path) -> None:

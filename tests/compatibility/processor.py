@@ -6,6 +6,7 @@ tests, with this folder on ``PYTHONPATH``; with ``IMAGEGPT_PROCESSOR=transformer
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -32,18 +33,20 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Lets the tests of one version of transformers run beside the common ones of the next."""
     for module in {item.module for item in items if item.module.__name__.endswith("test_image_processing_imagegpt")}:
-        common = __import__(module.ImageProcessingTestMixin.__module__, fromlist=["ImageProcessingTester"])
-        newer, older = getattr(common, "ImageProcessingTester", None), module.ImageGPTImageProcessingTester
-        if newer is None or issubclass(older, newer):
-            continue
+        join(module)
 
-        class Tester(older):  # type: ignore[misc, valid-type]
-            def __init__(self, parent: Any, **settings: Any) -> None:
-                super().__init__(parent, **settings)
-                self.image_processing_classes = newer._get_image_processing_classes(self)
 
-        Tester.__module__ = module.__name__
-        module.ImageGPTImageProcessingTester = Tester
-        module.ImageGPTImageProcessingTest.image_processor_tester_class = Tester
+def join(module: Any) -> None:
+    """Lets the tests of one version of transformers run beside the common ones of the next."""
+    common = importlib.import_module(module.ImageProcessingTestMixin.__module__)
+    newer, older = getattr(common, "ImageProcessingTester", None), module.ImageGPTImageProcessingTester
+    if newer is None or issubclass(older, newer):
+        return
+
+    def __init__(self: Any, parent: Any, **settings: Any) -> None:
+        older.__init__(self, parent, **settings)
+        self.image_processing_classes = newer._get_image_processing_classes(self)
+
+    tester = type(older.__name__, (older,), {"__init__": __init__, "__module__": module.__name__})
+    module.ImageGPTImageProcessingTester = module.ImageGPTImageProcessingTest.image_processor_tester_class = tester

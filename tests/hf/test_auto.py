@@ -9,12 +9,16 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from small_models import small
 
 import igpt_fast
-from igpt_fast import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTImageProcessor
-from igpt_fast import ImageGPTModel
+from igpt_fast import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessor,
+    ImageGPTModel,
+)
 from igpt_fast.hf import auto
-from small_models import small
 
 MODELS = {
     "AutoModel": ImageGPTModel,

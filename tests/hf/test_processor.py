@@ -70,7 +70,7 @@ def test_keywords_of_transformers(tmp_path: Path) -> None:
     for name, wanted in {"force_download": "snapshot_download", "trust_remote_code": "no code"}.items():
         with pytest.raises(ValueError, match=f"{name}=True is not offered: .*{wanted}"):
             ImageGPTImageProcessor.from_pretrained(tmp_path, **{name: True})
-    with pytest.raises(ValueError, match="push_to_hub=True is not offered: .*upload_folder"):
+    with pytest.raises(ValueError, match=r"push_to_hub=True is not offered: .*upload_folder"):
         processor().save_pretrained(tmp_path, push_to_hub=True)
     with pytest.raises(TypeError, match="unexpected keyword argument: overwrite"):
         processor().save_pretrained(tmp_path, overwrite=True)
@@ -101,7 +101,7 @@ def test_none_switches_a_step_off_as_in_transformers(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.png", "HTTPS://example.org/a.png", "data:image/png;base64,AA"])
 def test_urls_are_not_downloaded(url: str) -> None:
-    with pytest.raises(ValueError, match="URL.*download it first"):
+    with pytest.raises(ValueError, match=r"URL.*download it first"):
         processor()([IMAGE, url])
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import inspect
 from collections.abc import Iterator
 from threading import Thread
 
@@ -199,8 +198,6 @@ def test_callback_sees_every_token(model: ImageGPTForCausalImageModeling) -> Non
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature"),
         ({"do_sample": True, "top_k": -1}, "top_k"),
-        ({"use_cache": False}, "use_cache"),
-        ({"attention_mask": torch.tensor([[0]])}, "attention_mask"),
         ({"input_ids": torch.tensor([[16]]), "inputs": torch.tensor([[16]])}, "not both"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "min_p": -0.5}, "min_p"),
@@ -233,33 +230,11 @@ def test_transformers_neutral_values(model: ImageGPTForCausalImageModeling) -> N
     assert torch.equal(neutral, expected)
 
 
-def test_an_end_token_is_not_ignored() -> None:
-    with pytest.raises(ValueError, match="eos_token_id"):
-        small_model(eos_token_id=3).generate()
-
-
 def test_wrong_types(model: ImageGPTForCausalImageModeling) -> None:
     with pytest.raises(TypeError, match="float32"):
         model.generate(torch.zeros(1, 1))
     with pytest.raises(TypeError, match="list"):
         model.generate([[16]])
-
-
-def test_what_is_not_offered_names_the_way_out(model: ImageGPTForCausalImageModeling) -> None:
-    """Every setting of transformers' generation that is not ours, and what its generate takes beside them."""
-    theirs = {
-        *transformers.GenerationConfig().to_dict(),
-        *inspect.signature(transformers.GenerationMixin.generate).parameters,
-    }
-    ours = {*inspect.signature(type(model).generate).parameters} - {"unsupported"}
-    assert {"num_beams", "repetition_penalty", "logits_processor", "generation_config", "typical_p"} <= theirs - ours
-    assert {"min_p", "top_k", "guidance_scale", "max_new_tokens", "negative_prompt_ids"} <= theirs & ours
-    for name in sorted(theirs - ours - {"self", "kwargs"}):
-        way = rf"generate: {name} is not offered.*igpt_fast\.hf\.to_transformers\(model\)\.generate\({name}=\.\.\.\)"
-        with pytest.raises(TypeError, match=way):
-            model.generate(**{name: 2})
-    with pytest.raises(TypeError, match=r"num_beams, penalty_alpha is not offered"):
-        model.generate(penalty_alpha=0.6, num_beams=4)
 
 
 def test_min_p_of_generate(model: ImageGPTForCausalImageModeling) -> None:

@@ -1,0 +1,92 @@
+"""What ``generate`` is asked for, by its arguments and by ``generation_config``, and what of that asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from igpt_fast import kin
+
+# Of a generation_config, about itself.
+_ABOUT = {"transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"}
+# Tokens that stand for nothing in an image, and how transformers would compile: of no effect here.
+_WITHOUT_EFFECT = {"pad_token_id", "bos_token_id", "length_penalty", "disable_compile", "use_model_defaults"}
+# Settings of transformers at which they ask for nothing, as ``None``, ``False`` and what is empty do for all.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "diversity_penalty": 0.0,
+    "cache_implementation": "dynamic",
+}
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a setting of transformers' ``generate`` is as if it had not been given."""
+    if value is None or value is False or name in _WITHOUT_EFFECT:
+        return True
+    if isinstance(value, list | tuple | dict):
+        return not value
+    return isinstance(value, int | float | str) and value == _NEUTRAL.get(name)
+
+
+class GenerationSettings(kin.Root):
+    """``generation_config``, transformers' object, made when it is asked for."""
+
+    config: Any
+    # A generation_config.json that from_pretrained has read.
+    _generation_file: dict[str, Any] | None = None
+
+    @property
+    def generation_config(self) -> Any:
+        """transformers' ``GenerationConfig``; what is set in it are the defaults of ``generate``."""
+        if "_generation_config" not in self.__dict__:
+            try:
+                made = kin.library("transformers", "generation_config").GenerationConfig
+            except ImportError as error:
+                raise AttributeError(str(error)) from error
+            if self._generation_file is not None:
+                self.__dict__["_generation_config"] = made.from_dict(dict(self._generation_file))
+            else:
+                config, fields = self.config, ("pad_token_id", "bos_token_id", "eos_token_id")
+                found = made.from_model_config({name: getattr(config, name) for name in fields})
+                if config.n_classes:  # no pixel is a class
+                    found.suppress_tokens = list(range(config.n_colours, config.sos_token_id))
+                self.__dict__ |= {"_generation_config": found, "_generation_made": found.to_dict()}
+        return self.__dict__["_generation_config"]
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.__dict__.pop("_generation_made", None)
+        self.__dict__["_generation_config"] = value
+
+    def _further_texts(self) -> dict[str, str]:
+        """``generation_config.json``: of the object, if transformers is there to make it, or as it was read."""
+        if "_generation_config" in self.__dict__ or "transformers" in sys.modules:
+            return {"generation_config.json": self.generation_config.to_json_string()}
+        if self._generation_file is None:
+            return {}
+        return {"generation_config.json": json.dumps(self._generation_file, indent=2, sort_keys=True) + "\n"}
+
+    def _generation_settings(self) -> dict[str, Any]:
+        """What is set in ``generation_config``, whether or not anybody has asked for it."""
+        if "_generation_config" in self.__dict__:
+            return set_in(self.__dict__["_generation_config"], self.__dict__.get("_generation_made"))
+        file = self._generation_file or {}
+        return {name: value for name, value in file.items() if value is not None and name not in _ABOUT}
+
+
+def set_in(config: Any, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What is set in a ``GenerationConfig``: differs from ``before``, or from one without arguments."""
+    before = type(config)().to_dict() if before is None else before
+    now = config.to_dict().items()
+    return {name: value for name, value in now if value not in (None, before.get(name)) and name not in _ABOUT}

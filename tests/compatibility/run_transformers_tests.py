@@ -1,0 +1,148 @@
+"""Runs transformers' own tests of ImageGPT, from a folder that has them, on the classes of this package.
+
+    python tests/compatibility/run_transformers_tests.py FOLDER [--target ours] [--select EXPRESSION] [--json]
+
+FOLDER is a checkout of transformers, or as much of it as the tests import: ``tests/``, ``utils/test_module``,
+``src/transformers/__init__.py``, ``conftest.py``, ``pyproject.toml``; of the version that is installed. ``--target``
+says what stands in for transformers' classes in ``test_modeling_imagegpt.py``:
+
+    control      nothing: transformers' own
+    ours         igpt_fast's classes and configuration
+    bridge       transformers' classes as ``igpt_fast.hf.to_transformers`` makes them, of our model
+    accelerated  transformers' classes, each model passed through ``igpt_fast.hf.accelerate``
+
+The last line counts what passed, failed and was skipped; ``--json`` prints one object with all names instead. The exit
+status is 1 where something failed. docs/compatibility.md has what is expected to fail, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+FILE = "tests/models/imagegpt/test_modeling_imagegpt.py"
+CLASSES = ("ImageGPTForCausalImageModeling", "ImageGPTForImageClassification", "ImageGPTModel")
+
+
+class Outcomes:
+    """A plugin of pytest's that puts the classes into the module of tests, and keeps what became of each test."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        self.reasons: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        modules = {item.module for item in items}
+        for module in modules:
+            substitute(module, self.target)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        name = report.nodeid.rpartition("::")[2]
+        if type(report).__name__ == "SubtestReport" and report.outcome == "passed":
+            return
+        if report.when == "call" or report.outcome != "passed":
+            listed = self.found[report.outcome]
+            if name not in listed:
+                listed.append(name)
+            if report.outcome == "failed":
+                self.reasons.setdefault(name, str(report.longrepr).strip().splitlines()[-1][:300])
+
+
+def substitute(module: Any, target: str) -> None:
+    """Puts the target's classes into a module of transformers' tests."""
+    names = replacements(target)
+    for name, value in names.items():
+        if hasattr(module, name):
+            setattr(module, name, value)
+    case = getattr(module, "ImageGPTModelTest", None)
+    if case is not None and names:
+        case.all_model_classes = tuple(names.get(cls.__name__, cls) for cls in case.all_model_classes)
+        mapping = case.pipeline_model_mapping
+        case.pipeline_model_mapping = {task: names.get(cls.__name__, cls) for task, cls in mapping.items()}
+
+
+def replacements(target: str) -> dict[str, Any]:
+    import transformers
+
+    if target == "control":
+        return {}
+    import igpt_fast
+
+    if target == "ours":
+        register = getattr(igpt_fast.hf, "register", None)
+        if register is not None:
+            register()
+        return {name: getattr(igpt_fast, name) for name in (*CLASSES, "ImageGPTConfig")}
+    return {name: remade(getattr(transformers, name), target) for name in CLASSES}
+
+
+def remade(theirs: type, target: str) -> type:
+    """A subclass of a class of transformers whose instances have gone through this package."""
+    import igpt_fast
+    from igpt_fast import hf
+
+    def __init__(self: Any, config: Any, *args: Any, **keywords: Any) -> None:
+        theirs.__init__(self, config, *args, **keywords)  # type: ignore[misc]
+        if target == "accelerated":
+            hf.accelerate(self)
+        elif not any(parameter.is_meta for parameter in self.parameters()):
+            ours = getattr(igpt_fast, theirs.__name__)(igpt_fast.ImageGPTConfig.of(config, "bridge"))
+            ours.load_state_dict(self.state_dict())
+            self.__dict__ = {**self.__dict__, "_modules": hf.to_transformers(ours)._modules}
+
+    return type(theirs.__name__, (theirs,), {"__init__": __init__, "__module__": theirs.__module__})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--target", choices=("control", "ours", "bridge", "accelerated"), default="ours")
+    parser.add_argument("--select", default="", help="an expression for pytest's -k")
+    parser.add_argument("--json", action="store_true", help="print one object instead of a report")
+    parser.add_argument("--traceback", default="no", help="pytest's --tb")
+    arguments = parser.parse_args()
+    if not (arguments.folder / FILE).is_file():
+        parser.error(f"{arguments.folder} has no {FILE}")
+    import pytest
+
+    os.chdir(arguments.folder)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    outcomes = Outcomes(arguments.target)
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+        f"--tb={arguments.traceback}",
+        "-c",
+        "pyproject.toml",
+    ]
+    select = ["-k", arguments.select] if arguments.select else []
+    quiet = Path(os.devnull).open("w", encoding="utf-8")
+    shown, sys.stdout = sys.stdout, quiet if arguments.json else sys.stdout
+    try:
+        pytest.main([*options, *select, FILE], plugins=[outcomes])
+    finally:
+        sys.stdout = shown
+        quiet.close()
+    failed = outcomes.found["failed"]
+    outcomes.found["passed"] = [name for name in outcomes.found["passed"] if name not in failed]
+    if arguments.json:
+        reasons = {name: re.sub(r"0x[0-9a-f]+", "0x", reason) for name, reason in outcomes.reasons.items()}
+        print(json.dumps({"target": arguments.target, **outcomes.found, "reasons": reasons}, indent=2))
+    else:
+        for name in failed:
+            print(f"{name}: {outcomes.reasons.get(name, '')}")
+        print(f"{arguments.target}: " + ", ".join(f"{len(names)} {word}" for word, names in outcomes.found.items()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
