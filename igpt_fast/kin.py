@@ -73,9 +73,11 @@ def library(name: str, who: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        missing = name.partition(".")[0]
+        if error.name != missing:
             raise  # it is there, and lacks something itself
-        raise ImportError(f"{who} needs {name}: pip install '{_EXTRAS.get(name, name)}'", name=name) from error
+        install = _EXTRAS.get(missing, missing)
+        raise ImportError(f"{who} needs {missing}: pip install '{install}'", name=missing) from error
     if name == "transformers":
         for _, kin_module, _ in list(_waiting):
             if kin_module.startswith("transformers."):

@@ -206,7 +206,8 @@ class PretrainedMixin(nn.Module):
             return
         own = self.state_dict()
         if state_dict is None and any(value.is_meta for value in own.values()):  # accelerate keeps them elsewhere
-            state_dict = kin.library("accelerate", "save_pretrained").utils.get_state_dict_offloaded_model(self)
+            modeling = kin.library("accelerate.utils.modeling", "save_pretrained")
+            state_dict = modeling.get_state_dict_offloaded_model(self)
         given = own if state_dict is None else state_dict
         state = {name: value.detach().contiguous() for name, value in given.items()}
         if differing := state.keys() ^ own.keys():

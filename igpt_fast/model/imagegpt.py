@@ -64,9 +64,9 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
         """Device of the parameters; where accelerate keeps these elsewhere, of what they are computed with."""
         device = next(self.parameters()).device
         if device.type == "meta":
-            hook = getattr(self, "_hf_hook", None)
-            found = getattr(hook, "execution_device", None)
-            return device if found is None else torch.device(found)
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            found = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((place for place in found if place is not None), device))
         return device
 
     @property

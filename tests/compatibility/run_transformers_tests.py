@@ -18,6 +18,7 @@ status is 1 where something failed. docs/compatibility.md has what is expected t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -79,24 +80,44 @@ def replacements(target: str) -> dict[str, Any]:
         if register is not None:
             register()
         return {name: getattr(igpt_fast, name) for name in (*CLASSES, "ImageGPTConfig")}
-    return {name: remade(getattr(transformers, name), target) for name in CLASSES}
+    for name in CLASSES:
+        remake(getattr(transformers, name), target)
+    return {}
 
 
-def remade(theirs: type, target: str) -> type:
-    """A subclass of a class of transformers whose instances have gone through this package."""
+def remake(theirs: Any, target: str) -> None:
+    """Has the instances of a class of transformers go through this package when they are made.
+
+    Not those on the meta device, and not those with tied embeddings, which have no counterpart here.
+    """
     import igpt_fast
     from igpt_fast import hf
 
-    def __init__(self: Any, config: Any, *args: Any, **keywords: Any) -> None:
-        theirs.__init__(self, config, *args, **keywords)  # type: ignore[misc]
-        if target == "accelerated":
-            hf.accelerate(self)
-        elif not any(parameter.is_meta for parameter in self.parameters()):
-            ours = getattr(igpt_fast, theirs.__name__)(igpt_fast.ImageGPTConfig.of(config, "bridge"))
-            ours.load_state_dict(self.state_dict())
-            self.__dict__ = {**self.__dict__, "_modules": hf.to_transformers(ours)._modules}
+    plain = theirs.__init__
 
-    return type(theirs.__name__, (theirs,), {"__init__": __init__, "__module__": theirs.__module__})
+    def __init__(self: Any, config: Any, *args: Any, **keywords: Any) -> None:
+        plain(self, config, *args, **keywords)
+        recomputes = self.is_activation_checkpointing
+        meta = any(parameter.is_meta for parameter in self.parameters())
+        if type(self) is not theirs or _busy or meta or config.tie_word_embeddings:
+            return
+        _busy.append(self)
+        try:
+            if target == "accelerated":
+                hf.accelerate(self)
+            else:
+                ours = getattr(igpt_fast, theirs.__name__)(igpt_fast.ImageGPTConfig.of(config, "bridge"))
+                ours.load_state_dict(self.state_dict())
+                self._modules = hf.to_transformers(ours)._modules
+                if recomputes:
+                    self.activation_checkpointing_enable()
+        finally:
+            _busy.pop()
+
+    theirs.__init__ = __init__
+
+
+_busy: list[Any] = []  # whose twin is being made
 
 
 def main() -> int:
@@ -114,24 +135,10 @@ def main() -> int:
     os.chdir(arguments.folder)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     outcomes = Outcomes(arguments.target)
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:warnings",
-        f"--tb={arguments.traceback}",
-        "-c",
-        "pyproject.toml",
-    ]
-    select = ["-k", arguments.select] if arguments.select else []
-    quiet = Path(os.devnull).open("w", encoding="utf-8")
-    shown, sys.stdout = sys.stdout, quiet if arguments.json else sys.stdout
-    try:
-        pytest.main([*options, *select, FILE], plugins=[outcomes])
-    finally:
-        sys.stdout = shown
-        quiet.close()
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-c", "pyproject.toml"]
+    options += [f"--tb={arguments.traceback}", *(["-k", arguments.select] if arguments.select else [])]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if arguments.json else sys.stdout):
+        pytest.main([*options, FILE], plugins=[outcomes])
     failed = outcomes.found["failed"]
     outcomes.found["passed"] = [name for name in outcomes.found["passed"] if name not in failed]
     if arguments.json:

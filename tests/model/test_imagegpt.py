@@ -386,8 +386,21 @@ def test_embeddings() -> None:
     model.set_output_embeddings(head)
     assert (model.transformer.wte, model.lm_head) == (table, head)
     assert model.resize_token_embeddings(9) is model.resize_token_embeddings() is table
-    with pytest.raises(NotImplementedError, match="vocab_size is 9, asked for 20"):
-        model.resize_token_embeddings(20)
+
+
+@pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
+def test_the_start_of_a_sequence_stays_the_last_token(head: str) -> None:
+    model = make(head)
+    table, logits = model.get_input_embeddings().weight.clone(), model(IDS)[0]
+    moved = torch.where(IDS == 8, 11, IDS)
+    assert model.resize_token_embeddings(10, pad_to_multiple_of=4).weight.shape == (12, 32)
+    assert (model.config.vocab_size, model.config.sos_token_id) == (12, 11)
+    torch.testing.assert_close(model(moved)[0][..., : logits.shape[-1]], logits, rtol=0, atol=1e-6)
+    model.resize_token_embeddings(9)
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert torch.equal(model(IDS)[0], logits)
+    with pytest.raises(ValueError, match="vocab_size"):
+        model.resize_token_embeddings(1)
 
 
 @pytest.mark.parametrize("head", [BASE, CAUSAL, CLASSIFIER])
