@@ -212,6 +212,11 @@ class PretrainedMixin(nn.Module):
         state = {name: value.detach().contiguous() for name, value in given.items()}
         if differing := state.keys() ^ own.keys():
             raise ValueError(f"save_pretrained: state_dict differs from the model in {listed(differing)}")
+        shapes = dict(trunk_shapes(self.config))
+        for name, value in state.items():
+            want = shapes.get(name.removeprefix(_PREFIX), value.shape)
+            if value.shape != want:  # such as after hf.linear_layers
+                raise ValueError(f"save_pretrained: {name} is {tuple(value.shape)}, the configuration wants {want}")
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ class ImageGPTAttention(nn.Module):
             return self._cross(hidden_states, layer_past, encoder_hidden_states, encoder_attention_mask)
         b, t, d = hidden_states.shape  # B, T, n_embd
         qkv = self.c_attn(hidden_states).view(b, t, 3, self.n_head, d // self.n_head)  # (B, T, 3, H, D)
-        dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        dropout_p = getattr(self.attn_dropout, "p", 0.0) if self.attn_dropout.training else 0.0
         written_out = _is_watched(self.attn_dropout) or (attention_mask is not None and attention_mask.ndim == 4)
         if layer_past is None and not output_attentions and not written_out:
             out = ops.causal_attention_packed(qkv, self.scale, attention_mask, dropout_p, self.upcast)  # (B, T, H, D)
@@ -172,7 +172,7 @@ class ImageGPTAttention(nn.Module):
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody wants a module called that nobody needs to call."""
-    return type(module) is not nn.Dropout or bool(module._forward_hooks or module._forward_pre_hooks)
+    return type(module) not in (nn.Dropout, nn.Identity) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @plain
