@@ -22,11 +22,14 @@ _PROCESSORS = {
     "torchvision": ImageGPTImageProcessor,
     "name of the first": "ImageGPTImageProcessorPil",
 }
+_FEATURES = "image-feature-extraction"
+_before: dict[str, Any] = {}  # transformers' pipelines of tasks that have one of ours
 
 
 def register() -> None:
     """From now on ``AutoConfig``, ``AutoModel``, ``AutoModelForCausalLM``, ``AutoModelForImageClassification``,
-    ``AutoImageProcessor`` and ``pipeline`` load the checkpoints of ImageGPT as the classes of this package.
+    ``AutoImageProcessor`` and ``pipeline`` load the checkpoints of ImageGPT as the classes of this package; and the
+    pipeline ``image-feature-extraction`` has ``pool=True`` for them.
 
     Those of this process alone; what was loaded before stays what it is. A second call changes nothing.
 
@@ -38,6 +41,9 @@ def register() -> None:
     for name, model in _MODELS.items():
         getattr(transformers, name).register(ImageGPTConfig, model, exist_ok=True)
     _processors().register(ImageGPTConfig, dict(_PROCESSORS), exist_ok=True)
+    tasks = _tasks()
+    _before.setdefault(_FEATURES, tasks[_FEATURES])
+    tasks[_FEATURES] = {**_before[_FEATURES], "impl": "igpt_fast.hf.pooling.ImageFeatureExtractionPipeline"}
 
 
 def unregister() -> None:
@@ -52,6 +58,8 @@ def unregister() -> None:
     CONFIG_MAPPING._extra_content.pop(ImageGPTConfig.model_type, None)
     for mapping in (*(getattr(transformers, name)._model_mapping for name in _MODELS), _processors()):
         mapping._extra_content.pop(ImageGPTConfig, None)
+    _tasks().update(_before)
+    _before.clear()
 
 
 def _processors() -> Any:
@@ -59,3 +67,9 @@ def _processors() -> Any:
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     return IMAGE_PROCESSOR_MAPPING
+
+
+def _tasks() -> dict[str, Any]:
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    return SUPPORTED_TASKS

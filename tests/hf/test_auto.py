@@ -111,5 +111,18 @@ def test_image_feature_extraction(registered: None, folder: str, by: str) -> Non
     assert type(pipe.model) is ImageGPTModel
     with torch.no_grad():
         states = model(**processor()(PICTURES, return_tensors="pt")).last_hidden_state
-    found = torch.cat(pipe(PICTURES, return_tensors=True))
-    torch.testing.assert_close(found, states, rtol=1e-4, atol=1e-5)
+    for pool, wanted in ((False, states), (True, states.mean(dim=1))):
+        found = torch.cat(pipe(PICTURES, return_tensors=True, pool=pool))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_is_for_our_models(registered: None, folder: str) -> None:
+    task = "image-feature-extraction"
+    theirs = transformers.pipeline(
+        task, model=transformers.ImageGPTModel.from_pretrained(folder), image_processor=folder
+    )
+    with pytest.raises(ValueError, match="No pooled output"):
+        theirs(PICTURES[0], pool=True)
+    auto.unregister()
+    own = transformers.pipelines.image_feature_extraction.ImageFeatureExtractionPipeline
+    assert type(transformers.pipeline(task, model=folder)) is own
