@@ -15,7 +15,7 @@ class ImageFeatureExtractionPipeline(image_feature_extraction.ImageFeatureExtrac
     That is what ``ImageGPTForImageClassification`` takes, and computed only where it is asked for.
     """
 
-    def postprocess(self, model_outputs: Any, pool: bool | None = None, return_tensors: bool = False) -> Any:
+    def postprocess(self, model_outputs: Any, pool: Any = None, return_tensors: Any = False) -> Any:  # type: ignore[override]
         if pool and isinstance(self.model, ImageGPTModel):
             model_outputs = {"pooler_output": model_outputs["last_hidden_state"].mean(dim=1)}  # (B, n_embd)
         return super().postprocess(model_outputs, pool=pool, return_tensors=return_tensors)
