@@ -343,8 +343,8 @@ class ImageGPTConfig(kin.Root):
         """
         unused = {}
         if return_unused_kwargs:
-            known = {*_FIELDS, *_ALIASES, *_COMMON, *IMPLEMENTATIONS, *data, "model_type"}
-            unused = {name: overrides.pop(name) for name in overrides.keys() - known}
+            entries = {*_FIELDS, *_ALIASES, *_COMMON, *IMPLEMENTATIONS, *data, "model_type"}
+            unused = {name: overrides.pop(name) for name in overrides.keys() - entries}
             unused |= {name: overrides[name] for name in ("dtype", "torch_dtype") if name in overrides}
             config = cls.from_dict(data, **{name: value for name, value in overrides.items() if value != "auto"})
             return config, unused

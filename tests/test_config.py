@@ -381,3 +381,26 @@ def test_models_take_the_configuration_of_transformers(tmp_path: Path, name: str
             cls(bad)
         with pytest.raises(TypeError, match=f"from_pretrained: config must be an ImageGPTConfig, got {told}"):
             cls.from_pretrained(tmp_path, config=bad)
+
+
+def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
+    config = ImageGPTConfig(n_layer=3, note="kept")  # type: ignore[call-arg]
+    config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    given: dict[str, Any] = {"return_unused_kwargs": True, "use_cache": False, "note": "new", "revision_of": 1}
+    for load in (ImageGPTConfig.from_pretrained, transformers.ImageGPTConfig.from_pretrained):
+        found, unused = load(pretrained_model_name_or_path=tmp_path, trust_remote_code=False, **given)
+        assert (found.n_layer, found.use_cache, found.note) == (3, False, "new")
+        assert unused == {"revision_of": 1}
+    assert ImageGPTConfig.from_pretrained(tmp_path, note="other").note == "other"
+    with pytest.raises(TypeError, match=r"multiple values|the same; give one"):
+        ImageGPTConfig.from_pretrained(tmp_path, pretrained_model_name_or_path=tmp_path)
+    for name, value in (("force_download", True), ("trust_remote_code", True), ("proxies", {"http": "x"})):
+        with pytest.raises(ValueError, match=f"from_pretrained: {name}=.* is not offered: "):
+            ImageGPTConfig.from_pretrained(tmp_path, **{name: value})
+    assert config.to_diff_dict() == {"n_layer": 3, "note": "kept", "model_type": "imagegpt"}
+
+
+def test_implementations_of_attention() -> None:
+    assert "attn_implementation" not in ImageGPTConfig(attn_implementation="eager")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="attn_implementation can be 'eager' alone, got 'sdpa': the fastest kernel"):
+        ImageGPTConfig(attn_implementation="sdpa")  # type: ignore[call-arg]

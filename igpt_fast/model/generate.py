@@ -115,7 +115,7 @@ class GenerationMixin(GenerationSettings):
             "num_return_sequences": num_return_sequences,
         }
         asked = {name: value for name, value in asked.items() if value is not None}
-        only_here = {"seed": seed, "generator": generator, "callback": callback, "dtype": dtype}
+        only_here: dict[str, Any] = {"seed": seed, "generator": generator, "callback": callback, "dtype": dtype}
         context = _one_input(input_ids, inputs)
         stored = {**self._generation_settings(), **({} if generation_config is None else set_in(generation_config))}
         if "max_length" in asked or "max_new_tokens" in asked:
@@ -150,7 +150,7 @@ class GenerationMixin(GenerationSettings):
         if context is None and embeddings is None:
             context = _check_context("input_ids", None, model)
         if generation_config is None and not {"max_length", "max_new_tokens", "max_time"} & settings.keys():
-            given = (embeddings if context is None else context).shape[1]
+            given = cast(Tensor, embeddings if context is None else context).shape[1]
             arguments["max_new_tokens"] = model.config.n_positions + 1 - given
         if generation_config is None and settings.get("do_sample") and "top_k" not in settings:
             arguments["top_k"] = 0

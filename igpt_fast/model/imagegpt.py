@@ -152,6 +152,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         config = self.config
+        self.embed_dim = config.n_embd
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # colours, classes, SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -492,7 +493,7 @@ def _encoder_mask(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _resized(old: nn.Parameter, rows: int, last: int, std: float, mean: bool) -> nn.Parameter:
+def _resized(old: Tensor, rows: int, last: int, std: float, mean: bool) -> nn.Parameter:
     """A parameter with ``rows`` rows in front of its ``last`` ones, of its own as far as they go."""
     kept = old[: min(rows, old.shape[0] - last)]
     new = torch.empty(rows - kept.shape[0], old.shape[1], dtype=old.dtype, device=old.device).normal_(0.0, std)

@@ -109,9 +109,12 @@ class ImageGPTAttention(nn.Module):
         dropout_p = getattr(self.attn_dropout, "p", 0.0) if self.attn_dropout.training else 0.0
         written_out = _is_watched(self.attn_dropout) or (attention_mask is not None and attention_mask.ndim == 4)
         if layer_past is None and not output_attentions and not written_out:
-            out = ops.causal_attention_packed(qkv, self.scale, attention_mask, dropout_p, self.upcast)  # (B, T, H, D)
-            return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None  # (B, T, n_embd)
+            packed = ops.causal_attention_packed(
+                qkv, self.scale, attention_mask, dropout_p, self.upcast
+            )  # (B, T, H, D)
+            return self.resid_dropout(self.c_proj(packed.reshape(b, t, d))), None  # (B, T, H, D) to (B, T, n_embd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        weights: Tensor | None
         if layer_past is not None:
             cache = getattr(layer_past, "self_attention_cache", layer_past)
             past = int(cache.get_seq_length(self.layer_idx))
@@ -144,9 +147,10 @@ class ImageGPTAttention(nn.Module):
             if encoder_hidden_states is None:
                 raise ValueError("ImageGPTAttention: cross-attention wants encoder_hidden_states")
             kv = self.c_attn(encoder_hidden_states).view(b, -1, 2, self.n_head, d // self.n_head)
-            kept = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D) each
-            keep_encoder_states(cache, *kept, self.layer_idx)
-        out, weights = self._written_out(q, *kept, mask, causal=False)  # (B, H, T, D), (B, H, T, S)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D) each
+            kept = (k, v)
+            keep_encoder_states(cache, k, v, self.layer_idx)
+        out, weights = self._written_out(q, kept[0], kept[1], mask, causal=False)  # (B, H, T, D), (B, H, T, S)
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).reshape(b, t, d))), weights
 
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The pieces of our models, called and hooked as transformers' are; cross-attention, with a cache, which crashes there."""
+"""The pieces of our models, called and hooked as transformers' are; cross-attention, whose cache crashes there."""
 
 from __future__ import annotations
 
