@@ -26,6 +26,7 @@ _ALIASES = {
     "ImageGPTForCausalLM": "ImageGPTForCausalImageModeling",
     "ImageGPTFeatureExtractor": "ImageGPTImageProcessor",
     "ImageGPTImageProcessorFast": "ImageGPTImageProcessor",
+    "ImageGPTImageProcessorPil": "ImageGPTImageProcessor",
     "ImageGPTTokenizer": "ImageGPTImageProcessor",
 }
 _MODULES = ("backend", "hf", "image", "ops", "reference")
@@ -66,7 +67,8 @@ if TYPE_CHECKING:
     from igpt_fast.pipeline import Pipeline as Pipeline
 
     ImageGPTForCausalLM = ImageGPTForCausalImageModeling
-    ImageGPTFeatureExtractor = ImageGPTImageProcessorFast = ImageGPTTokenizer = ImageGPTImageProcessor
+    ImageGPTFeatureExtractor = ImageGPTImageProcessorFast = ImageGPTImageProcessorPil = ImageGPTImageProcessor
+    ImageGPTTokenizer = ImageGPTImageProcessor
 
 
 def __getattr__(name: str) -> Any:

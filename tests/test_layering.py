@@ -28,7 +28,7 @@ FLOORS: dict[str, set[str]] = {
     "sampling": {"engines", "ground", "image", "ops", "reference"},
     "model": {"backend", "checkpoint", "engines", "ground", "ops", "reference", "sampling"},
     "environment": {"backend", "engines", "igpt_fast"},
-    "hf": {"checkpoint", "engines", "ground", "model", "ops"},
+    "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},
     "learning": {"checkpoint", "ground", "image", "model", "ops", "pipeline"},
     "recipes": {"image", "learning"},

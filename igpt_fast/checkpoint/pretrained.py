@@ -158,7 +158,7 @@ class PretrainedMixin(nn.Module):
         model.newly_initialized = new
         config.extra["dtype"] = dtype_name(wanted)
         model.name_or_path = os.fspath(name_or_path)
-        model = model.eval()
+        model.eval()
         generation = files.find_file(name_or_path, GENERATION, required=False, **where)
         model._generation_file = None if generation is None else files.read_json(generation)
         if device_map is not None:
@@ -209,9 +209,8 @@ class PretrainedMixin(nn.Module):
             return
         own = self.state_dict()
         if state_dict is None and any(value.is_meta for value in own.values()):  # accelerate keeps them elsewhere
-            state_dict = kin.library("accelerate.utils.modeling", "save_pretrained").get_state_dict_offloaded_model(
-                self
-            )
+            modeling = kin.library("accelerate.utils.modeling", "save_pretrained")
+            state_dict = modeling.get_state_dict_offloaded_model(self)
         given = own if state_dict is None else state_dict
         state = {name: value.detach().contiguous() for name, value in given.items()}
         if differing := state.keys() ^ own.keys():

@@ -181,8 +181,10 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
-        ValueError: A device, not an image, truncated, or too large; the message names the file.
+        ValueError: A device, not an image, truncated, or too large; the message names the file. Or a URL.
     """
+    if isinstance(path, str) and path.lower().startswith(("http://", "https://", "data:")):
+        raise ValueError(f"{files.shown(path)}: is a URL; nothing is downloaded here: download it first")
     with files.open_input(path) as file:
         try:
             return _decode(file, max_pixels)

@@ -31,10 +31,10 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"ImageGPTImageProcessor: unknown argument {shown(unknown[0])}; it takes {', '.join(SETTINGS)}")
     result = {}
     for name in SETTINGS:
-        value = settings.get(name)
+        value = settings.get(name, SETTINGS[name][0])
         if name == "size" and isinstance(value, int) and not isinstance(value, bool) and not square:
             value = {"shortest_edge": value}
-        result[name] = own[name] if value is None and name in own else checked(name, value)
+        result[name] = own[name] if settings.get(name) is None and name in own else checked(name, value)
     if result["do_center_crop"] and (result["crop_size"] is None or "height" not in result["crop_size"]):
         raise ValueError(f"ImageGPTImageProcessor: do_center_crop needs a crop_size, got {result['crop_size']!r}")
     if result["clusters"] is not None and result["do_rescale"] and is_usual(result["rescale_factor"], result):
@@ -45,13 +45,13 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def is_usual(unit: float, given: dict[str, Any]) -> bool:
     """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
     centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
-    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
+    return bool(given["do_normalize"]) and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of a setting, tidied; its default for ``None``."""
+    """The value of a setting, tidied; its default for ``None``, which stays only where it means no."""
     default, check = SETTINGS[name]
-    value = default if value is None else value
+    value = default if value is None and name not in SWITCHES else value
     return None if value is None else check(name, value)
 
 
@@ -149,3 +149,5 @@ SETTINGS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "disable_grouping": (None, _flag),
     "image_seq_length": (None, _whole),
 }
+# Steps that are taken unless it is said otherwise; None says so too, as in transformers.
+SWITCHES = frozenset(name for name, (default, _) in SETTINGS.items() if default is True)

@@ -249,6 +249,12 @@ def _generate(
     return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
 
 
+def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+    if input_ids is not None and inputs is not None:
+        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+    return input_ids if inputs is None else inputs
+
+
 def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model) -> Guidance | None:
     """What ``guidance_scale`` and ``negative_prompt_ids`` ask for, beside the guided context."""
     if scale is None or scale == 1.0:
