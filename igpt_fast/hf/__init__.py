@@ -1,9 +1,10 @@
 """Bridges to Hugging Face's libraries; alone imports transformers.
 
 ``bridge``: models on shared parameters. ``auto``: its automatic classes and pipelines load ours, ``pooling`` among
-these. ``accelerate``: transformers' models made fast in place; ``modules``: the classes that its modules get; ``cache``:
-what its ``generate`` is given; ``twins``: what our engines are given. ``linear``: the models' linear layers as torch's
-own, for quantizers.
+these. ``accelerate``: transformers' models made fast in place; ``modules``: the classes that its modules get;
+``cache``: what its ``generate`` is given; ``twins``: what our engines are given. ``linear``: the models' linear layers
+as torch's own, for quantizers.
+
 May use: model, engines, image, checkpoint, ops, and the ground.
 """
 
