@@ -179,7 +179,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
         cache = self._cache(past_key_values, use_cache)
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = torch.sym_int(cache.get_seq_length()) if cache is not None else 0
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
         key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
