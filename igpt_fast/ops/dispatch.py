@@ -152,7 +152,7 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
         kind = _choice_when_traced(op, device)
         return None if kind is None or exporting() or (kind == "cpu" and _little_when_traced(op, tensors[0])) else kind
     chosen = backend.kernels(op, device)
-    if chosen is None or _transforming() or exporting():
+    if chosen is None or _transforming() or _C._get_tracing_state() is not None:
         return None
     if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
