@@ -26,7 +26,7 @@ FLOORS: dict[str, set[str]] = {
     "checkpoint": {"backend", "ground"},
     "engines": {"backend", "ground", "ops"},
     "sampling": {"engines", "ground", "image", "ops", "reference"},
-    "model": {"backend", "checkpoint", "engines", "ground", "ops", "reference", "sampling"},
+    "model": {"backend", "checkpoint", "engines", "ground", "ops", "sampling"},
     "environment": {"backend", "engines", "igpt_fast"},
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},

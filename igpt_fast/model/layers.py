@@ -6,16 +6,16 @@ import functools
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import backend, kin, ops, reference
+from igpt_fast import backend, kin, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.encoder_cache import encoder_states, keep_encoder_states
 from igpt_fast.engines.network import plain
-from igpt_fast.ops.dispatch import LEAST_SCALE, autocast_dtype
+from igpt_fast.ops.causal_attention import full_attention
+from igpt_fast.ops.dispatch import autocast_dtype
 
 
 @plain
@@ -134,7 +134,7 @@ class ImageGPTAttention(nn.Module):
         if written_out:
             out, weights = self._written_out(q, k, v, attention_mask, causal=not self.bidirectional)
         else:  # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
-            attend = _full_attention if self.bidirectional else ops.causal_attention
+            attend = full_attention if self.bidirectional else ops.causal_attention
             out, weights = attend(q, k, v, self.scale, attention_mask, dropout_p, self.upcast, output_attentions)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights
@@ -182,29 +182,6 @@ class ImageGPTAttention(nn.Module):
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody wants a module called that nobody needs to call."""
     return type(module) not in (nn.Dropout, nn.Identity) or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _full_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    key_mask: Tensor | None,
-    dropout_p: float,
-    upcast: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``ops.causal_attention`` without the causal mask: by torch's attention, or the definition where that has none."""
-    if need_weights or upcast or not scale >= LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
-        out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
-        return out, weights if need_weights else None
-    if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale), None  # (B, H, T, D)
-    k, v = reference.mask_keys(k, v, key_mask)
-    some = key_mask.any(dim=-1)[:, None, None, None]  # of none torch's makes NaN
-    visible = key_mask[:, None, None, :] | ~some  # (B, 1, 1, T_k)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
-    return out.masked_fill(~some, 0.0), None
 
 
 def _recomputed(cache: Cache, past: int, layer_idx: int) -> bool:

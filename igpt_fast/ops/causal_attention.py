@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,16 +91,29 @@ def causal_attention(
         key_mask = reference.shown_keys(starts, k.shape[2], key_mask)
     if need_weights or upcast:
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
-    # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
-    # dropped, cuDNN's, an error.
-    one_derivative = scale >= dispatch.LEAST_SCALE and q.numel() != 0 and dropout_p < 1.0
-    if not one_derivative or dispatch.derivatives_of_transforms(q, k, v):
-        return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
-    out = _torch_attention(q, k, v, scale, key_mask, dropout_p)
-    # Compiled functions have no second derivative, and the dropped weights are nobody's but torch's.
-    if out.requires_grad and dropout_p == 0.0 and dispatch.eager():
-        out = _Twice.apply(out, q, k, v, key_mask, scale)
-    return out, None
+    return _by_torch(q, k, v, scale, key_mask, dropout_p), None
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    upcast: bool = False,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``causal_attention`` without the causal mask, which no kernel computes: every query sees all keys.
+
+    Arguments and results: see there.
+    """
+    _check_attention("full_attention", q, k, v, dropout_p)
+    _check_masks("full_attention", q, k.shape[2], key_mask, None)
+    if need_weights or upcast:
+        out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+        return out, weights if need_weights else None
+    return _by_torch(q, k, v, scale, key_mask, dropout_p, causal=False), None
 
 
 def causal_attention_packed(
@@ -142,17 +156,37 @@ def causal_attention_packed(
     return causal_attention(q, k, v, scale, key_mask, dropout_p, upcast, starts=starts)[0].transpose(1, 2)
 
 
+def _by_torch(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float, causal: bool = True
+) -> Tensor:
+    """The output by torch's attention, and by the definition where that has no numbers or not all derivatives."""
+    define = reference.causal_attention if causal else reference.full_attention
+    # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
+    # dropped, cuDNN's, an error.
+    one_derivative = scale >= dispatch.LEAST_SCALE and q.numel() != 0 and dropout_p < 1.0
+    if not one_derivative or dispatch.derivatives_of_transforms(q, k, v):
+        return define(q, k, v, scale, key_mask, dropout_p)[0]
+    out = _torch_attention(q, k, v, scale, key_mask, dropout_p, causal)
+    # Compiled functions have no second derivative, and the dropped weights are nobody's but torch's.
+    if out.requires_grad and dropout_p == 0.0 and dispatch.eager():
+        out = _Twice.apply(out, q, k, v, key_mask, scale, define)
+    return out
+
+
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float, causal: bool
 ) -> Tensor:
     t_q, t_k = q.shape[-2], k.shape[-2]
     # A branch each: compiled for lengths of any size, a comparison is a bool to an ``if`` alone.
-    if key_mask is None and t_q == t_k:
+    if key_mask is None and causal and t_q == t_k:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
-    if key_mask is None and t_q == 1:
+    if key_mask is None and (not causal or t_q == 1):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     k, v = reference.mask_keys(k, v, key_mask)
-    visible = reference.visible_keys(t_q, t_k, key_mask, q.device)
+    if causal or key_mask is None:
+        visible = reference.visible_keys(t_q, t_k, key_mask, q.device)
+    else:
+        visible = key_mask[:, None, None, :]
     some = visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some, dropout_p=dropout_p, scale=scale)
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
@@ -163,18 +197,18 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, define: Any
     ) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, key_mask)
+        ctx.define = partial(define, scale=scale, key_mask=key_mask)
+        ctx.save_for_backward(q, k, v)
         return out.detach()  # no view, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return dout, *[None] * 5
-        *tensors, key_mask = ctx.saved_tensors
-        return None, *_definition_s_gradients(tuple(tensors), dout, key_mask, None, ctx.scale), None, None
+            return dout, *[None] * 6
+        tensors = dispatch.differentiate(lambda *qkv: ctx.define(*qkv)[0], ctx.saved_tensors, dout)
+        return None, *tensors, None, None, None
 
 
 def _definition_s_gradients(

@@ -59,7 +59,7 @@ def test_attention(fields: dict[str, Any], weights: bool) -> None:
             want = attended(q, k, v, block.scale, shown if mask is not None else torch.ones_like(shown))
             want = block.c_proj(want.transpose(1, 2).reshape(3, 7, 48))
             given = x if mask is None else x.masked_fill(~shown[..., None], torch.nan)
-            got, softmax = block(given, None, 0, mask, weights)
+            got, softmax = block(given, None, mask, output_attentions=weights)
             rows = torch.ones_like(shown) if mask is None else shown.clone()
             rows[2] &= mask is None
             torch.testing.assert_close(got[rows], want[rows], rtol=1e-12, atol=1e-12)
