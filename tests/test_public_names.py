@@ -16,6 +16,7 @@ NAMES = {
         load_clusters open_image quantize resize save_animation save_clusters save_image to_pil to_rgb""",
     "igpt_fast.model": """
         ImageGPTForCausalImageModeling ImageGPTForImageClassification ImageGPTModel ImageGPTPreTrainedModel""",
+    "igpt_fast.checkpoint": "from_openai",
     "igpt_fast.hf": "Served accelerate accelerated from_transformers restore to_transformers",
     "igpt_fast.ops": """
         ACTIVATIONS activation attention_decode causal_attention causal_attention_packed check_activation check_sampling

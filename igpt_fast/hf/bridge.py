@@ -41,10 +41,12 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     Raises:
         ImportError: transformers is not installed.
         TypeError: Another model.
-        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers).
+        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers), or its
+            attention is bidirectional, which transformers does not have.
     """
     transformers = transformers_module("igpt_fast.hf.bridge")
     name = _class_name(model, _CLASSES, "to_transformers")
+    model.config.check_causal("to_transformers")
     config = transformers.ImageGPTConfig.from_dict(model.config.to_dict())
     theirs = twin_of(getattr(transformers, name), config, model, "to_transformers")
     _fill_masks(theirs)
@@ -97,12 +99,9 @@ def _class_name(model: object, classes: tuple[type, ...], caller: str) -> str:
     for cls in classes:
         if isinstance(model, cls):
             return cls.__name__
-    kind = type(model)
+    kind, where = type(model), classes[0].__module__.rpartition(".")[0]
     names = ", ".join(cls.__name__ for cls in classes)
-    raise TypeError(
-        f"{caller}: model is a {kind.__module__}.{kind.__qualname__};"
-        f" want one of {classes[0].__module__.rpartition('.')[0]}'s {names}"
-    )
+    raise TypeError(f"{caller}: model is a {kind.__module__}.{kind.__qualname__}; want one of {where}'s {names}")
 
 
 def twin_of(cls: type[nn.Module], config: Any, model: Any, caller: str, same: bool = False) -> Any:
@@ -113,14 +112,11 @@ def twin_of(cls: type[nn.Module], config: Any, model: Any, caller: str, same: bo
     with torch.device("meta"), Uninitialised():
         twin = cls(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     wanted = {name: tuple(value.shape) for name, value in twin.named_parameters(remove_duplicate=False)}
-    if differing := sorted(
-        {name for name in parameters if wanted.get(name) != tuple(parameters[name].shape)}
-        | (wanted.keys() - parameters.keys())
-    ):
-        raise ValueError(
-            f"{caller}: {differing[0]} and {len(differing) - 1} more are not the parameters that the configuration says"
-        )
+    if differing := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
+        which = f"{differing[0]} and {len(differing) - 1} more"
+        raise ValueError(f"{caller}: {which} are not the parameters that the configuration says")
     for name, value in parameters.items():
         place, _, own = name.rpartition(".")
         shared = value if same else nn.Parameter(value.detach(), value.requires_grad)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_fast import ops
+from igpt_fast import ops, reference
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.network import plain
-from igpt_fast.ops.dispatch import autocast_dtype
+from igpt_fast.ops.dispatch import LEAST_SCALE, autocast_dtype
 
 
 @plain
@@ -53,7 +54,7 @@ class Conv1D(nn.Module):
 
 @plain
 class ImageGPTAttention(nn.Module):
-    """Causal self-attention with packed query, key and value projections."""
+    """Self-attention, causal or bidirectional, with packed query, key and value projections."""
 
     def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class ImageGPTAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
         self.upcast = config.reorder_and_upcast_attn
+        self.bidirectional = config.bidirectional
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         # Never called, the op applies it; a module so that code which sets every nn.Dropout's p reaches it.
@@ -75,7 +77,7 @@ class ImageGPTAttention(nn.Module):
         b, t, d = x.shape  # B, T, n_embd
         qkv = self.c_attn(x).view(b, t, 3, self.n_head, d // self.n_head)  # (B, T, 3, H, D)
         dropout_p = self.attn_dropout.p if self.attn_dropout.training else 0.0
-        if cache is None and not need_weights:
+        if cache is None and not need_weights and not self.bidirectional:
             out = ops.causal_attention_packed(qkv, self.scale, key_mask, dropout_p, self.upcast)  # (B, T, H, D)
             return self.resid_dropout(self.c_proj(out.reshape(b, t, d))), None  # (B, T, n_embd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
@@ -88,9 +90,33 @@ class ImageGPTAttention(nn.Module):
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
         # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
-        out, weights = ops.causal_attention(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
+        attend = _full_attention if self.bidirectional else ops.causal_attention
+        out, weights = attend(q, k, v, self.scale, key_mask, dropout_p, self.upcast, need_weights)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights
+
+
+def _full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    upcast: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``ops.causal_attention`` without the causal mask: by torch's attention, or the definition where that has none."""
+    if need_weights or upcast or not scale >= LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
+        out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+        return out, weights if need_weights else None
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale), None  # (B, H, T, D)
+    k, v = reference.mask_keys(k, v, key_mask)
+    some = key_mask.any(dim=-1)[:, None, None, None]  # of none torch's makes NaN
+    visible = key_mask[:, None, None, :] | ~some  # (B, 1, 1, T_k)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
+    return out.masked_fill(~some, 0.0), None
 
 
 @plain
