@@ -69,6 +69,8 @@ class ImageGPTLayerNorm(theirs.ImageGPTLayerNorm):
 class ImageGPTAttention(theirs.ImageGPTAttention):
     """By ``ops.causal_attention``; the weights are not there to be returned."""
 
+    bidirectional = False
+
     @property
     def n_head(self) -> int:
         """Number of heads, by our name."""
@@ -242,6 +244,8 @@ class ImageGPTForCausalImageModeling(theirs.ImageGPTForCausalImageModeling):
         cache = kwargs.get("past_key_values")
         if not synced_gpus and _decodes(self, input_ids, generation_config, **kwargs):
             _decode_with(cache, self, input_ids, generation_config.max_length - 1)  # the last token is not read
+            if type(cache) is DecoderCache and cache.get_seq_length() == 0:
+                kwargs.update(attention_mask=None, position_ids=None)  # nothing is hidden: no need to lengthen them
         elif isinstance(cache, DecoderCache):
             cache.become_ordinary()
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)

@@ -34,6 +34,7 @@ def network_twin(body: Any) -> ImageGPTModel | str:
         weights, twin = Weights.of(body), _networks.get(body)
         if twin is None or [*map(id, Weights.of(twin).each())] != [*map(id, weights.each())]:
             config = ImageGPTConfig.of(body.config, "accelerate")
+            config.check_causal("accelerate")  # as transformers is, whatever it is told
             config.activation_function = body.h[0].mlp.activation
             twin = _networks[body] = twin_of(ImageGPTModel, config, body, "accelerate", same=True).eval()
         # What transformers' modules compute is what they were told when they were made, whatever a configuration says.

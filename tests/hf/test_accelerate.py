@@ -416,6 +416,14 @@ def test_masks_attentions_and_autocast_are_left_to_transformers() -> None:
         assert why(fast, "generate") == "autocast is on"
 
 
+def test_what_transformers_does_not_know_it_does_not_do() -> None:
+    """A configuration of ours says that attention looks ahead; transformers' does not, accelerated or not."""
+    plain, fast = both(bidirectional=True)
+    close(fast(TOKENS).logits, plain(TOKENS).logits)
+    assert torch.equal(*(model.generate(TOKENS, **LONG, do_sample=False) for model in (plain, fast)))
+    assert "attention is bidirectional" in str(why(fast, "generate"))
+
+
 def test_cross_attention_stays() -> None:
     plain, fast = both(NETWORK, add_cross_attention=True)
     states = torch.randn(3, 4, 32)
