@@ -59,7 +59,7 @@ def test_features_can_be_copied_and_sent() -> None:
     for other in (sent, copy.deepcopy(features), copy.copy(features), features.copy(), type(features)(data=features)):
         assert type(other) is type(features)
         assert other is not features
-        assert other.keys() == {"input_ids"} and vars(other) == {}
+        assert (set(other), vars(other)) == ({"input_ids"}, {})
         assert torch.equal(other.to("cpu").input_ids, features.input_ids)
     assert torch.is_tensor(type(features)({"a": [1, 2]}, tensor_type="pt").a)
 
