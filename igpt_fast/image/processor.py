@@ -30,6 +30,21 @@ class BatchFeature(dict[str, Any]):
 
     skip_tensor_conversion = None  # transformers' ``convert_to_tensors`` asks for it
 
+    def __init__(self, data: Any = None, tensor_type: Any = None) -> None:
+        kin.meet()
+        dict.__init__(self, {} if data is None else data)
+        if tensor_type is not None:
+            self.convert_to_tensors(tensor_type)
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
+
+    def copy(self) -> BatchFeature:
+        """A new one with the same entries."""
+        return type(self)(self)
+
+    __copy__ = copy
+
     @property
     def data(self) -> BatchFeature:
         """Itself; transformers' class keeps its entries there."""

@@ -192,6 +192,9 @@ def _beyond(model: Model, settings: dict[str, Any]) -> list[str]:
     names = {name for name, value in others.items() if not asks_for_nothing(name, value)}
     if not settings.get("use_cache", True):
         names.add("use_cache=False")
+    prepare: Any = getattr(model, "prepare_inputs_for_generation", None)  # PEFT's prompts are put in front there
+    if prepare is not None and not getattr(prepare, "__func__", prepare).__module__.startswith("transformers."):
+        names.add("prepare_inputs_for_generation")
     mask = settings.get("attention_mask")
     if mask is not None and not bool((mask == 1).all()):
         names.add("attention_mask")

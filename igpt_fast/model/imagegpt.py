@@ -48,7 +48,7 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
     _no_split_modules: set[str] | list[str] = ["ImageGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement: set[str] | list[str] = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: ImageGPTConfig, *_: Any, **__: Any) -> None:
+    def __init__(self, config: ImageGPTConfig) -> None:
         kin.meet()
         nn.Module.__init__(self)
         self.config = ImageGPTConfig.of(config, type(self).__name__)
@@ -380,6 +380,8 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     Args:
         config: The hyper-parameters; ``num_labels`` outputs.
     """
+
+    loss_type = "ForImageClassification"
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)

@@ -52,7 +52,9 @@ class Outcomes:
             if name not in listed:
                 listed.append(name)
             if report.outcome == "failed":
-                self.reasons.setdefault(name, str(report.longrepr).strip().splitlines()[-1][:300])
+                crash = getattr(report.longrepr, "reprcrash", None)
+                reason = str(report.longrepr) if crash is None else crash.message
+                self.reasons.setdefault(name, reason.strip().partition("\n")[0][:300])
 
 
 def substitute(module: Any, target: str) -> None:

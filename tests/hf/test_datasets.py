@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets.fingerprint import Hasher
 from PIL import Image
+from small_models import ids, small
 from torch.utils.data import DataLoader
 
 from igpt_fast import ImageGPTImageProcessor
@@ -43,6 +44,13 @@ def test_equal_processors_have_one_fingerprint(tmp_path: Path) -> None:
     other = CLUSTERS.copy()
     other[3] += 1e-3
     assert Hasher.hash(processor(clusters=other)) != Hasher.hash(processor())
+
+
+def test_features_of_equal_models_have_one_fingerprint() -> None:
+    used, other = small(), small()
+    with torch.inference_mode():
+        used(ids(used, 1, 8), output_hidden_states=True)
+    assert Hasher.hash(used) == Hasher.hash(other) != Hasher.hash(small(seed=1))
 
 
 def test_map_takes_what_is_cached_for_equal_processors(tmp_path: Path) -> None:

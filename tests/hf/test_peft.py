@@ -58,6 +58,7 @@ def test_adapters(name: str, tmp_path: Path) -> None:
     assert torch.equal(merged.generate(tokens, max_new_tokens=3), drawn)
 
 
+@pytest.mark.filterwarnings("ignore:generate. prepare_inputs_for_generation")
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts(name: str) -> None:
     model = small()
@@ -67,6 +68,9 @@ def test_prompts(name: str) -> None:
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     ours(tokens, labels=tokens.clamp(max=15)).loss.backward()
     assert all(value.grad is not None for value in ours.parameters() if value.requires_grad)
+    drawn = ours.generate(input_ids=tokens, max_new_tokens=4)
+    assert torch.equal(drawn, theirs.generate(input_ids=tokens, max_new_tokens=4))
+    assert not torch.equal(drawn, small().generate(tokens, max_new_tokens=4))
 
 
 def test_an_adapter_of_the_model_itself() -> None:

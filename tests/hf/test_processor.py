@@ -1,6 +1,8 @@
 """The image processor among transformers': a kind of its own, with its methods, its keywords and what they mean."""
 
+import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -49,6 +51,29 @@ def test_what_it_returns_is_transformers_batch_feature() -> None:
     assert not hasattr(features, "labels")
     assert torch.is_tensor(features.convert_to_tensors("pt").input_ids)  # type: ignore[operator]
     assert features.to("meta").input_ids.device.type == "meta"
+
+
+def test_features_can_be_copied_and_sent() -> None:
+    features = processor()(IMAGE, return_tensors="pt")
+    sent = pickle.loads(pickle.dumps(features))
+    for other in (sent, copy.deepcopy(features), copy.copy(features), features.copy(), type(features)(data=features)):
+        assert type(other) is type(features)
+        assert other is not features
+        assert (set(other), vars(other)) == ({"input_ids"}, {})
+        assert torch.equal(other.to("cpu").input_ids, features.input_ids)
+    assert torch.is_tensor(type(features)({"a": [1, 2]}, tensor_type="pt").a)
+
+
+def test_a_lazy_import_of_the_class_is_noticed() -> None:
+    code = """
+import numpy as np
+import transformers
+from igpt_fast import ImageGPTImageProcessor
+ours = ImageGPTImageProcessor(size=4, do_color_quantize=False)
+from transformers import BatchFeature, BaseImageProcessor
+assert isinstance(ours(np.zeros((5, 5, 3), np.uint8)), BatchFeature) and isinstance(ours, BaseImageProcessor)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_json_files_go_both_ways(tmp_path: Path) -> None:
