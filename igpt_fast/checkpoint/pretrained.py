@@ -166,8 +166,8 @@ class PretrainedMixin(nn.Module):
         save_function: Any = None,
         **neutral: Any,
     ) -> None:
-        """Writes ``config.json`` and safetensors, in the form of transformers, and ``generation_config.json`` where
-        there is one.
+        """Writes ``config.json`` and safetensors, in the form of transformers, and ``generation_config.json`` for
+        a model that draws.
 
         Every file is whole before the first one gets its name. The folder holds one model afterwards: other
         weights in it, ``pytorch_model.bin`` too, are removed, and those that ``from_pretrained`` could take
