@@ -36,27 +36,11 @@ _MAX_CONFIG_BYTES = 4 << 20
 _MAX_SIZE = 1 << 24  # of every size and number of tokens
 # What every configuration of transformers has, of no use to the network; read as attributes, these are there
 # even where the file had none.
-_COMMON: dict[str, Any] = {
-    "_name_or_path": "",
-    "architectures": None,
-    "chunk_size_feed_forward": 0,
-    "dtype": None,
-    "is_encoder_decoder": False,
-    "transformers_version": None,
-}
+_COMMON: dict[str, Any] = {"_name_or_path": "", "chunk_size_feed_forward": 0, "is_encoder_decoder": False}
+_COMMON |= {"architectures": None, "dtype": None, "transformers_version": None}
+_PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 # How transformers would compute attention and experts: neither is a choice here, so there is one value of each.
 IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
-_FLAGS = (
-    "scale_attn_weights",
-    "use_cache",
-    "tie_word_embeddings",
-    "scale_attn_by_inverse_layer_idx",
-    "reorder_and_upcast_attn",
-    "add_cross_attention",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-)
 
 _NO_CHOICE = "the fastest kernel that covers the input is taken by itself; see igpt_fast.show_config()"
 
@@ -118,6 +102,9 @@ class ImageGPTConfig(kin.Root):
         n_classes: Classes that the model draws images of on demand; not a field of transformers, and in
             ``config.json`` only if it is not 0. Class ``c`` has the token ``n_colours + c``, which stands in place
             of SOS in front of its images; SOS in front means an image of any class.
+        bidirectional: Whether every position attends to all others, as in OpenAI's BERT models, and not to those before
+            it alone; not a field of transformers, which ignores it, and in ``config.json`` only if it is true. Such a
+            model predicts what stands where SOS does, which is its mask; it cannot draw.
         extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
             that writing the file back loses nothing, and readable as attributes; unknown keywords as well, as in
             transformers. Names with a leading underscore are no entries but attributes, which no file has.
@@ -163,6 +150,7 @@ class ImageGPTConfig(kin.Root):
     label2id: dict[str, int] | None = field(default_factory=lambda: None)
     problem_type: str | None = None
     n_classes: int = 0
+    bidirectional: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "imagegpt"
@@ -188,18 +176,13 @@ class ImageGPTConfig(kin.Root):
                 self._set_whole(name, 1, _MAX_SIZE)
         self._set_whole("vocab_size", 2, _MAX_SIZE)  # one colour and the SOS token, which classes leave
         self._set_whole("n_classes", 0, self.vocab_size - 2)
+        tokens = -_MAX_SIZE, _MAX_SIZE  # negative ones stand for none in some files
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
             if isinstance(ids, list | tuple) and name == "eos_token_id":
-                setattr(
-                    self, name, [whole_number(f"ImageGPTConfig: {name}", value, -_MAX_SIZE, _MAX_SIZE) for value in ids]
-                )
-            elif ids is not None:  # negative ones stand for none in some files
-                self._set_whole(name, -_MAX_SIZE, _MAX_SIZE)
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"ImageGPTConfig: n_embd must be divisible by n_head, got n_embd={self.n_embd} n_head={self.n_head}"
-            )
+                self.eos_token_id = [whole_number(f"ImageGPTConfig: {name}", value, *tokens) for value in ids]
+            elif ids is not None:
+                self._set_whole(name, *tokens)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             setattr(self, name, finite_number(f"ImageGPTConfig: {name}", getattr(self, name), 0, 1))
         for name in ("layer_norm_epsilon", "initializer_range"):
@@ -207,21 +190,15 @@ class ImageGPTConfig(kin.Root):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"ImageGPTConfig: {name} must be true or false, got {shown(getattr(self, name))}")
-        if not isinstance(self.activation_function, str):
-            raise ValueError(
-                f"ImageGPTConfig: activation_function must be a name, got {shown(self.activation_function)}"
-            )
-        if self.problem_type not in (
-            None,
-            "regression",
-            "single_label_classification",
-            "multi_label_classification",
+        width, heads, activation = self.n_embd, self.n_head, self.activation_function
+        for wrong, message in (
+            (width % heads, f"n_embd must be divisible by n_head, got n_embd={width} n_head={heads}"),
+            (not isinstance(activation, str), f"activation_function must be a name, got {shown(activation)}"),
+            (self.problem_type not in _PROBLEMS, f"unknown problem_type {shown(self.problem_type)}"),
+            (self.tie_word_embeddings, "tie_word_embeddings=True is not supported: wte has one row more than the head"),
         ):
-            raise ValueError(f"ImageGPTConfig: unknown problem_type {shown(self.problem_type)}")
-        if self.tie_word_embeddings:
-            raise ValueError(
-                "ImageGPTConfig: tie_word_embeddings=True is not supported: wte has one row more than the head"
-            )
+            if wrong:
+                raise ValueError(f"ImageGPTConfig: {message}")
         if "id2label" not in self.__dict__:
             self.label2id = None  # as in transformers: names in this direction alone do not count
 
@@ -252,6 +229,14 @@ class ImageGPTConfig(kin.Root):
     def n_colours(self) -> int:
         """Number of colours: tokens ``0 .. n_colours - 1``, and the outputs of the head that can be drawn."""
         return self.vocab_size - 1 - self.n_classes
+
+    def check_causal(self, caller: str) -> None:
+        """Raises ValueError, which begins with ``caller``, where a position attends to those that follow it."""
+        if self.bidirectional:
+            raise ValueError(
+                f"{caller}: the model's attention is bidirectional (a BERT): it predicts masked pixels from all others,"
+                " and does not draw one after another"
+            )
 
     __getattribute__ = object.__getattribute__  # transformers' has a Python function for every attribute
 
@@ -403,15 +388,8 @@ class ImageGPTConfig(kin.Root):
             ValueError: As for ``from_json_file``.
         """
         overrides = keywords.without_neutral("from_pretrained", overrides)
-        path = files.find_file(
-            name_or_path,
-            _FILE_NAME,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = files.find_file(name_or_path, _FILE_NAME, **where, token=token, subfolder=subfolder)
         assert path is not None
         allowed = _COMMON.keys() | IMPLEMENTATIONS.keys()
         found = _split(files.read_json(path, _MAX_CONFIG_BYTES))[1] if not return_unused_kwargs and overrides else {}
@@ -437,11 +415,12 @@ class ImageGPTConfig(kin.Root):
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names.
 
-        And no ``n_classes`` of 0: the files of a model without classes hold what transformers' own do.
+        And neither an ``n_classes`` of 0 nor a ``bidirectional`` of false: what transformers' own files hold.
         """
         data = {name: getattr(self, name) for name in _FIELDS if name != "num_labels"}
-        if not self.n_classes:
-            del data["n_classes"]
+        for name in ("n_classes", "bidirectional"):
+            if not data[name]:
+                del data[name]
         return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -477,9 +456,8 @@ class ImageGPTConfig(kin.Root):
         Raises:
             OSError: It cannot be written.
         """
-        text = self.to_json_string()
         with files.replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(self.to_json_string(), encoding="utf-8")
 
     @keywords.also_called(directory="save_directory")
     def save_pretrained(self, directory: str | os.PathLike[str], **neutral: Any) -> None:
@@ -513,6 +491,7 @@ class _Own:
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.name != "extra")
+_FLAGS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.type == "bool")
 _ALIASES = {**ImageGPTConfig.attribute_map, "torch_dtype": "dtype", "name_or_path": "_name_or_path"}
 for _name in ("num_labels", "id2label", "label2id", "torch_dtype", "name_or_path", *_COMMON):
     _own = _Own()

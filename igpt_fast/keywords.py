@@ -12,7 +12,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # Keywords of transformers' from_pretrained and save_pretrained that ask for nothing new at these values, and what to
 # do instead of any other.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "adapter_kwargs": ((None, {}), "load the adapter by peft.PeftModel.from_pretrained(model, ...)"),
     "code_revision": ((None, "main"), "no code of a repository is ever run"),
     "distributed_config": ((None,), "shard the model by torch's fully_shard after it is loaded"),
     "force_download": ((False, None), "fetch anew by huggingface_hub.snapshot_download(..., force_download=True)"),
@@ -37,9 +36,9 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "weights_only": ((True, None), "no pickles are ever run"),
     "_commit_hash": ((None,), "use revision"),
     "_fast_init": ((True, False), "weights are read one by one as it is"),
-    "_from_auto": ((True, False, None), "leave it out"),
-    "_from_pipeline": ((None,), "leave it out"),
 }
+# transformers' words to itself: who is calling, and where an adapter would be fetched from if there was one.
+_INTERNAL = ("_from_auto", "_from_pipeline", "adapter_kwargs")
 
 
 def also_called(**names: str) -> Callable[[Function], Function]:
@@ -66,6 +65,7 @@ def without_neutral(who: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: One of these asks for something; the message says what to do instead.
     """
+    keywords = {name: value for name, value in keywords.items() if name not in _INTERNAL}
     for name, value in keywords.items():
         values, instead = NEUTRAL.get(name, ((value,), ""))
         if not any(type(value) is type(known) and value == known for known in values):

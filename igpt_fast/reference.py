@@ -118,11 +118,32 @@ def causal_attention(
     Shapes, masks and source: ``ops.causal_attention``. The softmax is in fp32; ``upcast`` computes the scores in fp32
     as well.
     """
-    wide = _statistics_dtype(q.dtype)
     if starts is not None:
         key_mask = shown_keys(starts, k.shape[-2], key_mask)
     k, v = mask_keys(k, v, key_mask)
     visible = visible_keys(q.shape[-2], k.shape[-2], key_mask, q.device)
+    return _attention(q, k, v, scale, visible, dropout_p, upcast)
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``causal_attention`` without the causal mask: every query sees all keys but those that ``key_mask`` hides."""
+    k, v = mask_keys(k, v, key_mask)
+    visible = torch.ones((), dtype=torch.bool, device=q.device) if key_mask is None else key_mask[:, None, None, :]
+    return _attention(q, k, v, scale, visible, dropout_p, upcast)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor, dropout_p: float, upcast: bool
+) -> tuple[Tensor, Tensor]:
+    wide = _statistics_dtype(q.dtype)
     if upcast:
         with torch.autocast(q.device.type, enabled=False):
             scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale

@@ -8,7 +8,8 @@ NAMES = {
     "igpt_fast": """
         BackendUnavailableError DynamicCache Generation ImageGPTConfig ImageGPTFeatureExtractor
         ImageGPTForCausalImageModeling ImageGPTForCausalLM ImageGPTForImageClassification ImageGPTImageProcessor
-        ImageGPTImageProcessorFast ImageGPTModel ImageGPTTokenizer Pipeline StaticCache __version__ backend center_crop
+        ImageGPTImageProcessorFast ImageGPTImageProcessorPil ImageGPTModel ImageGPTTokenizer Pipeline StaticCache
+        __version__ backend center_crop
         dequantize fit_clusters get_backend hf image image_grid load_clusters open_image ops quantize reference resize
         save_animation save_clusters save_image set_backend show_config to_rgb use_backend""",
     "igpt_fast.image": """
@@ -16,7 +17,9 @@ NAMES = {
         load_clusters open_image quantize resize save_animation save_clusters save_image to_pil to_rgb""",
     "igpt_fast.model": """
         ImageGPTForCausalImageModeling ImageGPTForImageClassification ImageGPTModel ImageGPTPreTrainedModel""",
-    "igpt_fast.hf": "from_transformers to_transformers",
+    "igpt_fast.checkpoint": "from_openai",
+    "igpt_fast.hf": """
+        Served accelerate accelerated from_transformers linear_layers register restore to_transformers unregister""",
     "igpt_fast.ops": """
         ACTIVATIONS activation attention_decode causal_attention causal_attention_packed check_activation check_sampling
         cross_entropy dequantize gelu_erf gelu_tanh gemv layer_norm quantize quick_gelu rms_norm sample sample_next""",

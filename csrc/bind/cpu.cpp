@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bind.h"
+#include "cpu/checksums.h"
 #include "cpu/ops.h"
 #include "params.h"
 
@@ -104,4 +105,10 @@ void bind_cpu(pybind11::module_& m) {
     def<Dequantize>(m, "dequantize_cpu");
     def<CausalAttentionFwd>(m, "causal_attention_fwd_cpu");
     def<CausalAttentionBwd>(m, "causal_attention_bwd_cpu");
+    m.def(
+        "crc32c",
+        [](uintptr_t address, size_t bytes, uint32_t before) {
+            return cpu::crc32c(reinterpret_cast<const void*>(address), bytes, before);
+        },
+        pybind11::call_guard<pybind11::gil_scoped_release>());
 }

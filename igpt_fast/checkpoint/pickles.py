@@ -80,6 +80,29 @@ def scan_torch_file(path: Path, *, largest: int | None = None) -> bool:
     return zipped
 
 
+def strings_of(path: Path) -> set[str]:
+    """The strings in the pickle of a ``torch.save`` file, names of its tensors among them, whatever else it holds; the
+    pickle is read, and not run.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is no such file; the message names it.
+    """
+    found: set[str] = set()
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        try:
+            stream = _zip_pickle(file, path.stat().st_size) if zipped else io.BytesIO(file.read(_MAX_HEADER_BYTES))
+            for _ in range(1 if zipped else _LEGACY_PICKLES):
+                found.update(value for _, value, _ in pickletools.genops(stream) if isinstance(value, str))
+        except MemoryError:
+            raise
+        except Exception as error:  # see scan_torch_file
+            raise ValueError(f"{path}: not a PyTorch checkpoint: {files.first_line(error)}") from error
+    return found
+
+
 def _zip_pickle(file: io.BufferedReader, size: int) -> io.BytesIO:
     """The pickle in a ``torch.save`` file, once the zip's entries are known to be stored plainly and to fit."""
     directory = _zip_directory_bytes(file, size)

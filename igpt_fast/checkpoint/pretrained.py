@@ -15,9 +15,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from igpt_fast import files, keywords, kin
 from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
-from igpt_fast.checkpoint.tensors import StoredTensor, StoredWeights
+from igpt_fast.checkpoint.tensors import StoredTensor
 from igpt_fast.checks import dtype_name
 from igpt_fast.config import IMPLEMENTATIONS, ImageGPTConfig
 from igpt_fast.files import listed, printable, shown
@@ -34,9 +35,9 @@ from igpt_fast.files import listed, printable, shown
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
-
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MAX_NEW_ELEMENTS = 1 << 26  # of a head that is not in the file and larger than the file
+_MAX_NEW_ELEMENTS = 1 << 26  # of weights that are not in the file and larger than the file
+_MAX_GROWTH = 16  # times that, or what is in the file: what a configuration of other sizes than the file's may claim
 
 # Files of weights by their names, whoever wrote them; and those that the others hang on.
 _WEIGHTS = re.compile(
@@ -45,16 +46,18 @@ _WEIGHTS = re.compile(
 _MAIN = (weights.SAFETENSORS_INDEX, weights.SAFETENSORS, weights.PICKLE_INDEX, weights.PICKLE)
 
 M = TypeVar("M", bound="PretrainedMixin")
+Writer = Callable[[Path], None]
 
 
 class PretrainedMixin(nn.Module):
     """``from_pretrained`` and ``save_pretrained`` for the model classes."""
 
     config: ImageGPTConfig
-    # Weights that from_pretrained did not find and made up, as it warned: a head. () for any other model.
+    # Weights that from_pretrained made up, as it warned: of a head that the files lack, or of another size than theirs.
     newly_initialized: tuple[str, ...] = ()
-    # Of the file, what it had no place for.
+    # Of the files, what it had no place for; names and sizes, theirs and the model's, of what did not fit.
     _dropped: tuple[str, ...] = ()
+    _mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
     # What from_pretrained was given; "" for a model made from a configuration.
     name_or_path: str = ""
     # Of a generation_config.json, which is transformers'.
@@ -103,7 +106,8 @@ class PretrainedMixin(nn.Module):
             revision, cache_dir, local_files_only, token, subfolder: As in
                 ``huggingface_hub.hf_hub_download``.
             strict: Refuse tensors that the model does not know; ``False`` warns.
-            ignore_mismatched_sizes: Newly initialise a head of another size, with a warning.
+            ignore_mismatched_sizes: Newly initialise weights of another size than the configuration's, with a warning
+                that names them; ``model.newly_initialized`` has them.
             use_safetensors: ``True`` only safetensors, ``False`` only ``.bin``, ``None`` either.
             torch_dtype: Older name of ``dtype``.
             low_cpu_mem_usage: Accepted for transformers' sake; a load never takes more than it must.
@@ -137,17 +141,24 @@ class PretrainedMixin(nn.Module):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
-        where: dict[str, Any] = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "token": token,
-            "subfolder": subfolder,
-        }
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        where |= {"token": token, "subfolder": subfolder}
         config = _load_config(name_or_path, config, config_overrides, where)
         stored = weights.open_weights(name_or_path, use_safetensors=use_safetensors, **where)
-        model = _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        tensors = plain_names(stored)
+        _check_trunk(tensors, config, stored.source, ignore_mismatched_sizes)
+        wanted = wanted or _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype")
+        wanted = wanted or cast(torch.dtype, tensors["wte.weight"].dtype)  # the token embedding: every checkpoint's
+        with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
+            model = cls(config)
+        state, new = _state_dict(model, tensors, stored.source, wanted, device, strict, ignore_mismatched_sizes)
+        model.load_state_dict(state, strict=False, assign=True)
+        if left := [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]:
+            raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
+        model.newly_initialized = new
+        config.extra["dtype"] = dtype_name(wanted)
         model.name_or_path = os.fspath(name_or_path)
+        model.eval()
         generation = files.find_file(name_or_path, GENERATION, required=False, **where)
         model._generation_file = None if generation is None else files.read_json(generation)
         if device_map is not None:
@@ -188,8 +199,6 @@ class PretrainedMixin(nn.Module):
                 not the model's.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         if isinstance(max_shard_size, int) and max_shard_size < 1:
             raise ValueError(f"save_pretrained: max_shard_size must be positive, got {max_shard_size}")
@@ -200,49 +209,70 @@ class PretrainedMixin(nn.Module):
             return
         own = self.state_dict()
         if state_dict is None and any(value.is_meta for value in own.values()):  # accelerate keeps them elsewhere
-            state_dict = kin.library("accelerate.utils.modeling", "save_pretrained").get_state_dict_offloaded_model(
-                self
-            )
-        state = {
-            name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
-        }
-        if state.keys() != own.keys():
-            raise ValueError(
-                f"save_pretrained: state_dict differs from the model in {listed(state.keys() ^ own.keys())}"
-            )
+            modeling = kin.library("accelerate.utils.modeling", "save_pretrained")
+            state_dict = modeling.get_state_dict_offloaded_model(self)
+        given = own if state_dict is None else state_dict
+        state = {name: value.detach().contiguous() for name, value in given.items()}
+        if differing := state.keys() ^ own.keys():
+            raise ValueError(f"save_pretrained: state_dict differs from the model in {listed(differing)}")
         shapes = dict(trunk_shapes(self.config))
         for name, value in state.items():
             want = shapes.get(name.removeprefix(_PREFIX), value.shape)
             if value.shape != want:  # such as after hf.linear_layers
                 raise ValueError(f"save_pretrained: {name} is {tuple(value.shape)}, the configuration wants {want}")
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-        texts = {CONFIG: _config_text(self, dtype), **self._further_texts()}
+        texts = {CONFIG: config_text(self.config, type(self).__name__, dtype), **self._further_texts()}
         if split.is_sharded:
-            index = {
-                "metadata": {**split.metadata, "total_parameters": sum(value.numel() for value in state.values())},
-                "weight_map": split.tensor_to_filename,
-            }
+            total = sum(value.numel() for value in state.values())
+            metadata = {**split.metadata, "total_parameters": total}
+            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
             texts = {weights.SAFETENSORS_INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
-        names = [*split.filename_to_tensors, *texts]
-        before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
-        # The other layouts' main files, and an index of shards that are about to change.
-        outdated = [folder / name for name in _MAIN if name in before and name != weights.SAFETENSORS]
-        outdated += [folder / weights.SAFETENSORS] if split.is_sharded and weights.SAFETENSORS in before else []
-        with files.replacing_together([folder / name for name in names], outdated=outdated) as partials:
-            for name, partial in zip(names, partials, strict=True):
-                if name in texts:
-                    partial.write_text(texts[name], encoding="utf-8")
-                else:
-                    shard = {key: state[key] for key in split.filename_to_tensors[name]}
-                    try:
-                        save_file(shard, partial, metadata={"format": "pt"})
-                    except SafetensorError as error:  # a full disk, in the library's own class
-                        raise _os_error(error, partial) from error
-        for name in before - set(names):
-            (folder / name).unlink(missing_ok=True)
+
+        def shard(names: list[str]) -> Writer:
+            return partial(_save_file, {name: state[name] for name in names})
+
+        writers: dict[str, Writer] = {file: shard(names) for file, names in split.filename_to_tensors.items()}
+        write_folder(Path(directory), writers, texts)
+
+
+def _save_file(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in the library's own class
+        raise _os_error(error, path) from error
+
+
+def write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str, str]) -> None:
+    """Writes a model's files into a folder, all or none; the other weights that were in it are removed.
+
+    Args:
+        folder: Made if it does not exist.
+        writers: Files of weights, in transformers' names, and what writes them to the path that it is given.
+        texts: The other files, an index of several weights' among them, and what is in them.
+
+    Raises:
+        OSError: The folder or a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*writers, *texts]
+    before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
+    # The other layouts' main files, and an index of shards that are about to change; the file that is read first, last.
+    order = sorted(_MAIN, key=weights.SAFETENSORS.__eq__)
+    outdated = [
+        folder / name for name in order if name in before and (name != weights.SAFETENSORS or name not in names)
+    ]
+    with files.replacing_together([folder / name for name in names], outdated=outdated) as partials:
+        for name, path in zip(names, partials, strict=True):
+            if name in writers:
+                writers[name](path)
+            else:
+                path.write_text(texts[name], encoding="utf-8")
+    for name in before - set(names):
+        (folder / name).unlink(missing_ok=True)
 
     def _further_texts(self) -> dict[str, str]:
         """What else ``save_pretrained`` writes: names of files and their content."""
@@ -250,8 +280,14 @@ class PretrainedMixin(nn.Module):
 
     @property
     def _loading_info(self) -> dict[str, Any]:
-        new = set(self.newly_initialized)
-        return {"missing_keys": new, "unexpected_keys": set(self._dropped), "mismatched_keys": set(), "error_msgs": []}
+        sizes = set(self._mismatched)
+        new = set(self.newly_initialized) - {name for name, *_ in sizes}
+        return {
+            "missing_keys": new,
+            "unexpected_keys": set(self._dropped),
+            "mismatched_keys": sizes,
+            "error_msgs": [],
+        }
 
 
 def _os_error(error: Exception, path: Path) -> OSError:
@@ -260,13 +296,10 @@ def _os_error(error: Exception, path: Path) -> OSError:
     return OSError(number, os.strerror(number) if told else files.first_line(error), str(path))
 
 
-def _config_text(model: PretrainedMixin, dtype: torch.dtype) -> str:
-    config = model.config
-    extra = {**config.extra, "architectures": [type(model).__name__], "dtype": dtype_name(dtype)}
+def config_text(config: ImageGPTConfig, architecture: str, dtype: torch.dtype) -> str:
+    """The ``config.json`` of a model of the class of that name, its weights stored in ``dtype``."""
+    extra = {**config.extra, "architectures": [architecture], "dtype": dtype_name(dtype)}
     return dataclasses.replace(config, extra=extra).to_json_string()
-
-
-# --- configuration -----------------------------------------------------------------------------------------------
 
 
 def _load_config(
@@ -320,11 +353,13 @@ def _dispatch(model: Any, device_map: Any, max_memory: Any, folder: Any) -> None
 # --- names, shapes, values ---------------------------------------------------------------------------------------
 
 
-def _check_trunk(tensors: dict[str, StoredTensor], config: ImageGPTConfig, source: Path) -> None:
+def _check_trunk(
+    tensors: dict[str, StoredTensor], config: ImageGPTConfig, source: Path, ignore_mismatched_sizes: bool
+) -> None:
     missing: list[str] = []
     for name, shape in trunk_shapes(config):
         if name in tensors:
-            _check(name, tensors[name], shape)
+            _check(name, tensors[name], tensors[name].shape if ignore_mismatched_sizes else shape)
         else:
             missing.append(name)
             if len(missing) > 8:
@@ -345,13 +380,6 @@ def _check(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{tensor.file}: {name}: shape {shown(tensor.shape)}, the configuration wants {shape}")
 
 
-def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """That of the token embedding, which every checkpoint has."""
-    dtype = tensors["wte.weight"].dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 class Uninitialised(TorchFunctionMode):
     """Leaves random numbers out: on the meta device they load torch's compiler, 80 MB and a second."""
 
@@ -359,31 +387,6 @@ class Uninitialised(TorchFunctionMode):
         if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def _build(
-    cls: type[M],
-    config: ImageGPTConfig,
-    stored: StoredWeights,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    strict: bool,
-    ignore_mismatched_sizes: bool,
-) -> M:
-    tensors = plain_names(stored)
-    _check_trunk(tensors, config, stored.source)
-    if dtype is None:
-        dtype = _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype") or _stored_dtype(tensors)
-    with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
-        model = cls(config)
-    state, new = _state_dict(model, tensors, stored.source, dtype, device, strict, ignore_mismatched_sizes)
-    model.load_state_dict(state, strict=False, assign=True)
-    left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
-    if left:
-        raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
-    model.newly_initialized = new
-    config.extra["dtype"] = dtype_name(dtype)
-    return model.eval()
 
 
 def _state_dict(
@@ -401,32 +404,48 @@ def _state_dict(
         message = f"{source}: holds tensors that {type(model).__name__} does not know: {listed(unknown)}"
         if strict:
             raise ValueError(f"{message} (strict=False drops them)")
-        warnings.warn(f"{message}: dropped", stacklevel=5)
+        warnings.warn(f"{message}: dropped", stacklevel=4)
     model._dropped = tuple(sorted(tensors.keys() - wanted.keys()))
-    new = []
-    for plain, (_, shape) in wanted.items():
-        if plain in _HEADS and plain in tensors and ignore_mismatched_sizes and tensors[plain].shape != shape:
-            del tensors[plain]
-        if plain in tensors:
-            _check(plain, tensors[plain], shape)
-        else:
-            new.append(plain)
-    if missing := set(new) - set(_HEADS):
-        raise ValueError(f"{source}: lacks {listed(missing)}")
+    new, told = [], []
     limit = max(_MAX_NEW_ELEMENTS, sum(math.prod(tensor.shape) for tensor in tensors.values()))
+    for plain, (_, shape) in wanted.items():
+        if ignore_mismatched_sizes and plain in tensors and tensors[plain].shape != shape:
+            own = tensors.pop(plain).shape
+            told.append(f"{plain} is {shown(own)} and not {shape}")
+            model._mismatched += ((wanted[plain][0], own, shape),)
+            new.append(plain)
+        elif plain in tensors:
+            _check(plain, tensors[plain], shape)
+        elif plain in _HEADS:
+            new.append(plain)
+        else:
+            raise ValueError(f"{source}: lacks {plain}")
+    left = limit * (_MAX_GROWTH if told else 1)
     for plain in new:
-        if math.prod(wanted[plain][1]) > limit:
+        left -= math.prod(wanted[plain][1])
+        if left < 0:
             raise ValueError(f"{source}: lacks {plain}, and the configuration claims {wanted[plain][1]} for it")
-    if new:
-        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=5)
+    if told:
+        warnings.warn(f"{source}: {listed(told, 64)}: newly initialised; train before use", stacklevel=4)
+    if lacking := set(new) - {text.partition(" ")[0] for text in told}:
+        warnings.warn(f"{source}: lacks {listed(lacking)}: newly initialised; train it before use", stacklevel=4)
     state = {}
     for plain, (name, shape) in wanted.items():
         if plain in tensors:
             state[name] = _read(plain, tensors.pop(plain), dtype, device)
         else:
-            std = model.config.initializer_range
-            state[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
+            state[name] = _initial(plain, torch.empty(shape, dtype=dtype, device=device), model.config)
     return state, tuple(wanted[plain][0] for plain in new)
+
+
+def _initial(name: str, value: Tensor, config: ImageGPTConfig) -> Tensor:
+    """A weight as the model's ``init_weights`` makes it."""
+    if name.endswith(".bias"):
+        return value.zero_()
+    if re.search(r"\bln_[12f]\.weight", name):
+        return value.fill_(1.0)
+    residual = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+    return value.normal_(0.0, config.initializer_range / math.sqrt(residual))
 
 
 def _read(name: str, tensor: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Cache(Protocol):
@@ -23,22 +23,24 @@ class Cache(Protocol):
         ...
 
 
-@dataclass(eq=False)
 class DynamicCache:
     """Grows by concatenation; differentiable, and free when a single forward fills it.
+
+    No dataclass: FSDP copies those on their way into a module, and what a layer adds to the copy would be lost.
 
     Args:
         keys, values: Of each layer, (B, H, T, D). An iterator of (key, value) pairs in place of ``keys`` gives both:
             how ``DataParallel`` puts the caches of its replicas together.
     """
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.keys, Iterator):
-            pairs = list(self.keys)
-            self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
+    def __init__(
+        self, keys: list[Tensor] | Iterator[tuple[Tensor, Tensor]] | None = None, values: list[Tensor] | None = None
+    ) -> None:
+        if isinstance(keys, Iterator):
+            pairs = list(keys)
+            keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+        self.keys: list[Tensor] = [] if keys is None else keys
+        self.values: list[Tensor] = [] if values is None else values
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """See ``Cache.update``.
@@ -193,4 +195,14 @@ def register(kind: type) -> None:
         torch.export.register_dataclass(kind, serialized_type_name=f"igpt_fast.{kind.__name__}")
 
 
-register(DynamicCache)
+# As register_dataclass has it: the path of a tensor is that of the attribute, and no context.
+_pytree.register_pytree_node(
+    DynamicCache,
+    lambda cache: ([cache.keys, cache.values], None),
+    lambda lists, _: DynamicCache(*lists),
+    serialized_type_name="igpt_fast.DynamicCache",
+    flatten_with_keys_fn=lambda cache: (
+        [(_pytree.GetAttrKey(name), getattr(cache, name)) for name in ("keys", "values")],
+        None,
+    ),
+)

@@ -91,7 +91,7 @@ DECODERS: dict[str, str] = {
     " fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
     " n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place",
-    "reference": "for everything else: it calls the model, and with it whatever is around it",
+    "reference": "for everything else that is causal: it calls the model, and with it whatever is around it",
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {

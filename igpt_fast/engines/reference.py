@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from igpt_fast import backend
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.decoder import Decoder, cache_dtype, check_capacity, check_dtype, check_fork
-from igpt_fast.engines.network import Model, why_not_modules
+from igpt_fast.engines.decoder import Decoder, cache_dtype, check_dtype, check_fork
+from igpt_fast.engines.network import BIDIRECTIONAL, Model, whole, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -20,23 +19,14 @@ class ReferenceDecoder(Decoder):
 
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         """See ``Decoder.start``."""
-        config = model.config
-        check_capacity(capacity, config.n_positions)
         check_dtype(dtype)
-        if dtype is not None:
-            raise backend.BackendUnavailableError(f"decoder: it decodes in the model's dtype, not in {dtype!r}")
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self._forked, self._next = False, None
-        self._cache = StaticCache(
-            config.n_layer,
-            batch_size,
-            config.n_head,
-            capacity,
-            config.head_dim,
-            dtype=cache_dtype(model),
-            device=model.device,
-        )
+        reason = None if dtype is None else f"it decodes in the model's dtype, not in {dtype!r}"
+        if model.config.bidirectional:
+            reason = f"{BIDIRECTIONAL}; no position is done before the last one"
+        self._start(model, batch_size, capacity, dtype, reason)
+        config = model.config
+        shape = config.n_layer, batch_size, config.n_head, capacity, config.head_dim
+        self._cache = StaticCache(*shape, dtype=cache_dtype(model), device=model.device)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``. Where nothing stands in between, the head reads the last position alone."""
@@ -44,7 +34,8 @@ class ReferenceDecoder(Decoder):
         arguments = {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
         if tokens.shape[1] > 1 and why_not_modules(self.model) is None:
             return self.model.lm_head(self.model.transformer(tokens, **arguments).last_hidden_state[:, -1])
-        return self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
+        logits = self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
+        return whole(logits, self.model.lm_head)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""

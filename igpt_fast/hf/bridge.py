@@ -41,12 +41,14 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     Raises:
         ImportError: transformers is not installed.
         TypeError: Another model.
-        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers).
+        ValueError: The model has other parameters than its class (an adapter, say, or quantized layers), or its
+            attention is bidirectional, which transformers does not have.
     """
-    transformers = _transformers()
+    transformers = transformers_module("igpt_fast.hf.bridge")
     name = _class_name(model, _CLASSES, "to_transformers")
+    model.config.check_causal("to_transformers")
     config = transformers.ImageGPTConfig.from_dict(model.config.to_dict())
-    theirs = _twin(getattr(transformers, name), config, model, "to_transformers")
+    theirs = twin_of(getattr(transformers, name), config, model, "to_transformers")
     _fill_masks(theirs)
     if model.config.n_classes and theirs.can_generate():
         colours, sos = model.config.n_colours, model.config.sos_token_id
@@ -69,23 +71,26 @@ def from_transformers(model: nn.Module) -> Any:
         ValueError: The model has other parameters than its class, or a configuration that ours refuses: tied
             embeddings, cross-attention.
     """
-    transformers = _transformers()
+    transformers = transformers_module("igpt_fast.hf.bridge")
     theirs = tuple(getattr(transformers, cls.__name__) for cls in _CLASSES)
     name = _class_name(model, theirs, "from_transformers")
     config = ImageGPTConfig.of(model.config, "from_transformers")
     ours = next(cls for cls in _CLASSES if cls.__name__ == name)
-    return _twin(ours, config, model, "from_transformers")
+    return twin_of(ours, config, model, "from_transformers")
 
 
-def _transformers() -> Any:
+def transformers_module(caller: str) -> Any:
+    """transformers.
+
+    Raises:
+        ImportError: It is not installed.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise  # it is there, and lacks something itself
-        raise ImportError(
-            "igpt_fast.hf.bridge needs transformers: pip install 'igpt_fast[hf]'", name=error.name
-        ) from error
+        raise ImportError(f"{caller} needs transformers: pip install 'igpt_fast[hf]'", name=error.name) from error
     return transformers
 
 
@@ -94,31 +99,28 @@ def _class_name(model: object, classes: tuple[type, ...], caller: str) -> str:
     for cls in classes:
         if isinstance(model, cls):
             return cls.__name__
-    kind = type(model)
+    kind, where = type(model), classes[0].__module__.rpartition(".")[0]
     names = ", ".join(cls.__name__ for cls in classes)
-    raise TypeError(
-        f"{caller}: model is a {kind.__module__}.{kind.__qualname__};"
-        f" want one of {classes[0].__module__.rpartition('.')[0]}'s {names}"
-    )
+    raise TypeError(f"{caller}: model is a {kind.__module__}.{kind.__qualname__}; want one of {where}'s {names}")
 
 
-def _twin(cls: type[nn.Module], config: Any, model: Any, caller: str) -> Any:
-    """A ``cls`` on the parameters of ``model``, in its mode. Buffers of its own stay on the meta device."""
+def twin_of(cls: type[nn.Module], config: Any, model: Any, caller: str, same: bool = False) -> Any:
+    """A ``cls`` on the parameters of ``model``, in its mode; ``same``: the very objects, not others on their storage.
+    Buffers of its own stay on the meta device.
+    """
     config.dtype = model.dtype
     with torch.device("meta"), Uninitialised():
         twin = cls(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     wanted = {name: tuple(value.shape) for name, value in twin.named_parameters(remove_duplicate=False)}
-    if differing := sorted(
-        {name for name in parameters if wanted.get(name) != tuple(parameters[name].shape)}
-        | (wanted.keys() - parameters.keys())
-    ):
-        raise ValueError(
-            f"{caller}: {differing[0]} and {len(differing) - 1} more are not the parameters that the configuration says"
-        )
+    if differing := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
+        which = f"{differing[0]} and {len(differing) - 1} more"
+        raise ValueError(f"{caller}: {which} are not the parameters that the configuration says")
     for name, value in parameters.items():
         place, _, own = name.rpartition(".")
-        twin.get_submodule(place).register_parameter(own, nn.Parameter(value.detach(), value.requires_grad))
+        shared = value if same else nn.Parameter(value.detach(), value.requires_grad)
+        twin.get_submodule(place).register_parameter(own, shared)
     return twin.train(model.training)
 
 

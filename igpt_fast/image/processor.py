@@ -1,7 +1,4 @@
-"""``ImageGPTImageProcessor``: images to the tokens of a model and back, with transformers' arguments and JSON.
-
-Import these names from ``igpt_fast.image``.
-"""
+"""``ImageGPTImageProcessor``: images to the tokens of a model and back, with transformers' arguments and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +14,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast import files, ops
+from igpt_fast import files, keywords, kin, ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import shown
 from igpt_fast.image.clusters import dequantize, quantize
 from igpt_fast.image.reading import is_fractional, open_image, to_pil
-from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, checked, is_usual, settle
+from igpt_fast.image.settings import MAX_TOKENS, SETTINGS, SWITCHES, checked, is_usual, settle
 
 CONFIG_NAME = "preprocessor_config.json"
 
 
+@kin.stands_for("transformers.feature_extraction_utils", "BatchFeature")
 class BatchFeature(dict[str, Any]):
     """What a processor returns: a dictionary whose entries are attributes too."""
+
+    skip_tensor_conversion = None  # transformers' ``convert_to_tensors`` asks for it
+
+    @property
+    def data(self) -> BatchFeature:
+        """Itself; transformers' class keeps its entries there."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,7 +52,8 @@ class BatchFeature(dict[str, Any]):
         return self
 
 
-class ImageGPTImageProcessor:
+@kin.stands_for("transformers.image_processing_utils", "BaseImageProcessor")
+class ImageGPTImageProcessor(kin.Root):
     """Makes the tokens of images: to RGB, resize, scale to [-1, 1], nearest cluster.
 
     Images are 8-bit RGB from the start (see ``to_rgb``: other modes are converted, transparency is composited on
@@ -58,7 +63,8 @@ class ImageGPTImageProcessor:
     Args:
         clusters: (K, 3) floats in [-1, 1].
         extra: Other entries of a ``preprocessor_config.json``, kept to be written back.
-        settings: The rest, by keyword; ``None`` is the default.
+        settings: The rest, by keyword; ``None`` is the default, but for ``do_resize``, ``do_rescale``,
+            ``do_normalize`` and ``do_color_quantize``, which it turns off, as in transformers.
             do_resize (True), size, resample (2, bilinear): To ``{"height", "width"}``, default 32x32;
             ``{"shortest_edge"}``, with or without ``longest_edge``, or ``{"max_height", "max_width"}`` keep the
             aspect. An integer is the edge of a square (with ``default_to_square=False`` the shortest edge), a pair
@@ -85,10 +91,10 @@ class ImageGPTImageProcessor:
     size: dict[str, int]
 
     def __init__(self, clusters: Any = None, *, extra: dict[str, Any] | None = None, **settings: Any) -> None:
+        kin.meet()
         self.extra = dict(extra or {})
-        for name in self.extra:
-            if name in SETTINGS:
-                raise ValueError(f"extra: {name} is an argument of its own")
+        if own := [name for name in self.extra if name in SETTINGS]:
+            raise ValueError(f"extra: {own[0]} is an argument of its own")
         for name, value in settle({"clusters": clusters, **settings}, {}).items():
             object.__setattr__(self, name, value)
 
@@ -129,8 +135,8 @@ class ImageGPTImageProcessor:
         """Tokens, or pixel values, of images.
 
         Args:
-            images: An image as ``to_rgb`` takes it, or the path of a file; a list of them, of mixed kinds and sizes;
-                an array or tensor of four dimensions.
+            images: An image as ``to_rgb`` takes it, or the path of a file (no URL: nothing is downloaded here); a list
+                of them, of mixed kinds and sizes; an array or tensor of four dimensions.
             settings: Those of the constructor, for this call; ``None`` leaves the processor's own.
 
         Returns:
@@ -193,7 +199,7 @@ class ImageGPTImageProcessor:
         data: dict[str, Any] = dict(self.extra)
         for name in SETTINGS:
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name in SWITCHES:
                 data[name] = value.tolist() if isinstance(value, np.ndarray) else value
         return {**data, "image_processor_type": "ImageGPTImageProcessor"}
 
@@ -201,9 +207,37 @@ class ImageGPTImageProcessor:
         """``to_dict`` as indented JSON with sorted keys and a final newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Writes ``to_json_string`` to a file, whole or not at all."""
+        with files.replacing(json_file_path) as partial_path:
+            partial_path.write_text(self.to_json_string(), encoding="utf-8")
+
     @classmethod
-    def from_dict(cls, data: dict[str, Any], **settings: Any) -> ImageGPTImageProcessor:
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> ImageGPTImageProcessor:
+        """A processor of a file that is like a ``preprocessor_config.json``.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Unusable content; the message names the file.
+        """
+        return cls._of_file(json_file, files.read_json(json_file))
+
+    @classmethod
+    def _of_file(cls, path: str | os.PathLike[str], data: dict[str, Any]) -> ImageGPTImageProcessor:
+        try:
+            return cls.from_dict(data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a usable processor: {files.first_line(error)}") from error
+
+    @classmethod
+    @keywords.also_called(data="image_processor_dict")
+    def from_dict(cls, data: dict[str, Any], *, return_unused_kwargs: bool = False, **settings: Any) -> Any:
         """A processor of the content of a ``preprocessor_config.json``; unknown entries go to ``extra``.
+
+        Args:
+            data: The content.
+            return_unused_kwargs: Return a pair: the processor, and those of ``settings`` that it does not know.
+            settings: Those of the constructor, in place of the content's.
 
         Raises:
             TypeError, ValueError: As the constructor; or the entries are another processor's.
@@ -216,13 +250,23 @@ class ImageGPTImageProcessor:
         extra = {key: value for key, value in data.items() if key not in SETTINGS and key not in kinds}
         known = {key: value for key, value in data.items() if key in SETTINGS}
         square = extra.pop("default_to_square", None)
-        processor = cls(**known, default_to_square=square, extra=extra)
-        return cls(**{**processor._settings(), **settings}, extra=extra) if settings else processor
+        return cls(**known, default_to_square=square, extra=extra)._with(settings, return_unused_kwargs)
+
+    def _with(self, settings: dict[str, Any], return_unused_kwargs: bool) -> Any:
+        """The processor with some other settings; ``from_dict`` says what the flag does."""
+        unused = {}
+        if return_unused_kwargs:
+            known = {*SETTINGS, "default_to_square"}
+            unused = {name: value for name, value in settings.items() if name not in known}
+            settings = {name: value for name, value in settings.items() if name in known}
+        processor = type(self)(**{**self._settings(), **settings}, extra=self.extra) if settings else self
+        return (processor, unused) if return_unused_kwargs else processor
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SETTINGS}
 
     @classmethod
+    @keywords.also_called(name_or_dir="pretrained_model_name_or_path")
     def from_pretrained(
         cls,
         name_or_dir: str | os.PathLike[str],
@@ -232,8 +276,9 @@ class ImageGPTImageProcessor:
         local_files_only: bool = False,
         token: str | bool | None = None,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **settings: Any,
-    ) -> ImageGPTImageProcessor:
+    ) -> Any:
         """Reads the ``preprocessor_config.json`` of a folder or of a repository of the hub.
 
         Where it names no size, the size is the square that the model's ``config.json`` beside it has positions for,
@@ -242,35 +287,36 @@ class ImageGPTImageProcessor:
         Args:
             name_or_dir: A folder or a hub name.
             revision, cache_dir, local_files_only, token, subfolder: As in ``huggingface_hub.hf_hub_download``.
-            settings: Those of the constructor, in place of the file's.
+            return_unused_kwargs: As in ``from_dict``.
+            settings: Those of the constructor, in place of the file's; and what transformers' ``from_pretrained``
+                takes, where it asks for nothing (``trust_remote_code=False``).
 
         Raises:
             FileNotFoundError: No such folder, repository or file.
             TypeError: An unknown argument.
-            ValueError: Unusable content; the message names the file.
+            ValueError: Unusable content; the message names the file. Or an argument asks for what is not offered;
+                the message says what to do instead.
         """
-        find = partial(
-            files.find_file,
-            name_or_dir,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-        path = find(CONFIG_NAME)
+        of_pipeline = settings.get("_from_pipeline") is not None  # which hands on the keywords of its model as well
+        settings = keywords.without_neutral("from_pretrained", settings)
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        where |= {"token": token, "subfolder": subfolder}
+        path = files.find_file(name_or_dir, CONFIG_NAME, **where)
         assert path is not None
         data = files.read_json(path)
-        if data.get("size") is None and (config := find("config.json", required=False)) is not None:
-            data["size"] = _side(config)
-        try:
-            processor = cls.from_dict(data)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a usable processor: {files.first_line(error)}") from error
-        return cls(**{**processor._settings(), **settings}, extra=processor.extra) if settings else processor
+        if data.get("size") is None:
+            config = files.find_file(name_or_dir, "config.json", required=False, **where)
+            data["size"] = None if config is None else _side(config)
+        found = cls._of_file(path, data)._with(settings, return_unused_kwargs or of_pipeline)
+        return found[0] if of_pipeline and not return_unused_kwargs else found
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> list[str]:
+    @keywords.also_called(directory="save_directory")
+    def save_pretrained(self, directory: str | os.PathLike[str], **neutral: Any) -> list[str]:
         """Writes ``preprocessor_config.json`` into a folder, made if need be, whole or not at all.
+
+        Args:
+            directory: The folder.
+            neutral: What transformers takes, where it asks for nothing (``push_to_hub=False``).
 
         Returns:
             The path of the file, in a list.
@@ -278,16 +324,21 @@ class ImageGPTImageProcessor:
         Raises:
             NotADirectoryError: ``directory`` is a file.
             OSError: It cannot be made or written to.
+            TypeError, ValueError: An unknown argument, or one that asks for what is not offered.
         """
+        neutral.pop("max_shard_size", None)  # of models; transformers' push_to_hub has it for all
+        keywords.refuse("save_pretrained", keywords.without_neutral("save_pretrained", neutral))
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory}: is not a folder")
-        text = self.to_json_string()
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / CONFIG_NAME
-        with files.replacing(path) as partial_path:
-            partial_path.write_text(text, encoding="utf-8")
-        return [str(path)]
+        self.to_json_file(directory / CONFIG_NAME)
+        return [str(directory / CONFIG_NAME)]
+
+
+# As transformers has them: defaults are attributes of the class, and instances have their own.
+for _name, (_default, _) in SETTINGS.items():
+    setattr(ImageGPTImageProcessor, _name, _default)
 
 
 def _side(config_path: Path) -> int:
@@ -297,9 +348,6 @@ def _side(config_path: Path) -> int:
     if side * side != positions:
         raise ValueError(f"{config_path}: n_positions {positions} is not a square; give size in {CONFIG_NAME}")
     return side
-
-
-# ---- images
 
 
 def _flatten(images: Any, depth: int = 0) -> Iterator[Any]:
@@ -314,9 +362,8 @@ def _flatten(images: Any, depth: int = 0) -> Iterator[Any]:
     elif isinstance(images, Image.Image | np.ndarray | Tensor):
         yield images
     else:
-        raise TypeError(
-            f"preprocess: images holds a {type(images).__name__}; want PIL images, arrays, tensors or paths"
-        )
+        kind = type(images).__name__
+        raise TypeError(f"preprocess: images holds a {kind}; want PIL images, arrays, tensors or paths")
 
 
 def _sized(picture: Image.Image, given: dict[str, Any]) -> np.ndarray:
@@ -356,9 +403,6 @@ def _target(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
     if new[0] * new[1] > MAX_TOKENS:
         raise ValueError(f"size {size} makes {new[0]}x{new[1]} pixels of {width}x{height}; too many")
     return new
-
-
-# ---- values
 
 
 def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarray:

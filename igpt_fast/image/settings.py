@@ -21,26 +21,20 @@ from igpt_fast.image.reading import CHANNELS_FIRST, CHANNELS_LAST
 
 MAX_TOKENS = 1 << 24  # pixels of one processed image; as n_positions of ImageGPTConfig
 
-_SIZE_KEYS = (
-    {"height", "width"},
-    {"shortest_edge"},
-    {"shortest_edge", "longest_edge"},
-    {"max_height", "max_width"},
-)
+_SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
 def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """All settings, checked: those given, else the processor's own, else the defaults."""
     square = _flag("default_to_square", settings.pop("default_to_square", None), True)
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
+    if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f"ImageGPTImageProcessor: unknown argument {shown(unknown[0])}; it takes {', '.join(SETTINGS)}")
     result = {}
     for name in SETTINGS:
-        value = settings.get(name)
+        value = settings.get(name, SETTINGS[name][0])
         if name == "size" and isinstance(value, int) and not isinstance(value, bool) and not square:
             value = {"shortest_edge": value}
-        result[name] = own[name] if value is None and name in own else checked(name, value)
+        result[name] = own[name] if settings.get(name) is None and name in own else checked(name, value)
     if result["do_center_crop"] and (result["crop_size"] is None or "height" not in result["crop_size"]):
         raise ValueError(f"ImageGPTImageProcessor: do_center_crop needs a crop_size, got {result['crop_size']!r}")
     if result["clusters"] is not None and result["do_rescale"] and is_usual(result["rescale_factor"], result):
@@ -51,13 +45,13 @@ def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def is_usual(unit: float, given: dict[str, Any]) -> bool:
     """Whether a colour v becomes v / 127.5 - 1, so that the uint8 quantizer serves."""
     centred = all(np.all(np.asarray(given[name]) == 0.5) for name in ("image_mean", "image_std"))
-    return given["do_normalize"] and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
+    return bool(given["do_normalize"]) and centred and math.isclose(unit, 1 / 255, rel_tol=1e-6)
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of a setting, tidied; its default for ``None``."""
+    """The value of a setting, tidied; its default for ``None``, which stays only where it means no."""
     default, check = SETTINGS[name]
-    value = default if value is None else value
+    value = default if value is None and name not in SWITCHES else value
     return None if value is None else check(name, value)
 
 
@@ -114,10 +108,6 @@ def _deviation(name: str, value: Any) -> float | list[float]:
     return value
 
 
-def _resample(name: str, value: Any) -> int:
-    return _whole(name, value, most=5, least=0)
-
-
 def _choice(name: str, value: Any, *, choices: tuple[Any, ...]) -> Any:
     value = getattr(value, "value", value)  # transformers' enumerations
     if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
@@ -136,13 +126,12 @@ def _palette(name: str, value: Any) -> np.ndarray:
     return check_clusters(value, usual=False)  # which range is right depends on the scaling: see settle
 
 
-_Check = Callable[[str, Any], Any]
-SETTINGS: dict[str, tuple[Any, _Check]] = {
+SETTINGS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "clusters": (None, _palette),
     "do_color_quantize": (True, _flag),
     "do_resize": (True, _flag),
     "size": ({"height": 32, "width": 32}, _size),
-    "resample": (2, _resample),
+    "resample": (2, partial(_whole, most=5, least=0)),
     "do_rescale": (True, _flag),
     "rescale_factor": (1 / 255, _number),
     "do_normalize": (True, _flag),
@@ -160,3 +149,5 @@ SETTINGS: dict[str, tuple[Any, _Check]] = {
     "disable_grouping": (None, _flag),
     "image_seq_length": (None, _whole),
 }
+# Steps that are taken unless it is said otherwise; None says so too, as in transformers.
+SWITCHES = frozenset(name for name, (default, _) in SETTINGS.items() if default is True)

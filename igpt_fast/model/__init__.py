@@ -2,7 +2,7 @@
 
 ``imagegpt``: the three models. ``layers``: what they are made of. ``outputs``: what they return. ``trainable``: what
 trainers call. ``generate``: transformers' ``generate`` on top of ``sampling``; ``settings``: what it is asked for.
-May use: ops, checkpoint, engines (which run it fast), sampling, and the ground.
+May use: reference, ops, checkpoint, engines (which run it fast), sampling, and the ground.
 """
 
 from igpt_fast.model.imagegpt import (

@@ -100,6 +100,13 @@ class GenerationMixin(GenerationSettings):
 
         Source: transformers ``GenerationMixin.generate``.
         """
+        model = cast(Model, self)
+        model.config.check_causal("generate")
+        if model.transformer.wte.weight.ndim != 2:
+            raise RuntimeError(
+                "generate: the weights are in pieces, which FullyShardedDataParallel gathers only where it is called"
+                " itself; generate inside FullyShardedDataParallel.summon_full_params(model, recurse=False)"
+            )
         asked: dict[str, Any] = {
             "attention_mask": attention_mask,
             "use_cache": use_cache,
@@ -116,18 +123,20 @@ class GenerationMixin(GenerationSettings):
         }
         asked = {name: value for name, value in asked.items() if value is not None}
         only_here: dict[str, Any] = {"seed": seed, "generator": generator, "callback": callback, "dtype": dtype}
-        context = _one_input(input_ids, inputs)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("generate: give input_ids or inputs, which are the same, not both")
+        context = inputs if input_ids is None else input_ids
         stored = {**self._generation_settings(), **({} if generation_config is None else set_in(generation_config))}
         if "max_length" in asked or "max_new_tokens" in asked:
             stored = {name: value for name, value in stored.items() if name not in ("max_length", "max_new_tokens")}
         if not {**stored, **asked}.get("do_sample"):
             stored = {name: value for name, value in stored.items() if name not in _OF_DRAWING}
         settings = {**stored, **asked, **theirs}
-        if beyond := _beyond(cast(Model, self), settings):
+        if beyond := _beyond(model, settings):
             arguments = {**asked, **theirs}
             return self._generate_as_transformers(beyond, context, generation_config, settings, arguments, only_here)
         ours = {name: value for name, value in settings.items() if name in _OURS - {"attention_mask", "use_cache"}}
-        return _generate(cast(Model, self), context, **ours, **only_here)
+        return _generate(model, context, **ours, **only_here)
 
     def _generate_as_transformers(
         self,
@@ -267,10 +276,8 @@ def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model)
         return Guidance(scale, without)
     without = _check_context("negative_prompt_ids", negative, model)
     if without.shape not in (context.shape, (1, context.shape[1])):
-        raise ValueError(
-            f"generate: negative_prompt_ids has shape {tuple(without.shape)}, input_ids {tuple(context.shape)};"
-            " want one shape, or one row"
-        )
+        shapes = f"{tuple(without.shape)}, input_ids {tuple(context.shape)}"
+        raise ValueError(f"generate: negative_prompt_ids has shape {shapes}; want one shape, or one row")
     return Guidance(scale, without.expand_as(context))
 
 
@@ -303,22 +310,19 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
     elif max_length is None:
         max_length = n_positions + 1
     if max_length > n_positions + 1:
-        raise ValueError(
-            f"generate: a length of {max_length} tokens exceeds {n_positions + 1}, SOS and the model's n_positions"
-        )
+        most = f"{n_positions + 1}, SOS and the model's n_positions"
+        raise ValueError(f"generate: a length of {max_length} tokens exceeds {most}")
     if max_length <= given:
         raise ValueError(f"generate: {given} tokens are given, which leaves none of a length of {max_length} to draw")
     return int(max_length) - given
 
 
-def _uniforms(
-    batch: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    """(B, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
+def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(n, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
     if seed is not None and generator is not None:
         raise ValueError("generate: give seed or generator, not both")
     if generator is not None:
-        return torch.rand(batch, steps, generator=generator, device=generator.device).to(device)
+        return torch.rand(n, steps, generator=generator, device=generator.device).to(device)
     if seed is not None:
-        return stream_uniforms(seed, torch.arange(batch), 0, steps, device)
-    return torch.zeros(batch, steps, device=device)
+        return stream_uniforms(seed, torch.arange(n), 0, steps, device)
+    return torch.zeros(n, steps, device=device)

@@ -6,15 +6,16 @@ import functools
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt_fast import backend, kin, ops
+from igpt_fast import backend, kin, ops, reference
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.encoder_cache import encoder_states, keep_encoder_states
 from igpt_fast.engines.network import plain
-from igpt_fast.ops.dispatch import autocast_dtype
+from igpt_fast.ops.dispatch import LEAST_SCALE, autocast_dtype
 
 
 @plain
@@ -61,7 +62,7 @@ class Conv1D(nn.Module):
 
 @plain
 class ImageGPTAttention(nn.Module):
-    """Causal self-attention with packed query, key and value projections; or cross-attention, which is not causal."""
+    """Self-attention, causal or bidirectional, with packed projections; or cross-attention over an encoder's states."""
 
     def __init__(self, config: ImageGPTConfig, is_cross_attention: bool = False, layer_idx: int = 0) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class ImageGPTAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
         self.upcast = config.reorder_and_upcast_attn
+        self.bidirectional = config.bidirectional
         self.c_attn = Conv1D((2 if is_cross_attention else 3) * config.n_embd, config.n_embd)
         if is_cross_attention:
             self.q_attn = Conv1D(config.n_embd, config.n_embd)
@@ -89,6 +91,7 @@ class ImageGPTAttention(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
+        past: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, n_embd), and the softmax, (B, H, T, T_k), where ``output_attentions`` asks for it.
 
@@ -101,6 +104,8 @@ class ImageGPTAttention(nn.Module):
             encoder_attention_mask: As ``attention_mask``, of the S positions.
             use_cache: For transformers' sake; ``layer_past`` says it.
             output_attentions: Return the softmax, after dropout.
+            past: Positions before these ones, which the cache says where it is ``None``; a block that runs again for
+                the backward finds its own positions in the cache.
         """
         if encoder_hidden_states is not None or self.is_cross_attention:
             return self._cross(hidden_states, layer_past, encoder_hidden_states, encoder_attention_mask)
@@ -108,7 +113,7 @@ class ImageGPTAttention(nn.Module):
         qkv = self.c_attn(hidden_states).view(b, t, 3, self.n_head, d // self.n_head)  # (B, T, 3, H, D)
         dropout_p = getattr(self.attn_dropout, "p", 0.0) if self.attn_dropout.training else 0.0
         written_out = _is_watched(self.attn_dropout) or (attention_mask is not None and attention_mask.ndim == 4)
-        if layer_past is None and not output_attentions and not written_out:
+        if layer_past is None and not (output_attentions or written_out or self.bidirectional):
             packed = ops.causal_attention_packed(
                 qkv, self.scale, attention_mask, dropout_p, self.upcast
             )  # (B, T, H, D)
@@ -117,8 +122,9 @@ class ImageGPTAttention(nn.Module):
         weights: Tensor | None
         if layer_past is not None:
             cache = getattr(layer_past, "self_attention_cache", layer_past)
-            past = int(cache.get_seq_length(self.layer_idx))
-            k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
+            past = int(cache.get_seq_length(self.layer_idx)) if past is None else past
+            if not _recomputed(cache, past, self.layer_idx):
+                k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             if k.shape[2] != past + t:
                 # transformers' StaticCache hands out its whole buffer, unwritten positions included.
                 raise ValueError(
@@ -126,11 +132,10 @@ class ImageGPTAttention(nn.Module):
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
         if written_out:
-            out, weights = self._written_out(q, k, v, attention_mask, causal=True)
+            out, weights = self._written_out(q, k, v, attention_mask, causal=not self.bidirectional)
         else:  # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
-            out, weights = ops.causal_attention(
-                q, k, v, self.scale, attention_mask, dropout_p, self.upcast, output_attentions
-            )
+            attend = _full_attention if self.bidirectional else ops.causal_attention
+            out, weights = attend(q, k, v, self.scale, attention_mask, dropout_p, self.upcast, output_attentions)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights
 
@@ -179,6 +184,42 @@ def _is_watched(module: nn.Module) -> bool:
     return type(module) not in (nn.Dropout, nn.Identity) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def _full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    upcast: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``ops.causal_attention`` without the causal mask: by torch's attention, or the definition where that has none."""
+    if need_weights or upcast or not scale >= LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
+        out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+        return out, weights if need_weights else None
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale), None  # (B, H, T, D)
+    k, v = reference.mask_keys(k, v, key_mask)
+    some = key_mask.any(dim=-1)[:, None, None, None]  # of none torch's makes NaN
+    visible = key_mask[:, None, None, :] | ~some  # (B, 1, 1, T_k)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
+    return out.masked_fill(~some, 0.0), None
+
+
+def _recomputed(cache: Cache, past: int, layer_idx: int) -> bool:
+    """Whether the cache has a layer's new positions already: its block runs again, for the backward.
+
+    Raises:
+        ValueError: There are positions before them as well, which what the layer did first had from the cache.
+    """
+    if not torch.is_grad_enabled() or cache.get_seq_length(layer_idx) <= past:
+        return False
+    if past > 0:
+        raise ValueError("past_key_values cannot be combined with blocks that are recomputed in the backward")
+    return True
+
+
 @plain
 class ImageGPTMLP(nn.Module):
     """Linear, activation, linear."""
@@ -223,6 +264,7 @@ class ImageGPTBlock(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
+        past: int | None = None,
     ) -> tuple[Tensor | None, ...]:
         """(B, T, n_embd), the softmax of the attention or ``None``, and that of the cross-attention where there is one.
 
@@ -230,7 +272,7 @@ class ImageGPTBlock(nn.Module):
         """
         arguments = (
             *(hidden_states, layer_past, attention_mask, encoder_hidden_states, encoder_attention_mask),
-            output_attentions,
+            *(output_attentions, past),
         )
         if self.gradient_checkpointing and self.training:
             # A compiled function keeps its choice by itself.
@@ -246,10 +288,13 @@ class ImageGPTBlock(nn.Module):
         encoder_hidden_states: Tensor | None,
         encoder_attention_mask: Tensor | None,
         output_attentions: bool,
+        past: int | None,
     ) -> tuple[Tensor | None, ...]:
         x, dtype = hidden_states, autocast_dtype(hidden_states)  # as the linear layers would convert it
         normed = self.ln_1(x, dtype=dtype)  # (B, T, n_embd)
-        attended, weights = self.attn(normed, layer_past, attention_mask, output_attentions=output_attentions)
+        attended, weights = self.attn(
+            normed, layer_past, attention_mask, output_attentions=output_attentions, past=past
+        )
         across: tuple[Tensor, ...] = ()
         if encoder_hidden_states is not None:
             if "crossattention" not in self._modules:

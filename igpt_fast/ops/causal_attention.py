@@ -92,9 +92,14 @@ def causal_attention(
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
     # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
     # dropped, cuDNN's, an error.
-    if not scale >= dispatch.LEAST_SCALE or q.numel() == 0 or dropout_p == 1.0:
+    one_derivative = scale >= dispatch.LEAST_SCALE and q.numel() != 0 and dropout_p < 1.0
+    if not one_derivative or dispatch.derivatives_of_transforms(q, k, v):
         return reference.causal_attention(q, k, v, scale, key_mask, dropout_p)[0], None
-    return _torch_attention(q, k, v, scale, key_mask, dropout_p), None
+    out = _torch_attention(q, k, v, scale, key_mask, dropout_p)
+    # Compiled functions have no second derivative, and the dropped weights are nobody's but torch's.
+    if out.requires_grad and dropout_p == 0.0 and dispatch.eager():
+        out = _Twice.apply(out, q, k, v, key_mask, scale)
+    return out, None
 
 
 def causal_attention_packed(
@@ -141,13 +146,44 @@ def _torch_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float
 ) -> Tensor:
     t_q, t_k = q.shape[-2], k.shape[-2]
-    if key_mask is None and (t_q == t_k or t_q == 1):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=bool(t_q == t_k), scale=scale)
+    # A branch each: compiled for lengths of any size, a comparison is a bool to an ``if`` alone.
+    if key_mask is None and t_q == t_k:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
+    if key_mask is None and t_q == 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     k, v = reference.mask_keys(k, v, key_mask)
     visible = reference.visible_keys(t_q, t_k, key_mask, q.device)
     some = visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some, dropout_p=dropout_p, scale=scale)
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
+
+
+class _Twice(torch.autograd.Function):
+    """The output of torch's attention, which can be differentiated once, with the definition's second derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, key_mask)
+        return out.detach()  # no view, which could not be written to
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return dout, *[None] * 5
+        *tensors, key_mask = ctx.saved_tensors
+        return None, *_definition_s_gradients(tuple(tensors), dout, key_mask, None, ctx.scale), None, None
+
+
+def _definition_s_gradients(
+    tensors: tuple[Tensor, ...], dout: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
+) -> list[Tensor | None]:
+    def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.causal_attention(q, k, v, scale, key_mask, starts=starts)[0]
+
+    return dispatch.differentiate(defined, tensors, dout)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -342,11 +378,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
         return (None,) * 6
     *tensors, out, lse, key_mask, starts = ctx.saved_tensors
     if torch.is_grad_enabled():
-
-        def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return reference.causal_attention(q, k, v, ctx.scale, key_mask, starts=starts)[0]
-
-        return *dispatch.differentiate(defined, tuple(tensors), dout), None, None, None
+        return *_definition_s_gradients(tuple(tensors), dout, key_mask, starts, ctx.scale), None, None, None
     gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
     return *gradients, None, None, None
 
@@ -366,27 +398,74 @@ def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor
     return dqkv, None, None, None
 
 
+def _check_scores(op: str, x: Tensor, rank: int, t_k: int, *masks_and_scale: Any) -> None:
+    """What forward and backward ask of the queries, or all three, of the masks and the scale."""
+    key_mask, starts, scale = masks_and_scale
+    kind = dispatch.native_kind(x)
+    covered = x.dtype == torch.bfloat16 or (kind == "cuda" and x.dtype == torch.float16)
+    covered = covered and x.ndim == rank and x.shape[-1] in dispatch.HEAD_DIMS
+    dispatch.check_covered(op, covered and dispatch.LEAST_SCALE <= scale < math.inf, x)
+    _check_masks(op, x, t_k, key_mask, starts)
+
+
+def _check_launch(q: Tensor, k: Tensor, v: Tensor, *masks_and_scale: Any) -> None:
+    op, t_k = "causal_attention", k.shape[2] if k.ndim == 4 else 0
+    _check_scores(op, q, 4, t_k, *masks_and_scale)
+    b, h, t_q, d = q.shape
+    dispatch.check_operand(op, "k", k, q, q.dtype, (b, h, max(t_k, t_q), d))
+    dispatch.check_operand(op, "v", v, q, q.dtype, k.shape)
+
+
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any
+) -> None:
+    _check_launch(q, k, v, *masks_and_scale)
+    op = "causal_attention_bwd"
+    dispatch.check_operand(op, "dout", dout, q, q.dtype, q.shape)
+    dispatch.check_operand(op, "out", out, q, q.dtype, q.shape)
+    dispatch.check_operand(op, "lse", lse, q, torch.float32, q.shape[:3])
+
+
+def _check_packed(qkv: Tensor, *masks_and_scale: Any) -> None:
+    op, t = "causal_attention_packed", qkv.shape[1] if qkv.ndim == 5 else 0
+    _check_scores(op, qkv, 5, t, *masks_and_scale)
+    if qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; want (B, T, 3, H, D)")
+
+
+def _check_packed_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *masks_and_scale: Any) -> None:
+    _check_packed(qkv, *masks_and_scale)
+    op, (b, t, _, h, d) = "causal_attention_packed_bwd", qkv.shape
+    dispatch.check_operand(op, "dout", dout, qkv, qkv.dtype, (b, t, h, d))
+    dispatch.check_operand(op, "out", out, qkv, qkv.dtype, (b, t, h, d))
+    dispatch.check_operand(op, "lse", lse, qkv, torch.float32, (b, h, t))
+
+
 dispatch.register(
     "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention,
     _fake_causal_attention,
     backward=(_save, _differentiate),
+    check=_check_launch,
 )
 dispatch.register(
     "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
     "Tensor? starts, float scale) -> (Tensor, Tensor, Tensor)",
     _causal_attention_bwd,
     _fake_causal_attention_bwd,
+    check=_check_backward,
 )
 dispatch.register(
     "causal_attention_packed(Tensor qkv, Tensor? key_mask, Tensor? starts, float scale) -> (Tensor, Tensor)",
     _causal_attention_packed,
     _fake_causal_attention_packed,
     backward=(_save, _differentiate_packed),
+    check=_check_packed,
 )
 dispatch.register(
     "causal_attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? starts, "
     "float scale) -> Tensor",
     _causal_attention_packed_bwd,
     _fake_causal_attention_packed_bwd,
+    check=_check_packed_backward,
 )

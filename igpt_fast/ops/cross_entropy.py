@@ -18,6 +18,7 @@ OPS["cross_entropy"] = Op(
     least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
 )
 
+_TWO = torch.Size((2,))  # numbers a row that the forward keeps
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -50,8 +51,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
         return reference.cross_entropy(logits, labels, ignore_index, reduction)
     if dispatch.is_plain(logits, labels):
         return _forward(logits, labels, ignore_index, reduction)[0]
-    loss: Tensor = torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
-    return loss
+    return torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
@@ -116,22 +116,30 @@ def _backward(
     """Launches the backward: the gradient of logits. ``count`` divides it, where the loss was a mean."""
     kernels = dispatch.native_kernels("cross_entropy", logits)
     dloss, logits, labels = dispatch.dense(dloss), dispatch.dense(logits), labels.contiguous()
+    statistics = dispatch.dense(statistics)
     dlogits = torch.empty_like(logits)
-    kernels.function("cross_entropy_bwd")(
-        dloss=dloss.data_ptr(),
-        logits=logits.data_ptr(),
-        labels=labels.data_ptr(),
-        statistics=statistics.data_ptr(),
-        count=dispatch.address(count),
-        dlogits=dlogits.data_ptr(),
-        rows=labels.numel(),
-        k=logits.shape[-1],
-        for_each=dloss.shape == labels.shape,
-        ignore_index=ignore_index,
-        dtype=dispatch.DTYPES[logits.dtype],
-        place=kernels.place,
-    )
+    tensors = {"dloss": dloss, "logits": logits, "labels": labels, "statistics": statistics, "count": count}
+    sizes = {"rows": labels.numel(), "k": logits.shape[-1], "dtype": dispatch.DTYPES[logits.dtype]}
+    settings = {"for_each": dloss.shape == labels.shape, "ignore_index": ignore_index}
+    kernels.launch("cross_entropy_bwd", tensors | {"dlogits": dlogits}, **sizes, **settings)
     return dlogits
+
+
+def _check_launch(logits: Tensor, labels: Tensor, *_: Any) -> None:
+    op = "cross_entropy"
+    covered = logits.ndim > 0 and logits.shape[-1] > 0
+    dispatch.check_covered(op, covered and _covered(dispatch.native_kind(logits), logits), logits)
+    dispatch.check_operand(op, "labels", labels, logits, torch.int64, logits.shape[:-1])
+
+
+def _check_backward(
+    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, _: int
+) -> None:
+    _check_launch(logits, labels)
+    op, shape = "cross_entropy_bwd", labels.shape
+    dispatch.check_operand(op, "dloss", dloss, logits, torch.float32, shape if dloss.ndim else ())
+    dispatch.check_operand(op, "statistics", statistics, logits, torch.float32, shape + _TWO)
+    dispatch.check_operand(op, "count", count, logits, torch.float32, (1,))
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,10 +147,6 @@ def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: 
     loss = logits.new_empty(labels.shape if each else (), dtype=torch.float32)
     count = logits.new_empty((0,) if each else (1,), dtype=torch.float32)
     return loss, count, logits.new_empty((*labels.shape, 2), dtype=torch.float32)
-
-
-def _fake_backward(_dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -170,10 +174,12 @@ dispatch.register(
     _forward,
     _fake_forward,
     backward=(_save, _differentiate),
+    check=_check_launch,
 )
 dispatch.register(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor statistics, Tensor? count, int ignore_index)"
     " -> Tensor",
     _backward,
-    _fake_backward,
+    lambda dloss, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    check=_check_backward,
 )

@@ -34,7 +34,12 @@ Function = Callable[..., Any]
 
 
 def register(
-    schema: str, implementation: Function, fake: Function, backward: tuple[Function, Function] | None = None
+    schema: str,
+    implementation: Function,
+    fake: Function,
+    backward: tuple[Function, Function] | None = None,
+    *,
+    check: Function,
 ) -> None:
     """Registers an op whose implementation launches a kernel.
 
@@ -43,11 +48,18 @@ def register(
         implementation: Called with tensors that have memory; it asks ``native_kernels`` whose.
         fake: Gives shapes, strides, dtypes and devices alone.
         backward: (setup_context, backward) as ``torch.library.register_autograd`` takes them.
+        check: Raises for arguments of ``implementation`` that no kernel takes, and that would have it read or write
+            where it may not: whoever calls ``torch.ops.igpt_fast.<name>`` comes past the public function's checks.
     """
+
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return implementation(*arguments)
+
     name = schema[: schema.index("(")]
     library.define(schema)
     for key in ("CPU", "CUDA"):
-        library.impl(name, implementation, key)
+        library.impl(name, checked, key)
     torch.library.register_fake(f"igpt_fast::{name}", fake, lib=library)
     if backward is not None:
         setup_context, formula = backward
@@ -57,6 +69,32 @@ def register(
 def _transforming() -> bool:
     """Whether torch.func or a forward-mode derivative looks at what runs now."""
     return _C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _derivatives() -> int | None:
+    """Levels of derivatives by torch.func that look at what runs now, forward-mode as two; ``None``: no transform."""
+    if not _transforming():
+        return None
+    levels = _C._functorch.get_interpreter_stack() or ()
+    grads = sum(level.key() == _C._functorch.TransformType.Grad for level in levels)
+    return grads + 2 * (torch.autograd.forward_ad._current_level >= 0)
+
+
+def derivatives_of_transforms(*tensors: Tensor) -> bool:
+    """Whether transforms may ask for more than a first backward of tensors, which is all that fused attention has.
+
+    What a transform has differentiated is differentiated again where another one, or autograd, looks at the result.
+    """
+    levels = _derivatives()
+    if levels is None or torch.compiler.is_compiling():
+        return bool(levels)
+    return levels > 1 or any(_unwrapped(tensor).requires_grad for tensor in tensors)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    while _C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _choice_when_traced(op: str, device: torch.device) -> str | None:
@@ -70,13 +108,38 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result does, which would load the compiler: 80 MB and seconds.
 _choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_derivatives._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _little_when_traced(op: str, tensor: Tensor) -> bool:
+    """A size that the graph leaves open may be any: the kernel serves it, and no guard asks for another graph."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a compiler has loaded it
+
+    return statically_known_true(tensor.numel() < backend.OPS[op].least_cpu)
+
+
+# From torch 2.7 on.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit.trace writes down what runs, for where this package is not.
+
+    They get the definitions: ops of torch's own, for every size.
+    """
+    return _is_exporting() or _C._get_tracing_state() is not None
+
+
+def eager() -> bool:
+    """Whether nothing compiles, exports or transforms what runs now."""
+    return not (torch.compiler.is_compiling() or exporting() or _transforming())
 
 
 def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     """Whose kernel of ``op`` shall serve the tensors, if it covers them: ``"cuda"``, ``"cpu"`` or ``None``.
 
-    None for transforms of torch.func, forward-mode derivatives, subclasses of Tensor and other layouts, and on the CPU
-    for little work: the reference serves those.
+    None for transforms of torch.func, forward-mode derivatives, exports, subclasses of Tensor and other layouts, and on
+    the CPU for little work: the reference serves those.
 
     Raises:
         BackendUnavailableError: The chosen backend does not serve the device.
@@ -84,9 +147,9 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     device = tensors[0].device
     if torch.compiler.is_compiling():
         kind = _choice_when_traced(op, device)
-        return None if kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu else kind
+        return None if kind is None or exporting() or (kind == "cpu" and _little_when_traced(op, tensors[0])) else kind
     chosen = backend.kernels(op, device)
-    if chosen is None or _transforming():
+    if chosen is None or _transforming() or exporting():
         return None
     if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
@@ -130,6 +193,31 @@ def differentiate(function: Function, inputs: tuple[Any, ...], *upstream: Tensor
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
     return gradients
+
+
+def native_kind(tensor: Tensor) -> str:
+    """Of the kernels that ``native_kernels`` gives, at a tenth of its time."""
+    return "cpu" if tensor.is_cpu and backend._emulated is None else "cuda"
+
+
+def check_covered(op: str, covered: bool, x: Tensor) -> None:
+    """Raises ValueError unless a registered op's kernel takes a tensor."""
+    if not covered:
+        raise ValueError(f"{op}: no kernel takes {x.dtype} of shape {tuple(x.shape)} as given; see igpt_fast.ops.{op}")
+
+
+def check_operand(
+    op: str, name: str, tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> None:
+    """Raises unless a registered op's further tensor, if it is there, is what a kernel takes it for, beside ``x``."""
+    if tensor is None:
+        return
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; want {dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; want {tuple(shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, others on {x.device}; want one device")
 
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)

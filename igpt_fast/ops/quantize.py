@@ -52,6 +52,8 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     _check_quantize(x, clusters)
     if dispatch.is_plain(x, clusters):
         return _quantize(x, clusters)
+    if dispatch.exporting():
+        return reference.quantize(x, clusters)
     return torch.ops.igpt_fast.quantize(x, clusters)
 
 
@@ -145,6 +147,17 @@ def _dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     return out
 
 
+def _check_dequantize(tokens: Tensor, clusters: Tensor) -> None:
+    covered = tokens.dtype in TOKEN_TYPES and clusters.ndim == 2 and clusters.shape[0] <= 8192
+    dispatch.check_covered("dequantize", covered, tokens)
+    dispatch.check_operand("dequantize", "clusters", clusters, tokens, torch.float32, (clusters.shape[0], 3))
+
+
+def _checked_quantize(x: Tensor, clusters: Tensor) -> Tensor:
+    _check_quantize(x, clusters)
+    return _quantize(x, clusters)
+
+
 def _fake_dequantize(tokens: Tensor, clusters: Tensor) -> Tensor:
     return tokens.new_empty((*tokens.shape, 3), dtype=torch.uint8)
 
@@ -169,9 +182,11 @@ def _vmap_quantize(
 
 dispatch.library.define("quantize(Tensor x, Tensor clusters) -> Tensor")
 for _key in ("CPU", "CUDA"):
-    dispatch.library.impl("quantize", _quantize, _key)
+    dispatch.library.impl("quantize", _checked_quantize, _key)
 torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=dispatch.library)
 torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=dispatch.library)
 torch.library.register_vmap("igpt_fast::quantize", _vmap_quantize, lib=dispatch.library)
 
-dispatch.register("dequantize(Tensor tokens, Tensor clusters) -> Tensor", _dequantize, _fake_dequantize)
+dispatch.register(
+    "dequantize(Tensor tokens, Tensor clusters) -> Tensor", _dequantize, _fake_dequantize, check=_check_dequantize
+)

@@ -245,6 +245,18 @@ def _sample_next(
     return tokens, embedding
 
 
+def _check_launch(logits: Tensor, uniform: Tensor, *_: Any) -> None:
+    dispatch.check_covered("sample", logits.ndim == 2 and _covered(logits), logits)
+    dispatch.check_operand("sample", "uniform", uniform, logits, torch.float32, logits.shape[:1])
+
+
+def _check_launch_next(logits: Tensor, _seed: int, streams: Tensor, position: Tensor, *others: Any) -> None:
+    *_, wte, wpe = others
+    _check_next(logits, 0, streams, position, wte, wpe)
+    covered = _covered(logits) and (wte is None or wte.dtype in dispatch.DTYPES)
+    dispatch.check_covered("sample_next", covered, logits)
+
+
 def _fake_sample(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
@@ -261,10 +273,12 @@ dispatch.register(
     "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p, float min_score) -> Tensor",
     _sample,
     _fake_sample,
+    check=_check_launch,
 )
 dispatch.register(
     "sample_next(Tensor logits, int seed, Tensor streams, Tensor position, float temperature, int top_k, float top_p,"
     " float min_score, Tensor? wte, Tensor? wpe) -> (Tensor, Tensor)",
     _sample_next,
     _fake_sample_next,
+    check=_check_launch_next,
 )

@@ -289,10 +289,23 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
         assert [row["batch"] for row in found["rows"]] == [1] * 5 + [3] * 5
         assert {row["name"] for row in found["rows"]} == {"transformers", "igpt_fast", "igpt_fast, reference"}
         assert all(row["images_s"] == row["batch"] / row["seconds"] > 0 for row in found["rows"])
+        found = run("bench_accelerate", tmp_path, monkeypatch, "--batch", "2")
+        assert [row["name"] for row in found["rows"]] == 2 * ["transformers", "accelerated", "igpt_fast"]
+        assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["of_ours"] > 0 for row in found["rows"])
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
     importlib.import_module("plot").main()
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_tokens_are_found(common: ModuleType, model: ImageGPTForCausalImageModeling) -> None:
+    accelerated = importlib.import_module("bench_accelerate")
+    drawn = model.generate(tokens(1)[:, :1], do_sample=False, max_length=12)
+    other = torch.cat([drawn[:, :-1], (drawn[:, -1:] + 1) % 32], dim=1)
+    for exact in (True, False):
+        accelerated.check({"transformers": drawn, "accelerated": drawn}, exact, model)
+        with pytest.raises(SystemExit, match="accelerated: other tokens"):
+            accelerated.check({"transformers": drawn, "accelerated": other}, exact, model)
 
 
 def test_the_picture_takes_the_best_dtype(common: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -204,10 +204,37 @@ def test_a_head_of_another_size(tmp_path: Path) -> None:
     tiny(ImageGPTForImageClassification).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.safetensors: score\.weight: shape \(3, 16\), .* wants \(7, 16\)"):
         ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=7)
-    with pytest.warns(UserWarning, match=r"score\.weight: newly"):
+    with pytest.warns(UserWarning, match=r"score\.weight is \(3, 16\) and not \(7, 16\): newly"):
         model = ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert model.score.weight.shape == (7, 16)
     assert model.newly_initialized == ("score.weight",)
+
+
+@pytest.mark.parametrize("fields", [{"n_positions": 5}, {"n_inner": 24}, {"vocab_size": 12}, {"n_embd": 32}])
+def test_other_sizes_are_made_anew(folder: Path, fields: dict[str, int]) -> None:
+    stored = load_file(folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="newly initialised") as caught:
+        model = ImageGPTForCausalImageModeling.from_pretrained(folder, ignore_mismatched_sizes=True, **fields)
+    new = [name for name, value in model.state_dict().items() if value.shape != stored[name].shape]
+    assert model.newly_initialized == tuple(new)
+    assert len(caught) == 1
+    assert all(name.removeprefix("transformer.") in str(caught[0].message) for name in new)
+    assert "transformer.wpe.weight" in new if "n_positions" in fields else new
+    std = model.config.initializer_range
+    for name, value in model.state_dict().items():
+        if name not in new:
+            assert torch.equal(value, stored[name]), name
+        elif name.endswith(".bias") or "ln_" in name:
+            assert torch.equal(value, torch.full_like(value, "ln_" in name)), name
+        else:
+            expected = std / 2 if name.endswith("c_proj.weight") else std  # sqrt(2 n_layer) is 2
+            assert 0.7 * expected < value.std() < 1.3 * expected, name
+
+
+def test_other_sizes_have_a_bound(folder: Path) -> None:
+    absurd = {"n_positions": 1 << 24, "n_embd": 1 << 24, "ignore_mismatched_sizes": True}
+    with pytest.raises(ValueError, match=r"lacks \w+\.weight, and the configuration claims"):
+        ImageGPTForCausalImageModeling.from_pretrained(folder, **absurd)
 
 
 @pytest.mark.parametrize("stored", DTYPES)

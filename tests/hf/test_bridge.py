@@ -202,11 +202,13 @@ import igpt_fast
 from igpt_fast import hf
 assert "transformers" not in sys.modules
 sys.modules["transformers"] = None
-for turn in (hf.to_transformers, hf.from_transformers):
+calls = [("bridge", call) for call in (hf.to_transformers, hf.from_transformers)]
+calls += [("accelerate", call) for call in (hf.accelerate, hf.restore, hf.accelerated)]
+for module, call in calls:
     try:
-        turn(None)
+        call(None)
     except ImportError as error:
-        assert str(error) == "igpt_fast.hf.bridge needs transformers: pip install 'igpt_fast[hf]'", error
+        assert str(error) == f"igpt_fast.hf.{module} needs transformers: pip install 'igpt_fast[hf]'", error
     else:
         raise AssertionError
 """

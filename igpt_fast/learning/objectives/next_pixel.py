@@ -15,6 +15,7 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
     ``labels``: (B,) int64, the classes that the images are known to be of, -1 for none; ``None``: none at all.
     """
     tokens, config = tokens.long(), model.config
+    config.check_causal("image_nats")
     begin = torch.full_like(tokens[:, 0], config.sos_token_id)
     if labels is not None:
         begin = torch.where(labels < 0, begin, config.n_colours + labels)

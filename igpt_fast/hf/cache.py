@@ -1,0 +1,104 @@
+"""What transformers' own ``generate`` is given for a cache where a decoder of ours reads the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from igpt_fast.engines.choice import keep, make_decoder
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.model import ImageGPTForCausalImageModeling
+
+# What an instance of DynamicCache has; whoever looks there wants keys and values.
+_PARTS = tuple(vars(DynamicCache()))
+
+
+class DecoderCache(DynamicCache):
+    """A ``DynamicCache`` whose keys and values lie in a decoder. Whatever asks for them (an update from outside, a
+    crop, another order of images, a copy, a pickle) makes an ordinary ``DynamicCache`` of it again, by a forward pass
+    over the tokens that it has read, with the weights as they are then.
+    """
+
+    _ordinary: dict[str, Any]  # what it had as a DynamicCache, empty
+    _decoder: Decoder
+    _tokens: list[Tensor]  # (B, T) each
+    _length: int
+
+    @classmethod
+    def take(cls, cache: DynamicCache, twin: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> None:
+        """Makes one of an empty ``DynamicCache``, the object itself.
+
+        Args:
+            cache: The object.
+            twin: What decodes: see ``model_twin``.
+            batch_size, capacity: As of ``Decoder``.
+        """
+        decoder = make_decoder(twin, batch_size, capacity)
+        parts = {name: cache.__dict__.pop(name) for name in _PARTS}
+        cache.__dict__.update(_ordinary=parts, _decoder=decoder, _tokens=[], _length=0)
+        cache.__class__ = cls
+
+    def restart(self, twin: ImageGPTForCausalImageModeling, capacity: int) -> None:
+        """Goes on with another capacity, and with the weights as they are now."""
+        tokens = torch.cat(self._tokens, dim=1)
+        self._decoder = make_decoder(twin, tokens.shape[0], capacity)
+        self._decoder.prefill(tokens)
+
+    def takes(self, tokens: Tensor) -> bool:
+        """Whether ``read`` can read (B, T) tokens next."""
+        decoder = self._decoder
+        if tokens.ndim != 2 or tokens.shape[0] != decoder.batch_size or tokens.shape[1] == 0:
+            return False
+        fits = self._length + tokens.shape[1] <= decoder.capacity
+        return fits and tokens.dtype == torch.int64 and tokens.device == decoder.model.device
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads (B, T) tokens; the (B, T, K) logits that follow them, of the very first tokens those of the last."""
+        if self._length == 0:
+            logits = self._decoder.prefill(tokens)[:, None]
+        else:
+            logits = torch.stack([self._decoder.step(column) for column in tokens.unbind(1)], dim=1)
+        self._tokens.append(tokens)
+        self._length += tokens.shape[1]
+        return logits
+
+    def rest(self) -> None:
+        """Leaves the decoder to the next images: nobody has this cache any more."""
+        keep(self._decoder)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that have been read."""
+        return self._length
+
+    @property
+    def is_compileable(self) -> bool:
+        """As of every ``DynamicCache``."""
+        return False
+
+    def become_ordinary(self) -> None:
+        """Makes a ``DynamicCache`` of the object itself."""
+        pairs: Any = ()
+        if self._tokens:
+            tokens, network = torch.cat(self._tokens, dim=1), self._decoder.model.transformer
+            with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+                pairs = network(tokens, use_cache=True, return_dict=True).past_key_values
+        parts = self._ordinary
+        for name in ("_ordinary", "_decoder", "_tokens", "_length"):
+            del self.__dict__[name]
+        self.__dict__.update(parts)
+        self.__class__ = DynamicCache  # type: ignore[assignment]
+        for layer, (keys, values) in enumerate(pairs):
+            self.update(keys, values, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _PARTS or "_decoder" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.become_ordinary()
+        return getattr(self, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.become_ordinary()
+        return self.__reduce_ex__(protocol)  # DynamicCache's

@@ -1,0 +1,67 @@
+"""Compiled models met by many batch sizes and lengths: a few graphs serve them all, as of transformers' classes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from igpt_fast import ImageGPTConfig, model
+
+HEADS = ["ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"]
+# 16 x 60 is work for the CPU's kernels, which the others are not.
+SHAPES = [(3, 8), (5, 16), (16, 60), (1, 40), (2, 1)]
+SIZES = {"n_layer": 1, "n_positions": 70, "vocab_size": 9, "n_embd": 32, "n_head": 2, "num_labels": 3}
+
+
+def small(head: str) -> Any:
+    return getattr(model, head)(ImageGPTConfig(**SIZES)).eval()
+
+
+def graphs(network: nn.Module, dynamic: bool | None, past: int, backend: str) -> int:
+    """How many graphs the shapes ask for; every result is the eager one's."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(network, backend=counter, fullgraph=True, dynamic=dynamic)
+    for batch, length in SHAPES:
+        ids, before = torch.randint(8, (batch, length)), torch.randint(8, (batch, past))
+        with torch.no_grad():
+            caches = [network(before, use_cache=True).past_key_values if past else None for _ in range(2)]
+            want = network(ids, past_key_values=caches[0], use_cache=True)
+            found = compiled(ids, past_key_values=caches[1], use_cache=True)
+        torch.testing.assert_close(found[0], want[0], atol=1e-4, rtol=1e-4)
+        assert found.past_key_values.get_seq_length() == past + length
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(
+    ("head", "past", "dynamic", "backend"),
+    [
+        *((head, 0, True, "aot_eager") for head in HEADS),
+        (HEADS[1], 4, True, "eager"),
+        (HEADS[1], 0, None, "eager"),
+        (HEADS[1], 4, None, "eager"),
+    ],
+)
+def test_no_more_graphs_than_of_transformers(head: str, past: int, dynamic: bool | None, backend: str) -> None:
+    """Whose classes take 3 to 5 for these shapes: a length or a batch of 1 has a graph of its own for a compiler."""
+    assert graphs(small(head), dynamic, past, backend) <= 5
+
+
+def test_training_with_inductor_at_two_lengths() -> None:
+    """Machine code of one graph, forward and backward."""
+    eager = small(HEADS[1])
+    ours = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True)
+    for batch, length in ((3, 8), (5, 33)):
+        ids = torch.randint(8, (batch, length))
+        for network, call in ((eager, eager), (ours, compiled)):
+            network.zero_grad()
+            call(ids, labels=ids, use_cache=False).loss.backward()
+        for want, found in zip(eager.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, want.grad, atol=1e-5, rtol=1e-4)
