@@ -235,6 +235,21 @@ class PretrainedMixin(nn.Module):
         writers: dict[str, Writer] = {file: shard(names) for file, names in split.filename_to_tensors.items()}
         write_folder(Path(directory), writers, texts)
 
+    def _further_texts(self) -> dict[str, str]:
+        """What else ``save_pretrained`` writes: names of files and their content."""
+        return {}
+
+    @property
+    def _loading_info(self) -> dict[str, Any]:
+        sizes = set(self._mismatched)
+        new = set(self.newly_initialized) - {name for name, *_ in sizes}
+        return {
+            "missing_keys": new,
+            "unexpected_keys": set(self._dropped),
+            "mismatched_keys": sizes,
+            "error_msgs": [],
+        }
+
 
 def _save_file(state: dict[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
@@ -273,21 +288,6 @@ def write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str
                 path.write_text(texts[name], encoding="utf-8")
     for name in before - set(names):
         (folder / name).unlink(missing_ok=True)
-
-    def _further_texts(self) -> dict[str, str]:
-        """What else ``save_pretrained`` writes: names of files and their content."""
-        return {}
-
-    @property
-    def _loading_info(self) -> dict[str, Any]:
-        sizes = set(self._mismatched)
-        new = set(self.newly_initialized) - {name for name, *_ in sizes}
-        return {
-            "missing_keys": new,
-            "unexpected_keys": set(self._dropped),
-            "mismatched_keys": sizes,
-            "error_msgs": [],
-        }
 
 
 def _os_error(error: Exception, path: Path) -> OSError:
