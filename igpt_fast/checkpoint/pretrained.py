@@ -141,6 +141,8 @@ class PretrainedMixin(nn.Module):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
+        if device is None and torch.get_default_device().type == "meta":
+            raise RuntimeError("from_pretrained: in a block of torch.device('meta') weights go nowhere; give device")
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         where |= {"token": token, "subfolder": subfolder}
         config = _load_config(name_or_path, config, config_overrides, where)
