@@ -218,8 +218,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
         cache = self._cache(past_key_values, use_cache, encoder_hidden_states is not None)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if cache is not None and (last := int(cache.get_seq_length(len(self.h) - 1))) != past:
+        past = torch.sym_int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None and (last := torch.sym_int(cache.get_seq_length(len(self.h) - 1))) != past:
             raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
         key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)

@@ -122,7 +122,7 @@ class ImageGPTAttention(nn.Module):
         weights: Tensor | None
         if layer_past is not None:
             cache = getattr(layer_past, "self_attention_cache", layer_past)
-            past = int(cache.get_seq_length(self.layer_idx)) if past is None else past
+            past = torch.sym_int(cache.get_seq_length(self.layer_idx)) if past is None else past
             if not _recomputed(cache, past, self.layer_idx):
                 k, v = cache.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             if k.shape[2] != past + t:

@@ -113,9 +113,12 @@ _derivatives._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _little_when_traced(op: str, tensor: Tensor) -> bool:
     """A size that the graph leaves open may be any: the kernel serves it, and no guard asks for another graph."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a compiler has loaded it
+    from torch.fx.experimental import symbolic_shapes  # a compiler has loaded it
 
-    return statically_known_true(tensor.numel() < backend.OPS[op].least_cpu)
+    little = tensor.numel() < backend.OPS[op].least_cpu
+    # Up to torch 2.7 compilers do not know the function, nor is its neighbour there: a guard.
+    known = hasattr(symbolic_shapes, "has_static_value")
+    return symbolic_shapes.statically_known_true(little) if known else little
 
 
 # From torch 2.7 on.
@@ -149,7 +152,7 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
         kind = _choice_when_traced(op, device)
         return None if kind is None or exporting() or (kind == "cpu" and _little_when_traced(op, tensors[0])) else kind
     chosen = backend.kernels(op, device)
-    if chosen is None or _transforming() or exporting():
+    if chosen is None or _transforming() or _C._get_tracing_state() is not None:
         return None
     if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None

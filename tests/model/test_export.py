@@ -130,3 +130,25 @@ def test_every_op(native_cpu: Implementation, name: str) -> None:
     assert "igpt_fast::" not in str(traced.inlined_graph)
     torch.testing.assert_close(program.module()(*tensors), want)
     torch.testing.assert_close(traced(*tensors), want)
+
+
+def test_export_behind_a_cache_and_with_a_mask() -> None:
+    """Of any length both."""
+    network, past = small(HEADS[1]), torch.export.Dim("past", min=1, max=20)
+    length = torch.export.Dim("length", min=2, max=100)
+
+    def call(shape: tuple[int, int], before: int) -> dict[str, Any]:
+        with torch.no_grad():
+            cache = network(ids_of((shape[0], before)), use_cache=True)[1]
+        mask = torch.arange(before + shape[1]) >= torch.arange(shape[0])[:, None]
+        return {"input_ids": ids_of(shape), "past_key_values": cache, "attention_mask": mask, "use_cache": True}
+
+    sizes = {"input_ids": {0: BATCH, 1: length}, "past_key_values": [[{0: BATCH, 2: past}]] * 2, "use_cache": None}
+    dynamic = {**sizes, "attention_mask": {0: BATCH, 1: torch.export.Dim.AUTO}}
+    program = torch.export.export(network, (), call(LITTLE, 5), dynamic_shapes=dynamic)
+    for shape, before in ((MUCH, 9), ((4, 2), 5)):
+        arguments = call(shape, before)
+        with torch.no_grad():
+            found, grown = program.module()(**arguments)  # the given cache stays as it is
+            torch.testing.assert_close(found, network(**arguments)[0], atol=1e-4, rtol=1e-4)
+        assert grown.get_seq_length() == before + shape[1]
