@@ -69,6 +69,8 @@ class ImageGPTLayerNorm(theirs.ImageGPTLayerNorm):
 class ImageGPTAttention(theirs.ImageGPTAttention):
     """By ``ops.causal_attention``; the weights are not there to be returned."""
 
+    bidirectional = False
+
     @property
     def n_head(self) -> int:
         """Number of heads, by our name."""
