@@ -141,6 +141,8 @@ class PretrainedMixin(nn.Module):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
+        if device is None and torch.get_default_device().type == "meta":
+            raise RuntimeError("from_pretrained: in a block of torch.device('meta') weights go nowhere; give device")
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         where |= {"token": token, "subfolder": subfolder}
         config = _load_config(name_or_path, config, config_overrides, where)
@@ -177,8 +179,8 @@ class PretrainedMixin(nn.Module):
         save_function: Any = None,
         **neutral: Any,
     ) -> None:
-        """Writes ``config.json`` and safetensors, in the form of transformers, and ``generation_config.json`` where
-        there is one.
+        """Writes ``config.json`` and safetensors, in the form of transformers, and ``generation_config.json`` for
+        a model that draws.
 
         Every file is whole before the first one gets its name. The folder holds one model afterwards: other
         weights in it, ``pytorch_model.bin`` too, are removed, and those that ``from_pretrained`` could take

@@ -47,7 +47,8 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     transformers = transformers_module("igpt_fast.hf.bridge")
     name = _class_name(model, _CLASSES, "to_transformers")
     model.config.check_causal("to_transformers")
-    config = transformers.ImageGPTConfig.from_dict(model.config.to_dict())
+    config = transformers.ImageGPTConfig.from_dict({**model.config.to_dict(), "problem_type": None})
+    config.problem_type = model.config.problem_type  # whatever it is: its check is for files
     theirs = twin_of(getattr(transformers, name), config, model, "to_transformers")
     _fill_masks(theirs)
     if model.config.n_classes and theirs.can_generate():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from igpt_fast import files
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import heldout_nats, histogram_nats, lookup_table_nats
 from igpt_fast.learning.settings import TrainConfig
@@ -18,8 +16,7 @@ from igpt_fast.learning.train import Progress, _train
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides checkpoint and log
-_GENERATION = "generation_config.json"
-_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
+_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "generation_config.json")
 
 
 def run(
@@ -96,9 +93,7 @@ def export(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
-
-    For a model with classes ``generation_config.json`` as well, by which transformers' ``generate`` draws colours only.
+    """Writes ``config.json``, ``model.safetensors``, ``generation_config.json`` and ``preprocessor_config.json``.
 
     Args:
         model: The model.
@@ -112,9 +107,6 @@ def export(
     model.save_pretrained(folder, state_dict=state)
     size = {"height": data.side, "width": data.side}
     ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
-    if classes := list(range(model.config.n_colours, model.config.sos_token_id)):
-        with files.replacing(Path(folder) / _GENERATION) as partial:
-            partial.write_text(json.dumps({"suppress_tokens": classes}) + "\n", encoding="utf-8")
 
 
 def _draw_samples(out: Path, n_classes: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from igpt_fast import kin
 
 # Of a generation_config, about itself.
 _ABOUT = {"transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash"}
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration
 # Tokens that stand for nothing in an image, and how transformers would compile: of no effect here.
 _WITHOUT_EFFECT = {"pad_token_id", "bos_token_id", "length_penalty", "disable_compile", "use_model_defaults"}
 # Settings of transformers at which they ask for nothing, as ``None``, ``False`` and what is empty do for all.
@@ -57,10 +57,9 @@ class GenerationSettings(kin.Root):
             if self._generation_file is not None:
                 self.__dict__["_generation_config"] = made.from_dict(dict(self._generation_file))
             else:
-                config, fields = self.config, ("pad_token_id", "bos_token_id", "eos_token_id")
-                found = made.from_model_config({name: getattr(config, name) for name in fields})
-                if config.n_classes:  # no pixel is a class
-                    found.suppress_tokens = list(range(config.n_colours, config.sos_token_id))
+                found = made.from_model_config({name: getattr(self.config, name) for name in _IDS})
+                for name, value in self._no_classes().items():
+                    setattr(found, name, value)
                 self.__dict__ |= {"_generation_config": found, "_generation_made": found.to_dict()}
         return self.__dict__["_generation_config"]
 
@@ -70,12 +69,19 @@ class GenerationSettings(kin.Root):
         self.__dict__["_generation_config"] = value
 
     def _further_texts(self) -> dict[str, str]:
-        """``generation_config.json``: of the object, if transformers is there to make it, or as it was read."""
-        if "_generation_config" in self.__dict__ or "transformers" in sys.modules:
-            return {"generation_config.json": self.generation_config.to_json_string()}
-        if self._generation_file is None:
-            return {}
-        return {"generation_config.json": json.dumps(self._generation_file, indent=2, sort_keys=True) + "\n"}
+        """``generation_config.json``: of the object, if there is one, or as it was read, or what transformers makes."""
+        if "_generation_config" in self.__dict__:
+            return {"generation_config.json": self.__dict__["_generation_config"].to_json_string()}
+        found = self._generation_file
+        if found is None:
+            ids = {name: getattr(self.config, name) for name in _IDS if getattr(self.config, name) is not None}
+            found = {**ids, **(self._no_classes() or {"_from_model_config": True})}
+        return {"generation_config.json": json.dumps(found, indent=2, sort_keys=True) + "\n"}
+
+    def _no_classes(self) -> dict[str, Any]:
+        """The setting by which transformers draws colours only."""
+        classes = list(range(self.config.n_colours, self.config.sos_token_id))
+        return {"suppress_tokens": classes} if classes else {}
 
     def _generation_settings(self) -> dict[str, Any]:
         """What is set in ``generation_config``, whether or not anybody has asked for it."""

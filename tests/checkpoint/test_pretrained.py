@@ -621,3 +621,19 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "any").touch()
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert modes == {(tmp_path / "any").stat().st_mode}
+
+
+def test_in_a_block_of_the_meta_device(folder: Path) -> None:
+    load = ImageGPTForCausalImageModeling.from_pretrained
+    with torch.device("meta"):
+        with pytest.raises(RuntimeError, match="weights go nowhere; give device"):
+            load(folder)
+        model = load(folder, device="cpu")
+    assert_same(model.state_dict(), load(folder).state_dict())
+
+
+def test_weights_in_place_of_files() -> None:
+    load, state = ImageGPTForCausalImageModeling.from_pretrained, tiny().state_dict()
+    assert_same(load(None, config=tiny().config, state_dict=state).state_dict(), state)
+    with pytest.raises(ValueError, match="name_or_path, or config and state_dict, are wanted"):
+        load(None, state_dict=state)

@@ -214,3 +214,8 @@ for module, call in calls:
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert igpt_fast.hf.bridge is hf
+
+
+def test_a_problem_type_that_transformers_files_may_not_have() -> None:
+    config = ImageGPTConfig(n_layer=1, n_embd=8, n_head=1, num_labels=1, problem_type="single_label_classification")
+    assert hf.to_transformers(igpt_fast.ImageGPTForImageClassification(config)).config.problem_type is not None

@@ -131,6 +131,7 @@ def test_run_writes_a_usable_folder(tiny: TokenData, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "model", "samples.png", "train.pt"]
     assert sorted(path.name for path in (out / "model").iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "preprocessor_config.json",
     ]
