@@ -1,9 +1,10 @@
-// Nearest-cluster quantization, the driver: memory, threads, and the table of the chosen instruction set.
+// Nearest-cluster quantization, the driver: memory, the order of the clusters, threads, and the table of the chosen
+// instruction set.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -13,82 +14,139 @@ namespace {
 
 using Body = void (*)(const QuantizeParams&, QuantizeCells&, int64_t, int64_t);
 
-constexpr int64_t kParallel = 4096;     // pixels from which a second thread pays
-constexpr int64_t kShare = 64;          // a thread's pixels start at a multiple: whole blocks
-constexpr int64_t kFewPixels = 8192;    // below, walking all clusters is as fast as making lists
-constexpr int64_t kFewClusters = 24;    // likewise
-constexpr int64_t kGroupPixels = 2048;  // of a thread, for every group of the next coarser level
-constexpr int64_t kBlocks = 1 << 16;    // of a thread's lists; 16 MB, 80 for dense palettes; 512 random clusters use 2
-constexpr int64_t kAllowance =
-    20;  // one in so many parts of what comparing all with all takes may be lost by making lists
+constexpr int64_t kParallel = 4096;           // pixels from which a second thread pays
+constexpr int64_t kShare = 64;                // a thread's pixels start at a multiple: whole chunks
+constexpr int64_t kOrdered = 512;             // pixels from which putting the clusters in order pays
+constexpr int64_t kFewClusters = 320;         // that are not put in order
+constexpr int64_t kCells[] = {8192, 131072};  // pixels of a thread from which cells of 16 and 32 to a side pay
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The memory of one thread's cells. No vectors: what no pixel needs stays untouched.
-struct Scratch {
-    std::unique_ptr<QuantizeNode[]> nodes;
-    std::unique_ptr<int32_t[]> leaf, id;
-    std::unique_ptr<float[]> near, c[3];
-    std::unique_ptr<QuantizeBlock[]> blocks;
-    std::unique_ptr<QuantizeGroup[]> groups;
+struct Levels {
+    double exact[256];
+    float rounded[256];
+    Levels() {
+        for (int v = 0; v < 256; ++v) rounded[v] = float(exact[v] = v / 127.5 - 1.0);
+    }
 };
 
-// Levels of cells: finer ones shorten the lists, but each has to be made by some pixel. 0: no cells at all.
-int cell_bits(int64_t n, int64_t k, bool is_u8) {
-    if (n < kFewPixels || (!is_u8 && k <= kFewClusters)) return 0;
-    return n < 65536 || k > 16384 ? 4 : 5;
-}
+// The clusters in blocks, and their boxes.
+struct Palette {
+    std::unique_ptr<QuantizeBlock[]> blocks;
+    std::unique_ptr<QuantizeBoxes[]> boxes;
+    int32_t count;
+};
 
-// `share`: pixels of the thread.
-QuantizeCells make_cells(const QuantizeParams& p, int bits, int64_t share, bool is_u8, Scratch& s) {
-    const int64_t k = p.k;
+// The memory of one thread. What no pixel needs stays untouched.
+struct Scratch {
+    std::unique_ptr<QuantizeLanes[]> lanes;
+    std::unique_ptr<uint64_t[]> blocks;
+    std::unique_ptr<int32_t[]> ints;
+    std::unique_ptr<QuantizeBlock[]> lists;
+    std::vector<QuantizeNode> parents;
+};
+
+QuantizeCells make_cells(const Palette& palette, int bits, Scratch& s) {
+    const size_t count = palette.count, leaves = bits ? size_t(1) << (3 * kQuantizeLeafBits) : 0;
     QuantizeCells cells{};
-    cells.k = p.k;
+    cells.root = palette.blocks.get();
+    cells.boxes = palette.boxes.get();
+    cells.count = palette.count;
     cells.bits = bits;
-    cells.reach = is_u8 ? 1.0f : 0.0f;
-    while (cells.group_bits < std::min(bits, 3) && share >> (3 * cells.group_bits) >= kGroupPixels) ++cells.group_bits;
-    cells.allowance = share * k / kAllowance;
-    cells.capacity = k / 16 + 1 + (bits ? std::min(kBlocks + std::min(2 * k, 4 * kBlocks), 16 * p.n) : 0);
-    s.nodes.reset(new QuantizeNode[bits ? 1 + quantize_cells(kQuantizeNodes) : 1]);
-    s.groups.reset(new QuantizeGroup[1 + quantize_cells(cells.group_bits)]);
-    s.blocks.reset(new QuantizeBlock[cells.capacity]);
-    if (bits) {
-        s.leaf.reset(new int32_t[1 << 15]);
-        s.id.reset(new int32_t[k + 32]);
-        for (auto& each : s.c) each.reset(new float[k + 32]);
-        s.near.reset(new float[k + 16]);
-    }
-    cells.nodes = s.nodes.get();
-    cells.groups = s.groups.get();
-    cells.leaf = s.leaf.get();
-    cells.kept = {{s.c[0].get(), s.c[1].get(), s.c[2].get()}, s.id.get()};
-    cells.near = s.near.get();
+    const size_t boxes = count / kQuantizeWidth + 1;
+    s.lanes.reset(new QuantizeLanes[2 * boxes + count]());
+    cells.near = s.lanes[0].v;
+    cells.middle = s.lanes[boxes].v;
+    cells.found = s.lanes[2 * boxes].v;
+    s.blocks.reset(new uint64_t[(kQuantizeWaiting + 1) * (count / 64 + 1)]);
     cells.blocks = s.blocks.get();
+    s.ints.reset(new int32_t[count + leaves]);
+    cells.visited = s.ints.get();
+    cells.leaf = cells.visited + count;
+    constexpr size_t parents = size_t(1) << (3 * kQuantizeParentBits);
+    s.lists.reset(new QuantizeBlock[bits ? (size_t(1) << (3 * bits)) + parents * kQuantizeParent / kQuantizeWidth : 0]);
+    cells.lists = s.lists.get();
+    s.parents.assign(bits ? parents : 0, {0, -1});
+    cells.parents = s.parents.data();
+    std::fill_n(cells.leaf, leaves, kQuantizeUnknown);
     return cells;
 }
 
-// The clusters in blocks. One that is not finite wins nowhere, and neither does one that has been there before: they
-// are put infinitely far away. `seen`: a hash table of places, a power of two above k, or none; -1: empty.
-void fill_root(const QuantizeParams& p, std::vector<int32_t>& seen, QuantizeBlock* root) {
-    const uint64_t mask = seen.size() - 1;
-    for (int64_t i = 0; i < (p.k + int64_t(15)) / 16 * 16; ++i) {
-        const float* from = p.clusters + 3 * i;
-        bool counts = i < p.k && std::isfinite(from[0]) && std::isfinite(from[1]) && std::isfinite(from[2]);
-        uint64_t at = 0;
-        for (int c = 0; counts && c < 3; ++c) {
-            const float value = from[c] + 0.0f;  // -0 is 0
-            uint32_t bits;
-            std::memcpy(&bits, &value, sizeof bits);
-            at = (at ^ bits) * 0x9e3779b97f4a7c15u;
-            at ^= at >> 32;
-        }
-        for (; counts && !seen.empty() && seen[at & mask] >= 0; ++at) {
-            const float* before = p.clusters + 3 * int64_t(seen[at & mask]);
-            counts = before[0] != from[0] || before[1] != from[1] || before[2] != from[2];
-        }
-        if (counts && !seen.empty()) seen[at & mask] = int32_t(i);
-        for (int c = 0; c < 3; ++c)
-            root[i / 16].c[c][i % 16] = counts ? from[c] : std::numeric_limits<float>::infinity();
-        root[i / 16].id[i % 16] = i < p.k ? int32_t(i) : -1;
+bool finite(const float* c) { return std::isfinite(c[0]) && std::isfinite(c[1]) && std::isfinite(c[2]); }
+
+struct Cluster {
+    float c[3];
+    int32_t id;
+};
+
+// The next block: up to 16 clusters and their box, which is wide enough for its own rounding and that of distances.
+void put(Palette& palette, const Cluster* from, int64_t n) {
+    const int64_t at = palette.count++;
+    QuantizeBlock& block = palette.blocks[at];
+    for (int64_t i = 0, lane = 0; lane < kQuantizeWidth; ++lane, ++i) {
+        // Equal ones side by side count once.
+        while (palette.boxes && i > 0 && i < n && std::equal(from[i].c, from[i].c + 3, from[i - 1].c)) ++i;
+        const bool counts = i < n && finite(from[i].c);
+        for (int c = 0; c < 3; ++c) block.c[c][lane] = counts ? from[i].c[c] : kInfinity;
+        block.id[lane] = i < n ? from[i].id : -1;
     }
+    for (int c = 0; palette.boxes && c < 3; ++c) {
+        float low = kInfinity, high = -kInfinity;
+        for (int64_t i = 0; i < n; ++i) low = std::min(low, from[i].c[c]), high = std::max(high, from[i].c[c]);
+        QuantizeBoxes& boxes = palette.boxes[at / kQuantizeWidth];
+        const float middle = boxes.middle[c][at % kQuantizeWidth] = 0.5f * low + 0.5f * high;
+        boxes.half[c][at % kQuantizeWidth] = (0.5f * high - 0.5f * low) * 1.000001f + 1e-6f * std::fabs(middle);
+    }
+}
+
+// Cuts the clusters across their longest side into four, again and again, down to blocks. `scratch`: (n,).
+void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
+    const int64_t blocks = (n + kQuantizeWidth - 1) / kQuantizeWidth;
+    if (blocks <= 1) return put(palette, from, n);
+    float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
+    for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < 3; ++c) low[c] = std::min(low[c], from[i].c[c]), high[c] = std::max(high[c], from[i].c[c]);
+    int axis = 0;
+    for (int c = 1; c < 3; ++c)
+        if (0.5f * high[c] - 0.5f * low[c] > 0.5f * high[axis] - 0.5f * low[axis]) axis = c;
+    if (low[axis] == high[axis]) return put(palette, from, 1);  // all are equal
+    constexpr int kBins = 128;
+    int32_t starts[kBins] = {};
+    const double scale = (kBins - 0.5) / (double(high[axis]) - low[axis]);
+    const auto bin = [&](const Cluster& each) { return int((double(each.c[axis]) - low[axis]) * scale); };
+    for (int64_t i = 0; i < n; ++i) ++starts[bin(from[i])];
+    int32_t sum = 0;
+    for (int32_t& each : starts) sum += std::exchange(each, sum);
+    for (int64_t i = 0; i < n; ++i) scratch[starts[bin(from[i])]++] = from[i];
+    std::copy(scratch, scratch + n, from);
+    const int64_t part = (blocks + 3) / 4 * kQuantizeWidth;
+    for (int64_t i = 0; i < n; i += part) cut(palette, from + i, std::min(part, n - i), scratch);
+}
+
+// A cluster that is not finite wins nowhere: it is left out, or infinitely far away.
+Palette make_palette(const QuantizeParams& p) {
+    const int64_t most = p.k / kQuantizeWidth + 1;
+    const bool ordered = p.n >= kOrdered && p.k > kFewClusters;
+    Palette palette{};
+    palette.blocks.reset(new QuantizeBlock[most]);
+    if (ordered) palette.boxes.reset(new QuantizeBoxes[most / kQuantizeWidth + 1]);
+    const std::unique_ptr<Cluster[]> all(new Cluster[(ordered ? 2 : 1) * int64_t(p.k)]);
+    int64_t n = 0;
+    for (int64_t i = 0; i < p.k; ++i) {
+        const float* from = p.clusters + 3 * i;
+        if (!ordered || finite(from)) all[n++] = {{from[0], from[1], from[2]}, int32_t(i)};
+    }
+    if (ordered) {
+        cut(palette, all.get(), n, all.get() + p.k);
+        for (int64_t i = palette.count; i % kQuantizeWidth; ++i)
+            for (int c = 0; c < 3; ++c) {
+                palette.boxes[i / kQuantizeWidth].middle[c][i % kQuantizeWidth] = kInfinity;
+                palette.boxes[i / kQuantizeWidth].half[c][i % kQuantizeWidth] = 0.0f;
+            }
+    } else {
+        for (int64_t i = 0; i < n; i += kQuantizeWidth)
+            put(palette, all.get() + i, std::min<int64_t>(kQuantizeWidth, n - i));
+    }
+    return palette;
 }
 
 void run(const QuantizeParams& p, Body body, bool is_u8) {
@@ -96,32 +154,25 @@ void run(const QuantizeParams& p, Body body, bool is_u8) {
     if (p.n <= 0) return;
     const int64_t shares = (p.n + kShare - 1) / kShare;
     const int threads = p.n < kParallel ? 1 : int(std::min<int64_t>(usable_threads(p.threads), shares));
-    const int bits = cell_bits(p.n, p.k, is_u8);
-
-    double levels[256];
-    float levels32[256];
-    for (int v = 0; v < 256; ++v) levels32[v] = float(levels[v] = v / 127.5 - 1.0);
-    std::unique_ptr<QuantizeBlock[]> root(new QuantizeBlock[(p.k + int64_t(15)) / 16]);
+    static const Levels levels;
+    const Palette palette = make_palette(p);
+    const int64_t share = palette.count > 1 ? p.n / threads : 0;
+    const int bits = share < kCells[0] ? 0 : share < kCells[1] ? 4 : 5;
     std::vector<Scratch> scratch(threads);
     std::vector<QuantizeCells> cells(threads);
     for (int t = 0; t < threads; ++t) {
-        cells[t] = make_cells(p, bits, p.n / threads, is_u8, scratch[t]);
-        cells[t].root = root.get();
-        cells[t].levels = levels;
-        cells[t].levels32 = levels32;
+        cells[t] = make_cells(palette, bits, scratch[t]);
+        cells[t].levels = levels.exact;
+        cells[t].levels32 = levels.rounded;
+        cells[t].reach = is_u8 ? 1.0f : 0.0f;
     }
-    size_t places = 32;
-    while (places < 2 * size_t(p.k)) places *= 2;
-    // Without cells, comparing float32 with doubles takes less than finding them.
-    std::vector<int32_t> seen(bits || is_u8 ? places : 0, -1);
-    fill_root(p, seen, root.get());
 
     // Nothing in the region throws: an exception that leaves it ends the process.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; ++t)
         body(p, cells[t], shares * t / threads * kShare, std::min(p.n, shares * (t + 1) / threads * kShare));
     for (const QuantizeCells& each : cells)
-        if (p.work) *p.work += each.built + each.scanned;
+        if (p.work) *p.work += each.work;
 }
 
 }  // namespace

@@ -1,27 +1,24 @@
 // Nearest-cluster quantization, the body that every isa/*.cpp compiles with its own flags.
 //
-// The colour cube is cut into cells, in levels of 2, 4, .. 2^bits to a side. The nearest cluster of any colour of a
-// cell is among those whose smallest distance to the cell does not exceed the smallest of all largest distances: the
-// cell's list, in rising order. Lists are made from the parent's when a colour first falls into the cell, down to the
-// first level where one block of 16 holds them; there all are compared at once. Where clusters crowd, or lists cost
-// more than they have saved, or their memory is full, the list of a pixel is long: then it waits in the group of a
-// coarse cell, and 64 pixels at a time are compared with that cell's list, pixels in lanes. So the work
-// stays near that of comparing all with all, but where float64 has to decide most of it: at most about twice.
+// The clusters stand in blocks of 16, similar colours together, and each block has a box (quantize.cpp). A pixel is
+// compared with the block whose box has its middle nearest, and then with those alone whose boxes are not farther away
+// than the nearest cluster of that: of 512 clusters a few blocks, however they crowd; never more than all. For few
+// pixels or clusters there are no boxes, and every pixel is compared with all clusters, pixels in lanes.
+//
+// With many pixels the colour cube is cut into cells, 8 to a side, and those into cells of 16 and 32. The nearest
+// cluster of any colour of a cell is among those whose smallest distance to the cell does not exceed the smallest of
+// all largest distances. When a colour first falls into a cell these are looked for; where one block holds them it
+// becomes the cell's list, which its pixels are compared with at once. Where clusters crowd pixels go the way above.
 // Nothing is allocated here.
 //
 // The index is the definition's, bit by bit:
-//   float32: the same operations, in the same order, and the first lane that has the smallest distance.
+//   float32: the same operations, in the same order, and the lowest index that has the smallest distance.
 //   uint8: float32 finds the candidates that can be nearest; where there are two, float64 decides as defined. With
 //   u = 2^-24, levels below 1 in magnitude and D the squared distance, float32 is off by at most u (1 + 6 D), so the
 //   nearest one is at most m (1 + 13 u) + 2.1 u, m being the smallest that float32 found: kWider and kFurther.
-//   uint8 in a group: with c measured from the list's centre m, and y = x - m, the order of |x - c|^2 is that of
-//   |c|^2 - 2 c.y: 3 FMA. With |c| <= R and |y| <= Y its error is at most u (8 R^2 + 12 R Y + 2 R): of the constants
-//   and of three roundings, or six without FMA. The two best that are not further apart than twice that, and what
-//   float64 may add (QuantizeGroup::slack), leave the pixel to float64 and the whole list.
 //
-// float32 pixels outside [-1, 1] or NaN, and few pixels or clusters (quantize.cpp), go to the group of all clusters:
-// 8 FLOPs per pixel and cluster, bound by arithmetic. With cells a pixel costs about 25 instructions on AVX-512, and
-// 4 cache lines that random colours find in L2.
+// Bound by arithmetic. With a list a pixel costs about 25 instructions on AVX-512, and 4 cache lines that random
+// colours find in L2; without, about 100 with 512 clusters.
 //
 // Source: openai/image-gpt src/utils.py color_quantize (the definition).
 #include "../ops.h"
@@ -31,199 +28,44 @@ namespace igpt::cpu {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int kChunk = 64;     // float32 pixels
-constexpr int kBuild = 20;     // scanned candidates that one costs in the making of a list; twice what was measured
 constexpr int kRegisters = 2;  // of pixels in a scan
-constexpr int kWidth = 16;     // candidates of a block
-constexpr int kLeafBits = 5;   // of the table that finds a colour's block
+constexpr int kScan = kRegisters * kLanes;
+constexpr int kChunk = 64;  // pixels whose cells are found at once
+constexpr int kWidth = kQuantizeWidth;
 constexpr float kWider = 1.0f + 1.0f / (1 << 20), kFurther = 1.0f / (1 << 22);
 
 constexpr int kParts = kWidth / kLanes;
 using Wide = Vec[kParts];
 
-// Of a list, one at least.
-inline int blocks_of(int size) { return size / kWidth + 1; }
+// A colour in every lane.
+struct Colour {
+    Vec c[3];
+};
 
-// The parent's candidates that are near enough to `cells.kept`, and what fills up a block; returns how many.
-int select(QuantizeCells& cells, float limit, const QuantizeBlock* parent, int parent_size) {
-    QuantizeKept& kept = cells.kept;
-    int n = 0;
-    for (int i = 0; i < parent_size; i += kLanes) {
-        const QuantizeBlock& block = parent[i / kWidth];
-        const int at = i % kWidth, count = parent_size - i;
-        uint32_t keep = at_most(load(cells.near + i), set1(limit));
-        if (count < kLanes) keep &= (1u << count) - 1;
-        for (int c = 0; c < 3; ++c) store_marked(kept.c[c] + n, load(block.c[c] + at), keep);
-        store_marked(kept.id + n, floats(load_ints(block.id + at)), keep);
-        n += __builtin_popcount(keep);
-    }
-    for (int i = n; i < n + kWidth; ++i) {
-        for (int c = 0; c < 3; ++c) kept.c[c][i] = kInfinity;
-        kept.id[i] = -1;
-    }
-    return n;
+template <bool IsU8>
+inline float level_of(const QuantizeParams& p, const QuantizeCells& cells, int64_t i, int c) {
+    return IsU8 ? cells.levels32[static_cast<const uint8_t*>(p.x)[3 * i + c]]
+                : static_cast<const float*>(p.x)[3 * i + c];
 }
 
-// Makes the list of the cell at `at` of a level from its parent's; false when there is no memory for it, or
-// when that and all that has been done would take longer than comparing the pixels so far with every cluster, and more
-// than the allowance.
-bool build(QuantizeCells& cells, int level, const int (&at)[3], const QuantizeNode& from, QuantizeNode& node) {
-    const QuantizeBlock* parent = from.list;
-    const int parent_size = from.size;
-    if (cells.capacity - cells.used < 2 * blocks_of(parent_size)) return false;
-    if (kBuild * (cells.charged + parent_size) + cells.scanned > cells.allowance + cells.k * cells.seen) return false;
-    const float half_pixels = 0.5f * (float(256 >> level) - cells.reach);
-    const Vec half = set1(half_pixels / 127.5f);
-    Vec centre[3];
-    for (int c = 0; c < 3; ++c) centre[c] = set1((float(at[c] * (256 >> level)) + half_pixels) / 127.5f - 1.0f);
-    Vec least = set1(kInfinity);
-    for (int i = 0; i < parent_size; i += kWidth)
-        for (int j = 0; j < kWidth; j += kLanes) {
-            // Distance to the box's centre along each axis; the box reaches `half` to both sides.
-            Vec near = zero(), far = zero();
-            for (int c = 0; c < 3; ++c) {
-                const Vec d = abs(load(parent[i / kWidth].c[c] + j) - centre[c]);
-                const Vec n = max(d - half, zero()), f = d + half;
-                near = fma(n, n, near);
-                far = fma(f, f, far);
-            }
-            store(cells.near + i + j, near);
-            least = min(far, least);
-        }
-    // Wide enough for the rounding of both bounds and of float32 distances.
-    float limit[kLanes];
-    store(limit, fma(spread_min(least), set1(1.0001f), set1(2e-6f)));
-    const int n = select(cells, limit[0], parent, parent_size);
-    cells.built += parent_size + n;
-    // A list of half the length is worth it.
-    cells.charged += 2 * n <= parent_size ? (parent_size + n) / 2 : parent_size + n;
-    node = {cells.blocks + cells.used, n, -1};
-    for (int i = 0; i < blocks_of(n); ++i) {
-        QuantizeBlock& block = cells.blocks[cells.used++];
-        for (int c = 0; c < 3; ++c) __builtin_memcpy(block.c[c], cells.kept.c[c] + i * kWidth, sizeof block.c[c]);
-        __builtin_memcpy(block.id, cells.kept.id + i * kWidth, sizeof block.id);
-    }
-    if (level <= cells.group_bits && n > kWidth) cells.used += blocks_of(n);  // for the group's `line`
-    return true;
+template <bool IsU8>
+inline Colour colour_at(const QuantizeParams& p, const QuantizeCells& cells, int64_t i) {
+    Colour x;
+    for (int c = 0; c < 3; ++c) x.c[c] = set1(level_of<IsU8>(p, cells, i, c));
+    return x;
 }
 
-// The list of a group, measured from the middle of its clusters, into `line`: -2 c, and |c|^2 in place of the ids.
-void measure(QuantizeGroup& group, QuantizeBlock* line, const float (&corner)[3], float side) {
-    const Vec nowhere = set1(kInfinity);
-    float lane[kLanes], far = 0.0f;
-    for (int c = 0; c < 3; ++c) {
-        Vec low = nowhere, high = nowhere;  // the latter negated
-        for (int i = 0; i < group.size; i += kLanes) {
-            const Vec v = load(group.list[i / kWidth].c[c] + i % kWidth);
-            low = min(v, low);
-            high = min(v < nowhere ? zero() - v : nowhere, high);
-        }
-        store(lane, (spread_min(low) - spread_min(high)) * set1(0.5f));
-        group.centre[c] = lane[0];
-        const float below = lane[0] - corner[c], above = corner[c] + side - lane[0],
-                    most = below > above ? below : above;
-        far += most * most;
-    }
-    Vec largest = zero();
-    for (int i = 0; i < group.size; i += kLanes) {
-        const QuantizeBlock& from = group.list[i / kWidth];
-        QuantizeBlock& to = line[i / kWidth];
-        const auto here = load(from.c[0] + i % kWidth) < nowhere;
-        Vec square = zero();
-        for (int c = 0; c < 3; ++c) {
-            const Vec e = load(from.c[c] + i % kWidth) - set1(group.centre[c]);
-            square = fma(e, e, square);
-            store(to.c[c] + i % kWidth, here ? set1(-2.0f) * e : zero());
-        }
-        largest = max(here ? square : zero(), largest);
-        square = here ? square : nowhere;
-        __builtin_memcpy(to.id + i % kWidth, &square, sizeof square);
-    }
-    // R Y <= R (typical + Y^2 / typical) / 2, whose second part a pixel has of its own.
-    const float r = __builtin_sqrtf(reduce_max(largest)), y = __builtin_sqrtf(far), typical = 0.58f * y;
-    group.slope = 0x1.05p-24f * r * 12.0f / typical;
-    group.slack = 0x1.05p-24f * r * (16.0f * r + 12.0f * typical + 4.0f) + 0x1p-49f * (r + y) * (r + y);
-    group.line = group.slack < 1.0f ? line : nullptr;
+// Squared, from the differences; for float32 in the order of the definition.
+template <bool IsU8>
+inline Vec distance(Vec r, Vec g, Vec b) {
+    return IsU8 ? fma(b, b, fma(g, g, r * r)) : (r * r + g * g) + b * b;
 }
 
-// The place of the group of a node, whose cell is the level's that has the colour (r, g, b) in it.
-int32_t group_of(QuantizeCells& cells, QuantizeNode& node, int level, int r, int g, int b) {
-    if (node.group >= 0) return node.group;
-    node.group = cells.groups_used++;
-    QuantizeGroup& group = cells.groups[node.group];
-    group.list = node.list;
-    group.size = node.size;
-    group.count = group.ties = 0;
-    if (cells.reach > 0.0f) {
-        const int first = -(256 >> level);
-        const float corner[3] = {cells.levels32[r & first], cells.levels32[g & first], cells.levels32[b & first]};
-        QuantizeBlock* line = cells.blocks + (level ? node.list - cells.blocks + blocks_of(node.size) : 0);
-        measure(group, line, corner, float(256 >> level) / 127.5f);
-        cells.built += 2 * node.size;
-    }
-    return node.group;
-}
-
-// Forgets all lists and begins the group of the root.
-void clear(QuantizeCells& cells) {
-    cells.nodes[0] = {cells.root, cells.k, -1};
-    cells.used = blocks_of(cells.k);  // the root's `line`
-    cells.groups_used = 0;
-    group_of(cells, cells.nodes[0], 0, 0, 0, 0);
-    if (cells.bits == 0) return;
-    for (int64_t i = 1; i <= quantize_cells(kQuantizeNodes); ++i) cells.nodes[i].list = nullptr;
-    for (int64_t i = 0; i < 1 << (3 * kLeafBits); ++i) cells.leaf[i] = -1;
-}
-
-inline bool shorter(const QuantizeNode& node, int than) { return 8 * int64_t(node.size) <= 7 * int64_t(than); }
-
-// Whether the cell of a node is worth cutting. The first ones may be too coarse to tell; a group gains from a shorter
-// list; below the groups the lists have to come down to a block, if they go on as from the parent, of size `before`.
-inline bool promises(const QuantizeCells& cells, const QuantizeNode& node, int level, int before) {
-    if (level < 2 || level < cells.group_bits) return level < 2 || shorter(node, before);
-    float last = float(node.size);
-    for (int i = level; i < cells.bits; ++i) last *= float(node.size) / float(before);
-    return last < kWidth;
-}
-
-// What to do with the colour (r, g, b), an entry of `leaf`, with all lists on the way to it.
-__attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b) {
-    QuantizeNode fine{}, *node = cells.nodes, *coarse = node;
-    int level = 0, filled = 0, coarse_level = 0, before = cells.k;
-    while (level < cells.bits && (level == 0 || (node->size > kWidth && promises(cells, *node, level, before)))) {
-        const int next = level + 1, at[3] = {r >> (8 - next), g >> (8 - next), b >> (8 - next)};
-        const int64_t place = 1 + quantize_cells(level) + ((((int64_t(at[0]) << next) | at[1]) << next) | at[2]);
-        QuantizeNode* to = next <= kQuantizeNodes ? cells.nodes + place : &fine;
-        if (to->list == nullptr && !build(cells, next, at, *node, *to)) {
-            filled = next;
-            break;
-        }
-        before = node->size;
-        node = to;
-        level = filled = next;
-        if (level <= cells.group_bits && shorter(*node, coarse->size)) coarse = node, coarse_level = level;
-    }
-    const bool few = level > 0 && node->size <= kWidth;
-    const int32_t entry =
-        few ? int32_t(node->list - cells.blocks) : -2 - group_of(cells, *coarse, coarse_level, r, g, b);
-    const int shift = kLeafBits - filled, side = 1 << shift;
-    const int r0 = r >> (8 - filled) << shift, g0 = g >> (8 - filled) << shift, b0 = b >> (8 - filled) << shift;
-    for (int i = r0; i < r0 + side; ++i)
-        for (int j = g0; j < g0 + side; ++j)
-            for (int l = b0; l < b0 + side; ++l) {
-                int32_t& place = cells.leaf[(((i << kLeafBits) | j) << kLeafBits) | l];
-                if (place == -1) place = entry;
-            }
-    return entry;
-}
-
-// Squared distances to the candidates of a block, in the order of the definition.
-inline void distances(const QuantizeBlock& block, Vec r, Vec g, Vec b, Wide& d) {
-    for (int i = 0; i < kParts; ++i) {
-        const Vec dr = r - load(block.c[0] + i * kLanes), dg = g - load(block.c[1] + i * kLanes),
-                  db = b - load(block.c[2] + i * kLanes);
-        d[i] = (dr * dr + dg * dg) + db * db;
-    }
+template <bool IsU8>
+inline void distances(const QuantizeBlock& block, const Colour& x, Wide& d) {
+    for (int i = 0; i < kWidth; i += kLanes)
+        d[i / kLanes] =
+            distance<IsU8>(x.c[0] - load(block.c[0] + i), x.c[1] - load(block.c[1] + i), x.c[2] - load(block.c[2] + i));
 }
 
 inline Vec smallest(const Wide& d) {
@@ -239,211 +81,364 @@ inline uint32_t within(const Wide& d, Vec limit) {
     return lanes;
 }
 
-// Several candidates of one block are nearest as far as float32 can tell: the definition in float64 over those lanes.
-__attribute__((noinline)) int32_t settle(const float* clusters, const QuantizeCells& cells, const QuantizeBlock& block,
-                                         uint32_t lanes, int r, int g, int b) {
-    double best = __builtin_inf();
+inline Vec further(Vec least) { return fma(least, set1(kWider), set1(kFurther)); }
+
+// How far a candidate that may be nearest can be; in float32 a distance that is not finite wins nowhere.
+template <bool IsU8>
+inline Vec limit_of(Vec least) {
+    least = spread_min(least);
+    return IsU8 ? further(least) : min(least, set1(__FLT_MAX__));
+}
+
+// Wide enough for the rounding of boxes and of float32 distances.
+inline Vec loosely(Vec least) { return fma(spread_min(least), set1(1.0001f), set1(2e-6f)); }
+
+// A bit for every one of up to 64 blocks from `begin` whose value is at least the limit, or at most. All at once: a
+// branch for every few would be guessed wrong.
+inline uint64_t marked(const float* values, int begin, int count, Vec limit, bool least) {
+    const int n = count - begin < 64 ? count - begin : 64;
+    uint64_t blocks = 0;
+    for (int b = 0; b < n; b += kLanes) {
+        const Vec v = load(values + begin + b);
+        blocks |= uint64_t(least ? at_most(limit, v) : at_most(v, limit)) << b;
+    }
+    return blocks & (~uint64_t(0) >> (64 - n));
+}
+
+// Marks the blocks that may hold one of the candidates nearest to the box about `x`, `half` to both sides.
+// bound(block): upper bounds of the distance to them.
+template <class Bound>
+inline void choose(QuantizeCells& cells, const Vec (&x)[3], Vec half, uint64_t* blocks, Bound&& bound) {
+    Vec nearest = set1(kInfinity);
+    for (int b = 0; cells.boxes && b < cells.count; b += kLanes) {
+        const QuantizeBoxes& boxes = cells.boxes[b / kWidth];
+        Vec near = zero(), middle = zero();
+        for (int c = 0; c < 3; ++c) {
+            const Vec d = abs(load(boxes.middle[c] + b % kWidth) - x[c]);
+            const Vec n = max(d - (load(boxes.half[c] + b % kWidth) + half), zero());
+            near = fma(n, n, near);
+            middle = fma(d, d, middle);
+        }
+        // Finite, and so within a limit that is not.
+        store(cells.near + b, min(near, set1(__FLT_MAX__)));
+        store(cells.middle + b, middle);
+        nearest = min(middle, nearest);
+    }
+    nearest = spread_min(nearest);
+    uint64_t first = 0;
+    int at = 0;
+    for (int begin = 0; cells.boxes && first == 0 && begin < cells.count; begin += 64) {
+        first = marked(cells.middle, begin, cells.count, nearest, false);
+        at = first ? begin + __builtin_ctzll(first) : 0;
+    }
+    const Vec limit = loosely(bound(at));
+    for (int begin = 0; begin < cells.count; begin += 64)
+        blocks[begin / 64] = ~marked(cells.near, begin, cells.count, limit, true) &
+                             (~uint64_t(0) >> (cells.count - begin < 64 ? 64 - (cells.count - begin) : 0));
+    cells.work += cells.count;
+}
+
+// Calls visit(block) for those that are marked.
+template <class Visit>
+inline void walk(const QuantizeCells& cells, const uint64_t* blocks, Visit&& visit) {
+    for (int begin = 0; begin < cells.count; begin += 64)
+        for (uint64_t left = blocks[begin / 64]; left; left &= left - 1) visit(begin + __builtin_ctzll(left));
+}
+
+// Of candidates that are nearest as far as float32 can tell, the one of the definition: float64 decides, and the lowest
+// index.
+template <bool IsU8>
+struct Nearest {
+    const float* clusters;
+    double level[3], best = __builtin_inf();
     int32_t index = 0;
-    for (; lanes; lanes &= lanes - 1) {
-        const int32_t id = block.id[__builtin_ctz(lanes)];
-        if (id < 0) break;
-        const float* c = clusters + 3 * int64_t(id);
-        const double dr = cells.levels[r] - double(c[0]), dg = cells.levels[g] - double(c[1]),
-                     db = cells.levels[b] - double(c[2]);
-        const double d = (dr * dr + dg * dg) + db * db;
-        index = d < best ? id : index;
+
+    Nearest(const QuantizeParams& p, const QuantizeCells& cells, int64_t i) : clusters(p.clusters) {
+        for (int c = 0; IsU8 && c < 3; ++c) level[c] = cells.levels[static_cast<const uint8_t*>(p.x)[3 * i + c]];
+    }
+    void take(int32_t id) {
+        if (id < 0) return;
+        double d = 0.0;
+        if (IsU8) {
+            const float* c = clusters + 3 * int64_t(id);
+            const double dr = level[0] - double(c[0]), dg = level[1] - double(c[1]), db = level[2] - double(c[2]);
+            d = (dr * dr + dg * dg) + db * db;
+        }
+        index = d < best || (d == best && id < index) ? id : index;
         best = d < best ? d : best;
     }
-    return index;
-}
+};
 
-// kRegisters registers of T, of pixels, against a list: the definition. `found`: places in the list, -1 for none.
-template <class T, class I>
-inline void scan(const QuantizeBlock* list, int size, const T* r, const T* g, const T* b, I* found) {
-    typedef T Values __attribute__((vector_size(4 * kLanes)));
-    typedef I Places __attribute__((vector_size(4 * kLanes)));
-    Values x[3][kRegisters], best[kRegisters];
-    Places index[kRegisters], at{};
-    __builtin_memcpy(x[0], r, sizeof x[0]);
-    __builtin_memcpy(x[1], g, sizeof x[1]);
-    __builtin_memcpy(x[2], b, sizeof x[2]);
-    for (int v = 0; v < kRegisters; ++v) best[v] = Values{} + T(kInfinity), index[v] = Places{} - 1;
-    for (int i = 0; i < size; ++i, at += 1) {
-        const QuantizeBlock& block = list[i / kWidth];
-        const T c[3] = {T(block.c[0][i % kWidth]), T(block.c[1][i % kWidth]), T(block.c[2][i % kWidth])};
-        for (int v = 0; v < kRegisters; ++v) {
-            const Values dr = x[0][v] - c[0], dg = x[1][v] - c[1], db = x[2][v] - c[2];
-            const Values d = (dr * dr + dg * dg) + db * db;
-            index[v] = d < best[v] ? at : index[v];
-            best[v] = d < best[v] ? d : best[v];
-        }
+// Among marked lanes, each of the block at its own place.
+template <bool IsU8>
+__attribute__((noinline)) int32_t settle(const QuantizeParams& p, const QuantizeCells& cells, int64_t i, uint32_t lanes,
+                                         const QuantizeBlock* blocks, const int32_t* places) {
+    Nearest<IsU8> nearest(p, cells, i);
+    for (; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        nearest.take(blocks[places ? places[lane] : 0].id[lane]);
     }
-    __builtin_memcpy(found, index, sizeof index);
+    return nearest.index;
 }
 
-// Likewise with the group's `line`, at float32's precision; `gap`: from the best to the second one, less the
-// pixel's part of the slack.
-inline void scan_line(const QuantizeGroup& group, int first, int32_t* found, float* gap) {
+// Among all blocks that were visited.
+template <bool IsU8>
+__attribute__((noinline)) int32_t settle_all(const QuantizeParams& p, const QuantizeCells& cells, int64_t i,
+                                             int visited, Vec limit) {
+    const Colour x = colour_at<IsU8>(p, cells, i);
+    Nearest<IsU8> nearest(p, cells, i);
+    for (int v = 0; v < visited; ++v) {
+        if (at_most(load(cells.found + v * kLanes), limit) == 0) continue;
+        const QuantizeBlock& block = cells.root[cells.visited[v]];
+        Wide d;
+        distances<IsU8>(block, x, d);
+        for (uint32_t lanes = within(d, limit); lanes; lanes &= lanes - 1) nearest.take(block.id[__builtin_ctz(lanes)]);
+    }
+    return nearest.index;
+}
+
+// Whether one is marked; uint8 pixels always have one at least.
+template <bool IsU8>
+inline bool single(uint32_t lanes) {
+    return (IsU8 || lanes != 0) && (lanes & (lanes - 1)) == 0;
+}
+
+// The nearest of all clusters.
+template <bool IsU8>
+__attribute__((noinline)) int32_t search(const QuantizeParams& p, QuantizeCells& cells, int64_t i,
+                                         const uint64_t* blocks) {
     typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
+    const Colour x = colour_at<IsU8>(p, cells, i);
+    Wide best, second;
+    Places block[kParts];
+    for (int v = 0; v < kParts; ++v) best[v] = second[v] = set1(kInfinity), block[v] = Places{};
+    int visited = 0;
+    walk(cells, blocks, [&](int b) __attribute__((always_inline)) {
+        Wide d;
+        distances<IsU8>(cells.root[b], x, d);
+        for (int v = 0; v < kParts; ++v) {
+            block[v] = d[v] < best[v] ? Places{} + b : block[v];
+            second[v] = min(second[v], max(best[v], d[v]));
+            best[v] = min(d[v], best[v]);
+        }
+        store(cells.found + visited * kLanes, smallest(d));
+        cells.visited[visited++] = b;
+    });
+    cells.work += visited * kWidth;
+    const Vec limit = limit_of<IsU8>(smallest(best));
+    if (__builtin_expect(at_most(smallest(second), limit) != 0, 0))
+        return settle_all<IsU8>(p, cells, i, visited, limit);
+    const uint32_t lanes = within(best, limit);
+    int32_t places[kWidth];
+    __builtin_memcpy(places, block, sizeof places);
+    if (__builtin_expect(!single<IsU8>(lanes), 0)) return settle<IsU8>(p, cells, i, lanes, cells.root, places);
+    const int lane = __builtin_ctz(lanes);
+    return cells.root[places[lane]].id[lane];
+}
+
+// The pixels that wait. The blocks of all are chosen before the first is compared with its own: that takes guesses, and
+// a wrong one should have nothing to wait for.
+template <bool IsU8>
+__attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cells) {
+    const int words = (cells.count + 63) / 64;
+    for (int j = 0; j < cells.waiting; ++j) {
+        const Colour x = colour_at<IsU8>(p, cells, cells.at[j]);
+        choose(cells, x.c, zero(), cells.blocks + j * words, [&](int b) {
+            Wide d;
+            distances<IsU8>(cells.root[b], x, d);
+            return smallest(d);
+        });
+    }
+    for (int j = 0; j < cells.waiting; ++j)
+        p.out[cells.at[j]] = search<IsU8>(p, cells, cells.at[j], cells.blocks + j * words);
+    cells.waiting = 0;
+}
+
+template <bool IsU8>
+inline void wait(const QuantizeParams& p, QuantizeCells& cells, int64_t i) {
+    cells.at[cells.waiting] = i;
+    if (++cells.waiting == kQuantizeWaiting) flush<IsU8>(p, cells);
+}
+
+// Compares pixels, one a lane, with all clusters; returns how many it has left to `search`: those that float64 decides.
+template <bool IsU8>
+__attribute__((noinline)) int scan(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int n) {
+    typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
+    float colours[3][kScan];
+    for (int j = 0; j < kScan; ++j)
+        for (int c = 0; c < 3; ++c) colours[c][j] = level_of<IsU8>(p, cells, begin + (j < n ? j : 0), c);
     Vec x[3][kRegisters], best[kRegisters], second[kRegisters];
     Places index[kRegisters], at{};
-    for (int v = 0; v < kRegisters; ++v) {
-        for (int c = 0; c < 3; ++c) x[c][v] = load(group.x[c] + first + v * kLanes) - set1(group.centre[c]);
-        best[v] = second[v] = set1(kInfinity);
-        index[v] = Places{} - 1;
-    }
-    for (int i = 0; i < group.size; ++i, at += 1) {
-        const QuantizeBlock& block = group.line[i / kWidth];
-        float square;
-        __builtin_memcpy(&square, block.id + i % kWidth, sizeof square);
-        const Vec a = set1(square),
-                  c[3] = {set1(block.c[0][i % kWidth]), set1(block.c[1][i % kWidth]), set1(block.c[2][i % kWidth])};
+    __builtin_memcpy(x, colours, sizeof x);
+    for (int v = 0; v < kRegisters; ++v) best[v] = second[v] = set1(kInfinity), index[v] = Places{};
+    for (int i = 0; i < p.k; ++i, at += 1) {
+        const QuantizeBlock& block = cells.root[i / kWidth];
+        const Vec r = set1(block.c[0][i % kWidth]), g = set1(block.c[1][i % kWidth]), b = set1(block.c[2][i % kWidth]);
         for (int v = 0; v < kRegisters; ++v) {
-            const Vec d = fma(x[0][v], c[0], fma(x[1][v], c[1], fma(x[2][v], c[2], a)));
+            const Vec d = distance<IsU8>(x[0][v] - r, x[1][v] - g, x[2][v] - b);
             index[v] = d < best[v] ? at : index[v];
-            second[v] = min(second[v], max(best[v], d));
+            if (IsU8) second[v] = min(second[v], max(best[v], d));
             best[v] = min(d, best[v]);
         }
     }
-    __builtin_memcpy(found, index, sizeof index);
-    for (int v = 0; v < kRegisters; ++v) {
-        const Vec y = fma(x[0][v], x[0][v], fma(x[1][v], x[1][v], x[2][v] * x[2][v]));
-        store(gap + v * kLanes, second[v] - best[v] - set1(group.slope) * y);
-    }
+    int32_t found[kScan];
+    __builtin_memcpy(found, index, sizeof found);
+    int left = 0;
+    for (int j = 0; j < n; ++j) p.out[begin + j] = found[j];
+    for (int v = 0; IsU8 && v < kRegisters; ++v)
+        for (uint32_t lanes = at_most(second[v], further(best[v])); lanes; lanes &= lanes - 1)
+            if (const int j = v * kLanes + __builtin_ctz(lanes); j < n) {
+                wait<IsU8>(p, cells, begin + j);
+                ++left;
+            }
+    cells.work += int64_t(n) * p.k;
+    return left;
 }
 
-inline int32_t id_of(const QuantizeGroup& group, int64_t found) {
-    return found < 0 ? 0 : group.list[found / kWidth].id[found % kWidth];
-}
-
-// float64 decides the group's ties.
-__attribute__((noinline)) void untie(const QuantizeParams& p, QuantizeCells& cells, QuantizeGroup& group) {
-    double x[3][kQuantizeTies];
-    int64_t found[kQuantizeTies];
-    constexpr int step = kRegisters * kLanes / 2;
-    for (int j = 0; j < kQuantizeTies; ++j)
-        for (int c = 0; c < 3; ++c)
-            x[c][j] = cells.levels[static_cast<const uint8_t*>(p.x)[3 * group.tied[j < group.ties ? j : 0] + c]];
-    for (int j = 0; j < group.ties; j += step) {
-        scan(group.list, group.size, x[0] + j, x[1] + j, x[2] + j, found + j);
-        cells.scanned += 2 * int64_t(step) * group.size;
-    }
-    for (int j = 0; j < group.ties; ++j) p.out[group.tied[j]] = id_of(group, found[j]);
-    group.ties = 0;
-}
-
-// Compares the pixels of a group with its list.
+// Without cells: where the clusters are in no order, by `scan`, until that leaves most to `search`.
 template <bool IsU8>
-__attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cells, QuantizeGroup& group) {
-    alignas(64) int32_t found[kQuantizeGroup];
-    alignas(64) float gap[kQuantizeGroup];
-    constexpr int step = kRegisters * kLanes;
-    for (int j = group.count; j % step; ++j)
-        for (int c = 0; c < 3; ++c) group.x[c][j] = 0.0f;
-    const bool decides = !IsU8 || group.line != nullptr;
-    for (int j = 0; decides && j < group.count; j += step) {
-        if (IsU8)
-            scan_line(group, j, found + j, gap + j);
-        else
-            scan(group.list, group.size, group.x[0] + j, group.x[1] + j, group.x[2] + j, found + j);
-        cells.scanned += int64_t(step) * group.size;
+void compare(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
+    for (bool scans = cells.boxes == nullptr; scans && begin < end; begin += kScan) {
+        const int n = int(end - begin < kScan ? end - begin : kScan);
+        scans = 2 * scan<IsU8>(p, cells, begin, n) <= n;
     }
-    int ties = 0;
-    for (int j = 0; j < group.count; ++j) {
-        if (decides && (!IsU8 || gap[j] > group.slack)) {
-            p.out[group.at[j]] = id_of(group, found[j]);
-            continue;
+    for (; begin < end; ++begin) wait<IsU8>(p, cells, begin);
+}
+
+// Looks for what may be nearest to a colour of the cell of a level that has (r, g, b) in it, among the `blocks` blocks
+// of `from`, or among all clusters, and makes a list of it; returns how many there are. More than `most` are not
+// written.
+int make_list(QuantizeCells& cells, int level, int r, int g, int b, const QuantizeBlock* from, int blocks,
+              QuantizeBlock* list, int most) {
+    const float half_pixels = 0.5f * (float(256 >> level) - cells.reach);
+    const Vec half = set1(half_pixels / 127.5f);
+    const int first = -(256 >> level), corner[3] = {r & first, g & first, b & first};
+    Vec centre[3], least = set1(kInfinity);
+    for (int c = 0; c < 3; ++c) centre[c] = set1((float(corner[c]) + half_pixels) / 127.5f - 1.0f);
+    int visited = 0;
+    const auto measure = [&](int at) {
+        for (int i = 0; i < kWidth; i += kLanes) {
+            // Distance to the box's centre along each axis; the box reaches `half` to both sides.
+            Vec near = zero(), far = zero();
+            for (int c = 0; c < 3; ++c) {
+                const Vec d = abs(load(from[at].c[c] + i) - centre[c]);
+                const Vec n = max(d - half, zero()), f = d + half;
+                near = fma(n, n, near);
+                far = fma(f, f, far);
+            }
+            store(cells.found + visited * kWidth + i, near);
+            least = min(far, least);
         }
-        ++ties;
-        group.tied[group.ties++] = group.at[j];
-        if (group.ties == kQuantizeTies) untie(p, cells, group);
+        return least;
+    };
+    const auto visit = [&](int at) {
+        measure(at);
+        cells.visited[visited++] = at;
+    };
+    if (from == cells.root) {
+        uint64_t* chosen = cells.blocks + kQuantizeWaiting * ((cells.count + 63) / 64);
+        choose(cells, centre, half, chosen, measure);
+        walk(cells, chosen, visit);
+    } else {
+        for (int at = 0; at < blocks; ++at) visit(at);
     }
-    if (2 * ties > group.count) group.line = nullptr;  // clusters that float32 cannot tell apart: float64 at once
-    group.count = 0;
+    cells.work += visited * kWidth;
+    const Vec limit = loosely(least);
+    float kept[3][kQuantizeParent + 2 * kWidth];
+    int32_t ids[kQuantizeParent + 2 * kWidth];
+    int n = 0;
+    for (int i = 0; i < visited * kWidth; i += kLanes) {
+        const uint32_t keep = at_most(load(cells.found + i), limit);
+        if (keep == 0) continue;
+        const QuantizeBlock& block = from[cells.visited[i / kWidth]];
+        const int to = n < most ? n : most;
+        for (int c = 0; c < 3; ++c) store_marked(kept[c] + to, load(block.c[c] + i % kWidth), keep);
+        store_marked(ids + to, floats(load_ints(block.id + i % kWidth)), keep);
+        n += __builtin_popcount(keep);
+    }
+    if (n > most) return n;
+    for (int i = n; i < n + kWidth; ++i) kept[0][i] = kept[1][i] = kept[2][i] = kInfinity, ids[i] = -1;
+    for (int i = 0; i == 0 || i < n; i += kWidth, ++list) {
+        for (int c = 0; c < 3; ++c) __builtin_memcpy(list->c[c], kept[c] + i, sizeof list->c[c]);
+        __builtin_memcpy(list->id, ids + i, sizeof list->id);
+    }
+    return n;
 }
 
-// A pixel whose candidates are more than a block.
-template <bool IsU8>
-__attribute__((noinline)) void wait(const QuantizeParams& p, QuantizeCells& cells, int32_t entry, int64_t i) {
-    QuantizeGroup& group = cells.groups[-2 - entry];
-    for (int c = 0; c < 3; ++c)
-        group.x[c][group.count] = IsU8 ? cells.levels32[static_cast<const uint8_t*>(p.x)[3 * i + c]]
-                                       : static_cast<const float*>(p.x)[3 * i + c];
-    group.at[group.count] = i;
-    if (++group.count == kQuantizeGroup) flush<IsU8>(p, cells, group);
+// The entry of `leaf` for the colour (r, g, b), with its list.
+__attribute__((noinline)) int32_t make_leaf(QuantizeCells& cells, int r, int g, int b) {
+    int level = kQuantizeParentBits;
+    const int up = 8 - level;
+    QuantizeNode& parent = cells.parents[(r >> up << level | g >> up) << level | b >> up];
+    if (parent.size < 0) {
+        parent = {cells.used,
+                  make_list(cells, level, r, g, b, cells.root, 0, cells.lists + cells.used, kQuantizeParent)};
+        if (parent.size <= kQuantizeParent) cells.used += (parent.size + kWidth - 1) / kWidth;
+    }
+    int32_t entry = parent.size <= kWidth ? parent.first : kQuantizeCrowded;
+    const int blocks = parent.size <= kQuantizeParent ? (parent.size + kWidth - 1) / kWidth : 0;
+    while (entry == kQuantizeCrowded && blocks > 0 && level < cells.bits) {
+        ++level;
+        const QuantizeBlock* from = cells.lists + parent.first;
+        if (make_list(cells, level, r, g, b, from, blocks, cells.lists + cells.used, kWidth) <= kWidth)
+            entry = cells.used++;
+    }
+    const int shift = 8 - level, finer = kQuantizeLeafBits - level, side = 1 << finer;
+    for (int i = 0; i < side; ++i)
+        for (int j = 0; j < side; ++j)
+            for (int l = 0; l < side; ++l) {
+                const int64_t first = ((r >> shift << finer) + i) << kQuantizeLeafBits | ((g >> shift << finer) + j);
+                int32_t& place = cells.leaf[first << kQuantizeLeafBits | ((b >> shift << finer) + l)];
+                if (place == kQuantizeUnknown) place = entry;
+            }
+    return entry;
 }
 
-// The block of the pixel at i, of the colour (r, g, b); nullptr: the pixel waits in a group.
+// A pixel of the colour (r, g, b), by its cell.
 template <bool IsU8>
-inline const QuantizeBlock* block_of(const QuantizeParams& p, QuantizeCells& cells, int r, int g, int b, int64_t i,
-                                     int64_t seen) {
-    constexpr int shift = 8 - kLeafBits;
-    int32_t entry = cells.leaf[(((r >> shift << kLeafBits) | g >> shift) << kLeafBits) | b >> shift];
-    if (__builtin_expect(entry == -1, 0)) {
-        cells.seen = seen;
-        entry = make_leaf(cells, r, g, b);
-    }
-    if (__builtin_expect(entry >= 0, 1)) return cells.blocks + entry;
-    wait<IsU8>(p, cells, entry, i);
-    return nullptr;
-}
-
-template <bool IsU8>
-void finish(const QuantizeParams& p, QuantizeCells& cells) {
-    for (int32_t i = 0; i < cells.groups_used; ++i) {
-        flush<IsU8>(p, cells, cells.groups[i]);
-        if (cells.groups[i].ties) untie(p, cells, cells.groups[i]);
-    }
+inline __attribute__((always_inline)) void nearest(const QuantizeParams& p, QuantizeCells& cells, int r, int g, int b,
+                                                   int64_t i) {
+    constexpr int shift = 8 - kQuantizeLeafBits;
+    int32_t entry = cells.leaf[((r >> shift << kQuantizeLeafBits | g >> shift) << kQuantizeLeafBits) | b >> shift];
+    if (__builtin_expect(entry == kQuantizeUnknown, 0)) entry = make_leaf(cells, r, g, b);
+    if (__builtin_expect(entry == kQuantizeCrowded, 0)) return wait<IsU8>(p, cells, i);
+    const Colour x = colour_at<IsU8>(p, cells, i);
+    Wide d;
+    distances<IsU8>(cells.lists[entry], x, d);
+    const uint32_t lanes = within(d, limit_of<IsU8>(smallest(d)));
+    p.out[i] = __builtin_expect(single<IsU8>(lanes), 1)
+                   ? cells.lists[entry].id[__builtin_ctz(lanes)]
+                   : settle<IsU8>(p, cells, i, lanes, cells.lists + entry, nullptr);
 }
 
 void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     const auto* x = static_cast<const uint8_t*>(p.x);
-    const float* levels = cells.levels32;
-    clear(cells);
-    for (int64_t i = begin; cells.bits == 0 && i < end; ++i) wait<true>(p, cells, -2, i);
-    for (int64_t i = begin; cells.bits > 0 && i < end; ++i) {
-        const uint8_t r = x[3 * i], g = x[3 * i + 1], b = x[3 * i + 2];
-        const QuantizeBlock* block = block_of<true>(p, cells, r, g, b, i, i - begin);
-        if (__builtin_expect(block == nullptr, 0)) continue;
-        Wide d;
-        distances(*block, set1(levels[r]), set1(levels[g]), set1(levels[b]), d);
-        const uint32_t lanes = within(d, fma(spread_min(smallest(d)), set1(kWider), set1(kFurther)));
-        if (__builtin_expect(lanes & (lanes - 1), 0))
-            p.out[i] = settle(p.clusters, cells, *block, lanes, r, g, b);
-        else
-            p.out[i] = block->id[__builtin_ctz(lanes)];
-    }
-    finish<true>(p, cells);
+    if (cells.bits == 0) compare<true>(p, cells, begin, end);
+    for (int64_t i = begin; cells.bits > 0 && i < end; ++i)
+        nearest<true>(p, cells, x[3 * i], x[3 * i + 1], x[3 * i + 2], i);
+    flush<true>(p, cells);
 }
 
 void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
-    const auto* all = static_cast<const float*>(p.x);
-    clear(cells);
-    for (int64_t i = begin; i < end; i += kChunk) {
-        const float* x = all + 3 * i;
+    if (cells.bits == 0) compare<false>(p, cells, begin, end);
+    for (int64_t i = begin; cells.bits > 0 && i < end; i += kChunk) {
+        const float* x = static_cast<const float*>(p.x) + 3 * i;
         const int n = int(end - i < kChunk ? end - i : kChunk);
         alignas(64) int32_t value[3 * kChunk];
-        int outside = cells.bits == 0;
-#pragma omp simd reduction(| : outside)
+#pragma omp simd
         for (int j = 0; j < 3 * n; ++j) {
             const float v = (x[j] + 1.0f) * 127.5f;
-            const bool inside = v >= 0.0f && v <= 255.0f;  // false for NaN
-            outside |= !inside;
-            value[j] = inside ? int32_t(v) : 0;
+            value[j] = v >= 0.0f && v <= 255.0f ? int32_t(v) : -1;  // NaN is outside
         }
-        for (int j = 0; outside && j < n; ++j) wait<false>(p, cells, -2, i + j);
-        for (int j = 0; !outside && j < n; ++j) {
+        for (int j = 0; j < n; ++j) {
             const int32_t* at = value + 3 * j;
-            const QuantizeBlock* block = block_of<false>(p, cells, at[0], at[1], at[2], i + j, i - begin);
-            if (__builtin_expect(block == nullptr, 0)) continue;
-            Wide d;
-            distances(*block, set1(x[3 * j]), set1(x[3 * j + 1]), set1(x[3 * j + 2]), d);
-            // A distance that is not finite wins nowhere.
-            const uint32_t lanes = within(d, min(spread_min(smallest(d)), set1(__FLT_MAX__)));
-            p.out[i + j] = __builtin_expect(lanes, 1) ? block->id[__builtin_ctz(lanes)] : 0;
+            if ((at[0] | at[1] | at[2]) < 0)
+                wait<false>(p, cells, i + j);
+            else
+                nearest<false>(p, cells, at[0], at[1], at[2], i + j);
         }
     }
-    finish<false>(p, cells);
+    flush<false>(p, cells);
 }
 
 }  // namespace
