@@ -71,7 +71,8 @@ QuantizeCells make_cells(const Palette& palette, int bits, Scratch& s) {
     return cells;
 }
 
-bool finite(const float* c) { return std::isfinite(c[0]) && std::isfinite(c[1]) && std::isfinite(c[2]); }
+// A difference that is not zero is NaN; one branch, not three.
+bool finite(const float* c) { return (c[0] - c[0]) + (c[1] - c[1]) + (c[2] - c[2]) == 0.0f; }
 
 struct Cluster {
     float c[3];
@@ -84,12 +85,11 @@ void put(Palette& palette, const Cluster* from, int64_t n) {
     QuantizeBlock& block = palette.blocks[at];
     for (int64_t i = 0, lane = 0; lane < kQuantizeWidth; ++lane, ++i) {
         // Equal ones side by side count once.
-        while (palette.boxes && i > 0 && i < n && std::equal(from[i].c, from[i].c + 3, from[i - 1].c)) ++i;
-        const bool counts = i < n && finite(from[i].c);
-        for (int c = 0; c < 3; ++c) block.c[c][lane] = counts ? from[i].c[c] : kInfinity;
+        while (i > 0 && i < n && std::equal(from[i].c, from[i].c + 3, from[i - 1].c)) ++i;
+        for (int c = 0; c < 3; ++c) block.c[c][lane] = i < n ? from[i].c[c] : kInfinity;
         block.id[lane] = i < n ? from[i].id : -1;
     }
-    for (int c = 0; palette.boxes && c < 3; ++c) {
+    for (int c = 0; c < 3; ++c) {
         float low = kInfinity, high = -kInfinity;
         for (int64_t i = 0; i < n; ++i) low = std::min(low, from[i].c[c]), high = std::max(high, from[i].c[c]);
         QuantizeBoxes& boxes = palette.boxes[at / kQuantizeWidth];
@@ -122,30 +122,40 @@ void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
     for (int64_t i = 0; i < n; i += part) cut(palette, from + i, std::min(part, n - i), scratch);
 }
 
-// A cluster that is not finite wins nowhere: it is left out, or infinitely far away.
+// The clusters as they come. One that is not finite wins nowhere: it is infinitely far away.
+void fill(Palette& palette, const QuantizeParams& p) {
+    palette.count = int32_t((p.k + int64_t(kQuantizeWidth) - 1) / kQuantizeWidth);
+    for (int64_t i = 0; i < int64_t(palette.count) * kQuantizeWidth; ++i) {
+        QuantizeBlock& block = palette.blocks[i / kQuantizeWidth];
+        const float* from = p.clusters + 3 * std::min(i, int64_t(p.k) - 1);
+        const bool counts = i < p.k && finite(from);
+        for (int c = 0; c < 3; ++c) block.c[c][i % kQuantizeWidth] = counts ? from[c] : kInfinity;
+        block.id[i % kQuantizeWidth] = i < p.k ? int32_t(i) : -1;
+    }
+}
+
+// In order, with boxes, where that pays.
 Palette make_palette(const QuantizeParams& p) {
     const int64_t most = p.k / kQuantizeWidth + 1;
-    const bool ordered = p.n >= kOrdered && p.k > kFewClusters;
     Palette palette{};
     palette.blocks.reset(new QuantizeBlock[most]);
-    if (ordered) palette.boxes.reset(new QuantizeBoxes[most / kQuantizeWidth + 1]);
-    const std::unique_ptr<Cluster[]> all(new Cluster[(ordered ? 2 : 1) * int64_t(p.k)]);
+    if (p.n < kOrdered || p.k <= kFewClusters) {
+        fill(palette, p);
+        return palette;
+    }
+    palette.boxes.reset(new QuantizeBoxes[most / kQuantizeWidth + 1]);
+    const std::unique_ptr<Cluster[]> all(new Cluster[2 * int64_t(p.k)]);
     int64_t n = 0;
     for (int64_t i = 0; i < p.k; ++i) {
         const float* from = p.clusters + 3 * i;
-        if (!ordered || finite(from)) all[n++] = {{from[0], from[1], from[2]}, int32_t(i)};
+        if (finite(from)) all[n++] = {{from[0], from[1], from[2]}, int32_t(i)};
     }
-    if (ordered) {
-        cut(palette, all.get(), n, all.get() + p.k);
-        for (int64_t i = palette.count; i % kQuantizeWidth; ++i)
-            for (int c = 0; c < 3; ++c) {
-                palette.boxes[i / kQuantizeWidth].middle[c][i % kQuantizeWidth] = kInfinity;
-                palette.boxes[i / kQuantizeWidth].half[c][i % kQuantizeWidth] = 0.0f;
-            }
-    } else {
-        for (int64_t i = 0; i < n; i += kQuantizeWidth)
-            put(palette, all.get() + i, std::min<int64_t>(kQuantizeWidth, n - i));
-    }
+    cut(palette, all.get(), n, all.get() + p.k);
+    for (int64_t i = palette.count; i % kQuantizeWidth; ++i)
+        for (int c = 0; c < 3; ++c) {
+            palette.boxes[i / kQuantizeWidth].middle[c][i % kQuantizeWidth] = kInfinity;
+            palette.boxes[i / kQuantizeWidth].half[c][i % kQuantizeWidth] = 0.0f;
+        }
     return palette;
 }
 

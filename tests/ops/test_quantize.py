@@ -199,6 +199,11 @@ def adversaries() -> dict[str, torch.Tensor]:
         "overflow": palette(30, seed=1) * 3e38,
         "broken": broken,
         "nothing finite": torch.full((20, 3), float("nan")),
+        # Enough to be put in order, with boxes.
+        "many broken": torch.cat([broken, palette(400), broken]),
+        "many far": torch.cat([palette(300) * 1e9, palette(300, seed=1) * 3e38]),
+        "many doubles": palette(130).repeat(4, 1),
+        "many and nothing finite": torch.full((400, 3), float("nan")),
     }
 
 
