@@ -10,35 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. transformers' older names are aliases.
-_NAMES = {
-    "ImageGPTConfig": "config",
-    "ImageGPTModel": "model",
-    "ImageGPTForCausalImageModeling": "model",
-    "ImageGPTForImageClassification": "model",
-    "DynamicCache": "engines.cache",
-    "StaticCache": "engines.cache",
-    "ImageGPTImageProcessor": "image",
-    "quantize": "image",
-    "dequantize": "image",
-    "fit_clusters": "image",
-    "load_clusters": "image",
-    "save_clusters": "image",
-    "open_image": "image",
-    "image_grid": "image",
-    "save_image": "image",
-    "save_animation": "image",
-    "to_rgb": "image",
-    "resize": "image",
-    "center_crop": "image",
-    "Pipeline": "pipeline",
-    "Generation": "pipeline",
-    "show_config": "environment",
-    "set_backend": "backend",
-    "get_backend": "backend",
-    "use_backend": "backend",
-    "BackendUnavailableError": "backend",
+# Module -> the public names that it defines. transformers' older names are aliases.
+_DEFINED = {
+    "config": "ImageGPTConfig",
+    "model": "ImageGPTModel ImageGPTForCausalImageModeling ImageGPTForImageClassification",
+    "engines.cache": "DynamicCache StaticCache",
+    "image": "ImageGPTImageProcessor quantize dequantize fit_clusters load_clusters save_clusters open_image image_grid"
+    " save_image save_animation to_rgb resize center_crop",
+    "pipeline": "Pipeline Generation",
+    "environment": "show_config",
+    "backend": "set_backend get_backend use_backend BackendUnavailableError",
 }
+_NAMES = {name: module for module, names in _DEFINED.items() for name in names.split()}
 _ALIASES = {
     "ImageGPTForCausalLM": "ImageGPTForCausalImageModeling",
     "ImageGPTFeatureExtractor": "ImageGPTImageProcessor",

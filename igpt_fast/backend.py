@@ -244,8 +244,13 @@ class Kernels(NamedTuple):
 
     def function(self, name: str) -> Callable[..., None]:
         """The module's function of this kind. Both kinds take the same arguments, by the same names."""
-        function: Callable[..., None] = getattr(self.module, f"{name}_{self.kind}")
-        return function
+        return getattr(self.module, f"{name}_{self.kind}")
+
+    def launch(self, name: str, tensors: dict[str, torch.Tensor | None], **arguments: Any) -> None:
+        """Calls a function of this kind with the addresses of tensors by their names, 0 for none, and with the rest."""
+        for key, tensor in tensors.items():
+            arguments[key] = 0 if tensor is None else tensor.data_ptr()
+        self.function(name)(**arguments, place=self.place)
 
     @property
     def place(self) -> tuple[int, int] | int:

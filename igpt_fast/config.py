@@ -36,14 +36,8 @@ _MAX_CONFIG_BYTES = 4 << 20
 _MAX_SIZE = 1 << 24  # of every size and number of tokens
 # What every configuration of transformers has, of no use to the network; read as attributes, these are there
 # even where the file had none.
-_COMMON: dict[str, Any] = {
-    "_name_or_path": "",
-    "architectures": None,
-    "chunk_size_feed_forward": 0,
-    "dtype": None,
-    "is_encoder_decoder": False,
-    "transformers_version": None,
-}
+_COMMON: dict[str, Any] = {"_name_or_path": "", "chunk_size_feed_forward": 0, "is_encoder_decoder": False}
+_COMMON |= {"architectures": None, "dtype": None, "transformers_version": None}
 # Entries that transformers 4 wrote for every model as well; some are about generation.
 _OLDER = frozenset(
     """
@@ -56,17 +50,7 @@ _OLDER = frozenset(
     typical_p use_bfloat16
     """.split()  # noqa: SIM905
 )
-_FLAGS = (
-    "scale_attn_weights",
-    "use_cache",
-    "tie_word_embeddings",
-    "scale_attn_by_inverse_layer_idx",
-    "reorder_and_upcast_attn",
-    "add_cross_attention",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-)
+_PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 
 C = TypeVar("C")
 
@@ -182,18 +166,13 @@ class ImageGPTConfig:
                 self._set_whole(name, 1, _MAX_SIZE)
         self._set_whole("vocab_size", 2, _MAX_SIZE)  # one colour and the SOS token, which classes leave
         self._set_whole("n_classes", 0, self.vocab_size - 2)
+        tokens = -_MAX_SIZE, _MAX_SIZE  # negative ones stand for none in some files
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
             if isinstance(ids, list | tuple) and name == "eos_token_id":
-                setattr(
-                    self, name, [whole_number(f"ImageGPTConfig: {name}", value, -_MAX_SIZE, _MAX_SIZE) for value in ids]
-                )
-            elif ids is not None:  # negative ones stand for none in some files
-                self._set_whole(name, -_MAX_SIZE, _MAX_SIZE)
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"ImageGPTConfig: n_embd must be divisible by n_head, got n_embd={self.n_embd} n_head={self.n_head}"
-            )
+                self.eos_token_id = [whole_number(f"ImageGPTConfig: {name}", value, *tokens) for value in ids]
+            elif ids is not None:
+                self._set_whole(name, *tokens)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             setattr(self, name, finite_number(f"ImageGPTConfig: {name}", getattr(self, name), 0, 1))
         for name in ("layer_norm_epsilon", "initializer_range"):
@@ -201,23 +180,16 @@ class ImageGPTConfig:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"ImageGPTConfig: {name} must be true or false, got {shown(getattr(self, name))}")
-        if not isinstance(self.activation_function, str):
-            raise ValueError(
-                f"ImageGPTConfig: activation_function must be a name, got {shown(self.activation_function)}"
-            )
-        if self.problem_type not in (
-            None,
-            "regression",
-            "single_label_classification",
-            "multi_label_classification",
+        width, heads, activation = self.n_embd, self.n_head, self.activation_function
+        for wrong, message in (
+            (width % heads, f"n_embd must be divisible by n_head, got n_embd={width} n_head={heads}"),
+            (not isinstance(activation, str), f"activation_function must be a name, got {shown(activation)}"),
+            (self.problem_type not in _PROBLEMS, f"unknown problem_type {shown(self.problem_type)}"),
+            (self.tie_word_embeddings, "tie_word_embeddings=True is not supported: wte has one row more than the head"),
+            (self.add_cross_attention, "add_cross_attention=True is not supported"),
         ):
-            raise ValueError(f"ImageGPTConfig: unknown problem_type {shown(self.problem_type)}")
-        if self.tie_word_embeddings:
-            raise ValueError(
-                "ImageGPTConfig: tie_word_embeddings=True is not supported: wte has one row more than the head"
-            )
-        if self.add_cross_attention:
-            raise ValueError("ImageGPTConfig: add_cross_attention=True is not supported")
+            if wrong:
+                raise ValueError(f"ImageGPTConfig: {message}")
         if "id2label" not in self.__dict__:
             self.label2id = None  # as in transformers: names in this direction alone do not count
 
@@ -364,15 +336,8 @@ class ImageGPTConfig:
         """
         if unknown := _split(overrides)[1].keys() - _COMMON.keys() - _OLDER:
             raise TypeError(f"from_pretrained() got an unexpected keyword argument: {listed(unknown)}")
-        path = files.find_file(
-            name_or_path,
-            _FILE_NAME,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = files.find_file(name_or_path, _FILE_NAME, **where, token=token, subfolder=subfolder)
         assert path is not None
         return cls.from_json_file(path, **overrides)
 
@@ -423,9 +388,8 @@ class ImageGPTConfig:
         Raises:
             OSError: It cannot be written.
         """
-        text = self.to_json_string()
         with files.replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(self.to_json_string(), encoding="utf-8")
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` to a folder, which is made if it does not exist.
@@ -439,6 +403,7 @@ class ImageGPTConfig:
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.name != "extra")
+_FLAGS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.type == "bool")
 _ALIASES = {**ImageGPTConfig.attribute_map, "torch_dtype": "dtype", "name_or_path": "_name_or_path"}
 
 

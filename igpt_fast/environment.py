@@ -5,6 +5,8 @@ pass, with the reason where a faster one is not.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,58 +44,43 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     return "native", f"for {entry.covers}"
 
 
-def _decoder(name: str) -> tuple[str, str]:
-    """As ``implementation``, for a decoder; the reason says what it covers, where it runs."""
-    if name == "reference":
-        return "the PyTorch model with a static key/value cache", DECODERS[name]
+# What runs for the decoders and forward passes that are plain PyTorch.
+_PLAIN = {"reference": "the PyTorch model with a static key/value cache", "torch": "the PyTorch layers"}
+
+
+def _engine(name: str, covers: str, no_native: Callable[[], str | None]) -> tuple[str, str]:
+    """As ``implementation``, for a decoder or a forward pass; the reason says what it covers, where it runs."""
+    if name in _PLAIN:
+        return _PLAIN[name], covers
     if name == "cuda":
         reason = backend.unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
-        return ("none", reason) if reason is not None else ("native", DECODERS[name])
-    reason = no_native_decoder()
-    if reason is not None:
+        return ("none", reason) if reason is not None else ("native", covers)
+    if reason := no_native():
         return "none", reason
     assert backend._C is not None
-    return f"native ({backend._C.cpu_isa()})", DECODERS[name]
+    return f"native ({backend._C.cpu_isa()})", covers
 
 
-def _forward(name: str) -> tuple[str, str]:
-    """As ``_decoder``, for a forward pass."""
-    if name == "torch":
-        return "the PyTorch layers", FORWARDS[name]
-    reason = no_native_forward()
-    if reason is not None:
-        return "none", reason
-    assert backend._C is not None
-    return f"native ({backend._C.cpu_isa()})", FORWARDS[name]
+def _row(live: tuple[str, str]) -> dict[str, str]:
+    return {"runs": live[0], "reason": live[1]}
 
 
 def config() -> dict[str, Any]:
     """Versions, build, devices, instruction sets and the live implementation of every op, as plain values."""
     import numpy
 
-    build: dict[str, Any] = {"compiled": backend._C is not None}
-    if backend._C is None:
+    native = backend._C
+    build: dict[str, Any] = {"compiled": native is not None}
+    if native is None:
         build["reason"] = backend.native_reason
     else:
-        build |= {
-            "compiler": backend._C.compiler,
-            "openmp": backend._C.openmp,
-            "cuda": backend._C.cuda_status,
-            "file": backend._C.__file__,
-        }
+        build |= {"compiler": native.compiler, "openmp": native.openmp, "cuda": native.cuda_status}
+        build["file"] = native.__file__
     devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            devices.append(
-                {"name": f"cuda:{i}", "processor": torch.cuda.get_device_name(i), "capability": f"{major}.{minor}"}
-            )
-    ops = {
-        op: {
-            device: dict(zip(("runs", "reason"), implementation(op, device), strict=True)) for device in ("cpu", "cuda")
-        }
-        for op in backend.OPS
-    }
+            capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+            devices.append({"name": f"cuda:{i}", "processor": torch.cuda.get_device_name(i), "capability": capability})
     return {
         "versions": {
             "igpt_fast": igpt_fast.__version__,
@@ -103,15 +90,14 @@ def config() -> dict[str, Any]:
         },
         "build": build,
         "devices": devices,
-        "isa": {
-            "compiled": dict(backend._C.cpu_isas()) if backend._C is not None else {},
-            "live": backend._C.cpu_isa() if backend._C is not None else None,
-        },
+        "isa": {"compiled": dict(native.cpu_isas()), "live": native.cpu_isa()}
+        if native
+        else {"compiled": {}, "live": None},
         "backend": backend.get_backend(),
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := backend.unavailable(name))},
-        "ops": ops,
-        "decoders": {name: dict(zip(("runs", "reason"), _decoder(name), strict=True)) for name in DECODERS},
-        "forwards": {name: dict(zip(("runs", "reason"), _forward(name), strict=True)) for name in FORWARDS},
+        "ops": {op: {device: _row(implementation(op, device)) for device in ("cpu", "cuda")} for op in backend.OPS},
+        "decoders": {name: _row(_engine(name, covers, no_native_decoder)) for name, covers in DECODERS.items()},
+        "forwards": {name: _row(_engine(name, covers, no_native_forward)) for name, covers in FORWARDS.items()},
     }
 
 
@@ -119,24 +105,20 @@ def format_config(report: dict[str, Any]) -> str:
     """``config()`` as text."""
     lines = [" ".join(f"{name} {version}" for name, version in report["versions"].items())]
     build = report["build"]
-    lines.append(
-        f"build      {build['compiler']}; OpenMP {build['openmp']}; CUDA {build['cuda']}"
-        if build["compiled"]
-        else f"build      none: {build['reason']}"
-    )
+    if build["compiled"]:
+        lines.append(f"build      {build['compiler']}; OpenMP {build['openmp']}; CUDA {build['cuda']}")
+    else:
+        lines.append(f"build      none: {build['reason']}")
     for device in report["devices"]:
         rest = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("name", "processor"))
         lines.append(f"device     {device['name']}: {device['processor']} ({rest})")
-    isas = ", ".join(
-        name if has else f"{name} (not on this processor)" for name, has in report["isa"]["compiled"].items()
-    )
-    lines.append(f"isa        {report['isa']['live'] or 'none'} of {isas or 'none'}")
+    isas = [name if has else f"{name} (not on this processor)" for name, has in report["isa"]["compiled"].items()]
+    lines.append(f"isa        {report['isa']['live'] or 'none'} of {', '.join(isas) or 'none'}")
     lines.append(f"backend    {report['backend']}")
     lines += [f"           {name} is not available: {reason}" for name, reason in report["unavailable"].items()]
     wide = 1 + max(map(len, [*report["ops"], *report["decoders"], *report["forwards"]]))
     for op, by_device in report["ops"].items():
-        for device, live in by_device.items():
-            lines.append(f"op         {op:<{wide}}{device:<5} {_line(live)}")
+        lines += [f"op         {op:<{wide}}{device:<5} {_line(live)}" for device, live in by_device.items()]
     lines += [f"decoder    {name:<{wide}}      {_line(live)}" for name, live in report["decoders"].items()]
     lines += [f"forward    {name:<{wide}}      {_line(live)}" for name, live in report["forwards"].items()]
     return "\n".join(lines)
@@ -153,10 +135,8 @@ def _line(live: dict[str, str]) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_DEPTH = 64  # copying and writing go one call deeper for each level
 _MAX_PIPE_BYTES = 256 << 20
+_MAX_SHOWN = 100  # of a value or a name
 _MAX_LINE = 400  # characters of what another library says, which may quote a file
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line of bounded length that prints; its class where it says nothing."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line[: _MAX_LINE + 1])
-    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..."
+    return _cut("".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line[: _MAX_LINE + 1]), _MAX_LINE)
 
 
 def open_input(path: str | os.PathLike[str], max_pipe_bytes: int = _MAX_PIPE_BYTES) -> IO[bytes]:
@@ -110,14 +110,8 @@ def find_file(
         raise FileNotFoundError(f"{root}: is a link to nothing, or to itself")
     if root.exists():
         raise ValueError(f"{root}: is a file; give its folder")
-    options = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "token": token,
-        "subfolder": subfolder or None,
-    }
-    return _find_on_hub(os.fspath(name_or_path), filename, required, options)
+    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    return _find_on_hub(os.fspath(name_or_path), filename, required, {**options, "subfolder": subfolder or None})
 
 
 def _is_folder(path: Path) -> bool:
@@ -143,30 +137,23 @@ def _find_in_folder(folder: Path, filename: str, required: bool) -> Path | None:
 
 def _find_on_hub(name: str, filename: str, required: bool, options: dict[str, Any]) -> Path | None:
     import huggingface_hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
     try:
         if not _in_cache(name, filename, options) and not options["local_files_only"]:
             # One question before the download, which would go on asking a dead network for 20 seconds.
-            url = huggingface_hub.hf_hub_url(
-                name, filename, subfolder=options["subfolder"], revision=options["revision"]
-            )
+            where = {key: options[key] for key in ("subfolder", "revision")}
+            url = huggingface_hub.hf_hub_url(name, filename, **where)
             huggingface_hub.get_hf_file_metadata(url, token=options["token"], timeout=10)
         return Path(huggingface_hub.hf_hub_download(name, filename, **options))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise ValueError(f"{name}: neither a folder nor a hub name: {first_line(error)}") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{name}: no such folder, and not found on the hub: {first_line(error)}") from error
     except Exception as error:  # the client's network errors have no common class across its versions
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             if not required:
                 return None
             raise FileNotFoundError(f"{name}: the hub repository has no {filename}") from error
@@ -182,13 +169,9 @@ def _find_on_hub(name: str, filename: str, required: bool, options: dict[str, An
 def _in_cache(name: str, filename: str, options: dict[str, Any]) -> bool:
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(
-        name,
-        f"{options['subfolder']}/{filename}" if options["subfolder"] else filename,
-        cache_dir=options["cache_dir"],
-        revision=options["revision"],
-    )
-    return isinstance(found, str)
+    path = f"{options['subfolder']}/{filename}" if options["subfolder"] else filename
+    where = {key: options[key] for key in ("cache_dir", "revision")}
+    return isinstance(huggingface_hub.try_to_load_from_cache(name, path, **where), str)
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -322,7 +305,8 @@ def replacing_together(
         yield list(partials)
         for partial, mode in partials.items():
             partial.chmod(mode)  # a library may have put a private file of its own in its place, as safetensors does
-            _to_disk(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # the content, before the name changes
         for path in outdated:
             path.unlink(missing_ok=True)
         for partial, target in names.items():
@@ -356,12 +340,6 @@ def _partial_name(target: Path) -> Path:
     """Hidden, new, of the same suffix; short enough wherever the target's own name is."""
     suffix = target.suffix if len(target.suffix) <= 16 else ""
     return target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}.partial{suffix}"
-
-
-def _to_disk(partial: Path) -> None:
-    """The content, before the name changes."""
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _about(error: OSError, names: dict[Path, Path]) -> OSError:
@@ -402,10 +380,9 @@ def shown(value: Any) -> str:
     return _cut(" ".join(text.split()).encode("ascii", "backslashreplace").decode())
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+def _cut(text: str, most: int = _MAX_SHOWN) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
-_MAX_SHOWN = 100
 _BRIEF = reprlib.Repr()  # bounds the work where a value has many parts, or parts of parts
 _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 2 * _MAX_SHOWN

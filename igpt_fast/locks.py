@@ -14,10 +14,6 @@ class Lock:
         self._lock = RLock()
         _locks.add(self)
 
-    def _renew(self) -> None:
-        if not self._lock._is_owned():  # type: ignore[attr-defined] # by whoever forks, who will release it
-            self._lock = RLock()
-
     def __enter__(self) -> None:
         self._lock.acquire()
 
@@ -28,10 +24,11 @@ class Lock:
 _locks: WeakSet[Lock] = WeakSet()
 
 
-def _renew_all() -> None:
+def _renew() -> None:
     for lock in _locks:
-        lock._renew()
+        if not lock._lock._is_owned():  # type: ignore[attr-defined] # by whoever forks, who will release it
+            lock._lock = RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(after_in_child=_renew)

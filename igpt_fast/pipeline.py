@@ -69,10 +69,8 @@ class Pipeline:
         if colours != model.config.n_colours:
             raise ValueError(f"the processor has {colours} colours, the model {model.config.n_colours}")
         if pixels != model.config.n_positions:
-            raise ValueError(
-                f"the processor's images have {processor.height}x{processor.width} = {pixels} pixels,"
-                f" the model {model.config.n_positions}"
-            )
+            size = f"{processor.height}x{processor.width} = {pixels} pixels"
+            raise ValueError(f"the processor's images have {size}, the model {model.config.n_positions}")
         # Settings that leave no tokens of this size, or none that can be turned back, show on a single image.
         probe = processor(Image.new("RGB", (3, 2)), return_tensors="pt")
         if "input_ids" not in probe or probe["input_ids"].shape != (1, pixels):
@@ -105,9 +103,8 @@ class Pipeline:
         source = BUNDLED if name_or_dir is None else name_or_dir
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = ImageGPTForCausalImageModeling.from_pretrained(
-            source, device=device, dtype=torch.float32 if dtype is None else dtype, **options
-        )
+        dtype = torch.float32 if dtype is None else dtype
+        model = ImageGPTForCausalImageModeling.from_pretrained(source, device=device, dtype=dtype, **options)
         processor = ImageGPTImageProcessor.from_pretrained(source, **options)
         try:
             return cls(model, processor)
@@ -214,13 +211,9 @@ class Pipeline:
             ``len(images) * n`` images, those of the first input first.
 
         Raises:
-            BackendUnavailableError: Nothing here decodes this model in ``dtype``.
-            NotFiniteError: A FloatingPointError: the model's logits are not finite, of NaN or infinity in its weights
-                or an overflow. Its ``partial`` has the images that were finished, or ``None``.
-            MemoryError, RuntimeError: Memory does not suffice for a single image.
+            BackendUnavailableError, NotFiniteError, MemoryError, RuntimeError, InterruptedGeneration: As ``sample``.
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.
-            InterruptedGeneration: On Ctrl-C.
         """
         given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "first_input": first_input}
         return self.stream_complete(images, **given, **options).drained()

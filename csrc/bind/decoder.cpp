@@ -8,7 +8,6 @@
 #include <memory>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "bind.h"
 #include "cpu/checksums.h"
@@ -33,17 +32,7 @@ const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(a
 
 void bind_decoder(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        "checksums",
-        [](const std::vector<std::pair<uintptr_t, size_t>>& blocks, int32_t threads) {
-            std::vector<cpu::Block> found;
-            for (const auto& block : blocks)
-                found.push_back({reinterpret_cast<const void*>(block.first), block.second});
-            std::vector<uint64_t> sums(found.size());
-            cpu::checksums(found.data(), int64_t(found.size()), sums.data(), threads);
-            return sums;
-        },
-        unlocked);
+    m.def("checksums", &cpu::checksums, unlocked);
     py::class_<cpu::DecoderWeights, std::shared_ptr<cpu::DecoderWeights>>(m, "DecoderWeights")
         .def(py::init([](int64_t layers, int64_t embd, int64_t heads, int64_t inner, int64_t positions, int64_t vocab,
                          float eps, int32_t activation, int32_t format) {

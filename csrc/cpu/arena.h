@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace igpt::cpu {
 
@@ -12,11 +13,6 @@ class Arena {
     // Throws std::bad_alloc. Large blocks ask the system for huge pages: a decode step walks through all of it, and
     // with pages of 4 KB the walk would wait for address translations.
     explicit Arena(size_t bytes);
-    ~Arena();
-    Arena(const Arena&) = delete;
-    Arena& operator=(const Arena&) = delete;
-    Arena(Arena&& other) noexcept;
-    Arena& operator=(Arena&& other) noexcept;
 
     // Room for all that `lay`, which is called twice, takes: what it takes the first time is only counted.
     template <class Lay>
@@ -44,10 +40,13 @@ class Arena {
     size_t size() const { return size_; }
 
   private:
+    struct Unmap {
+        size_t bytes;
+        void operator()(char* block) const;
+    };
     char* data_ = nullptr;
     size_t size_ = 0, used_ = 0;
-    void* block_ = nullptr;  // what was mapped
-    size_t mapped_ = 0;
+    std::unique_ptr<char, Unmap> block_;  // what was mapped
 };
 
 }  // namespace igpt::cpu

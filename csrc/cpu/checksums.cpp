@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "ops.h"
 
@@ -33,22 +32,22 @@ uint64_t checksum(const char* data, size_t bytes) {
 
 }  // namespace
 
-void checksums(const Block* blocks, int64_t count, uint64_t* out, int threads) {
+std::vector<uint64_t> checksums(const std::vector<std::pair<uintptr_t, size_t>>& blocks, int threads) {
     constexpr size_t part = size_t(1) << 20;
-    std::vector<Block> parts;
-    for (int64_t i = 0; i < count; ++i)
-        for (size_t at = 0; at < blocks[i].bytes; at += part)
-            parts.push_back({static_cast<const char*>(blocks[i].data) + at, std::min(part, blocks[i].bytes - at)});
-    std::vector<uint64_t> sums(parts.size());
+    std::vector<std::pair<uintptr_t, size_t>> parts;
+    for (const auto& [address, bytes] : blocks)
+        for (size_t at = 0; at < bytes; at += part) parts.push_back({address + at, std::min(part, bytes - at)});
+    std::vector<uint64_t> sums(parts.size()), out;
     const int used = usable_threads(threads);
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
     for (size_t i = 0; i < parts.size(); ++i)
-        sums[i] = checksum(static_cast<const char*>(parts[i].data), parts[i].bytes);
+        sums[i] = checksum(reinterpret_cast<const char*>(parts[i].first), parts[i].second);
     size_t next = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        out[i] = 0;
-        for (size_t at = 0; at < blocks[i].bytes; at += part) out[i] = mix(out[i], sums[next++]);
+    for (const auto& block : blocks) {
+        out.push_back(0);
+        for (size_t at = 0; at < block.second; at += part) out.back() = mix(out.back(), sums[next++]);
     }
+    return out;
 }
 
 }  // namespace igpt::cpu

@@ -3,14 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace igpt::cpu {
 
-// A number for what lies in each of `count` blocks of memory: it changes when a byte changes, but once in 2^64 times.
-struct Block {
-    const void* data;
-    size_t bytes;
-};
-void checksums(const Block* blocks, int64_t count, uint64_t* out, int threads);
+// A number for what lies in each block of memory, (address, bytes): it changes when a byte changes, but once in 2^64
+// times.
+std::vector<uint64_t> checksums(const std::vector<std::pair<uintptr_t, size_t>>& blocks, int threads);
 
 }  // namespace igpt::cpu

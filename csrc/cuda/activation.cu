@@ -23,7 +23,6 @@
 #include "memory.cuh"
 #include "ops.h"
 #include "primitives.cuh"
-#include "ptx.cuh"
 
 namespace igpt::cuda {
 namespace {
@@ -32,13 +31,6 @@ constexpr int kThreads = 256;
 constexpr int kRowsAtOnce = kThreads / kWarpSize;  // of a block that goes down columns
 constexpr int kBlocks = 132 * 8;                   // fill the largest GPU
 constexpr int64_t kMaxGridY = 65535;
-constexpr float kLog2e = 1.44269504f;
-
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-    if constexpr (sizeof(T) == 4) return expf(x);
-    return ptx::exp2_approx(kLog2e * x);
-}
 
 template <typename T>
 __device__ __forceinline__ float logistic(float x) {

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) attention_terms_kernel(const BwdArgs
         const int64_t row = int64_t(pair) * shape.t_q + query;
         const float lse = load_global(args.p.lse + row);
         // A query that is shown no key has no part in anything, be its upstream gradient NaN.
-        const float2 terms = lse == -INFINITY ? make_float2(kNoKey, 0.0f) : make_float2(lse * kLog2E, delta);
+        const float2 terms = lse == -INFINITY ? make_float2(kNoKey, 0.0f) : make_float2(lse * kLog2e, delta);
         store_global(reinterpret_cast<float2*>(args.p.terms) + row, terms);
     }
 }
@@ -125,15 +125,11 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dq_kernel
     }
 
     float lse[R][2], delta[R][2];
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float2 terms = load_terms(args, block, q0 + warp_row + own_row(r, i));
-            lse[r][i] = terms.x;
-            delta[r][i] = terms.y;
-        }
-    }
+    each_row<R>([&](int r, int i) {
+        const float2 terms = load_terms(args, block, q0 + warp_row + own_row(r, i));
+        lse[r][i] = terms.x;
+        delta[r][i] = terms.y;
+    });
     OwnRows<D, R, K::kHeld> queries(q_tile + warp_row * L::kRowBytes), douts(dout_tile + warp_row * L::kRowBytes);
     float dq[R][D / 8][4];
     clear(dq);
@@ -149,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dq_kernel
             v.load(kv_tiles + tile + L::kBytes, n0 + kTile, bits);
             ptx::cp_async_commit();
         }
-        if (n0 == first) {
+        if (n0 == first) {  // they came with the first tile
             queries.load();
             douts.load();
         }
@@ -157,36 +153,21 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dq_kernel
 
         const uint64_t bits = keys.bits(n0);
         const bool some_hidden = bits != kAll || n0 + kTile - 1 > last;
-#pragma unroll 1
+#pragma unroll 1  // the registers hold S and dP of one step
         for (int step = 0; step < kTile; step += K::kStepDq) {
             const uint32_t rows = here + step * L::kRowBytes;
             float s[R][K::kStepDq / 8][4], ds[R][K::kStepDq / 8][4];
             clear(s);
             multiply<T>(s, queries, rows + L::crossed());
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    if (some_hidden) {
-                        hide(s, r, i, (bits & bits_below(last + own_row(r, i) - n0 + 1)) >> step);
-                    }
-#pragma unroll
-                    for (int n = 0; n < K::kStepDq / 8; ++n) {
-                        ds[r][n][2 * i] = ds[r][n][2 * i + 1] = -delta[r][i];
-                    }
-                }
+            if (some_hidden) {
+                each_row<R>(
+                    [&](int r, int i) { hide(s, r, i, (bits & bits_below(last + own_row(r, i) - n0 + 1)) >> step); });
             }
+            each_element<R, K::kStepDq / 8>([&](int r, int n, int e) { ds[r][n][e] = -delta[r][e / 2]; });
             multiply<T>(ds, douts, rows + L::kBytes + L::crossed());
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-#pragma unroll
-                for (int n = 0; n < K::kStepDq / 8; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        ds[r][n][e] *= ptx::exp2_approx(__fmaf_rn(s[r][n][e], args.scale_log2, -lse[r][e / 2]));
-                    }
-                }
-            }
+            each_element<R, K::kStepDq / 8>([&](int r, int n, int e) {
+                ds[r][n][e] *= ptx::exp2_approx(__fmaf_rn(s[r][n][e], args.scale_log2, -lse[r][e / 2]));
+            });
             accumulate<T, D>(dq, ds, rows + L::straight());
         }
     }
@@ -259,25 +240,21 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
             ptx::cp_async_commit();
             if (threadIdx.x < kTile) terms = load_terms(args, block, i0 + kTile + threadIdx.x);
         }
-        if (i0 == first) {
+        if (i0 == first) {  // they came with the first tile
             k_rows.load();
             v_rows.load();
         }
         if (i0 + kTile - 1 < own) continue;  // before all keys of the warp
 
         const bool some_hidden = i0 < own + 16 * R - 1;
-#pragma unroll 1
+#pragma unroll 1  // the registers hold S and dP of one step
         for (int step = 0; step < kTile; step += K::kStepDkv) {
             const uint32_t rows = here + step * L::kRowBytes;
             float p[R][K::kStepDkv / 8][4], ds[R][K::kStepDkv / 8][4];
             clear(p);
             multiply<T>(p, k_rows, rows + L::crossed());
             if (some_hidden) {
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) hide(p, r, i, bits_from(own + own_row(r, i) - i0) >> step);
-                }
+                each_row<R>([&](int r, int i) { hide(p, r, i, bits_from(own + own_row(r, i) - i0) >> step); });
             }
 #pragma unroll
             for (int n = 0; n < K::kStepDkv / 8; ++n) {
@@ -295,31 +272,19 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
             }
             multiply<T>(ds, v_rows, rows + L::kBytes + L::crossed());
             accumulate<T, D>(dv, p, rows + L::kBytes + L::straight());
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-#pragma unroll
-                for (int n = 0; n < K::kStepDkv / 8; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) ds[r][n][e] *= p[r][n][e];
-                }
-            }
+            each_element<R, K::kStepDkv / 8>([&](int r, int n, int e) { ds[r][n][e] *= p[r][n][e]; });
             accumulate<T, D>(dk, ds, rows + L::straight());
         }
     }
 
     float scale[R][2], one[R][2];
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row =
-                warp_row + own_row(r, i);  // of the block's tile; which of its masks is known with R = 1 only
-            const uint64_t bits = R == 2 && row >= kTile ? shown[R - 1] : shown[0];
-            const bool is_shown = bits >> (row % kTile) & 1;
-            scale[r][i] = is_shown ? shape.scale : 0.0f;
-            one[r][i] = is_shown ? 1.0f : 0.0f;
-        }
-    }
+    each_row<R>([&](int r, int i) {
+        const int row = warp_row + own_row(r, i);  // of the block's tile; which of its masks is known with R = 1 only
+        const uint64_t bits = R == 2 && row >= kTile ? shown[R - 1] : shown[0];
+        const bool is_shown = bits >> (row % kTile) & 1;
+        scale[r][i] = is_shown ? shape.scale : 0.0f;
+        one[r][i] = is_shown ? 1.0f : 0.0f;
+    });
     unsigned char* const rows = shared + warp_row * L::kRowBytes;
     store_rows<T, D, R>(dk, scale, rows, head_of<T>(args.p.dk, block.batch, block.head), args.p.dk.position,
                         n0 + warp_row, shape.t_k);
@@ -332,7 +297,7 @@ int backward(const AttentionBwdParams& params) {
     using K = Bwd<D>;
     const AttentionShape& shape = params.shape;
     const auto args = [&](int64_t rows, int64_t tile, int64_t shared_rows) {
-        return BwdArgs{params, make_order(shape, tiles_of(rows, tile), shared_rows * D * 4), shape.scale * kLog2E};
+        return BwdArgs{params, make_order(shape, tiles_of(rows, tile), shared_rows * D * 4), shape.scale * kLog2e};
     };
     const BwdArgs terms = args(shape.t_q, kThreads / 4, 0), dkv = args(shape.t_k, K::kRows, shape.t_q),
                   dq = args(shape.t_q, K::kRows, shape.t_k);

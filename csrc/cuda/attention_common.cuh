@@ -31,7 +31,7 @@ namespace igpt::cuda::attention {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kTile = 64;  // rows that a bit mask of 64 bits describes
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLn2 = 0.693147180559945309f;
 constexpr uint64_t kAll = ~uint64_t(0);
 
 // The launchers of one head dimension: attention_hdim*.cu.
@@ -202,13 +202,32 @@ struct OwnRows {
     }
 };
 
-template <int R, int N>
-__device__ __forceinline__ void clear(float (&x)[R][N][4]) {
+// f(r, i) for a lane's rows: half i of fragment r (see ptx.cuh).
+template <int R, typename F>
+__device__ __forceinline__ void each_row(F&& f) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) x[r][n][0] = x[r][n][1] = x[r][n][2] = x[r][n][3] = 0.0f;
+        for (int i = 0; i < 2; ++i) f(r, i);
     }
+}
+
+// f(r, n, e) for a lane's elements of 8 N columns: in half e / 2 of fragment r.
+template <int R, int N, typename F>
+__device__ __forceinline__ void each_element(F&& f) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) f(r, n, e);
+        }
+    }
+}
+
+template <int R, int N>
+__device__ __forceinline__ void clear(float (&x)[R][N][4]) {
+    each_element<R, N>([&](int r, int n, int e) { x[r][n][e] = 0.0f; });
 }
 
 // s += A B^T: s holds the 8 N columns that are rows of B; `b`: where `crossed` is in the first of them.
@@ -258,7 +277,7 @@ __device__ __forceinline__ void accumulate(float (&c)[R][D / 8][4], const float 
     }
 }
 
-// A lane's row of fragment r, half i (see ptx.cuh), among the warp's.
+// A lane's row (r, i) among the warp's.
 __device__ __forceinline__ int own_row(int r, int i) { return 16 * r + 8 * i + int(threadIdx.x % kWarpSize / 4); }
 
 // In row (r, i) of a lane: -infinity where the column has no bit.
@@ -282,19 +301,15 @@ __device__ __forceinline__ void store_rows(const float (&c)[R][D / 8][4], const 
     using V = Vector<T>;
     const int lane = threadIdx.x % kWarpSize;
     __syncwarp();  // all lanes have read their part of the rows
+    each_row<R>([&](int r, int i) {
+        const float f = factor[r][i];
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float f = factor[r][i];
-#pragma unroll
-            for (int d = 0; d < D / 8; ++d) {
-                const float lo = f == 0.0f ? 0.0f : c[r][d][2 * i] * f, hi = f == 0.0f ? 0.0f : c[r][d][2 * i + 1] * f;
-                uint32_t* to = reinterpret_cast<uint32_t*>(rows + L::offset(own_row(r, i), d)) + lane % 4;
-                store_shared(to, ptx::pack2<T>(lo, hi));
-            }
+        for (int d = 0; d < D / 8; ++d) {
+            const float lo = f == 0.0f ? 0.0f : c[r][d][2 * i] * f, hi = f == 0.0f ? 0.0f : c[r][d][2 * i + 1] * f;
+            uint32_t* to = reinterpret_cast<uint32_t*>(rows + L::offset(own_row(r, i), d)) + lane % 4;
+            store_shared(to, ptx::pack2<T>(lo, hi));
         }
-    }
+    });
     __syncwarp();  // and have written the result
     constexpr int kRowsAtOnce = kWarpSize / L::kLanes;
 #pragma unroll

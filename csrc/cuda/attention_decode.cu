@@ -424,9 +424,9 @@ __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDe
     if (own.valid) {
         const Slots slots(p, row, row_head % unsigned(p.heads));
         const int count = p.prefix_splits + own.parts;
-#pragma unroll 4
+#pragma unroll 4  // parts on their way at once
         for (int slot = 0; slot < count; ++slot) all.m = fmaxf(all.m, load_global(slots.stats + slot).m);
-#pragma unroll 4
+#pragma unroll 4  // parts on their way at once
         for (int slot = 0; slot < count; ++slot) {
             const Stats one = load_global(slots.stats + slot);
             const float weight = weight_of(one.m, all.m);

@@ -15,7 +15,6 @@ namespace igpt::cuda::decode {
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kKeys = 64;                    // a block's at a time; parts of a cache are multiples of it
 constexpr int kMostKeys = INT32_MAX - 1024;  // so that their numbers and what is added to them are ints
-constexpr float kLog2e = 1.4426950408889634f;
 
 // A part's softmax: the largest score m (times log2 e), and the sum l of 2^(score - m). m is -infinity where the part
 // has no visible key.

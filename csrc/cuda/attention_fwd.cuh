@@ -40,14 +40,10 @@ struct Softmax {
     float maximum[R][2], sum[R][2];
 
     __device__ __forceinline__ Softmax() {
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                maximum[r][i] = -INFINITY;
-                sum[r][i] = 0.0f;
-            }
-        }
+        each_row<R>([&](int r, int i) {
+            maximum[r][i] = -INFINITY;
+            sum[r][i] = 0.0f;
+        });
     }
 
     // Turns row (r, i) of the scores into weights; gives what all before has to be multiplied with.
@@ -80,6 +76,15 @@ struct Softmax {
         float x = sum[r][i];
         x += __shfl_xor_sync(kFullMask, x, 1);
         return x + __shfl_xor_sync(kFullMask, x, 2);
+    }
+
+    // What the row's weighted values have to be multiplied with; writes its lse, where it is one of `end`.
+    __device__ __forceinline__ float finish(int r, int i, float* lse, int row, int end) const {
+        const float x = total(r, i);
+        if (threadIdx.x % 4 == 0 && row < end) {
+            store_global(lse + row, x == 0.0f ? -INFINITY : (maximum[r][i] + log2f(x)) * kLn2);
+        }
+        return x == 0.0f ? 0.0f : 1.0f / x;
     }
 };
 
@@ -128,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, (Fwd<D, R>::kBlocks)) attention_fwd_
             v.load(kv_tiles + tile + L::kBytes, n0 + kTile, bits);
             ptx::cp_async_commit();
         }
-        if (n0 == first) queries.load();
+        if (n0 == first) queries.load();       // they came with the first tile
         if (n0 > last + 16 * R - 1) continue;  // beyond all queries of the warp
 
         const uint64_t bits = keys.bits(n0);
@@ -137,41 +142,23 @@ __global__ void __launch_bounds__(kThreads, (Fwd<D, R>::kBlocks)) attention_fwd_
         clear(s);
         multiply<T>(s, queries, here + L::crossed());
         if (some_hidden) {
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) hide(s, r, i, bits & bits_below(last + own_row(r, i) - n0 + 1));
-            }
+            each_row<R>([&](int r, int i) { hide(s, r, i, bits & bits_below(last + own_row(r, i) - n0 + 1)); });
         }
+        each_row<R>([&](int r, int i) {
+            const float before = softmax.update(s, r, i, args.scale_log2);
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float before = softmax.update(s, r, i, args.scale_log2);
-#pragma unroll
-                for (int d = 0; d < D / 8; ++d) {
-                    out[r][d][2 * i] *= before;
-                    out[r][d][2 * i + 1] *= before;
-                }
+            for (int d = 0; d < D / 8; ++d) {
+                out[r][d][2 * i] *= before;
+                out[r][d][2 * i + 1] *= before;
             }
-        }
+        });
         accumulate<T, D>(out, s, here + L::kBytes + L::straight());
     }
 
     float factor[R][2];
     float* const lse = args.p.lse + (int64_t(block.batch) * shape.heads + block.head) * shape.t_q;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float sum = softmax.total(r, i);
-            factor[r][i] = sum == 0.0f ? 0.0f : 1.0f / sum;
-            const int row = q0 + warp_row + own_row(r, i);
-            if (threadIdx.x % 4 == 0 && row < shape.t_q) {
-                store_global(lse + row, sum == 0.0f ? -INFINITY : (softmax.maximum[r][i] + log2f(sum)) * kLn2);
-            }
-        }
-    }
+    each_row<R>(
+        [&](int r, int i) { factor[r][i] = softmax.finish(r, i, lse, q0 + warp_row + own_row(r, i), shape.t_q); });
     store_rows<T, D, R>(out, factor, shared + warp_row * L::kRowBytes, head_of<T>(args.p.out, block.batch, block.head),
                         args.p.out.position, q0 + warp_row, shape.t_q);
 }
@@ -181,7 +168,7 @@ int launch_forward(const AttentionFwdParams& params) {
     using F = Fwd<D, R>;
     const AttentionShape& shape = params.shape;
     const FwdArgs args{params, make_order(shape, tiles_of(shape.t_q, F::kRows), int64_t(shape.t_k) * D * 4),
-                       shape.scale * kLog2E};
+                       shape.scale * kLog2e};
     return dispatch_half(shape.dtype, [&](auto t) {
         return launch_blocks(attention_fwd_kernel<decltype(t), D, R>, blocks(args.order), F::kShared, shape.stream,
                              args);

@@ -217,24 +217,16 @@ struct HopperRows {
         const int own = last - n0 - 2 * int(threadIdx.x % 4);
         // The warp's first query does not see all of the tile.
         if (last - int(threadIdx.x % kWarpSize / 4) - n0 < F::kKeys - 1) {
-#pragma unroll
-            for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (8 * n + e % 2 > own + e / 2 * 8) s[0][n][e] = -INFINITY;
-                }
-            }
+            each_element<1, kColumns>([&](int r, int n, int e) {
+                if (8 * n + e % 2 > own + e / 2 * 8) s[r][n][e] = -INFINITY;
+            });
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) before[i] = softmax.update(s, 0, i, scale_log2);
     }
     // Once out and P are nobody else's: rounds the weights, and brings out to their maximum.
     __device__ __forceinline__ void rescale() {
-#pragma unroll
-        for (int d = 0; d < F::D / 8; ++d) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) out[0][d][e] *= before[e / 2];
-        }
+        each_element<1, F::D / 8>([&](int, int d, int e) { out[0][d][e] *= before[e / 2]; });
         round();
     }
     __device__ __forceinline__ void round() {
@@ -273,7 +265,7 @@ __device__ __forceinline__ void attend(HopperRows<T, F>& rows, int tiles, const 
         ptx::mbarrier_wait(at.v_full(v_stage), v_parity);
         begin_out<T, F>(rows.out, rows.p, at.v(v_stage));
         if (!F::kLoader && loads) load_more(args, work, at, j);
-        ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<1>();  // S is there, out goes on
         ptx::fence_registers(flat(rows.s));
         leave(at.k_empty(k_stage));
         rows.weigh(first + j * F::kKeys);
@@ -311,15 +303,8 @@ __device__ __forceinline__ void compute(const HopperFwdArgs& all, const HopperWo
     float factor[1][2];
     const Block& block = work.block;
     float* const lse = args.p.lse + (int64_t(block.batch) * shape.heads + block.head) * shape.t_q;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float sum = rows.softmax.total(0, i);
-        factor[0][i] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        const int row = q0 + warp_row + own_row(0, i);
-        if (threadIdx.x % 4 == 0 && row < shape.t_q) {
-            store_global(lse + row, sum == 0.0f ? -INFINITY : (rows.softmax.maximum[0][i] + log2f(sum)) * kLn2);
-        }
-    }
+    each_row<1>(
+        [&](int r, int i) { factor[r][i] = rows.softmax.finish(r, i, lse, q0 + warp_row + own_row(r, i), shape.t_q); });
     ptx::named_barrier_sync(1 + group, kGroupThreads);  // the queries are read no more
     unsigned char* const shared = dynamic_shared<unsigned char>();
     const uint32_t place = at.q(group) - ptx::shared_address(shared) + warp_row * Tile<F::D>::kRowBytes;
@@ -334,12 +319,12 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
         const HopperShared<F> at;
         const HopperWork<F> work(args.fwd);
         if (threadIdx.x == 0) at.init_barriers(work.groups);
-        __syncthreads();
+        __syncthreads();  // before anybody waits at one
         // The same in all lanes, as the compiler then knows: operands' addresses stay in uniform registers.
         const int group = __shfl_sync(kFullMask, int(threadIdx.x) / kGroupThreads, 0);
         if constexpr (!F::kLoader) {
             if (int(threadIdx.x) == kGroupThreads * (work.groups - 1)) load_first(args, work, at);
-            __syncwarp();
+            __syncwarp();  // wgmma wants the warp together again
             if (group < work.groups) compute<T>(args, work, group, at);
         } else if (group == F::kGroups) {
             ptx::lower_registers<F::kLoaderRegisters>();
@@ -371,7 +356,7 @@ int launch_hopper(const AttentionFwdParams& params) {
     const AttentionShape& shape = params.shape;
     HopperFwdArgs args;
     args.fwd = {params, make_order(shape, tiles_of(shape.t_q, F::kRows), int64_t(shape.t_k) * F::D * 4),
-                shape.scale * kLog2E};
+                shape.scale * kLog2e};
     const int64_t count = blocks(args.fwd.order);
     if (count == 0) return cudaSuccess;
     if (count > INT32_MAX) return cudaErrorInvalidValue;

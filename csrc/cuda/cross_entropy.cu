@@ -23,21 +23,13 @@
 #include "memory.cuh"
 #include "ops.h"
 #include "primitives.cuh"
-#include "ptx.cuh"
 
 namespace igpt::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kTotalWarps = 8;
-constexpr float kLog2e = 1.44269504f;
-
-// e^x; T is the type of the logits.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-    if constexpr (sizeof(T) == 4) return expf(x);
-    return ptx::exp2_approx(kLog2e * x);
-}
+constexpr int kBlocks = 132 * 8;  // fill the largest GPU
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -186,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_bwd_kernel(CrossEntrop
         }
         const float scale = load_global(p.dloss + (p.for_each ? row : 0)) / divisor;
         const Pair statistics = load_global(reinterpret_cast<const Pair*>(p.statistics) + row);
-#pragma unroll 2
+#pragma unroll 2  // vectors on their way at once
         for (int start = lane * V::kSize; start < p.k; start += kWarpSize * V::kSize) {
             V x = load_global(reinterpret_cast<const V*>(logits + start));
 #pragma unroll
@@ -235,7 +227,7 @@ int cross_entropy_bwd(const CrossEntropyBwdParams& p) {
     if (p.rows == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
-    const unsigned blocks = unsigned(std::min<int64_t>((p.rows + kWarps - 1) / kWarps, 2 * 1056));
+    const unsigned blocks = unsigned(std::min<int64_t>((p.rows + kWarps - 1) / kWarps, 2 * kBlocks));
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
         const auto kernel = p.k % Vector<T>::kSize == 0 ? cross_entropy_bwd_kernel<T, Vector<T>>

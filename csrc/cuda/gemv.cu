@@ -145,7 +145,7 @@ __device__ __forceinline__ Vector<T> load_vector(const void* tensor, int64_t at)
 template <typename T>
 __device__ __forceinline__ float norm_of(const GemvParams& p, int row) {
     float square = 0.0f;
-#pragma unroll 2
+#pragma unroll 2  // vectors on their way at once
     for (int k = int(threadIdx.x) % kWarpSize * 8; k < p.n_in; k += kWarpSize * 8) {
         const Vector<T> vector = load_vector<T>(p.x, int64_t(row) * p.n_in + k);
 #pragma unroll
@@ -159,7 +159,7 @@ template <typename T, bool kNormed>
 __device__ __forceinline__ void fill_x(const GemvParams& p, Unit<kNormed>* x, int begin, int end, float scale) {
     const int row = int(threadIdx.x) / kWarpSize;
     if (row >= p.rows) return;
-#pragma unroll 2
+#pragma unroll 2  // vectors on their way at once
     for (int k = begin + int(threadIdx.x) % kWarpSize * 8; k < end; k += kWarpSize * 8) {
         const Vector<T> vector = load_vector<T>(p.x, int64_t(row) * p.n_in + k);
         Unit<kNormed> units[2];
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
     next.load(cursor);
     const Output<T> output(p, kept, tile);
     const uint32_t bias = output.ask(p.bias, tile + output.in_tile());
-    if (p.splits > 1) ptx::cluster_arrive_relaxed();
+    if (p.splits > 1) ptx::cluster_arrive_relaxed();  // hand_in waits for it
     ptx::grid_dependency_wait();
     const uint32_t residual = output.ask(p.residual, output.at(p));
     float scale = 1.0f;
@@ -331,11 +331,11 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
             __syncwarp();  // lest the compiler load earlier, into registers that there are not
             now.load(cursor);
             if (k + kStep < slab_end) multiply<T>(p, sums, next, x, k + kStep - slab, slab_end - slab);
-            __syncwarp();
+            __syncwarp();  // likewise
             next.load(cursor);
         }
     }
-    ptx::grid_dependency_launch();
+    ptx::grid_dependency_launch();  // it waits for what is still to be written
     hand_in<C>(sums, scratch, inbox + split * kInbox, p.splits == 1);
     output.finish(p, inbox);
 }

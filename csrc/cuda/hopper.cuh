@@ -116,9 +116,6 @@ inline cudaError_t make_tensor_map(TensorMap* map, const void* base, const Tenso
     return code == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // Begins the copy of the box at these coordinates, c0 a multiple of 8, to shared memory (aligned to 128 bytes, with a
 // swizzle to 1024); its bytes count towards `barrier`. One thread calls it.
 __device__ __forceinline__ void tma_load_4d(uint32_t dst, const TensorMap* map, uint32_t barrier, int c0, int c1,
@@ -180,6 +177,15 @@ __device__ __forceinline__ void lower_registers() {
 #define IGPT_NAMES48 IGPT_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define IGPT_NAMES64 IGPT_NAMES48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+// A product for N columns and A and B of `type`; the numbers of the operands A and B, `accumulate`, and the Majors.
+#define IGPT_WGMMA(N, type, names, floats, a_b, accumulate, majors, operands)                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                 "k16.f32." type "." type " {" names "}, " a_b ", p, 1, 1, " majors ";\n}"                   \
+                 : floats                                                                                    \
+                 : operands)
+#define IGPT_SHARED_A "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB))
+#define IGPT_OWN_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB))
+
 // d = A B, or += where `accumulate`; A and B in shared memory by descriptor. T: __nv_bfloat16 or __half.
 template <typename T, int N, Major kA = Major::k, Major kB = Major::k>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -187,41 +193,17 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
     static_assert(kBfloat || std::is_same_v<T, __half>);
     static_assert(N == 64 || N == 96 || N == 128);
     if constexpr (N == 64 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" IGPT_NAMES32 "}, %32, %33, p, 1, 1, %35, %36;\n}"
-            : IGPT_FLOATS32
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(64, "bf16", IGPT_NAMES32, IGPT_FLOATS32, "%32, %33", "%34", "%35, %36", IGPT_SHARED_A);
     } else if constexpr (N == 64 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" IGPT_NAMES32 "}, %32, %33, p, 1, 1, %35, %36;\n}"
-            : IGPT_FLOATS32
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(64, "f16", IGPT_NAMES32, IGPT_FLOATS32, "%32, %33", "%34", "%35, %36", IGPT_SHARED_A);
     } else if constexpr (N == 96 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" IGPT_NAMES48 "}, %48, %49, p, 1, 1, %51, %52;\n}"
-            : IGPT_FLOATS48
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(96, "bf16", IGPT_NAMES48, IGPT_FLOATS48, "%48, %49", "%50", "%51, %52", IGPT_SHARED_A);
     } else if constexpr (N == 96 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {" IGPT_NAMES48 "}, %48, %49, p, 1, 1, %51, %52;\n}"
-            : IGPT_FLOATS48
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(96, "f16", IGPT_NAMES48, IGPT_FLOATS48, "%48, %49", "%50", "%51, %52", IGPT_SHARED_A);
     } else if constexpr (N == 128 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" IGPT_NAMES64 "}, %64, %65, p, 1, 1, %67, %68;\n}"
-            : IGPT_FLOATS64
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(128, "bf16", IGPT_NAMES64, IGPT_FLOATS64, "%64, %65", "%66", "%67, %68", IGPT_SHARED_A);
     } else if constexpr (N == 128 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" IGPT_NAMES64 "}, %64, %65, p, 1, 1, %67, %68;\n}"
-            : IGPT_FLOATS64
-            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
+        IGPT_WGMMA(128, "f16", IGPT_NAMES64, IGPT_FLOATS64, "%64, %65", "%66", "%67, %68", IGPT_SHARED_A);
     }
 }
 
@@ -232,47 +214,17 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
     static_assert(kBfloat || std::is_same_v<T, __half>);
     static_assert(N == 64 || N == 96 || N == 128);
     if constexpr (N == 64 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" IGPT_NAMES32
-            "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-            : IGPT_FLOATS32
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(64, "bf16", IGPT_NAMES32, IGPT_FLOATS32, "{%32, %33, %34, %35}, %36", "%37", "%38", IGPT_OWN_A);
     } else if constexpr (N == 64 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" IGPT_NAMES32
-            "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-            : IGPT_FLOATS32
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(64, "f16", IGPT_NAMES32, IGPT_FLOATS32, "{%32, %33, %34, %35}, %36", "%37", "%38", IGPT_OWN_A);
     } else if constexpr (N == 96 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" IGPT_NAMES48
-            "}, {%48, %49, %50, %51}, %52, p, 1, 1, %54;\n}"
-            : IGPT_FLOATS48
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(96, "bf16", IGPT_NAMES48, IGPT_FLOATS48, "{%48, %49, %50, %51}, %52", "%53", "%54", IGPT_OWN_A);
     } else if constexpr (N == 96 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {" IGPT_NAMES48
-            "}, {%48, %49, %50, %51}, %52, p, 1, 1, %54;\n}"
-            : IGPT_FLOATS48
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(96, "f16", IGPT_NAMES48, IGPT_FLOATS48, "{%48, %49, %50, %51}, %52", "%53", "%54", IGPT_OWN_A);
     } else if constexpr (N == 128 && kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" IGPT_NAMES64
-            "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-            : IGPT_FLOATS64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(128, "bf16", IGPT_NAMES64, IGPT_FLOATS64, "{%64, %65, %66, %67}, %68", "%69", "%70", IGPT_OWN_A);
     } else if constexpr (N == 128 && !kBfloat) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" IGPT_NAMES64
-            "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-            : IGPT_FLOATS64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
+        IGPT_WGMMA(128, "f16", IGPT_NAMES64, IGPT_FLOATS64, "{%64, %65, %66, %67}, %68", "%69", "%70", IGPT_OWN_A);
     }
 }
 
@@ -283,6 +235,9 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
 #undef IGPT_NAMES32
 #undef IGPT_NAMES48
 #undef IGPT_NAMES64
+#undef IGPT_WGMMA
+#undef IGPT_SHARED_A
+#undef IGPT_OWN_A
 
 }  // namespace igpt::cuda::ptx
 #else

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(S::kThreads) norm_fwd_kernel(NormFwdParams p) 
     if constexpr (kCentred) {
         if (p.bias) bias.load(p.bias, n);
         Piece<S>::each(n, [&](int v, int e) { mean[0] += h.get(v, e); });
-        team_sum<S>(mean, scratch + 2 * S::kWarps);
+        team_sum<S>(mean, scratch + 2 * S::kWarps);  // a place of its own, so that no barrier parts the sums
         mean[0] /= float(n);
     }
     Piece<S>::each(n, [&](int v, int e) {

@@ -6,35 +6,35 @@
 
 namespace igpt::cuda {
 
+// What every launch has.
+struct Launch {
+    int32_t device;
+    void* stream;
+};
+
 // Nearest colour cluster; see csrc/cpu/quantize_kernels.h for the definition.
-struct QuantizeParams {
+struct QuantizeParams : Launch {
     const void* x;          // (n, 3) uint8 or float32, 16-byte aligned
     const float* clusters;  // (k, 3), any k >= 1
     int64_t* out;           // (n,)
     int64_t n;
     int32_t k;
-    int32_t device;
-    void* stream;
 };
 
 int quantize_u8(const QuantizeParams& params);
 int quantize_f32(const QuantizeParams& params);
 
 // The same for uint8 through a table of all 2^24 colours; its layout: quantize_table.cu.
-struct QuantizeTableParams {
+struct QuantizeTableParams : Launch {
     const float* clusters;  // (k, 3), 1 <= k <= 65536
     uint16_t* table;        // (2^24,), 16-byte aligned
     int32_t k;
-    int32_t device;
-    void* stream;
 };
-struct QuantizeLookupParams {
+struct QuantizeLookupParams : Launch {
     const uint8_t* x;       // (n, 3), 16-byte aligned
     const uint16_t* table;  // as quantize_table fills it
     int64_t* out;           // (n,), 16-byte aligned
     int64_t n;
-    int32_t device;
-    void* stream;
 };
 
 int quantize_table(const QuantizeTableParams& params);
@@ -43,15 +43,13 @@ int quantize_lookup(const QuantizeLookupParams& params);
 enum class TokenType : int32_t { i64 = 0, i32 = 1, i16 = 2, u8 = 3 };
 
 // Colours of tokens: dequantize.cu.
-struct DequantizeParams {
+struct DequantizeParams : Launch {
     const void* tokens;     // (n,), 16-byte aligned
     const float* clusters;  // (k, 3), k <= 8192
     uint8_t* out;           // (n, 3), 16-byte aligned
     int64_t n;
     int32_t k;
     TokenType token;
-    int32_t device;
-    void* stream;
 };
 
 int dequantize(const DequantizeParams& params);
@@ -59,7 +57,7 @@ int dequantize(const DequantizeParams& params);
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // All tensors contiguous and 16-byte aligned; n_embd a multiple of 8, at most 8192. The formulas: norm.cu.
-struct NormFwdParams {
+struct NormFwdParams : Launch {
     const void* x;         // (rows, n_embd)
     const void* residual;  // (rows, n_embd), or null
     const void* weight;    // (n_embd,)
@@ -69,13 +67,11 @@ struct NormFwdParams {
     int64_t rows;
     int32_t n_embd;
     float eps;
-    DType dtype;  // of all of them
-    int32_t device;
-    void* stream;
+    DType dtype;   // of all of them
     bool centred;  // layer_norm, else rms_norm
 };
 
-struct NormBwdParams {
+struct NormBwdParams : Launch {
     const void* dout;    // (rows, n_embd)
     const void* dsum;    // (rows, n_embd): gradient that reaches x past the norm, or null
     const void* x;       // (rows, n_embd): what was normalised, x + residual where there was one
@@ -88,9 +84,7 @@ struct NormBwdParams {
     int32_t n_embd;
     int32_t parts;  // blocks to work in; norm_bwd_parts(rows) are a good number
     float eps;
-    DType dtype;  // of all but partial
-    int32_t device;
-    void* stream;
+    DType dtype;   // of all but partial
     bool centred;  // layer_norm, else rms_norm
 };
 
@@ -103,7 +97,7 @@ constexpr int32_t norm_bwd_parts(int64_t rows) { return int32_t(rows < 792 ? row
 enum class Activation : int32_t { none = -1, quick_gelu = 0, gelu_tanh = 1, gelu_erf = 2 };
 
 // All tensors contiguous and 16-byte aligned. The formulas: activation.cu.
-struct ActivationFwdParams {
+struct ActivationFwdParams : Launch {
     const void* x;     // (rows, n)
     const void* bias;  // (n,), or null
     void* out;         // (rows, n); may be x
@@ -111,11 +105,9 @@ struct ActivationFwdParams {
     int32_t n;  // a multiple of 8
     Activation activation;
     DType dtype;  // of all of them
-    int32_t device;
-    void* stream;
 };
 
-struct ActivationBwdParams {
+struct ActivationBwdParams : Launch {
     const void* dout;  // (rows, n)
     const void* x;     // (rows, n)
     const void* bias;  // (n,), or null
@@ -127,8 +119,6 @@ struct ActivationBwdParams {
     int32_t parts;  // of the rows; activation_bwd_parts(rows, n) are a good number
     Activation activation;
     DType dtype;  // of all but partial
-    int32_t device;
-    void* stream;
 };
 
 int activation_fwd(const ActivationFwdParams& params);
@@ -141,7 +131,7 @@ constexpr int32_t activation_bwd_parts(int64_t rows, int32_t n) {
 }
 
 // logits and dlogits contiguous and 16-byte aligned. The formulas: cross_entropy.cu.
-struct CrossEntropyFwdParams {
+struct CrossEntropyFwdParams : Launch {
     const void* logits;     // (rows, k)
     const int64_t* labels;  // (rows,)
     float* losses;          // (rows,), 0 where ignored; or null
@@ -156,11 +146,9 @@ struct CrossEntropyFwdParams {
     int64_t ignore_index;
     bool mean;  // divide the loss by the count
     DType dtype;
-    int32_t device;
-    void* stream;
 };
 
-struct CrossEntropyBwdParams {
+struct CrossEntropyBwdParams : Launch {
     const float* dloss;       // a gradient for each row, or one for all
     const void* logits;       // (rows, k)
     const int64_t* labels;    // (rows,)
@@ -172,8 +160,6 @@ struct CrossEntropyBwdParams {
     bool for_each;  // whether dloss has a number for each row
     int64_t ignore_index;
     DType dtype;
-    int32_t device;
-    void* stream;
 };
 
 int cross_entropy_fwd(const CrossEntropyFwdParams& params);
@@ -182,7 +168,7 @@ int cross_entropy_bwd(const CrossEntropyBwdParams& params);
 constexpr int32_t cross_entropy_parts(int64_t rows) { return int32_t(rows < 4 * 1056 ? (rows + 3) / 4 : 1056); }
 
 // Drawing tokens, and the next step's input: sample.cu.
-struct SampleParams {
+struct SampleParams : Launch {
     const void* logits;       // (rows, k), each row contiguous
     const float* uniform;     // (rows,), or null: made of the seed, the streams and the positions
     const int64_t* streams;   // (rows,), not negative, where there is no `uniform`
@@ -202,10 +188,8 @@ struct SampleParams {
     int32_t position_stride;  // 1, or 0 for one position of all rows
     int32_t n_embd;
     int32_t n_positions;
-    DType dtype;        // of logits
-    DType embed_dtype;  // of wte, wpe and embedding
-    int32_t device;
-    void* stream;
+    DType dtype;          // of logits
+    DType embed_dtype;    // of wte, wpe and embedding
     bool vector = false;  // the launcher's: rows can be read four logits at a time
 };
 
@@ -218,7 +202,7 @@ struct AttentionTensor {
 };
 
 // What the forward and the backward of causal attention have in common. The formulas: attention_fwd.cuh.
-struct AttentionShape {
+struct AttentionShape : Launch {
     int32_t batch, heads, t_q, t_k;  // t_q <= t_k: the queries are the last positions
     int32_t head_dim;                // 32, 64, 96 or 128
     float scale;                     // above 0
@@ -226,8 +210,6 @@ struct AttentionShape {
     const uint8_t* key_mask;         // (B, T_k): 0 hides a key; or null
     int64_t key_mask_stride;         // from a batch row of it to the next
     DType dtype;                     // of all tensors: bf16 or f16
-    int32_t device;
-    void* stream;
 };
 
 struct AttentionFwdParams {
@@ -251,7 +233,7 @@ int causal_attention_bwd(const AttentionBwdParams& params);
 
 // One new position of every sequence against its cache, into which its key and value go. The formula, and what the
 // kernels ask of layouts: attention_decode.cu.
-struct AttentionDecodeParams {
+struct AttentionDecodeParams : Launch {
     const void* q;            // (rows, heads, dim), the last dimension contiguous, like k and v
     const void* k;            // of the new position
     const void* v;            // of the new position
@@ -277,8 +259,6 @@ struct AttentionDecodeParams {
     float scale;
     DType dtype;
     bool dependent;  // launch.cuh
-    int32_t device;
-    void* stream;
 };
 
 int attention_decode(const AttentionDecodeParams& params);
@@ -292,7 +272,7 @@ constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
 }
 
 // out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
-struct GemvParams {
+struct GemvParams : Launch {
     const void* x;            // (rows, n_in)
     const void* weight;       // (n_in, n_out), ld elements from row to row; transposed: (n_out, n_in), likewise
     const void* bias;         // (n_out,), or null
@@ -305,10 +285,8 @@ struct GemvParams {
     bool transposed;
     float eps;
     Activation activation;
-    DType dtype;     // bf16 or f16, of all of them
-    bool dependent;  // launch.cuh; weight and bias must not come from the launch before
-    int32_t device;
-    void* stream;
+    DType dtype;            // bf16 or f16, of all of them
+    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 

@@ -8,11 +8,13 @@
 
 #include "memory.cuh"
 #include "ops.h"
+#include "ptx.cuh"
 
 namespace igpt::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLog2e = 1.44269504f;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -32,6 +34,13 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
+}
+
+// e^x, as accurately as T can show it.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+    if constexpr (sizeof(T) == 4) return expf(x);
+    return ptx::exp2_approx(kLog2e * x);
 }
 
 // What one thread moves with one instruction: 16 bytes.

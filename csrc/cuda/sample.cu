@@ -29,6 +29,7 @@ namespace {
 
 constexpr int kOwn = kThreadKeys;  // logits of a thread: ids 4 * thread to 4 * thread + 3
 
+// A place for each step, so that none has to wait until all threads have read what another left.
 template <int kThreads>
 struct Shared {
     static constexpr int kWarps = kThreads / kWarpSize;

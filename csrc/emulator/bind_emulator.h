@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../bind/params.h"
 #include "emulator.h"
 #include "record.h"
 
@@ -21,29 +22,17 @@ inline void set_schedule_by_name(const std::string& order, uint64_t seed) {
     set_schedule({orders.at(order), seed});
 }
 
+template <auto... Members>
+std::map<std::string, uint64_t> by_name(const Counters& of) {
+    return {{std::string(bind::name_of<Members>()), of.*Members}...};
+}
+
 inline std::map<std::string, uint64_t> counters_by_name() {
-    const Counters c = counters();
-    return {
-        {"launches", c.launches},
-        {"barriers", c.barriers},
-        {"collectives", c.collectives},
-        {"load_requests", c.load_requests},
-        {"load_sectors", c.load_sectors},
-        {"load_bytes", c.load_bytes},
-        {"store_requests", c.store_requests},
-        {"store_sectors", c.store_sectors},
-        {"store_bytes", c.store_bytes},
-        {"shared_requests", c.shared_requests},
-        {"shared_wavefronts", c.shared_wavefronts},
-        {"shared_conflicts", c.shared_conflicts},
-        {"mma", c.mma},
-        {"ldmatrix", c.ldmatrix},
-        {"ldmatrix_wavefronts", c.ldmatrix_wavefronts},
-        {"async_copies", c.async_copies},
-        {"tile_copies", c.tile_copies},
-        {"tile_bytes", c.tile_bytes},
-        {"wgmma", c.wgmma},
-    };
+    using C = Counters;
+    return by_name<&C::launches, &C::barriers, &C::collectives, &C::load_requests, &C::load_sectors, &C::load_bytes,
+                   &C::store_requests, &C::store_sectors, &C::store_bytes, &C::shared_requests, &C::shared_wavefronts,
+                   &C::shared_conflicts, &C::mma, &C::ldmatrix, &C::ldmatrix_wavefronts, &C::async_copies,
+                   &C::tile_copies, &C::tile_bytes, &C::wgmma>(counters());
 }
 
 // (kernel's address in the module, blocks, threads of a block, bytes of shared memory) for each.

@@ -119,7 +119,6 @@ Cluster* cluster = nullptr;
 Block* block = nullptr;  // the running thread's
 Thread* current = nullptr;
 char launch_sync, grid_sync;  // the host's memory before the launch, the threads' after it
-char fence_sync;              // __threadfence
 
 std::string text(const Thread& thread) {
     const auto triple = [](auto i) {
@@ -272,6 +271,15 @@ void run_thread() {
     std::terminate();  // nobody resumes it
 }
 
+// Calls f(unit) for the units of all blocks, each while its block is the running one.
+template <class F>
+void each_unit(F f) {
+    for (const auto& one : cluster->blocks) {
+        enter(one.get());
+        for (const auto& unit : block->units) f(*unit.second);
+    }
+}
+
 std::string describe_standstill() {
     std::map<std::string, std::pair<int, std::string>> groups;
     std::string units;
@@ -283,8 +291,8 @@ std::string describe_standstill() {
             auto& group = groups[state];
             if (group.first++ == 0) group.second = text(thread);
         }
-        for (const auto& unit : block->units) units += unit.second->standstill();
     }
+    each_unit([&](const Unit& unit) { units += unit.standstill(); });
     std::string message = "deadlock:";
     for (const auto& [state, group] : groups) {
         message += " " + std::to_string(group.first) + " threads " + state + " (the first: " + group.second + ");";
@@ -315,24 +323,6 @@ class SharedMemory {
   private:
     void* memory_ = nullptr;
 };
-
-std::string units_left() {
-    std::string message;
-    for (const auto& one : cluster->blocks) {
-        enter(one.get());
-        for (const auto& unit : block->units) message += unit.second->left();
-    }
-    return message;
-}
-
-bool advance_units() {
-    bool any = false;
-    for (const auto& one : cluster->blocks) {
-        enter(one.get());
-        for (const auto& unit : block->units) any |= unit.second->advance();
-    }
-    return any;
-}
 
 std::string first_error() {
     for (const auto& one : cluster->blocks) {
@@ -375,8 +365,10 @@ void run_cluster(uint64_t first, unsigned count, dim3 size, size_t shared_bytes)
     while ((error = first_error()).empty()) {
         current = next_thread();
         if (!current) {
-            if (cluster->live() == 0) error = units_left();
-            if (error.empty() && advance_units()) continue;
+            if (cluster->live() == 0) each_unit([&](const Unit& unit) { error += unit.left(); });
+            bool any = false;
+            if (error.empty()) each_unit([&](Unit& unit) { any |= unit.advance(); });
+            if (any) continue;
             break;
         }
         threadIdx = current->index;
@@ -578,11 +570,6 @@ unsigned ballot(const char* name, unsigned mask, bool predicate, Where where) {
     unsigned votes = 0;
     for (int i = 0; i < kWarpSize; ++i) votes |= unsigned(meeting.bits[i]) << i;
     return votes;
-}
-
-void thread_fence() {
-    acquire(&fence_sync);
-    release(&fence_sync);
 }
 
 void skip(Access access) { ++current->accesses[int(access)]; }

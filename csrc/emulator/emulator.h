@@ -4,8 +4,8 @@
 // What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
 // thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
 // vectors, a launch outside the limits. Shared memory is poisoned with 0xff (NaN in every type) and ends where an
-// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers, __syncwarp and __threadfence
-// order memory, so a missing one is a reported race, whatever the order of execution was. (Threads of one number in
+// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers and __syncwarp order
+// memory, so a missing one is a reported race, whatever the order of execution was. (Threads of one number in
 // every other block are one to it: a race between exactly those it does not see.)
 #pragma once
 

@@ -100,25 +100,22 @@ inline void touch([[maybe_unused]] const TensorMap& map, [[maybe_unused]] Tile t
 
 namespace igpt::cuda::ptx {
 
-inline void mbarrier_init(uint32_t barrier, int arrivals, const char* file = __builtin_FILE(),
-                          int line = __builtin_LINE()) {
-    *emulator::barrier_word("mbarrier_init", barrier, {file, line}) = emulator::kBarrierMark;
-    emulator::init_barrier(barrier, arrivals, {file, line});
+inline void mbarrier_init(uint32_t barrier, int arrivals, emulator::Where where = {}) {
+    *emulator::barrier_word("mbarrier_init", barrier, where) = emulator::kBarrierMark;
+    emulator::init_barrier(barrier, arrivals, where);
 }
 inline void mbarrier_fence_init() { emulator::fence_barriers(); }
-inline void mbarrier_arrive(uint32_t barrier, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::check_barrier("mbarrier_arrive", barrier, {file, line});
-    emulator::arrive(barrier, 0, {file, line});
+inline void mbarrier_arrive(uint32_t barrier, emulator::Where where = {}) {
+    emulator::check_barrier("mbarrier_arrive", barrier, where);
+    emulator::arrive(barrier, 0, where);
 }
-inline void mbarrier_expect_tx(uint32_t barrier, int bytes, const char* file = __builtin_FILE(),
-                               int line = __builtin_LINE()) {
-    emulator::check_barrier("mbarrier_expect_tx", barrier, {file, line});
-    emulator::arrive(barrier, bytes, {file, line});
+inline void mbarrier_expect_tx(uint32_t barrier, int bytes, emulator::Where where = {}) {
+    emulator::check_barrier("mbarrier_expect_tx", barrier, where);
+    emulator::arrive(barrier, bytes, where);
 }
-inline void mbarrier_wait(uint32_t barrier, int parity, const char* file = __builtin_FILE(),
-                          int line = __builtin_LINE()) {
-    emulator::check_barrier("mbarrier_wait", barrier, {file, line});
-    emulator::wait_barrier(barrier, parity, {file, line});
+inline void mbarrier_wait(uint32_t barrier, int parity, emulator::Where where = {}) {
+    emulator::check_barrier("mbarrier_wait", barrier, where);
+    emulator::wait_barrier(barrier, parity, where);
 }
 inline void fence_async_shared() { emulator::fence_async_shared(); }
 
@@ -127,28 +124,23 @@ inline cudaError_t make_tensor_map(TensorMap* map, const void* base, const Tenso
     *map = {static_cast<const unsigned char*>(base), shape};
     return cudaSuccess;
 }
-inline void prefetch_tensor_map(const TensorMap*) {}
 inline void tma_load_4d(uint32_t dst, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3,
-                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::check_barrier("tma_load_4d", barrier, {file, line});
-    unsigned char* to = emulator::check_tile(dst, map, barrier, {file, line});
+                        emulator::Where where = {}) {
+    emulator::check_barrier("tma_load_4d", barrier, where);
+    unsigned char* to = emulator::check_tile(dst, map, barrier, where);
     const emulator::Tile tile{{c0, c1, c2, c3}};
-    emulator::check_start(tile, {file, line});
+    emulator::check_start(tile, where);
     emulator::touch(*map, tile);
     emulator::poison(to, emulator::tile_bytes(*map));
     emulator::issue_tile(dst, map, barrier, tile);
 }
 
-inline void wgmma_fence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::wgmma_fence({file, line});
-}
-inline void wgmma_commit(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::wgmma_commit({file, line});
-}
+inline void wgmma_fence(emulator::Where where = {}) { emulator::wgmma_fence(where); }
+inline void wgmma_commit(emulator::Where where = {}) { emulator::wgmma_commit(where); }
 template <int N>
-void wgmma_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+void wgmma_wait(emulator::Where where = {}) {
     static_assert(N >= 0 && N < 8);
-    emulator::touch(emulator::wgmma_wait(N, {file, line}));
+    emulator::touch(emulator::wgmma_wait(N, where));
 }
 template <typename R, int N>
 void fence_registers(R (&)[N]) {
@@ -164,16 +156,14 @@ void lower_registers() {
 }
 
 template <typename T, int N, Major kA = Major::k, Major kB = Major::k>
-void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, const char* file = __builtin_FILE(),
-              int line = __builtin_LINE()) {
+void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, emulator::Where where = {}) {
     static_assert(N == 64 || N == 96 || N == 128);
-    emulator::touch(emulator::wgmma({a, b, nullptr, d, N, emulator::is_bfloat<T>(), accumulate, kA, kB}, {file, line}));
+    emulator::touch(emulator::wgmma({a, b, nullptr, d, N, emulator::is_bfloat<T>(), accumulate, kA, kB}, where));
 }
 template <typename T, int N, Major kB = Major::k>
-void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
-              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, emulator::Where where = {}) {
     static_assert(N == 64 || N == 96 || N == 128);
-    emulator::touch(emulator::wgmma({0, b, a, d, N, emulator::is_bfloat<T>(), accumulate, Major::k, kB}, {file, line}));
+    emulator::touch(emulator::wgmma({0, b, a, d, N, emulator::is_bfloat<T>(), accumulate, Major::k, kB}, where));
 }
 
 }  // namespace igpt::cuda::ptx

@@ -80,10 +80,6 @@ struct MmaLane {
     uint32_t b[2];
 };
 
-float wide(uint32_t bits, bool bfloat) {
-    return bfloat ? __bfloat162float({uint16_t(bits)}) : __half2float({uint16_t(bits)});
-}
-
 // Fragments as at the top of csrc/cuda/ptx.cuh.
 void multiply(void* const* lanes, bool bfloat) {
     float a[16][16], b[16][8], c[16][8];
@@ -160,12 +156,11 @@ const MatrixRow* matrix_row(const char* name, uint32_t address, Where where) {
     return reinterpret_cast<const MatrixRow*>(shared_at(name, address, 16, 16, where));
 }
 
-void ldmatrix(const char* name, uint32_t* r, int matrices, bool transposed, const MatrixRow& row, uint32_t address,
-              Where where) {
+void ldmatrix(const char* name, uint32_t* r, bool transposed, const MatrixRow& row, uint32_t address, Where where) {
     LoadingLane own{r, &row, address};
     const Work work = [=](void* const* lanes) {
         ++counting().ldmatrix;
-        for (int m = 0; m < matrices; ++m) {
+        for (int m = 0; m < 4; ++m) {
             uint32_t addresses[8];
             const uint16_t* rows[8];
             for (int i = 0; i < 8; ++i) {

@@ -38,8 +38,7 @@ struct alignas(16) MatrixRow {
     uint16_t at[8];
 };
 const MatrixRow* matrix_row(const char* name, uint32_t address, Where where);
-void ldmatrix(const char* name, uint32_t* r, int matrices, bool transposed, const MatrixRow& row, uint32_t address,
-              Where where);
+void ldmatrix(const char* name, uint32_t* r, bool transposed, const MatrixRow& row, uint32_t address, Where where);
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, Where where);
 
 void named_barrier(bool waits, int id, int threads, Where where);
@@ -56,11 +55,14 @@ constexpr bool is_bfloat() {
     return std::is_same_v<T, __nv_bfloat16>;
 }
 
-template <int N>
-void load_matrices(const char* name, uint32_t (&r)[N], bool transposed, uint32_t address, Where where) {
-    MatrixRow row{};
-    if (lane() < 8 * N) row = *matrix_row(name, address, where);
-    ldmatrix(name, r, N, transposed, row, address, where);
+inline void load_matrices(const char* name, uint32_t* r, bool transposed, uint32_t address, Where where) {
+    const MatrixRow row = *matrix_row(name, address, where);
+    ldmatrix(name, r, transposed, row, address, where);
+}
+
+// The lower half of `bits`.
+inline float wide(uint32_t bits, bool bfloat) {
+    return bfloat ? __bfloat162float({uint16_t(bits)}) : __half2float({uint16_t(bits)});
 }
 
 // The thread sanitizer remembers four accesses to 8 bytes: they go by words where they can.
@@ -99,13 +101,10 @@ inline float without_subnormal(float x) { return std::fabs(x) < 1.17549435e-38f 
 
 namespace igpt::cuda::ptx {
 
-inline uint32_t shared_address(const void* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return emulator::shared_address(p, {file, line});
-}
+inline uint32_t shared_address(const void* p, emulator::Where where = {}) { return emulator::shared_address(p, where); }
 
-inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, const char* file = __builtin_FILE(),
-                       int line = __builtin_LINE()) {
-    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, {file, line});
+inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, emulator::Where where = {}) {
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, where);
     emulator::touch(copy.from, copy.bytes);
     emulator::poison(copy.to, 16);
 }
@@ -117,27 +116,15 @@ void cp_async_wait() {
     while (emulator::take_copy(N, copy)) emulator::deliver(copy);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, const char* file = __builtin_FILE(),
-                        int line = __builtin_LINE()) {
-    emulator::load_matrices("ldmatrix.x4", r, false, address, {file, line});
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, emulator::Where where = {}) {
+    emulator::load_matrices("ldmatrix.x4", r, false, address, where);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, const char* file = __builtin_FILE(),
-                              int line = __builtin_LINE()) {
-    emulator::load_matrices("ldmatrix.x4.trans", r, true, address, {file, line});
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, emulator::Where where = {}) {
+    emulator::load_matrices("ldmatrix.x4.trans", r, true, address, where);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address, const char* file = __builtin_FILE(),
-                        int line = __builtin_LINE()) {
-    emulator::load_matrices("ldmatrix.x2", r, false, address, {file, line});
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address, const char* file = __builtin_FILE(),
-                              int line = __builtin_LINE()) {
-    emulator::load_matrices("ldmatrix.x2.trans", r, true, address, {file, line});
-}
-
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file = __builtin_FILE(),
-                  int line = __builtin_LINE()) {
-    emulator::mma(d, a, b0, b1, emulator::is_bfloat<T>(), {file, line});
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulator::Where where = {}) {
+    emulator::mma(d, a, b0, b1, emulator::is_bfloat<T>(), where);
 }
 
 inline float exp2_approx(float x) { return emulator::without_subnormal(std::exp2(emulator::without_subnormal(x))); }
@@ -152,35 +139,22 @@ uint32_t pack2(float lo, float hi) {
 }
 template <typename T>
 float2 unpack2(uint32_t bits) {
-    const T lo{uint16_t(bits)}, hi{uint16_t(bits >> 16)};
-    if constexpr (emulator::is_bfloat<T>()) {
-        return {__bfloat162float(lo), __bfloat162float(hi)};
-    } else {
-        return {__half2float(lo), __half2float(hi)};
-    }
+    return {emulator::wide(bits, emulator::is_bfloat<T>()), emulator::wide(bits >> 16, emulator::is_bfloat<T>())};
 }
 
-inline void named_barrier_sync(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::named_barrier(true, id, threads, {file, line});
+inline void named_barrier_sync(int id, int threads, emulator::Where where = {}) {
+    emulator::named_barrier(true, id, threads, where);
 }
-inline void named_barrier_arrive(int id, int threads, const char* file = __builtin_FILE(),
-                                 int line = __builtin_LINE()) {
-    emulator::named_barrier(false, id, threads, {file, line});
+inline void named_barrier_arrive(int id, int threads, emulator::Where where = {}) {
+    emulator::named_barrier(false, id, threads, where);
 }
 
-inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::cluster_arrive(true, {file, line});
-}
-inline void cluster_arrive_relaxed(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::cluster_arrive(false, {file, line});
-}
-inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    emulator::cluster_wait({file, line});
-}
-inline void store_cluster(float* own, unsigned rank, float value, const char* file = __builtin_FILE(),
-                          int line = __builtin_LINE()) {
+inline void cluster_arrive(emulator::Where where = {}) { emulator::cluster_arrive(true, where); }
+inline void cluster_arrive_relaxed(emulator::Where where = {}) { emulator::cluster_arrive(false, where); }
+inline void cluster_wait(emulator::Where where = {}) { emulator::cluster_wait(where); }
+inline void store_cluster(float* own, unsigned rank, float value, emulator::Where where = {}) {
     emulator::note(emulator::Access::shared, own, sizeof value);
-    *reinterpret_cast<float*>(emulator::cluster_shared(own, sizeof value, rank, {file, line})) = value;
+    *reinterpret_cast<float*>(emulator::cluster_shared(own, sizeof value, rank, where)) = value;
 }
 
 template <typename V>

@@ -145,10 +145,6 @@ void begin(const WgmmaArguments& own, void* const* lanes, Where where) {
     ++counting().wgmma;
 }
 
-float wide(uint32_t bits, bool bfloat) {
-    return bfloat ? __bfloat162float({uint16_t(bits)}) : __half2float({uint16_t(bits)});
-}
-
 // Element i of the accumulators of lane l.
 uint32_t row_of(uint32_t l, uint32_t i) { return l / 4 + 8 * (i / 2 % 2); }
 uint32_t column_of(uint32_t l, uint32_t i) { return i / 4 * 8 + 2 * (l % 4) + i % 2; }

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ from torch.overrides import TorchFunctionMode
 from igpt_fast import files
 from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
-from igpt_fast.checkpoint.tensors import StoredTensor, StoredWeights
+from igpt_fast.checkpoint.tensors import StoredTensor
 from igpt_fast.checks import dtype_name
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import listed, printable, shown
 
 CONFIG = "config.json"
-
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_NEW_ELEMENTS = 1 << 26  # of a head that is not in the file and larger than the file
@@ -112,18 +111,24 @@ class PretrainedMixin(nn.Module):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
-        where = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "token": token,
-            "subfolder": subfolder,
-        }
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        where |= {"token": token, "subfolder": subfolder}
         config = _load_config(name_or_path, config, config_overrides, where)
         stored = weights.open_weights(name_or_path, use_safetensors=use_safetensors, **where)
-        model = _build(cls, config, stored, wanted, device, strict, ignore_mismatched_sizes)
+        tensors = plain_names(stored)
+        _check_trunk(tensors, config, stored.source)
+        wanted = wanted or _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype")
+        wanted = wanted or cast(torch.dtype, tensors["wte.weight"].dtype)  # the token embedding: every checkpoint's
+        with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
+            model = cls(config)
+        state, new = _state_dict(model, tensors, stored.source, wanted, device, strict, ignore_mismatched_sizes)
+        model.load_state_dict(state, strict=False, assign=True)
+        if left := [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]:
+            raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
+        model.newly_initialized = new
+        config.extra["dtype"] = dtype_name(wanted)
         model.name_or_path = os.fspath(name_or_path)
-        return model
+        return model.eval()
 
     def save_pretrained(
         self,
@@ -163,23 +168,20 @@ class PretrainedMixin(nn.Module):
         if not is_main_process:
             return
         own = self.state_dict()
-        state = {
-            name: value.detach().contiguous() for name, value in (own if state_dict is None else state_dict).items()
-        }
-        if state.keys() != own.keys():
-            raise ValueError(
-                f"save_pretrained: state_dict differs from the model in {listed(state.keys() ^ own.keys())}"
-            )
+        given = own if state_dict is None else state_dict
+        state = {name: value.detach().contiguous() for name, value in given.items()}
+        if differing := state.keys() ^ own.keys():
+            raise ValueError(f"save_pretrained: state_dict differs from the model in {listed(differing)}")
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-        texts = {CONFIG: _config_text(self, dtype)}
+        extra = {**self.config.extra, "architectures": [type(self).__name__], "dtype": dtype_name(dtype)}
+        texts = {CONFIG: dataclasses.replace(self.config, extra=extra).to_json_string()}
         if split.is_sharded:
-            index = {
-                "metadata": {**split.metadata, "total_parameters": sum(value.numel() for value in state.values())},
-                "weight_map": split.tensor_to_filename,
-            }
+            total = sum(value.numel() for value in state.values())
+            metadata = {**split.metadata, "total_parameters": total}
+            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
             texts = {weights.SAFETENSORS_INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
         names = [*split.filename_to_tensors, *texts]
         before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
@@ -204,15 +206,6 @@ def _os_error(error: Exception, path: Path) -> OSError:
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else errno.EIO
     return OSError(number, os.strerror(number) if told else files.first_line(error), str(path))
-
-
-def _config_text(model: PretrainedMixin, dtype: torch.dtype) -> str:
-    config = model.config
-    extra = {**config.extra, "architectures": [type(model).__name__], "dtype": dtype_name(dtype)}
-    return dataclasses.replace(config, extra=extra).to_json_string()
-
-
-# --- configuration -----------------------------------------------------------------------------------------------
 
 
 def _load_config(
@@ -241,9 +234,6 @@ def _dtype(value: Any, what: str) -> torch.dtype | None:
     return dtype
 
 
-# --- names, shapes, values ---------------------------------------------------------------------------------------
-
-
 def _check_trunk(tensors: dict[str, StoredTensor], config: ImageGPTConfig, source: Path) -> None:
     missing: list[str] = []
     for name, shape in trunk_shapes(config):
@@ -269,13 +259,6 @@ def _check(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{tensor.file}: {name}: shape {shown(tensor.shape)}, the configuration wants {shape}")
 
 
-def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """That of the token embedding, which every checkpoint has."""
-    dtype = tensors["wte.weight"].dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 class Uninitialised(TorchFunctionMode):
     """Leaves random numbers out: on the meta device they load torch's compiler, 80 MB and a second."""
 
@@ -283,31 +266,6 @@ class Uninitialised(TorchFunctionMode):
         if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def _build(
-    cls: type[M],
-    config: ImageGPTConfig,
-    stored: StoredWeights,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    strict: bool,
-    ignore_mismatched_sizes: bool,
-) -> M:
-    tensors = plain_names(stored)
-    _check_trunk(tensors, config, stored.source)
-    if dtype is None:
-        dtype = _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype") or _stored_dtype(tensors)
-    with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
-        model = cls(config)
-    state, new = _state_dict(model, tensors, stored.source, dtype, device, strict, ignore_mismatched_sizes)
-    model.load_state_dict(state, strict=False, assign=True)
-    left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
-    if left:
-        raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
-    model.newly_initialized = new
-    config.extra["dtype"] = dtype_name(dtype)
-    return model.eval()
 
 
 def _state_dict(
@@ -325,7 +283,7 @@ def _state_dict(
         message = f"{source}: holds tensors that {type(model).__name__} does not know: {listed(unknown)}"
         if strict:
             raise ValueError(f"{message} (strict=False drops them)")
-        warnings.warn(f"{message}: dropped", stacklevel=4)
+        warnings.warn(f"{message}: dropped", stacklevel=3)
     new = []
     for plain, (_, shape) in wanted.items():
         if plain in _HEADS and plain in tensors and ignore_mismatched_sizes and tensors[plain].shape != shape:
@@ -341,7 +299,7 @@ def _state_dict(
         if math.prod(wanted[plain][1]) > limit:
             raise ValueError(f"{source}: lacks {plain}, and the configuration claims {wanted[plain][1]} for it")
     if new:
-        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=4)
+        warnings.warn(f"{source}: lacks {listed(new)}: newly initialised; train it before use", stacklevel=3)
     state = {}
     for plain, (name, shape) in wanted.items():
         if plain in tensors:

@@ -29,26 +29,18 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 _MAX_SHARDS = 4096
-
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.(?:safetensors|bin)")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not yet read.
-
-    Args:
-        file: Where it is.
-        shape, dtype: What it is; ``dtype`` is the file's own word where torch has no floating type for it.
-        read: Reads it; the result may be a view of the mapped file, so copy before keeping it.
-    """
+    """A tensor in a file, not yet read."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    read: Callable[[], Tensor]
+    dtype: torch.dtype | str  # the file's own word where torch has no floating type for it
+    read: Callable[[], Tensor]  # the result may be a view of the mapped file, so copy before keeping it
 
 
 @dataclass(frozen=True)
@@ -96,9 +88,6 @@ def open_tensor_file(path: Path) -> dict[str, StoredTensor]:
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
-# --- sharded -----------------------------------------------------------------------------------------------------
-
-
 def _open_shards(index: Path, find: Callable[[str], Path | None]) -> StoredWeights:
     shards = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
@@ -131,9 +120,6 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-# --- safetensors -------------------------------------------------------------------------------------------------
-
-
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
@@ -152,8 +138,8 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         for name in file_.keys():  # noqa: SIM118, not a mapping
             part = file_.get_slice(name)
             kind = part.get_dtype()
-            read = _reader(path, name, partial(_read_safetensor, path))
-            tensors[name] = StoredTensor(path, tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind), read)
+            dtype = _SAFETENSORS_DTYPES.get(kind, kind)
+            tensors[name] = StoredTensor(path, tuple(part.get_shape()), dtype, partial(_read_safetensor, path, name))
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a usable safetensors file: {files.first_line(error)}") from error
     return tensors
@@ -163,20 +149,10 @@ def _read_safetensor(path: Path, name: str) -> Tensor:
     """A view of the file, mapped for this tensor alone: what is read of a mapping counts as the process's memory."""
     from safetensors import safe_open
 
-    return safe_open(path, "pt").get_tensor(name)
-
-
-def _reader(path: Path, name: str, get: Callable[[str], Tensor]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        try:
-            return get(name)
-        except Exception as error:
-            raise ValueError(f"{path}: {printable(name)} cannot be read: {files.first_line(error)}") from error
-
-    return read
-
-
-# --- PyTorch .bin ------------------------------------------------------------------------------------------------
+    try:
+        return safe_open(path, "pt").get_tensor(name)
+    except Exception as error:
+        raise ValueError(f"{path}: {printable(name)} cannot be read: {files.first_line(error)}") from error
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -189,17 +165,13 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # what a damaged file raises is not documented
         raise ValueError(f"{path}: not a usable PyTorch checkpoint: {files.first_line(error)}") from error
-    return _state_dict(path, state, size)
-
-
-def _state_dict(path: Path, state: Any, size: int) -> dict[str, StoredTensor]:
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds {_article(state)}, not a state dict")
-    tensors = {}
-    claimed = 0
+        raise ValueError(f"{path}: holds a value of type {type(state).__name__}, not a state dict")
+    tensors, claimed = {}, 0
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: not a state dict: entry {printable(name)} is {_article(value)}")
+            kind = f"a value of type {type(value).__name__}"
+            raise ValueError(f"{path}: not a state dict: entry {printable(name)} is {kind}")
         # A view may repeat a few stored bytes into any shape.
         claimed += value.numel() * value.element_size()
         if claimed > size:
@@ -207,13 +179,5 @@ def _state_dict(path: Path, state: Any, size: int) -> dict[str, StoredTensor]:
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(f"{path}: {printable(name)}: not an ordinary tensor")
         dtype = value.dtype if value.dtype in _SAFETENSORS_DTYPES.values() else dtype_name(value.dtype)
-        tensors[name] = StoredTensor(path, tuple(value.shape), dtype, _constant(value.detach()))
+        tensors[name] = StoredTensor(path, tuple(value.shape), dtype, value.detach)
     return tensors
-
-
-def _article(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"
-
-
-def _constant(value: Tensor) -> Callable[[], Tensor]:
-    return lambda: value

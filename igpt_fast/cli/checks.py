@@ -1,7 +1,4 @@
-"""What the commands check before the work.
-
-Heavy imports stay inside the functions.
-"""
+"""What the commands check before the work."""
 
 from __future__ import annotations
 
@@ -96,10 +93,14 @@ def of_options(text: str) -> str:
     return text.replace("--labels", "--label").replace("without labels", "without --label")
 
 
-def check_clusters(count: int) -> None:
+def check_range(option: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{option} is {value}; want {least}..{most}")
+
+
+def check_clusters(count: int | None) -> None:
     """Fails early where scikit-learn or the format of tokens would fail late."""
-    if not 2 <= count <= 1 << 16:
-        raise UsageError(f"--n-clusters is {count}; want 2..{1 << 16}")
+    check_range("--n-clusters", count, 2, 1 << 16)
 
 
 def check_images(paths: Sequence[Path]) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from igpt_fast import ops
+from igpt_fast import backend, ops
+from igpt_fast.checks import dtype_name
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.network import Model
 
@@ -53,10 +54,26 @@ class Decoder(ABC):
     batch_size: int
     capacity: int
     dtype: str
+    _forked: bool
     _next: Tensor | None = None  # what ``draw`` drew since the last ``start``, ``step`` or ``fork``
 
     def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         self.start(model, batch_size, capacity, dtype)
+
+    def _start(self, model: Model, batch_size: int, capacity: int, dtype: str | None, reason: str | None) -> None:
+        """What every ``start`` begins with; ``reason`` says why the decoder does not serve the model."""
+        if not 1 <= capacity <= model.config.n_positions:
+            want = f"1..{model.config.n_positions}, the model's n_positions"
+            raise ValueError(f"decoder: capacity is {capacity}; want {want}")
+        if reason is not None:
+            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        self.model, self.batch_size, self.capacity = model, batch_size, capacity
+        self.dtype = dtype or dtype_name(model.dtype)
+        self._forked, self._next = False, None
+
+    def _check_room(self, end: int) -> None:
+        if end > self.capacity:
+            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
 
     @abstractmethod
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
@@ -134,12 +151,6 @@ def cache_dtype(model: Model) -> torch.dtype:
     return dtype
 
 
-def check_capacity(capacity: int, n_positions: int) -> None:
-    """Raises ValueError unless a decoder of a model of ``n_positions`` can have the capacity."""
-    if not 1 <= capacity <= n_positions:
-        raise ValueError(f"decoder: capacity is {capacity}; want 1..{n_positions}, the model's n_positions")
-
-
 def check_fork(n: int, position: int, forked: bool) -> None:
     """Raises ValueError unless a decoder that has read ``position`` positions can be forked; see ``Decoder.fork``."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -153,6 +164,5 @@ def check_fork(n: int, position: int, forked: bool) -> None:
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless the dtype is one that a decoder may be asked for."""
     if dtype not in DTYPES:
-        raise ValueError(
-            f"decoder: dtype is {dtype!r}; want None, which is the model's, {' or '.join(map(repr, DTYPES[1:]))}"
-        )
+        others = " or ".join(map(repr, DTYPES[1:]))
+        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, {others}")

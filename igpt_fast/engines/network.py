@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -28,36 +29,34 @@ METHODS = ("__call__", "_call_impl", "forward", *INNER)  # what a module compute
 MODULES: dict[type, list[Any]] = {}
 
 
-class Body(Protocol):
+class _Called(Protocol):
+    """What is asked of a network and of a model alike."""
+
+    config: ImageGPTConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
+
+
+class Body(_Called, Protocol):
     """A network without its head: modules and parameters are named as in transformers' state dicts."""
 
-    config: ImageGPTConfig
     wte: nn.Embedding
     wpe: nn.Embedding
-    h: nn.ModuleList
+    h: Any  # the layers, in a ModuleList
     ln_f: Any
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
 
 
-class Model(Protocol):
+class Model(_Called, Protocol):
     """A network and its head."""
 
-    config: ImageGPTConfig
     transformer: Any  # a Body
     lm_head: nn.Linear
-    training: bool
 
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
@@ -79,19 +78,8 @@ for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
     plain(_kind)
 
 
-class Layer(NamedTuple):
-    """Something of each parameter of a layer, as a rule the parameter."""
-
-    ln_1: Any
-    ln_2: Any
-    qkv_weight: Any
-    qkv_bias: Any
-    out_weight: Any
-    out_bias: Any
-    fc_weight: Any
-    fc_bias: Any
-    proj_weight: Any
-    proj_bias: Any
+# Something of each parameter of a layer, as a rule the parameter.
+Layer = namedtuple("Layer", "ln_1 ln_2 qkv_weight qkv_bias out_weight out_bias fc_weight fc_bias proj_weight proj_bias")
 
 
 class Weights(NamedTuple):
@@ -106,7 +94,7 @@ class Weights(NamedTuple):
     def of(cls, body: Body) -> Weights:
         """Those that a network has now."""
         layers = []
-        for block in blocks_of(body):
+        for block in body.h:
             linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             pairs = (part for layer in linear for part in (layer.weight, layer.bias))
             layers.append(Layer(block.ln_1.weight, block.ln_2.weight, *pairs))
@@ -117,14 +105,9 @@ class Weights(NamedTuple):
         return [self.wte, self.wpe, self.ln_f, *itertools.chain.from_iterable(self.layers)]
 
 
-def blocks_of(body: Body) -> list[Any]:
-    """The layers' modules."""
-    return list(body.h)
-
-
 def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
-    config, blocks = body.config, blocks_of(body)
+    config, blocks = body.config, body.h
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
@@ -153,8 +136,7 @@ def why_not_head(model: Model) -> str | None:
         return "lm_head has a bias"
     if type(head.weight) is not nn.Parameter:
         return "the weight of lm_head is no parameter"
-    if head.weight.shape != (config.vocab_size - 1, config.n_embd):
-        want = (config.vocab_size - 1, config.n_embd)
+    if head.weight.shape != (want := (config.vocab_size - 1, config.n_embd)):
         return f"lm_head is {tuple(head.weight.shape)}; the configuration says {want}"
     return why_not_settings(model.transformer, Weights.of(model.transformer))
 
@@ -209,7 +191,7 @@ class Network:
         body, weights = model.transformer, Weights.of(model.transformer)
         self.wte, self.wpe, self.ln_f = (weight.detach() for weight in weights[:3])
         self.layers = [Layer(*(weight.detach() for weight in layer)) for layer in weights.layers]
-        self.scales = [block.attn.scale for block in blocks_of(body)]
+        self.scales = [block.attn.scale for block in body.h]
         self.head = model.lm_head.weight.detach().T
         self.eps, self.activation = body.config.layer_norm_epsilon, body.config.activation_function
         self.kernel = KERNELS[self.activation]

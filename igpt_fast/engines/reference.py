@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from igpt_fast import backend
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.decoder import Decoder, cache_dtype, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, why_not_modules
 
 
@@ -20,23 +19,12 @@ class ReferenceDecoder(Decoder):
 
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         """See ``Decoder.start``."""
-        config = model.config
-        check_capacity(capacity, config.n_positions)
         check_dtype(dtype)
-        if dtype is not None:
-            raise backend.BackendUnavailableError(f"decoder: it decodes in the model's dtype, not in {dtype!r}")
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self._forked, self._next = False, None
-        self._cache = StaticCache(
-            config.n_layer,
-            batch_size,
-            config.n_head,
-            capacity,
-            config.head_dim,
-            dtype=cache_dtype(model),
-            device=model.device,
-        )
+        reason = None if dtype is None else f"it decodes in the model's dtype, not in {dtype!r}"
+        self._start(model, batch_size, capacity, dtype, reason)
+        config = model.config
+        shape = config.n_layer, batch_size, config.n_head, capacity, config.head_dim
+        self._cache = StaticCache(*shape, dtype=cache_dtype(model), device=model.device)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``. Where nothing stands in between, the head reads the last position alone."""

@@ -83,9 +83,8 @@ def _transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise  # it is there, and lacks something itself
-        raise ImportError(
-            "igpt_fast.hf.bridge needs transformers: pip install 'igpt_fast[hf]'", name=error.name
-        ) from error
+        needs = "igpt_fast.hf.bridge needs transformers: pip install 'igpt_fast[hf]'"
+        raise ImportError(needs, name=error.name) from error
     return transformers
 
 
@@ -94,12 +93,9 @@ def _class_name(model: object, classes: tuple[type, ...], caller: str) -> str:
     for cls in classes:
         if isinstance(model, cls):
             return cls.__name__
-    kind = type(model)
+    kind, where = type(model), classes[0].__module__.rpartition(".")[0]
     names = ", ".join(cls.__name__ for cls in classes)
-    raise TypeError(
-        f"{caller}: model is a {kind.__module__}.{kind.__qualname__};"
-        f" want one of {classes[0].__module__.rpartition('.')[0]}'s {names}"
-    )
+    raise TypeError(f"{caller}: model is a {kind.__module__}.{kind.__qualname__}; want one of {where}'s {names}")
 
 
 def _twin(cls: type[nn.Module], config: Any, model: Any, caller: str) -> Any:
@@ -108,14 +104,11 @@ def _twin(cls: type[nn.Module], config: Any, model: Any, caller: str) -> Any:
     with torch.device("meta"), Uninitialised():
         twin = cls(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     wanted = {name: tuple(value.shape) for name, value in twin.named_parameters(remove_duplicate=False)}
-    if differing := sorted(
-        {name for name in parameters if wanted.get(name) != tuple(parameters[name].shape)}
-        | (wanted.keys() - parameters.keys())
-    ):
-        raise ValueError(
-            f"{caller}: {differing[0]} and {len(differing) - 1} more are not the parameters that the configuration says"
-        )
+    if differing := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
+        which = f"{differing[0]} and {len(differing) - 1} more"
+        raise ValueError(f"{caller}: {which} are not the parameters that the configuration says")
     for name, value in parameters.items():
         place, _, own = name.rpartition(".")
         twin.get_submodule(place).register_parameter(own, nn.Parameter(value.detach(), value.requires_grad))

@@ -1,4 +1,4 @@
-"""Images in and out, and what turns them into colour tokens.
+"""Images in and out, and what turns them into colour tokens: import the names from here.
 
 ``clusters``: the palette. ``processor``: images to tokens and back, with ``settings`` checked. ``reading``,
 ``writing``: pictures from and to files. ``folders``: which files are pictures.

@@ -1,7 +1,6 @@
 """The palette: colours to tokens, tokens to colours, and the clusters themselves (fit, load, save).
 
 A colour of value v in 0..255 stands at ``v / 127.5 - 1`` in each channel; clusters are points of that cube.
-Import these names from ``igpt_fast.image``.
 """
 
 from __future__ import annotations
@@ -123,10 +122,10 @@ def quantize(images: Array, clusters: np.ndarray | Tensor) -> Array:
         array = images.cpu().numpy() if isinstance(images, Tensor) else images
         if array.dtype.kind not in "iuf":
             raise TypeError(f"quantize: images has dtype {images.dtype}; want integers in 0..255 or floats in [-1, 1]")
-        floats = array.dtype.kind == "f"
-        colours = _to_tensor(
-            array if floats else eight_bit(array, "quantize: images"), np.float32 if floats else np.uint8
-        )
+        if array.dtype.kind == "f":
+            colours = _to_tensor(array, np.float32)
+        else:
+            colours = _to_tensor(eight_bit(array, "quantize: images"), np.uint8)
         colours = colours.to(images.device) if isinstance(images, Tensor) else colours
     if colours.dtype != torch.uint8:
         colours = colours.to(torch.float32)
@@ -152,22 +151,19 @@ def dequantize(tokens: Array, clusters: np.ndarray | Tensor) -> Array:
     """
     palette = torch.from_numpy(check_clusters(clusters))
     if isinstance(tokens, Tensor):
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
-        index = tokens.detach().to(torch.int64)
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     elif isinstance(tokens, np.ndarray):
-        if tokens.dtype.kind not in "iu":
-            raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
-        index = _to_tensor(tokens, np.int64)
+        whole = tokens.dtype.kind in "iu"
     else:
         raise TypeError(f"dequantize: tokens is a {type(tokens).__name__}; want an array or tensor")
+    if not whole:
+        raise TypeError(f"dequantize: tokens has dtype {tokens.dtype}; want integers")
+    index = tokens.detach().to(torch.int64) if isinstance(tokens, Tensor) else _to_tensor(tokens, np.int64)
     if index.numel():
         low, high = (int(end) for end in torch.aminmax(index))
         if low < 0 or high >= len(palette):
-            raise ValueError(
-                f"dequantize: token {low if low < 0 else high} is not in 0..{len(palette) - 1}"
-                " (the start token is no colour)"
-            )
+            wrong, most = low if low < 0 else high, len(palette) - 1
+            raise ValueError(f"dequantize: token {wrong} is not in 0..{most} (the start token is no colour)")
     colours = ops.dequantize(index, palette.to(index.device))
     return colours if isinstance(tokens, Tensor) else colours.numpy()
 
@@ -217,9 +213,8 @@ def fit_clusters(
     counts[colour_codes(pins)] = 0
     colours = np.flatnonzero(counts)
     if len(colours) < wanted:
-        raise ValueError(
-            f"fit_clusters: {len(colours)} colours beside the pinned ones; not enough for {n_clusters} clusters"
-        )
+        found = f"{len(colours)} colours beside the pinned ones"
+        raise ValueError(f"fit_clusters: {found}; not enough for {n_clusters} clusters")
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError as error:

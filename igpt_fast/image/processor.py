@@ -1,7 +1,4 @@
-"""``ImageGPTImageProcessor``: images to the tokens of a model and back, with transformers' arguments and JSON.
-
-Import these names from ``igpt_fast.image``.
-"""
+"""``ImageGPTImageProcessor``: images to the tokens of a model and back, with transformers' arguments and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +82,8 @@ class ImageGPTImageProcessor:
 
     def __init__(self, clusters: Any = None, *, extra: dict[str, Any] | None = None, **settings: Any) -> None:
         self.extra = dict(extra or {})
-        for name in self.extra:
-            if name in SETTINGS:
-                raise ValueError(f"extra: {name} is an argument of its own")
+        if own := [name for name in self.extra if name in SETTINGS]:
+            raise ValueError(f"extra: {own[0]} is an argument of its own")
         for name, value in settle({"clusters": clusters, **settings}, {}).items():
             object.__setattr__(self, name, value)
 
@@ -249,20 +244,14 @@ class ImageGPTImageProcessor:
             TypeError: An unknown argument.
             ValueError: Unusable content; the message names the file.
         """
-        find = partial(
-            files.find_file,
-            name_or_dir,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-        path = find(CONFIG_NAME)
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        where |= {"token": token, "subfolder": subfolder}
+        path = files.find_file(name_or_dir, CONFIG_NAME, **where)
         assert path is not None
         data = files.read_json(path)
-        if data.get("size") is None and (config := find("config.json", required=False)) is not None:
-            data["size"] = _side(config)
+        if data.get("size") is None:
+            config = files.find_file(name_or_dir, "config.json", required=False, **where)
+            data["size"] = None if config is None else _side(config)
         try:
             processor = cls.from_dict(data)
         except (TypeError, ValueError) as error:
@@ -299,9 +288,6 @@ def _side(config_path: Path) -> int:
     return side
 
 
-# ---- images
-
-
 def _flatten(images: Any, depth: int = 0) -> Iterator[Any]:
     """The single images of an image, a batch, or a list that may hold both, and lists of them."""
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
@@ -314,9 +300,8 @@ def _flatten(images: Any, depth: int = 0) -> Iterator[Any]:
     elif isinstance(images, Image.Image | np.ndarray | Tensor):
         yield images
     else:
-        raise TypeError(
-            f"preprocess: images holds a {type(images).__name__}; want PIL images, arrays, tensors or paths"
-        )
+        kind = type(images).__name__
+        raise TypeError(f"preprocess: images holds a {kind}; want PIL images, arrays, tensors or paths")
 
 
 def _sized(picture: Image.Image, given: dict[str, Any]) -> np.ndarray:
@@ -356,9 +341,6 @@ def _target(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
     if new[0] * new[1] > MAX_TOKENS:
         raise ValueError(f"size {size} makes {new[0]}x{new[1]} pixels of {width}x{height}; too many")
     return new
-
-
-# ---- values
 
 
 def _values(pixels: np.ndarray, unit: float, given: dict[str, Any]) -> np.ndarray:

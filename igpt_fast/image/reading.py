@@ -1,7 +1,4 @@
-"""Images of every kind to 8-bit RGB, and pictures from files: read with bounds.
-
-Import these names from ``igpt_fast.image``.
-"""
+"""Images of every kind to 8-bit RGB, and pictures from files: read with bounds."""
 
 from __future__ import annotations
 
@@ -60,9 +57,8 @@ def to_rgb(image: Any, *, input_data_format: str | None = None) -> np.ndarray:
 def to_pil(image: Any, *, input_data_format: str | None = None) -> Image.Image:
     """As ``to_rgb``, but a PIL image in mode RGB: ``image`` itself where it is one already, and upright."""
     if input_data_format not in (None, CHANNELS_FIRST, CHANNELS_LAST):
-        raise ValueError(
-            f"input_data_format is {input_data_format!r}; want {CHANNELS_FIRST!r}, {CHANNELS_LAST!r} or None"
-        )
+        wanted = f"{CHANNELS_FIRST!r}, {CHANNELS_LAST!r} or None"
+        raise ValueError(f"input_data_format is {input_data_format!r}; want {wanted}")
     if isinstance(image, Image.Image):
         return _rgb_of_pil(image)
     if isinstance(image, Tensor):
@@ -149,16 +145,10 @@ def _deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
-    if (
-        tensor.layout != torch.strided
-        or tensor.is_complex()
-        or tensor.is_meta
-        or tensor.is_quantized
-        or tensor.is_nested
-    ):
-        raise TypeError(
-            f"image is a tensor of {tensor.dtype}, layout {tensor.layout}, on {tensor.device}; want plain values"
-        )
+    special = tensor.is_complex() or tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    if special or tensor.layout != torch.strided:
+        kind = f"{tensor.dtype}, layout {tensor.layout}, on {tensor.device}"
+        raise TypeError(f"image is a tensor of {kind}; want plain values")
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor.resolve_neg()).numpy()
 

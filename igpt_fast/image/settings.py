@@ -21,19 +21,13 @@ from igpt_fast.image.reading import CHANNELS_FIRST, CHANNELS_LAST
 
 MAX_TOKENS = 1 << 24  # pixels of one processed image; as n_positions of ImageGPTConfig
 
-_SIZE_KEYS = (
-    {"height", "width"},
-    {"shortest_edge"},
-    {"shortest_edge", "longest_edge"},
-    {"max_height", "max_width"},
-)
+_SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
 def settle(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """All settings, checked: those given, else the processor's own, else the defaults."""
     square = _flag("default_to_square", settings.pop("default_to_square", None), True)
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
+    if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f"ImageGPTImageProcessor: unknown argument {shown(unknown[0])}; it takes {', '.join(SETTINGS)}")
     result = {}
     for name in SETTINGS:
@@ -114,10 +108,6 @@ def _deviation(name: str, value: Any) -> float | list[float]:
     return value
 
 
-def _resample(name: str, value: Any) -> int:
-    return _whole(name, value, most=5, least=0)
-
-
 def _choice(name: str, value: Any, *, choices: tuple[Any, ...]) -> Any:
     value = getattr(value, "value", value)  # transformers' enumerations
     if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
@@ -136,13 +126,12 @@ def _palette(name: str, value: Any) -> np.ndarray:
     return check_clusters(value, usual=False)  # which range is right depends on the scaling: see settle
 
 
-_Check = Callable[[str, Any], Any]
-SETTINGS: dict[str, tuple[Any, _Check]] = {
+SETTINGS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "clusters": (None, _palette),
     "do_color_quantize": (True, _flag),
     "do_resize": (True, _flag),
     "size": ({"height": 32, "width": 32}, _size),
-    "resample": (2, _resample),
+    "resample": (2, partial(_whole, most=5, least=0)),
     "do_rescale": (True, _flag),
     "rescale_factor": (1 / 255, _number),
     "do_normalize": (True, _flag),

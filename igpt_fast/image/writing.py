@@ -17,7 +17,7 @@ from igpt_fast.image.clusters import colour_codes
 from igpt_fast.image.reading import _MAX_EDGE, CHANNELS_LAST, MAX_PIXELS, to_pil
 
 # Suffix -> Pillow's format and options that lose nothing, or little in JPEG's case.
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -62,9 +62,8 @@ def image_grid(
     grid = Image.new("RGB", size, ImageColor.getrgb(background) if isinstance(background, str) else background)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
-        grid.paste(
-            cell.resize((width, height), Image.Resampling.NEAREST), (column * (width + gap), row * (height + gap))
-        )
+        scaled = cell.resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(scaled, (column * (width + gap), row * (height + gap)))
     return grid
 
 
@@ -109,9 +108,7 @@ def check_image(path: Path, width: int, height: int) -> tuple[str, dict[str, Any
     Raises:
         ValueError: An unknown suffix, or an edge that the format cannot have.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_FORMATS)}")
-    form, options = _FORMATS[path.suffix.lower()]
+    form, options = _by_suffix(path, FORMATS)
     _check_edges(path, form, width, height)
     return form, options
 
@@ -147,7 +144,7 @@ def save_animation(
         FileExistsError, FileNotFoundError, OSError: As ``save_image``.
     """
     path = Path(path)
-    form = _animated(path)
+    form = _by_suffix(path, _ANIMATED)
     frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
     last_ms = whole_number("last_ms", last_ms, 10, 60_000)
     _check_folder(path)
@@ -168,17 +165,16 @@ def check_animation(path: str | os.PathLike[str], width: int, height: int, count
     Raises:
         ValueError: An unknown suffix, an edge that a GIF cannot have, or more pixels in all than memory is taken for.
     """
-    form = _animated(Path(path))
+    form = _by_suffix(Path(path), _ANIMATED)
     _check_edges(Path(path), form, width, height)
     if width * height * count > _MOST_ANIMATED[form]:
         raise ValueError(f"{path}: {count} frames of {width}x{height} are more than {_MOST_ANIMATED[form]} pixels")
 
 
-def _animated(path: Path) -> str:
-    form = _ANIMATED.get(path.suffix.lower())
-    if form is None:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(_ANIMATED)}")
-    return form
+def _by_suffix(path: Path, formats: dict[str, Any]) -> Any:
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; want one of {', '.join(formats)}")
+    return formats[path.suffix.lower()]
 
 
 def _bounded(path: Path, frames: Iterable[Image.Image]) -> Iterator[Image.Image]:

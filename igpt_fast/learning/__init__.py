@@ -1,7 +1,7 @@
 """Learning from pixels: data, the training loop and what it saves, evaluation.
 
 ``data``, ``folders``: images as tokens. ``objectives``: what is learned. ``train``, ``schedule``, ``settings``,
-``state``, ``output``: the loop, its steps, its knobs, its checkpoint. ``run``: a whole run in a directory.
-``evaluate``, ``baselines``: how good it is.
+``state``: the loop, its steps, its knobs, its log and checkpoint. ``run``: a whole run in a directory.
+``evaluate``: how good it is.
 May use: pipeline, model, image, ops, checkpoint, and the ground; alone imports scikit-learn beside image.
 """

@@ -23,12 +23,8 @@ from igpt_fast.image.clusters import check_clusters
 # Flat colours compress a few hundred times at most.
 _MAX_RATIO = 400
 _MIN_BOUND = 1 << 20
-
 _CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
-
-
 _MAX_NAME = 200  # characters
-
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -148,29 +144,25 @@ def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> Token
     """
     names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
     with files.open_input(path) as file:
-        return _data_of(file, path, names, ("class_names",) if classes else ())
+        try:
+            return _data_of(_read_npz(file, names, ("class_names",) if classes else ()))
+        except (PermissionError, MemoryError):
+            raise
+        except Exception as error:  # what zipfile raises on a damaged file has no common class
+            raise ValueError(f"{path}: not a token file: {files.first_line(error)}") from error
 
 
-def _data_of(file: IO[bytes], path: str | os.PathLike[str], names: Sequence[str], optional: Sequence[str]) -> TokenData:
-    try:
-        arrays = _read_npz(file, names, optional)
-        tokens, clusters, heldout = (arrays[name] for name in names[:3])
-        if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
-            raise ValueError(f"tokens must be (N, T) integers, got {shown(tokens.shape)} {tokens.dtype}")
-        if heldout.dtype != np.bool_:
-            raise ValueError(f"heldout must be (N,) bool, got {shown(heldout.shape)} {heldout.dtype}")
-        palette = check_clusters(clusters)
-        return TokenData(
-            _narrow(tokens, len(palette)),
-            palette,
-            torch.from_numpy(heldout.copy()),
-            labels=_labels(arrays["labels"]) if "labels" in arrays else None,
-            class_names=_class_names(arrays.get("class_names")),
-        )
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # what zipfile raises on a damaged file has no common class
-        raise ValueError(f"{path}: not a token file: {files.first_line(error)}") from error
+def _data_of(arrays: dict[str, np.ndarray]) -> TokenData:
+    tokens, heldout = arrays["tokens"], arrays["heldout"]
+    if tokens.dtype.kind not in "iu" or tokens.dtype == np.uint64:
+        raise ValueError(f"tokens must be (N, T) integers, got {shown(tokens.shape)} {tokens.dtype}")
+    if heldout.dtype != np.bool_:
+        raise ValueError(f"heldout must be (N,) bool, got {shown(heldout.shape)} {heldout.dtype}")
+    palette = check_clusters(arrays["clusters"])
+    narrow = _narrow(tokens, len(palette))
+    labels = _labels(arrays["labels"]) if "labels" in arrays else None
+    names = _class_names(arrays.get("class_names"))
+    return TokenData(narrow, palette, torch.from_numpy(heldout.copy()), labels=labels, class_names=names)
 
 
 def has_labels(path: Path) -> bool:
@@ -215,8 +207,7 @@ def _read_npz(file: IO[bytes], names: Sequence[str], optional: Sequence[str]) ->
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        missing = [name for name in names if f"{name}.npy" not in members]
-        if missing:
+        if missing := [name for name in names if f"{name}.npy" not in members]:
             raise ValueError(f"has no array {missing[0]!r}")
         wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
         bound = max(_MIN_BOUND, _MAX_RATIO * size)

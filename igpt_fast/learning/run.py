@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from igpt_fast import files
-from igpt_fast.learning.baselines import histogram_nats, lookup_table_nats
 from igpt_fast.learning.data import TokenData
-from igpt_fast.learning.evaluate import heldout_nats
-from igpt_fast.learning.output import CHECKPOINT, LOG
+from igpt_fast.learning.evaluate import heldout_nats, histogram_nats, lookup_table_nats
 from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.state import CHECKPOINT, LOG
 from igpt_fast.learning.train import Progress, _train
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
-MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides the output's files
+MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides checkpoint and log
 _GENERATION = "generation_config.json"
 _MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", _GENERATION)
 
@@ -83,15 +82,12 @@ def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    before = [path for path in _run_files(out) if path.exists()]
+    # By name: a directory that holds other things as well loses none of them.
+    own = [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
+    before = [path for path in own if path.exists()]
     if before and not (resume or overwrite):
         raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
     return before
-
-
-def _run_files(out: Path) -> list[Path]:
-    """The files of a run, by name: a directory that holds other things as well loses none of them."""
-    return [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
 
 
 def export(

@@ -1,8 +1,10 @@
-"""The state of a training run and its file: written whole or not at all, read with suspicion."""
+"""What a training run writes while it goes on: its log, and its state, written whole and read with suspicion."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
+CHECKPOINT, LOG = "train.pt", "log.jsonl"
+_MAX_LINE = 1 << 16  # bytes of a record of the log
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
@@ -32,28 +36,18 @@ def same_run(config: TrainConfig, data: TokenData) -> dict[str, Any]:
 
 @dataclass
 class TrainState:
-    """Model, optimizer and the number of steps done.
-
-    Args:
-        model, optimizer, step: What a run consists of.
-        identity: See ``same_run``.
-        saved: The step that the file holds.
-    """
+    """Model, optimizer and the number of steps done."""
 
     model: ImageGPTForCausalImageModeling
     optimizer: torch.optim.AdamW
     step: int
-    identity: dict[str, Any]
-    saved: int | None = None
+    identity: dict[str, Any]  # see ``same_run``
+    saved: int | None = None  # the step that the file holds
 
     def save(self, path: Path) -> None:
         """Writes the file, replacing an older one."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "identity": self.identity,
-        }
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.step, "identity": self.identity}
         for left in path.parent.glob(f".{path.name}.*.partial*"):
             left.unlink(missing_ok=True)  # from a process that was killed while it wrote
         with files.replacing(path) as partial:
@@ -73,15 +67,16 @@ class TrainState:
         if not path.is_file():
             raise ValueError(f"{path}: is a folder, a pipe or a device, not a file")
         try:
-            _check_archive(path)
+            # Refuses what would unpack to more than it holds, or names anything but tensors.
+            if not scan_torch_file(path, largest=_MAX_NUMBER):
+                raise ValueError("not a zip, as torch.save writes")
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._check_form(state)
         except PermissionError:
             raise
         except Exception as error:  # what a damaged file raises is not documented
             raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
-        differences = _differences(state["identity"], self.identity)
-        if differences:
+        if differences := _differences(state["identity"], self.identity):
             raise ValueError(f"{path}: written by another run: {differences}")
         try:
             self._check_tensors(state)
@@ -156,7 +151,53 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return "; ".join(words)[:500]
 
 
-def _check_archive(path: Path) -> None:
-    """Refuses a file that would unpack to more than it holds, or names anything but tensors."""
-    if not scan_torch_file(path, largest=_MAX_NUMBER):
-        raise ValueError("not a zip, as torch.save writes")
+class Output:
+    """The log and the checkpoint of a run. Its directory is made, and the files of an outdated run removed, only when
+    the first of them is written: a run that fails before costs nothing.
+    """
+
+    def __init__(self, out: Path, outdated: Sequence[Path]) -> None:
+        self.checkpoint, self.log = out / CHECKPOINT, out / LOG
+        self._outdated, self._begun = outdated, False
+
+    def resume(self, step: int) -> float:
+        """Goes on after ``step``; returns the seconds that the run took so far."""
+        self._begun = True
+        return _cut_log(self.log, step)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record to the log."""
+        self._begin()
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+
+    def save(self, state: TrainState) -> None:
+        """Writes the checkpoint."""
+        self._begin()
+        state.save(self.checkpoint)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            for path in self._outdated:
+                path.unlink(missing_ok=True)
+            _cut_log(self.log, 0)
+            self._begun = True
+
+
+def _cut_log(path: Path, step: int) -> float:
+    """Drops records after ``step``, written by a run that was killed later; returns the seconds of the last kept."""
+    kept, seconds = "", 0.0
+    if path.is_file() and step > 0:
+        with files.open_input(path) as file:
+            while line := file.readline(_MAX_LINE).decode("utf-8", "replace"):
+                try:
+                    record = json.loads(line)
+                    whole_number("step", record["step"], 1, step)
+                    seconds = finite_number("seconds", record["seconds"], 0)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    break  # half a line, from a kill; or a record after the step
+                kept += line.rstrip("\n") + "\n"
+    with files.replacing(path) as partial:
+        partial.write_text(kept, encoding="utf-8")
+    return seconds

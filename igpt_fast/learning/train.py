@@ -28,10 +28,9 @@ from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import heldout_nats
 from igpt_fast.learning.objectives.next_pixel import image_nats
-from igpt_fast.learning.output import Output
 from igpt_fast.learning.schedule import _mix, batch_at, labels_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.state import TrainState, same_run
+from igpt_fast.learning.state import Output, TrainState, same_run
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 LOG_EVERY = 50  # steps
@@ -118,10 +117,8 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     record = {"step": step + 1, "nats": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config)}
     if not (math.isfinite(record["nats"]) and math.isfinite(record["grad_norm"])):
-        raise DivergedError(
-            f"step {step + 1}: the loss is {record['nats']} and its gradient's norm {record['grad_norm']};"
-            " try a lower learning rate"
-        )
+        what = f"the loss is {record['nats']} and its gradient's norm {record['grad_norm']}"
+        raise DivergedError(f"step {step + 1}: {what}; try a lower learning rate")
     for group in state.optimizer.param_groups:
         group["lr"] = record["lr"]
     state.optimizer.step()
@@ -205,16 +202,11 @@ def _train(
             if step % config.save_every == 0:
                 output.save(state)
             if logged and progress is not None:
-                _tell(progress, record, state, output)
+                try:
+                    progress(record)
+                except KeyboardInterrupt:  # by which a program says that it shall stop
+                    output.save(state)
+                    raise
         if state.step and state.saved != state.step:
             output.save(state)
     return model.eval(), final
-
-
-def _tell(progress: Progress, record: dict[str, Any], state: TrainState, output: Output) -> None:
-    """Calls ``progress``, which may be where a program notices that it shall stop."""
-    try:
-        progress(record)
-    except KeyboardInterrupt:
-        output.save(state)
-        raise

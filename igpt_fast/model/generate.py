@@ -90,11 +90,10 @@ class GenerationMixin:
         model = cast(Model, self)
         if unsupported:
             names = ", ".join(sorted(unsupported))
-            raise TypeError(
-                f"generate: {names} is not offered here; transformers' own generate may have it:"
-                f" igpt_fast.hf.to_transformers(model).generate({names}=...)"
-            )
-        input_ids = _one_input(input_ids, inputs)
+            theirs = f"igpt_fast.hf.to_transformers(model).generate({names}=...)"
+            raise TypeError(f"generate: {names} is not offered here; transformers' own generate may have it: {theirs}")
+        if input_ids is not None and inputs is not None:
+            raise ValueError("generate: give input_ids or inputs, which are the same, not both")
         if not use_cache:
             raise ValueError("generate: use_cache=False is not supported")
         if attention_mask is not None and not bool((attention_mask == 1).all()):
@@ -113,7 +112,7 @@ class GenerationMixin:
                 " effect on greedy decoding; pass do_sample=True"
             )
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
-        context = _check_context("input_ids", input_ids, model)  # (B, T_0)
+        context = _check_context("input_ids", inputs if input_ids is None else input_ids, model)  # (B, T_0)
         guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
         steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
         count = context.shape[0] * num_return_sequences
@@ -136,12 +135,6 @@ class GenerationMixin:
         return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
 
 
-def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
-    if input_ids is not None and inputs is not None:
-        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
-    return input_ids if inputs is None else inputs
-
-
 def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model) -> Guidance | None:
     """What ``guidance_scale`` and ``negative_prompt_ids`` ask for, beside the guided context."""
     if scale is None or scale == 1.0:
@@ -160,10 +153,8 @@ def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model)
         return Guidance(scale, without)
     without = _check_context("negative_prompt_ids", negative, model)
     if without.shape not in (context.shape, (1, context.shape[1])):
-        raise ValueError(
-            f"generate: negative_prompt_ids has shape {tuple(without.shape)}, input_ids {tuple(context.shape)};"
-            " want one shape, or one row"
-        )
+        shapes = f"{tuple(without.shape)}, input_ids {tuple(context.shape)}"
+        raise ValueError(f"generate: negative_prompt_ids has shape {shapes}; want one shape, or one row")
     return Guidance(scale, without.expand_as(context))
 
 
@@ -196,22 +187,19 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
     elif max_length is None:
         max_length = n_positions + 1
     if max_length > n_positions + 1:
-        raise ValueError(
-            f"generate: a length of {max_length} tokens exceeds {n_positions + 1}, SOS and the model's n_positions"
-        )
+        most = f"{n_positions + 1}, SOS and the model's n_positions"
+        raise ValueError(f"generate: a length of {max_length} tokens exceeds {most}")
     if max_length <= given:
         raise ValueError(f"generate: {given} tokens are given, which leaves none of a length of {max_length} to draw")
     return max_length - given
 
 
-def _uniforms(
-    batch: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    """(B, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
+def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(n, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
     if seed is not None and generator is not None:
         raise ValueError("generate: give seed or generator, not both")
     if generator is not None:
-        return torch.rand(batch, steps, generator=generator, device=generator.device).to(device)
+        return torch.rand(n, steps, generator=generator, device=generator.device).to(device)
     if seed is not None:
-        return stream_uniforms(seed, torch.arange(batch), 0, steps, device)
-    return torch.zeros(batch, steps, device=device)
+        return stream_uniforms(seed, torch.arange(n), 0, steps, device)
+    return torch.zeros(n, steps, device=device)

@@ -62,15 +62,6 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
             if name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
 
-    @property
-    def base_model(self) -> ImageGPTModel:
-        """The network without its head."""
-        return self if isinstance(self, ImageGPTModel) else self.transformer  # type: ignore[return-value]
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding ``wte``."""
-        return self.base_model.wte
-
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces ``wte``."""
         self.base_model.wte = value
@@ -104,11 +95,7 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
 
 @plain
 class ImageGPTModel(ImageGPTPreTrainedModel):
-    """The network up to and including the final norm.
-
-    Args:
-        config: The hyper-parameters.
-    """
+    """The network up to and including the final norm."""
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
@@ -167,9 +154,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if encoder_hidden_states is not None or encoder_attention_mask is not None:
             raise ValueError("cross-attention is not supported: encoder_hidden_states and _mask must be None")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
         others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if not output_attentions and all(argument is None for argument in others):
@@ -200,12 +186,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if input_ids is not None:
             hidden = hidden.view(*input_ids.shape, hidden.shape[-1])  # (T,) ids give (T, n_embd)
 
-        output = BaseModelOutput(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
-        )
+        shown = (*all_hidden, hidden) if output_hidden_states else None
+        output = BaseModelOutput(hidden, cache, shown, tuple(all_attentions) if output_attentions else None)
         return output if return_dict else output.to_tuple()
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -260,11 +242,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
 @plain
 class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
-    """``ImageGPTModel`` and a head that predicts the next colour.
-
-    Args:
-        config: The hyper-parameters.
-    """
+    """``ImageGPTModel`` and a head that predicts the next colour."""
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
@@ -330,13 +308,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
                 raise ValueError(f"labels: expected (B, T) = {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
             # The labels are moved, not the logits cut: what nobody predicts, the last position, is ignored.
             loss = ops.cross_entropy(logits, F.pad(labels[..., 1:], (0, 1), value=-100))  # ()
-        output = CausalImageModelingOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=base.past_key_values,
-            hidden_states=base.hidden_states,
-            attentions=base.attentions,
-        )
+        output = CausalImageModelingOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()
 
 
@@ -397,13 +369,8 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             return_dict=True,
         )
         logits = self.score(base.last_hidden_state.mean(dim=1))  # (B, num_labels)
-        output = ImageClassificationOutput(
-            loss=None if labels is None else self._loss(logits, labels),
-            logits=logits,
-            past_key_values=base.past_key_values,
-            hidden_states=base.hidden_states,
-            attentions=base.attentions,
-        )
+        loss = None if labels is None else self._loss(logits, labels)  # ()
+        output = ImageClassificationOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -415,14 +382,14 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
                 config.problem_type = "single_label_classification"
             else:
                 config.problem_type = "multi_label_classification"
-        logits, labels = _wide(logits), labels.to(logits.device)  # (B, num_labels)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32  # losses are computed in fp32 at least
+        logits, labels = logits.to(wide), labels.to(logits.device)  # (B, num_labels)
         if config.problem_type == "single_label_classification":
             return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
         # Compared by size, since a broadcast would score every output against every target.
         if labels.shape != logits.shape and not (self.num_labels == 1 and labels.numel() == logits.numel()):
-            raise ValueError(
-                f"labels: expected {tuple(logits.shape)} for {config.problem_type}, got {tuple(labels.shape)}"
-            )
+            wanted = f"{tuple(logits.shape)} for {config.problem_type}"
+            raise ValueError(f"labels: expected {wanted}, got {tuple(labels.shape)}")
         labels = labels.view_as(logits).to(logits.dtype)  # (B, num_labels)
         if config.problem_type == "regression":
             return F.mse_loss(logits, labels)
@@ -433,17 +400,9 @@ def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
     last = last.view(*shape, last.shape[-1])  # (B, T, n_embd)
-    return BaseModelOutput(
-        last_hidden_state=last,
-        past_key_values=DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None,
-        # Each in memory of its own: one that is kept does not keep the others.
-        hidden_states=(*(state.clone() for state in hidden), last) if hidden is not None else None,
-    )
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Losses are computed in fp32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    cache = DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None
+    # Each in memory of its own: one that is kept does not keep the others.
+    return BaseModelOutput(last, cache, None if hidden is None else (*(state.clone() for state in hidden), last))
 
 
 def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -451,7 +410,6 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     if attention_mask is None:
         return None
     if attention_mask.numel() != batch * length:
-        raise ValueError(
-            f"attention_mask: expected (B, T_past + T) = ({batch}, {length}), got {tuple(attention_mask.shape)}"
-        )
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask: expected (B, T_past + T) = ({batch}, {length}), got {shape}")
     return attention_mask.view(batch, length).bool()  # (B, T_k)

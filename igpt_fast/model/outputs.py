@@ -67,31 +67,25 @@ class ModelOutput(OrderedDict[str, Any]):
 
 @dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k).
-
-    ``cross_attentions`` is there for transformers' sake and always ``None``.
-    """
+    """Result of ``ImageGPTModel``; hidden states are (B, T, n_embd), attentions (B, H, T, T_k)."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: None = None
+    cross_attentions: None = None  # for transformers' sake; always None
 
 
 @dataclass(eq=False)
 class CausalImageModelingOutput(ModelOutput):
-    """Result of ``ImageGPTForCausalImageModeling``; logits are (B, T, vocab_size - 1), the loss is fp32 or fp64.
-
-    ``cross_attentions`` is there for transformers' sake and always ``None``.
-    """
+    """Result of ``ImageGPTForCausalImageModeling``; logits are (B, T, vocab_size - 1), the loss is fp32 or fp64."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: None = None
+    cross_attentions: None = None  # for transformers' sake; always None
 
 
 @dataclass(eq=False)

@@ -18,11 +18,11 @@ class TrainableMixin(nn.Module):
     @property
     def base_model(self) -> Any:
         """The network without its head; it recomputes the blocks."""
-        raise NotImplementedError
+        return getattr(self, "transformer", self)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        raise NotImplementedError
+        """The token embedding ``wte``."""
+        return self.base_model.wte
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
@@ -71,9 +71,8 @@ class TrainableMixin(nn.Module):
             exclude_embeddings: Leave ``wte`` and ``wpe`` out.
         """
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters() if id(p) not in tables and (p.requires_grad or not only_trainable)
-        )
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if id(p) not in tables)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the parameters and, if asked, of the buffers."""

@@ -62,11 +62,7 @@ KERNELS = {
     "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-DEFINITIONS = {
-    "quick_gelu": reference.quick_gelu,
-    "gelu_tanh": reference.gelu_tanh,
-    "gelu_erf": reference.gelu_erf,
-}
+DEFINITIONS = {"quick_gelu": reference.quick_gelu, "gelu_tanh": reference.gelu_tanh, "gelu_erf": reference.gelu_erf}
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -175,8 +171,7 @@ def _apply(
         return otherwise(x, bias)
     if dispatch.is_plain(*tensors):
         return _forward(op, x, bias)
-    out: Tensor = getattr(torch.ops.igpt_fast, op)(x, bias)
-    return out
+    return getattr(torch.ops.igpt_fast, op)(x, bias)
 
 
 def _covered(kind: str | None, x: Tensor, bias: Tensor | None) -> bool:
@@ -216,33 +211,14 @@ def _backward(op: str, dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     parts = 0 if bias is None or kernels.kind == "cpu" else kernels.module.activation_bwd_parts(rows, n)
     partial = x.new_empty((parts, n), dtype=torch.float32) if parts else None
     if kernels.kind == "cuda" or rows or bias is not None:
-        kernels.function("activation_bwd")(
-            dout=dout.data_ptr(),
-            x=x.data_ptr(),
-            bias=dispatch.address(bias),
-            dx=dx.data_ptr(),
-            dbias=0 if bias is None else dbias.data_ptr(),
-            rows=rows,
-            n=n,
-            activation=dispatch.ACTIVATION_NUMBERS[op],
-            parts=parts,
-            partial=dispatch.address(partial),
-            dtype=dispatch.DTYPES[x.dtype],
-            place=kernels.place,
-        )
+        tensors = {"dout": dout, "x": x, "bias": bias, "dx": dx, "dbias": dbias, "partial": partial}
+        numbers = {"activation": dispatch.ACTIVATION_NUMBERS[op], "dtype": dispatch.DTYPES[x.dtype]}
+        kernels.launch("activation_bwd", tensors, rows=rows, n=n, parts=parts, **numbers)
     return dx, dbias
 
 
 def _fake_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _fake_forward(x, bias), x.new_empty(0 if bias is None else x.shape[-1])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _differentiate(op: str, ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -259,8 +235,10 @@ for _op in DEFINITIONS:
         f"{_op}(Tensor x, Tensor? bias) -> Tensor",
         partial(_forward, _op),
         _fake_forward,
-        backward=(_save, partial(_differentiate, _op)),
+        backward=(lambda ctx, inputs, output: ctx.save_for_backward(*inputs), partial(_differentiate, _op)),
     )
     dispatch.register(
-        f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)", partial(_backward, _op), _fake_backward
+        f"{_op}_bwd(Tensor dout, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
+        partial(_backward, _op),
+        lambda dout, x, bias: (_fake_forward(x, bias), x.new_empty(0 if bias is None else x.shape[-1])),
     )

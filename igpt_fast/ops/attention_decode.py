@@ -11,6 +11,10 @@ from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.ops import dispatch
 
+# Values as a cache of 8 bits has them, for who reads and writes such caches.
+from igpt_fast.reference import dequantize_values as dequantize_values
+from igpt_fast.reference import quantize_values as quantize_values
+
 OPS["attention_decode"] = Op(
     native=("cuda",),
     covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values may be fp8; fp32 without a prefix",
@@ -77,38 +81,22 @@ def attention_decode(
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
     """
-    _check(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale)
+    given = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    optional = {"v_scale": v_scale, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    given |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check(given, position, starts)
     if scale is None:
         scale = float(q.shape[-1] ** -0.5)
     if limit is None:
         limit = k_cache.shape[2]
     elif isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= k_cache.shape[2]:
-        raise ValueError(
-            f"attention_decode: limit is {limit!r}; want an integer in 1..{k_cache.shape[2]}, the cache's length"
-        )
-    optional = [tensor for tensor in (starts, prefix_k, prefix_v, v_scale) if tensor is not None]
-    tensors = [q, k, v, k_cache, v_cache, position, *optional]
+        want = f"an integer in 1..{k_cache.shape[2]}, the cache's length"
+        raise ValueError(f"attention_decode: limit is {limit!r}; want {want}")
+    tensors = [*given.values(), position, *(() if starts is None else (starts,))]
     if _covered(q, k_cache, prefix_k, v_scale) and dispatch.use_kernel("attention_decode", *tensors):
         run = _attention_decode if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.attention_decode
         return run(q, k, v, k_cache, v_cache, position, starts, prefix_k, prefix_v, v_scale, scale, limit)
     return reference.attention_decode(q, k, v, k_cache, v_cache, position, scale, starts, prefix_k, prefix_v, v_scale)
-
-
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Values as a cache of 8 bits has them: see ``reference.quantize_values``.
-
-    Args:
-        v: (..., D), a floating-point dtype.
-
-    Returns:
-        (..., D) float8_e4m3fn and (...,) float32 scales.
-    """
-    return reference.quantize_values(v)
-
-
-def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., D) in a dtype: the values that ``quantize_values`` has kept."""
-    return reference.dequantize_values(codes, scales, dtype)
 
 
 def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tensor | None) -> bool:
@@ -120,67 +108,50 @@ def _covered(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, v_scale: Tenso
     return prefix_k is None or prefix_k.shape[2] <= _MOST_KEYS
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
+def _check(tensors: dict[str, Tensor], position: Tensor, starts: Tensor | None) -> None:
     op = "attention_decode"
-    if (prefix_k is None) != (prefix_v is None):
+    if ("prefix_k" in tensors) != ("prefix_v" in tensors):
         raise ValueError(f"{op}: prefix_k and prefix_v come together; want both or neither")
-    named = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    if prefix_k is not None and prefix_v is not None:
-        named |= {"prefix_k": prefix_k, "prefix_v": prefix_v}
-    if v_scale is not None:
-        named["v_scale"] = v_scale
-    dispatch.check_floating(op, **named)
-    for name, tensor in named.items():
-        dtype, whose = q.dtype, ", q's"
-        if v_scale is not None and name in _SCALED:
-            dtype, whose = _SCALED[name], ", with v_scale"
+    dispatch.check_floating(op, **tensors)
+    q, k_cache, scaled = tensors["q"], tensors["k_cache"], "v_scale" in tensors
+    for name, tensor in tensors.items():
+        dtype, whose = (_SCALED[name], "with v_scale") if scaled and name in _SCALED else (q.dtype, "q's")
         if tensor.dtype != dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {dtype}{whose}")
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; want {dtype}, {whose}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} wants a gradient; there is none: decode under torch.no_grad()")
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; want (B, H, D)")
-    _check_shape("k", k, tuple(q.shape), "q's")
-    _check_shape("v", v, tuple(q.shape), "q's")
+    _check_shape(tensors, "k", "q", q.shape)
+    _check_shape(tensors, "v", "q", q.shape)
     rows, heads, dim = q.shape
     if k_cache.ndim != 4 or (*k_cache.shape[:2], k_cache.shape[3]) != (rows, heads, dim) or k_cache.shape[2] < 1:
         raise ValueError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; want ({rows}, {heads}, T_max, {dim})")
-    _check_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's")
-    written = {"k_cache": k_cache, "v_cache": v_cache}
-    if v_scale is not None:
-        _check_shape("v_scale", v_scale, tuple(k_cache.shape[:3]), "k_cache's")
-        written["v_scale"] = v_scale
-    for name, cache in written.items():
-        if not cache.is_contiguous():
-            raise ValueError(f"{op}: {name} has strides {cache.stride()}; want a contiguous tensor, to write to")
+    _check_shape(tensors, "v_cache", "k_cache", k_cache.shape)
+    if scaled:
+        _check_shape(tensors, "v_scale", "k_cache", k_cache.shape[:3])
+    for name in ("k_cache", "v_cache", "v_scale")[: 2 + scaled]:
+        if not tensors[name].is_contiguous():
+            strides = tensors[name].stride()
+            raise ValueError(f"{op}: {name} has strides {strides}; want a contiguous tensor, to write to")
     _check_integers("position", position, q, ((), (1,), (rows,)))
     if starts is not None:
         _check_integers("starts", starts, q, ((rows,),))
-    if prefix_k is None or prefix_v is None:
+    if "prefix_k" not in tensors:
         return
-    shape = prefix_k.shape
+    shape = tensors["prefix_k"].shape
     if len(shape) != 4 or (shape[1], shape[3]) != (heads, dim) or shape[2] < 1 or rows % max(shape[0], 1):
         want = f"(G, {heads}, T_p, {dim}) with G a divisor of {rows}"
         raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want {want}")
     if shape[0] == 0 and rows > 0:
         raise ValueError(f"{op}: prefix_k has shape {tuple(shape)}; want one prefix or more")
-    _check_shape("prefix_v", prefix_v, tuple(shape), "prefix_k's")
+    _check_shape(tensors, "prefix_v", "prefix_k", shape)
 
 
-def _check_shape(name: str, tensor: Tensor, want: tuple[int, ...], whose: str) -> None:
-    if tuple(tensor.shape) != want:
-        raise ValueError(f"attention_decode: {name} has shape {tuple(tensor.shape)}; want {want}, {whose}")
+def _check_shape(tensors: dict[str, Tensor], name: str, whose: str, want: torch.Size) -> None:
+    shape = tensors[name].shape
+    if shape != want:
+        raise ValueError(f"attention_decode: {name} has shape {tuple(shape)}; want {tuple(want)}, {whose}'s")
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -209,20 +180,10 @@ def _prefixes(prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    starts: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    v_scale: Tensor | None,
-    scale: float,
-    limit: int,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, *others: Any
 ) -> Tensor:
     """Launches the kernels."""
+    starts, prefix_k, prefix_v, v_scale, scale, limit = others
     kernels = dispatch.native_kernels("attention_decode", q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.data_ptr() % 16:
@@ -237,11 +198,8 @@ def _attention_decode(
         length, group = prefix_k.shape[2], rows // prefix_k.shape[0]
         prefix = length, group, prefix_k.data_ptr(), prefix_v.data_ptr(), *prefix_k.stride()[:2]
         prefix_splits = count(prefix_k.shape[0] * heads * -(-group // _ROWS), length)
-    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
-    slots = splits + prefix_splits
-    partial = None
-    if slots > 1:
-        partial = torch.empty(rows * heads * slots * (dim + 2), dtype=torch.float32, device=q.device)
+    out, slots = q.new_empty((rows, heads, dim)), splits + prefix_splits
+    partial = q.new_empty(rows * heads * slots * (dim + 2), dtype=torch.float32) if slots > 1 else None
     kernels.module.attention_decode_cuda(
         q=(q.data_ptr(), *q.stride()[:2]),
         k=(k.data_ptr(), *k.stride()[:2]),
@@ -262,13 +220,9 @@ def _attention_decode(
     return out
 
 
-def _fake_attention_decode(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
 dispatch.register(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
     "Tensor? starts, Tensor? prefix_k, Tensor? prefix_v, Tensor(c!)? v_scale, float scale, SymInt limit) -> Tensor",
     _attention_decode,
-    _fake_attention_decode,
+    lambda q, *_: q.new_empty(q.shape),
 )

@@ -87,8 +87,10 @@ class ColourTables:
         k = clusters.shape[0]
         if pixels == 0 or not MIN_CLUSTERS <= k <= MAX_CLUSTERS or clusters.is_inference():
             return None
-        if clusters.is_cuda and _capturing(clusters.device):
-            return None
+        if clusters.is_cuda:
+            with torch.cuda.device(clusters.device):
+                if torch.cuda.is_current_stream_capturing():
+                    return None
         with self._lock:
             entry = self._find(clusters)
             entry.pixels += pixels
@@ -98,7 +100,9 @@ class ColourTables:
             return entry.use(clusters.device)
 
     def _find(self, clusters: Tensor) -> _Entry:
-        key, state = id(clusters), _state(clusters)
+        # The state differs when the values may.
+        state = clusters._version, clusters.data_ptr(), clusters.shape, clusters.stride(), clusters.device
+        key = id(clusters)
         entry = self._entries.pop(key, None)
         if entry is None or entry.state != state or entry.clusters() is not clusters:
             entry = _Entry(weakref.ref(clusters, lambda gone: self._forget(key, gone)), state)
@@ -119,23 +123,10 @@ class ColourTables:
             entry.table, entry.ready, entry.pixels = None, None, 0
 
 
-def _capturing(device: torch.device) -> bool:
-    """Whether the device's current stream records a CUDA graph."""
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def _state(clusters: Tensor) -> tuple[Any, ...]:
-    """Differs when the values may."""
-    return clusters._version, clusters.data_ptr(), clusters.shape, clusters.stride(), clusters.device
-
-
 def _build(entry: _Entry, clusters: Tensor, kernels: Kernels) -> None:
     table = torch.empty(ENTRIES, dtype=torch.uint16, device=clusters.device)
     dense = clusters.contiguous()
-    kernels.module.quantize_table_cuda(
-        clusters=dense.data_ptr(), table=table.data_ptr(), k=clusters.shape[0], place=kernels.place
-    )
+    kernels.launch("quantize_table", {"clusters": dense, "table": table}, k=clusters.shape[0])
     entry.table, entry.stream = table, kernels.stream
     if clusters.is_cuda:
         entry.ready = torch.cuda.Event()

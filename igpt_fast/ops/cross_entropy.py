@@ -50,8 +50,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, redu
         return reference.cross_entropy(logits, labels, ignore_index, reduction)
     if dispatch.is_plain(logits, labels):
         return _forward(logits, labels, ignore_index, reduction)[0]
-    loss: Tensor = torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
-    return loss
+    return torch.ops.igpt_fast.cross_entropy(logits, labels, ignore_index, reduction)[0]
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
@@ -117,20 +116,10 @@ def _backward(
     kernels = dispatch.native_kernels("cross_entropy", logits)
     dloss, logits, labels = dispatch.dense(dloss), dispatch.dense(logits), labels.contiguous()
     dlogits = torch.empty_like(logits)
-    kernels.function("cross_entropy_bwd")(
-        dloss=dloss.data_ptr(),
-        logits=logits.data_ptr(),
-        labels=labels.data_ptr(),
-        statistics=statistics.data_ptr(),
-        count=dispatch.address(count),
-        dlogits=dlogits.data_ptr(),
-        rows=labels.numel(),
-        k=logits.shape[-1],
-        for_each=dloss.shape == labels.shape,
-        ignore_index=ignore_index,
-        dtype=dispatch.DTYPES[logits.dtype],
-        place=kernels.place,
-    )
+    tensors = {"dloss": dloss, "logits": logits, "labels": labels, "statistics": statistics, "count": count}
+    sizes = {"rows": labels.numel(), "k": logits.shape[-1], "dtype": dispatch.DTYPES[logits.dtype]}
+    settings = {"for_each": dloss.shape == labels.shape, "ignore_index": ignore_index}
+    kernels.launch("cross_entropy_bwd", tensors | {"dlogits": dlogits}, **sizes, **settings)
     return dlogits
 
 
@@ -139,10 +128,6 @@ def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int, reduction: 
     loss = logits.new_empty(labels.shape if each else (), dtype=torch.float32)
     count = logits.new_empty((0,) if each else (1,), dtype=torch.float32)
     return loss, count, logits.new_empty((*labels.shape, 2), dtype=torch.float32)
-
-
-def _fake_backward(_dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -175,5 +160,5 @@ dispatch.register(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor statistics, Tensor? count, int ignore_index)"
     " -> Tensor",
     _backward,
-    _fake_backward,
+    lambda dloss, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )

@@ -57,7 +57,7 @@ def gemv(
 
     Source: openai/image-gpt src/model.py ``conv1d``, ``norm``, ``gelu``.
     """
-    _check(x, weight, bias, norm_weight, eps, activation, residual)
+    _check(x, weight, eps, activation, bias=bias, norm_weight=norm_weight, residual=residual)
     tensors = [tensor for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None]
     if _covered(x, weight, tensors) and dispatch.use_kernel("gemv", *tensors):
         run = _gemv if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.gemv
@@ -88,18 +88,9 @@ def _layout(weight: Tensor) -> tuple[bool, int] | None:
     return None
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-) -> None:
-    optional = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
+def _check(x: Tensor, weight: Tensor, eps: float, activation: str | None, **optional: Tensor | None) -> None:
     dispatch.check_floating("gemv", x=x, weight=weight, **{name: t for name, t in optional.items() if t is not None})
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("weight", weight), ("bias", optional["bias"])):
         if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"gemv: {name} is {tensor.dtype}; want {x.dtype}, x's")
     if weight.ndim != 2:
@@ -119,17 +110,11 @@ def _check(
 
 
 def _gemv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, residual: Tensor | None, *settings: Any
 ) -> Tensor:
     """Launches the kernel."""
     kernels = dispatch.native_kernels("gemv", x)
-    given = weight, bias
+    (activation, eps), given = settings, (weight, bias)
     if weight.data_ptr() % 16:
         weight = weight.clone()
     layout = _layout(weight)
@@ -160,13 +145,9 @@ def _gemv(
     return out
 
 
-def _fake_gemv(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1]))
-
-
 dispatch.register(
     "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, str? activation, float eps)"
     " -> Tensor",
     _gemv,
-    _fake_gemv,
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[1])),
 )

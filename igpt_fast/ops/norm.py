@@ -35,11 +35,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """iGPT's norm: ``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, not mean-centred.
 
@@ -63,18 +59,7 @@ def rms_norm(
 
     Source: openai/image-gpt src/model.py ``norm``; transformers ``ImageGPTLayerNorm``.
     """
-    _check_norm("rms_norm", x, weight, None, eps, residual)
-    dtype = x.dtype if dtype is None else dtype
-    others = () if residual is None else (residual,)
-    if _covered(dispatch.kernel_kind("rms_norm", x, weight, *others), x, weight):
-        plain = dispatch.is_plain(x, weight, *others)
-        if residual is None:
-            return (_rms_norm if plain else torch.ops.igpt_fast.rms_norm)(x, weight, eps, dtype)
-        return (_add_rms_norm if plain else torch.ops.igpt_fast.add_rms_norm)(x, residual, weight, eps, dtype)
-    if residual is None:
-        return reference.rms_norm(x, weight, eps).to(dtype)
-    total = x + residual
-    return reference.rms_norm(total, weight, eps).to(dtype), total
+    return _norm("rms_norm", x, weight, None, eps, residual, dtype)
 
 
 @overload
@@ -109,17 +94,35 @@ def layer_norm(
 
     Source: "Layer Normalization" (Ba, Kiros & Hinton, 2016).
     """
-    _check_norm("layer_norm", x, weight, bias, eps, residual)
-    others = tuple(t for t in (bias, residual) if t is not None)
-    if _covered(dispatch.kernel_kind("layer_norm", x, weight, *others), x, weight, bias):
-        plain = dispatch.is_plain(x, weight, *others)
+    return _norm("layer_norm", x, weight, bias, eps, residual, None)
+
+
+def _norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Either op, of which rms_norm has no bias, and layer_norm no dtype."""
+    _check_norm(op, x, weight, bias, eps, residual)
+    dtype = x.dtype if dtype is None else dtype
+    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    if not _covered(dispatch.kernel_kind(op, *tensors), x, weight, bias):
+        total = x if residual is None else x + residual
+        parameters = (weight,) if op == "rms_norm" else (weight, bias)
+        out = getattr(reference, op)(total, *parameters, eps).to(dtype)
+    elif dispatch.is_plain(*tensors):
+        out, total = _forward(op, x, residual, weight, bias, eps, dtype)
+    else:
+        settings = (weight, eps, dtype) if op == "rms_norm" else (weight, bias, eps)
         if residual is None:
-            return (_layer_norm if plain else torch.ops.igpt_fast.layer_norm)(x, weight, bias, eps)
-        return (_add_layer_norm if plain else torch.ops.igpt_fast.add_layer_norm)(x, residual, weight, bias, eps)
-    if residual is None:
-        return reference.layer_norm(x, weight, bias, eps)
-    total = x + residual
-    return reference.layer_norm(total, weight, bias, eps), total
+            out = getattr(torch.ops.igpt_fast, op)(x, *settings)
+        else:
+            out, total = getattr(torch.ops.igpt_fast, f"add_{op}")(x, residual, *settings)
+    return out if residual is None else (out, total)
 
 
 def _covered(kind: str | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -149,26 +152,13 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; want {tuple(x.shape)}, x's")
 
 
-# ---- launches ----------------------------------------------------------------------------------------------------
-
-
 def _forward(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Launches the forward: the norm, in ``dtype``, and what was normalised."""
-    kernels, dtype = dispatch.native_kernels(op, x), dtype or x.dtype
-    x, residual, weight, bias = (
-        dispatch.dense(x),
-        dispatch.dense(residual),
-        dispatch.dense(weight),
-        dispatch.dense(bias),
-    )
+    kernels = dispatch.native_kernels(op, x)
+    x, weight, n = dispatch.dense(x), dispatch.dense(weight), x.shape[-1]
+    residual, bias = dispatch.dense(residual), dispatch.dense(bias)
     out = torch.empty_like(x, dtype=_written(kernels, x, dtype))
     total = None if residual is None else torch.empty_like(x)
     if kernels.kind == "cuda" or x.numel():
@@ -179,8 +169,8 @@ def _forward(
             bias=dispatch.address(bias),
             sum=dispatch.address(total),
             out=out.data_ptr(),
-            rows=x.numel() // x.shape[-1],
-            n_embd=x.shape[-1],
+            rows=x.numel() // n,
+            n_embd=n,
             eps=eps,
             centred=op == "layer_norm",
             weight_dtype=dispatch.DTYPES[weight.dtype],
@@ -188,38 +178,24 @@ def _forward(
             dtype=dispatch.DTYPES[x.dtype],
             place=kernels.place,
         )
-    return out.to(dtype), total
+    return out.to(dtype), x if total is None else total
 
 
 def _backward(
     op: str, dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launches the backward: the gradients of what was normalised, of the weight and, of layer_norm, of a bias."""
-    kernels, centred, rows = dispatch.native_kernels(op, x), op == "layer_norm", x.numel() // x.shape[-1]
+    kernels, centred, n = dispatch.native_kernels(op, x), op == "layer_norm", x.shape[-1]
     dout, dsum = dispatch.dense(dout.to(_written(kernels, x, dout.dtype))), dispatch.dense(dsum)
-    x, weight = dispatch.dense(x), dispatch.dense(weight)
+    x, weight, rows = dispatch.dense(x), dispatch.dense(weight), x.numel() // n
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight) if centred else None
     parts = 0 if kernels.kind == "cpu" else kernels.module.norm_bwd_parts(rows)
-    partial = x.new_empty((1 + centred, parts, x.shape[-1]), dtype=torch.float32) if parts else None
-    kernels.function("norm_bwd")(
-        dout=dout.data_ptr(),
-        dsum=dispatch.address(dsum),
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        dx=dx.data_ptr(),
-        dweight=dweight.data_ptr(),
-        dbias=dispatch.address(dbias),
-        rows=rows,
-        n_embd=x.shape[-1],
-        eps=eps,
-        centred=centred,
-        partial=dispatch.address(partial),
-        parts=parts,
-        weight_dtype=dispatch.DTYPES[weight.dtype],
-        out_dtype=dispatch.DTYPES[dout.dtype],
-        dtype=dispatch.DTYPES[x.dtype],
-        place=kernels.place,
-    )
+    partial = x.new_empty((1 + centred, parts, n), dtype=torch.float32) if parts else None
+    tensors = {"dout": dout, "dsum": dsum, "x": x, "weight": weight, "partial": partial}
+    tensors |= {"dx": dx, "dweight": dweight, "dbias": dbias}
+    shape = {"rows": rows, "n_embd": n, "centred": centred, "parts": parts, "eps": eps}
+    dtypes = {f"{name}dtype": dispatch.DTYPES[t.dtype] for name, t in (("", x), ("weight_", weight), ("out_", dout))}
+    kernels.launch("norm_bwd", tensors, **shape, **dtypes)
     return dx, dweight, dbias
 
 
@@ -228,141 +204,67 @@ def _written(kernels: Kernels, x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if (kernels.kind, x.dtype, dtype) == ("cpu", torch.float32, torch.bfloat16) else x.dtype
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return _forward("rms_norm", x, None, weight, None, eps, dtype)[0]
-
-
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out, total = _forward("rms_norm", x, residual, weight, None, eps, dtype)
-    assert total is not None
-    return out, total
-
-
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _forward("layer_norm", x, None, weight, bias, eps)[0]
-
-
-def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    out, total = _forward("layer_norm", x, residual, weight, bias, eps)
-    assert total is not None
-    return out, total
-
-
-def _rms_norm_bwd(dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _backward("rms_norm", dout, dsum, x, weight, eps)[:2]
-
-
-def _layer_norm_bwd(
-    dout: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _backward("layer_norm", dout, dsum, x, weight, eps)
-    assert dbias is not None
-    return dx, dweight, dbias
-
-
-# ---- registration ------------------------------------------------------------------------------------------------
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _fake_norm(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
-
-
-def _fake_add_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x)
-
-
-def _fake_rms_norm(x: Tensor, *others: Any) -> Tensor:
-    return torch.empty_like(x, dtype=others[-1], memory_format=torch.contiguous_format)
-
-
-def _fake_add_rms_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(x, *others), _like(x)
-
-
-def _fake_rms_norm_bwd(
-    _dout: Tensor, _dsum: Tensor | None, x: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(weight)
-
-
-def _fake_layer_norm_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight = _fake_rms_norm_bwd(*inputs)
-    return dx, dweight, _like(dweight)
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keeps what was normalised, x or the sum, the weight and, of layer_norm, the bias."""
-    x, residual = (inputs[0], ()) if isinstance(output, Tensor) else (output[1], inputs[1:2])
-    weights = [value for value in inputs[1 + len(residual) :] if value is None or isinstance(value, Tensor)]
-    ctx.eps = inputs[1 + len(residual) + len(weights)]
+    x, ctx.added = (inputs[0], 1) if isinstance(output, Tensor) else (output[1], 2)
+    weights = [value for value in inputs[ctx.added :] if value is None or isinstance(value, Tensor)]
+    ctx.eps = inputs[ctx.added + len(weights)]
     ctx.save_for_backward(x, *weights)
     ctx.set_materialize_grads(False)  # no tensor of zeros for an output that was not used
 
 
-def _gradients(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> list[Tensor | None]:
-    """Of what was normalised, of the weight and, of layer_norm, of the bias."""
+def _differentiate(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Of x and of what was added to it, of the weight and, of layer_norm, of the bias."""
     x, weight, *bias = ctx.saved_tensors
+    parameters: list[Tensor | None] = []
     if dout is None:
-        return [dsum, None, *(None for _ in bias)]
-    if torch.is_grad_enabled():
+        dx = dsum
+    elif torch.is_grad_enabled():
         inputs = x, weight, *bias, ctx.eps
-        dx, *others, _ = dispatch.differentiate(getattr(reference, op), inputs, dout.to(x.dtype))
-        return [_sum(dx, dsum), *others]
-    found: list[Tensor | None] = list(getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, dsum, x, weight, ctx.eps))
-    return [*found[:2], None] if bias == [None] else found
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _differentiate(op: str, ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = _gradients(op, ctx, dout, None)
+        dx, *parameters = dispatch.differentiate(getattr(reference, op), inputs, dout.to(x.dtype))
+        dx = dx if dx is None or dsum is None else dx + dsum
+    else:
+        dx, *parameters = getattr(torch.ops.igpt_fast, f"{op}_bwd")(dout, dsum, x, weight, ctx.eps)
+        parameters = parameters[:1] if bias == [None] else parameters
+    found = [dx] * ctx.added + parameters
     return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
-
-
-def _differentiate_add(op: str, ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, *others = _gradients(op, ctx, dout, dsum)
-    return dx, dx, *others, *[None] * (len(ctx.needs_input_grad) - 2 - len(others))
 
 
 dispatch.register(
     "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
-    _rms_norm,
-    _fake_rms_norm,
+    lambda x, weight, eps, dtype: _forward("rms_norm", x, None, weight, None, eps, dtype)[0],
+    lambda x, weight, eps, dtype: _like(x, dtype),
     backward=(_save, partial(_differentiate, "rms_norm")),
 )
 dispatch.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
-    _add_rms_norm,
-    _fake_add_rms_norm,
-    backward=(_save, partial(_differentiate_add, "rms_norm")),
+    lambda x, residual, weight, eps, dtype: _forward("rms_norm", x, residual, weight, None, eps, dtype),
+    lambda x, residual, weight, eps, dtype: (_like(x, dtype), _like(x)),
+    backward=(_save, partial(_differentiate, "rms_norm")),
 )
 dispatch.register(
     "rms_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    _rms_norm_bwd,
-    _fake_rms_norm_bwd,
+    lambda *inputs: _backward("rms_norm", *inputs)[:2],
+    lambda dout, dsum, x, weight, eps: (_like(x), _like(weight)),
 )
 dispatch.register(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
-    _layer_norm,
-    _fake_norm,
+    lambda x, weight, bias, eps: _forward("layer_norm", x, None, weight, bias, eps, x.dtype)[0],
+    lambda x, weight, bias, eps: _like(x),
     backward=(_save, partial(_differentiate, "layer_norm")),
 )
 dispatch.register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    _add_layer_norm,
-    _fake_add_norm,
-    backward=(_save, partial(_differentiate_add, "layer_norm")),
+    lambda x, residual, weight, bias, eps: _forward("layer_norm", x, residual, weight, bias, eps, x.dtype),
+    lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
+    backward=(_save, partial(_differentiate, "layer_norm")),
 )
 dispatch.register(
     "layer_norm_bwd(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _layer_norm_bwd,
-    _fake_layer_norm_bwd,
+    partial(_backward, "layer_norm"),
+    lambda dout, dsum, x, weight, eps: (_like(x), _like(weight), _like(weight)),
 )

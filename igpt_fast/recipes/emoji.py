@@ -107,11 +107,8 @@ def cells(records: list[dict], sheet: Image.Image) -> list[Image.Image]:
     """The (32, 32) RGB picture of every record, composited on white."""
     white = Image.new("RGBA", sheet.size, "white")
     opaque = Image.alpha_composite(white, sheet).convert("RGB")
-    result = []
-    for record in records:
-        x, y = record["sheet_x"] * PITCH + 1, record["sheet_y"] * PITCH + 1
-        result.append(opaque.crop((x, y, x + CELL, y + CELL)))
-    return result
+    corners = [(record["sheet_x"] * PITCH + 1, record["sheet_y"] * PITCH + 1) for record in records]
+    return [opaque.crop((x, y, x + CELL, y + CELL)) for x, y in corners]
 
 
 def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -> tuple[TokenData, list[str]]:
@@ -129,13 +126,8 @@ def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -
     held = hold_out(families, 0.10)
     heldout = np.array([name in held for name in families] * len(sheets))
     names = [f"{name}/{r['unified']}" for name in sheets for r in records]
-    pictures = np.stack(
-        [
-            np.asarray(cell.resize((side, side), Image.Resampling.BILINEAR))
-            for sheet in sheets.values()
-            for cell in cells(records, sheet)
-        ]
-    )
+    originals = [cell for sheet in sheets.values() for cell in cells(records, sheet)]
+    pictures = np.stack([np.asarray(cell.resize((side, side), Image.Resampling.BILINEAR)) for cell in originals])
     white = ((255, 255, 255),)
     clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=white, all_pixels=True)
     tokens = quantize(pictures, clusters).reshape(len(pictures), -1)

@@ -65,11 +65,8 @@ class Batches:
                 continue
             # Here the error is gone, and with it the frames that held the decoder, unless they are in a cycle.
             self.size = (stop - start) // 2
-            warnings.warn(
-                f"out of memory with {stop - start} images at a time; goes on with {self.size} ({reason})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            said = f"out of memory with {stop - start} images at a time; goes on with {self.size} ({reason})"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
             forget()
             gc.collect()
             if torch.cuda.is_available():

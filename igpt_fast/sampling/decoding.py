@@ -24,28 +24,18 @@ StepCallback = Callable[[int, Tensor], None]
 
 @dataclass
 class Drawn:
-    """Tokens and their log-probabilities, of drawn and known positions alike.
+    """Tokens and their log-probabilities, of drawn and known positions alike."""
 
-    Args:
-        tokens: (B, T) int64.
-        logprobs: (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the
-            context: before guidance, temperature, top-k, top-p and min-p.
-        first: Number of the first row, for errors.
-        each: Rows of an image, for errors.
-        engine: Name of the decoder; ``None`` where there was nothing to decode.
-        reason: Why it is no faster one, where it is none.
-        known: (B, T) int64 as of ``decode``.
-        given: Pixels that stand before the first position.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # (B, T) int64
+    # (B, T) float32, ``log p(token | what stands before it)`` in nats under the model itself, given the context: before
+    # guidance, temperature, top-k, top-p and min-p.
     logprobs: Tensor
-    first: int = 0
-    each: int = 1
-    engine: str | None = None
-    reason: str | None = None
-    known: Tensor | None = None
-    given: int = 0
+    first: int = 0  # number of the first row, for errors
+    each: int = 1  # rows of an image, for errors
+    engine: str | None = None  # name of the decoder; None where there was nothing to decode
+    reason: str | None = None  # why it is no faster one, where it is none
+    known: Tensor | None = None  # (B, T) int64 as of ``decode``
+    given: int = 0  # pixels that stand before the first position
 
     def check(self, begin: int, end: int) -> None:
         """Whether positions begin .. end - 1 come from logits that are numbers; waits for the device.
@@ -63,10 +53,8 @@ class Drawn:
         if bool(wrong.any()):
             row, t = wrong.nonzero()[0].tolist()
             where = f"image {(self.first + row) // self.each}, position {self.given + begin + t}"
-            raise FloatingPointError(
-                f"the logits are not finite ({where}): the model's weights, or what it computes in its dtype, hold"
-                " NaN or infinity"
-            )
+            what = "the model's weights, or what it computes in its dtype, hold NaN or infinity"
+            raise FloatingPointError(f"the logits are not finite ({where}): {what}")
 
 
 def decode(
@@ -106,11 +94,9 @@ def decode(
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
     drawn = blank(uniforms, first)
-    positions = decoding(
-        drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams
-    )
-    with closing(positions):  # also where somebody keeps an error of the callback
-        for t in positions:
+    steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams)
+    with closing(steps):  # also where somebody keeps an error of the callback
+        for t in steps:
             if callback is not None:
                 callback(t, drawn.tokens[:, t])
     return drawn

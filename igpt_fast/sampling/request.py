@@ -21,32 +21,21 @@ MAX_FIRST = 1 << 30  # index of the first input
 class Request:
     """n images of each of M inputs, the n of the first input first; samples have an input each, which gives nothing.
 
-    ``Pipeline.request`` makes and checks it.
-
-    Args:
-        height, width: Of the images, in pixels.
-        given: (M, height * width) bool: pixels that are not drawn.
-        images: The inputs of completions, not yet read; ``None`` of samples.
-        keep: What is given, if it is a fraction or number of rows.
-        labels: (M,) int64 classes.
-        n: Images of each input.
-        first: Index of the first input.
-        scale: ``cfg_scale``.
-        candidates, seed, sampling, batch_size, dtype: As of ``Pipeline.request``.
+    ``Pipeline.request`` makes and checks it; there the fields are described that are not here.
     """
 
-    height: int
+    height: int  # of the images, in pixels
     width: int
-    given: Tensor
-    images: Sequence[Any] | None
-    keep: float | None
-    labels: Tensor | None
-    n: int
+    given: Tensor  # (M, height * width) bool: pixels that are not drawn
+    images: Sequence[Any] | None  # the inputs of completions, not yet read; None of samples
+    keep: float | None  # what is given, if it is a fraction or number of rows
+    labels: Tensor | None  # (M,) int64 classes
+    n: int  # images of each input
     candidates: int
-    first: int
+    first: int  # index of the first input
     seed: int
     sampling: Sampling
-    scale: float
+    scale: float  # cfg_scale
     batch_size: int | None
     dtype: str | None
 

@@ -36,16 +36,12 @@ class Guidance:
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """Where the uniform numbers of a batch come from, for a decoder that makes them on its device.
-
-    Args:
-        seed: In 0..2^64-1.
-        numbers: (B n,) int64: of each image's stream. A token's number is that of its index in the image; the context
-            begins at its first pixel, behind SOS or a class.
+    """Where the uniform numbers of a batch come from, for a decoder that makes them on its device. A token's number is
+    that of its index in the image; the context begins at its first pixel, behind SOS or a class.
     """
 
-    seed: int
-    numbers: Tensor
+    seed: int  # in 0..2^64-1
+    numbers: Tensor  # (B n,) int64: of each image's stream
 
 
 def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -47,8 +48,7 @@ class RowEvent:
     total: int
 
 
-@dataclass
-class Pictures:
+class Pictures(NamedTuple):
     """Finished images, in order: tokens (N, T), logprobs (N, T) of all pixels but the primer's, (N,) sizes."""
 
     tokens: Tensor
@@ -135,40 +135,32 @@ class Stream:
         return self.result
 
     def _generation(self, drawn: Pictures) -> Generation:
-        request, count = self._request, len(drawn.tokens)
-        each = torch.arange(count) // request.n
+        request, tokens, logprobs = self._request, drawn.tokens, drawn.logprobs
+        each = torch.arange(len(tokens)) // request.n
         labels = None if request.labels is None else request.labels[each]
-        generation = Generation(
-            drawn.tokens, drawn.logprobs, self._processor, request.seed, self._settings(), labels=labels
-        )
+        generation = Generation(tokens, logprobs, self._processor, request.seed, self._settings(), labels=labels)
         if request.images is None:
             return generation
-        inputs = -(-count // request.n)
+        inputs = -(-len(tokens) // request.n)
         given = request.given[:inputs]
         return replace(
             generation,
-            logprobs=drawn.logprobs.masked_fill(given[each], torch.nan),
+            logprobs=logprobs.masked_fill(given[each], torch.nan),
             inputs=self._inputs[:inputs],
             counts=each.bincount(minlength=inputs).tolist(),
             originals=self._originals[:inputs],
             given=request.primer,
             known=given,
-            known_logprobs=drawn.logprobs.masked_fill(~following(given)[each], torch.nan),
+            known_logprobs=logprobs.masked_fill(~following(given)[each], torch.nan),
             effective_sample_size=drawn.sizes if request.candidates > 1 else None,
         )
 
     def _settings(self) -> dict[str, object]:
         """How images were drawn, as plain values."""
-        dtype = self._request.dtype or dtype_name(self._model.dtype)
-        drawn = {
-            "batch_size": self.batch_size,
-            "device": str(self._model.device),
-            "engine": self.engine,
-            "dtype": dtype,
-        }
+        settings = self._request.described() | {"batch_size": self.batch_size, "device": str(self._model.device)}
+        settings |= {"engine": self.engine, "dtype": self._request.dtype or dtype_name(self._model.dtype)}
         reason = self._run.engine_reason
-        why = {} if reason is None else {"engine_reason": reason}
-        return self._request.described() | drawn | why
+        return settings if reason is None else settings | {"engine_reason": reason}
 
 
 def _read(request: Request, processor: ImageGPTImageProcessor) -> tuple[list[Image.Image], Tensor]:
@@ -188,25 +180,19 @@ class _Run:
     itself, and with it a decoder, would wait for the collector.
     """
 
-    def __init__(
-        self, model: Model, request: Request, known: Tensor, batch_size: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, model: Model, request: Request, known: Tensor, size: int, progress: Progress | None) -> None:
         self.engine: str | None = None
         self.engine_reason: str | None = None
-        self.batches = Batches(len(known) * request.copies, request.copies, batch_size)
+        self.batches = Batches(len(known) * request.copies, request.copies, size)
         self.finished: list[Pictures] = []
         self.ended = False
         self._model, self._request, self._known, self._progress = model, request, known, progress
         self._decoded = known.shape[1] - request.primer
-        self._done = 0
+        self._done, self.total = 0, self.batches.count * self._decoded
         self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
         # What stands before the first pixel: behind the colours stand the classes, behind these SOS.
         sos = torch.full((1,), model.config.sos_token_id).expand(len(known))
         self._begins = sos if request.labels is None else request.labels + model.config.n_colours
-
-    @property
-    def total(self) -> int:
-        return self.batches.count * self._decoded
 
     def events(self) -> Iterator[RowEvent]:
         yield from self.batches.run(self._batch)
@@ -289,5 +275,4 @@ class _Run:
 
 
 def _joined(parts: list[Pictures]) -> Pictures:
-    columns = zip(*((part.tokens, part.logprobs, part.sizes) for part in parts), strict=True)
-    return Pictures(*(torch.cat(column) for column in columns))
+    return Pictures(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -41,20 +41,17 @@ __global__ void mma(Case p) {
     for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// a: [n, 32, 8] of 16 bits, rows in an order of their own in shared memory; out: [n, 32, N] registers by lane.
-template <int N, bool kTrans>
+// a: [n, 32, 8] of 16 bits, rows in an order of their own in shared memory; out: [n, 32, 4] registers by lane.
+template <bool kTrans>
 __global__ void ldmatrix(Case p) {
     const unsigned l = threadIdx.x;
     auto* rows = dynamic_shared<uint4>();
     rows[(5 * l + 3) % 32] = static_cast<const uint4*>(p.a)[blockIdx.x * 32 + l];
     __syncthreads();
     const uint32_t address = ptx::shared_address(rows + (5 * l + 3) % 32);
-    uint32_t r[N];
-    if constexpr (N == 4 && kTrans) ptx::ldmatrix_x4_trans(r, address);
-    if constexpr (N == 4 && !kTrans) ptx::ldmatrix_x4(r, address);
-    if constexpr (N == 2 && kTrans) ptx::ldmatrix_x2_trans(r, address);
-    if constexpr (N == 2 && !kTrans) ptx::ldmatrix_x2(r, address);
-    for (int i = 0; i < N; ++i) static_cast<uint32_t*>(p.out)[(blockIdx.x * 32 + l) * N + i] = r[i];
+    uint32_t r[4];
+    kTrans ? ptx::ldmatrix_x4_trans(r, address) : ptx::ldmatrix_x4(r, address);
+    for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(p.out)[(blockIdx.x * 32 + l) * 4 + i] = r[i];
 }
 
 // a: [n, 3, 64, 16] bytes, b: [n, 3, 64] how many of them to copy; out: [n, 3, 64, 16]. Three groups, of which the
@@ -117,21 +114,6 @@ __global__ void named_barriers(Case p) {
     }
 }
 
-// a: [n, 64] ints; out: [n, 8] ints that begin as zeros: sum, unsigned sum, greatest, smallest of 0 and a, of unsigned
-// greatest, exchanges that were seen by the next (their sum), count of swaps that took place, float sum of ones.
-__global__ void atomics(Case p) {
-    const int x = static_cast<const int*>(p.a)[blockIdx.x * 64 + threadIdx.x];
-    int* out = static_cast<int*>(p.out) + blockIdx.x * 8;
-    atomicAdd(out, x);
-    atomicAdd(reinterpret_cast<unsigned*>(out + 1), unsigned(x));
-    atomicMax(out + 2, x);
-    atomicMin(out + 3, x);
-    atomicMax(reinterpret_cast<unsigned*>(out + 4), unsigned(x));
-    atomicExch(out + 5, 7);
-    if (atomicCAS(out + 6, 0, 1) == 0) atomicAdd(out + 6, 10);
-    atomicAdd(reinterpret_cast<float*>(out + 7), 1.0f);
-}
-
 // a: [n, 64] floats; out the same. What has no result must not change one.
 __global__ void hints(Case p) {
     const size_t i = blockIdx.x * 64 + threadIdx.x;
@@ -150,10 +132,8 @@ struct Kernel {
 const Kernel kKernels[] = {
     {"mma_bf16", mma<__nv_bfloat16>, 32, 0},
     {"mma_f16", mma<__half>, 32, 0},
-    {"ldmatrix_x4", ldmatrix<4, false>, 32, 512},
-    {"ldmatrix_x4_trans", ldmatrix<4, true>, 32, 512},
-    {"ldmatrix_x2", ldmatrix<2, false>, 32, 512},
-    {"ldmatrix_x2_trans", ldmatrix<2, true>, 32, 512},
+    {"ldmatrix_x4", ldmatrix<false>, 32, 512},
+    {"ldmatrix_x4_trans", ldmatrix<true>, 32, 512},
     {"cp_async", cp_async, 64, 3072},
     {"exp2_approx", exp2_approx, 64, 0},
     {"pack2_bf16", pack2<__nv_bfloat16>, 64, 0},
@@ -161,7 +141,6 @@ const Kernel kKernels[] = {
     {"unpack2_bf16", unpack2<__nv_bfloat16>, 64, 0},
     {"unpack2_f16", unpack2<__half>, 64, 0},
     {"named_barriers", named_barriers, 96, 128},
-    {"atomics", atomics, 64, 0},
     {"hints", hints, 64, 0},
 };
 

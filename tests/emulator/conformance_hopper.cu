@@ -66,7 +66,6 @@ __global__ void tma_load(const __grid_constant__ TileCase p) {
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(barrier, 1);
         ptx::mbarrier_fence_init();
-        ptx::prefetch_tensor_map(&p.map);
         ptx::mbarrier_expect_tx(barrier, kBoxElements * 2);
         const int* at = p.coordinates + blockIdx.x * 4;
         ptx::tma_load_4d(to, &p.map, barrier, at[0], at[1], at[2], at[3]);

@@ -10,6 +10,8 @@
 
 namespace driver {
 
+constexpr igpt::cuda::Launch kHere{0, nullptr};
+
 // Runs an op's kernels on odd shapes. `brief`: under the thread sanitizer, for which a few small shapes do.
 struct Case {
     Case(const char* name, void (*run)(bool brief));

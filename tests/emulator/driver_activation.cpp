@@ -12,10 +12,10 @@ void run(Activation kind, DType dtype, int64_t rows, int32_t n, int32_t parts, b
     const Memory x(count, size), bias(size_t(n), size), out(count, size), dx(count, size), dbias(size_t(n), size);
     const Memory partial(size_t(parts) * size_t(n), 4);
     check(igpt::cuda::activation_fwd(
-        {x.get(), biased ? bias.get() : nullptr, out.get(), rows, n, kind, dtype, 0, nullptr}));
-    check(igpt::cuda::activation_bwd({out.get(), x.get(), biased ? bias.get() : nullptr, dx.get(),
+        {driver::kHere, x.get(), biased ? bias.get() : nullptr, out.get(), rows, n, kind, dtype}));
+    check(igpt::cuda::activation_bwd({driver::kHere, out.get(), x.get(), biased ? bias.get() : nullptr, dx.get(),
                                       biased ? dbias.get() : nullptr, biased ? partial.get<float>() : nullptr, rows, n,
-                                      parts, kind, dtype, 0, nullptr}));
+                                      parts, kind, dtype}));
 }
 
 void activation(bool brief) {

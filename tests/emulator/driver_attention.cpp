@@ -19,7 +19,8 @@ void attention(DType dtype, int32_t d, int32_t t_q, int32_t t_k, int32_t rows, b
     *first.get<int32_t>() = t_k / 3;
     for (int32_t i = 0; i < t_k; ++i) mask.get<uint8_t>()[i] = i % 3 != 1;
     const auto tensor = [&](const Memory& x) { return AttentionTensor{x.get(), 0, d, int64_t(kHeads) * d}; };
-    const AttentionShape shape{1,
+    const AttentionShape shape{driver::kHere,
+                               1,
                                kHeads,
                                t_q,
                                t_k,
@@ -28,9 +29,7 @@ void attention(DType dtype, int32_t d, int32_t t_q, int32_t t_k, int32_t rows, b
                                starts ? first.get<int32_t>() : nullptr,
                                key_mask ? mask.get<uint8_t>() : nullptr,
                                0,
-                               dtype,
-                               0,
-                               nullptr};
+                               dtype};
     check(igpt::cuda::causal_attention_fwd(
         {shape, tensor(q), tensor(k), tensor(v), tensor(out), lse.get<float>(), rows}));
     check(igpt::cuda::causal_attention_bwd({shape, tensor(q), tensor(k), tensor(v), tensor(out), tensor(dout),

@@ -29,7 +29,8 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
     for (size_t i = 0; i < from.size(); ++i) starts.get<int32_t>()[i] = from[i];
     const auto part = [&](size_t i) { return packed.get<char>() + i * row * size; };
     const int64_t step = int64_t(3 * row), of_prefix = s.prefix * s.dim;
-    check(igpt::cuda::attention_decode({part(0),
+    check(igpt::cuda::attention_decode({driver::kHere,
+                                        part(0),
                                         part(1),
                                         part(2),
                                         keys.get(),
@@ -60,9 +61,7 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.prefix_splits,
                                         0.1f,
                                         dtype,
-                                        false,
-                                        0,
-                                        nullptr}));
+                                        false}));
 }
 
 void attention_decode(bool brief) {

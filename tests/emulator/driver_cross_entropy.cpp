@@ -19,13 +19,13 @@ void run(DType dtype, int64_t rows, int32_t k, int32_t parts, bool each) {
                                    : kind == Labels::bad   ? k + (int64_t(1) << 40)
                                                            : k - 1;
     }
-    check(igpt::cuda::cross_entropy_fwd({logits.get(), labels.get<int64_t>(), each ? losses.get<float>() : nullptr,
-                                         each ? nullptr : loss.get<float>(), each ? nullptr : counted.get<float>(),
-                                         statistics.get<float>(), partial.get<float>(), rows, k, parts, -100, !each,
-                                         dtype, 0, nullptr}));
-    check(igpt::cuda::cross_entropy_bwd({dloss.get<float>(), logits.get(), labels.get<int64_t>(),
+    check(igpt::cuda::cross_entropy_fwd({driver::kHere, logits.get(), labels.get<int64_t>(),
+                                         each ? losses.get<float>() : nullptr, each ? nullptr : loss.get<float>(),
+                                         each ? nullptr : counted.get<float>(), statistics.get<float>(),
+                                         partial.get<float>(), rows, k, parts, -100, !each, dtype}));
+    check(igpt::cuda::cross_entropy_bwd({driver::kHere, dloss.get<float>(), logits.get(), labels.get<int64_t>(),
                                          statistics.get<float>(), each ? nullptr : counted.get<float>(), dlogits.get(),
-                                         rows, k, each, -100, dtype, 0, nullptr}));
+                                         rows, k, each, -100, dtype}));
 }
 
 void cross_entropy(bool brief) {

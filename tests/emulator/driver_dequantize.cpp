@@ -10,7 +10,7 @@ namespace cuda = igpt::cuda;
 void dequantize(cuda::TokenType type, size_t size, int64_t n, int32_t k) {
     const Memory tokens(size_t(n), size), clusters(size_t(3 * k), 4), out(size_t(3 * n), 1);
     for (size_t i = 0; i < size_t(n) * size; ++i) tokens.get<uint8_t>()[i] = 0;
-    check(cuda::dequantize({tokens.get(), clusters.get<float>(), out.get<uint8_t>(), n, k, type, 0, nullptr}));
+    check(cuda::dequantize({driver::kHere, tokens.get(), clusters.get<float>(), out.get<uint8_t>(), n, k, type}));
 }
 
 void dequantize_all(bool) {

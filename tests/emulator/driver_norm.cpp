@@ -9,7 +9,8 @@ using igpt::cuda::DType;
 void run(bool centred, DType dtype, int64_t rows, int32_t n, int32_t parts, bool fused) {
     const size_t size = dtype == DType::f32 ? 4 : 2, count = size_t(rows * n), sums = centred ? 2 : 1;
     const Memory x(count, size), residual(count, size), weight(size_t(n), size), sum(count, size), out(count, size);
-    const igpt::cuda::NormFwdParams forward{x.get(),
+    const igpt::cuda::NormFwdParams forward{driver::kHere,
+                                            x.get(),
                                             fused ? residual.get() : nullptr,
                                             weight.get(),
                                             centred ? weight.get() : nullptr,
@@ -19,13 +20,12 @@ void run(bool centred, DType dtype, int64_t rows, int32_t n, int32_t parts, bool
                                             n,
                                             1e-5f,
                                             dtype,
-                                            0,
-                                            nullptr,
                                             centred};
     check(igpt::cuda::norm_fwd(forward));
     const Memory dx(count, size), dweight(size_t(n), size), dbias(size_t(n), size);
     const Memory partial(sums * size_t(parts) * size_t(n), 4);
-    const igpt::cuda::NormBwdParams backward{out.get(),
+    const igpt::cuda::NormBwdParams backward{driver::kHere,
+                                             out.get(),
                                              fused ? residual.get() : nullptr,
                                              x.get(),
                                              weight.get(),
@@ -38,8 +38,6 @@ void run(bool centred, DType dtype, int64_t rows, int32_t n, int32_t parts, bool
                                              parts,
                                              1e-5f,
                                              dtype,
-                                             0,
-                                             nullptr,
                                              centred};
     check(igpt::cuda::norm_bwd(backward));
 }

@@ -9,8 +9,8 @@ namespace cuda = igpt::cuda;
 
 void brute_force(int64_t n, int32_t k) {
     const Memory bytes(size_t(3 * n), 1), floats(size_t(3 * n), 4), clusters(size_t(3 * k), 4), out(size_t(n), 8);
-    check(cuda::quantize_u8({bytes.get(), clusters.get<float>(), out.get<int64_t>(), n, k, 0, nullptr}));
-    check(cuda::quantize_f32({floats.get(), clusters.get<float>(), out.get<int64_t>(), n, k, 0, nullptr}));
+    check(cuda::quantize_u8({driver::kHere, bytes.get(), clusters.get<float>(), out.get<int64_t>(), n, k}));
+    check(cuda::quantize_f32({driver::kHere, floats.get(), clusters.get<float>(), out.get<int64_t>(), n, k}));
 }
 
 // The first and the last cells of a table, whose candidates, all clusters, are more than shared memory holds.
@@ -18,14 +18,14 @@ void table(const Memory& entries, int32_t k) {
     const Memory clusters(size_t(3 * k), 4);
     for (uint64_t cell : {0, 32766}) {
         igpt::emulator::set_blocks(cell, 2);
-        check(cuda::quantize_table({clusters.get<float>(), entries.get<uint16_t>(), k, 0, nullptr}));
+        check(cuda::quantize_table({driver::kHere, clusters.get<float>(), entries.get<uint16_t>(), k}));
     }
     igpt::emulator::set_blocks(0, igpt::emulator::kAllBlocks);
 }
 
 void lookup(const Memory& entries, int64_t n) {
     const Memory x(size_t(3 * n), 1), out(size_t(n), 8);
-    check(cuda::quantize_lookup({x.get<uint8_t>(), entries.get<uint16_t>(), out.get<int64_t>(), n, 0, nullptr}));
+    check(cuda::quantize_lookup({driver::kHere, x.get<uint8_t>(), entries.get<uint16_t>(), out.get<int64_t>(), n}));
 }
 
 void quantize(bool brief) {

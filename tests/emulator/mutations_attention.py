@@ -49,7 +49,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("attention_not_rescaled", FORWARD, "out[r][d][2 * i + 1] *= before;", ""), narrow),
     (Mutation("attention_maximum_of_half_a_row", FORWARD, "top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));", ""),
      narrow),
-    (Mutation("attention_lse_in_powers_of_2", FORWARD, "+ log2f(sum)) * kLn2", "+ log2f(sum))"), narrow),
+    (Mutation("attention_lse_in_powers_of_2", FORWARD, "+ log2f(x)) * kLn2", "+ log2f(x))"), narrow),
     (Mutation("attention_wrong_delta", BACKWARD, "delta += __shfl_xor_sync(kFullMask, delta, 2);", ""), narrow),
     (Mutation("attention_lse_of_a_query_without_keys", BACKWARD, "make_float2(kNoKey, 0.0f) : make_float2(lse",
               "make_float2(lse, 0.0f) : make_float2(lse"), attention.check_poison),

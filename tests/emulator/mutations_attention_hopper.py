@@ -41,7 +41,7 @@ def huge(kernels: Kernels) -> None:
 HOPPER_FWD, LAUNCHER = "cuda/attention_fwd_hopper.cuh", "cuda/attention.cu"
 K_DONE = "        leave(at.k_empty(k_stage));\n"
 V_DONE = "        leave(at.v_empty(v_stage));\n"
-S_WAIT = "        ptx::wgmma_wait<1>();\n        ptx::fence_registers(flat(rows.s));\n"
+S_WAIT = "        ptx::wgmma_wait<1>();  // S is there, out goes on\n        ptx::fence_registers(flat(rows.s));\n"
 O_WAIT = "        ptx::wgmma_wait<0>();\n        ptx::fence_registers(flat(rows.out));\n"
 BARRIER = "    ptx::named_barrier_sync(1 + group, kGroupThreads);  // the queries are read no more\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [

@@ -46,11 +46,8 @@ void shuffles(Probe p) {
     int ok = __shfl_sync(0xffffffffu, x, 5) == 5 && __shfl_sync(0xffffffffu, x, 9, 8) == x / 8 * 8 + 1;
     ok &= __shfl_xor_sync(0xffffffffu, x, 16) == (x ^ 16);
     ok &= __shfl_xor_sync(0xffffffffu, x, 8, 8) == (x & 8 ? x - 8 : x);  // a lower segment may be read, a higher not
-    ok &= __shfl_down_sync(0xffffffffu, x, 2u) == (x < 30 ? x + 2 : x);
-    ok &= __shfl_down_sync(0xffffffffu, x, 2u, 16) == (x % 16 < 14 ? x + 2 : x);
     ok &= __shfl_up_sync(0xffffffffu, double(x), 3u) == (x > 2 ? x - 3 : x);
     ok &= __ballot_sync(0xffffffffu, x < 4) == 15u;
-    ok &= __any_sync(0xffffffffu, x == 7) && !__all_sync(0xffffffffu, x == 7) && __all_sync(0xffffffffu, x < 32);
     p.out[threadIdx.x] = float(ok);
 }
 // A warp that waits gives way to others, in every schedule; only the barrier says that both have written.

@@ -112,14 +112,9 @@ void matrices_past_the_end(Probe p) {
     p.out[0] = float(r[0]);
 }
 void matrices_misaligned(Probe p) {
-    uint32_t r[2];
-    ptx::ldmatrix_x2_trans(r, shared(8));
+    uint32_t r[4];
+    ptx::ldmatrix_x4_trans(r, shared(8));
     p.out[0] = float(r[0]);
-}
-void two_matrices_ask_16_lanes_alone(Probe p) {
-    uint32_t r[2];
-    ptx::ldmatrix_x2(r, threadIdx.x % 32 < 16 ? shared() : 7);
-    p.out[threadIdx.x] = r[0] == 0xffffffffu && r[1] == 0xffffffffu;
 }
 void matrices_with_missing_lanes(Probe) {
     uint32_t r[4];
@@ -249,7 +244,6 @@ const std::map<std::string, void (*)(Probe)> kProbes{
     {"tile_of_copies_plain", tile_of_copies<false>},
     {"matrices_past_the_end", matrices_past_the_end},
     {"matrices_misaligned", matrices_misaligned},
-    {"two_matrices_ask_16_lanes_alone", two_matrices_ask_16_lanes_alone},
     {"matrices_with_missing_lanes", matrices_with_missing_lanes},
     {"matrices_two_ways", matrices_two_ways},
     {"mma_with_missing_lanes", mma_with_missing_lanes},

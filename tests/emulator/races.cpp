@@ -14,9 +14,8 @@ using namespace igpt::cuda;
 namespace {
 
 struct Probe {
-    float* in;      // 256 values
-    float* out;     // 256 values
-    int* arrivals;  // 0
+    float* in;   // 256 values
+    float* out;  // 256 values
 };
 
 uint32_t own_place() { return ptx::shared_address(dynamic_shared<float>() + 4 * threadIdx.x); }
@@ -77,50 +76,27 @@ void named_barrier_arrival(Probe p) {
         ptx::named_barrier_sync(1, 64);
     }
 }
-// The last of four blocks adds up what all have written.
-template <bool kFence>
-void last_block(Probe p) {
-    p.out[blockIdx.x * 64 + threadIdx.x] = 1.0f;
-    if (kFence) __threadfence();
-    __syncthreads();
-    int* last = dynamic_shared<int>();
-    if (threadIdx.x == 0) *last = atomicAdd(p.arrivals, 1) == int(gridDim.x) - 1;
-    __syncthreads();
-    if (*last == 0) return;
-    if (kFence) __threadfence();
-    float sum = 0.0f;
-    for (unsigned i = 0; i < 256; ++i) sum += p.out[i];
-    p.in[threadIdx.x] = sum;
-}
 
-struct Kernel {
-    void (*kernel)(Probe);
-    unsigned blocks;
-};
-const std::map<std::string, Kernel> kKernels{
-    {"copy", {copy<true>, 1}},
-    {"copy_without_barrier", {copy<false>, 1}},
-    {"copy_again", {copy_again<true>, 1}},
-    {"copy_again_without_barrier", {copy_again<false>, 1}},
-    {"source", {copy_past_the_source<0>, 1}},
-    {"source_past_the_end", {copy_past_the_source<4>, 1}},
-    {"matrices", {matrices<true>, 1}},
-    {"matrices_without_barrier", {matrices<false>, 1}},
-    {"named_barrier", {named_barrier<true>, 1}},
-    {"named_barrier_too_late", {named_barrier<false>, 1}},
-    {"named_barrier_arrival", {named_barrier_arrival, 1}},
-    {"last_block", {last_block<true>, 4}},
-    {"last_block_without_fence", {last_block<false>, 4}},
+const std::map<std::string, void (*)(Probe)> kKernels{
+    {"copy", copy<true>},
+    {"copy_without_barrier", copy<false>},
+    {"copy_again", copy_again<true>},
+    {"copy_again_without_barrier", copy_again<false>},
+    {"source", copy_past_the_source<0>},
+    {"source_past_the_end", copy_past_the_source<4>},
+    {"matrices", matrices<true>},
+    {"matrices_without_barrier", matrices<false>},
+    {"named_barrier", named_barrier<true>},
+    {"named_barrier_too_late", named_barrier<false>},
+    {"named_barrier_arrival", named_barrier_arrival},
 };
 
 }  // namespace
 
 int main(int, char** argv) {
-    const Kernel& kernel = kKernels.at(argv[1]);
     std::vector<float> in(256, 1.0f), out(256);
-    int arrivals = 0;
     try {
-        launch(kernel.kernel, kernel.blocks, 64, 1024, nullptr, Probe{in.data(), out.data(), &arrivals});
+        launch(kKernels.at(argv[1]), 1, 64, 1024, nullptr, Probe{in.data(), out.data()});
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 1;

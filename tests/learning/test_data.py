@@ -15,8 +15,8 @@ from PIL import Image
 
 from igpt_fast.image.folders import find_images
 from igpt_fast.learning import data as data_module
-from igpt_fast.learning.baselines import histogram_nats, lookup_table_nats
 from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
+from igpt_fast.learning.evaluate import histogram_nats, lookup_table_nats
 from igpt_fast.learning.folders import held_out, tokens_from_images
 
 BUNDLED = Path(__file__).parents[2] / "igpt_fast" / "assets" / "emoji16.npz"

@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 
 from igpt_fast.learning import train as recipe
-from igpt_fast.learning.baselines import lookup_table_nats
 from igpt_fast.learning.data import TokenData
-from igpt_fast.learning.evaluate import evaluate
+from igpt_fast.learning.evaluate import evaluate, lookup_table_nats
 from igpt_fast.learning.objectives.next_pixel import image_nats
-from igpt_fast.learning.output import Output
 from igpt_fast.learning.run import run
 from igpt_fast.learning.schedule import batch_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.state import Output
 from igpt_fast.learning.train import DivergedError, train
 from igpt_fast.model import ImageGPTForCausalImageModeling
 

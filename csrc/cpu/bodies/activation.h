@@ -61,7 +61,7 @@ inline Vec exp2(Vec x) {
 
 // z / (1 + 2^x): z s(-x ln 2). 0 z beyond 2^125: an infinite z gives NaN, as it is defined, and a large one 0.
 template <class P>
-inline Vec times_logistic(Vec z, Vec x) {
+[[gnu::always_inline]] inline Vec times_logistic(Vec z, Vec x) {
     const Vec s = P::inverse(set1(1.0f) + exp2<P>(max(set1(-126.0f), x)));
     return z * drop_below(s, zero() - x, set1(-125.0f));
 }
@@ -117,7 +117,7 @@ struct GeluErf {
         return {bell, P::tail(t) * t * bell};
     }
     // z > 0: z (1 - tail); z < 0: |z| -tail. Both are max(z, 0) - |z| tail; NaN for -inf.
-    static Vec value(Vec z) {
+    [[gnu::always_inline]] static Vec value(Vec z) {
         const Vec near = within(z, 13.0f);
         return (z - min(zero(), z)) - abs(near) * normal(near).tail;
     }

@@ -20,47 +20,27 @@ namespace {
 constexpr int64_t kKeyRows = 64;
 constexpr int64_t kQueryBlock = 128;
 
-struct BwdScratch {
-    uint16_t *q_columns, *dout_columns, *q_pairs, *dout_pairs;  // of all queries
-    float *lse, *delta;  // of all queries; the former in powers of 2, infinite for one that sees nothing or is none
-    float* dq;           // of all queries: tile (query / 32, i / 16, half of the strip) is dQ^T, (16 of D, 16 queries)
-    float* hidden;       // of all keys
-    uint16_t *keys, *values;      // (kKeyRows, d)
-    uint16_t* keys_turned;        // K^T: tile (key / 32, i / 16), (16 of D, 32 keys)
-    float *scores, *dweights;     // of a strip of keys: (32, kQueryBlock)
-    uint16_t *weights, *dscores;  // likewise
-    uint16_t* dscore_pairs;       // of all keys at hand: tile (key / 32, query / 32, half)
-    float *dk, *dv;               // (kKeyRows, d)
-    char* end;
+struct BwdScratch : Carve {
+    const int64_t d, queries, all_keys;
+    uint16_t *const q_columns = take<uint16_t>(queries * d), *const dout_columns = take<uint16_t>(queries * d);
+    uint16_t *const q_pairs = take<uint16_t>(queries * d), *const dout_pairs = take<uint16_t>(queries * d);
+    float* const lse = take<float>(queries);  // in powers of 2, infinite for a query that sees nothing or is none
+    float* const delta = take<float>(queries);
+    // Tile (query / 32, i / 16, half of the strip): dQ^T, (16 of D, 16 queries).
+    float* const dq = take<float>(queries * d);
+    float* const hidden = take<float>(all_keys);
+    uint16_t *const keys = take<uint16_t>(kKeyRows * d), *const values = take<uint16_t>(kKeyRows * d);
+    uint16_t* const keys_turned = take<uint16_t>(kKeyRows * d);  // K^T: tile (key / 32, i / 16), (16 of D, 32 keys)
+    // Of a strip of keys, (32, kQueryBlock) each.
+    float *const scores = take<float>(kStrip * kQueryBlock), *const dweights = take<float>(kStrip * kQueryBlock);
+    uint16_t* const weights = take<uint16_t>(kStrip * kQueryBlock);
+    uint16_t* const dscores = take<uint16_t>(kStrip * kQueryBlock);
+    uint16_t* const dscore_pairs = take<uint16_t>(kKeyRows * kQueryBlock);  // tile (key / 32, query / 32, half)
+    float *const dk = take<float>(kKeyRows * d), *const dv = take<float>(kKeyRows * d);
 
-    BwdScratch(const CausalAttentionParams& p, char* memory) {
-        const int64_t queries = padded(p.t_q, kStrip), d = p.head_dim;
-        Carve carve{memory};
-        q_columns = carve.take<uint16_t>(queries * d);
-        dout_columns = carve.take<uint16_t>(queries * d);
-        q_pairs = carve.take<uint16_t>(queries * d);
-        dout_pairs = carve.take<uint16_t>(queries * d);
-        lse = carve.take<float>(queries);
-        delta = carve.take<float>(queries);
-        dq = carve.take<float>(queries * d);
-        hidden = carve.take<float>(padded(p.t_k, kStrip));
-        keys = carve.take<uint16_t>(kKeyRows * d);
-        values = carve.take<uint16_t>(kKeyRows * d);
-        keys_turned = carve.take<uint16_t>(kKeyRows * d);
-        scores = carve.take<float>(kStrip * kQueryBlock);
-        dweights = carve.take<float>(kStrip * kQueryBlock);
-        weights = carve.take<uint16_t>(kStrip * kQueryBlock);
-        dscores = carve.take<uint16_t>(kStrip * kQueryBlock);
-        dscore_pairs = carve.take<uint16_t>(kKeyRows * kQueryBlock);
-        dk = carve.take<float>(kKeyRows * d);
-        dv = carve.take<float>(kKeyRows * d);
-        end = carve.at;
-    }
+    BwdScratch(const CausalAttentionParams& p, char* memory)
+        : Carve{memory}, d(p.head_dim), queries(padded(p.t_q, kStrip)), all_keys(padded(p.t_k, kStrip)) {}
 };
-
-int64_t causal_bwd_scratch(const CausalAttentionParams& p) {
-    return int64_t(reinterpret_cast<uintptr_t>(BwdScratch(p, nullptr).end));
-}
 
 // Which query of its strip column `column` of half `half` of a pair of unpacked rows belongs to.
 inline int64_t query_of(int64_t half, int64_t column) { return column / 4 * 8 + half * 4 + column % 4; }
@@ -145,8 +125,8 @@ inline void strip_gradients(const KeyBlock& k, const BwdScratch& s, int64_t stri
                             int64_t q1) {
     const int64_t key = k.first + strip * kStrip, d = k.d, n0 = q0 - block, n1 = q1 - block;
     const uint16_t *keys = s.keys + strip * kStrip * d, *values = s.values + strip * kStrip * d;
-    multiply_columns(keys, d, s.q_columns + q0 * d, q1 - q0, s.scores + n0, kQueryBlock);
-    multiply_columns(values, d, s.dout_columns + q0 * d, q1 - q0, s.dweights + n0, kQueryBlock);
+    multiply_columns(keys, 32, d, d, s.q_columns + q0 * d, q1 - q0, s.scores + n0, kQueryBlock);
+    multiply_columns(values, 32, d, d, s.dout_columns + q0 * d, q1 - q0, s.dweights + n0, kQueryBlock);
     uint16_t* pairs = s.dscore_pairs + strip * kStrip * kQueryBlock;
     const float *lse = s.lse + block, *delta = s.delta + block;
     for (int64_t r = 0; r < kStrip; r += 2)
@@ -172,19 +152,13 @@ inline void query_gradients(const KeyBlock& k, const BwdScratch& s, int64_t bloc
         const uint16_t* pairs = s.dscore_pairs + (q - block) / kStrip * 2 * kTileSize;
         for (int64_t i = 0; i < k.d; i += 32) {
             float* dq = s.dq + q * k.d + i * kStrip;  // 4 tiles of 256
-            load_tile<0>(dq, 64);
-            load_tile<1>(dq + 256, 64);
-            load_tile<2>(dq + 512, 64);
-            load_tile<3>(dq + 768, 64);
+            load_tiles(dq, 16, 256, 512);
             for (int64_t strip = 0; strip < strips; ++strip) {
                 const uint16_t* turned = s.keys_turned + strip * kStrip * k.d + i / 16 * kTileSize;
                 const uint16_t* b = pairs + strip * kStrip * kQueryBlock;
                 multiply_tiles(turned, turned + kTileSize, 64, b, b + kTileSize);
             }
-            store_tile<0>(dq, 64);
-            store_tile<1>(dq + 256, 64);
-            store_tile<2>(dq + 512, 64);
-            store_tile<3>(dq + 768, 64);
+            store_tiles(dq, 16, 256, 512);
         }
     }
 }

@@ -95,70 +95,119 @@ void expect(const AttentionDecodeParams& p) {
     in_format(p.format, [&](auto weights) { expect_in<decltype(weights)>(p, format_bytes(p.format)); });
 }
 
-// The inputs of the two products as the format takes them.
-struct Split {
-    alignas(64) float x[kKeys > max_head_dim ? kKeys : max_head_dim];
-    alignas(64) uint8_t high[sizeof(x) / sizeof(float)];
-    alignas(64) uint8_t low[sizeof(x) / sizeof(float)];
-    float scale;
+// Up to N rows of inputs of the two products, as the formats take them.
+template <int64_t N>
+struct SplitRows {
+    alignas(64) float x[N][kKeys];
+    alignas(64) uint8_t high[N][kKeys];
+    alignas(64) uint8_t low[N][kKeys];
+    float scale[N];
+};
+static_assert(max_head_dim <= kKeys);
+
+// A format for up to N rows: `split` makes of the first n numbers of row r what its product takes; queries and
+// probabilities stay fp32 where it takes them so.
+template <class F, int64_t N>
+struct Split : F {
+    using Inputs = SplitRows<N>;
+    static constexpr int64_t most_rows = N;
+    template <bool Signed>
+    static void split(Inputs& rows, int64_t r, int64_t n) {
+        if constexpr (F::splits) rows.scale[r] = F::template split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
+    }
 };
 
+// sums (rows, 2, kTile) = x W, one tile. One of several rows that is left alone is computed twice: a product of one row
+// adds in another order.
 template <class F>
-inline void one_row(const char* weights, ptrdiff_t stride, int64_t count, const Split& x, float* sums, int registers,
-                    const char* end, const char* next) {
-    Piece piece{};
-    piece.weights = weights;
-    piece.stride = stride;
-    piece.count = count;
-    piece.x = x.x;
-    piece.high = x.high;
-    piece.low = x.low;
-    piece.sums = sums;
-    piece.width = kTile;
-    piece.first = true;
-    prefetch_in_front(piece, end, next);
-    run_rows<F>(piece, 1, registers);
+inline void multiply_rows(const char* weights, ptrdiff_t stride, int64_t count, const typename F::Inputs& x,
+                          int64_t rows, float* sums, int registers, const char* end, const char* next) {
+    const int64_t blocks = (rows + F::max_rows - 1) / F::max_rows;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t row = rows * b / blocks, here = rows * (b + 1) / blocks - row;
+        Piece piece{};
+        piece.weights = weights;
+        piece.stride = stride;
+        piece.count = count;
+        piece.x = x.x[row];
+        piece.high = x.high[row];
+        piece.low = x.low[row];
+        piece.ld = here == 1 ? 0 : kKeys;
+        piece.sums = sums + 2 * row * kTile;
+        piece.width = kTile;
+        piece.first = true;
+        if (blocks == 1)
+            prefetch_in_front(piece, end, next);
+        else
+            prefetch_in_parts(piece, end, next, count / F::step, b, blocks);
+        if constexpr (F::tiled) {
+            F::set_inputs(piece, x);
+            run_columns<F, F::max_rows>(piece, registers);
+        } else if constexpr (F::most_rows == 1) {
+            run_columns<F, 1>(piece, registers);
+        } else {
+            run_rows<F>(piece, here == 1 ? 2 : here, registers);
+        }
+    }
+    if constexpr (F::tiled && F::step == 2)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < registers; ++c) {
+                float* sum = sums + 2 * r * kTile + c * kLanes;
+                store(sum, load(sum) + load(sum + kTile));
+            }
 }
 
-// Scores of the positions from .. from + count - 1, a multiple of kLanes; `next` is read afterwards.
+constexpr int64_t kSums = (shared_rows + 1) * 2 * kTile;  // of a tile, with a row that was computed twice
+
+// Scores of the positions from .. from + count - 1, a multiple of kLanes, of `seen`; `next` is read after these.
 template <class F>
-inline void score(const AttentionDecodeParams& p, const Split& q, int64_t from, int64_t count, int64_t size,
-                  float* scores, const char* next) {
+inline void score(const AttentionDecodeParams& p, const typename F::Inputs& q, int64_t rows, int64_t from,
+                  int64_t count, int64_t size, int64_t seen, const char* next, typename F::Inputs& scores) {
     const int64_t d = p.head_dim, tile_bytes = kTile * d * size;
-    const char* end = p.keys + padded(from + count, kTile) / kTile * tile_bytes;
-    alignas(64) float sums[2 * kTile];
+    const char* end = p.keys + padded(seen, kTile) / kTile * tile_bytes;
+    alignas(64) float sums[kSums];
     for (int64_t t = from; t < from + count; t += kTile) {
         const int64_t left = (from + count - t) / kLanes;
         const int registers = int(left < 4 ? left : 4);
-        one_row<F>(p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q, sums, registers, end, next);
-        for (int c = 0; c < registers; ++c) {
-            const int64_t at = t + c * kLanes;
-            Vec v = load(sums + c * kLanes);
-            if constexpr (F::splits)
-                v = F::whole(sums + c * kLanes, sums + kTile + c * kLanes, p.key_sums + at) * set1(q.scale);
-            if (p.format == Format::int8) v = v * load(p.key_scale + at);
-            store(scores + at - from, v);
-        }
+        multiply_rows<F>(p.keys + t / kTile * tile_bytes, 4 * F::bytes, d, q, rows, sums, registers, end, next);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < registers; ++c) {
+                const int64_t at = t + c * kLanes;
+                const float* sum = sums + 2 * r * kTile + c * kLanes;
+                Vec v = load(sum);
+                if constexpr (F::splits) v = F::whole(sum, sum + kTile, p.key_sums + at) * set1(q.scale[r]);
+                if (p.format == Format::int8) v = v * load(p.key_scale + at);
+                store(scores.x[r] + at - from, v);
+            }
     }
 }
 
-// acc = acc * keep + probabilities V, over count positions, a multiple of value_rows; `next` is read afterwards.
-template <class F>
-inline void mix(const AttentionDecodeParams& p, const Split& probabilities, int64_t from, int64_t count, float keep,
-                float* acc, const char* next) {
+// The largest score, the sum of the weights and the weighted values so far, of each row.
+template <int64_t N>
+struct Running {
+    float most[N], total[N];
+    alignas(64) float acc[N][max_head_dim + kLanes];
+};
+
+// acc = acc * keep + probabilities V of each row, over the positions from .. from + count - 1, a multiple of
+// value_rows, of `seen`; `next` is read after these.
+template <class F, int64_t N>
+inline void mix(const AttentionDecodeParams& p, const typename F::Inputs& probabilities, int64_t rows, int64_t from,
+                int64_t count, const float* keep, int64_t seen, const char* next, Running<N>& sofar) {
     const int64_t width = padded(p.head_dim, kLanes), stride = width / kLanes * F::bytes;
-    const char *base = p.values + from / F::step * stride, *end = base + count / F::step * stride;
-    alignas(64) float sums[2 * kTile];
+    const char *base = p.values + from / F::step * stride, *end = p.values + seen / F::step * stride;
+    alignas(64) float sums[kSums];
     for (int64_t n = 0; n < width; n += kTile) {
         const int registers = int((width - n < kTile ? width - n : kTile) / kLanes);
-        one_row<F>(base + n / kLanes * F::bytes, stride, count, probabilities, sums, registers, end, next);
-        for (int c = 0; c < registers; ++c) {
-            Vec v = load(sums + c * kLanes);
-            if constexpr (F::splits)
-                v = F::whole(sums + c * kLanes, sums + kTile + c * kLanes, nullptr) * set1(probabilities.scale);
-            float* at = acc + n + c * kLanes;
-            store(at, from == 0 ? v : fma(load(at), set1(keep), v));
-        }
+        multiply_rows<F>(base + n / kLanes * F::bytes, stride, count, probabilities, rows, sums, registers, end, next);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < registers; ++c) {
+                const float* sum = sums + 2 * r * kTile + c * kLanes;
+                Vec v = load(sum);
+                if constexpr (F::splits) v = F::whole(sum, sum + kTile, nullptr) * set1(probabilities.scale[r]);
+                float* at = sofar.acc[r] + n + c * kLanes;
+                store(at, from == 0 ? v : fma(load(at), set1(keep[r]), v));
+            }
     }
 }
 
@@ -178,48 +227,58 @@ inline float largest(const float* scores, int64_t count) {
     return reduce_max(most);
 }
 
+// The scores of `count` positions become probabilities; returns what to multiply the past with.
+template <class F, int64_t N>
+inline float weigh_row(const AttentionDecodeParams& p, typename F::Inputs& scores, int64_t r, int64_t from,
+                       int64_t count, Running<N>& sofar) {
+    float* x = scores.x[r];
+    const int64_t rounded = padded(count, kLanes);
+    // What lies beyond the newest key must not decide the maximum.
+    for (int64_t i = count; i < rounded; ++i) x[i] = -__builtin_inff();
+    const float here = largest(x, rounded), before = sofar.most[r];
+    const float most = from == 0 || here > before || here != here ? here : before;
+    const float keep = from == 0 ? 0.0f : __builtin_expf(before - most);
+    sofar.most[r] = most;
+    sofar.total[r] = (from == 0 ? 0.0f : sofar.total[r] * keep) + weigh(x, count, most);
+    if (p.format == Format::int8)
+        for (int64_t i = 0; i < count; ++i) x[i] *= p.value_scale[from + i];
+    F::template split<false>(scores, r, padded(count, value_rows));
+    return keep;
+}
+
 template <class F>
 void attention_decode_in(const AttentionDecodeParams& p, int64_t size) {
     const int64_t keys = p.position + 1, width = padded(p.head_dim, kLanes);
-    Split q, probabilities;
-    alignas(64) float acc[max_head_dim + kLanes];
-    for (int64_t i = 0; i < p.head_dim; ++i) q.x[i] = p.q[i] * p.scale;
-    if constexpr (F::splits) q.scale = F::template split_row<true>(q.x, p.head_dim, q.high, q.low);
-    float most = -__builtin_inff(), total = 0.0f;
-    float* scores = probabilities.x;
+    typename F::Inputs q, probabilities;
+    Running<1> sofar;
+    for (int64_t i = 0; i < p.head_dim; ++i) q.x[0][i] = p.q[i] * p.scale;
+    F::template split<true>(q, 0, p.head_dim);
     // Blocks of equal length: a short last one would leave no time to prefetch what comes after it.
     const int64_t blocks = (keys + kKeys - 1) / kKeys, block = padded((keys + blocks - 1) / blocks, kTile);
     for (int64_t from = 0; from < keys; from += block) {
         const int64_t left = keys - from, count = left < block ? left : block, rounded = padded(count, kLanes);
         const char* values = p.values + from * width * size;
-        score<F>(p, q, from, rounded, size, scores, values);
+        score<F>(p, q, 1, from, rounded, size, from + rounded, values, probabilities);
         // Memory is not to rest in the meantime.
         for (int64_t i = 0; i < kBurst; i += 64) prefetch(values + kAhead + i);
-        // What lies beyond the newest key must not decide the maximum.
-        for (int64_t i = count; i < rounded; ++i) scores[i] = -__builtin_inff();
-        const float here = largest(scores, rounded), before = most;
-        most = here > most || here != here ? here : most;
-        const float keep = from == 0 ? 0.0f : __builtin_expf(before - most);
-        total = total * keep + weigh(scores, count, most);
+        const float keep = weigh_row<F>(p, probabilities, 0, from, count, sofar);
         const int64_t wide = padded(count, value_rows);
-        if (p.format == Format::int8)
-            for (int64_t i = 0; i < count; ++i) scores[i] *= p.value_scale[from + i];
-        if constexpr (F::splits)
-            probabilities.scale = F::template split_row<false>(scores, wide, probabilities.high, probabilities.low);
         const char* next = left > block ? p.keys + (from + block) * p.head_dim * size : p.next;
-        mix<F>(p, probabilities, from, wide, keep, acc, next);
+        mix<F>(p, probabilities, 1, from, wide, &keep, from + wide, next, sofar);
     }
     if (p.state) {
-        p.state[0] = most;
-        p.state[1] = total;
+        p.state[0] = sofar.most[0];
+        p.state[1] = sofar.total[0];
     }
-    const Vec inverse = set1(1.0f / total);
+    float* acc = sofar.acc[0];
+    const Vec inverse = set1(1.0f / sofar.total[0]);
     for (int64_t i = 0; i < width; i += kLanes) store(acc + i, load(acc + i) * inverse);
     __builtin_memcpy(p.out, acc, size_t(p.head_dim) * sizeof(float));
 }
 
 void attention_decode(const AttentionDecodeParams& p) {
-    in_format(p.format, [&](auto weights) { attention_decode_in<decltype(weights)>(p, format_bytes(p.format)); });
+    in_format(p.format,
+              [&](auto weights) { attention_decode_in<Split<decltype(weights), 1>>(p, format_bytes(p.format)); });
 }
 
 }  // namespace

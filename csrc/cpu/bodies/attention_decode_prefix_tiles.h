@@ -7,7 +7,7 @@
 namespace igpt::cpu {
 namespace {
 
-struct TiledRows : SplitRows {
+struct TiledRows : SplitRows<shared_rows> {
     alignas(64) char tiles[kKeys / 32][shared_rows][2][64];  // two halves of each
 };
 
@@ -23,15 +23,6 @@ struct SharedTiles : F {
 
 // A number is the sum of two in bf16, which have 16 bits together.
 struct SharedTiledBf16 : SharedTiles<Tiled<2, 128>> {
-    static constexpr bool splits = false;
-    template <int C, int A, int B>
-    static void multiply() {
-        multiply_bf16<C, A, B>();
-    }
-    template <int R, int C>
-    static void run(const Piece& p) {
-        run_tiles<SharedTiledBf16, C>(p);
-    }
     template <bool Signed>
     static void split(TiledRows& rows, int64_t r, int64_t n) {
         for (int64_t i = 0; i < n; i += kLanes) {

@@ -12,35 +12,21 @@ namespace {
 
 constexpr int64_t kKeyBlock = 256;
 
-struct FwdScratch {
-    uint16_t *keys, *values;  // packed as columns and as pairs
-    float* hidden;
-    uint16_t* q;           // (32, d)
-    float* scores;         // (32, kKeyBlock)
-    uint16_t* weights;     // (32, kKeyBlock)
-    float* out;            // (32, d), to be divided by `sum`
-    float *largest, *sum;  // of each query; the former in powers of 2
-    char* end;
+struct FwdScratch : Carve {
+    const int64_t d, rounded;
+    // Packed as columns and as pairs.
+    uint16_t *const keys = take<uint16_t>(rounded * d), *const values = take<uint16_t>(rounded * d);
+    float* const hidden = take<float>(rounded);
+    uint16_t* const q = take<uint16_t>(kStrip * d);
+    float* const scores = take<float>(kStrip * kKeyBlock);
+    uint16_t* const weights = take<uint16_t>(kStrip * kKeyBlock);
+    float* const out = take<float>(kStrip * d);  // to be divided by `sum`
+    float* const largest = take<float>(kStrip);  // of each query, in powers of 2
+    float* const sum = take<float>(kStrip);
 
-    FwdScratch(const CausalAttentionParams& p, char* memory) {
-        const int64_t rounded = padded(p.t_k, kStrip), d = p.head_dim;
-        Carve carve{memory};
-        keys = carve.take<uint16_t>(rounded * d);
-        values = carve.take<uint16_t>(rounded * d);
-        hidden = carve.take<float>(rounded);
-        q = carve.take<uint16_t>(kStrip * d);
-        scores = carve.take<float>(kStrip * kKeyBlock);
-        weights = carve.take<uint16_t>(kStrip * kKeyBlock);
-        out = carve.take<float>(kStrip * d);
-        largest = carve.take<float>(kStrip);
-        sum = carve.take<float>(kStrip);
-        end = carve.at;
-    }
+    FwdScratch(const CausalAttentionParams& p, char* memory)
+        : Carve{memory}, d(p.head_dim), rounded(padded(p.t_k, kStrip)) {}
 };
-
-int64_t causal_fwd_scratch(const CausalAttentionParams& p) {
-    return int64_t(reinterpret_cast<uintptr_t>(FwdScratch(p, nullptr).end));
-}
 
 // From the scores of query `r` with a block of n keys, of which it sees the first `visible`, to weights.
 inline void weigh_row(const FwdScratch& s, int64_t r, int64_t n, int64_t visible, const float* hidden, __m512 scale,
@@ -119,7 +105,7 @@ void causal_fwd(const CausalAttentionParams& p, int64_t head, int64_t first, int
         for (int64_t i = 0; i < kStrip * d; i += 16) store(s.out + i, zero());
         for (int64_t k0 = first_strip(p, b); k0 < seen; k0 += kKeyBlock) {
             const int64_t n = least(kKeyBlock, seen - k0);
-            multiply_columns(s.q, d, s.keys + k0 * d, n, s.scores, kKeyBlock);
+            multiply_columns(s.q, 32, d, d, s.keys + k0 * d, n, s.scores, kKeyBlock);
             for (int64_t r = 0; r < rows; ++r)
                 weigh_row(s, r, n, q0 + r + past + 1 - k0, hidden ? hidden + k0 : nullptr, scale, d);
             accumulate_pairs(s.weights, kKeyBlock, s.values + k0 * d, n, d, s.out);

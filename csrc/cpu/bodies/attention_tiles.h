@@ -109,19 +109,22 @@ inline void zero_tiles() {
     zero_tile<3>();
 }
 
-inline void load_tiles(const float* c, int64_t ld) {
+// Rows `ld` apart, the second and the third tile `right` and `below` of the first.
+inline void load_tiles(const float* c, int64_t ld, int64_t right, int64_t below) {
     load_tile<0>(c, 4 * ld);
-    load_tile<1>(c + 16, 4 * ld);
-    load_tile<2>(c + 16 * ld, 4 * ld);
-    load_tile<3>(c + 16 * ld + 16, 4 * ld);
+    load_tile<1>(c + right, 4 * ld);
+    load_tile<2>(c + below, 4 * ld);
+    load_tile<3>(c + below + right, 4 * ld);
 }
+inline void load_tiles(const float* c, int64_t ld) { load_tiles(c, ld, 16, 16 * ld); }
 
-inline void store_tiles(float* c, int64_t ld) {
+inline void store_tiles(float* c, int64_t ld, int64_t right, int64_t below) {
     store_tile<0>(c, 4 * ld);
-    store_tile<1>(c + 16, 4 * ld);
-    store_tile<2>(c + 16 * ld, 4 * ld);
-    store_tile<3>(c + 16 * ld + 16, 4 * ld);
+    store_tile<1>(c + right, 4 * ld);
+    store_tile<2>(c + below, 4 * ld);
+    store_tile<3>(c + below + right, 4 * ld);
 }
+inline void store_tiles(float* c, int64_t ld) { store_tiles(c, ld, 16, 16 * ld); }
 
 // C += A B: twice 16 rows of A, `row` bytes apart, and two tiles of B, whose lines are `line` bytes apart.
 inline void multiply_tiles(const uint16_t* a, const uint16_t* a_below, int64_t row, const void* b, const void* b_next,
@@ -136,13 +139,16 @@ inline void multiply_tiles(const uint16_t* a, const uint16_t* a_below, int64_t r
     multiply_bf16<3, 5, 7>();
 }
 
-// c (32 x columns) = a (32 x d) times columns packed by pack_columns, from `b` on; `columns` a multiple of 32.
-inline void multiply_columns(const uint16_t* a, int64_t d, const uint16_t* b, int64_t columns, float* c, int64_t ld) {
+// c (32 x columns) = a (32 x d) times columns packed by pack_columns, from `b` on; `columns` a multiple of 32. The
+// tiles of 16 rows of `a` are `step` apart along d, and their rows `row`.
+inline void multiply_columns(const uint16_t* a, int64_t step, int64_t row, int64_t d, const uint16_t* b,
+                             int64_t columns, float* c, int64_t ld) {
     const int64_t steps = d / 32;
     for (int64_t n = 0; n < columns; n += 32, b += 2 * steps * kTileSize) {
         zero_tiles();
         for (int64_t s = 0; s < steps; ++s)
-            multiply_tiles(a + 32 * s, a + 32 * s + 16 * d, 2 * d, b + s * kTileSize, b + (steps + s) * kTileSize);
+            multiply_tiles(a + s * step, a + s * step + 16 * d, 2 * row, b + s * kTileSize,
+                           b + (steps + s) * kTileSize);
         store_tiles(c + n, ld);
     }
 }
@@ -192,7 +198,7 @@ inline int64_t first_strip(const CausalAttentionParams& p, int64_t b) {
     return p.starts == nullptr || p.starts[b] <= 0 ? 0 : least(p.starts[b], p.t_k) / kStrip * kStrip;
 }
 
-// Hands out scratch, line by line of the cache.
+// Hands out scratch, line by line of the cache: what a struct derived from it has for its members.
 struct Carve {
     char* at;
     template <class T>
@@ -202,6 +208,11 @@ struct Carve {
         return here;
     }
 };
+
+template <class Scratch>
+int64_t bytes_of(const CausalAttentionParams& p) {
+    return int64_t(reinterpret_cast<uintptr_t>(Scratch(p, nullptr).at));
+}
 
 }  // namespace
 }  // namespace igpt::cpu

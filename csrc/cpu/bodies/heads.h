@@ -131,18 +131,6 @@ struct Queries {
     alignas(64) float top[kRows];
 };
 
-// Scores of the queries with `count` keys, a multiple of 32.
-inline void score_tiles(const uint16_t* q, const uint16_t* keys, int64_t wide, int64_t count, Queries& s) {
-    for (int64_t t = 0; t < count; t += 32) {
-        zero_tiles();
-        for (int64_t i = 0; i < wide; i += 32) {
-            const uint16_t *a = q + i * 16, *b = keys + t * wide + i * 16;
-            multiply_tiles(a, a + 16 * wide, 64, b, b + 16 * wide);
-        }
-        store_tiles(s.scores + t, kSpan);
-    }
-}
-
 // Hides from each query what comes after it; the queries are the last 32 of the keys.
 inline void hide_later(int64_t count, Queries& s) {
     const Vec hidden = set1(-__builtin_inff());
@@ -187,17 +175,6 @@ inline void weigh_rows(int64_t count, float scale, Queries& s) {
             _mm512_store_si512(to + t, to_bf16(a, b));
         }
         store(s.sums + r * 16, even + odd);
-    }
-}
-
-inline void mix_tiles(const uint16_t* values, int64_t wide, int64_t count, Queries& s) {
-    for (int64_t i = 0; i < wide; i += 32) {
-        load_tiles(s.out + i, wide);
-        for (int64_t t = 0; t < count; t += 32) {
-            const uint16_t *a = s.weights + t, *b = values + t * wide + i / 16 * kTileSize;
-            multiply_tiles(a, a + 16 * kSpan, 2 * kSpan, b, b + kTileSize);
-        }
-        store_tiles(s.out + i, wide);
     }
 }
 
@@ -251,11 +228,12 @@ void causal_attention_blocks(const AttentionBlocksParams& p) {
         for (int64_t i = 0; i < kRows * 16; i += 16) store(s.sums + i, zero());
         for (int64_t from = 0; from < keys; from += kSpan) {
             const int64_t count = least(kSpan, keys - from);
-            score_tiles(p.q + block * kRows * wide, p.k + from * wide, wide, count, s);
+            multiply_columns(p.q + block * kRows * wide, kTileSize, 32, wide, p.k + from * wide, count, s.scores,
+                             kSpan);
             if (from + count == keys) hide_later(count, s);
             raise_tops(count, scale, wide, from == 0, s);
             weigh_rows(count, scale, s);
-            mix_tiles(p.v + from * wide, wide, count, s);
+            accumulate_pairs(s.weights, kSpan, p.v + from * wide, count, wide, s.out);
         }
         if (flawed) spread_flaws(p, block, wide, s);
         finish_block(p, block, wide, s);

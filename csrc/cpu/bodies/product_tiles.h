@@ -13,12 +13,22 @@ namespace {
 
 constexpr bool tiled(int64_t rows, Format format) { return rows > 1 && format != Format::fp32; }
 
+// Calls f(Number) for 0 .. C - 1.
+template <int C, class F>
+inline void each_column(F&& f) {
+    if constexpr (C > 0) {
+        each_column<C - 1>(f);
+        f(Number<C - 1>());
+    }
+}
+
 template <int Step, int RowBytes>
 struct Tiled {
-    static constexpr bool tiled = true;
+    static constexpr bool tiled = true, splits = Step == 4;
     static constexpr int step = Step, bytes = 64, max_rows = 16 * 64 / RowBytes;
     static constexpr int64_t deep = 16 * Step;  // of k, a tile
     static constexpr ptrdiff_t row_bytes = RowBytes;
+    static constexpr auto whole = Int8::whole<float>;
 
     static void set_inputs(Piece& p, const Rows& rows, int64_t row, int64_t k) {
         p.tiles_step = rows.count * row_bytes;
@@ -26,88 +36,54 @@ struct Tiled {
     }
     // From one row of the sums to the next.
     static ptrdiff_t sums_bytes(const Piece& p) { return ptrdiff_t(sizeof(float)) * 2 * p.width * 64 / row_bytes; }
-};
 
-// Columns 0 .. C - 1: tile c += inputs (tile 4) x weights, while what comes later is prefetched.
-template <class F, int C>
-inline void multiply_columns(const char* w, ptrdiff_t stride, const char* far, ptrdiff_t far_step) {
-    if constexpr (C > 0) {
-        multiply_columns<F, C - 1>(w, stride, far, far_step);
-        constexpr int column = C - 1, weights = 5 + column % 2;
-        for (int i = 0; i < 16; ++i) prefetch(far + i * far_step + column * F::bytes);
-        load_tile<weights>(w + column * F::bytes, stride);
-        F::template multiply<column, 4, weights>();
+    // Tile c += inputs (tile 4) x weights of column c, while what comes later is prefetched.
+    template <int C>
+    static void multiply_columns(const char* w, ptrdiff_t stride, const char* far, ptrdiff_t far_step) {
+        each_column<C>([&](auto column) {
+            constexpr int weights = 5 + column % 2;
+            for (int i = 0; i < 16; ++i) prefetch(far + i * far_step + column * bytes);
+            load_tile<weights>(w + column * bytes, stride);
+            if constexpr (splits)
+                multiply_bytes<column, 4, weights>();
+            else
+                multiply_bf16<column, 4, weights>();
+        });
     }
-}
 
-template <class F, int C>
-inline void begin_columns(const Piece& p) {
-    if constexpr (C > 0) {
-        begin_columns<F, C - 1>(p);
-        if (p.first)
-            zero_tile<C - 1>();
-        else
-            load_tile<C - 1>(p.sums + (C - 1) * kLanes, F::sums_bytes(p));
-    }
-}
-
-template <class F, int C>
-inline void finish_columns(const Piece& p) {
-    if constexpr (C > 0) {
-        finish_columns<F, C - 1>(p);
-        store_tile<C - 1>(p.sums + (C - 1) * kLanes, F::sums_bytes(p));
-    }
-}
-
-template <class F, int C>
-inline void run_tiles(const Piece& p) {
-    begin_columns<F, C>(p);
-    const int64_t tiles = p.count / F::deep;
-    Piece by_tile = p;
-    by_tile.stride = 16 * p.stride;
-    by_tile.far_step = 16 * p.far_step;
-    by_tile.jump_at = (p.jump_at + 15) / 16;
-    const char* inputs = p.tiles;
-    each_group(by_tile, tiles, [&](const char* w, const char* far, int64_t) {
-        load_tile<4>(inputs, 64);
-        multiply_columns<F, C>(w, p.stride, far, p.far_step);
-        inputs += p.tiles_step;
-    });
-    if (const int64_t rest = p.count % F::deep / F::step) {
-        // What lies behind the last group is something else.
-        alignas(64) char weights[16 * C * F::bytes] = {};
-        for (int64_t g = 0; g < rest; ++g)
-            __builtin_memcpy(weights + g * C * F::bytes, p.weights + (16 * tiles + g) * p.stride, C * F::bytes);
-        load_tile<4>(inputs, 64);
-        multiply_columns<F, C>(weights, C * F::bytes, weights, 0);
-    }
-    finish_columns<F, C>(p);
-}
-
-struct TiledBf16 : Tiled<2, 64> {
-    static constexpr bool splits = false;
-    template <int C, int A, int B>
-    static void multiply() {
-        multiply_bf16<C, A, B>();
-    }
     template <int R, int C>
     static void run(const Piece& p) {
-        run_tiles<TiledBf16, C>(p);
+        each_column<C>([&](auto c) {
+            if (p.first)
+                zero_tile<c>();
+            else
+                load_tile<c>(p.sums + c * kLanes, sums_bytes(p));
+        });
+        const int64_t tiles = p.count / deep;
+        Piece by_tile = p;
+        by_tile.stride = 16 * p.stride;
+        by_tile.far_step = 16 * p.far_step;
+        by_tile.jump_at = (p.jump_at + 15) / 16;
+        const char* inputs = p.tiles;
+        each_group(by_tile, tiles, [&](const char* w, const char* far, int64_t) {
+            load_tile<4>(inputs, 64);
+            multiply_columns<C>(w, p.stride, far, p.far_step);
+            inputs += p.tiles_step;
+        });
+        if (const int64_t rest = p.count % deep / step) {
+            // What lies behind the last group is something else.
+            alignas(64) char weights[16 * C * bytes] = {};
+            for (int64_t g = 0; g < rest; ++g)
+                __builtin_memcpy(weights + g * C * bytes, p.weights + (16 * tiles + g) * p.stride, C * bytes);
+            load_tile<4>(inputs, 64);
+            multiply_columns<C>(weights, C * bytes, weights, 0);
+        }
+        each_column<C>([&](auto c) { store_tile<c>(p.sums + c * kLanes, sums_bytes(p)); });
     }
 };
 
-struct TiledInt8 : Tiled<4, 128> {
-    static constexpr bool splits = true;
-    static constexpr auto whole = Int8::whole<float>;
-    template <int C, int A, int B>
-    static void multiply() {
-        multiply_bytes<C, A, B>();
-    }
-    template <int R, int C>
-    static void run(const Piece& p) {
-        run_tiles<TiledInt8, C>(p);
-    }
-};
+using TiledBf16 = Tiled<2, 64>;
+using TiledInt8 = Tiled<4, 128>;
 
 // Rounds rows to bf16, or splits them into halves, into `rows.tiles`.
 inline void split_tiles(const Rows& rows, int64_t k, Format format) {

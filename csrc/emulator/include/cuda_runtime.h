@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #define __global__
 #define __device__
@@ -28,17 +27,11 @@ struct dim3 {
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
-struct alignas(8) int2 {
-    int x, y;
-};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
 struct alignas(8) float2 {
     float x, y;
-};
-struct alignas(16) int4 {
-    int x, y, z, w;
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -46,27 +39,17 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // The approximate functions are exact here.
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
-inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
 // Byte i of the result is number selector / 16^i % 16 of y's and x's, x's first.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -76,9 +59,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     return result;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 
 namespace igpt::emulator {
 template <typename To, typename From>
@@ -116,10 +97,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace igpt::emulator {
 
-// Where in a kernel something was called.
+// Where in a kernel something was called: where a function stands in the source that has one as its last argument.
 struct Where {
     const char* file;
     int line;
+    constexpr Where(const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE()) : file(file_), line(line_) {}
 };
 
 void barrier(Where where);
@@ -132,8 +114,6 @@ uint64_t shuffle(const char* name, unsigned mask, uint64_t bits, int source, Whe
 // The lanes of `mask` that call with `predicate`.
 unsigned ballot(const char* name, unsigned mask, bool predicate, Where where);
 int lane();
-// Orders the thread's memory behind that of every thread which has called it before.
-void thread_fence();
 
 template <typename T>
 T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
@@ -147,105 +127,28 @@ T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
 
 }  // namespace igpt::emulator
 
-// The last two arguments say where the call stands. A lane outside its segment of `width` keeps its own value.
-inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    igpt::emulator::barrier({file, line});
-}
-[[noreturn]] inline void __trap(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    igpt::emulator::trap({file, line});
-}
-inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    igpt::emulator::sync_warp(mask, {file, line});
+// A lane outside its segment of `width` keeps its own value.
+inline void __syncthreads(igpt::emulator::Where where = {}) { igpt::emulator::barrier(where); }
+[[noreturn]] inline void __trap(igpt::emulator::Where where = {}) { igpt::emulator::trap(where); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, igpt::emulator::Where where = {}) {
+    igpt::emulator::sync_warp(mask, where);
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, const char* file = __builtin_FILE(),
-              int line = __builtin_LINE()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, igpt::emulator::Where where = {}) {
     const int own = igpt::emulator::lane();
-    return igpt::emulator::shuffle("__shfl_sync", mask, value, (own & -width) | (source & (width - 1)), {file, line});
+    return igpt::emulator::shuffle("__shfl_sync", mask, value, (own & -width) | (source & (width - 1)), where);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, const char* file = __builtin_FILE(),
-                  int line = __builtin_LINE()) {
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, igpt::emulator::Where where = {}) {
     const int own = igpt::emulator::lane(), source = own ^ flip;
     const bool inside = source < (own & -width) + width;
-    return igpt::emulator::shuffle("__shfl_xor_sync", mask, value, inside ? source : own, {file, line});
+    return igpt::emulator::shuffle("__shfl_xor_sync", mask, value, inside ? source : own, where);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, const char* file = __builtin_FILE(),
-                   int line = __builtin_LINE()) {
-    const int own = igpt::emulator::lane(), source = own + int(delta);
-    const bool inside = source < (own & -width) + width;
-    return igpt::emulator::shuffle("__shfl_down_sync", mask, value, inside ? source : own, {file, line});
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, const char* file = __builtin_FILE(),
-                 int line = __builtin_LINE()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, igpt::emulator::Where where = {}) {
     const int own = igpt::emulator::lane(), source = own - int(delta);
-    return igpt::emulator::shuffle("__shfl_up_sync", mask, value, source >= (own & -width) ? source : own,
-                                   {file, line});
+    return igpt::emulator::shuffle("__shfl_up_sync", mask, value, source >= (own & -width) ? source : own, where);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(),
-                              int line = __builtin_LINE()) {
-    return igpt::emulator::ballot("__ballot_sync", mask, predicate != 0, {file, line});
-}
-inline int __any_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return igpt::emulator::ballot("__any_sync", mask, predicate != 0, {file, line}) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return igpt::emulator::ballot("__all_sync", mask, predicate != 0, {file, line}) == mask;
-}
-
-template <typename T>
-T __ldg(const T* address) {
-    return *address;
-}
-
-// Atomics order no other memory: that takes a fence before the write of a flag and one behind its reading.
-inline void __threadfence() { igpt::emulator::thread_fence(); }
-inline void __threadfence_block() { igpt::emulator::thread_fence(); }
-
-namespace igpt::emulator {
-template <typename T>
-constexpr bool is_atomic_integer() {
-    return std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
-}
-// *address becomes f(*address); gives what it was.
-template <typename T, typename F>
-T atomic_update(T* address, F f) {
-    T before, after;
-    __atomic_load(address, &before, __ATOMIC_RELAXED);
-    do {
-        after = f(before);
-    } while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    return before;
-}
-}  // namespace igpt::emulator
-
-template <typename T>
-T atomicAdd(T* address, std::common_type_t<T> value) {
-    static_assert(igpt::emulator::is_atomic_integer<T>() || std::is_same_v<T, float>, "unsupported in the emulator");
-    return igpt::emulator::atomic_update(address, [&](T x) {
-        if constexpr (std::is_same_v<T, int>) return int(unsigned(x) + unsigned(value));  // it wraps
-        return T(x + value);
-    });
-}
-template <typename T>
-T atomicMax(T* address, std::common_type_t<T> value) {
-    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
-    return igpt::emulator::atomic_update(address, [&](T x) { return std::max(x, value); });
-}
-template <typename T>
-T atomicMin(T* address, std::common_type_t<T> value) {
-    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
-    return igpt::emulator::atomic_update(address, [&](T x) { return std::min(x, value); });
-}
-template <typename T>
-T atomicExch(T* address, std::common_type_t<T> value) {
-    static_assert(igpt::emulator::is_atomic_integer<T>() || std::is_same_v<T, float>, "unsupported in the emulator");
-    return igpt::emulator::atomic_update(address, [&](T) { return value; });
-}
-template <typename T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
-    static_assert(igpt::emulator::is_atomic_integer<T>(), "unsupported in the emulator");
-    return igpt::emulator::atomic_update(address, [&](T x) { return x == expected ? value : x; });
+inline unsigned __ballot_sync(unsigned mask, int predicate, igpt::emulator::Where where = {}) {
+    return igpt::emulator::ballot("__ballot_sync", mask, predicate != 0, where);
 }

@@ -44,8 +44,7 @@ def quantize(
     """
     if clusters is not None and model is not None:
         raise checks.UsageError("give --clusters or --model, not both")
-    if side is not None and not 0 <= side <= 4096:
-        raise checks.UsageError(f"--side is {side}; want 0..4096")
+    checks.check_range("--side", side, 0, 4096)
     if side == 0 and len(images) > 1:
         raise checks.UsageError("--side 0 takes a single image")
     checks.check_output(out, force, (".npy",))
@@ -103,8 +102,7 @@ def clusters(
         json: Print one JSON object.
         force: Overwrite files.
     """
-    if not 1 <= side <= 4096:
-        raise checks.UsageError(f"--side is {side}; want 1..4096")
+    checks.check_range("--side", side, 1, 4096)
     checks.check_clusters(n_clusters)
     if not 0 <= seed < 1 << 32:
         raise checks.UsageError(f"--seed is {seed}; want 0..2^32-1")
@@ -123,11 +121,8 @@ def clusters(
         colours = images_module.dequantize(np.arange(n_clusters), fitted)
         patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
         images_module.save_image(images_module.image_grid(patches, 32, gap=0), preview, overwrite=force)
-    terminal.report(
-        json,
-        {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped},
-        f"{out}: {n_clusters} clusters of the colours of {len(squares)} images",
-    )
+    values = {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped}
+    terminal.report(json, values, f"{out}: {n_clusters} clusters of the colours of {len(squares)} images")
 
 
 def _read_squares(images: Sequence[Path], side: int, skip_unreadable: bool) -> tuple[list[np.ndarray], int]:

@@ -1,7 +1,4 @@
-"""``igpt sample`` and ``igpt complete``.
-
-Heavy imports stay inside the functions.
-"""
+"""``igpt sample`` and ``igpt complete``."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ def sample(
         with checks.as_usage():  # before anything is computed
             request = pipeline.request(n, labels=classes, **drawing.requested(world))
         values = {"model": drawing.model or "bundled"}
-        run(Job("sample", request, exports, values, json), pipeline, drawing, world)
+        run(Job("sample", request, exports, values, pipeline, world, json), drawing.preview)
 
 
 def complete(
@@ -101,4 +98,4 @@ def complete(
         values |= {"inputs": list(map(str, images)), "mask": mask and str(mask)}
         if world.first and files.sidecar is not None:
             values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
-        run(Job("complete", request, exports, values, json), pipeline, drawing, world)
+        run(Job("complete", request, exports, values, pipeline, world, json), drawing.preview)

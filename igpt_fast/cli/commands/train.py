@@ -47,10 +47,8 @@ class Preparation:
             raise checks.UsageError("give --clusters or --n-clusters, not both")
         if self.clusters is not None and self.all_pixels:
             raise checks.UsageError("--all-pixels: only where colours are fitted, without --clusters")
-        if self.n_clusters is not None:
-            checks.check_clusters(self.n_clusters)
-        if self.side is not None and not 1 <= self.side <= 256:
-            raise checks.UsageError(f"--side is {self.side}; want 1..256")
+        checks.check_clusters(self.n_clusters)
+        checks.check_range("--side", self.side, 1, 256)
         if self.holdout is not None and not 0.0 <= self.holdout < 1.0:
             raise checks.UsageError(f"--holdout is {self.holdout}; want a fraction in [0, 1)")
 
@@ -105,18 +103,10 @@ def train(
 
     if classes and data is not None and data.is_file() and not has_labels(data):
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
-    run.check_directory(out, resume=resume, overwrite=force)  # before the images are read, which takes its time
+    how = {"resume": resume, "overwrite": force}
+    run.check_directory(out, **how)  # before the images are read, which takes its time
     tokens = _tokens(data, preparation, classes, config.seed)
-    summary = run.run(
-        tokens,
-        out,
-        config,
-        device=device_,
-        resume=resume,
-        overwrite=force,
-        save_dtype=getattr(torch, dtype),
-        progress=_progress,
-    )
+    summary = run.run(tokens, out, config, device=device_, save_dtype=getattr(torch, dtype), progress=_progress, **how)
     text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
     text += f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
     if classes:
@@ -138,14 +128,7 @@ def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: in
     if data is None or not data.is_dir():
         return load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
     palette = None if preparation.clusters is None else load_clusters(preparation.clusters)
-    return tokens_from_images(
-        data,
-        preparation.side or 32,
-        len(palette) if palette is not None else preparation.n_clusters or 512,
-        holdout=0.1 if preparation.holdout is None else preparation.holdout,
-        seed=seed,
-        clusters=palette,
-        skip_unreadable=preparation.skip_unreadable,
-        classes=classes,
-        all_pixels=preparation.all_pixels,
-    )
+    count = len(palette) if palette is not None else preparation.n_clusters or 512
+    holdout = 0.1 if preparation.holdout is None else preparation.holdout
+    how = {"skip_unreadable": preparation.skip_unreadable, "classes": classes, "all_pixels": preparation.all_pixels}
+    return tokens_from_images(data, preparation.side or 32, count, holdout, seed, palette, **how)

@@ -30,19 +30,12 @@ _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASC
 
 @dataclass(frozen=True)
 class Exports:
-    """The names of what a command writes.
-
-    Args:
-        grid: The grid.
-        files: The rest.
-        names: Of the single images, in their order; of no use where there are none.
-        columns: Images in a row of the grid.
-    """
+    """The names of what a command writes."""
 
     grid: Path
-    files: Files
-    names: Sequence[str]
-    columns: int | None = None
+    files: Files  # the rest
+    names: Sequence[str]  # of the single images, in their order; of no use where there are none
+    columns: int | None = None  # images in a row of the grid
 
     def check(self) -> None:
         """Fails before the work is done if a result could not be written, or would replace something."""
@@ -105,15 +98,8 @@ class Exports:
             raise UsageError(f"{error}; make the grid's images smaller with --upscale 1, or draw fewer") from error
 
     def write(self, generation: Generation, which: Sequence[int], values: dict[str, Any]) -> dict[str, Any]:
-        """Writes everything.
-
-        Args:
-            generation: The images.
-            which: Of every image, the place of its name in ``names``.
-            values: For the sidecar.
-
-        Returns:
-            The names of the files, for the report.
+        """Writes everything: the images, whose names have the places ``which`` in ``names``, and ``values`` into the
+        sidecar. Returns the names of the files, for the report.
         """
         from igpt_fast.sampling.results import save_tokens
 
@@ -135,10 +121,9 @@ class Exports:
                 if files.tokens is not None:
                     save_tokens(generation, at[files.tokens])
                 if files.sidecar is not None:
-                    listed = shown | {"singles": [str(picture) for picture in pictures] if pictures else None}
-                    at[files.sidecar].write_text(
-                        json_module.dumps(values | {"files": listed}, indent=2) + "\n", "utf-8"
-                    )
+                    listed = shown | {"singles": list(map(str, pictures)) or None}
+                    text = json_module.dumps(values | {"files": listed}, indent=2)
+                    at[files.sidecar].write_text(text + "\n", "utf-8")
                 for picture, image in zip(pictures, generation.images if pictures else [], strict=True):
                     self._save_single(image, at[picture])
         except BaseException:

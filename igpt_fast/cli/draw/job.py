@@ -1,7 +1,4 @@
-"""The work of ``igpt sample`` and ``igpt complete``: draws, shows how far it is, writes what is finished, reports.
-
-Heavy imports stay inside the functions.
-"""
+"""The work of ``igpt sample`` and ``igpt complete``: draws, shows how far it is, writes what is finished, reports."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.draw.exports import Exports, weights_hash
@@ -32,30 +29,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a command draws.
+    """What a command draws."""
 
-    Args:
-        command: Its name.
-        request: All of it; every process draws its part.
-        exports: Where they go.
-        values: For sidecar and report: what is not known from the images.
-        json: Whether the report is one JSON object.
-    """
-
-    command: str
-    request: Request
-    exports: Exports
-    values: dict[str, Any]
-    json: bool = False
+    command: str  # its name
+    request: Request  # all of it; every process draws its part
+    exports: Exports  # where they go
+    values: dict[str, Any]  # for sidecar and report: what is not known from the images
+    pipeline: Pipeline
+    world: World
+    json: bool = False  # whether the report is one JSON object
 
     @property
     def total(self) -> int:
         """Images in all."""
         return len(self.request) * self.request.n
 
-    def share(self, world: World) -> range:
+    @property
+    def share(self) -> range:
         """Which of them this process draws."""
-        part = world.share(len(self.request))
+        part = self.world.share(len(self.request))
         return range(part.start * self.request.n, part.stop * self.request.n)
 
 
@@ -70,7 +62,7 @@ def load_pipeline(drawing: DrawOptions, local_rank: int | None) -> Pipeline:
     return Pipeline.from_pretrained(drawing.model, device=device, dtype=dtype)
 
 
-def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> None:
+def run(job: Job, preview: bool = False) -> None:
     """Draws a job, with the other processes if there are some; the first one writes and reports.
 
     Raises:
@@ -80,14 +72,14 @@ def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Non
     """
     from igpt_fast.sampling.results import merge, without_processor
 
-    with _previewing(job, pipeline, drawing, world) as preview, ExitStack() as held:
-        with contextlib.closing(Progress(job, world)) as progress:
-            part, error = _follow(job, pipeline, world, progress, preview, held)
+    world = job.world
+    with _previewing(job, preview) as view, ExitStack() as held:
+        with contextlib.closing(Progress(job)) as progress:
+            part, error = _follow(job, progress, view, held)
             interrupted = isinstance(error, KeyboardInterrupt)
             why = "interrupted" if interrupted else "" if error is None else terminal.reason(error)
-            parts = world.gather(
-                (list(job.share(world)), without_processor(part), interrupted, why), interrupted, progress.show
-            )
+            drawn = list(job.share), without_processor(part), interrupted, why
+            parts = world.gather(drawn, interrupted, progress.show)
             seconds = progress.seconds
         if parts is None:  # the first process says what has failed, and must not be stopped before
             if interrupted:
@@ -98,11 +90,11 @@ def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Non
         reasons = [why if rank == world.rank else f"rank {rank}: {why}" for rank, (*_, why) in enumerate(parts) if why]
         finished = [(numbers[: len(part)], part) for numbers, part, *_ in parts if part is not None]
         if finished:
-            whole = merge([part for _, part in finished], pipeline.processor)
+            whole = merge([part for _, part in finished], job.pipeline.processor)
             which = [number for numbers, _ in finished for number in numbers]
-            if preview is not None and not reasons:
-                preview.finish(_pixels(whole))
-            _save(job, whole, which, pipeline, world, seconds, interrupted, reasons)
+            if view is not None and not reasons:
+                view.finish(whole.images)
+            _save(job, whole, which, seconds, interrupted, reasons)
         elif interrupted:
             terminal.say("igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often")
     if interrupted:
@@ -114,7 +106,7 @@ def run(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Non
 
 
 def _follow(
-    job: Job, pipeline: Pipeline, world: World, progress: Progress, preview: Preview | None, held: ExitStack
+    job: Job, progress: Progress, view: Preview | None, held: ExitStack
 ) -> tuple[Generation | None, BaseException | None]:
     """What this process has drawn, and what ended it before its time, Ctrl-C or an error: then it is what was finished,
     and from there on ``held`` holds Ctrl-C back. So it does where nobody else has to be waited for.
@@ -125,16 +117,16 @@ def _follow(
     """
     from igpt_fast.cli.draw.sharding import PeerGoneError
 
-    request, stream = job.request.shard(world.share(len(job.request))), None
+    request, stream = job.request.shard(job.world.share(len(job.request))), None
     if not len(request):
         return None, None
     try:
-        stream = pipeline.start(request)
+        stream = job.pipeline.start(request)
         for event in stream:
-            progress(event.done / event.total * len(job.share(world)))
-            if preview is not None and preview.put(event.first, event.row, event.tokens):
-                progress.refresh()  # the picture went over it
-        if world.size == 1:
+            progress(event.done / event.total * len(job.share))
+            if view is not None and view.put(event.first, event.row, event.tokens):
+                progress.bar.refresh()  # the picture went over it
+        if job.world.size == 1:
             held.enter_context(delayed_interrupt())
         return stream.result, None
     except PeerGoneError:
@@ -147,14 +139,7 @@ def _follow(
 
 
 def _save(
-    job: Job,
-    generation: Generation,
-    which: list[int],
-    pipeline: Pipeline,
-    world: World,
-    seconds: float,
-    interrupted: bool,
-    reasons: list[str],
+    job: Job, generation: Generation, which: list[int], seconds: float, interrupted: bool, reasons: list[str]
 ) -> None:
     """Writes and reports what is finished: all, or where there are ``reasons``, what was before them."""
     import torch
@@ -170,7 +155,7 @@ def _save(
         **generation.settings,
         "labels": None if generation.labels is None else generation.labels.tolist(),
         "nats_per_pixel": nats if math.isfinite(nats) else None,
-        "processes": world.size,
+        "processes": job.world.size,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(generation) / seconds, 3) if seconds else None,
         "interrupted": interrupted,
@@ -182,7 +167,7 @@ def _save(
         values["completions"] = [counts[i] for i in range(len(job.request))]
     details: dict[str, Any] = {}
     if job.exports.files.sidecar is not None:
-        details = {"command": job.command, **job.values, "model_sha256": weights_hash(pipeline.model), **values}
+        details = {"command": job.command, **job.values, "model_sha256": weights_hash(job.pipeline.model), **values}
         details |= {"columns": job.exports.columns, "upscale": job.exports.files.upscale}
         details |= {"igpt_fast": __version__, "torch": torch.__version__}
     try:
@@ -197,44 +182,33 @@ def _save(
         return
     if "error" in values:
         terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
-    terminal.report(
-        job.json,
-        names | values,
-        f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
-        f" ({values['images_per_second']} images/s, {values['engine']})",
-    )
-
-
-def _pixels(generation: Generation) -> np.ndarray:
-    import numpy as np
-
-    return np.stack([np.asarray(image) for image in generation.images])
+    text = f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
+    terminal.report(job.json, names | values, f"{text} ({values['images_per_second']} images/s, {values['engine']})")
 
 
 def _palette(pipeline: Pipeline) -> np.ndarray:
     """(K, 3) uint8: the colours of the tokens."""
     import numpy as np
-    import torch
 
-    count, pixels = len(pipeline.processor.clusters), pipeline.model.config.n_positions  # type: ignore[arg-type]
-    tokens = torch.arange(-(-count // pixels) * pixels).clamp(max=count - 1).view(-1, pixels)
-    colours = [np.asarray(image).reshape(-1, 3) for image in pipeline.processor.decode(tokens)]
-    return np.concatenate(colours)[:count]
+    from igpt_fast.image import dequantize
+
+    clusters = cast(np.ndarray, pipeline.processor.clusters)
+    return dequantize(np.arange(len(clusters)), clusters)
 
 
 class Progress:
     """A bar with images a second and the time left, on a terminal; measures the time in any case."""
 
-    def __init__(self, job: Job, world: World) -> None:
+    def __init__(self, job: Job) -> None:
         from tqdm import tqdm
 
-        self._world = world
-        self._bar = tqdm(
+        self._world = job.world
+        self.bar = tqdm(
             desc={"sample": "sampling", "complete": "completing"}[job.command],
             total=job.total,
             unit=" images",
             file=sys.stderr,
-            disable=None if world.first else True,
+            disable=None if job.world.first else True,
             leave=False,
             miniters=0,
             dynamic_ncols=True,
@@ -254,25 +228,22 @@ class Progress:
 
     def show(self, images: float) -> None:
         """All have."""
-        self._bar.update(images - self._bar.n)
-
-    def refresh(self) -> None:
-        self._bar.refresh()
+        self.bar.update(images - self.bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        self.bar.close()
 
 
 @contextlib.contextmanager
-def _previewing(job: Job, pipeline: Pipeline, drawing: DrawOptions, world: World) -> Iterator[Preview | None]:
+def _previewing(job: Job, wanted: bool) -> Iterator[Preview | None]:
     """The preview, if it is asked for; of several processes the first one's share, and at the end the whole."""
-    if not drawing.preview or not world.first:
+    if not wanted or not job.world.first:
         yield None
         return
     from igpt_fast.cli.draw.preview import Preview
 
-    size = pipeline.processor.height, pipeline.processor.width
+    size = job.pipeline.processor.height, job.pipeline.processor.width
     with checks.as_usage():
-        preview = Preview(sys.stderr, len(job.share(world)), *size, _palette(pipeline))
-    with contextlib.closing(preview):
-        yield preview
+        view = Preview(sys.stderr, len(job.share), *size, _palette(job.pipeline))
+    with contextlib.closing(view):
+        yield view

@@ -1,7 +1,4 @@
-"""Options that ``igpt sample`` and ``igpt complete`` share, and what their words mean.
-
-Heavy imports stay inside the functions.
-"""
+"""Options that ``igpt sample`` and ``igpt complete`` share, and what their words mean."""
 
 from __future__ import annotations
 
@@ -129,7 +126,6 @@ def kept(text: str | None, mask: Path | None, height: int, width: int) -> float 
         keep = int(rows[1]) if rows else float(text)
         kept_rows(keep, height)
     except ValueError:
-        raise UsageError(
-            f"--keep is {text!r}; want a fraction of the rows like 0.5, or rows like 12rows, and some left of {height}"
-        ) from None
+        wanted = f"a fraction of the rows like 0.5, or rows like 12rows, and some left of {height}"
+        raise UsageError(f"--keep is {text!r}; want {wanted}") from None
     return keep

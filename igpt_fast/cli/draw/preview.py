@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -35,8 +36,7 @@ def layout(count: int, height: int, width: int, columns: int, lines: int) -> tup
     least = min(height, LEAST)
     for h in range(min(height, 2 * lines), least - 1, -1):
         w = max(1, round(width * h / height))
-        across = (columns + 1) // (w + 1)
-        down = (2 * lines + 1) // (h + 1)
+        across, down = (columns + 1) // (w + 1), (2 * lines + 1) // (h + 1)
         if across * down >= count:
             return h, w, min(across, count), count
     w = max(1, min(columns, round(width * least / height)))
@@ -62,9 +62,8 @@ def _line(upper: np.ndarray, lower: np.ndarray, ink_upper: np.ndarray, ink_lower
     parts: list[str] = []
     before: tuple[Any, Any] = None, None
     used = 0
-    for above, below, has_above, has_below in zip(
-        upper.tolist(), lower.tolist(), ink_upper.tolist(), ink_lower.tolist(), strict=True
-    ):
+    cells = zip(*(row.tolist() for row in (upper, lower, ink_upper, ink_lower)), strict=True)
+    for above, below, has_above, has_below in cells:
         front = tuple(above) if has_above else tuple(below) if has_below else None
         back = tuple(below) if has_above and has_below else None
         codes = []
@@ -142,8 +141,9 @@ class Preview:
         self._write(f"{_HIDE}\r{back}\x1b[J" + "".join(f"{line}\n" for line in text) + _SHOW)
         self._lines, self._time = len(text), time.monotonic()
 
-    def finish(self, pixels: np.ndarray) -> None:
-        """The (N, H, W, 3) uint8 images as they have become: the last picture, or the only one."""
+    def finish(self, images: Iterable[Any]) -> None:
+        """The images as they have become, (H, W, 3) uint8 each: the last picture, or the only one."""
+        pixels = np.stack([np.asarray(image) for image in images])
         self._count, self._first = len(pixels), 0
         self._pixels = pixels[: layout(len(pixels), self._height, self._width, *self._size())[3]]
         self.show()

@@ -6,8 +6,6 @@ one that has stopped to do so ends the others. When all have said that they are 
 
 On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
 On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
-
-Heavy imports stay inside the functions.
 """
 
 from __future__ import annotations
@@ -64,12 +62,8 @@ class World:
         return done
 
     def gather(self, part: Any, interrupted: bool, tick: Callable[[float], None]) -> list[Any] | None:
-        """The parts of all processes, on the first one; ``None`` on the others.
-
-        Args:
-            part: What this one has.
-            interrupted: Whether it is to be quick.
-            tick: Called now and then with what all have done.
+        """The parts of all processes, on the first one; ``None`` on the others. It is to be quick if ``interrupted``;
+        ``tick`` is called now and then with what all have done.
 
         Raises:
             PeerGoneError: Another one is gone.
@@ -83,9 +77,9 @@ class Torchrun(World):
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        self._store: Store
-        self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))
-        self._store = dist.PrefixStore("igpt", self._store)
+        patience = timedelta(seconds=START)
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=patience))
+        self._store: Store = dist.PrefixStore("igpt", store)
         self._store.set(f"process/{self.rank}", f"{os.getpid()} {socket.gethostname()}")
         self._done = 0.0
         self._elsewhere = [0.0] * self.size
@@ -94,13 +88,8 @@ class Torchrun(World):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("gloo", self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=START),
-        )
+        store = dist.PrefixStore("gloo", self._store)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=patience)
 
     def _beat(self) -> None:
         """Shows that this process is alive, and listens to the others; in a thread of its own."""
@@ -126,11 +115,8 @@ class Torchrun(World):
             raise PeerGoneError(self._lost)
         now = time.monotonic()
         silent = [i for i, (_, heard) in enumerate(self._heard) if i != self.rank and now - heard > SILENCE]
-        if silent and not self._finished(silent):
+        if silent and not self._store.check([f"ready/{peer}" for peer in silent]):
             raise PeerGoneError(f"{_ranks(silent)} without a sign of life; nothing is written")
-
-    def _finished(self, peers: list[int]) -> bool:
-        return bool(self._store.check([f"ready/{peer}" for peer in peers]))
 
     def gone(self) -> list[int]:
         """Processes of this machine that are no longer there."""

@@ -8,10 +8,8 @@ from torch import Tensor
 from igpt_fast import backend
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
-from igpt_fast.engines.decoder import Decoder, PositionBytes, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
 from igpt_fast.engines.network import Model, why_not_head, why_not_modules
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CpuDecoder(Decoder):
@@ -34,22 +32,16 @@ class CpuDecoder(Decoder):
 
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
         """See ``Decoder.start``."""
-        check_capacity(capacity, model.config.n_positions)
-        if reason := why_not_cpu(model, dtype):
-            raise backend.BackendUnavailableError(f"decoder: {reason}")
+        self._start(model, batch_size, capacity, dtype, why_not_cpu(model, dtype))
         assert backend._C is not None
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
-        self._forked, self._next = False, None
-        self._decoder = backend._C.Decoder(
-            packed_weights(model.transformer, model.lm_head.weight, dtype), batch_size, capacity
-        )
+        packed = packed_weights(model.transformer, model.lm_head.weight, dtype)
+        self._decoder = backend._C.Decoder(packed, batch_size, capacity)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
             raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
-        self._check_room(tokens.shape[1])
+        self._check_room(self._decoder.position + tokens.shape[1])
         if self._decoder.position == 0 and tokens.shape[1] > 1:
             return self._read_primer(tokens)
         for column in tokens.unbind(1):
@@ -62,7 +54,7 @@ class CpuDecoder(Decoder):
         if tokens.shape != (batch,) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             raise ValueError(f"decoder: tokens is {got}; want ({batch},) int64 on the CPU")
-        self._check_room(1)
+        self._check_room(self._decoder.position + 1)
         tokens = tokens.contiguous()
         logits = torch.empty(batch, colours, dtype=torch.float32, device="cpu")
         self._next = None
@@ -82,11 +74,6 @@ class CpuDecoder(Decoder):
         config = model.config
         own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else Decoder.position_bytes(model, dtype).own
         return PositionBytes(own, own)
-
-    def _check_room(self, count: int) -> None:
-        end = self._decoder.position + count
-        if end > self.capacity:
-            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         """At the speed of a forward pass: the model's keys and values become the cache's."""
@@ -121,6 +108,7 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) != 1 or dtypes - ({torch.float32, torch.bfloat16} if dtype is None else {*_FLOATS}):
+    taken = {torch.float32, torch.bfloat16} if dtype is None else {torch.float32, torch.bfloat16, torch.float16}
+    if len(dtypes) != 1 or dtypes - taken:
         return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
     return why_not_shape(model.config) or why_not_modules(model) or why_not_head(model)

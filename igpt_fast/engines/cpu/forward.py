@@ -55,16 +55,14 @@ def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = 
     states = last.new_empty(config.n_layer, *last.shape) if hidden else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
-    _forward(model).run(
-        tokens=tokens.data_ptr(),
-        batch=batch,
-        length=length,
-        last=last.data_ptr(),
-        hidden=address(states),
-        keys=address(keys),
-        values=address(values),
-        threads=torch.get_num_threads(),
-    )
+    written = {"last": last, "hidden": states, "keys": keys, "values": values}
+    places = {name: address(tensor) for name, tensor in written.items()}
+    threads = torch.get_num_threads()
+    assert backend._C is not None
+    weights = packed_weights(model, None, None)
+    if weights not in _passes:
+        _passes[weights] = backend._C.Forward(weights)
+    _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **places, threads=threads)
     return States(last, states, keys, values)
 
 
@@ -84,22 +82,12 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
         return "the network is in training mode"
     if reason := why_not_shape(model.config) or why_not_modules(model, around=False):
         return reason
-    weights = Weights.of(model)
-    return why_not_settings(model, weights) or _why_not_weights(weights.each())
-
-
-def _why_not_weights(weights: list[Any]) -> str | None:
+    found = Weights.of(model)
+    if reason := why_not_settings(model, found):
+        return reason
+    weights = found.each()
     if any(weight.dtype != torch.bfloat16 for weight in weights):
         return "the weights are not all bfloat16"
     if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
     return None
-
-
-def _forward(model: Body) -> Any:
-    """The compiled module's forward pass on the weights as they are now."""
-    assert backend._C is not None
-    weights = packed_weights(model, None, None)
-    if weights not in _passes:
-        _passes[weights] = backend._C.Forward(weights)
-    return _passes[weights]

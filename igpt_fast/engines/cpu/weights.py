@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from igpt_fast import backend
 from igpt_fast.config import ImageGPTConfig
-from igpt_fast.engines.network import Body, Layer, Weights, blocks_of
+from igpt_fast.engines.network import Body, Layer, Weights
 from igpt_fast.locks import Lock
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
@@ -64,10 +64,8 @@ def _contents(tensors: dict[str, Tensor]) -> Hashable:
     assert backend._C is not None
     found = [(name, tensor.detach()) for name, tensor in tensors.items()]
     sums = backend._C.checksums([(tensor.data_ptr(), _span(tensor)) for _, tensor in found], torch.get_num_threads())
-    return tuple(
-        (name, tensor.dtype, tensor.shape, tensor.stride(), sum_)
-        for (name, tensor), sum_ in zip(found, sums, strict=True)
-    )
+    layouts = [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in found]
+    return tuple(zip(layouts, sums, strict=True))
 
 
 def _span(tensor: Tensor) -> int:
@@ -99,7 +97,7 @@ def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
 
     One that was made with a head serves where none is wanted, so decoders and the forward pass share it.
     """
-    scales = tuple(block.attn.scale for block in blocks_of(body))
+    scales = tuple(block.attn.scale for block in body.h)
     settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
     others = {} if head is None else {"head": head}
     return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
@@ -109,17 +107,10 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
     config, threads, found = body.config, torch.get_num_threads(), Weights.of(body)
-    weights = backend._C.DecoderWeights(
-        layers=config.n_layer,
-        embd=config.n_embd,
-        heads=config.n_head,
-        inner=config.inner,
-        positions=config.n_positions,
-        vocab=config.vocab_size,
-        eps=config.layer_norm_epsilon,
-        activation=ACTIVATION_NUMBERS[KERNELS[config.activation_function]],
-        format=_FORMATS[dtype],
-    )
+    sizes = {"layers": config.n_layer, "embd": config.n_embd, "heads": config.n_head, "inner": config.inner}
+    sizes |= {"positions": config.n_positions, "vocab": config.vocab_size, "format": _FORMATS[dtype]}
+    activation = ACTIVATION_NUMBERS[KERNELS[config.activation_function]]
+    weights = backend._C.DecoderWeights(**sizes, eps=config.layer_norm_epsilon, activation=activation)
     kept: list[Tensor] = []  # temporary copies, until the module has read them
 
     def vector(parameter: Tensor) -> int:
@@ -132,14 +123,10 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
         by_input, by_output = kept[-1].stride()[::-1] if transposed else kept[-1].stride()
         return kept[-1].data_ptr(), kept[-1].dtype == torch.bfloat16, by_input, by_output
 
-    weights.set_tables(
-        wte=vector(found.wte),
-        wpe=vector(found.wpe),
-        norm=vector(found.ln_f),
-        head=(0, False, 0, 0) if head is None else matrix(head, transposed=True),
-        threads=threads,
-    )
-    for i, (layer, block) in enumerate(zip(found.layers, blocks_of(body), strict=True)):
+    tables = {"wte": vector(found.wte), "wpe": vector(found.wpe), "norm": vector(found.ln_f)}
+    outputs = (0, False, 0, 0) if head is None else matrix(head, transposed=True)
+    weights.set_tables(**tables, head=outputs, threads=threads)
+    for i, (layer, block) in enumerate(zip(found.layers, body.h, strict=True)):
         kept.clear()
         parts = Layer(*(vector(part) if part.ndim == 1 else matrix(part) for part in layer))
         weights.set_layer(layer=i, **parts._asdict(), scale=block.attn.scale, threads=threads)

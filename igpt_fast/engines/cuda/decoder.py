@@ -15,7 +15,7 @@ from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_capacity, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.attention_decode import dequantize_values
@@ -68,18 +68,13 @@ class CudaDecoder(Decoder):
         """See ``Decoder.start``. Where the sizes, the stream and the place of the weights are as before, the graphs of
         the images before are those of the next ones; else they go with their memory.
         """
-        check_capacity(capacity, model.config.n_positions)
-        if reason := why_not_cuda(model, dtype):
-            raise backend.BackendUnavailableError(f"decoder: {reason}")
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
-        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
         self._position = 0  # tokens read
-        self._forked = False
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
         self._own = 0  # position in its caches
-        self._drawn, self._next = False, None  # whether the step's input is what ``draw`` drew
+        self._drawn = False  # whether the step's input is what ``draw`` drew
 
     def rest(self) -> int:
         """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
@@ -96,7 +91,7 @@ class CudaDecoder(Decoder):
         """See ``Decoder.prefill``."""
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
             raise ValueError(f"decoder: tokens is {tuple(tokens.shape)}; want ({self.batch_size}, T), T >= 1")
-        self._check_room(tokens.shape[1])
+        self._check_room(self._position + tokens.shape[1])
         if self._position == 0:
             return self._read_primer(tokens)
         for column in tokens.unbind(1):
@@ -109,7 +104,7 @@ class CudaDecoder(Decoder):
         if tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64 or tokens.device != device:
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             raise ValueError(f"decoder: tokens is {got}; want ({self.batch_size},) int64 on {device}")
-        self._check_room(1)
+        self._check_room(self._position + 1)
         step, net = self._begin(), self._network
         torch.index_select(net.wte, 0, tokens, out=step.x)
         step.x += net.wpe[self._position]
@@ -146,7 +141,7 @@ class CudaDecoder(Decoder):
         """See ``Decoder.step_drawn``."""
         if not self._drawn:
             return super().step_drawn()
-        self._check_room(1)
+        self._check_room(self._position + 1)
         return self._advance(self._begin())
 
     def fork(self, n: int) -> None:
@@ -162,11 +157,6 @@ class CudaDecoder(Decoder):
             self._step = None
         self._drawn, self._next = False, None
         self.batch_size *= n
-
-    def _check_room(self, count: int) -> None:
-        end = self._position + count
-        if end > self.capacity:
-            raise ValueError(f"decoder: {end} positions do not fit into capacity={self.capacity}")
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         net, (batch, length) = self._network, tokens.shape

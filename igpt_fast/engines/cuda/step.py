@@ -58,8 +58,7 @@ class CudaStep:
         graphs: bool,
         dependent: bool,
     ) -> None:
-        self.network, self.primer = network, primer
-        self.dependent = dependent
+        self.network, self.primer, self.dependent = network, primer, dependent
         shape = (len(network.layers), rows, network.heads, positions, network.head_dim)
         self.keys = torch.empty(shape, dtype=network.dtype, device=network.device)
         self.values = torch.empty_like(self.keys, dtype=torch.float8_e4m3fn if scaled else None)

@@ -17,7 +17,7 @@ from igpt_fast import interrupts as interrupts_module
 from igpt_fast.cli import main as cli
 from igpt_fast.cli.draw import job as job_module
 from igpt_fast.cli.draw.exports import Exports
-from igpt_fast.cli.draw.options import DrawOptions, Files
+from igpt_fast.cli.draw.options import Files
 from igpt_fast.cli.draw.sharding import World
 from igpt_fast.engines import choice
 from igpt_fast.pipeline import Pipeline
@@ -43,9 +43,9 @@ def test_ctrl_c_waits_until_the_files_are_written() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def job_of(folder: Path, pipeline: Pipeline, **more: Any) -> tuple[Any, ...]:
+def job_of(folder: Path, pipeline: Pipeline, **more: Any) -> job_module.Job:
     files = Exports(folder / "a.png", Files(tokens=folder / "a.npz", **more), ())
-    return job_module.Job("sample", pipeline.request(2, seed=1), files, {}), pipeline, DrawOptions(), World()
+    return job_module.Job("sample", pipeline.request(2, seed=1), files, {}, pipeline, World())
 
 
 def test_files_that_cannot_be_written_leave_the_tokens(
@@ -55,7 +55,7 @@ def test_files_that_cannot_be_written_leave_the_tokens(
     pipeline = Pipeline.from_pretrained(device="cpu")
     (tmp_path / "a.png").write_text("appeared")
     with pytest.raises(RuntimeError, match=r"a\.png: exists already; the tokens alone are saved in \S+a\.\w{8}\.npz$"):
-        job_module.run(*job_of(tmp_path, pipeline))
+        job_module.run(job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     with np.load(saved) as arrays:
         assert np.array_equal(arrays["tokens"].reshape(2, -1), pipeline.sample(2, seed=1).tokens)
@@ -66,7 +66,7 @@ def test_files_that_cannot_be_written_leave_the_tokens(
 
     monkeypatch.setattr(Exports, "write", pressed)
     with pytest.raises(KeyboardInterrupt):
-        job_module.run(*job_of(tmp_path, pipeline))
+        job_module.run(job_of(tmp_path, pipeline))
     (saved,) = tmp_path.glob("*.npz")
     assert str(saved) in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_ctrl_c_before_the_first_image_says_so(
 
     monkeypatch.setattr(*(Pipeline, "start") if where == "begins" else (job_module.Progress, "__call__"), pressed)
     with pytest.raises(KeyboardInterrupt):
-        job_module.run(*job_of(tmp_path, pipeline))
+        job_module.run(job_of(tmp_path, pipeline))
     err = capsys.readouterr().err
     assert err == "igpt: no image is finished, nothing is saved; a smaller --batch-size saves more often\n"
     assert not list(tmp_path.iterdir())
@@ -151,12 +151,12 @@ def test_an_error_of_another_process_saves_what_is_finished(
 ) -> None:
     pipeline, parts = Pipeline.from_pretrained(device="cpu"), []
     files = Exports(tmp_path / "a.png", Files(singles=tmp_path / "s"), [f"{i}.png" for i in range(8)])
-    job = job_module.Job("sample", pipeline.request(8, seed=1, batch_size=1), files, {})
-    job_module.run(job, pipeline, DrawOptions(), Process(1, parts))  # with an error it would end the first
+    job = job_module.Job("sample", pipeline.request(8, seed=1, batch_size=1), files, {}, pipeline, Process(1, parts))
+    job_module.run(job)  # with an error it would end the first
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(decoding, "make_decoder", choice.make_decoder)
     with pytest.raises(RuntimeError, match="rank 1: the logits are not finite"):
-        job_module.run(job, pipeline, DrawOptions(), Process(0, parts))
+        job_module.run(dataclasses.replace(job, world=Process(0, parts)))
     assert capsys.readouterr().err == "igpt: 6 of 8 images are finished and saved\n"
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i}.png" for i in range(6)]
 
@@ -179,9 +179,9 @@ def test_a_second_ctrl_c_before_they_are_written(
 
     monkeypatch.setattr(job_module.Progress, "show", pressed)
     monkeypatch.setattr(*where, again)
-    job, *rest = job_of(tmp_path, pipeline)
+    job = dataclasses.replace(job_of(tmp_path, pipeline), request=pipeline.request(2, seed=1, batch_size=1))
     with pytest.raises(KeyboardInterrupt):
-        job_module.run(dataclasses.replace(job, request=pipeline.request(2, seed=1, batch_size=1)), *rest)
+        job_module.run(job)
     with np.load(tmp_path / "a.npz") as arrays:
         assert len(arrays["tokens"]) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -285,6 +285,6 @@ def test_interrupted_parts_are_merged() -> None:
 def test_the_palette_is_what_the_tokens_become() -> None:
     pipeline = Pipeline.from_pretrained(device="cpu")
     generation = pipeline.sample(2, seed=1)
-    palette = job_module._palette(pipeline)
+    palette, pixels = job_module._palette(pipeline), np.stack([np.asarray(image) for image in generation.images])
     assert palette.shape == (128, 3)
-    assert (palette[generation.tokens.view(2, 16, 16)] == job_module._pixels(generation)).all()
+    assert (palette[generation.tokens.view(2, 16, 16)] == pixels).all()

@@ -25,7 +25,6 @@ inline Ints shift_left(Ints v) {
     return _mm256_slli_epi32(v, N);
 }
 inline Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline Vec bf16_even(Ints v) { return floats(shift_left<16>(v)); }
 inline Vec bf16_odd(Ints v) { return floats(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000)))); }
 inline Vec load_bytes(const char* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -47,8 +46,6 @@ inline Vec spread_min(Vec v) {
 }
 inline uint32_t at_most(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ))); }
 
-inline Vec read(const float* p, Whole) { return load(p); }
-inline void write(float* p, Vec v, Whole) { store(p, v); }
 inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }
 inline Vec reciprocal_coarse(Vec x) {  // 12 bits, and twice as many
     const Vec r = _mm256_rcp_ps(x);

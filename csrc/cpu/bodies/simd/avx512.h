@@ -36,7 +36,6 @@ inline Ints shift_left(Ints v) {
     return _mm512_slli_epi32(v, N);
 }
 inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
-inline Vec bf16_even(Ints v) { return floats(shift_left<16>(v)); }
 inline Vec bf16_odd(Ints v) { return floats(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000)))); }
 inline Vec load_bytes(const char* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -44,9 +43,7 @@ inline Vec load_bytes(const char* p) {
 
 inline __mmask16 mask(Part part) { return __mmask16((1u << part.count) - 1); }
 
-inline Vec read(const float* p, Whole) { return load(p); }
 inline Vec read(const float* p, Part part) { return _mm512_maskz_loadu_ps(mask(part), p); }
-inline void write(float* p, Vec v, Whole) { store(p, v); }
 inline void write(float* p, Vec v, Part part) { _mm512_mask_storeu_ps(p, mask(part), v); }
 
 inline Vec from_bf16(__m256i v) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }

@@ -35,7 +35,6 @@ inline Ints load_ints(const void* p) {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-inline Vec bf16_even(Ints v) { return floats(shift_left<16>(v)); }
 inline Vec bf16_odd(Ints v) { return floats(v & int32_t(0xffff0000)); }
 // SSE2 has no widening of bytes: every lane masks its byte where it stands, the lower three with an offset of 128.
 inline Vec load_bytes(const char* p) {
@@ -60,8 +59,6 @@ inline uint32_t at_most(Vec a, Vec b) {
     return uint32_t((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]));
 }
 
-inline Vec read(const float* p, Whole) { return load(p); }
-inline void write(float* p, Vec v, Whole) { store(p, v); }
 inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }
 inline Vec reciprocal_coarse(Vec x) { return reciprocal(x); }
 inline Vec read(const uint16_t* p, Whole) {

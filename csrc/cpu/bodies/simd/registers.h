@@ -44,6 +44,10 @@ namespace {
 constexpr int kTile = 4 * kLanes;
 constexpr float kLog2e = 1.44269504f;
 
+inline Vec read(const float* p, Whole) { return load(p); }
+inline void write(float* p, Vec v, Whole) { store(p, v); }
+inline Vec bf16_even(Ints v) { return floats(shift_left<16>(v)); }
+
 inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // e^x, relative error below 2e-7, for x clamped to what float32 holds; NaN stays.
