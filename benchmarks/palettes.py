@@ -42,6 +42,11 @@ def _twins(k: int, generator: Generator) -> Tensor:
     return torch.cat([torch.nextafter(half, torch.full_like(half, 2.0)), half])
 
 
+def _within_a_rounding(k: int, generator: Generator) -> Tensor:
+    """Closer to one another than float32 can tell from a distance."""
+    return (torch.rand(k, 3, generator=generator) * 2 - 1) * 2e-7 + 0.5
+
+
 KINDS: dict[str, Callable[[int, Generator], Tensor]] = {
     "spread": lambda k, generator: torch.rand(k, 3, generator=generator) * 2 - 1,
     "grey line": lambda k, _: _line(k),
@@ -50,6 +55,7 @@ KINDS: dict[str, Callable[[int, Generator], Tensor]] = {
     "plane": _plane,
     "ball": lambda k, generator: 0.1 * torch.randn(k, 3, generator=generator),
     "near twins": _twins,
+    "within a rounding": _within_a_rounding,
 }
 SIZES = (64, 1024, 4096, 32768, 1 << 18)
 CLOSEST = ("grey line", 4096)  # near-equal colours, of which lists help least

@@ -2,6 +2,7 @@
 // instruction set.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -12,13 +13,14 @@
 namespace igpt::cpu {
 namespace {
 
-using Body = void (*)(const QuantizeParams&, QuantizeCells&, int64_t, int64_t);
+using Body = int64_t (*)(const QuantizeParams&, QuantizeCells&, int64_t, int64_t);
 
 constexpr int64_t kParallel = 4096;           // pixels from which a second thread pays
 constexpr int64_t kShare = 64;                // a thread's pixels start at a multiple: whole chunks
-constexpr int64_t kOrdered = 512;             // pixels from which putting the clusters in order pays
+constexpr int64_t kOrdered = 512;             // pixels from which looking for almost equal clusters, and an order, pay
 constexpr int64_t kFewClusters = 320;         // that are not put in order
 constexpr int64_t kCells[] = {8192, 131072};  // pixels of a thread from which cells of 16 and 32 to a side pay
+constexpr float kAlmost = 1e-6f;              // the difference of almost equal clusters
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Levels {
@@ -29,11 +31,23 @@ struct Levels {
     }
 };
 
-// The clusters in blocks, and their boxes.
+struct Cluster {
+    float c[3];
+    int32_t id;
+};
+
+// The clusters in blocks, and their boxes; those that are almost equal as one.
 struct Palette {
     std::unique_ptr<QuantizeBlock[]> blocks;
     std::unique_ptr<QuantizeBoxes[]> boxes;
-    int32_t count;
+    std::vector<float> colours;  // of the blocks, where there are no boxes
+    std::vector<int32_t> tokens;
+    std::vector<QuantizeGroup> groups;
+    std::vector<int32_t> ids;
+    std::vector<QuantizeMembers> members;
+    float radius;
+    int32_t count, k;
+    bool gathered;
 };
 
 // The memory of one thread. What no pixel needs stays untouched.
@@ -45,15 +59,26 @@ struct Scratch {
     std::vector<QuantizeNode> parents;
 };
 
-QuantizeCells make_cells(const Palette& palette, int bits, Scratch& s) {
+QuantizeCells make_cells(const QuantizeParams& p, const Palette& palette, int bits, Scratch& s) {
     const size_t count = palette.count, leaves = bits ? size_t(1) << (3 * kQuantizeLeafBits) : 0;
     QuantizeCells cells{};
     cells.root = palette.blocks.get();
+    cells.unfilled = palette.gathered ? nullptr : palette.blocks.get();
+    cells.colours = palette.tokens.empty() ? p.clusters : palette.colours.data();
+    cells.tokens = palette.tokens.empty() ? nullptr : palette.tokens.data();
     cells.boxes = palette.boxes.get();
     cells.count = palette.count;
+    cells.k = palette.k;
+    cells.groups = palette.groups.data();
+    cells.ids = palette.ids.data();
+    cells.members = palette.members.data();
+    // |x - first| <= d + 2 radius for all that can be nearest, d^2 being the smallest; 2 r d <= r (4 d^2 + 1 / 4).
+    const float r = cells.radius = palette.radius;
+    cells.wider = 1.0f + 1.0f / (1 << 20) + 4.1f * r;
+    cells.further = 1.0f / (1 << 22) + 0.26f * r;
     cells.bits = bits;
     const size_t boxes = count / kQuantizeWidth + 1;
-    s.lanes.reset(new QuantizeLanes[2 * boxes + count]());
+    s.lanes.reset(new QuantizeLanes[2 * boxes + p.k / kQuantizeWidth + 2]());
     cells.near = s.lanes[0].v;
     cells.middle = s.lanes[boxes].v;
     cells.found = s.lanes[2 * boxes].v;
@@ -74,21 +99,27 @@ QuantizeCells make_cells(const Palette& palette, int bits, Scratch& s) {
 // A difference that is not zero is NaN; one branch, not three.
 bool finite(const float* c) { return (c[0] - c[0]) + (c[1] - c[1]) + (c[2] - c[2]) == 0.0f; }
 
-struct Cluster {
-    float c[3];
-    int32_t id;
-};
+int32_t blocks_of(int64_t n) { return int32_t((n + kQuantizeWidth - 1) / kQuantizeWidth); }
+
+// Along the axis where they differ most.
+float difference(const Cluster& a, const Cluster& b) {
+    float most = 0.0f;
+    for (int c = 0; c < 3; ++c) most = std::max(most, std::fabs(a.c[c] - b.c[c]));
+    return most;
+}
+
+// Up to 16 clusters.
+void fill(QuantizeBlock& block, const Cluster* from, int64_t n) {
+    for (int64_t i = 0; i < kQuantizeWidth; ++i) {
+        for (int c = 0; c < 3; ++c) block.c[c][i] = i < n ? from[i].c[c] : kInfinity;
+        block.id[i] = i < n ? from[i].id : -1;
+    }
+}
 
 // The next block: up to 16 clusters and their box, which is wide enough for its own rounding and that of distances.
 void put(Palette& palette, const Cluster* from, int64_t n) {
     const int64_t at = palette.count++;
-    QuantizeBlock& block = palette.blocks[at];
-    for (int64_t i = 0, lane = 0; lane < kQuantizeWidth; ++lane, ++i) {
-        // Equal ones side by side count once.
-        while (i > 0 && i < n && std::equal(from[i].c, from[i].c + 3, from[i - 1].c)) ++i;
-        for (int c = 0; c < 3; ++c) block.c[c][lane] = i < n ? from[i].c[c] : kInfinity;
-        block.id[lane] = i < n ? from[i].id : -1;
-    }
+    fill(palette.blocks[at], from, n);
     for (int c = 0; c < 3; ++c) {
         float low = kInfinity, high = -kInfinity;
         for (int64_t i = 0; i < n; ++i) low = std::min(low, from[i].c[c]), high = std::max(high, from[i].c[c]);
@@ -100,7 +131,7 @@ void put(Palette& palette, const Cluster* from, int64_t n) {
 
 // Cuts the clusters across their longest side into four, again and again, down to blocks. `scratch`: (n,).
 void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
-    const int64_t blocks = (n + kQuantizeWidth - 1) / kQuantizeWidth;
+    const int64_t blocks = blocks_of(n);
     if (blocks <= 1) return put(palette, from, n);
     float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
     for (int64_t i = 0; i < n; ++i)
@@ -108,7 +139,6 @@ void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
     int axis = 0;
     for (int c = 1; c < 3; ++c)
         if (0.5f * high[c] - 0.5f * low[c] > 0.5f * high[axis] - 0.5f * low[axis]) axis = c;
-    if (low[axis] == high[axis]) return put(palette, from, 1);  // all are equal
     constexpr int kBins = 128;
     int32_t starts[kBins] = {};
     const double scale = (kBins - 0.5) / (double(high[axis]) - low[axis]);
@@ -122,34 +152,101 @@ void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
     for (int64_t i = 0; i < n; i += part) cut(palette, from + i, std::min(part, n - i), scratch);
 }
 
-// The clusters as they come. One that is not finite wins nowhere: it is infinitely far away.
-void fill(Palette& palette, const QuantizeParams& p) {
-    palette.count = int32_t((p.k + int64_t(kQuantizeWidth) - 1) / kQuantizeWidth);
-    for (int64_t i = 0; i < int64_t(palette.count) * kQuantizeWidth; ++i) {
-        QuantizeBlock& block = palette.blocks[i / kQuantizeWidth];
-        const float* from = p.clusters + 3 * std::min(i, int64_t(p.k) - 1);
-        const bool counts = i < p.k && finite(from);
-        for (int c = 0; c < 3; ++c) block.c[c][i % kQuantizeWidth] = counts ? from[c] : kInfinity;
-        block.id[i % kQuantizeWidth] = i < p.k ? int32_t(i) : -1;
+// A place of the table for the colour, by its place in one of two grids.
+uint32_t hash(const Cluster& of, int grid) {
+    constexpr uint32_t factors[3] = {0x9e3779b1u, 0x85ebca77u, 0xc2b2ae3du};
+    uint32_t sum = grid;
+    for (int c = 0; c < 3; ++c) {
+        const float rounded = of.c[c] + float(grid) * 0x1p-19f + 48.0f;  // to 2^-18
+        uint32_t bits;
+        std::memcpy(&bits, &rounded, sizeof bits);
+        sum += bits * factors[c];
     }
+    return sum * 0x27d4eb2fu >> 8;
 }
 
-// In order, with boxes, where that pays.
-Palette make_palette(const QuantizeParams& p) {
-    const int64_t most = p.k / kQuantizeWidth + 1;
-    Palette palette{};
-    palette.blocks.reset(new QuantizeBlock[most]);
-    if (p.n < kOrdered || p.k <= kFewClusters) {
-        fill(palette, p);
-        return palette;
+// The group of `first` and those that follow it by `next`.
+void group(Palette& palette, Cluster& first, const Cluster* all, const int32_t* next, int32_t from) {
+    QuantizeGroup group{int32_t(palette.ids.size()), 0, int32_t(palette.members.size())};
+    for (int32_t i = from; i >= 0; i = next[i], ++group.count) {
+        palette.ids.push_back(all[i].id);
+        palette.radius = std::max(palette.radius, difference(first, all[i]));
     }
-    palette.boxes.reset(new QuantizeBoxes[most / kQuantizeWidth + 1]);
+    for (int32_t i = from, j = 0; group.count > kQuantizeFew && i >= 0; i = next[i], ++j) {
+        const int32_t lane = j % kQuantizeMembers;
+        if (lane == 0) {
+            palette.members.push_back({});
+            std::fill_n(palette.members.back().square, kQuantizeMembers, kInfinity);
+        }
+        QuantizeMembers& to = palette.members.back();
+        float d[3];
+        for (int c = 0; c < 3; ++c) d[c] = to.c[c][lane] = all[i].c[c] - first.c[c];
+        to.square[lane] = d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
+    }
+    first.id = -2 - int32_t(palette.groups.size());
+    palette.groups.push_back(group);
+}
+
+// Puts those of `all` that differ from an earlier one by no more than `almost` in a group with it, and leaves out equal
+// ones; returns how many are left. Two that lie across the borders of both grids may be missed.
+int64_t gather(Palette& palette, Cluster* all, int64_t n, float almost) {
+    uint32_t size = 64;
+    while (size < 8 * n) size *= 2;
+    std::vector<int32_t> table(size, -1), links(3 * n, -1);
+    int32_t *next = links.data(), *last = next + n, *firsts = last + n;
+    int32_t count = 0;
+    palette.ids.reserve(n);
+    for (int32_t i = 0; i < n; ++i) {
+        int32_t& place = table[hash(all[i], 0) & (size - 1)];
+        int32_t& other = table[hash(all[i], 1) & (size - 1)];
+        int32_t first = -1;
+        for (int32_t each : {place, other})
+            if (each >= 0 && difference(all[each], all[i]) <= almost) first = each;
+        if (first < 0) {
+            place = other = firsts[count++] = last[i] = i;
+        } else if (difference(all[first], all[i]) > 0.0f && difference(all[last[first]], all[i]) > 0.0f) {
+            last[first] = next[last[first]] = i;
+        }
+    }
+    for (int32_t i = 0; i < count; ++i) {
+        Cluster first = all[firsts[i]];
+        if (next[firsts[i]] >= 0) group(palette, first, all, next, firsts[i]);
+        all[i] = first;  // its others, and those of later ones, stand behind it
+    }
+    return count;
+}
+
+// In order, with boxes, where that pays. One that is not finite wins nowhere, and is left out.
+Palette make_palette(const QuantizeParams& p, bool gathers, float almost) {
+    const int64_t most = blocks_of(p.k) + 1;
+    Palette palette{};
+    palette.k = p.k;
+    palette.gathered = gathers;
+    palette.blocks.reset(new QuantizeBlock[most]);
+    palette.count = blocks_of(p.k);
+    if (!gathers) return palette;
     const std::unique_ptr<Cluster[]> all(new Cluster[2 * int64_t(p.k)]);
     int64_t n = 0;
     for (int64_t i = 0; i < p.k; ++i) {
         const float* from = p.clusters + 3 * i;
         if (finite(from)) all[n++] = {{from[0], from[1], from[2]}, int32_t(i)};
     }
+    n = gather(palette, all.get(), n, almost);
+    if (p.n < kOrdered || n <= kFewClusters) {
+        palette.k = int32_t(n);
+        palette.count = std::max(blocks_of(n), 1);
+        for (int64_t i = 0; i < palette.count; ++i)
+            fill(palette.blocks[i], all.get() + i * kQuantizeWidth, n - i * kQuantizeWidth);
+        palette.colours.resize(3 * n);
+        palette.tokens.resize(n);
+        for (int64_t i = 0; i < n; ++i) {
+            std::copy(all[i].c, all[i].c + 3, &palette.colours[3 * i]);
+            palette.tokens[i] = all[i].id;
+        }
+        return palette;
+    }
+    palette.count = 0;
+    palette.boxes.reset(new QuantizeBoxes[most / kQuantizeWidth + 1]);
     cut(palette, all.get(), n, all.get() + p.k);
     for (int64_t i = palette.count; i % kQuantizeWidth; ++i)
         for (int c = 0; c < 3; ++c) {
@@ -159,35 +256,46 @@ Palette make_palette(const QuantizeParams& p) {
     return palette;
 }
 
-void run(const QuantizeParams& p, Body body, bool is_u8) {
-    if (p.work) *p.work = 0;
-    if (p.n <= 0) return;
+// The pixels from `begin` on; returns the end of those that are done.
+int64_t run(const QuantizeParams& p, Body body, bool is_u8, int64_t begin, bool gathers) {
     const int64_t shares = (p.n + kShare - 1) / kShare;
     const int threads = p.n < kParallel ? 1 : int(std::min<int64_t>(usable_threads(p.threads), shares));
     static const Levels levels;
-    const Palette palette = make_palette(p);
+    const Palette palette = make_palette(p, gathers, is_u8 ? kAlmost : 0.0f);
     const int64_t share = palette.count > 1 ? p.n / threads : 0;
     const int bits = share < kCells[0] ? 0 : share < kCells[1] ? 4 : 5;
     std::vector<Scratch> scratch(threads);
     std::vector<QuantizeCells> cells(threads);
     for (int t = 0; t < threads; ++t) {
-        cells[t] = make_cells(palette, bits, scratch[t]);
+        cells[t] = make_cells(p, palette, bits, scratch[t]);
         cells[t].levels = levels.exact;
         cells[t].levels32 = levels.rounded;
         cells[t].reach = is_u8 ? 1.0f : 0.0f;
+        cells[t].stops = !gathers;
     }
 
     // Nothing in the region throws: an exception that leaves it ends the process.
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int t = 0; t < threads; ++t)
-        body(p, cells[t], shares * t / threads * kShare, std::min(p.n, shares * (t + 1) / threads * kShare));
+    int64_t done = p.n;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(min : done)
+    for (int t = 0; t < threads; ++t) {
+        const int64_t from = std::max(begin, shares * t / threads * kShare);
+        done = std::min(done, body(p, cells[t], from, std::min(p.n, shares * (t + 1) / threads * kShare)));
+    }
     for (const QuantizeCells& each : cells)
         if (p.work) *p.work += each.work;
+    return gathers ? p.n : done;
+}
+
+// Few pixels are compared with the clusters as they come, while those differ.
+void quantize(const QuantizeParams& p, Body body, bool is_u8) {
+    if (p.work) *p.work = 0;
+    const int64_t done = p.n < kOrdered ? run(p, body, is_u8, 0, false) : 0;
+    if (done < p.n) run(p, body, is_u8, done, true);
 }
 
 }  // namespace
 
-void quantize_u8(const QuantizeParams& p) { run(p, ops().quantize_u8, true); }
-void quantize_f32(const QuantizeParams& p) { run(p, ops().quantize_f32, false); }
+void quantize_u8(const QuantizeParams& p) { quantize(p, ops().quantize_u8, true); }
+void quantize_f32(const QuantizeParams& p) { quantize(p, ops().quantize_f32, false); }
 
 }  // namespace igpt::cpu

@@ -24,6 +24,8 @@ constexpr int kQuantizeWidth = 16;      // candidates of a block
 constexpr int kQuantizeWaiting = 16;    // pixels
 constexpr int kQuantizeParentBits = 3;  // the coarsest cells
 constexpr int kQuantizeParent = 64;     // candidates of those at most; with more, finer lists would be long as well
+constexpr int kQuantizeFew = 8;         // of a group, which float64 alone compares
+constexpr int kQuantizeMembers = 32;    // of a group, in a block
 constexpr int kQuantizeLeafBits = 5;    // the finest cells are 1 / 32 of the colour cube's side
 
 // Sixteen candidates, or what is left of them: then the ids are -1 and the colours infinitely far away.
@@ -42,6 +44,15 @@ struct QuantizeNode {
     int32_t first, size;
 };
 
+// Clusters that are almost equal, and stand in the blocks as one, the first of them, with the id -2 - (index of the
+// group): their ids, and, where they are many, blocks of what they differ by from the first.
+struct QuantizeGroup {
+    int32_t begin, count, block;
+};
+struct alignas(64) QuantizeMembers {
+    float c[3][kQuantizeMembers], square[kQuantizeMembers];  // the sum of c^2; where there is none any more, infinite
+};
+
 // Memory on cache lines of its own.
 struct alignas(64) QuantizeLanes {
     float v[kQuantizeWidth];
@@ -50,22 +61,32 @@ struct alignas(64) QuantizeLanes {
 // What one thread works with; see quantize.h. The arrays belong to the driver. On a cache line of its own: the other
 // threads read theirs for every pixel.
 struct alignas(64) QuantizeCells {
-    const QuantizeBlock* root;   // (count,): the clusters
+    const float* colours;        // (k, 3), what a scan compares with
+    const int32_t* tokens;       // (k,) their ids as in blocks; nullptr: 0 .. k - 1
+    const QuantizeBlock* root;   // (count,): the same in blocks
+    QuantizeBlock* unfilled;     // root, before it is first needed
     const QuantizeBoxes* boxes;  // of root's blocks; nullptr: the blocks are in no order
     const double* levels;        // (256,): v / 127.5 - 1
     const float* levels32;       // (256,): the same
-    float *near, *middle;        // (padded count,) scratch
-    uint64_t* blocks;            // (kQuantizeWaiting + 1, count / 64) scratch
-    float* found;                // (count, 16) scratch
-    int32_t* visited;            // (count,) scratch
-    int32_t* leaf;               // (2^15,) by the upper five bits of r, g, b: a block of lists, or kQuantizeUnknown, ..
-    QuantizeNode* parents;       // (2^9,) by the upper three bits
-    QuantizeBlock* lists;        // (2^(3 bits) + 2^9 kQuantizeParent / 16,)
+    const QuantizeGroup* groups;
+    const int32_t* ids;  // of the groups
+    const QuantizeMembers* members;
+    float radius;           // of the groups: the largest difference
+    float wider, further;   // the nearest one is at most `wider` times the smallest distance and `further` away
+    float *near, *middle;   // (padded count,) scratch
+    uint64_t* blocks;       // (kQuantizeWaiting + 1, count / 64) scratch
+    float* found;           // (k / 16 + 1, 16) scratch
+    int32_t* visited;       // (count,) scratch
+    int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block of lists, or kQuantizeUnknown, ..
+    QuantizeNode* parents;  // (2^9,) by the upper three bits
+    QuantizeBlock* lists;   // (2^(3 bits) + 2^9 kQuantizeParent / 16,)
     int64_t at[kQuantizeWaiting];  // the pixels that wait
     int32_t waiting;
     int64_t work;
     int32_t used;  // of `lists`
     int32_t count;
+    int32_t k;
+    bool stops;    // where almost equal clusters, not in groups yet, keep most pixels waiting
     int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
     float reach;   // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
 };

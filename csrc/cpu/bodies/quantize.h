@@ -32,7 +32,6 @@ constexpr int kRegisters = 2;  // of pixels in a scan
 constexpr int kScan = kRegisters * kLanes;
 constexpr int kChunk = 64;  // pixels whose cells are found at once
 constexpr int kWidth = kQuantizeWidth;
-constexpr float kWider = 1.0f + 1.0f / (1 << 20), kFurther = 1.0f / (1 << 22);
 
 constexpr int kParts = kWidth / kLanes;
 using Wide = Vec[kParts];
@@ -81,13 +80,13 @@ inline uint32_t within(const Wide& d, Vec limit) {
     return lanes;
 }
 
-inline Vec further(Vec least) { return fma(least, set1(kWider), set1(kFurther)); }
+inline Vec further(const QuantizeCells& cells, Vec least) { return fma(least, set1(cells.wider), set1(cells.further)); }
 
 // How far a candidate that may be nearest can be; in float32 a distance that is not finite wins nowhere.
 template <bool IsU8>
-inline Vec limit_of(Vec least) {
+inline Vec limit_of(const QuantizeCells& cells, Vec least) {
     least = spread_min(least);
-    return IsU8 ? further(least) : min(least, set1(__FLT_MAX__));
+    return IsU8 ? further(cells, least) : min(least, set1(__FLT_MAX__));
 }
 
 // Wide enough for the rounding of boxes and of float32 distances.
@@ -150,24 +149,76 @@ inline void walk(const QuantizeCells& cells, const uint64_t* blocks, Visit&& vis
 template <bool IsU8>
 struct Nearest {
     const float* clusters;
+    const QuantizeCells& cells;
     double level[3], best = __builtin_inf();
     int32_t index = 0;
 
-    Nearest(const QuantizeParams& p, const QuantizeCells& cells, int64_t i) : clusters(p.clusters) {
+    Nearest(const QuantizeParams& p, const QuantizeCells& all, int64_t i) : clusters(p.clusters), cells(all) {
         for (int c = 0; IsU8 && c < 3; ++c) level[c] = cells.levels[static_cast<const uint8_t*>(p.x)[3 * i + c]];
     }
-    void take(int32_t id) {
-        if (id < 0) return;
+    // One cluster. Without a branch, which would be guessed wrong.
+    void compare(int32_t id) {
         double d = 0.0;
         if (IsU8) {
             const float* c = clusters + 3 * int64_t(id);
             const double dr = level[0] - double(c[0]), dg = level[1] - double(c[1]), db = level[2] - double(c[2]);
             d = (dr * dr + dg * dg) + db * db;
         }
-        index = d < best || (d == best && id < index) ? id : index;
+        const int32_t better = -int32_t((d < best) | ((d == best) & (id < index)));
+        index = (id & better) | (index & ~better);
         best = d < best ? d : best;
     }
+    void compare(const int32_t* ids, int count) {
+        for (int j = 0; j < count; ++j) compare(ids[j]);
+    }
+    void take(int32_t id) {
+        if (id >= 0) return compare(id);
+        if (IsU8 && id < -1) compare(cells.ids + cells.groups[-2 - id].begin, cells.groups[-2 - id].count);
+    }
 };
+
+// The nearest of a group: with c and y = x measured from its first, the order of |y - c|^2 is that of |c|^2 - 2 c.y,
+// which float32 has to 10 u R (R + 2 Y), R and Y being the largest c and y. float64, which decides the rest, has
+// 2^-50 Y^2.
+__attribute__((noinline)) int32_t nearest_of_group(const QuantizeParams& p, QuantizeCells& cells, int64_t i,
+                                                   const QuantizeGroup& group) {
+    Nearest<true> nearest(p, cells, i);
+    const int32_t* ids = cells.ids + group.begin;
+    if (group.count <= kQuantizeFew) {
+        nearest.compare(ids, group.count);
+        return nearest.index;
+    }
+    constexpr int parts = kQuantizeMembers / kLanes;
+    Vec y[3], least[parts];
+    float size = cells.radius;
+    for (int v = 0; v < parts; ++v) least[v] = set1(kInfinity);
+    for (int c = 0; c < 3; ++c) {
+        const float from = float(nearest.level[c] - double(p.clusters[3 * int64_t(ids[0]) + c]));
+        y[c] = set1(-2.0f * from);
+        size += __builtin_fabsf(from);
+    }
+    const QuantizeMembers* members = cells.members + group.block;
+    for (int at = 0; at < group.count; at += kQuantizeMembers, ++members)
+        for (int v = 0; v < parts; ++v) {
+            Vec e = load(members->square + v * kLanes);
+            for (int c = 0; c < 3; ++c) e = fma(load(members->c[c] + v * kLanes), y[c], e);
+            store(cells.found + at + v * kLanes, e);
+            least[v] = min(e, least[v]);
+        }
+    for (int v = 1; v < parts; ++v) least[0] = min(least[v], least[0]);
+    const Vec limit = spread_min(least[0]) + set1(0x1.8p-19f * cells.radius * size + 0x1p-48f * size * size);
+    for (int at = 0; at < group.count; at += 64)
+        for (uint64_t lanes = marked(cells.found, at, group.count, limit, false); lanes; lanes &= lanes - 1)
+            nearest.compare(ids[at + __builtin_ctzll(lanes)]);
+    cells.work += group.count;
+    return nearest.index;
+}
+
+// The token that an id of a block stands for.
+template <bool IsU8>
+inline int32_t token_of(const QuantizeParams& p, QuantizeCells& cells, int64_t i, int32_t id) {
+    return IsU8 && __builtin_expect(id < -1, 0) ? nearest_of_group(p, cells, i, cells.groups[-2 - id]) : id;
+}
 
 // Among marked lanes, each of the block at its own place.
 template <bool IsU8>
@@ -225,7 +276,7 @@ __attribute__((noinline)) int32_t search(const QuantizeParams& p, QuantizeCells&
         cells.visited[visited++] = b;
     });
     cells.work += visited * kWidth;
-    const Vec limit = limit_of<IsU8>(smallest(best));
+    const Vec limit = limit_of<IsU8>(cells, smallest(best));
     if (__builtin_expect(at_most(smallest(second), limit) != 0, 0))
         return settle_all<IsU8>(p, cells, i, visited, limit);
     const uint32_t lanes = within(best, limit);
@@ -233,7 +284,20 @@ __attribute__((noinline)) int32_t search(const QuantizeParams& p, QuantizeCells&
     __builtin_memcpy(places, block, sizeof places);
     if (__builtin_expect(!single<IsU8>(lanes), 0)) return settle<IsU8>(p, cells, i, lanes, cells.root, places);
     const int lane = __builtin_ctz(lanes);
-    return cells.root[places[lane]].id[lane];
+    return token_of<IsU8>(p, cells, i, cells.root[places[lane]].id[lane]);
+}
+
+// One that is not finite wins nowhere: it is infinitely far away.
+void fill(QuantizeCells& cells) {
+    for (int i = 0; i < cells.count * kWidth; ++i) {
+        QuantizeBlock& block = cells.unfilled[i / kWidth];
+        const float* from = cells.colours + 3 * int64_t(i < cells.k ? i : 0);
+        // What is finite has no difference from itself.
+        const bool is = i < cells.k && (from[0] - from[0]) + (from[1] - from[1]) + (from[2] - from[2]) == 0.0f;
+        for (int c = 0; c < 3; ++c) block.c[c][i % kWidth] = is ? from[c] : kInfinity;
+        block.id[i % kWidth] = is ? i : -1;
+    }
+    cells.unfilled = nullptr;
 }
 
 // The pixels that wait. The blocks of all are chosen before the first is compared with its own: that takes guesses, and
@@ -241,6 +305,7 @@ __attribute__((noinline)) int32_t search(const QuantizeParams& p, QuantizeCells&
 template <bool IsU8>
 __attribute__((noinline)) void flush(const QuantizeParams& p, QuantizeCells& cells) {
     const int words = (cells.count + 63) / 64;
+    if (cells.unfilled && cells.waiting) fill(cells);
     for (int j = 0; j < cells.waiting; ++j) {
         const Colour x = colour_at<IsU8>(p, cells, cells.at[j]);
         choose(cells, x.c, zero(), cells.blocks + j * words, [&](int b) {
@@ -270,39 +335,43 @@ __attribute__((noinline)) int scan(const QuantizeParams& p, QuantizeCells& cells
     Vec x[3][kRegisters], best[kRegisters], second[kRegisters];
     Places index[kRegisters], at{};
     __builtin_memcpy(x, colours, sizeof x);
-    for (int v = 0; v < kRegisters; ++v) best[v] = second[v] = set1(kInfinity), index[v] = Places{};
-    for (int i = 0; i < p.k; ++i, at += 1) {
-        const QuantizeBlock& block = cells.root[i / kWidth];
-        const Vec r = set1(block.c[0][i % kWidth]), g = set1(block.c[1][i % kWidth]), b = set1(block.c[2][i % kWidth]);
+    for (int v = 0; v < kRegisters; ++v) best[v] = second[v] = set1(kInfinity), index[v] = Places{} - 1;
+    for (int i = 0; i < cells.k; ++i, at += 1) {
+        const float* c = cells.colours + 3 * int64_t(i);
+        const Vec r = set1(c[0]), g = set1(c[1]), b = set1(c[2]);
         for (int v = 0; v < kRegisters; ++v) {
             const Vec d = distance<IsU8>(x[0][v] - r, x[1][v] - g, x[2][v] - b);
             index[v] = d < best[v] ? at : index[v];
-            if (IsU8) second[v] = min(second[v], max(best[v], d));
+            if (IsU8) second[v] = min(second[v], max(d, best[v]));  // d may be NaN
             best[v] = min(d, best[v]);
         }
     }
     int32_t found[kScan];
     __builtin_memcpy(found, index, sizeof found);
-    int left = 0;
-    for (int j = 0; j < n; ++j) p.out[begin + j] = found[j];
-    for (int v = 0; IsU8 && v < kRegisters; ++v)
-        for (uint32_t lanes = at_most(second[v], further(best[v])); lanes; lanes &= lanes - 1)
-            if (const int j = v * kLanes + __builtin_ctz(lanes); j < n) {
-                wait<IsU8>(p, cells, begin + j);
-                ++left;
-            }
-    cells.work += int64_t(n) * p.k;
-    return left;
+    uint32_t tied = 0;
+    for (int v = 0; IsU8 && v < kRegisters; ++v) tied |= at_most(second[v], further(cells, best[v])) << (v * kLanes);
+    tied &= ~uint32_t(0) >> (32 - n);
+    if (cells.stops && 2 * __builtin_popcount(tied) > n) return n;
+    for (int j = 0; j < n; ++j) p.out[begin + j] = found[j] < 0 ? 0 : found[j];
+    for (int j = 0; cells.tokens && j < n; ++j)
+        if (found[j] >= 0 && (tied >> j & 1) == 0)
+            p.out[begin + j] = token_of<IsU8>(p, cells, begin + j, cells.tokens[found[j]]);
+    for (uint32_t lanes = tied; lanes; lanes &= lanes - 1) wait<IsU8>(p, cells, begin + __builtin_ctz(lanes));
+    cells.work += int64_t(n) * cells.k;
+    return __builtin_popcount(tied);
 }
 
-// Without cells: where the clusters are in no order, by `scan`, until that leaves most to `search`.
+// Without cells: where the clusters are in no order, by `scan`, until that leaves most to `search`. Returns the end of
+// what it has done.
 template <bool IsU8>
-void compare(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
+int64_t compare(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     for (bool scans = cells.boxes == nullptr; scans && begin < end; begin += kScan) {
         const int n = int(end - begin < kScan ? end - begin : kScan);
         scans = 2 * scan<IsU8>(p, cells, begin, n) <= n;
+        if (!scans && cells.stops) return begin;
     }
     for (; begin < end; ++begin) wait<IsU8>(p, cells, begin);
+    return end;
 }
 
 // Looks for what may be nearest to a colour of the cell of a level that has (r, g, b) in it, among the `blocks` blocks
@@ -405,22 +474,23 @@ inline __attribute__((always_inline)) void nearest(const QuantizeParams& p, Quan
     const Colour x = colour_at<IsU8>(p, cells, i);
     Wide d;
     distances<IsU8>(cells.lists[entry], x, d);
-    const uint32_t lanes = within(d, limit_of<IsU8>(smallest(d)));
+    const uint32_t lanes = within(d, limit_of<IsU8>(cells, smallest(d)));
     p.out[i] = __builtin_expect(single<IsU8>(lanes), 1)
-                   ? cells.lists[entry].id[__builtin_ctz(lanes)]
+                   ? token_of<IsU8>(p, cells, i, cells.lists[entry].id[__builtin_ctz(lanes)])
                    : settle<IsU8>(p, cells, i, lanes, cells.lists + entry, nullptr);
 }
 
-void quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
+int64_t quantize_u8(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
     const auto* x = static_cast<const uint8_t*>(p.x);
-    if (cells.bits == 0) compare<true>(p, cells, begin, end);
+    const int64_t done = cells.bits == 0 ? compare<true>(p, cells, begin, end) : end;
     for (int64_t i = begin; cells.bits > 0 && i < end; ++i)
         nearest<true>(p, cells, x[3 * i], x[3 * i + 1], x[3 * i + 2], i);
     flush<true>(p, cells);
+    return done;
 }
 
-void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
-    if (cells.bits == 0) compare<false>(p, cells, begin, end);
+int64_t quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, int64_t end) {
+    const int64_t done = cells.bits == 0 ? compare<false>(p, cells, begin, end) : end;
     for (int64_t i = begin; cells.bits > 0 && i < end; i += kChunk) {
         const float* x = static_cast<const float*>(p.x) + 3 * i;
         const int n = int(end - i < kChunk ? end - i : kChunk);
@@ -439,6 +509,7 @@ void quantize_f32(const QuantizeParams& p, QuantizeCells& cells, int64_t begin, 
         }
     }
     flush<false>(p, cells);
+    return done;
 }
 
 }  // namespace
