@@ -20,7 +20,10 @@ constexpr int64_t kShare = 64;                // a thread's pixels start at a mu
 constexpr int64_t kOrdered = 512;             // pixels from which looking for almost equal clusters, and an order, pay
 constexpr int64_t kFewClusters = 320;         // that are not put in order
 constexpr int64_t kCells[] = {8192, 131072};  // pixels of a thread from which cells of 16 and 32 to a side pay
-constexpr float kAlmost = 1e-6f;              // the difference of almost equal clusters
+constexpr float kAlmost = 0x1p-11f, kLeast = 0x1p-23f;  // differences of clusters that are almost equal
+constexpr float kTight = 0x1p-12f;                      // the extent of a palette of which boxes know little
+constexpr float kFar = 16.0f;  // where float32 knows no smaller difference, unless in one channel
+constexpr int kScanned = 2;    // blocks that a scan compares with as fast as a list is found
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Levels {
@@ -47,7 +50,8 @@ struct Palette {
     std::vector<QuantizeMembers> members;
     float radius;
     int32_t count, k;
-    bool gathered;
+    int32_t stride;
+    bool gathered, tight;
 };
 
 // The memory of one thread. What no pixel needs stays untouched.
@@ -72,13 +76,16 @@ QuantizeCells make_cells(const QuantizeParams& p, const Palette& palette, int bi
     cells.groups = palette.groups.data();
     cells.ids = palette.ids.data();
     cells.members = palette.members.data();
-    // |x - first| <= d + 2 radius for all that can be nearest, d^2 being the smallest; 2 r d <= r (4 d^2 + 1 / 4).
-    const float r = cells.radius = palette.radius;
+    // Of a group that has the nearest one the first is at most r further away than that, and so than d, d^2 being the
+    // smallest distance: (d + r)^2 <= d^2 (1 + 4 r) + r / 4 + r^2.
+    const float r = 1.7321f * palette.radius;
+    cells.radius = palette.radius;
     cells.wider = 1.0f + 1.0f / (1 << 20) + 4.1f * r;
     cells.further = 1.0f / (1 << 22) + 0.26f * r;
     cells.bits = bits;
     const size_t boxes = count / kQuantizeWidth + 1;
-    s.lanes.reset(new QuantizeLanes[2 * boxes + p.k / kQuantizeWidth + 2]());
+    cells.stride = palette.stride;
+    s.lanes.reset(new QuantizeLanes[2 * boxes + count + kQuantizeTogether * cells.stride / kQuantizeWidth]());
     cells.near = s.lanes[0].v;
     cells.middle = s.lanes[boxes].v;
     cells.found = s.lanes[2 * boxes].v;
@@ -152,12 +159,14 @@ void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
     for (int64_t i = 0; i < n; i += part) cut(palette, from + i, std::min(part, n - i), scratch);
 }
 
-// A place of the table for the colour, by its place in one of two grids.
-uint32_t hash(const Cluster& of, int grid) {
+bool far(const Cluster& of) { return std::max({std::fabs(of.c[0]), std::fabs(of.c[1]), std::fabs(of.c[2])}) >= kFar; }
+
+// A place for the colour, by its place in one of two grids of cells of four times `almost`.
+uint32_t hash(const Cluster& of, int grid, float almost) {
     constexpr uint32_t factors[3] = {0x9e3779b1u, 0x85ebca77u, 0xc2b2ae3du};
     uint32_t sum = grid;
     for (int c = 0; c < 3; ++c) {
-        const float rounded = of.c[c] + float(grid) * 0x1p-19f + 48.0f;  // to 2^-18
+        const float rounded = of.c[c] + float(grid) * 2.0f * almost + 0x1.8p25f * almost;
         uint32_t bits;
         std::memcpy(&bits, &rounded, sizeof bits);
         sum += bits * factors[c];
@@ -165,13 +174,42 @@ uint32_t hash(const Cluster& of, int grid) {
     return sum * 0x27d4eb2fu >> 8;
 }
 
+// Clusters by the first that they differ from by no more than `almost`; one that equals it or its last is left out.
+struct Kin {
+    std::vector<int32_t> firsts, next;  // next: of the same first; -1 for none
+    float radius;                       // the largest difference from a first
+};
+
+// Two that lie across the borders of both grids may be missed.
+Kin kin(const Cluster* all, int32_t n, float almost) {
+    uint32_t size = 1024;
+    while (size < 8 * uint32_t(n)) size *= 2;
+    std::vector<int32_t> table(size, -1), last(n, -1);
+    Kin to{{}, std::vector<int32_t>(n, -1), 0.0f};
+    to.firsts.reserve(n);
+    for (int32_t i = 0; i < n; ++i) {
+        const Cluster& each = all[i];
+        int32_t* places[2];
+        int32_t first = -1;
+        for (int grid = 0; grid < 2; ++grid) {
+            places[grid] = &table[hash(each, grid, almost) & (size - 1)];
+            const int32_t at = *places[grid];
+            if (at >= 0 && difference(all[at], each) <= (far(each) ? 0.0f : almost)) first = at;
+        }
+        if (first < 0) {
+            to.firsts.push_back(*places[0] = *places[1] = last[i] = i);
+        } else if (difference(all[first], each) > 0.0f && difference(all[last[first]], each) > 0.0f) {
+            last[first] = to.next[last[first]] = i;
+            to.radius = std::max(to.radius, difference(all[first], each));
+        }
+    }
+    return to;
+}
+
 // The group of `first` and those that follow it by `next`.
 void group(Palette& palette, Cluster& first, const Cluster* all, const int32_t* next, int32_t from) {
     QuantizeGroup group{int32_t(palette.ids.size()), 0, int32_t(palette.members.size())};
-    for (int32_t i = from; i >= 0; i = next[i], ++group.count) {
-        palette.ids.push_back(all[i].id);
-        palette.radius = std::max(palette.radius, difference(first, all[i]));
-    }
+    for (int32_t i = from; i >= 0; i = next[i], ++group.count) palette.ids.push_back(all[i].id);
     for (int32_t i = from, j = 0; group.count > kQuantizeFew && i >= 0; i = next[i], ++j) {
         const int32_t lane = j % kQuantizeMembers;
         if (lane == 0) {
@@ -185,39 +223,45 @@ void group(Palette& palette, Cluster& first, const Cluster* all, const int32_t* 
     }
     first.id = -2 - int32_t(palette.groups.size());
     palette.groups.push_back(group);
+    const int32_t blocks = (group.count + kQuantizeMembers - 1) / kQuantizeMembers;
+    palette.stride = std::max(palette.stride, blocks * (kQuantizeMembers + kQuantizeWidth));
 }
 
-// Puts those of `all` that differ from an earlier one by no more than `almost` in a group with it, and leaves out equal
-// ones; returns how many are left. Two that lie across the borders of both grids may be missed.
-int64_t gather(Palette& palette, Cluster* all, int64_t n, float almost) {
-    uint32_t size = 64;
-    while (size < 8 * n) size *= 2;
-    std::vector<int32_t> table(size, -1), links(3 * n, -1);
-    int32_t *next = links.data(), *last = next + n, *firsts = last + n;
-    int32_t count = 0;
-    palette.ids.reserve(n);
-    for (int32_t i = 0; i < n; ++i) {
-        int32_t& place = table[hash(all[i], 0) & (size - 1)];
-        int32_t& other = table[hash(all[i], 1) & (size - 1)];
-        int32_t first = -1;
-        for (int32_t each : {place, other})
-            if (each >= 0 && difference(all[each], all[i]) <= almost) first = each;
-        if (first < 0) {
-            place = other = firsts[count++] = last[i] = i;
-        } else if (difference(all[first], all[i]) > 0.0f && difference(all[last[first]], all[i]) > 0.0f) {
-            last[first] = next[last[first]] = i;
-        }
+// Puts those of `all` that are almost equal in groups, and leaves out equal ones; returns how many are left. Almost
+// equal are those of a group that others are farther from than eight times what it spans, for a pixel between two
+// groups has to be compared with both in float64.
+int32_t gather(Palette& palette, Cluster* all, int32_t n, bool groups) {
+    float almost = groups ? kAlmost : 0.0f;
+    Kin found = kin(all, n, almost);
+    while (found.radius > 0.125f * almost && found.firsts.size() > 1) {
+        almost = almost > kLeast ? 0.125f * almost : 0.0f;
+        found = kin(all, n, almost);
     }
+    palette.radius = found.radius;
+    const int32_t count = int32_t(found.firsts.size());
     for (int32_t i = 0; i < count; ++i) {
-        Cluster first = all[firsts[i]];
-        if (next[firsts[i]] >= 0) group(palette, first, all, next, firsts[i]);
+        const int32_t at = found.firsts[i];
+        Cluster first = all[at];
+        if (found.next[at] >= 0) group(palette, first, all, found.next.data(), at);
         all[i] = first;  // its others, and those of later ones, stand behind it
     }
     return count;
 }
 
+// Along the longest side.
+float extent(const Cluster* all, int64_t n) {
+    Cluster low{}, high{};
+    if (n > 0) low = high = all[0];
+    for (int64_t i = 1; i < n; ++i)
+        for (int c = 0; c < 3; ++c) {
+            low.c[c] = std::min(low.c[c], all[i].c[c]);
+            high.c[c] = std::max(high.c[c], all[i].c[c]);
+        }
+    return difference(low, high);
+}
+
 // In order, with boxes, where that pays. One that is not finite wins nowhere, and is left out.
-Palette make_palette(const QuantizeParams& p, bool gathers, float almost) {
+Palette make_palette(const QuantizeParams& p, bool gathers, bool groups) {
     const int64_t most = blocks_of(p.k) + 1;
     Palette palette{};
     palette.k = p.k;
@@ -231,12 +275,14 @@ Palette make_palette(const QuantizeParams& p, bool gathers, float almost) {
         const float* from = p.clusters + 3 * i;
         if (finite(from)) all[n++] = {{from[0], from[1], from[2]}, int32_t(i)};
     }
-    n = gather(palette, all.get(), n, almost);
-    if (p.n < kOrdered || n <= kFewClusters) {
+    n = gather(palette, all.get(), int32_t(n), groups);
+    palette.tight = extent(all.get(), n) <= kTight;
+    if (p.n < kOrdered || n <= kFewClusters || palette.tight) {
         palette.k = int32_t(n);
         palette.count = std::max(blocks_of(n), 1);
         for (int64_t i = 0; i < palette.count; ++i)
             fill(palette.blocks[i], all.get() + i * kQuantizeWidth, n - i * kQuantizeWidth);
+        if (n == p.k && palette.groups.empty()) return palette;  // as they came
         palette.colours.resize(3 * n);
         palette.tokens.resize(n);
         for (int64_t i = 0; i < n; ++i) {
@@ -261,8 +307,8 @@ int64_t run(const QuantizeParams& p, Body body, bool is_u8, int64_t begin, bool 
     const int64_t shares = (p.n + kShare - 1) / kShare;
     const int threads = p.n < kParallel ? 1 : int(std::min<int64_t>(usable_threads(p.threads), shares));
     static const Levels levels;
-    const Palette palette = make_palette(p, gathers, is_u8 ? kAlmost : 0.0f);
-    const int64_t share = palette.count > 1 ? p.n / threads : 0;
+    const Palette palette = make_palette(p, gathers, is_u8);
+    const int64_t share = palette.count > kScanned && !palette.tight ? p.n / threads : 0;
     const int bits = share < kCells[0] ? 0 : share < kCells[1] ? 4 : 5;
     std::vector<Scratch> scratch(threads);
     std::vector<QuantizeCells> cells(threads);

@@ -16,6 +16,7 @@ struct QuantizeParams {
     int64_t* out;           // (n,)
     int64_t n;
     int32_t k;
+    int32_t stride;  // of `found`: 80 for every block of the largest group
     int32_t threads;
     int64_t* work;  // (1,): boxes and candidates that pixels and cells were compared with; nullptr: not wanted
 };
@@ -24,8 +25,9 @@ constexpr int kQuantizeWidth = 16;      // candidates of a block
 constexpr int kQuantizeWaiting = 16;    // pixels
 constexpr int kQuantizeParentBits = 3;  // the coarsest cells
 constexpr int kQuantizeParent = 64;     // candidates of those at most; with more, finer lists would be long as well
-constexpr int kQuantizeFew = 8;         // of a group, which float64 alone compares
-constexpr int kQuantizeMembers = 32;    // of a group, in a block
+constexpr int kQuantizeFew = 12;        // of a group, which float64 alone compares
+constexpr int kQuantizeTogether = 4;    // pixels at most that a group is compared with at once
+constexpr int kQuantizeMembers = 64;    // of a group, in a block
 constexpr int kQuantizeLeafBits = 5;    // the finest cells are 1 / 32 of the colour cube's side
 
 // Sixteen candidates, or what is left of them: then the ids are -1 and the colours infinitely far away.
@@ -71,11 +73,11 @@ struct alignas(64) QuantizeCells {
     const QuantizeGroup* groups;
     const int32_t* ids;  // of the groups
     const QuantizeMembers* members;
-    float radius;           // of the groups: the largest difference
+    float radius;           // of the groups: the largest difference in a channel
     float wider, further;   // the nearest one is at most `wider` times the smallest distance and `further` away
     float *near, *middle;   // (padded count,) scratch
     uint64_t* blocks;       // (kQuantizeWaiting + 1, count / 64) scratch
-    float* found;           // (k / 16 + 1, 16) scratch
+    float* found;           // (count, 16) and (kQuantizeTogether, stride) scratch
     int32_t* visited;       // (count,) scratch
     int32_t* leaf;          // (2^15,) by the upper five bits of r, g, b: a block of lists, or kQuantizeUnknown, ..
     QuantizeNode* parents;  // (2^9,) by the upper three bits
@@ -86,9 +88,10 @@ struct alignas(64) QuantizeCells {
     int32_t used;  // of `lists`
     int32_t count;
     int32_t k;
-    bool stops;    // where almost equal clusters, not in groups yet, keep most pixels waiting
-    int32_t bits;  // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
-    float reach;   // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
+    int32_t stride;  // of `found`: 80 for every block of the largest group
+    bool stops;      // where almost equal clusters, not in groups yet, keep most pixels waiting
+    int32_t bits;    // the finest cells are 1 / 2^bits of the colour cube's side; 0: none
+    float reach;     // by how much the colours of a cell stop short of its width: 1 for uint8, 0 for float32
 };
 
 constexpr int32_t kQuantizeUnknown = -1, kQuantizeCrowded = -2;
