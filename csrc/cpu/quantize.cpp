@@ -49,8 +49,7 @@ struct Palette {
     std::vector<int32_t> ids;
     std::vector<QuantizeMembers> members;
     float radius;
-    int32_t count, k;
-    int32_t stride;
+    int32_t count, k, stride;  // as in QuantizeCells
     bool gathered, tight;
 };
 
@@ -148,7 +147,7 @@ void cut(Palette& palette, Cluster* from, int64_t n, Cluster* scratch) {
         if (0.5f * high[c] - 0.5f * low[c] > 0.5f * high[axis] - 0.5f * low[axis]) axis = c;
     constexpr int kBins = 128;
     int32_t starts[kBins] = {};
-    const double scale = (kBins - 0.5) / (double(high[axis]) - low[axis]);
+    const double side = double(high[axis]) - low[axis], scale = side > 0.0 ? (kBins - 0.5) / side : 0.0;
     const auto bin = [&](const Cluster& each) { return int((double(each.c[axis]) - low[axis]) * scale); };
     for (int64_t i = 0; i < n; ++i) ++starts[bin(from[i])];
     int32_t sum = 0;
@@ -183,7 +182,7 @@ struct Kin {
 // Two that lie across the borders of both grids may be missed.
 Kin kin(const Cluster* all, int32_t n, float almost) {
     uint32_t size = 1024;
-    while (size < 8 * uint32_t(n)) size *= 2;
+    while (size < 8 * uint32_t(std::min(n, 1 << 20))) size *= 2;
     std::vector<int32_t> table(size, -1), last(n, -1);
     Kin to{{}, std::vector<int32_t>(n, -1), 0.0f};
     to.firsts.reserve(n);

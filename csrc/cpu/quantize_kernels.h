@@ -60,8 +60,8 @@ struct alignas(64) QuantizeLanes {
     float v[kQuantizeWidth];
 };
 
-// What one thread works with; see quantize.h. The arrays belong to the driver. On a cache line of its own: the other
-// threads read theirs for every pixel.
+// What one thread works with; see quantize.h and quantize_search.h. The arrays belong to the driver. On a cache line of
+// its own: the other threads read theirs for every pixel.
 struct alignas(64) QuantizeCells {
     const float* colours;        // (k, 3), what a scan compares with
     const int32_t* tokens;       // (k,) their ids as in blocks; nullptr: 0 .. k - 1
