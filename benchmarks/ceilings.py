@@ -64,10 +64,10 @@ class Work:
     copied: float = 0.0
 
 
-def compiled(source: str) -> ctypes.CDLL:
-    """A C++ file of this folder as a library."""
+def compiled(source: str, *more: str) -> ctypes.CDLL:
+    """A C++ file of this folder as a library; ``more`` flags."""
     library = Path(tempfile.mkdtemp()) / f"{source}.so"
-    flags = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+    flags = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", *more]
     if source == "memory" and platform.machine() == "x86_64":
         # Loads of 64 bytes where there are: those of 32 read memory at four fifths of its rate.
         wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

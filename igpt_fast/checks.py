@@ -16,6 +16,8 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 1 << 30) -> 
     Raises:
         ValueError: Not an integer (``True`` is none), or out of bounds; the message starts with ``name``.
     """
+    if type(value) is int and least <= value <= most:  # at once: the classes of numbers are slow to ask
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name} is {shown(value)}; want an integer in {_bound(least)}..{_bound(most)}")
     return int(value)
@@ -35,6 +37,8 @@ def finite_number(
     Raises:
         ValueError: Not a number (``True`` is none), NaN, or out of bounds.
     """
+    if type(value) is float and least <= value <= most and value not in without:
+        return value
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and not isinstance(value, Integral):
         value = float(value)  # numpy would make its own type, in which a bound may be infinite, of the bounds

@@ -30,15 +30,14 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        checked = {"temperature": finite_number("sample: temperature", self.temperature, 0, sys.float_info.max)}
+        checked = vars(self)  # past the frozen attributes
+        checked["temperature"] = finite_number("sample: temperature", self.temperature, 0, sys.float_info.max)
         if self.top_k is not None:
             checked["top_k"] = whole_number("sample: top_k", self.top_k, most=(1 << 63) - 1)
         if self.top_p is not None:
             checked["top_p"] = finite_number("sample: top_p", self.top_p, 0, 1, without=(0,))
         if self.min_p is not None:
             checked["min_p"] = finite_number("sample: min_p", self.min_p, 0, 1)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
 
 
 PLAIN = Sampling()  # in proportion to the probabilities

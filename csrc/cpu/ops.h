@@ -17,9 +17,9 @@ namespace igpt::cpu {
 
 struct Ops {
     const char* isa;
-    // The pixels begin .. end - 1.
-    void (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
-    void (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
+    // The pixels begin .. end - 1, or the first of them that `cells.stops` has left out; returns the end of those done.
+    int64_t (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
+    int64_t (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
     ElementwiseKernels elementwise;

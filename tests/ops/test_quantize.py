@@ -197,8 +197,17 @@ def adversaries() -> dict[str, torch.Tensor]:
         "greys": torch.linspace(-1, 1, 200)[torch.randperm(200, generator=generator)].reshape(-1, 1).repeat(1, 3),
         "far": torch.cat([palette(30) * 1e9, palette(30, seed=1) * 3e38]),
         "overflow": palette(30, seed=1) * 3e38,
+        # Groups of many, which few pixels meet as well.
+        "clumps": torch.cat([palette(150, seed) * 1e-5 + 0.3 * seed for seed in range(3)]),
+        "a clump, and few far": torch.cat([palette(200) * 1e-4, palette(20, seed=1)]),
+        "far, and almost equal": torch.cat([torch.full((60, 1), 3e38), palette(60)[:, 1:] * 3e-7], dim=1),
         "broken": broken,
         "nothing finite": torch.full((20, 3), float("nan")),
+        # Enough to be put in order, with boxes.
+        "many broken": torch.cat([broken, palette(400), broken]),
+        "many far": torch.cat([palette(300) * 1e9, palette(300, seed=1) * 3e38]),
+        "many doubles": palette(130).repeat(4, 1),
+        "many and nothing finite": torch.full((400, 3), float("nan")),
     }
 
 
@@ -219,7 +228,7 @@ def test_every_instruction_set_agrees(isa: str, kind: str, dtype: torch.dtype) -
     """The numbers of pixels choose how far the cells are refined; token by token."""
     clusters = adversaries()[kind]
     x, expected = colours_and_tokens(kind, dtype)
-    for n, threads in ((2_001, 1), (9_003, 2), (len(x), 1)):
+    for n, threads in ((333, 1), (2_001, 1), (9_003, 2), (len(x), 1)):
         tokens = native(x[:n], clusters, threads)[::5]
         assert torch.equal(tokens, expected[: len(tokens)]), (isa, n)
 
