@@ -28,7 +28,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "resume_download": ((None, False, True), "downloads are resumed by themselves"),
     "save_peft_format": ((True, None), "save the adapter by PEFT's own save_pretrained"),
     "tp_plan": ((None,), "shard the model by torch's fully_shard after it is loaded"),
-    "trust_remote_code": ((False, None), "no code of a repository is ever run"),
+    "trust_remote_code": ((False, True, None), "a permission that is never used"),
     "use_auth_token": ((None,), "use token"),
     "use_fast": ((None, True, False), "there is one processor"),
     "use_kernels": ((None, False), "kernels are chosen by themselves; see igpt_fast.show_config()"),

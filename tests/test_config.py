@@ -388,13 +388,13 @@ def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
     config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
     given: dict[str, Any] = {"return_unused_kwargs": True, "use_cache": False, "note": "new", "revision_of": 1}
     for load in (ImageGPTConfig.from_pretrained, transformers.ImageGPTConfig.from_pretrained):
-        found, unused = load(pretrained_model_name_or_path=tmp_path, trust_remote_code=False, **given)
+        found, unused = load(pretrained_model_name_or_path=tmp_path, trust_remote_code=True, **given)
         assert (found.n_layer, found.use_cache, found.note) == (3, False, "new")
         assert unused == {"revision_of": 1}
     assert ImageGPTConfig.from_pretrained(tmp_path, note="other").note == "other"
     with pytest.raises(TypeError, match=r"multiple values|the same; give one"):
         ImageGPTConfig.from_pretrained(tmp_path, pretrained_model_name_or_path=tmp_path)
-    for name, value in (("force_download", True), ("trust_remote_code", True), ("proxies", {"http": "x"})):
+    for name, value in (("force_download", True), ("proxies", {"http": "x"})):
         with pytest.raises(ValueError, match=f"from_pretrained: {name}=.* is not offered: "):
             ImageGPTConfig.from_pretrained(tmp_path, **{name: value})
     assert config.to_diff_dict() == {"n_layer": 3, "note": "kept", "model_type": "imagegpt"}

@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> str:
 def test_models(registered: None, folder: str, name: str) -> None:
     made = getattr(transformers, name)
     assert type(made.from_pretrained(folder)) is MODELS[name]
-    assert type(made.from_pretrained(pretrained_model_name_or_path=folder, trust_remote_code=False)) is MODELS[name]
+    assert type(made.from_pretrained(pretrained_model_name_or_path=folder, trust_remote_code=True)) is MODELS[name]
     assert type(made.from_config(small().config)) is MODELS[name]
 
 
