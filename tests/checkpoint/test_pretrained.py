@@ -266,7 +266,7 @@ def test_config_and_overrides(folder: Path) -> None:
     (folder / "config.json").unlink()
     model = load(folder, config=config, attn_pdrop=0.75)
     assert (model.config.embd_pdrop, model.config.attn_pdrop, config.attn_pdrop) == (0.25, 0.75, 0.1)
-    with pytest.raises(ValueError, match="variant=fp16 is not offered: give the name of another folder"):
+    with pytest.raises(ValueError, match="variant='fp16' is not offered: give the name of another folder"):
         load(folder, variant="fp16")
     with pytest.raises(TypeError, match="no_such"):
         load(folder, no_such=True)
