@@ -16,7 +16,6 @@ struct QuantizeParams {
     int64_t* out;           // (n,)
     int64_t n;
     int32_t k;
-    int32_t stride;  // of `found`: 80 for every block of the largest group
     int32_t threads;
     int64_t* work;  // (1,): boxes and candidates that pixels and cells were compared with; nullptr: not wanted
 };

@@ -27,6 +27,7 @@ _MAX_SHARDS = 4096
 _MAX_VARIABLES = 1 << 16
 _MAX_NAME_BYTES = 1024  # names share beginnings: a small table could claim long ones again and again
 _MAX_AXES = 8
+_MAX_MESSAGE_BYTES = 4096  # of a variable: a shape and five numbers
 _CHUNK = 1 << 20
 
 _FOOTER_BYTES = 48
@@ -298,6 +299,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _message(data: bytes, kinds: Mapping[int, int]) -> dict[int, list[Any]]:
     """A protocol buffer's values by their fields' numbers; ``kinds`` has all fields that there may be."""
+    if len(data) > _MAX_MESSAGE_BYTES:  # before a list of them is made
+        raise ValueError(f"is described in {len(data)} bytes; want {_MAX_MESSAGE_BYTES} or less")
     found: dict[int, list[Any]] = {}
     at = 0
     while at < len(data):

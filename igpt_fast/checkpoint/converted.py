@@ -15,7 +15,7 @@ from typing import IO
 
 import torch
 
-from igpt_fast.checkpoint.pretrained import CONFIG, _is_finite, config_text, write_folder
+from igpt_fast.checkpoint.pretrained import CONFIG, OF_A_MODEL, _is_finite, config_text, write_folder
 from igpt_fast.checkpoint.tensors import _SAFETENSORS_DTYPES, SAFETENSORS, StoredTensor
 from igpt_fast.checks import dtype_name
 from igpt_fast.config import ImageGPTConfig
@@ -66,15 +66,17 @@ class Converted:
 
         Raises:
             OSError: The folder or a file cannot be written.
-            ValueError: A tensor is damaged, not finite, or too large for ``dtype``.
+            ValueError: A tensor is damaged, not finite, or too large for ``dtype``; or another dtype.
         """
         dtype = self.dtype if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"save_pretrained: dtype is {dtype}; want float32, float16 or bfloat16")
 
         def write(path: Path) -> None:
             write_safetensors(path, self.tensors, dtype)
 
         config = config_text(self.config, ARCHITECTURE, dtype)
-        write_folder(Path(directory), {SAFETENSORS: write}, {**(texts or {}), CONFIG: config})
+        write_folder(Path(directory), {SAFETENSORS: write}, {**(texts or {}), CONFIG: config}, OF_A_MODEL)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:

@@ -33,8 +33,11 @@ class Family:
 
     def fits(self, names: set[str]) -> bool:
         """Whether a checkpoint of tensors with these names is one."""
-        ends = {name[at:] for name in names for at in (0, *(i + 1 for i, mark in enumerate(name) if mark == "."))}
-        return ends.issuperset(self.has) and ends.isdisjoint(self.lacks)
+
+        def there(end: str) -> bool:
+            return any(name == end or name.endswith(f".{end}") for name in names)
+
+        return all(map(there, self.has)) and not any(map(there, self.lacks))
 
 
 FAMILIES = (

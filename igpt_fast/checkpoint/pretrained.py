@@ -15,7 +15,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -34,6 +35,7 @@ from igpt_fast.files import listed, printable, shown
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+OF_A_MODEL = ("preprocessor_config.json", GENERATION)  # beside its configuration and its weights
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_NEW_ELEMENTS = 1 << 26  # of weights that are not in the file and larger than the file
@@ -263,18 +265,32 @@ def _save_file(state: dict[str, Tensor], path: Path) -> None:
         raise _os_error(error, path) from error
 
 
-def write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str, str]) -> None:
+def write_folder(
+    folder: Path, writers: Mapping[str, Writer], texts: Mapping[str, str], others: Sequence[str] = ()
+) -> None:
     """Writes a model's files into a folder, all or none; the other weights that were in it are removed.
 
     Args:
-        folder: Made if it does not exist.
+        folder: Made if it does not exist, and gone again if the writing fails.
         writers: Files of weights, in transformers' names, and what writes them to the path that it is given.
         texts: The other files, an index of several weights' among them, and what is in them.
+        others: Files that would be another model's, and are removed where they are not written.
 
     Raises:
         OSError: The folder or a file cannot be written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_folder(folder, writers, texts, others)
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str, str], others: Sequence[str]) -> None:
     names = [*writers, *texts]
     before = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and not path.is_dir()}
     # The other layouts' main files, and an index of shards that are about to change; the file that is read first, last.
@@ -282,6 +298,7 @@ def write_folder(folder: Path, writers: Mapping[str, Writer], texts: Mapping[str
     outdated = [
         folder / name for name in order if name in before and (name != weights.SAFETENSORS or name not in names)
     ]
+    outdated += [folder / name for name in others if name not in names and (folder / name).exists()]
     with files.replacing_together([folder / name for name in names], outdated=outdated) as partials:
         for name, path in zip(names, partials, strict=True):
             if name in writers:

@@ -42,6 +42,9 @@ class DynamicCache:
         self.keys: list[Tensor] = [] if keys is None else keys
         self.values: list[Tensor] = [] if values is None else values
 
+    def __repr__(self) -> str:
+        return f"DynamicCache({self.get_seq_length()} positions, {len(self.keys)} layers)"
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """See ``Cache.update``.
 

@@ -73,7 +73,7 @@ class ImageGPTAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
         self.upcast = config.reorder_and_upcast_attn
-        self.bidirectional = config.bidirectional
+        self.config = config
         self.c_attn = Conv1D((2 if is_cross_attention else 3) * config.n_embd, config.n_embd)
         if is_cross_attention:
             self.q_attn = Conv1D(config.n_embd, config.n_embd)
@@ -81,6 +81,11 @@ class ImageGPTAttention(nn.Module):
         # Called where it has a hook or is another module than this; the op applies it otherwise.
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    @property
+    def bidirectional(self) -> bool:
+        """Of the model's configuration, which says it for its caches and decoders too."""
+        return self.config.bidirectional
 
     def forward(
         self,

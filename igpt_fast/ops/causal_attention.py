@@ -243,7 +243,7 @@ def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float)
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         raise ValueError(f"{op}: q, k, v have shapes {shapes}; want (B, H, T_q, D) and twice (B, H, T_k, D)")
-    if k.shape[2] < q.shape[2]:
+    if op != "full_attention" and k.shape[2] < q.shape[2]:
         raise ValueError(f"{op}: k has {k.shape[2]} positions, q {q.shape[2]}; want at least as many")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; want a number in [0, 1]")

@@ -125,17 +125,19 @@ def _backward(
     return dlogits
 
 
-def _check_launch(logits: Tensor, labels: Tensor, *_: Any) -> None:
+def _check_launch(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
     op = "cross_entropy"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction is {reduction!r}; want one of {', '.join(REDUCTIONS)}")
     covered = logits.ndim > 0 and logits.shape[-1] > 0
     dispatch.check_covered(op, covered and _covered(dispatch.native_kind(logits), logits), logits)
     dispatch.check_operand(op, "labels", labels, logits, torch.int64, logits.shape[:-1])
 
 
 def _check_backward(
-    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, _: int
+    dloss: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, count: Tensor | None, ignore_index: int
 ) -> None:
-    _check_launch(logits, labels)
+    _check_launch(logits, labels, ignore_index, "mean")
     op, shape = "cross_entropy_bwd", labels.shape
     dispatch.check_operand(op, "dloss", dloss, logits, torch.float32, shape if dloss.ndim else ())
     dispatch.check_operand(op, "statistics", statistics, logits, torch.float32, shape + _TWO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,13 @@ def test_no_checkpoint_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.pt: (not a PyTorch checkpoint|neither)"):
         from_openai(tmp_path / "model.pt")
+
+
+def test_a_name_of_nothing_but_dots_costs_nothing(tmp_path: Path) -> None:
+    """A list of all ends of the name would take gigabytes."""
+    torch.save({"." * 50_000: torch.zeros(1)}, tmp_path / "model.pt")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        from_openai(tmp_path / "model.pt")
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()

@@ -87,11 +87,32 @@ def test_dtype_and_force(capsys: pytest.CaptureFixture[str], given: Path, tmp_pa
     assert ImageGPTForCausalImageModeling.from_pretrained(out).dtype == torch.float32
 
 
+def test_force_leaves_nothing_of_another_model(capsys: pytest.CaptureFixture[str], given: Path, tmp_path: Path) -> None:
+    out, clusters = tmp_path / "out", given / "kmeans_centers.npy"
+    assert run(capsys, given, out, "--clusters", clusters, "--size", "3x4")[0] == 0
+    (out / "generation_config.json").write_text("{}")
+    (out / "notes.txt").write_text("mine")
+    assert run(capsys, given, out, "--force")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_damage_leaves_no_folder(capsys: pytest.CaptureFixture[str], given: Path, tmp_path: Path) -> None:
+    """Of a variable that is used, and so read while the folder is written."""
+    network = bundles.network()
+    bundles.write_bundle(given / "model.ckpt-1000000", network | {"model/wpe": network["model/wpe"] * torch.nan})
+    (tmp_path / "there").mkdir()
+    assert "model/wpe" in fails(capsys, 1, given, tmp_path / "there" / "x" / "out")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
 def test_a_bert_says_so(capsys: pytest.CaptureFixture[str], given: Path, tmp_path: Path) -> None:
     bundles.write_bundle(given / "model.ckpt-1000000", bundles.network(bert=True))
     code, text, _ = run(capsys, given, tmp_path / "out", "--clusters", given / "kmeans_centers.npy", "--size", "4x3")
     assert code == 0
-    assert "; BERT, bidirectional, which cannot draw; float32" in text
+    assert (
+        "; BERT, bidirectional, which cannot draw, and which transformers would run as if it were causal; float32"
+        in text
+    )
     code = cli.main(["sample", "--model", str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])
     assert (code, "attention is bidirectional" in capsys.readouterr().err) == (1, True)
 

@@ -20,6 +20,7 @@ from igpt_fast import (
     ImageGPTForImageClassification,
     ImageGPTImageProcessor,
     Pipeline,
+    reference,
 )
 from igpt_fast.engines.choice import Choice, choose, make_decoder
 from igpt_fast.engines.cpu import forward
@@ -28,6 +29,7 @@ from igpt_fast.engines.cuda.decoder import why_not_cuda
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.hf import to_transformers
 from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.ops.causal_attention import full_attention
 
 
 def bert(dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
@@ -86,6 +88,31 @@ def test_every_position_sees_every_other() -> None:
     assert (len(output.hidden_states), output.attentions[0].shape) == (3, (2, 2, 9, 9))
 
 
+def test_the_configuration_alone_says_it() -> None:
+    model, tokens = bert(), ids(bert(), 2, 9)
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 16
+    model.config.bidirectional = False
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits[:, :-1], model(changed).logits[:, :-1])
+        model.config.bidirectional = True
+        assert not torch.equal(model(tokens).logits[:, 0], model(changed).logits[:, 0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_and_forward_mode_derivatives(masked: bool) -> None:
+    key_mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+    leaves = tuple(torch.randn(2, 1, t, 3, dtype=torch.float64, requires_grad=True) for t in (3, 4, 4))
+    attend = lambda *x: full_attention(*x, 0.5, key_mask)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(attend, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(attend, leaves)
+
+
+def test_fewer_keys_than_queries() -> None:
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 8)
+    torch.testing.assert_close(full_attention(q, k, k, 0.5)[0], reference.full_attention(q, k, k, 0.5)[0])
+
+
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "compiled"])
 def test_gradients_and_dropout(way: str) -> None:
     model = bert(attn_pdrop=0.5, head=ImageGPTForImageClassification).train()
@@ -137,8 +164,8 @@ def test_the_forward_pass_declines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "no_native_forward", lambda: None)
     model = bert(torch.bfloat16, n_embd=64).requires_grad_(False)
     assert forward.why_not(model.transformer, ids(model, 1, 9)) == "attention is bidirectional"
-    model.config.bidirectional = False  # what the layers were made for counts
-    assert forward.why_not(model.transformer, ids(model, 1, 9)) == "attention is bidirectional"
+    model.config.bidirectional = False
+    assert forward.why_not(model.transformer, ids(model, 1, 9)) is None
     causal = small(torch.bfloat16, n_embd=64).requires_grad_(False)
     assert forward.why_not(causal.transformer, ids(causal, 1, 9)) is None
 

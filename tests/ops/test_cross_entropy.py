@@ -210,3 +210,8 @@ def test_what_the_backward_keeps_has_no_gradient(emulation: Implementation) -> N
 def test_misuse(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="cross_entropy: " + message):
         ops.cross_entropy(**{"logits": torch.zeros(2, 8), "labels": torch.zeros(2).long()} | changes)
+
+
+def test_a_registered_call_names_its_reduction(emulation: Implementation) -> None:
+    with pytest.raises(ValueError, match="reduction is 'average'; want one of mean, sum, none"):
+        torch.ops.igpt_fast.cross_entropy(torch.zeros(2, 8), torch.zeros(2).long(), -100, "average")

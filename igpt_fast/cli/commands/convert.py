@@ -27,6 +27,8 @@ def convert(
 ) -> None:
     """Convert OpenAI's checkpoints (TensorFlow's format) to a model that all commands and transformers load.
 
+    A BERT, a checkpoint without model/sos, is for this package alone: transformers would run it as if it were causal.
+
     Args:
         checkpoint: Its prefix, such as model.ckpt-1000000; its .index; or a folder with one checkpoint.
         out: Folder to write config.json and model.safetensors to, and with --clusters preprocessor_config.json.
@@ -46,6 +48,7 @@ def convert(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: is not a directory")
     written = ["config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]
+    written += ["generation_config.json"]
     if not force and (found := [name for name in written if (out / name).exists()]):
         raise FileExistsError(f"{out / found[0]}: exists already; pass --force to overwrite it")
     checks.check_writable(out)
@@ -66,7 +69,8 @@ def convert(
     values |= {name: getattr(config, name) for name in names} | {
         "clusters": None if clusters is None else str(clusters)
     }
-    kind = "BERT, bidirectional, which cannot draw" if config.bidirectional else f"{config.n_colours} colours"
+    bert = "BERT, bidirectional, which cannot draw, and which transformers would run as if it were causal"
+    kind = bert if config.bidirectional else f"{config.n_colours} colours"
     sizes = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
     terminal.report(json, values, f"{out}: {converted.parameters / 1e6:.2f} M parameters, {sizes}; {kind}; {stored}")
 
