@@ -35,7 +35,7 @@ sample: $(VENV)/installed
 	$(BIN)/igpt sample -n 16 --seed 0 --out samples.png --force
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --durations=30
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --soak
