@@ -96,7 +96,8 @@ class GenerationMixin(GenerationSettings):
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
             TypeError: ``input_ids`` is not an integer tensor, or an argument that nobody has, or that transformers
                 has not (``seed``, ``generator``, ``callback``, ``dtype``) beside one that only it has.
-            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
+            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options, such as
+                guidance and beams, which transformers would mix up.
 
         Source: transformers ``GenerationMixin.generate``.
         """
