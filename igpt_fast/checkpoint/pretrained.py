@@ -164,7 +164,9 @@ class PretrainedMixin(nn.Module):
         model.name_or_path = os.fspath(name_or_path)
         model.eval()
         generation = files.find_file(name_or_path, GENERATION, required=False, **where)
-        model._generation_file = None if generation is None else files.read_json(generation)
+        if generation is not None:
+            model._generation_file = files.read_json(generation)
+            keywords.check_settings(str(generation), model._generation_file)
         if device_map is not None:
             _dispatch(model, device_map, max_memory, offload_folder)
         return (model, model._loading_info) if output_loading_info else model

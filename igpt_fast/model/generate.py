@@ -14,7 +14,7 @@ from igpt_fast import kin
 from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.engines.network import Model
-from igpt_fast.model.settings import GenerationSettings, asks_for_nothing, set_in
+from igpt_fast.model.settings import GenerationSettings, asks_for_nothing, check_names, over, set_in
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
@@ -96,7 +96,8 @@ class GenerationMixin(GenerationSettings):
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
             TypeError: ``input_ids`` is not an integer tensor, or an argument that nobody has, or that transformers
                 has not (``seed``, ``generator``, ``callback``, ``dtype``) beside one that only it has.
-            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options.
+            ValueError: A bad shape, a token out of range, a length out of range, or contradicting options, such as
+                guidance and beams, which transformers would mix up.
 
         Source: transformers ``GenerationMixin.generate``.
         """
@@ -126,15 +127,17 @@ class GenerationMixin(GenerationSettings):
         if input_ids is not None and inputs is not None:
             raise ValueError("generate: give input_ids or inputs, which are the same, not both")
         context = inputs if input_ids is None else input_ids
-        stored = {**self._generation_settings(), **({} if generation_config is None else set_in(generation_config))}
-        if "max_length" in asked or "max_new_tokens" in asked:
-            stored = {name: value for name, value in stored.items() if name not in ("max_length", "max_new_tokens")}
-        if not {**stored, **asked}.get("do_sample"):
-            stored = {name: value for name, value in stored.items() if name not in _OF_DRAWING}
-        settings = {**stored, **asked, **theirs}
+        check_names(model, theirs)
+        given = {} if generation_config is None else set_in(generation_config)
+        given = over(given, {**asked, **theirs})
+        settings = over(self._generation_settings(), given)
+        for name in ("do_sample", "use_cache"):
+            if settings.get(name) not in (None, False, True):
+                raise ValueError(f"generate: {name} is {settings[name]!r}; want True or False")
+        if not settings.get("do_sample"):
+            settings = {name: value for name, value in settings.items() if name not in _OF_DRAWING or name in asked}
         if beyond := _beyond(model, settings):
-            arguments = {**asked, **theirs}
-            return self._generate_as_transformers(beyond, context, generation_config, settings, arguments, only_here)
+            return self._generate_as_transformers(beyond, context, settings, given, only_here)
         ours = {name: value for name, value in settings.items() if name in _OURS - {"attention_mask", "use_cache"}}
         return _generate(model, context, **ours, **only_here)
 
@@ -142,12 +145,14 @@ class GenerationMixin(GenerationSettings):
         self,
         beyond: list[str],
         context: Tensor | None,
-        generation_config: Any,
         settings: dict[str, Any],
-        arguments: dict[str, Any],
+        given: dict[str, Any],
         only_here: dict[str, Any],
     ) -> Any:
-        """transformers' own ``generate`` with this model, for the sake of the settings ``beyond`` ours."""
+        """transformers' own ``generate`` with this model, for the sake of the settings ``beyond`` ours.
+
+        Of ``settings`` it gets those that are ``given``, and finds the others in ``generation_config``.
+        """
         model, names = cast(Model, self), ", ".join(beyond)
         if mixed := sorted(name for name, value in only_here.items() if value is not None):
             raise TypeError(f"generate: {', '.join(mixed)} cannot be combined with {names}, which transformers does")
@@ -155,15 +160,40 @@ class GenerationMixin(GenerationSettings):
         if names not in _told:
             _told.add(names)
             warnings.warn(f"generate: {names}: transformers' own generate does this, step by step", stacklevel=3)
-        embeddings = arguments.get("inputs_embeds")
-        if context is None and embeddings is None:
-            context = _check_context("input_ids", None, model)
-        if generation_config is None and not {"max_length", "max_new_tokens", "max_time"} & settings.keys():
-            given = cast(Tensor, embeddings if context is None else context).shape[1]
-            arguments["max_new_tokens"] = model.config.n_positions + 1 - given
-        if generation_config is None and settings.get("do_sample") and "top_k" not in settings:
+        embeddings = given.get("inputs_embeds")
+        if embeddings is None:
+            context = _check_context("input_ids", context, model)
+        length = cast(Tensor, embeddings if context is None else context).shape[1]
+        lengths = (settings.get("max_length"), settings.get("max_new_tokens"))
+        arguments = {**given, **_guidance_of_transformers(settings, beyond, context, model)}
+        # Our defaults; a stored max_length would count beside ours.
+        arguments |= {"max_length": None, "max_new_tokens": _new_tokens(length, *lengths, model.config.n_positions)}
+        if settings.get("do_sample") and settings.get("top_k") is None:
             arguments["top_k"] = 0
-        return theirs.GenerationMixin.generate(self, context, generation_config=generation_config, **arguments)
+        if classes := self._no_classes().get("suppress_tokens"):
+            arguments["suppress_tokens"] = sorted({*classes, *(settings.get("suppress_tokens") or ())})
+        return theirs.GenerationMixin.generate(self, context, **arguments)
+
+
+def _guidance_of_transformers(
+    settings: dict[str, Any], beyond: list[str], context: Tensor | None, model: Model
+) -> dict[str, Any]:
+    """The arguments by which transformers guides as ``_guidance`` says."""
+    scale, negative = settings.get("guidance_scale"), settings.get("negative_prompt_ids")
+    if scale in (None, 1.0) and negative is None:
+        return {}
+    if negative is None and (context is None or "attention_mask" in beyond):
+        raise ValueError("generate: guidance_scale beside inputs_embeds or an attention_mask needs negative_prompt_ids")
+    if (settings.get("num_beams") or 1) > 1:
+        raise ValueError(
+            "generate: guidance_scale and num_beams do not go together: transformers, which does beams, would guide"
+            " each away from what other beams have drawn"
+        )
+    if context is None:
+        return {}
+    guided_away = cast(Guidance, _guidance(scale, negative, context, model)).context
+    # A row for each of the result, which transformers does not see to.
+    return {"negative_prompt_ids": guided_away.repeat_interleave(settings.get("num_return_sequences") or 1, dim=0)}
 
 
 _told: set[str] = set()
@@ -185,7 +215,8 @@ def _beyond(model: Model, settings: dict[str, Any]) -> list[str]:
     """The names of the settings that ask for what only transformers does."""
     others = {name: value for name, value in settings.items() if name not in _OURS}
     config = model.config
-    if config.n_classes and others.get("suppress_tokens") == list(range(config.n_colours, config.sos_token_id)):
+    suppressed = others.get("suppress_tokens")
+    if isinstance(suppressed, list) and {*suppressed} <= {*range(config.n_colours, config.sos_token_id)}:
         del others["suppress_tokens"]
     if "eos_token_id" not in others:
         others["eos_token_id"] = config.eos_token_id
@@ -250,12 +281,6 @@ def _generate(
     whole = callback is not None or count == 0
     drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
     return torch.cat([context.repeat_interleave(num_return_sequences, dim=0), torch.cat(drawn)], dim=1)
-
-
-def _one_input(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor | None:
-    if input_ids is not None and inputs is not None:
-        raise ValueError("generate: give input_ids or inputs, which are the same, not both")
-    return input_ids if inputs is None else inputs
 
 
 def _guidance(scale: float | None, negative: Any, context: Tensor, model: Model) -> Guidance | None:
