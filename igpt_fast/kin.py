@@ -79,7 +79,8 @@ def library(name: str, who: str) -> Any:
     """An optional library, loaded now.
 
     Raises:
-        ImportError: It is not installed, or is a transformers that is too old; the message starts with ``who``, who needs it.
+        ImportError: It is not installed, or a transformers that is too old; the message starts with ``who``, who needs
+            it.
     """
     try:
         module = importlib.import_module(name)

@@ -84,14 +84,17 @@ def encoder_mask(mask: Tensor | None, states: Tensor | None, cache: Any, tokens:
     """
     batch, _, width = tokens.shape
     if states is not None and (states.ndim != 3 or states.shape[0] != batch or states.shape[2] != width):
-        want = f"(B, S, n_embd) = ({batch}, S, {width})"
-        raise ValueError(f"encoder_hidden_states: expected {want}, got {tuple(states.shape)}")
+        got = tuple(states.shape)
+        raise ValueError(f"encoder_hidden_states: expected (B, S, n_embd) = ({batch}, S, {width}), got {got}")
     if mask is None:
         return None
     kept = encoder_states(cache, 0)
-    if kept is None and states is None:
+    if kept is not None:
+        want = batch, kept[0].shape[2]
+    elif states is not None:
+        want = batch, states.shape[1]
+    else:
         raise ValueError("encoder_attention_mask: given without encoder_hidden_states")
-    want = (batch, kept[0].shape[2] if kept is not None else states.shape[1])  # type: ignore[union-attr]
     if mask.shape != want:
         raise ValueError(f"encoder_attention_mask: expected (B, S) = {want}, got {tuple(mask.shape)}")
     return mask.bool()  # (B, S)
