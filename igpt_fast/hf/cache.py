@@ -54,9 +54,11 @@ class DecoderCache(DynamicCache):
         self._decoder = decoder
         return decoder
 
-    def takes(self, tokens: Tensor) -> bool:
-        """Whether ``read`` can read (B, T) tokens next."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or self._length + tokens.shape[1] > self._capacity:
+    def takes(self, model: Any, tokens: Tensor) -> bool:
+        """Whether ``read`` can read (B, T) tokens next for a model, which may be another than that of the cache."""
+        if self._twin.lm_head is not model.lm_head or tokens.ndim != 2 or tokens.shape[1] == 0:
+            return False
+        if self._length + tokens.shape[1] > self._capacity:
             return False
         batch = self._decoder.batch_size if self._decoder else (self._tokens or [tokens])[0].shape[0]
         return tokens.shape[0] == batch and tokens.dtype == torch.int64 and tokens.device == self._twin.device

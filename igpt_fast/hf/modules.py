@@ -270,7 +270,7 @@ def _reads(
         return False
     if model.training or torch.is_grad_enabled() or config.output_attentions or config.output_hidden_states:
         return False
-    if tokens is None or not cache.takes(tokens) or left_to_transformers(tokens):
+    if tokens is None or not cache.takes(model, tokens) or left_to_transformers(tokens):
         return False
     return whole(tokens, attention_mask, position_ids, cache.get_seq_length())
 

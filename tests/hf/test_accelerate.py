@@ -323,6 +323,14 @@ def test_going_on_with_a_cache(steps: list[int]) -> None:
     assert torch.equal(rest, hf.restore(fast).generate(begun.sequences, **LONG, do_sample=False))
 
 
+def after_8(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+    """A criterion that leaves a decoder room for more."""
+    return torch.full(tokens.shape[:1], tokens.shape[1] >= 8)
+
+
+STOPPED: dict[str, Any] = {"max_length": 20, "do_sample": False, "stopping_criteria": [after_8]}
+
+
 @native
 def test_a_cache_of_the_caller_outlives_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def rest(decoder: Any) -> int:  # as CudaDecoder's
@@ -331,21 +339,32 @@ def test_a_cache_of_the_caller_outlives_the_decoder(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cpu.CpuDecoder, "rest", rest)
     plain, fast = both()
-    settings = {"max_new_tokens": 3, "do_sample": False}
     ways: list[Callable[[Any, Any, Tensor], Any]] = [
         lambda model, cache, tokens: model(tokens[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1:],
-        lambda model, cache, tokens: model.generate(tokens, past_key_values=cache, **settings).float(),
+        lambda model, cache, tokens: model.generate(tokens, past_key_values=cache, **LONG, do_sample=False).float(),
         lambda model, cache, tokens: cache.crop(-1) or next(iter(cache))[0],
     ]
     for way in ways:
         results = []
         for model in (plain, fast):
             cache = DynamicCache()
-            tokens = model.generate(TOKENS, past_key_values=cache, **settings)
+            tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
             model.generate(TOKENS[:, :3], max_new_tokens=4, do_sample=True)  # who has the decoder next
             with torch.no_grad():
                 results.append(way(model, cache, tokens))
         close(results[1], results[0])
+
+
+@native
+def test_a_cache_of_another_model_is_an_ordinary_one() -> None:
+    results = []
+    for model in both():
+        cache, other = DynamicCache(), copy.deepcopy(model)
+        tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
+        with torch.no_grad():
+            other.lm_head.weight.neg_()
+            results.append(other(tokens[:, 7:], past_key_values=cache).logits)
+    close(results[1], results[0])
 
 
 @native
@@ -358,10 +377,10 @@ def test_a_cache_whose_read_failed_is_used_again() -> None:
             model.generate(torch.tensor([[16, 99999]]), past_key_values=cache, max_new_tokens=2)
         if model is plain:  # which leaves nothing behind where the first layer was not reached
             assert cache.get_seq_length() == 0
-        tokens = model.generate(TOKENS, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
         with torch.no_grad():
             if model is fast:
-                with pytest.raises(IndexError):
+                with pytest.raises(ValueError, match="token 99999 is not in"):
                     model(torch.tensor([[1, 99999]] * 3), past_key_values=cache)
                 assert cache.get_seq_length() == 7
             results.append(model(tokens[:, 7:], past_key_values=cache).logits)
