@@ -13,6 +13,7 @@ kinship.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from igpt_fast.locks import Lock
 
 Class = TypeVar("Class", bound=type)
 _EXTRAS = {"transformers": "igpt_fast[hf]"}
+_OLDEST = 5  # of transformers' major versions, whose classes ours can be
 
 
 class Root:
@@ -52,6 +54,8 @@ def meet() -> None:
     if not _waiting or "transformers" not in sys.modules:
         return
     with _lock:
+        if _too_old(sys.modules["transformers"]):
+            _waiting.clear()  # nobody will come
         for entry in list(_waiting):
             cls, module, name = entry
             kin = getattr(sys.modules.get(module), name, None)  # None too where its import is still under way
@@ -64,11 +68,19 @@ def meet() -> None:
                 warnings.warn(f"igpt_fast: {cls.__name__} is no {module}.{name}: {error}", stacklevel=3)
 
 
+def _too_old(transformers: Any) -> str | None:
+    """The version of a transformers with other classes than these; one whose import is under way may have none yet."""
+    version = str(getattr(transformers, "__version__", ""))
+    major = re.match(r"\d+", version)
+    return version if major and int(major[0]) < _OLDEST else None
+
+
 def library(name: str, who: str) -> Any:
     """An optional library, loaded now.
 
     Raises:
-        ImportError: It is not installed; the message starts with ``who``, who needs it.
+        ImportError: It is not installed, or a transformers that is too old; the message starts with ``who``, who needs
+            it.
     """
     try:
         module = importlib.import_module(name)
@@ -79,6 +91,8 @@ def library(name: str, who: str) -> Any:
         install = _EXTRAS.get(missing, missing)
         raise ImportError(f"{who} needs {missing}: pip install '{install}'", name=missing) from error
     if name == "transformers":
+        if version := _too_old(module):
+            raise ImportError(f"{who} needs transformers>={_OLDEST}.0, found {version}", name=name)
         for _, kin_module, _ in list(_waiting):
             if kin_module.startswith("transformers."):
                 importlib.import_module(kin_module)

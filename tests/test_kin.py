@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
+import torch
 
-from igpt_fast import kin
+from igpt_fast import hf, kin
 
 
 @pytest.fixture
@@ -66,6 +68,28 @@ def test_a_class_of_another_layout_is_left_as_it_is(other: types.ModuleType) -> 
     with pytest.warns(UserWarning, match=r"igpt_fast: Ours is no transformers\.of_a_test\.Theirs: "):
         kin.meet()
     assert not issubclass(Ours, Theirs)
+
+
+def test_an_older_transformers_is_no_kin_and_told(other: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kin, "_waiting", [])
+    sys.modules["transformers"].__version__ = "4.57.3"  # type: ignore[attr-defined]
+    other.Theirs = type("Theirs", (), {})  # type: ignore[attr-defined]
+
+    @kin.stands_for("transformers.of_a_test", "Theirs")
+    class Ours(kin.Root):
+        pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kin.meet()
+    assert Ours.__bases__ == (kin.Root,)
+    assert not kin._waiting  # no lock is taken any more
+    with pytest.raises(ImportError, match=r"^somebody needs transformers>=5\.0, found 4\.57\.3$"):
+        kin.library("transformers", "somebody")
+    with pytest.raises(ImportError, match=r"^igpt_fast\.hf\.accelerate needs transformers>=5\.0, found 4\.57\.3$"):
+        hf.accelerate(torch.nn.Identity())
+    sys.modules["transformers"].__version__ = "10.0.0.dev0"  # type: ignore[attr-defined]
+    assert kin.library("transformers", "somebody") is sys.modules["transformers"]
 
 
 def test_what_transformers_finds_in_a_model_that_is_older() -> None:

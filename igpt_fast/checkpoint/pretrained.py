@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from igpt_fast import files, keywords, kin
+from igpt_fast.checkpoint import devices
 from igpt_fast.checkpoint import tensors as weights
 from igpt_fast.checkpoint.names import _HEADS, _PREFIX, plain_names, trunk_shapes
 from igpt_fast.checkpoint.tensors import StoredTensor
@@ -38,6 +39,7 @@ GENERATION = "generation_config.json"
 OF_A_MODEL = ("preprocessor_config.json", GENERATION)  # beside its configuration and its weights
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAX_GENERATION_BYTES = 1 << 20
 _MAX_NEW_ELEMENTS = 1 << 26  # of weights that are not in the file and larger than the file
 _MAX_GROWTH = 16  # times that, or what is in the file: what a configuration of other sizes than the file's may claim
 
@@ -100,7 +102,8 @@ class PretrainedMixin(nn.Module):
             name_or_path: A folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``
                 (single or sharded), or a hub name such as ``"openai/imagegpt-small"``.
             config: Used instead of ``config.json``.
-            state_dict: Of weights, instead of files; ``name_or_path`` is ``None`` then and ``config`` is wanted.
+            state_dict: Weights, instead of files, which are checked and copied as those are; ``name_or_path`` may be
+                ``None`` then, if there is a ``config``.
             dtype: Of the loaded parameters: float32, float16, bfloat16 or float64, as a dtype or its name.
                 ``None`` and ``"auto"``, as in transformers 5: the configuration's ``dtype`` entry, and
                 where it has none, that of the stored weights.
@@ -115,7 +118,8 @@ class PretrainedMixin(nn.Module):
             low_cpu_mem_usage: Accepted for transformers' sake; a load never takes more than it must.
             output_loading_info: Return a pair: the model, and transformers' dict of ``missing_keys`` and so on.
             device_map: A device; or where which module goes, as accelerate has it, which is needed then: a dict, or
-                ``"auto"``, with ``max_memory``, and ``offload_folder`` for what goes to the disk.
+                one of ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` and ``"sequential"``, with ``max_memory``; and
+                ``offload_folder`` for what goes to the disk.
             config_overrides: Fields of the configuration, such as ``num_labels=10``; and what transformers'
                 ``from_pretrained`` takes, where it asks for nothing (``trust_remote_code=False``).
 
@@ -127,48 +131,47 @@ class PretrainedMixin(nn.Module):
                 misshapen, integer or non-finite weight); the message names file and reason. Or a keyword asks for
                 what is not offered; the message says what to do instead.
         """
-        if offload_folder is not None or max_memory is not None or device_map is not None:
+        if device_map is not None or max_memory is not None:
             if device is not None:
                 raise TypeError("from_pretrained: give device, or device_map and what goes with it, not both")
-            device, device_map = _one_device(device_map)
+            device, device_map = devices.one_device(device_map)
         config_overrides = keywords.without_neutral("from_pretrained", config_overrides)
-        if name_or_path is None or state_dict is not None:
-            if name_or_path is not None or state_dict is None or config is None:
-                raise ValueError("from_pretrained: name_or_path, or config and state_dict, are wanted")
-            model = cls(_load_config("", config, config_overrides, {}))
-            model.load_state_dict(state_dict, strict=strict)
-            return model.to(
-                device, _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
-            ).eval()
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained: give dtype or its older name torch_dtype, not both")
         wanted = _dtype(dtype if dtype is not None else torch_dtype, "from_pretrained: dtype")
+        if name_or_path is None and (config is None or state_dict is None):
+            raise ValueError("from_pretrained: name_or_path, or config and state_dict, are wanted")
         if device is None and torch.get_default_device().type == "meta":
             raise RuntimeError("from_pretrained: in a block of torch.device('meta') weights go nowhere; give device")
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         where |= {"token": token, "subfolder": subfolder}
-        config = _load_config(name_or_path, config, config_overrides, where)
-        stored = weights.open_weights(name_or_path, use_safetensors=use_safetensors, **where)
+        name = "" if name_or_path is None else os.fspath(name_or_path)
+        config = _load_config(name, config, config_overrides, where)
+        can_generate = name and cast(Any, cls).can_generate()
+        generation = files.find_file(name, GENERATION, required=False, **where) if can_generate else None
+        generated = None if generation is None else files.read_json(generation, _MAX_GENERATION_BYTES)
+        keywords.check_settings(str(generation), generated or {})
+        if state_dict is None:
+            stored = weights.open_weights(name, use_safetensors=use_safetensors, **where)
+        else:
+            stored = weights.given_weights(state_dict)
         tensors = plain_names(stored)
         _check_trunk(tensors, config, stored.source, ignore_mismatched_sizes)
         wanted = wanted or _dtype(config.extra.get("dtype"), f"{stored.source.parent / CONFIG}: dtype")
         wanted = wanted or cast(torch.dtype, tensors["wte.weight"].dtype)  # the token embedding: every checkpoint's
         with torch.device("meta"), Uninitialised():  # names and shapes only: no memory, no random numbers
-            model = cls(config)
+            model = cls(config).to(wanted)
+        if device_map is not None:
+            device_map = devices.places_of(model, device_map, max_memory, offload_folder)
         state, new = _state_dict(model, tensors, stored.source, wanted, device, strict, ignore_mismatched_sizes)
         model.load_state_dict(state, strict=False, assign=True)
         if left := [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]:
             raise RuntimeError(f"{cls.__name__}: no checkpoint can fill {listed(left)}")
-        model.newly_initialized = new
         config.extra["dtype"] = dtype_name(wanted)
-        model.name_or_path = os.fspath(name_or_path)
+        model.newly_initialized, model.name_or_path, model._generation_file = new, name, generated
         model.eval()
-        generation = files.find_file(name_or_path, GENERATION, required=False, **where)
-        if generation is not None:
-            model._generation_file = files.read_json(generation)
-            keywords.check_settings(str(generation), model._generation_file)
         if device_map is not None:
-            _dispatch(model, device_map, max_memory, offload_folder)
+            devices.dispatch(model, device_map, offload_folder)
         return (model, model._loading_info) if output_loading_info else model
 
     @keywords.also_called(directory="save_directory")
@@ -324,7 +327,7 @@ def config_text(config: ImageGPTConfig, architecture: str, dtype: torch.dtype) -
 
 
 def _load_config(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str,
     config: ImageGPTConfig | None,
     overrides: dict[str, Any],
     where: dict[str, Any],
@@ -347,28 +350,6 @@ def _dtype(value: Any, what: str) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
         raise ValueError(f"{what} must be 'auto' or one of {', '.join(_DTYPES)}, got {shown(value)}")
     return dtype
-
-
-# --- devices -----------------------------------------------------------------------------------------------------
-
-
-def _one_device(device_map: Any) -> tuple[Any, Any]:
-    """(device, ``None``) where a device map names one for all, else (``None``, the map)."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    places = ("auto", "balanced", "balanced_low_0", "sequential")
-    if device_map is None or isinstance(device_map, dict) or device_map in places:
-        return None, device_map or "auto"
-    return torch.device(device_map), None
-
-
-def _dispatch(model: Any, device_map: Any, max_memory: Any, folder: Any) -> None:
-    """Puts the modules of a model where a device map says."""
-    accelerate = kin.library("accelerate", "from_pretrained: device_map")
-    if isinstance(device_map, str):
-        whole = list(model._no_split_modules)
-        device_map = accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=whole)
-    accelerate.dispatch_model(model, device_map, offload_dir=folder, skip_keys=model._skip_keys_device_placement)
 
 
 # --- names, shapes, values ---------------------------------------------------------------------------------------
@@ -463,7 +444,7 @@ def _initial(name: str, value: Tensor, config: ImageGPTConfig) -> Tensor:
     """A weight as the model's ``init_weights`` makes it."""
     if name.endswith(".bias"):
         return value.zero_()
-    if re.search(r"\bln_[12f]\.weight", name):
+    if re.search(r"\bln_\w+\.weight$", name):
         return value.fill_(1.0)
     residual = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
     return value.normal_(0.0, config.initializer_range / math.sqrt(residual))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,7 +165,22 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # what a damaged file raises is not documented
         raise ValueError(f"{path}: not a usable PyTorch checkpoint: {files.first_line(error)}") from error
-    if not isinstance(state, dict):
+    return _of_state(path, state, size)
+
+
+def given_weights(state_dict: Mapping[str, Tensor]) -> StoredWeights:
+    """The tensors of a state dict in memory, for the checks that those of files get.
+
+    Raises:
+        ValueError: It is not a state dict.
+    """
+    source = Path("state_dict")
+    return StoredWeights(source, _of_state(source, state_dict, None))
+
+
+def _of_state(path: Path, state: Any, size: int | None) -> dict[str, StoredTensor]:
+    """The tensors of a state dict that came from a file of a size, or from nowhere."""
+    if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a value of type {type(state).__name__}, not a state dict")
     tensors, claimed = {}, 0
     for name, value in state.items():
@@ -174,9 +189,9 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: not a state dict: entry {printable(name)} is {kind}")
         # A view may repeat a few stored bytes into any shape.
         claimed += value.numel() * value.element_size()
-        if claimed > size:
+        if size is not None and claimed > size:
             raise ValueError(f"{path}: {printable(name)}: the tensors claim more bytes than the file has ({size})")
-        if value.layout != torch.strided or value.device.type != "cpu":
+        if value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{path}: {printable(name)}: not an ordinary tensor")
         dtype = value.dtype if value.dtype in _SAFETENSORS_DTYPES.values() else dtype_name(value.dtype)
         tensors[name] = StoredTensor(path, tuple(value.shape), dtype, value.detach)

@@ -198,14 +198,19 @@ def register(kind: type) -> None:
         torch.export.register_dataclass(kind, serialized_type_name=f"igpt_fast.{kind.__name__}")
 
 
-# As register_dataclass has it: the path of a tensor is that of the attribute, and no context.
-_pytree.register_pytree_node(
-    DynamicCache,
-    lambda cache: ([cache.keys, cache.values], None),
-    lambda lists, _: DynamicCache(*lists),
-    serialized_type_name="igpt_fast.DynamicCache",
-    flatten_with_keys_fn=lambda cache: (
-        [(_pytree.GetAttrKey(name), getattr(cache, name)) for name in ("keys", "values")],
-        None,
-    ),
-)
+def register_cache(kind: type, *names: str) -> None:
+    """``register`` for a class that is made from these attributes and no dataclass."""
+    # As register_dataclass has it: the path of a tensor is that of the attribute, and no context.
+    _pytree.register_pytree_node(
+        kind,
+        lambda cache: ([getattr(cache, name) for name in names], None),
+        lambda parts, _: kind(*parts),
+        serialized_type_name=f"igpt_fast.{kind.__name__}",
+        flatten_with_keys_fn=lambda cache: (
+            [(_pytree.GetAttrKey(name), getattr(cache, name)) for name in names],
+            None,
+        ),
+    )
+
+
+register_cache(DynamicCache, "keys", "values")

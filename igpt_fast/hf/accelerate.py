@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from igpt_fast import kin
 from igpt_fast.engines.choice import choose
-from igpt_fast.hf.bridge import transformers_module
 from igpt_fast.hf.twins import forget, model_twin
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -60,7 +60,7 @@ def accelerate(model: Module) -> Module:
         ``model``, the same object.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
         TypeError: There is no ImageGPT of transformers in ``model``.
     """
     modules = _modules("accelerate", model)
@@ -73,7 +73,7 @@ def restore(model: Module) -> Module:
     """Takes ``accelerate`` back: every module has the class that it had, and its numbers. Returns ``model``.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
         TypeError: There is no ImageGPT of transformers in ``model``.
     """
     modules = _modules("restore", model)
@@ -87,7 +87,7 @@ def accelerated(model: nn.Module) -> list[Served]:
     """Who computes the parts of a model of transformers as it is now, a row each, and why it is nothing faster.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
         TypeError: There is no ImageGPT of transformers in ``model``.
     """
     modules = _modules("accelerated", model)
@@ -96,7 +96,7 @@ def accelerated(model: nn.Module) -> list[Served]:
 
 def _modules(caller: str, model: Any) -> Any:
     """``igpt_fast.hf.modules``, which imports transformers, once there is something for it in ``model``."""
-    transformers_module("igpt_fast.hf.accelerate")
+    kin.library("transformers", "igpt_fast.hf.accelerate")
     from igpt_fast.hf import modules
 
     network = modules.theirs.ImageGPTModel

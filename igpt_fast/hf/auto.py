@@ -34,7 +34,7 @@ def register() -> None:
     Those of this process alone; what was loaded before stays what it is. A second call changes nothing.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
     """
     transformers = kin.library("transformers", "igpt_fast.hf.register")
     transformers.AutoConfig.register(ImageGPTConfig.model_type, ImageGPTConfig, exist_ok=True)
@@ -50,7 +50,7 @@ def unregister() -> None:
     """Takes ``register`` back: transformers loads its own classes again.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
     """
     transformers = kin.library("transformers", "igpt_fast.hf.unregister")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from igpt_fast import kin
 from igpt_fast.checkpoint.pretrained import Uninitialised
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.model import (
@@ -39,12 +40,12 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
         model: An ``ImageGPTModel``, ``ImageGPTForCausalImageModeling`` or ``ImageGPTForImageClassification``.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
         TypeError: Another model.
         ValueError: The model has other parameters than its class (an adapter, say, or quantized layers), or its
             attention is bidirectional, which transformers does not have.
     """
-    transformers = transformers_module("igpt_fast.hf.bridge")
+    transformers = kin.library("transformers", "igpt_fast.hf.bridge")
     name = _class_name(model, _CLASSES, "to_transformers")
     model.config.check_causal("to_transformers")
     config = transformers.ImageGPTConfig.from_dict({**model.config.to_dict(), "problem_type": None})
@@ -67,32 +68,17 @@ def from_transformers(model: nn.Module) -> Any:
             ``ImageGPTForImageClassification``.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 5.0.
         TypeError: Another model.
         ValueError: The model has other parameters than its class, or a configuration that ours refuses: tied
             embeddings, cross-attention.
     """
-    transformers = transformers_module("igpt_fast.hf.bridge")
+    transformers = kin.library("transformers", "igpt_fast.hf.bridge")
     theirs = tuple(getattr(transformers, cls.__name__) for cls in _CLASSES)
     name = _class_name(model, theirs, "from_transformers")
     config = ImageGPTConfig.of(model.config, "from_transformers")
     ours = next(cls for cls in _CLASSES if cls.__name__ == name)
     return twin_of(ours, config, model, "from_transformers")
-
-
-def transformers_module(caller: str) -> Any:
-    """transformers.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise  # it is there, and lacks something itself
-        raise ImportError(f"{caller} needs transformers: pip install 'igpt_fast[hf]'", name=error.name) from error
-    return transformers
 
 
 def _class_name(model: object, classes: tuple[type, ...], caller: str) -> str:

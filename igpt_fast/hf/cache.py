@@ -23,7 +23,9 @@ class DecoderCache(DynamicCache):
     """
 
     _ordinary: dict[str, Any]  # what it had as a DynamicCache, empty
-    _decoder: Decoder
+    _twin: ImageGPTForCausalImageModeling
+    _capacity: int
+    _decoder: Decoder | None  # made from the others by the next read where there is none
     _tokens: list[Tensor]  # (B, T) each
     _length: int
 
@@ -38,36 +40,47 @@ class DecoderCache(DynamicCache):
         """
         decoder = make_decoder(twin, batch_size, capacity)
         parts = {name: cache.__dict__.pop(name) for name in _PARTS}
-        cache.__dict__.update(_ordinary=parts, _decoder=decoder, _tokens=[], _length=0)
+        cache.__dict__.update(_ordinary=parts, _twin=twin, _capacity=capacity, _decoder=decoder, _tokens=[], _length=0)
         cache.__class__ = cls
 
-    def restart(self, twin: ImageGPTForCausalImageModeling, capacity: int) -> None:
-        """Goes on with another capacity, and with the weights as they are now."""
-        tokens = torch.cat(self._tokens, dim=1)
-        self._decoder = make_decoder(twin, tokens.shape[0], capacity)
-        self._decoder.prefill(tokens)
+    def restart(self, twin: ImageGPTForCausalImageModeling, batch_size: int, capacity: int) -> Decoder:
+        """Goes on with another capacity, and with the weights as they are now; ``batch_size`` counts where nothing has
+        been read.
+        """
+        self._twin, self._capacity = twin, capacity
+        decoder = make_decoder(twin, self._tokens[0].shape[0] if self._tokens else batch_size, capacity)
+        if self._tokens:
+            decoder.prefill(torch.cat(self._tokens, dim=1))
+        self._decoder = decoder
+        return decoder
 
-    def takes(self, tokens: Tensor) -> bool:
-        """Whether ``read`` can read (B, T) tokens next."""
-        decoder = self._decoder
-        if tokens.ndim != 2 or tokens.shape[0] != decoder.batch_size or tokens.shape[1] == 0:
+    def takes(self, model: Any, tokens: Tensor) -> bool:
+        """Whether ``read`` can read (B, T) tokens next for a model, which may be another than that of the cache."""
+        if self._twin.lm_head is not model.lm_head or tokens.ndim != 2 or tokens.shape[1] == 0:
             return False
-        fits = self._length + tokens.shape[1] <= decoder.capacity
-        return fits and tokens.dtype == torch.int64 and tokens.device == decoder.model.device
+        if self._length + tokens.shape[1] > self._capacity:
+            return False
+        batch = self._decoder.batch_size if self._decoder else (self._tokens or [tokens])[0].shape[0]
+        return tokens.shape[0] == batch and tokens.dtype == torch.int64 and tokens.device == self._twin.device
 
     def read(self, tokens: Tensor) -> Tensor:
         """Reads (B, T) tokens; the (B, T, K) logits that follow them, of the very first tokens those of the last."""
+        decoder = self._decoder or self.restart(self._twin, tokens.shape[0], self._capacity)
+        self._decoder = None  # one that fails has perhaps read some of them
         if self._length == 0:
-            logits = self._decoder.prefill(tokens)[:, None]
+            logits = decoder.prefill(tokens)[:, None]
         else:
-            logits = torch.stack([self._decoder.step(column) for column in tokens.unbind(1)], dim=1)
+            logits = torch.stack([decoder.step(column) for column in tokens.unbind(1)], dim=1)
+        self._decoder = decoder
         self._tokens.append(tokens)
         self._length += tokens.shape[1]
         return logits
 
     def rest(self) -> None:
-        """Leaves the decoder to the next images: nobody has this cache any more."""
-        keep(self._decoder)
+        """Leaves the decoder to the next images; whoever has this cache still goes on with another."""
+        if self._decoder is not None:
+            keep(self._decoder)
+            self._decoder = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions that have been read."""
@@ -82,11 +95,11 @@ class DecoderCache(DynamicCache):
         """Makes a ``DynamicCache`` of the object itself."""
         pairs: Any = ()
         if self._tokens:
-            tokens, network = torch.cat(self._tokens, dim=1), self._decoder.model.transformer
+            tokens, network = torch.cat(self._tokens, dim=1), self._twin.transformer
             with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
                 pairs = network(tokens, use_cache=True, return_dict=True).past_key_values
         parts = self._ordinary
-        for name in ("_ordinary", "_decoder", "_tokens", "_length"):
+        for name in ("_ordinary", "_twin", "_capacity", "_decoder", "_tokens", "_length"):
             del self.__dict__[name]
         self.__dict__.update(parts)
         self.__class__ = DynamicCache  # type: ignore[assignment]

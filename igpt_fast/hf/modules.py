@@ -270,7 +270,7 @@ def _reads(
         return False
     if model.training or torch.is_grad_enabled() or config.output_attentions or config.output_hidden_states:
         return False
-    if tokens is None or not cache.takes(tokens) or left_to_transformers(tokens):
+    if tokens is None or not cache.takes(model, tokens) or left_to_transformers(tokens):
         return False
     return whole(tokens, attention_mask, position_ids, cache.get_seq_length())
 
@@ -307,7 +307,8 @@ def _decode_with(cache: Any, model: Any, tokens: Tensor, positions: int) -> None
     twin = model_twin(model) if tokens.shape[1] <= capacity else "the context is too long"
     earlier = isinstance(cache, DecoderCache)
     if not isinstance(twin, str):
-        cache.restart(twin, capacity) if earlier else DecoderCache.take(cache, twin, tokens.shape[0], capacity)
+        start = cache.restart if earlier else functools.partial(DecoderCache.take, cache)
+        start(twin, tokens.shape[0], capacity)
     elif earlier:
         cache.become_ordinary()
 

@@ -19,7 +19,7 @@ from igpt_fast.checkpoint.pretrained import PretrainedMixin
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
 from igpt_fast.engines.cpu import forward as forwards
-from igpt_fast.engines.encoder_cache import EncoderDecoderCache
+from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
 from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
@@ -190,7 +190,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 ``attention_mask``, as in transformers.
             inputs_embeds: (B, T, n_embd), instead of ``input_ids``.
             encoder_hidden_states: (B, S, n_embd), what the cross-attention of a configuration with
-                ``add_cross_attention`` attends to.
+                ``add_cross_attention`` attends to; those that the cache holds when ``None``.
             encoder_attention_mask: (B, S), 1 or True where it may.
             use_cache: Return a cache; the configuration's ``use_cache`` when ``None``. Never made while gradient
                 checkpointing is at work, nor where attention is bidirectional.
@@ -223,7 +223,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
         key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
-        encoder_mask = _encoder_mask(encoder_attention_mask, encoder_hidden_states)  # (B, S)
+        across_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, tokens)  # (B, S)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
         all_hidden: list[Tensor] = []
@@ -231,7 +231,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         all_across: list[Tensor] = []
         for block in self.h:
             all_hidden.append(hidden)
-            arguments = (hidden, cache, key_mask, encoder_hidden_states, encoder_mask, False, output_attentions, past)
+            arguments = (hidden, cache, key_mask, encoder_hidden_states, across_mask, False, output_attentions, past)
             hidden, weights, *across = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
             all_attentions.append(weights)
             all_across += across
@@ -475,19 +475,6 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask: expected (B, T_past + T) = ({batch}, {length}), got {shape}")
     return attention_mask.view(batch, length).bool()  # (B, T_k)
-
-
-def _encoder_mask(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
-    """(B, S) bool, or None when nothing is hidden."""
-    if mask is None:
-        return None
-    if states is None:
-        raise ValueError("encoder_attention_mask: given without encoder_hidden_states")
-    if mask.shape != states.shape[:2]:
-        raise ValueError(
-            f"encoder_attention_mask: expected (B, S) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}"
-        )
-    return mask.bool()  # (B, S)
 
 
 @torch.no_grad()

@@ -278,7 +278,7 @@ class ImageGPTBlock(nn.Module):
             normed, layer_past, attention_mask, output_attentions=output_attentions, past=past
         )
         across: tuple[Tensor, ...] = ()
-        if encoder_hidden_states is not None:
+        if encoder_hidden_states is not None or encoder_states(layer_past, self.attn.layer_idx) is not None:
             if "crossattention" not in self._modules:
                 raise ValueError("encoder_hidden_states are for a configuration with add_cross_attention=True")
             normed, x = self.ln_cross_attn(attended, residual=x, dtype=dtype)  # (B, T, n_embd) each

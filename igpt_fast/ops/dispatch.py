@@ -52,12 +52,18 @@ def register(
             where it may not: whoever calls ``torch.ops.igpt_fast.<name>`` comes past the public function's checks.
     """
 
+    name = schema[: schema.index("(")]
+    library.define(schema)
+    parameters = getattr(torch.ops.igpt_fast, name).default._schema.arguments
+    wanted = [(i, p.name) for i, p in enumerate(parameters) if isinstance(p.type, _C.TensorType)]
+
     def checked(*arguments: Any) -> Any:
+        for i, parameter in wanted:
+            if arguments[i] is None:  # torch lets an undefined tensor pass for one
+                raise TypeError(f"{name}: {parameter} is None; want a tensor")
         check(*arguments)
         return implementation(*arguments)
 
-    name = schema[: schema.index("(")]
-    library.define(schema)
     for key in ("CPU", "CUDA"):
         library.impl(name, checked, key)
     torch.library.register_fake(f"igpt_fast::{name}", fake, lib=library)

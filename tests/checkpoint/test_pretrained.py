@@ -632,8 +632,65 @@ def test_in_a_block_of_the_meta_device(folder: Path) -> None:
     assert_same(model.state_dict(), load(folder).state_dict())
 
 
-def test_weights_in_place_of_files() -> None:
-    load, state = ImageGPTForCausalImageModeling.from_pretrained, tiny().state_dict()
-    assert_same(load(None, config=tiny().config, state_dict=state).state_dict(), state)
-    with pytest.raises(ValueError, match="name_or_path, or config and state_dict, are wanted"):
-        load(None, state_dict=state)
+def test_weights_in_place_of_files(folder: Path) -> None:
+    load, state, config = ImageGPTForCausalImageModeling.from_pretrained, tiny().state_dict(), tiny().config
+    model, info = load(None, config=config, state_dict=state, output_loading_info=True, device_map="cpu")
+    assert_same(model.state_dict(), state)
+    assert not any(info.values())
+    assert (model.name_or_path, model.training, config.extra.get("dtype")) == ("", False, None)
+    model.lm_head.weight.data.zero_()
+    assert state["lm_head.weight"].any()  # a copy
+    assert_same(load(folder, state_dict=state).state_dict(), state)
+    half = load(None, config=ImageGPTConfig(**FIELDS, dtype="bfloat16"), state_dict=state)
+    assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
+    with pytest.warns(UserWarning, match="state_dict: lacks score.weight: newly initialised"):
+        ImageGPTForImageClassification.from_pretrained(folder, state_dict=state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"config": None}, ValueError, "name_or_path, or config and state_dict, are wanted"),
+        ({"state_dict": None}, ValueError, "name_or_path, or config and state_dict, are wanted"),
+        (
+            {"state_dict": {"wte.weight": 1}},
+            ValueError,
+            "^state_dict: not a state dict: entry wte.weight is",
+        ),
+        ({"dtype": "float16", "torch_dtype": "float16"}, TypeError, "not both"),
+        ({"ln_f": torch.ones(16).long()}, ValueError, r"^state_dict: ln_f\.weight: dtype int64; wanted"),
+        ({"ln_f": torch.full((16,), float("nan"))}, ValueError, r"^state_dict: ln_f\.weight: holds NaN"),
+        ({"ln_f": torch.ones(16, device="meta")}, ValueError, r"ln_f\.weight: not an ordinary tensor"),
+        ({"ln_f": torch.ones(15)}, ValueError, r"^state_dict: ln_f\.weight: shape \(15,\)"),
+    ],
+)
+def test_weights_in_place_of_files_are_checked(arguments: Any, error: type[Exception], message: str) -> None:
+    arguments = {"config": tiny().config, "state_dict": tiny().state_dict(), **arguments}
+    if "ln_f" in arguments:
+        arguments["state_dict"]["transformer.ln_f.weight"] = arguments.pop("ln_f")
+    with pytest.raises(error, match=message):
+        ImageGPTForCausalImageModeling.from_pretrained(None, **arguments)
+
+
+def test_the_file_of_generate_is_read_first_and_small(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"x": "y" * (1 << 20)}))
+    rewrite(folder, transformer__ln_f__weight=torch.full((16,), float("nan")))
+    refused(folder, r"generation_config\.json: not usable JSON: larger than 1 MiB")
+    rewrite(folder, transformer__ln_f__weight=torch.ones(16))
+    ImageGPTModel.from_pretrained(folder)  # which does not generate
+
+
+def test_what_is_newly_initialised_is_as_a_new_model_has_it() -> None:
+    config = ImageGPTConfig(**{**FIELDS, "n_embd": 48, "add_cross_attention": True})
+    new = ImageGPTForCausalImageModeling(config).state_dict()
+    other = {name: torch.ones(*value.shape, 1) for name, value in new.items()}
+    load = ImageGPTForCausalImageModeling.from_pretrained
+    with pytest.warns(UserWarning, match="newly initialised"):
+        got = load(None, config=config, state_dict=other, ignore_mismatched_sizes=True).state_dict()
+    assert got.keys() == new.keys()
+    for name, value in new.items():
+        assert got[name].shape == value.shape
+        if value.std() == 0:
+            assert torch.equal(got[name], value), name
+        else:
+            assert 0.8 < got[name].std() / value.std() < 1.25, name

@@ -323,6 +323,87 @@ def test_going_on_with_a_cache(steps: list[int]) -> None:
     assert torch.equal(rest, hf.restore(fast).generate(begun.sequences, **LONG, do_sample=False))
 
 
+def after_8(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+    """A criterion that leaves a decoder room for more."""
+    return torch.full(tokens.shape[:1], tokens.shape[1] >= 8)
+
+
+STOPPED: dict[str, Any] = {"max_length": 20, "do_sample": False, "stopping_criteria": [after_8]}
+
+
+@native
+def test_a_cache_of_the_caller_outlives_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rest(decoder: Any) -> int:  # as CudaDecoder's
+        del decoder.model
+        return 1
+
+    monkeypatch.setattr(cpu.CpuDecoder, "rest", rest)
+    plain, fast = both()
+    ways: list[Callable[[Any, Any, Tensor], Any]] = [
+        lambda model, cache, tokens: model(tokens[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1:],
+        lambda model, cache, tokens: model.generate(tokens, past_key_values=cache, **LONG, do_sample=False).float(),
+        lambda model, cache, tokens: cache.crop(-1) or next(iter(cache))[0],
+    ]
+    for way in ways:
+        results = []
+        for model in (plain, fast):
+            cache = DynamicCache()
+            tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
+            model.generate(TOKENS[:, :3], max_new_tokens=4, do_sample=True)  # who has the decoder next
+            with torch.no_grad():
+                results.append(way(model, cache, tokens))
+        close(results[1], results[0])
+
+
+@native
+def test_a_cache_of_another_model_is_an_ordinary_one() -> None:
+    results = []
+    for model in both():
+        cache, other = DynamicCache(), copy.deepcopy(model)
+        tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
+        with torch.no_grad():
+            other.lm_head.weight.neg_()
+            results.append(other(tokens[:, 7:], past_key_values=cache).logits)
+    close(results[1], results[0])
+
+
+@native
+def test_a_cache_whose_read_failed_is_used_again() -> None:
+    plain, fast = both()
+    results = []
+    for model in (plain, fast):
+        cache = DynamicCache()
+        with pytest.raises(IndexError):
+            model.generate(torch.tensor([[16, 99999]]), past_key_values=cache, max_new_tokens=2)
+        if model is plain:  # which leaves nothing behind where the first layer was not reached
+            assert cache.get_seq_length() == 0
+        tokens = model.generate(TOKENS, past_key_values=cache, **STOPPED)
+        with torch.no_grad():
+            if model is fast:
+                with pytest.raises(ValueError, match="token 99999 is not in"):
+                    model(torch.tensor([[1, 99999]] * 3), past_key_values=cache)
+                assert cache.get_seq_length() == 7
+            results.append(model(tokens[:, 7:], past_key_values=cache).logits)
+    close(results[1], results[0])
+
+
+@pytest.mark.gpu
+def test_generate_on_cuda() -> None:
+    plain, fast = (model.cuda() for model in both())
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert hf.accelerated(fast)[0].by == "cuda"
+    caches = DynamicCache(), DynamicCache()
+    want, got = (
+        model.generate(TOKENS.cuda(), past_key_values=cache, **settings)
+        for model, cache in zip((plain, fast), caches, strict=True)
+    )
+    assert torch.equal(got, want)
+    assert torch.equal(fast.generate(TOKENS[:2].cuda(), **settings), want[:2])
+    for (keys, values, *_), (want_keys, want_values, *_) in zip(caches[1], caches[0], strict=True):
+        torch.testing.assert_close(keys, want_keys, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(values, want_values, atol=1e-3, rtol=1e-3)
+
+
 @native
 def test_changed_weights_are_seen_and_unchanged_ones_not_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     packs = []

@@ -9,6 +9,7 @@ import torch
 import transformers
 from small_models import ids, small
 from torch import Tensor
+from torch.utils import _pytree
 
 import igpt_fast
 from igpt_fast import hf
@@ -96,6 +97,45 @@ def test_an_encoders_keys_are_made_once() -> None:
     cache = model(ids(model, 1, 3), encoder_hidden_states=states).past_key_values
     model(ids(model, 1, 1), encoder_hidden_states=states, past_key_values=cache)
     assert len(calls) == 1
+
+
+def test_an_encoders_keys_are_used_without_its_states() -> None:
+    model, tokens, states = across(), ids(across(), 2, 6), torch.randn(2, 4, 48, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]])
+    for encoder_mask in (None, mask):
+        arguments = {"encoder_attention_mask": encoder_mask}
+        wanted = model(tokens, encoder_hidden_states=states, **arguments).logits
+        cache = model(tokens[:, :4], encoder_hidden_states=states, **arguments).past_key_values
+        found = model(tokens[:, 4:], past_key_values=cache, **arguments).logits
+        torch.testing.assert_close(found, wanted[:, 4:])
+    with pytest.raises(ValueError, match=r"encoder_attention_mask: expected \(B, S\) = \(2, 4\), got \(2, 3\)"):
+        model(tokens[:, :1], past_key_values=cache, encoder_attention_mask=mask[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 48), (4, 4, 48), (2, 4, 47), (2, 48)])
+def test_states_of_another_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"encoder_hidden_states: expected \(B, S, n_embd\) = \(2, S, 48\), got"):
+        across()(ids(across(), 2, 6), encoder_hidden_states=torch.randn(shape, dtype=torch.float64))
+
+
+def test_the_parts_of_an_encoders_cache() -> None:
+    model, tokens, states = across(), ids(across(), 2, 6), torch.randn(2, 4, 48, dtype=torch.float64)
+    cache = model(tokens, encoder_hidden_states=states).past_key_values
+    paths, tree = _pytree.tree_flatten_with_path(cache)
+    assert _pytree.keystr(paths[0][0]) == ".self_attention_cache.keys[0]"
+    assert _pytree.treespec_loads(_pytree.treespec_dumps(tree)) == tree
+    twins = [_pytree.tree_unflatten([leaf.clone() for _, leaf in paths], tree), EncoderDecoderCache(iter(cache))]
+    for twin in twins:
+        assert len(list(twin)) == 2
+        for layer, wanted in zip(twin, cache, strict=True):
+            assert [part.shape[2] for part in layer] == [6, 6, 4, 4]
+            assert all(map(torch.equal, layer, wanted))
+        assert twin.is_updated == {0: True, 1: True}
+    twins[0].batch_select_indices(torch.tensor([1]))
+    one = model(tokens[1:], past_key_values=twins[0]).logits
+    torch.testing.assert_close(one, model(tokens, past_key_values=cache).logits[1:])
+    alone = EncoderDecoderCache(model(tokens).past_key_values)
+    assert [len(layer) for layer in alone] == [2, 2]
 
 
 @pytest.mark.filterwarnings("ignore:generate")
