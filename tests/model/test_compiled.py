@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # with setuptools, before other code has found Python's own distutils
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
