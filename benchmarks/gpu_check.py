@@ -85,10 +85,13 @@ SOURCES = {
     "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),
 }
 
-# The tests with the marker gpu stand here; those of models need the packages that models need.
+# The tests with the marker gpu stand here; those of models need the packages that models need, and those of
+# transformers' models what its tools are.
 GPU_TESTS = ("tests/ops", "tests/emulator")
 MODEL_TESTS = ("tests/model/test_outputs.py",)
+TOOL_TESTS = ("tests/hf/test_accelerate.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
+TOOLS_NEED = (*MODELS_NEED, "transformers", "accelerate", "peft")
 COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
@@ -385,7 +388,7 @@ def make_steps(device: Device) -> list[Step]:
     install = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(SITE), "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
     without = _missing(*MODELS_NEED)
-    tests = GPU_TESTS + (() if without else MODEL_TESTS)
+    tests = GPU_TESTS + (() if without else MODEL_TESTS) + (() if _missing(*TOOLS_NEED) else TOOL_TESTS)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

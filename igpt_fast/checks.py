@@ -57,3 +57,8 @@ def _bound(number: int) -> str:
 def dtype_name(dtype: Any) -> str:
     """``"float16"`` for ``torch.float16``, and for its name."""
     return str(dtype).removeprefix("torch.")
+
+
+def plain_dtype(value: Any) -> Any:
+    """``torch.float16`` as ``"float16"``; anything else as it is."""
+    return dtype_name(value) if str(value).startswith("torch.") else value

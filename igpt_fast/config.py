@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from igpt_fast import files, keywords, kin
-from igpt_fast.checks import dtype_name, finite_number, whole_number
+from igpt_fast.checks import finite_number, plain_dtype, whole_number
 from igpt_fast.files import listed, shown
 
 # Layers, width and heads of the published models. Source: "Generative Pretraining from Pixels"
@@ -41,7 +41,6 @@ _COMMON |= {"architectures": None, "dtype": None, "transformers_version": None}
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 # How transformers would compute attention and experts: neither is a choice here, so there is one value of each.
 IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
-
 _NO_CHOICE = "the fastest kernel that covers the input is taken by itself; see igpt_fast.show_config()"
 
 C = TypeVar("C")
@@ -62,9 +61,8 @@ def _with_keywords_of_transformers(cls: type[C]) -> type[C]:
         known, others = _split(given)
         number, names = known.get("num_labels"), known.get("id2label")
         if number is not None and isinstance(names, Mapping) and len(names) != number:
-            warnings.warn(
-                f"{cls.__name__}: num_labels={number} gives way to the {len(names)} of id2label", stacklevel=2
-            )
+            what = f"num_labels={number} gives way to the {len(names)} of id2label"
+            warnings.warn(f"{cls.__name__}: {what}", stacklevel=2)
         init(self, *args, **known, extra={**extra, **others})
 
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -273,7 +271,7 @@ class ImageGPTConfig(kin.Root):
         elif name.startswith("_") and name not in _COMMON:
             own[name] = value
         else:
-            self.extra[name] = _plain_dtype(value) if name == "dtype" else value
+            self.extra[name] = plain_dtype(value) if name == "dtype" else value
 
     def __delattr__(self, name: str) -> None:
         if name in self.extra:
@@ -417,10 +415,8 @@ class ImageGPTConfig(kin.Root):
 
         And neither an ``n_classes`` of 0 nor a ``bidirectional`` of false: what transformers' own files hold.
         """
-        data = {name: getattr(self, name) for name in _FIELDS if name != "num_labels"}
-        for name in ("n_classes", "bidirectional"):
-            if not data[name]:
-                del data[name]
+        absent = {"num_labels"} | {name for name in ("n_classes", "bidirectional") if not getattr(self, name)}
+        data = {name: getattr(self, name) for name in _FIELDS if name not in absent}
         return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -474,29 +470,11 @@ class ImageGPTConfig(kin.Root):
         self.to_json_file(folder / _FILE_NAME)
 
 
-class _Own:
-    """An attribute that stands in ``__dict__`` or that ``__getattr__`` makes, whatever a base class has by its name."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, config: Any, owner: type) -> Any:
-        if config is None:
-            return self
-        own = config.__dict__
-        return own[self.name] if self.name in own else config.__getattr__(self.name)
-
-    def __set__(self, config: Any, value: Any) -> None:
-        config.__dict__[self.name] = value
-
-
 _FIELDS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.name != "extra")
 _FLAGS = tuple(f.name for f in dataclasses.fields(ImageGPTConfig) if f.type == "bool")
 _ALIASES = {**ImageGPTConfig.attribute_map, "torch_dtype": "dtype", "name_or_path": "_name_or_path"}
 for _name in ("num_labels", "id2label", "label2id", "torch_dtype", "name_or_path", *_COMMON):
-    _own = _Own()
-    _own.__set_name__(ImageGPTConfig, _name)
-    setattr(ImageGPTConfig, _name, _own)
+    setattr(ImageGPTConfig, _name, kin.Own(_name))
 
 
 def _split(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -512,15 +490,10 @@ def _split(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         name = _ALIASES.get(key, key)
         (known if name in _FIELDS else extra)[name] = entries[key]
     if "dtype" in extra:
-        extra["dtype"] = _plain_dtype(extra["dtype"])
+        extra["dtype"] = plain_dtype(extra["dtype"])
     return known, extra
 
 
 def _check_model_type(value: Any) -> None:
     if value != ImageGPTConfig.model_type:
         raise ValueError(f"model_type is {shown(value)}, expected {ImageGPTConfig.model_type!r}")
-
-
-def _plain_dtype(value: Any) -> Any:
-    """``torch.float16`` as ``"float16"``; anything else as it is."""
-    return dtype_name(value) if str(value).startswith("torch.") else value

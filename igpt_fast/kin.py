@@ -30,6 +30,22 @@ class Root:
     """The base of a class that has no other: Python gives new bases to none that has ``object`` alone."""
 
 
+class Own:
+    """An attribute that stands in ``__dict__`` or that ``__getattr__`` makes, whatever a base class has by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        own = instance.__dict__
+        return own[self.name] if self.name in own else instance.__getattr__(self.name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = value
+
+
 _waiting: list[tuple[type, str, str]] = []
 _lock = Lock()
 

@@ -112,7 +112,7 @@ def twin_of(cls: type[nn.Module], config: Any, model: Any, caller: str, same: bo
 
 
 def _fill_masks(theirs: nn.Module) -> None:
-    """transformers' causal masks, which are no part of a checkpoint; the layers of a device share one."""
+    """transformers' causal masks, which are no part of a checkpoint; the layers of a device share the memory of one."""
     masks: dict[torch.device, torch.Tensor] = {}
     for module in theirs.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -124,4 +124,4 @@ def _fill_masks(theirs: nn.Module) -> None:
                 raise RuntimeError(f"transformers' {type(module).__name__} has an unknown buffer {name!r}")
             if device not in masks:
                 masks[device] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device).tril_()
-            module._buffers[name] = masks[device]
+            module._buffers[name] = masks[device].detach()  # a buffer of its own, on the same memory

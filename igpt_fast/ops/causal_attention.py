@@ -211,15 +211,6 @@ class _Twice(torch.autograd.Function):
         return None, *tensors, None, None, None
 
 
-def _definition_s_gradients(
-    tensors: tuple[Tensor, ...], dout: Tensor, key_mask: Tensor | None, starts: Tensor | None, scale: float
-) -> list[Tensor | None]:
-    def defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.causal_attention(q, k, v, scale, key_mask, starts=starts)[0]
-
-    return dispatch.differentiate(defined, tensors, dout)
-
-
 def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(dispatch.autocast_dtype(tensor))
 
@@ -412,7 +403,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
         return (None,) * 6
     *tensors, out, lse, key_mask, starts = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return *_definition_s_gradients(tuple(tensors), dout, key_mask, starts, ctx.scale), None, None, None
+        define = partial(reference.causal_attention, scale=ctx.scale, key_mask=key_mask, starts=starts)
+        return *dispatch.differentiate(lambda *qkv: define(*qkv)[0], tuple(tensors), dout), None, None, None
     gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
     return *gradients, None, None, None
 

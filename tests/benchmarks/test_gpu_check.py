@@ -392,8 +392,8 @@ def below(names: set[str], paths: tuple[str, ...]) -> set[str]:
 @COLLECTED
 def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
     everywhere = collect((), "tests")
-    assert below(everywhere, (*check.GPU_TESTS, *check.MODEL_TESTS)) == everywhere
-    for path in (*check.GPU_TESTS, *check.MODEL_TESTS, *check.CONFORMANCE, *check.DECODER_TESTS):
+    assert below(everywhere, (*check.GPU_TESTS, *check.MODEL_TESTS, *check.TOOL_TESTS)) == everywhere
+    for path in (*check.GPU_TESTS, *check.MODEL_TESTS, *check.TOOL_TESTS, *check.CONFORMANCE, *check.DECODER_TESTS):
         assert below(everywhere, (path,)), path
     assert {name for name in everywhere if check.DETERMINISM in name}
 
