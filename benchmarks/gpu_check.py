@@ -85,8 +85,7 @@ SOURCES = {
     "benchmark": (*KERNELS[:-1], *(f"benchmarks/{name}.py" for name in MEASURING)),
 }
 
-# The tests with the marker gpu stand here; those of models need the packages that models need, and those of
-# transformers' models what its tools are.
+# The tests with the marker gpu stand here; those of models, and of transformers' tools, need packages of their own.
 GPU_TESTS = ("tests/ops", "tests/emulator")
 MODEL_TESTS = ("tests/model/test_outputs.py",)
 TOOL_TESTS = ("tests/hf/test_accelerate.py",)
@@ -387,8 +386,8 @@ def make_steps(device: Device) -> list[Step]:
     building = {"IGPT_CUDA": "ON", "IGPT_CUDA_ARCHS": device.architecture, "IGPT_WERROR": "ON", "PATH": path}
     install = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(SITE), "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
-    without = _missing(*MODELS_NEED)
-    tests = GPU_TESTS + (() if without else MODEL_TESTS) + (() if _missing(*TOOLS_NEED) else TOOL_TESTS)
+    without, no_tools = _missing(*MODELS_NEED), _missing(*TOOLS_NEED)
+    tests = GPU_TESTS + (() if without else MODEL_TESTS) + (() if no_tools else TOOL_TESTS)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
