@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TESTS = """
 import os, pathlib, pytest
 
@@ -17,7 +15,6 @@ def test_of_a_group(i):
 
 
 def test_one_process_has_all_tests_of_a_group(tmp_path: Path) -> None:
-    pytest.importorskip("xdist")
     (tmp_path / "test_group.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = xdist_group(name): of the test\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist=loadgroup", "-p", "no:cacheprovider", "."]
