@@ -87,8 +87,7 @@ SOURCES = {
 
 # The tests with the marker gpu stand here; those of models, and of transformers' tools, need packages of their own.
 GPU_TESTS = ("tests/ops", "tests/emulator")
-MODEL_TESTS = ("tests/model/test_outputs.py",)
-TOOL_TESTS = ("tests/hf/test_accelerate.py",)
+MODEL_TESTS, TOOL_TESTS = ("tests/model/test_outputs.py",), ("tests/hf/test_accelerate.py",)
 MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
 TOOLS_NEED = (*MODELS_NEED, "transformers", "accelerate", "peft")
 COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
@@ -378,6 +377,12 @@ def _pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
+def tests_left_out() -> dict[str, str]:
+    """Tests whose packages are not here, and what they need."""
+    missing = {names: _missing(*needs) for names, needs in ((MODEL_TESTS, MODELS_NEED), (TOOL_TESTS, TOOLS_NEED))}
+    return {name: f"needs {', '.join(lacks)}" for names, lacks in missing.items() if lacks for name in names}
+
+
 def make_steps(device: Device) -> list[Step]:
     """The steps for a GPU, in their order."""
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(_nvcc() or "").parent), os.environ["PATH"]])
@@ -386,8 +391,8 @@ def make_steps(device: Device) -> list[Step]:
     building = {"IGPT_CUDA": "ON", "IGPT_CUDA_ARCHS": device.architecture, "IGPT_WERROR": "ON", "PATH": path}
     install = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(SITE), "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
-    without, no_tools = _missing(*MODELS_NEED), _missing(*TOOLS_NEED)
-    tests = GPU_TESTS + (() if without else MODEL_TESTS) + (() if no_tools else TOOL_TESTS)
+    without, left_out = _missing(*MODELS_NEED), tests_left_out()
+    tests = [*GPU_TESTS, *(name for name in MODEL_TESTS + TOOL_TESTS if name not in left_out)]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -437,8 +442,7 @@ def make_steps(device: Device) -> list[Step]:
 
 def make_report(device: Device, commit: str) -> dict[str, Any]:
     """What the file says besides the steps."""
-    without = _missing(*MODELS_NEED)
-    left_out = {name: f"needs {', '.join(without)}" for name in MODEL_TESTS} if without else {}
+    left_out = tests_left_out()
     return {
         "commit": commit,
         "device": device.name,
