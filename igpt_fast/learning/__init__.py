@@ -3,5 +3,5 @@
 ``data``, ``folders``: images as tokens. ``objectives``: what is learned. ``train``, ``schedule``, ``settings``,
 ``state``: the loop, its steps, its knobs, its log and checkpoint. ``run``: a whole run in a directory.
 ``evaluate``: how good it is.
-May use: pipeline, model, image, ops, checkpoint, and the ground; alone imports scikit-learn beside image.
+May use: pipeline, likelihood, model, image, checkpoint, and the ground; alone imports scikit-learn beside image.
 """
