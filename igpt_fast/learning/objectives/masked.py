@@ -1,7 +1,7 @@
 """The objective of BERT as iGPT has it: masked pixels, from all others, in nats.
 
-Every position is masked with probability 0.15: it is fed the token SOS, whose embedding is zero in a bidirectional
-model and stays so, and its own colour is what is predicted there. There is no start of a sequence and no class.
+Every position is masked with probability 0.15, and its own colour is what is predicted there. There is no start of a
+sequence and no class.
 
 Source: "Generative Pretraining from Pixels" (Chen et al., 2020), sections 2.2 and 4.6; openai/image-gpt src/model.py.
 """
@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from igpt_fast import ops
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
+from igpt_fast.likelihood.masked import hide, masked_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 PROBABILITY = 0.15  # of the paper
 VOTES = 5  # masks of an image whose features are read, of the paper
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,6 @@ class Masked:
             count += int(mask.sum())
         model.train(training)
         return {"heldout_masked_nats": total / count} if count else {}
-
-
-def masked_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) negative log-likelihood in nats of the masked pixels, each given all that are not masked; 0 elsewhere.
-
-    Args:
-        model: A bidirectional one.
-        tokens: (B, T) int64, colours.
-        mask: (B, T) bool.
-
-    Raises:
-        ValueError: A model whose attention is causal: it would be fed the pixel that it predicts.
-    """
-    if not model.config.bidirectional:
-        raise ValueError("masked_nats: the model's attention is causal; want a bidirectional one (a BERT)")
-    logits = model(hide(model.config, tokens, mask)).logits
-    return ops.cross_entropy(logits, tokens.masked_fill(~mask, _IGNORED), _IGNORED, reduction="none")
-
-
-def hide(config: ImageGPTConfig, tokens: Tensor, mask: Tensor) -> Tensor:
-    """What a bidirectional model is fed: (B, T) tokens, SOS where the mask (B, T) is true."""
-    return tokens.masked_fill(mask, config.sos_token_id)
 
 
 def fixed_masks(tokens: Tensor, count: int, seed: int = 0, probability: float = PROBABILITY) -> Tensor:
