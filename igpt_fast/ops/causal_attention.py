@@ -104,7 +104,7 @@ def full_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    scale: float | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
@@ -116,6 +116,7 @@ def full_attention(
     """
     _check_attention("full_attention", q, k, v, dropout_p)
     _check_masks("full_attention", q, k.shape[2], key_mask, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if need_weights or upcast:
         out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
         return out, weights if need_weights else None
