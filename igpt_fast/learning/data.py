@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +35,7 @@ class TokenData:
 
     Args:
         tokens: (N, side * side) integers in 0..K-1. The functions here keep them in the smallest type, uint8 for up
-            to 256 clusters; ``batch_at`` and ``image_nats`` widen what they take.
+            to 256 clusters; what is taken out is widened.
         clusters: (K, 3) float32 in [-1, 1].
         heldout: (N,) bool, images that are never trained on.
         skipped: Files that were left out because they are not readable images.
@@ -83,9 +84,42 @@ class TokenData:
             raise ValueError(f"class {names[int(counts.argmin())]!r} has no image to train on")
 
     @property
-    def side(self) -> int:
-        """Height and width in pixels."""
+    def height(self) -> int:
+        """Pixels; a square's."""
         return math.isqrt(self.tokens.shape[1])
+
+    width = side = height
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of pixels are below it."""
+        return len(self.clusters)
+
+    @functools.cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Where the images to train on stand, and the held-out ones."""
+        return torch.nonzero(~self.heldout)[:, 0], torch.nonzero(self.heldout)[:, 0]
+
+    @property
+    def n_train(self) -> int:
+        """Images to train on."""
+        return len(self._places[0])
+
+    @property
+    def n_heldout(self) -> int:
+        """Images that are held out."""
+        return len(self._places[1])
+
+    def train_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """See ``objectives.protocol.Data``."""
+        return self._at(self._places[0][torch.as_tensor(indices, dtype=torch.int64)])
+
+    def heldout_batches(self, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """See ``objectives.protocol.Data``."""
+        return map(self._at, self._places[1].split(batch_size) if self.n_heldout else ())
+
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.tokens[places].long(), None if self.labels is None else self.labels[places]
 
     @property
     def n_clusters(self) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from igpt_fast.learning.data import TokenData
-from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.likelihood.nats import mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 _STRENGTH = 16.0  # of the smoothing in lookup_table_nats: as many pixels as a context counts before it is seen
 
 
-@torch.no_grad()
 def evaluate(
     model: ImageGPTForCausalImageModeling, tokens: Tensor, batch_size: int = 64, labels: Tensor | None = None
 ) -> float:
@@ -27,27 +25,9 @@ def evaluate(
     Raises:
         ValueError: No images.
     """
-    if tokens.numel() == 0:
-        raise ValueError("evaluate: no images")
-    training = model.training
-    model.eval()
-    total = 0.0
-    for start in range(0, len(tokens), batch_size):
-        part = slice(start, start + batch_size)
-        given = () if labels is None else (labels[part].to(model.device),)
-        total += float(image_nats(model, tokens[part].to(model.device), *given).double().sum())
-    model.train(training)
-    return total / tokens.numel()
-
-
-def heldout_nats(model: ImageGPTForCausalImageModeling, data: TokenData) -> dict[str, float]:
-    """``evaluate`` on the held-out images, without their classes and, if they have some, with them; empty if there
-    are no images."""
-    tokens, labels = data.heldout_tokens, data.heldout_labels
-    if not len(tokens):
-        return {}
-    given = {} if labels is None else {"heldout_class_nats": evaluate(model, tokens, labels=labels)}
-    return {"heldout_nats": evaluate(model, tokens), **given}
+    parts = [slice(start, start + batch_size) for start in range(0, len(tokens), batch_size)]
+    batches = ((tokens[part], None if labels is None else labels[part]) for part in parts)
+    return mean_nats(model, batches, labels is not None)
 
 
 def lookup_table_nats(data: TokenData, *, border: int | None = None) -> float:

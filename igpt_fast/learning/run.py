@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from igpt_fast.learning.data import TokenData
-from igpt_fast.learning.evaluate import heldout_nats, histogram_nats, lookup_table_nats
+from igpt_fast.learning.evaluate import histogram_nats, lookup_table_nats
+from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import CHECKPOINT, LOG
 from igpt_fast.learning.train import Progress, _train
@@ -55,7 +56,7 @@ def run(
     export(model, data, out / MODEL, save_dtype)
     _draw_samples(out, data.n_classes)
     held = int(data.heldout.sum())
-    measured = measured or heldout_nats(model, data)  # a finished run, resumed
+    measured = measured or NextPixel().evaluate(model, data)  # a finished run, resumed
     classes = {"classes": data.n_classes, "heldout_class_nats": measured.get("heldout_class_nats")}
     return {
         "model": str(out / MODEL),

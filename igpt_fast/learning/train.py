@@ -1,8 +1,6 @@
 """Trains an iGPT: tokens -> model. The loop behind ``igpt train``.
 
-The objective is the paper's: the input is ``[SOS, x_0 .. x_{T-2}]`` and position ``t`` predicts ``x_t``, so that
-every pixel counts. With classes, the token of the image's own stands in place of SOS, most of the time; it is no
-target, and the loss is that of the colours alone. AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient
+What is learned stands in ``objectives``; AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient
 clipping, optional bf16 autocast. The budget is in steps. Each step draws its images, augmentations and dropouts from
 generators seeded with (seed, step): a resumed run is bit-identical to one that was never interrupted.
 
@@ -26,9 +24,9 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.learning.data import TokenData
-from igpt_fast.learning.evaluate import heldout_nats
-from igpt_fast.learning.objectives.next_pixel import image_nats
-from igpt_fast.learning.schedule import _mix, batch_at, labels_at, learning_rate
+from igpt_fast.learning.objectives.next_pixel import NextPixel
+from igpt_fast.learning.objectives.protocol import Data, Objective
+from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import Output, TrainState, same_run
 from igpt_fast.model import ImageGPTForCausalImageModeling
@@ -50,30 +48,26 @@ def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def new_model(data: TokenData, config: TrainConfig) -> ImageGPTForCausalImageModeling:
+def new_model(data: Data, config: TrainConfig, objective: Objective) -> Any:
     """A model for the data, on the CPU, with the run's initial weights.
 
     Raises:
         ValueError: A network that ``ImageGPTConfig`` refuses.
     """
     shape = ImageGPTConfig(
-        vocab_size=data.n_clusters + data.n_classes + 1,
-        n_positions=data.tokens.shape[1],
+        n_positions=data.height * data.width,
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
         resid_pdrop=config.dropout,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        n_classes=data.n_classes,
-        id2label=dict(enumerate(data.class_names)) or None,
+        **objective.settings(data),
     )
     cpu = torch.device("cpu")
     with _own_generators(cpu):
         _seed(config.seed, cpu)
-        model = ImageGPTForCausalImageModeling(shape)
-    torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
-    return model
+        return objective.model(shape)
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -89,35 +83,46 @@ def _own_generators(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
+def inputs_at(step: int, data: Data, config: TrainConfig, objective: Objective) -> tuple[Tensor, ...]:
+    """What the objective's losses take at a step, all a function of the step alone."""
+    tokens, labels = data.train_batch(chosen_at(step, data.n_train, config))
+    tokens = augmented(step, tokens, data.height, data.width, config)
+    return objective.inputs(tokens, labels, generator_at(4, step, config))
+
+
 def train_step(
-    state: TrainState, tokens: Tensor, side: int, config: TrainConfig, nats: Callable, labels: Tensor | None = None
+    state: TrainState, data: Data, config: TrainConfig, objective: Objective, losses: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """One optimizer step on training images (N, T); returns its record for the log.
+    """One optimizer step; returns its record for the log.
 
     It seeds torch's global generators of the CPU and of the model's device, for the dropout.
 
     Args:
         state: Advanced in place by one step.
-        tokens, side: The training images.
+        data: The images.
         config: The run.
-        nats: ``image_nats``, or that compiled.
-        labels: (N,) int64, the classes of the images, if they have any.
+        objective: What is learned.
+        losses: Its ``losses``, or that compiled.
 
     Raises:
         DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
     """
     step, model, device = state.step, state.model, state.model.device
-    _seed(_mix(config.seed, 3, step), device)  # dropout
-    batch = batch_at(step, tokens, side, config).to(device)
-    given = () if labels is None else (labels_at(step, labels, config).to(device),)
+    _seed(mix(config.seed, 3, step), device)  # dropout
+    inputs = inputs_at(step, data, config, objective)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        loss = nats(model, batch, *given).mean()
+        loss = losses(model, *(part.to(device) for part in inputs)).mean()
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    record = {"step": step + 1, "nats": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config)}
-    if not (math.isfinite(record["nats"]) and math.isfinite(record["grad_norm"])):
-        what = f"the loss is {record['nats']} and its gradient's norm {record['grad_norm']}"
+    record = {
+        "step": step + 1,
+        objective.figure: loss.item(),
+        "grad_norm": norm.item(),
+        "lr": learning_rate(step, config),
+    }
+    if not (math.isfinite(record[objective.figure]) and math.isfinite(record["grad_norm"])):
+        what = f"the loss is {record[objective.figure]} and its gradient's norm {record['grad_norm']}"
         raise DivergedError(f"step {step + 1}: {what}; try a lower learning rate")
     for group in state.optimizer.param_groups:
         group["lr"] = record["lr"]
@@ -173,26 +178,26 @@ def _train(
     """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
     of the last step if it was made here."""
     check_writable(out)
-    model = new_model(data, config).to(device)
+    objective = NextPixel(config.label_dropout)
+    model = new_model(data, config, objective).to(device)
     state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
     output = Output(out, outdated)
     clock = time.monotonic()
     if resume:
         state.load(output.checkpoint)
         clock -= output.resume(state.step)
-    train_tokens, train_labels = data.train_tokens, data.train_labels
-    nats = torch.compile(image_nats) if config.compile else image_nats
+    losses = torch.compile(objective.losses) if config.compile else objective.losses
     end = config.steps if stop_after is None else min(stop_after, config.steps)
     final: dict[str, float] = {}
     model.train()
     with _own_generators(model.device), delayed_interrupt() as interrupted:
         while state.step < end and not interrupted():
-            record = train_step(state, train_tokens, data.side, config, nats, train_labels)
+            record = train_step(state, data, config, objective, losses)
             step, last = state.step, state.step == config.steps
-            evaluated = bool(data.heldout.any()) and (step % config.eval_every == 0 or last)
+            evaluated = bool(data.n_heldout) and (step % config.eval_every == 0 or last)
             logged = evaluated or step % LOG_EVERY == 0 or last
             if evaluated:
-                measured = heldout_nats(model, data)
+                measured = objective.evaluate(model, data)
                 record.update(measured)
                 final = measured if last else {}
             if logged:

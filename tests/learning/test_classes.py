@@ -14,16 +14,15 @@ from torch import Tensor
 
 from igpt_fast import Generation, ImageGPTForCausalImageModeling, Pipeline
 from igpt_fast.cli.main import main
-from igpt_fast.learning import schedule
 from igpt_fast.learning import train as recipe
 from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
 from igpt_fast.learning.evaluate import evaluate
 from igpt_fast.learning.folders import held_out, tokens_from_images
-from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.run import run
-from igpt_fast.learning.schedule import labels_at
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.train import train
+from igpt_fast.learning.train import inputs_at, train
+from igpt_fast.likelihood.nats import image_nats
 
 pytestmark = pytest.mark.xdist_group("classes")  # one training for all
 
@@ -183,21 +182,21 @@ def test_a_run_without_classes_does_not_know_of_them(tmp_path: Path) -> None:
 
 def test_labels_go_with_their_images_and_are_dropped_at_the_rate() -> None:
     labels = torch.arange(50)
-    config = dataclasses.replace(CONFIG, batch_size=25, label_dropout=0.2)
+    config = dataclasses.replace(CONFIG, batch_size=25, flip=True, shift=1)
     tokens = labels[:, None].repeat(1, 4)  # images that no flip or shift changes
-    batches = [labels_at(step, labels, config) for step in range(200)]
-    dropped = torch.cat(batches) < 0
+    data = TokenData(tokens, np.zeros((50, 3), np.float32), torch.zeros(50, dtype=torch.bool), labels=labels)
+    batches = [inputs_at(step, data, config, NextPixel(0.2)) for step in range(200)]
+    dropped = torch.cat([batch for _, batch in batches]) < 0
     assert dropped.float().mean() == pytest.approx(0.2, abs=0.02)
-    for step, batch in enumerate(batches[:20]):
-        images = schedule.batch_at(step, tokens, 2, dataclasses.replace(config, flip=True, shift=1))[:, 0]
-        assert torch.equal(batch[batch >= 0], images[batch >= 0])
-        assert torch.equal(batch, labels_at(step, labels, config))
-    assert any(not torch.equal(batches[0] < 0, batch < 0) for batch in batches[1:])
-    assert int(labels_at(0, labels, dataclasses.replace(config, label_dropout=0.0)).min()) >= 0
+    for step, (images, batch) in enumerate(batches[:20]):
+        assert torch.equal(batch[batch >= 0], images[batch >= 0, 0])
+        assert torch.equal(batch, inputs_at(step, data, config, NextPixel(0.2))[1])
+    assert any(not torch.equal(batches[0][1] < 0, batch < 0) for _, batch in batches[1:])
+    assert int(inputs_at(0, data, config, NextPixel(0.0))[1].min()) >= 0
 
 
 def test_image_nats_begins_with_the_class_and_scores_colours_alone() -> None:
-    model = recipe.new_model(small(), TINY).eval()
+    model = recipe.new_model(small(), TINY, NextPixel()).eval()
     torch.nn.init.normal_(model.lm_head.weight)
     tokens, labels = patterns(3, seed=0)[0], torch.tensor([2, -1, 0])
     begin = torch.tensor([[COLOURS + 2], [COLOURS + 4], [COLOURS]])

@@ -22,12 +22,13 @@ from PIL import Image
 from igpt_fast.learning import train as recipe
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.evaluate import evaluate, lookup_table_nats
-from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.run import run
-from igpt_fast.learning.schedule import batch_at, learning_rate
+from igpt_fast.learning.schedule import augmented, chosen_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import Output
-from igpt_fast.learning.train import DivergedError, train
+from igpt_fast.learning.train import DivergedError, inputs_at, train
+from igpt_fast.likelihood.nats import image_nats, mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 TINY = TrainConfig(
@@ -250,10 +251,10 @@ def test_held_out_images_are_evaluated_once(tiny: TokenData, tmp_path: Path, mon
     calls: list[float] = []
 
     def counting(*args: Any) -> float:
-        calls.append(evaluate(*args))
+        calls.append(mean_nats(*args))
         return calls[-1]
 
-    monkeypatch.setattr("igpt_fast.learning.evaluate.evaluate", counting)
+    monkeypatch.setattr("igpt_fast.learning.objectives.next_pixel.mean_nats", counting)
     summary = run(tiny, tmp_path, TINY)
     assert len(calls) == 2  # at steps 10 and 20
     assert summary["heldout_nats"] == calls[-1] == records(tmp_path)[-1]["heldout_nats"]
@@ -266,7 +267,7 @@ def test_the_callers_random_numbers_go_on(tiny: TokenData, tmp_path: Path) -> No
     torch.manual_seed(5)
     before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
     train(tiny, tmp_path / "cpu", dataclasses.replace(TINY, steps=2, dropout=0.5))
-    recipe.new_model(tiny, TINY)
+    recipe.new_model(tiny, TINY, NextPixel())
     if devices:
         train(tiny, tmp_path / "cuda", dataclasses.replace(TINY, steps=2, dropout=0.5), device="cuda")
     after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
@@ -280,7 +281,7 @@ def test_the_type_of_the_tokens_does_not_matter(tiny: TokenData, tmp_path: Path)
     train(tiny, tmp_path / "narrow", TINY, resume=True)
     assert_same_state(tmp_path / "wide", tmp_path / "narrow")
     assert records(tmp_path / "wide") == records(tmp_path / "narrow")
-    assert batch_at(0, narrow.tokens, 4, TINY).dtype == torch.int64
+    assert inputs_at(0, narrow, TINY, NextPixel())[0].dtype == torch.int64
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -365,7 +366,7 @@ def test_a_second_interrupt_acts_at_once(tiny: TokenData, tmp_path: Path, monkey
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")
 
-    monkeypatch.setattr(recipe, "image_nats", impatient)
+    monkeypatch.setattr("igpt_fast.learning.objectives.next_pixel.image_nats", impatient)
     with pytest.raises(KeyboardInterrupt):
         train(tiny, tmp_path, TINY)
     assert not (tmp_path / "train.pt").exists()
@@ -437,7 +438,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
         calls.append(model.training)
         return image_nats(model, tokens) * (bad if calls.count(True) == 9 else 1.0)
 
-    monkeypatch.setattr(recipe, "image_nats", diverging)
+    monkeypatch.setattr("igpt_fast.learning.objectives.next_pixel.image_nats", diverging)
     with pytest.raises(DivergedError, match=r"step 9: the loss is (nan|inf)"):
         train(tiny, tmp_path, TINY)
     state = torch.load(tmp_path / "train.pt", weights_only=True)
@@ -580,6 +581,10 @@ def test_learning_rate() -> None:
     assert learning_rate(0, TrainConfig(steps=1, warmup_steps=1)) > 0.0
 
 
+def batch_at(step: int, tokens: torch.Tensor, side: int, config: TrainConfig) -> torch.Tensor:
+    return augmented(step, tokens[chosen_at(step, len(tokens), config)], side, side, config)
+
+
 def test_batches_cover_every_image_once_a_pass() -> None:
     tokens = torch.arange(10)[:, None].repeat(1, 4)  # images that no flip or shift changes
     config = TrainConfig(batch_size=4, seed=5)
@@ -606,7 +611,7 @@ def test_augmentation_moves_whole_images() -> None:
 
 
 def test_image_nats_scores_every_pixel_from_those_before(tiny: TokenData) -> None:
-    model = recipe.new_model(tiny, dataclasses.replace(TINY, n_layer=2)).eval()
+    model = recipe.new_model(tiny, dataclasses.replace(TINY, n_layer=2), NextPixel()).eval()
     tokens = tiny.tokens[:3]
     with torch.no_grad():
         assert torch.allclose(image_nats(model, tokens), torch.full((3, 16), math.log(6)))  # the head starts at zero
@@ -627,7 +632,7 @@ def test_image_nats_scores_every_pixel_from_those_before(tiny: TokenData) -> Non
 
 
 def test_evaluate_is_without_dropout_and_leaves_the_mode(tiny: TokenData) -> None:
-    model = recipe.new_model(tiny, dataclasses.replace(TINY, dropout=0.9))
+    model = recipe.new_model(tiny, dataclasses.replace(TINY, dropout=0.9), NextPixel())
     torch.nn.init.normal_(model.lm_head.weight)
     model.train()
     assert evaluate(model, tiny.tokens) == evaluate(model, tiny.tokens)
@@ -666,5 +671,5 @@ def test_messages_begin_with_the_settings_name() -> None:
 
 
 def test_largest_seed(tiny: TokenData) -> None:
-    batch = batch_at(5, tiny.tokens, 4, TrainConfig(batch_size=2, seed=(1 << 32) - 1))
+    (batch,) = inputs_at(5, tiny, TrainConfig(batch_size=2, seed=(1 << 32) - 1), NextPixel())
     assert batch.shape == (2, 16)

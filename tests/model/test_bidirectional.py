@@ -28,7 +28,7 @@ from igpt_fast.engines.cpu.decoder import why_not_cpu
 from igpt_fast.engines.cuda.decoder import why_not_cuda
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.hf import to_transformers
-from igpt_fast.learning.objectives.next_pixel import image_nats
+from igpt_fast.likelihood.nats import image_nats
 from igpt_fast.ops.causal_attention import full_attention
 
 

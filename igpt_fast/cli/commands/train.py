@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
 from igpt_fast.learning.settings import TrainConfig
 
@@ -83,6 +84,10 @@ def train(
         json: Print one JSON object.
         force: Start afresh in a directory that holds a run.
     """
+    if (count := processes.size()) > 1:
+        raise checks.UsageError(
+            f"{count} processes would train the same run into the same files; start one, without torchrun"
+        )
     if resume and force:
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     if data is not None and not data.exists():

@@ -1,4 +1,5 @@
-"""What is learned: one file an objective. ``next_pixel``: the paper's autoregressive one.
+"""What is learned: one file an objective. ``protocol``: what the loop asks of one, and what both ask of the data.
+``next_pixel``: the paper's autoregressive one.
 
-May use: model, ops, and the ground. Never: the loop that trains.
+May use: likelihood, model, ops, and the ground. Never: the loop that trains.
 """

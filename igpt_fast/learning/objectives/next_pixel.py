@@ -1,25 +1,55 @@
-"""The objective of iGPT: the next pixel, in nats."""
+"""The objective of iGPT: the next pixel, in nats.
+
+The input is ``[SOS, x_0 .. x_{T-2}]`` and position ``t`` predicts ``x_t``, so that every pixel counts. With classes,
+the token of the image's own stands in place of SOS, most of the time; it is no target, and the loss is that of the
+colours alone.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from igpt_fast import ops
+import torch
+from torch import Generator, Tensor
+
+from igpt_fast.config import ImageGPTConfig
+from igpt_fast.learning.objectives.protocol import Data
+from igpt_fast.likelihood.nats import image_nats, mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
-def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of each pixel among the colours in nats: (B, T) from (B, T) integers.
+@dataclass(frozen=True)
+class NextPixel:
+    """See ``Objective``.
 
-    ``labels``: (B,) int64, the classes that the images are known to be of, -1 for none; ``None``: none at all.
+    Args:
+        label_dropout: With classes: probability that an image is learned without its class.
     """
-    tokens, config = tokens.long(), model.config
-    config.check_causal("image_nats")
-    begin = torch.full_like(tokens[:, 0], config.sos_token_id)
-    if labels is not None:
-        begin = torch.where(labels < 0, begin, config.n_colours + labels)
-    logits = model(torch.cat([begin[:, None], tokens[:, :-1]], dim=1), use_cache=False).logits
-    if config.n_classes:
-        logits = logits[..., : config.n_colours].contiguous()  # here, or the loss copies it, and its gradient again
-    return ops.cross_entropy(logits, tokens, reduction="none")
+
+    label_dropout: float = 0.1
+    name: ClassVar[str] = "next_pixel"
+    figure: ClassVar[str] = "nats"
+
+    def settings(self, data: Data) -> dict[str, Any]:
+        classes = {"n_classes": data.n_classes, "id2label": dict(enumerate(data.class_names)) or None}
+        return {"vocab_size": data.vocabulary + data.n_classes + 1, **classes}
+
+    def model(self, config: ImageGPTConfig) -> ImageGPTForCausalImageModeling:
+        model = ImageGPTForCausalImageModeling(config)
+        torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
+        return model
+
+    def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
+        if labels is None:
+            return (tokens,)
+        return tokens, labels.masked_fill(torch.rand(len(labels), generator=generator) < self.label_dropout, -1)
+
+    def losses(self, model: ImageGPTForCausalImageModeling, *inputs: Tensor) -> Tensor:
+        return image_nats(model, *inputs).mean(dim=1)
+
+    def evaluate(self, model: ImageGPTForCausalImageModeling, data: Data) -> dict[str, float]:
+        if not data.n_heldout:
+            return {}
+        figures = {"heldout_class_nats": mean_nats(model, data.heldout_batches(), True)} if data.n_classes else {}
+        return {"heldout_nats": mean_nats(model, data.heldout_batches()), **figures}
