@@ -32,8 +32,8 @@ OPS["causal_attention_packed"] = Op(
 
 # No kernel: those of causal attention gain by the half that they leave out, and here is nothing to leave out.
 OPS["full_attention"] = Op(
-    otherwise="torch scaled_dot_product_attention, forward and backward, in bidirectional models (BERT); the written-out "
-    "softmax with output_attentions, upcast or another scale",
+    otherwise="torch scaled_dot_product_attention, forward and backward, in bidirectional models (BERT); the "
+    "written-out softmax with output_attentions, upcast or another scale",
 )
 
 
