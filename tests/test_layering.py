@@ -166,6 +166,7 @@ def test_engines_are_known_by_name_to_their_choice_alone() -> None:
             "engines.memory": known,
             "environment": known,
             "model.imagegpt": {"engines.cpu.forward"},
+            "model.intermediates": {"engines.cpu.forward"},
             "hf.modules": {"engines.cpu.forward"},
         }
         assert known - own <= allowed.get(name, set()), f"{name} imports {known - own}"
