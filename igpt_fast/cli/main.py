@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # How the commands are listed.
 GROUPS = {
     "draw": ("sample", "complete"),
-    "learn": ("train",),
+    "learn": ("train", "score"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),
 }
