@@ -15,9 +15,9 @@ from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
 
 if TYPE_CHECKING:
-    from igpt_fast.cli.draw.sharding import World
     from igpt_fast.learning.feature_files import FeatureRun
     from igpt_fast.learning.sources import Source
+    from igpt_fast.world import World
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -74,14 +74,14 @@ def features(
         raise checks.UsageError("--classes, --skip-unreadable: only for a directory of images")
     checks.choose_backend(backend)
     device_ = checks.choose_device(device, processes.local_rank())
-    from igpt_fast.cli.draw import sharding
     from igpt_fast.cli.draw.exports import weights_hash
     from igpt_fast.learning import feature_files
     from igpt_fast.learning.extraction import check_layers, load_network
+    from igpt_fast.world import world as processes_of
 
     if out.suffix.lower() == ".parquet":
         feature_files.need_pyarrow()
-    with sharding.world() as world:
+    with processes_of("finished parts are kept") as world:
         network = load_network(checks.model_name(model), device_, dtype)
         with checks.as_usage():
             numbers = check_layers(layers, network.config.n_layer)
