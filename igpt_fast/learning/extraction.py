@@ -13,8 +13,14 @@ from torch import Tensor
 from igpt_fast.checks import whole_number
 from igpt_fast.files import listed, shown
 from igpt_fast.learning.objectives.masked import VOTES, vote
+from igpt_fast.model import ImageGPTModel
 
 Progress = Callable[[int, int], None]
+
+
+def load_network(name: str, device: Any = None, dtype: Any = torch.float32) -> ImageGPTModel:
+    """The network of a folder or of a hub name, without its head; see ``from_pretrained``."""
+    return ImageGPTModel.from_pretrained(name, device=device, dtype=dtype)
 
 
 def fed(config: Any, tokens: Tensor, sos: bool = True) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from igpt_fast.checks import whole_number
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image, resize, to_pil
-from igpt_fast.learning.extraction import check_masks, check_tokens, extract
-from igpt_fast.model import ImageGPTModel
+from igpt_fast.learning.extraction import check_masks, check_tokens, extract, load_network
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -113,7 +112,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         import torch
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = ImageGPTModel.from_pretrained(self.model, device=device, dtype=torch.float32)
+        model = load_network(os.fspath(self.model), device)
         if self.processor is not None:
             return model, self.processor
         try:

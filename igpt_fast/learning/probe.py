@@ -185,17 +185,17 @@ def _sets(train: Images, test: Images, config: Any, clusters: Any) -> tuple[np.n
     given = [_labels(name, *item) for name, item in (("train", train), ("test", test))]
     names = np.unique(given[0])
     if len(names) < 2:
-        raise ValueError(f"probe: train has a single class, {listed(map(str, names))}; there is nothing to tell apart")
+        raise ValueError(f"train has a single class, {listed(map(str, names))}; there is nothing to tell apart")
     if given[0].dtype.kind != given[1].dtype.kind and "U" in given[0].dtype.kind + given[1].dtype.kind:
-        raise ValueError("probe: the labels of one of train and test are strings, those of the other integers")
+        raise ValueError("the labels of one of train and test are strings, those of the other integers")
     if more := set(given[1].tolist()) - set(names.tolist()):
-        raise ValueError(f"probe: test has images of classes that train has not: {listed(map(str, more))}")
+        raise ValueError(f"test has images of classes that train has not: {listed(map(str, more))}")
     if fewer := set(names.tolist()) - set(given[1].tolist()):
-        raise ValueError(f"probe: test has no image of classes that train has: {listed(map(str, fewer))}")
+        raise ValueError(f"test has no image of classes that train has: {listed(map(str, fewer))}")
     images = [_images(name, item[0], config, clusters) for name, item in (("train", train), ("test", test))]
     if images[0][0].shape[1] != images[1][0].shape[1]:
         sizes = " and ".join(str(item[0].shape[1]) for item in images)
-        raise ValueError(f"probe: the images of train and test have {sizes} pixels")
+        raise ValueError(f"the images of train and test have {sizes} pixels")
     grey = all(bool((pixels == pixels[..., :1]).all()) for _, pixels in images)
     sets = [
         _Set(tokens, _flat(pixels[..., :1] if grey else pixels), np.searchsorted(names, labels))
@@ -212,9 +212,9 @@ def _labels(name: str, images: Any, labels: Any) -> np.ndarray:
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.ndim != 1 or array.dtype.kind not in "iuU" or len(array) != len(images):
         what = f"{array.shape} {array.dtype} for {len(images)} images"
-        raise ValueError(f"probe: labels of {name} must be (N,) integers or strings, got {what}")
+        raise ValueError(f"labels of {name} must be (N,) integers or strings, got {what}")
     if not len(array):
-        raise ValueError(f"probe: {name} has no images")
+        raise ValueError(f"{name} has no images")
     return array
 
 
@@ -225,14 +225,14 @@ def _images(name: str, images: Any, config: Any, clusters: Any) -> tuple[Tensor,
     pixels = None
     if isinstance(images, np.ndarray) and images.ndim == 4:
         if images.dtype != np.uint8 or images.shape[3] != 3:
-            raise ValueError(f"probe: images of {name}: want (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+            raise ValueError(f"images of {name}: want (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
         pixels = images.reshape(len(images), -1, 3)
         images = quantize(pixels, clusters)
     try:
         tokens = check_tokens(images, config)
         return tokens, dequantize(tokens.numpy(), clusters) if pixels is None else pixels
     except (TypeError, ValueError) as error:
-        raise type(error)(f"probe: images of {name}: {error}") from error
+        raise type(error)(f"images of {name}: {error}") from error
 
 
 def _shots(shots: Sequence[int] | None, labels: np.ndarray, names: np.ndarray) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ def _shots(shots: Sequence[int] | None, labels: np.ndarray, names: np.ndarray) -
     asked = sorted({whole_number("shots", n, 1) for n in shots})
     if asked and asked[-1] > counts[least]:
         held = f"class {str(names[least])!r} has {counts[least]} in train"
-        raise ValueError(f"probe: shots are {asked[-1]} images a class, and {held}")
+        raise ValueError(f"shots are {asked[-1]} images a class, and {held}")
     return tuple(asked)
 
 
