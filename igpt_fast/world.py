@@ -6,8 +6,8 @@ draws the r-th of R parts, each of images that follow each other. When all have 
 gathered (gloo).
 
 Training does one collective operation after the other (gloo, nccl), in which Python cannot be reached: while it is
-watched over (``watched``), a process that is gone ends the others, at the latest some seconds after the operation should
-have failed by itself.
+watched over (``watched``), a process that is gone ends the others, at the latest some seconds after the operation
+should have failed by itself.
 
 On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
 On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
@@ -118,6 +118,7 @@ class Torchrun(World):
         self._heard = [("", time.monotonic() + START - SILENCE)] * self.size
         self._lost = ""
         self._watching = False
+        self._blocks = self._agreed = 0  # how many there were; all processes count alike
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -142,10 +143,10 @@ class Torchrun(World):
                 return
 
     def _absent(self) -> list[int]:
-        """Processes that are gone or silent, and have not left a watched block by its end."""
+        """Processes that are gone or silent, and have not left the watched block by its end."""
         now = time.monotonic()
         silent = [i for i, (_, heard) in enumerate(self._heard) if i != self.rank and now - heard > SILENCE]
-        return [i for i in sorted({*self.gone(), *silent}) if not self._store.check([f"left/{i}"])]
+        return [i for i in sorted({*self.gone(), *silent}) if not self._store.check([f"left/{self._blocks}/{i}"])]
 
     def _end(self) -> None:
         """Ends this process from the thread, where the main one waits in an operation that does not end."""
@@ -182,6 +183,8 @@ class Torchrun(World):
         return gone
 
     def agree(self, name: str, value: int) -> int:
+        self._agreed += 1
+        name = f"{name}/{self._agreed}"
         if self.first:
             self._store.set(name, str(value))
             return value
@@ -207,10 +210,11 @@ class Torchrun(World):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        self._blocks += 1
         self._watching = True
         try:
             yield
-            self._store.set(f"left/{self.rank}", "1")
+            self._store.set(f"left/{self._blocks}/{self.rank}", "1")
         except RuntimeError as error:
             if type(error).__module__ not in ("builtins", "torch._C._distributed_c10d", "torch.distributed"):
                 raise

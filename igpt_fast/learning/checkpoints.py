@@ -126,8 +126,7 @@ class Writer:
         except OSError as error:
             raise _about(error, self._target) from error
         except CheckpointException as failure:  # torch's is a BaseException, with what each process has to say
-            error = next(iter(failure.failures.values()))[0]
-            raise _about(error, self._target) from failure
+            raise _about(next(iter(failure.failures.values()))[0], self._target) from failure
 
 
 def _about(error: BaseException, target: Path) -> Exception:

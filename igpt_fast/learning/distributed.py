@@ -91,7 +91,8 @@ class Team:
                 if self.config.compile:
                     block.compile()
                 fully_shard(block, mesh=mesh)
-            return fully_shard(learner, mesh=mesh)
+            fully_shard(learner, mesh=mesh)
+            return learner
         module: nn.Module = learner.to(device)
         if self.world.size > 1:
             from torch.nn.parallel import DistributedDataParallel

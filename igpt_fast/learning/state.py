@@ -18,9 +18,8 @@ from igpt_fast.checkpoint.pickles import scan_torch_file
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.files import printable, shown
 from igpt_fast.learning import checkpoints
-from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.objectives.next_pixel import NextPixel
-from igpt_fast.learning.objectives.protocol import Objective
+from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.world import World
 
@@ -30,7 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 
-def same_run(config: TrainConfig, data: TokenData, objective: Objective) -> dict[str, Any]:
+def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
     settings = dataclasses.asdict(config) | {"objective": objective.name, **vars(objective)}
     if not data.n_classes or not isinstance(objective, NextPixel):
@@ -192,8 +191,9 @@ def _check_about(state: dict[str, Any]) -> None:
 def _copy(target: Tensor, value: Tensor) -> None:
     """Into a tensor, or this process's part of one."""
     if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(target, DTensor)
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
 
