@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from igpt_fast.checks import finite_number, whole_number
 
@@ -66,3 +67,28 @@ class TrainConfig:
                 finite_number(name, value, 0, without=() if name == "weight_decay" else (0,))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}; want a multiple of n_head, {self.n_head}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is computed, which changes its result by rounding alone: a continuation may have another.
+
+    Args:
+        parallel: Under torchrun: ddp, every process holds the whole model; fsdp, each a part of it (FSDP2).
+        accumulate: Parts that a process computes its share of a batch in, one after the other, for less memory.
+        checkpointing: Memory: compute activations again in the backward pass, or keep them.
+        tensorboard: Log: for TensorBoard as well, in tensorboard/ of the run's directory, or in log.jsonl alone.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    accumulate: int = 1
+    checkpointing: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        whole_number("accumulate", self.accumulate, 1, (1 << 32) - 1)
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel is {self.parallel!r}; want ddp or fsdp")
