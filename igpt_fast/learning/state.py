@@ -71,8 +71,13 @@ class TrainState:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.about}
         for left in path.parent.glob(f".{path.name}.*.partial*"):
             left.unlink(missing_ok=True)  # from a process that was killed while it wrote
-        with files.replacing(path) as partial:
-            torch.save(state, partial)
+        with files.replacing(path) as partial, partial.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of torch's archive, which could not be closed after a write had failed
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self.saved = self.step
 
     def load(self, path: Path) -> None:
