@@ -268,8 +268,11 @@ class Output:
         if not self._world.first:
             return
         self._begin()
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        try:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self.log)) from error
         if self._new_board is not None:
             self._board = self._board or self._new_board(record["step"])
             for name in record.keys() - {"step"}:

@@ -25,7 +25,7 @@ from igpt_fast.learning.data import save_tokens
 from igpt_fast.learning.distributed import Team, check_same
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.settings import Execution, TrainConfig
-from igpt_fast.learning.throughput import image_operations
+from igpt_fast.learning.throughput import image_operations, peak_operations
 from igpt_fast.learning.train import new_model, train
 from igpt_fast.world import World
 
@@ -172,6 +172,8 @@ def test_a_disk_that_is_full_for_one_process(tmp_path: Path) -> None:
         run_training.job(tmp_path, World(), "a", resume=True, limit=8000)
     assert (tmp_path / "a" / "train.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "a")) == ["log.jsonl", "train.pt"]
+    with pytest.raises(OSError, match=r"File too large: '.*log\.jsonl'"):
+        run_training.job(tmp_path, World(), "a", resume=True, limit=(tmp_path / "a" / "log.jsonl").stat().st_size + 9)
 
 
 def test_more_processes_than_images(folder: Path) -> None:
@@ -304,6 +306,22 @@ def test_operations_of_an_image_are_those_that_torch_counts() -> None:
     finally:
         backend.set_backend(before)
     assert image_operations(model) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", None),
+    ],
+)
+def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_operations(torch.device("cuda")) == peak
+    assert peak_operations(torch.device("cpu")) is None
 
 
 def test_figures_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
