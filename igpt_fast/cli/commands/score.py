@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast import processes
+from igpt_fast import world as world_module
 from igpt_fast.checks import whole_number
 from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import GRID_SUFFIXES, UsageError, check_output
-from igpt_fast.cli.draw import options, sharding
+from igpt_fast.cli.draw import options
 from igpt_fast.files import check_writable, replacing_together, shown
 from igpt_fast.interrupts import delayed_interrupt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from igpt_fast.cli.draw.sharding import World
     from igpt_fast.pipeline import Pipeline, Scores
+    from igpt_fast.world import World
 
 SPLITS = ("heldout", "train", "all")
 ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
@@ -160,7 +161,7 @@ def score(
     if by not in ORDERS:
         raise UsageError(f"--by is {shown(by)}; want {' or '.join(ORDERS)}")
     checks.check_range("--show", show, 0, 1 << 30)
-    with sharding.world() as world:
+    with world_module.world() as world:
         if world.first:
             results.check()
         sets = _read_sets(images, reference, split, how)
@@ -347,7 +348,7 @@ def _score_share(job: _Job, share: range) -> tuple[list[int], Scores | None, int
                 torch.stack(tokens), labels, job.how.batch_size, lambda done, total: tick(done), names=names
             )
         return which, scores, left_out, None
-    except sharding.PeerGoneError:
+    except world_module.PeerGoneError:
         raise
     except (KeyboardInterrupt, Exception) as error:
         partial = getattr(error, "partial", None)
