@@ -202,7 +202,8 @@ def test_weights_of_nan_or_that_overflow(capsys: pytest.CaptureFixture[str], pic
             pipeline.model.lm_head.weight.fill_(value)
         pipeline.model.save_pretrained(tmp_path / name)
         pipeline.processor.save_pretrained(tmp_path / name)
-        code, out, err = run(capsys, pictures, "--model", tmp_path / name, "--device", "cpu", "--csv", tmp_path / "a.csv")
+        command = (pictures, "--model", tmp_path / name, "--device", "cpu", "--csv", tmp_path / "a.csv")
+        code, out, err = run(capsys, *command)
         assert (code, out) == (1, "")
         assert said in err
         assert not (tmp_path / "a.csv").exists()
