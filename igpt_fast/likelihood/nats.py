@@ -16,8 +16,8 @@ from igpt_fast.engines.network import why_not_modules
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 _ROWS = 8192  # pixels that go through the head together, without gradients
-# Pixels that go through the network together on the CPU, and at least so many for each thread: activations of more leave
-# the caches, which costs a seventh (bfloat16) to a quarter (benchmarks/bench_score.py, batch 64).
+# Pixels that go through the network together on the CPU, and at least so many for each thread: activations of more
+# leave the caches, which costs a seventh (bfloat16) to a quarter (benchmarks/bench_score.py, batch 64).
 _ROWS_CPU, _ROWS_THREAD = 4096, 1024
 
 
@@ -35,9 +35,9 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
     if labels is not None:
         begin = torch.where(labels < 0, begin, config.n_colours + labels)
     inputs = torch.cat([begin[:, None], tokens[:, :-1]], dim=1)
-    if inputs.numel() > _ROWS_CPU and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if why_not_modules(model) is None:
-            return _in_parts(model, inputs, tokens)
+    many = inputs.numel() > _ROWS_CPU and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if many and why_not_modules(model) is None:
+        return _in_parts(model, inputs, tokens)
     logits = model(inputs, use_cache=False, return_dict=True).logits
     if config.n_classes:
         logits = logits[..., : config.n_colours].contiguous()  # here, or the loss copies it, and its gradient again
