@@ -41,7 +41,7 @@ SAMPLING_KNOWS = {"engines.decoder", "engines.network", "engines.choice", "engin
 # Distributions that only these floors, or modules, import.
 ONLY = {
     "transformers": {"hf"},
-    "sklearn": {"image.clusters"},
+    "sklearn": {"image.clusters", "learning"},
     "tyro": {"cli"},
     "huggingface_hub": {"files", "checkpoint"},
     "safetensors": {"checkpoint"},

@@ -22,13 +22,14 @@ from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
 from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
+from igpt_fast.model.intermediates import IntermediatesMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
 from igpt_fast.model.trainable import TrainableMixin
 
 
 @kin.stands_for("transformers.modeling_utils", "PreTrainedModel")
-class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
+class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, IntermediatesMixin, nn.Module):
     """What the three model classes share: configuration, initial weights, checkpoints.
 
     A ``PreTrainedModel`` once transformers is loaded (see ``kin``), with its methods where this has none.

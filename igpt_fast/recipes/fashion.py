@@ -56,6 +56,7 @@ CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
 MAX_FILE = 64 << 20  # bytes, of a compressed file
 MAX_CONTENT = 64 << 20  # bytes, of what it unpacks to
 SIDE, GREYS = 14, 16
+CONCAT = 5  # layers
 NETWORK = {"n_layer": 6, "n_embd": 96, "n_head": 3}
 TEST_IMAGES, LABELS, SHIFTED_LABELS, SHIFT = 4000, 10_000, 6000, 4
 
@@ -174,7 +175,7 @@ def measure_probes(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, picture, (train, test) in (("probe", "layers", plain), ("shifted", "layers_shifted", moved)):
         known = (train, data.train_labels[: len(train)]), (test, data.heldout_labels)
-        result = probe(*known, model, data.clusters, shots=[10], concat=5, seed=seed, progress=_told(name))
+        result = probe(*known, model, data.clusters, shots=[10], concat=CONCAT, seed=seed, progress=_told(name))
         result.plot(out / f"{picture}.png")
         found[name] = {**result.to_dict(), "table": result.table(), "margins": margins(result)}
     return found

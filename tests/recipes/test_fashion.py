@@ -34,6 +34,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(fashion, "TEST_IMAGES", 30)
     monkeypatch.setattr(fashion, "LABELS", 100)
     monkeypatch.setattr(fashion, "SHIFTED_LABELS", 100)
+    monkeypatch.setattr(fashion, "CONCAT", 2)
     monkeypatch.setattr(fashion, "NETWORK", {"n_layer": 2, "n_embd": 8, "n_head": 1})
     return folder
 
