@@ -32,7 +32,7 @@ FLOORS: dict[str, set[str]] = {
     "likelihood": {"model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},
     "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
-    "recipes": {"image", "learning"},
+    "recipes": {"ground", "image", "learning", "model", "pipeline"},
     "cli": {"backend", "checkpoint", "environment", "ground", "igpt_fast", "image", "learning", "pipeline", "sampling"},
     "__main__": {"cli"},
 }

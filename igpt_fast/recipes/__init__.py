@@ -1,4 +1,5 @@
-"""Whole reproductions, one readable script each. ``emoji``: the bundled data set and model.
+"""Whole reproductions, one readable script each. ``emoji``: the bundled data set. ``fashion``: what is learned without labels, on pictures
+that a package of Debian has. ``cifar10``, ``imagenet``: the paper's probes of a checkpoint, by what ``protocol`` has.
 
-May use: learning, image.
+May use: learning, pipeline, model, image, and the ground.
 """

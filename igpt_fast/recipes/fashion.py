@@ -143,8 +143,8 @@ def build(folder: Path) -> TokenData:
     parts = [read_part(folder, TRAIN), read_part(folder, TEST, TEST_IMAGES)]
     tokens = np.concatenate([shrink(images) for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
-    greys = np.linspace(-1, 1, GREYS, dtype=np.float32)
-    palette = np.repeat(greys[:, None], 3, axis=1)  # (16, 3)
+    greys = np.arange(GREYS) * (255 / (GREYS - 1)) / 127.5 - 1
+    palette = np.repeat(greys[:, None], 3, axis=1).astype(np.float32)  # (16, 3)
     heldout = torch.arange(len(tokens)) >= len(parts[0][0])
     return TokenData(torch.from_numpy(tokens), palette, heldout, labels=torch.from_numpy(labels), class_names=CLASSES)
 

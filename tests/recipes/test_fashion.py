@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from igpt_fast.learning import classifiers
 from igpt_fast.recipes import fashion
 
 N_TRAIN, N_TEST = 120, 40
@@ -35,6 +36,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(fashion, "LABELS", 100)
     monkeypatch.setattr(fashion, "SHIFTED_LABELS", 100)
     monkeypatch.setattr(fashion, "CONCAT", 2)
+    monkeypatch.setattr(classifiers, "GRID", (0.1,))  # a value of C, and not seven in five folds each
     monkeypatch.setattr(fashion, "NETWORK", {"n_layer": 2, "n_embd": 8, "n_head": 1})
     return folder
 
