@@ -33,6 +33,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
     "env": env.env,
 }
+# How the commands are listed.
+GROUPS = {
+    "draw": ("sample", "complete"),
+    "learn": ("train",),
+    "colours": ("quantize", "clusters"),
+    "tools": ("convert", "env"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -80,9 +87,10 @@ def overview() -> str:
     """What ``igpt --help`` prints. By hand: a parser for all commands at once takes a third of a second to build."""
     from igpt_fast import __version__
 
-    lines = ["usage: igpt COMMAND [options]", "", f"ImageGPT made fast. igpt_fast {__version__}", "", "commands:"]
-    for name, function in COMMANDS.items():
-        lines.append(f"  {name:<9} {(function.__doc__ or '').strip().splitlines()[0]}")
+    lines = ["usage: igpt COMMAND [options]", "", f"ImageGPT made fast. igpt_fast {__version__}"]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<9} {(COMMANDS[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
     return "\n".join([*lines, "", "igpt COMMAND --help explains the options of a command; igpt --version."])
 
 

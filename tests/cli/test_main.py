@@ -75,8 +75,10 @@ def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in cli.COMMANDS:
-        assert command in out
+    grouped = [name for names in cli.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(cli.COMMANDS)
+    for name in [*(f"{group}:" for group in cli.GROUPS), *(f"  {command} " for command in grouped)]:
+        assert f"\n{name}" in out
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
