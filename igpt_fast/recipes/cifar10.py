@@ -1,4 +1,4 @@
-"""The paper's linear probe on CIFAR-10, for a published checkpoint. Written to its protocol; not run: see docs/recipes.md.
+"""The paper's linear probe on CIFAR-10, for a checkpoint. Written to its protocol; not run: see docs/recipes.md.
 
     python -m igpt_fast.recipes.cifar10 cifar-10-binary.tar.gz --model openai/imagegpt-large --out runs/cifar10
 

@@ -90,7 +90,9 @@ def read_idx(path: Path, shape: Sequence[int | None]) -> np.ndarray:
         with files.open_input(path) as file, gzip.open(file) as archive:
             header = archive.read(4 + 4 * len(shape))
             if len(header) < 4 + 4 * len(shape) or header[:4] != bytes((0, 0, 8, len(shape))):
-                raise ValueError(f"begins with {header[:4].hex()}, want 000008{len(shape):02x}: {len(shape)}-D of bytes")
+                raise ValueError(
+                    f"begins with {header[:4].hex()}, want 000008{len(shape):02x}, bytes in {len(shape)}-D"
+                )
             found = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4))
             if any(want not in (None, length) for want, length in zip(shape, found, strict=True)):
                 raise ValueError(f"holds {found}, want {tuple('N' if want is None else want for want in shape)}")
@@ -169,7 +171,8 @@ def pretrain(data: TokenData, out: Path, seed: int, steps: int) -> dict[str, Any
 def measure_probes(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
     """Probes the pretrained network, on images as they are and shifted; draws the curves."""
     model = ImageGPTForCausalImageModeling.from_pretrained(out / "pretrain" / MODEL).eval()
-    assert data.train_labels is not None and data.heldout_labels is not None
+    assert data.train_labels is not None
+    assert data.heldout_labels is not None
     plain = data.train_tokens[:LABELS], data.heldout_tokens
     moved = shifted(data.train_tokens[:SHIFTED_LABELS], SHIFT, seed + 1), shifted(data.heldout_tokens, SHIFT, seed + 2)
     found: dict[str, Any] = {}
@@ -185,12 +188,13 @@ def margins(result: ProbeResult) -> dict[str, float]:
     """By how much the best features of the network are ahead of its random weights, and of raw pixels."""
 
     def best(kind: str, shots: int | None) -> float:
-        return max(row.accuracy for row in result.rows if (row.kind, row.method, row.shots) == (kind, "logistic", shots))
+        wanted = (kind, "logistic", shots)
+        return max(row.accuracy for row in result.rows if (row.kind, row.method, row.shots) == wanted)
 
+    few = result.best(shots=10), result.best("random", shots=10)
     return {
         "best layer - best random layer, all labels": result.best().accuracy - result.best("random").accuracy,
-        "best layer - best random layer, 10 a class": result.best(shots=10).accuracy
-        - result.best("random", shots=10).accuracy,
+        "best layer - best random layer, 10 a class": few[0].accuracy - few[1].accuracy,
         "best features - raw pixels, all labels": best("model", None) - best("raw", None),
     }
 
@@ -231,7 +235,8 @@ def tables(results: dict[str, Any]) -> str:
         if table is not None:
             lines += ["```", table, "```", ""]
             found = found["margins"]
-        lines += [f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}" for key, value in found.items()]
+        told = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in found.items()}
+        lines += [f"- {key}: {value}" for key, value in told.items()]
         lines.append("")
     return "\n".join(lines)
 

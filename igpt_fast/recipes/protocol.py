@@ -1,4 +1,4 @@
-"""What the paper's protocols on labelled pictures share: a checkpoint, its tokens of the pictures, the probe, a report."""
+"""What the paper's protocols on labelled pictures share: a checkpoint, its tokens of them, the probe, a report."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def read_split(
     train, names = read_classes(folder / parts[0], side, reads[0], per_class)
     test, test_names = read_classes(folder / parts[1], side, reads[1])
     if differing := set(names) ^ set(test_names):
-        raise ValueError(f"{folder}: {parts[0]} and {parts[1]} do not share the classes {files.listed(sorted(differing))}")
+        which = files.listed(sorted(differing))
+        raise ValueError(f"{folder}: {parts[0]} and {parts[1]} do not share the classes {which}")
     return train, test
 
 

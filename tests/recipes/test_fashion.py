@@ -43,9 +43,11 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_build(source: Path) -> None:
     data = fashion.build(source)
-    assert data.tokens.shape == (N_TRAIN + 30, 196) and data.n_clusters == 16
+    assert data.tokens.shape == (N_TRAIN + 30, 196)
+    assert data.n_clusters == 16
     assert data.heldout.tolist() == [False] * N_TRAIN + [True] * 30
-    assert data.labels is not None and data.labels[:12].tolist() == [*range(10), 0, 1]
+    assert data.labels is not None
+    assert data.labels[:12].tolist() == [*range(10), 0, 1]
     images, _ = fashion.read_part(source, fashion.TEST)
     image = images[3].astype(float)
     assert int(data.tokens[N_TRAIN + 3, 14 + 2]) == round(image[2:4, 4:6].mean() / 17)
@@ -55,7 +57,8 @@ def test_shrink_has_all_greys_and_the_palette_is_theirs(source: Path) -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8), 4).reshape(-1, 2, 2)
     images = np.tile(ramp[:, :1, :1], (1, 28, 28))
     tokens = fashion.shrink(images)
-    assert (tokens == tokens[:, :1]).all() and sorted(set(tokens[:, 0].tolist())) == list(range(16))
+    assert (tokens == tokens[:, :1]).all()
+    assert sorted(set(tokens[:, 0].tolist())) == list(range(16))
     greys = (fashion.build(source).clusters[tokens[:, 0], 0] + 1) * 127.5
     assert np.abs(greys - np.arange(256)).max() <= 8.5
 
@@ -80,12 +83,15 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "run"
     fashion.main(["--path", str(source), "--out", str(out), "--steps", "2"])
     results = json.loads((out / "results.json").read_text())
-    assert results["pretrain"]["images"] == N_TRAIN + 30 and results["pretrain"]["heldout_images"] == 30
+    assert results["pretrain"]["images"] == N_TRAIN + 30
+    assert results["pretrain"]["heldout_images"] == 30
     kinds = {(row["kind"], row["shots"]) for row in results["probe"]["rows"]}
     assert kinds >= {(kind, shots) for kind in ("raw", "model", "random") for shots in (None, 10)}
-    assert len(results["probe"]["margins"]) == 3 and "cpu_minutes" in results["cost of probe"]
+    assert len(results["probe"]["margins"]) == 3
+    assert "cpu_minutes" in results["cost of probe"]
     assert results["probe"]["rows"] != results["shifted"]["rows"]
-    assert (out / "layers.png").exists() and (out / "layers_shifted.png").exists()
+    assert (out / "layers.png").exists()
+    assert (out / "layers_shifted.png").exists()
     assert "raw pixels" in capsys.readouterr().out
     model = (out / "pretrain/model/model.safetensors").read_bytes()
     fashion.main(["--out", str(out), "--stages", "probe"])
@@ -96,7 +102,8 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_unknown_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fashion.main(["--out", str(tmp_path / "run"), "--stages", "probe,dance"])
-    assert "unknown dance" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "unknown dance" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_file_is_refused(source: Path) -> None:

@@ -1,4 +1,4 @@
-"""The scripts of CIFAR-10 and ImageNet, on pictures made up here in the shapes of theirs, and a network of two layers."""
+"""The scripts of CIFAR-10 and ImageNet, on pictures made up here in the shapes of theirs, a network of two layers."""
 
 import functools
 import gzip
@@ -62,10 +62,12 @@ def whole(labels: list[int]) -> dict[str, bytes]:
 
 def test_cifar10_archive(tmp_path: Path) -> None:
     train, test = cifar10.read_archive(archive(tmp_path / "cifar.tar.gz", whole([3, 1])))
-    assert train.labels.tolist() == [3, 1] * 5 and test.labels.tolist() == [3, 1]
+    assert train.labels.tolist() == [3, 1] * 5
+    assert test.labels.tolist() == [3, 1]
     assert train.pixels.shape == (10, 32, 32, 3)
     assert train.pixels[0, 0, 1].tolist() == [1, 2, 3]
-    assert train.pixels[0, 1, 0].tolist() == [200, 0, 0] and train.pixels[1, 1, 0].tolist() == [0, 200, 0]
+    assert train.pixels[0, 1, 0].tolist() == [200, 0, 0]
+    assert train.pixels[1, 1, 0].tolist() == [0, 200, 0]
 
 
 def test_cifar10(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +79,8 @@ def test_cifar10(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     best = [row for row in found["rows"] if row["kind"] == "model"]
     assert [row["layer"] for row in best] == [1, 2, [1, 2]]
     assert {(row["n_train"], row["n_test"], row["accuracy"]) for row in best} == {(15, 3, 1.0)}
-    assert "96.3" in capsys.readouterr().out and (out / "layers.png").exists()
+    assert "96.3" in capsys.readouterr().out
+    assert (out / "layers.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_cifar10_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = archive(tmp_path / "cifar.tar.gz", whole([0]))
     cut = tmp_path / "cut.tar.gz"
     cut.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cut.tar.gz: not CIFAR-10's binary version: .*end-of-stream"):
+    with pytest.raises(ValueError, match=r"cut\.tar\.gz: not CIFAR-10's binary version: .*end-of-stream"):
         cifar10.read_archive(cut)
     monkeypatch.setattr(cifar10, "MAX_CONTENT", 1 << 20)
     bomb = tmp_path / "bomb.tar.gz"
@@ -153,7 +156,8 @@ def test_imagenet_crops(tmp_path: Path) -> None:
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     val = imagenet.read_val(tmp_path / "ramp.png", 0, 32).astype(float)
     assert val.shape == (32, 32, 3)
-    assert abs(val[0, :, 0].mean() - 255 / 64) < 3 and abs(val[-1, :, 0].mean() - (255 - 255 / 64)) < 3
+    assert abs(val[0, :, 0].mean() - 255 / 64) < 3
+    assert abs(val[-1, :, 0].mean() - (255 - 255 / 64)) < 3
     assert abs(val[..., 1].mean() - 127.5) < 1
     assert abs((val[:, -1, 1].mean() - val[:, 0, 1].mean()) - 255 * 0.75 * 31 / 32) < 3
     extents, tops = [], []
@@ -161,18 +165,20 @@ def test_imagenet_crops(tmp_path: Path) -> None:
         train = imagenet.read_train(tmp_path / "ramp.png", number, 32, seed=0).astype(float)
         extents.append((train[-1, :, 0].mean() - train[0, :, 0].mean()) / 255 * 32 / 31)
         tops.append(train[0, :, 0].mean() / 255)
-    assert 224 / 384 - 0.02 <= min(extents) < 0.65 and 0.8 < max(extents) <= 224 / 256 + 0.02
-    assert min(tops) < 0.06 and max(tops) > 0.25
+    assert 224 / 384 - 0.02 <= min(extents) < 0.65
+    assert 0.8 < max(extents) <= 224 / 256 + 0.02
+    assert min(tops) < 0.06
+    assert max(tops) > 0.25
     again = imagenet.read_train(tmp_path / "ramp.png", 59, 32, seed=0)
-    assert np.array_equal(again, train) and not np.array_equal(
-        again, imagenet.read_train(tmp_path / "ramp.png", 59, 32, seed=1)
-    )
+    assert np.array_equal(again, train)
+    assert not np.array_equal(again, imagenet.read_train(tmp_path / "ramp.png", 59, 32, seed=1))
 
 
 def test_tokens_of_the_palette() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
     tokens = protocol.tokens_of(pixels, CLUSTERS)
-    assert tokens.shape == (5, 16) and torch.equal(tokens.long(), torch.from_numpy(quantize(pixels, CLUSTERS)).view(5, -1))
+    assert tokens.shape == (5, 16)
+    assert torch.equal(tokens.long(), torch.from_numpy(quantize(pixels, CLUSTERS)).view(5, -1))
 
 
 def test_a_picture_that_is_damaged_or_in_no_class(tmp_path: Path) -> None:
