@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "model": {"backend", "checkpoint", "engines", "ground", "ops", "sampling"},
     "environment": {"backend", "engines", "igpt_fast"},
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
-    "likelihood": {"model", "ops"},
+    "likelihood": {"ground", "model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},
     "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
     "recipes": {"ground", "image", "learning", "model", "pipeline"},
