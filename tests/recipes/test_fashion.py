@@ -79,7 +79,7 @@ def test_shifted() -> None:
 
 
 def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both stages, then the second alone on what the first has left; test images are not trained on."""
+    """Three stages, then the second alone on what the first has left; test images are not trained on."""
     out = tmp_path / "run"
     fashion.main(["--path", str(source), "--out", str(out), "--steps", "2"])
     results = json.loads((out / "results.json").read_text())
@@ -90,8 +90,8 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(results["probe"]["margins"]) == 3
     assert "cpu_minutes" in results["cost of probe"]
     assert results["probe"]["rows"] != results["shifted"]["rows"]
-    assert (out / "layers.png").exists()
-    assert (out / "layers_shifted.png").exists()
+    assert (out / "probe.png").exists()
+    assert (out / "shifted.png").exists()
     assert "raw pixels" in capsys.readouterr().out
     model = (out / "pretrain/model/model.safetensors").read_bytes()
     fashion.main(["--out", str(out), "--stages", "probe"])
