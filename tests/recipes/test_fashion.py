@@ -99,6 +99,36 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "pretrain/model/model.safetensors").read_bytes() == model
 
 
+def test_masked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bidirectional network begins as wide as it is narrow; it and its random twin are read in three ways."""
+    monkeypatch.setattr(fashion, "MASKED_NETWORK", {"n_layer": 1, "n_embd": 16, "n_head": 1})
+    monkeypatch.setattr(fashion, "MASKED_LABELS", 40)
+    out = tmp_path / "run"
+    fashion.main(["--path", str(source), "--out", str(out), "--stages", "masked", "--steps", "1"])
+    found = json.loads((out / "results.json").read_text())["masked"]
+    assert set(found["accuracy by layer"]) == {
+        f"{kind}, {name}" for kind in ("trained", "random weights") for name in fashion.READINGS
+    }
+    assert all(len(layers) == 1 for layers in found["accuracy by layer"].values())
+    config = json.loads((out / "masked/model/config.json").read_text())
+    assert config["bidirectional"]
+    assert config["initializer_range"] == 0.25
+
+
+def test_masked_margins() -> None:
+    layers = {"unmasked": [0.5, 0.3], "one mask": [0.4, 0.6], "vote of five": [0.5, 0.7]}
+    accuracy = {f"trained, {name}": values for name, values in layers.items()}
+    accuracy |= {f"random weights, {name}": [0.1, 0.2] for name in layers}
+    assert fashion.masked_margins(accuracy) == pytest.approx(
+        {
+            "vote of five - one mask, mean of the layers": 0.1,
+            "trained - random weights, best layer, unmasked": 0.3,
+            "trained - random weights, best layer, one mask": 0.4,
+            "trained - random weights, best layer, vote of five": 0.5,
+        }
+    )
+
+
 def test_unknown_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fashion.main(["--out", str(tmp_path / "run"), "--stages", "probe,dance"])
