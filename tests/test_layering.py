@@ -33,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
     "likelihood": {"engines", "ground", "image", "model", "ops", "sampling"},
     "pipeline": {"engines", "ground", "image", "likelihood", "model", "sampling"},
     "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline", "world"},
-    "recipes": {"image", "learning"},
+    "recipes": {"ground", "image", "learning", "model", "pipeline"},
     "cli": {
         "backend",
         "checkpoint",
