@@ -253,7 +253,7 @@ class ShardData(ImageSet):
         return torch.from_numpy(tokens), None if self.labels is None else self.labels[places]
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the manifest says of the tokens, of the held-out part, and of the classes if they are used."""
+        """SHA-256 of what the manifest says of the tokens, the held-out part, and the classes if they are used."""
         small = [self.manifest.sha256.get(name) for name in (HELDOUT, *((LABELS,) if self.n_classes else ()))]
         parts = [self.tokenizer.digest(), small, [shard.sha256 for shard in self.manifest.shards], self.class_names]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Makes a directory of token shards of any source: decoded in processes, resumable, whole or not at all.
 
-A shard is the same stretch of the source whoever makes it, and has its name once it and the note beside it (``00000.json``:
-images, held-out ones, what was left out) are whole. ``plan.json`` says what the directory is made of until the manifest
-takes its place; who goes on must mean the same.
+A shard is the same stretch of the source whoever makes it, and has its name once it and the note beside it
+(``00000.json``: images, held-out ones, what was left out) are whole. ``plan.json`` says what the directory is made of
+until the manifest takes its place; who goes on must mean the same.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Taking:
     """How a source becomes tokens.
 
     Args:
-        height, width: Of the images, in pixels: the middle of each is cut out and resized; of an array its own, else 32,
-            if not given. Of tokens: the rows and columns of (N, T) ones; a square if not given.
+        height, width: Of the images, in pixels: the middle of each is cut out and resized; of an array its own, else
+            32, if not given. Of tokens: the rows and columns of (N, T) ones; a square if not given.
         clusters: (K, 3) floats in [-1, 1] to use instead of fitting some.
         n_clusters: How many colours are fitted.
         vocabulary: The source holds tokens, and these are below it.
@@ -144,8 +144,8 @@ def tokenize(
 
     Raises:
         FileExistsError: ``out`` holds shards, with neither ``resume`` nor ``overwrite``.
-        FileNotFoundError, ValueError: As ``open_source``; no picture can be read; none is left to train on; a label or a
-            token out of range; ``resume`` with another source or other settings. The message names the file.
+        FileNotFoundError, ValueError: As ``open_source``; no picture can be read; none is left to train on; a label or
+            a token out of range; ``resume`` with another source or other settings. The message names the file.
         OSError: A file cannot be written.
         RuntimeError: A process was killed.
     """

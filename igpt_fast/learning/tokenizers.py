@@ -43,7 +43,7 @@ class Tokenizer:
         return np.min_scalar_type(self.vocabulary - 1)
 
     def entry(self) -> dict[str, Any]:
-        """What a manifest says of it; ``tokenizer_of`` reads that, and the clusters, which stand in a file of their own."""
+        """What a manifest says of it; ``tokenizer_of`` reads that, and the clusters, which stand in their own file."""
         sizes = {"vocabulary": self.vocabulary, "height": self.height, "width": self.width}
         return {"kind": self.kind, **sizes, "sha256": self.digest()}
 
