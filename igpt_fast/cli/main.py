@@ -19,7 +19,7 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, sample, train
+from igpt_fast.cli.commands import colours, convert, env, sample, score, train
 from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
@@ -27,6 +27,7 @@ FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, Imp
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "complete": sample.complete,
+    "score": score.score,
     "quantize": colours.quantize,
     "clusters": colours.clusters,
     "train": train.train,
@@ -36,7 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # How the commands are listed.
 GROUPS = {
     "draw": ("sample", "complete"),
-    "learn": ("train",),
+    "learn": ("train", "score"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),
 }

@@ -10,20 +10,16 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast import files
-from igpt_fast.files import printable, shown
+from igpt_fast.files import shown
 from igpt_fast.learning.tokenizers import CodeTokenizer, ColourTokenizer, Tokenizer
 
-# What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
-# Flat colours compress a few hundred times at most.
-_MAX_RATIO = 400
-_MIN_BOUND = 1 << 20
 _CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
 _MAX_NAME = 200  # characters
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -254,7 +250,7 @@ def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> Token
     optional = ("clusters", "vocabulary", "size", *(("class_names",) if classes else ()))
     with files.open_input(path) as file:
         try:
-            return _data_of(_read_npz(file, names, optional))
+            return _data_of(files.read_npz(file, names, optional))
         except (PermissionError, MemoryError):
             raise
         except Exception as error:  # what zipfile raises on a damaged file has no common class
@@ -328,33 +324,6 @@ def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     check_tokens(tokens, n_clusters)
     dtype = next(kind for kind in (np.uint8, np.int16, np.int32, np.int64) if n_clusters - 1 <= np.iinfo(kind).max)
     return torch.from_numpy(tokens.astype(dtype, order="C"))
-
-
-def _read_npz(file: IO[bytes], names: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of a .npz, those of ``optional`` if it has them. A zip states sizes it need not keep: each is checked
-    before it is believed."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if missing := [name for name in names if f"{name}.npy" not in members]:
-            raise ValueError(f"has no array {missing[0]!r}")
-        wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
-        bound = max(_MIN_BOUND, _MAX_RATIO * size)
-        total = sum(info.file_size for info in wanted.values())
-        if total > bound:
-            raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
-        for info in wanted.values():
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{printable(info.filename)} is packed by a method that numpy does not write")
-        return {name: _read_member(archive, info) for name, info in wanted.items()}
-
-
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(info) as member:
-        try:
-            return files.read_npy(member, info.file_size, kinds="iufbU")
-        except ValueError as error:
-            raise ValueError(f"{info.filename}: {error}") from error
 
 
 def save_tokens(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,21 @@ class FolderData(ImageSet):
         palette = fit_palette(source, taking) if taking.clusters is None else taking.clusters
         tokenizer = ColourTokenizer(palette, taking.height or 0, taking.width or 0)
         self.tokenizer = self._colours = tokenizer
-        self._tokens = np.zeros((len(source), tokenizer.length), tokenizer.dtype)  # whose pages come with the tokens
-        self._state = np.zeros(len(source), np.int8)  # 0 not read yet, 1 read, -1 cannot be read
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads for itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_state")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        count = len(self._source)
+        # Zeros, whose pages come with the tokens.
+        self._tokens = np.zeros((count, self.tokenizer.length), self.tokenizer.dtype)
+        self._state = np.zeros(count, np.int8)  # 0 not read yet, 1 read, -1 cannot be read
 
     @property
     def skipped(self) -> int:  # type: ignore[override] # a number elsewhere

@@ -183,6 +183,10 @@ class ShardData(ImageSet):
         self._starts = np.cumsum([0, *(shard.images for shard in self.manifest.shards)])
         self._seen: set[int] = set()
 
+    def __reduce__(self) -> Any:
+        """For another process, which maps them itself."""
+        return _opened, (self.folder, self.labels is not None)
+
     def _read_tokenizer(self) -> Tokenizer:
         clusters = None
         if self.manifest.tokenizer.get("kind") == "colours":
@@ -257,6 +261,10 @@ class ShardData(ImageSet):
         small = [self.manifest.sha256.get(name) for name in (HELDOUT, *((LABELS,) if self.n_classes else ()))]
         parts = [self.tokenizer.digest(), small, [shard.sha256 for shard in self.manifest.shards], self.class_names]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _opened(folder: Path, classes: bool) -> ShardData:
+    return ShardData(folder, classes=classes)
 
 
 def is_shards(folder: Path) -> bool:

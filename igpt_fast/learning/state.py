@@ -17,6 +17,8 @@ from igpt_fast.checkpoint.pickles import scan_torch_file
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.files import printable, shown
 from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.objectives.next_pixel import NextPixel
+from igpt_fast.learning.objectives.protocol import Objective
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -26,10 +28,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 
-def same_run(config: TrainConfig, data: TokenData) -> dict[str, Any]:
+def same_run(config: TrainConfig, data: TokenData, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
-    settings = dataclasses.asdict(config)
-    if not data.n_classes:
+    settings = dataclasses.asdict(config) | {"objective": objective.name, **vars(objective)}
+    if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}
 
@@ -96,8 +98,10 @@ class TrainState:
         if not isinstance(config, dict) or not isinstance(data, str):
             raise ValueError("identity names no configuration or no data")
         for name, value in config.items():
-            if not isinstance(name, str) or not isinstance(value, bool | int | float):
-                raise ValueError(f"identity's {printable(name)} is {shown(value)}; want a number")
+            wanted = str if name == "objective" else bool | int | float
+            if not isinstance(name, str) or not isinstance(value, wanted):
+                want = "a name" if wanted is str else "a number"
+                raise ValueError(f"identity's {printable(name)} is {shown(value)}; want {want}")
 
     def _check_tensors(self, state: dict[str, Any]) -> None:
         """torch checks the shapes of a model's state, but not of an optimizer's."""
@@ -140,7 +144,7 @@ def _check_tensor(name: str, value: Any, like: Tensor) -> None:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What differs between two identities, in words; empty when nothing does."""
-    before, now = theirs["config"], ours["config"]
+    before, now = {"objective": NextPixel.name} | theirs["config"], ours["config"]
     words = [
         f"{printable(key)} was {shown(before.get(key))}, is {shown(now.get(key))}"
         for key in sorted({*before, *now})

@@ -136,6 +136,7 @@ def train(
     out: str | os.PathLike[str],
     config: TrainConfig,
     *,
+    objective: Objective | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: Progress | None = None,
@@ -150,8 +151,9 @@ def train(
         data: What to train and evaluate on.
         out: Directory for ``train.pt`` (model, optimizer, step) and ``log.jsonl``; made with the first of them.
         config: The run.
+        objective: What is learned; the next pixel if not given.
         device: Where to train.
-        resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
+        resume: Continue from ``out/train.pt``, which must come from the same ``config``, data and objective.
         progress: Called with each record of the log.
         stop_after: Save and return after this step, as an interruption would.
 
@@ -162,25 +164,26 @@ def train(
         NotADirectoryError, PermissionError: ``out`` cannot be made or written to.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
     """
-    return _train(data, Path(out), config, device, resume, progress, stop_after)[0]
+    objective = objective or NextPixel(config.label_dropout)
+    return _train(data, Path(out), config, objective, device, resume, progress, stop_after)[0]
 
 
 def _train(
     data: TokenData,
     out: Path,
     config: TrainConfig,
+    objective: Objective,
     device: str | torch.device,
     resume: bool,
     progress: Progress | None,
     stop_after: int | None = None,
     outdated: Sequence[Path] = (),
 ) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
-    """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
-    of the last step if it was made here."""
+    """``train``, which also takes files to remove when the first new one is written, and returns the held-out
+    figures of the last step if it was made here."""
     check_writable(out)
-    objective = NextPixel(config.label_dropout)
     model = new_model(data, config, objective).to(device)
-    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
+    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data, objective))
     output = Output(out, outdated)
     clock = time.monotonic()
     if resume:

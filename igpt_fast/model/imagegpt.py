@@ -22,13 +22,14 @@ from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
 from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
+from igpt_fast.model.intermediates import IntermediatesMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
 from igpt_fast.model.trainable import TrainableMixin
 
 
 @kin.stands_for("transformers.modeling_utils", "PreTrainedModel")
-class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
+class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, IntermediatesMixin, nn.Module):
     """What the three model classes share: configuration, initial weights, checkpoints.
 
     A ``PreTrainedModel`` once transformers is loaded (see ``kin``), with its methods where this has none.
@@ -93,6 +94,8 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
             module.weight.normal_(0.0, self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if getattr(module, "padding_idx", None) is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])  # type: ignore[index]
         elif isinstance(module, ImageGPTLayerNorm):
             nn.init.ones_(module.weight)
 
@@ -131,6 +134,7 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
             table, head = self.base_model.wte, self.get_output_embeddings()
             table.weight = _resized(table.weight, size - 1, 1, std, mean_resizing)
             table.num_embeddings = size
+            table.padding_idx = None if table.padding_idx is None else size - 1
             if head is not None:
                 head.weight = _resized(head.weight, size - 1, 0, std, mean_resizing)
                 head.out_features = size - 1
@@ -153,7 +157,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.embed_dim = config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # colours, classes, SOS
+        # Colours, classes, SOS; of a bidirectional model SOS is the mask, whose embedding is zero and learns nothing.
+        mask = config.sos_token_id if config.bidirectional else None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, mask)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))
@@ -213,7 +219,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states)
         if not output_attentions and all(argument is None for argument in others):
             with_cache = bool(self.config.use_cache if use_cache is None else use_cache)
-            states = forwards.run(self, input_ids, bool(output_hidden_states), with_cache)
+            layers = self.config.n_layer
+            taken = forwards.Taken(list(range(layers)), layers) if output_hidden_states else None
+            states = forwards.run(self, input_ids, taken, with_cache)
             if states is not None:
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
@@ -461,6 +469,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
+    assert last is not None
     last = last.view(*shape, last.shape[-1])  # (B, T, n_embd)
     cache = DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None
     # Each in memory of its own: one that is kept does not keep the others.

@@ -6,7 +6,7 @@ import json as json_module
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -58,6 +58,7 @@ def train(
     data: Positional[Path | None] = None,
     out: Path = Path("runs/train"),
     preparation: OmitArgPrefixes[Preparation] = Preparation(),
+    objective: Literal["next_pixel", "masked"] = "next_pixel",
     classes: bool = False,
     resume: bool = False,
     device: str | None = None,
@@ -74,6 +75,9 @@ def train(
             not given.
         out: Directory for model/, samples.png, log.jsonl and the training state.
         preparation: How a directory of images becomes tokens.
+        objective: What is learned. next_pixel: each pixel from those before it, to draw, to score, to read features
+            of. masked: some pixels from all others (OpenAI's BERT), to read features of; samples.png then shows what
+            it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
             stand in a token file that has labels (and class_names).
         resume: Continue an interrupted run bit for bit; the settings must be the same.
@@ -93,6 +97,8 @@ def train(
     if data is not None and not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
     preparation.check(data is not None and data.is_dir())
+    if objective == "masked" and classes:
+        raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
     if classes and data is None:
         raise checks.UsageError("--classes: the bundled emoji have none; give a directory or a token file with labels")
     if not classes and config.label_dropout != TrainConfig.label_dropout:
@@ -105,14 +111,21 @@ def train(
 
     from igpt_fast.learning import run
     from igpt_fast.learning.data import has_labels
+    from igpt_fast.learning.objectives.masked import Masked
 
     if classes and data is not None and data.is_file() and not has_labels(data):
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
-    how = {"resume": resume, "overwrite": force}
+    how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
     tokens = _tokens(data, preparation, classes, config.seed)
-    summary = run.run(tokens, out, config, device=device_, save_dtype=getattr(torch, dtype), progress=_progress, **how)
+    learned = Masked() if objective == "masked" else None
+    how |= {"objective": learned, "device": device_, "save_dtype": getattr(torch, dtype), "progress": _progress}
+    summary = run.run(tokens, out, config, **how)
     text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
+    if objective == "masked":
+        text += f" held out {terminal.nats(summary['heldout_masked_nats'])} nats/masked pixel"
+        terminal.report(json, summary, f"{text} (histogram {terminal.nats(summary['histogram_nats'])})")
+        return
     text += f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
     if classes:
         text += f", {terminal.nats(summary['heldout_class_nats'])} given the class"

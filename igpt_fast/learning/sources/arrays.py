@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from igpt_fast import files
 from igpt_fast.files import listed, shown
 from igpt_fast.learning.sources.protocol import Classes, Content, check_labels, look_of
 
-_MAX_RATIO = 1000  # of a .npz: deflate reaches no more
 _IMAGES, _TOKENS, _LABELS = ("images", "x", "arr_0"), ("tokens", "images", "arr_0"), ("labels", "label", "y")
 
 
@@ -99,15 +97,13 @@ def _mapped(path: Path) -> np.ndarray:
 def _member(path: Path, names: tuple[str, ...]) -> np.ndarray:
     """The first of these that a .npz has."""
     with files.open_input(path) as file:
-        size = file.seek(0, os.SEEK_END)
         try:
             with zipfile.ZipFile(file) as archive:
-                there = archive.namelist()
-                found = [f"{name}.npy" for name in names if f"{name}.npy" in there]
-                if not found:
-                    raise ValueError(f"has {listed(there)}; want one of {', '.join(names)}")
-                with archive.open(found[0]) as member:
-                    return files.read_npy(member, _MAX_RATIO * size)
+                there = [name.removesuffix(".npy") for name in archive.namelist()]
+            found = [name for name in names if name in there]
+            if not found:
+                raise ValueError(f"has {listed(there)}; want one of {', '.join(names)}")
+            return files.read_npz(file, found[:1])[found[0]]
         except MemoryError:
             raise
         except Exception as error:  # what zipfile raises on a damaged file has no common class

@@ -1,8 +1,9 @@
-"""Sharding: under ``torchrun`` every process draws some of the images, and the first one gathers and writes them.
+"""The processes of a run: under ``torchrun`` each takes a part, the first one writes; how they know of each other.
 
-Process r of R draws the r-th of R parts, each of images that follow each other. While it draws there is no collective
-operation: a slow process keeps nobody from anything. Each one shows in the store that torchrun keeps that it is alive;
-one that has stopped to do so ends the others. When all have said that they are ready, the images are gathered (gloo).
+Each one shows in the store that torchrun keeps that it is alive; one that has stopped to do so ends the others.
+Sampling does without collective operations while it draws: a slow process keeps nobody from anything. Process r of R
+draws the r-th of R parts, each of images that follow each other. When all have said that they are ready, the images are
+gathered (gloo).
 
 On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
 On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
@@ -36,7 +37,7 @@ class PeerGoneError(RuntimeError):
 
 
 class World:
-    """The processes that draw together: one, which needs nobody."""
+    """The processes that work together: one, which needs nobody."""
 
     rank, size = 0, 1
 
@@ -74,8 +75,10 @@ class World:
 class Torchrun(World):
     """Several processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, outcome: str = "nothing is written") -> None:
         import torch.distributed as dist
+
+        self.outcome = outcome
 
         patience = timedelta(seconds=START)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=patience))
@@ -116,7 +119,7 @@ class Torchrun(World):
         now = time.monotonic()
         silent = [i for i, (_, heard) in enumerate(self._heard) if i != self.rank and now - heard > SILENCE]
         if silent and not self._store.check([f"ready/{peer}" for peer in silent]):
-            raise PeerGoneError(f"{_ranks(silent)} without a sign of life; nothing is written")
+            raise PeerGoneError(f"{_ranks(silent)} without a sign of life; {self.outcome}")
 
     def gone(self) -> list[int]:
         """Processes of this machine that are no longer there."""
@@ -149,7 +152,8 @@ class Torchrun(World):
         try:
             dist.gather_object(part, parts)
         except RuntimeError as error:
-            raise PeerGoneError(f"another process is gone; nothing is written: {str(error).splitlines()[0]}") from error
+            why = str(error).splitlines()[0]
+            raise PeerGoneError(f"another process is gone; {self.outcome}: {why}") from error
         return parts
 
     def _wait(self, keys: list[str], tick: Callable[[float], None] | None = None, limit: float | None = None) -> None:
@@ -171,7 +175,7 @@ class Torchrun(World):
             if limit is not None and time.monotonic() - start > limit:
                 missing = [i for i, key in enumerate(keys) if not self._store.check([key])]
                 names = ", ".join(map(str, missing))
-                raise PeerGoneError(f"rank {names} not ready {limit:.0f} s after Ctrl-C; nothing is written")
+                raise PeerGoneError(f"rank {names} not ready {limit:.0f} s after Ctrl-C; {self.outcome}")
 
     def speaks(self) -> bool:
         """Whether it is for this process to say that it fails: the first, and others where it does not fail too."""
@@ -201,10 +205,11 @@ class Torchrun(World):
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def world(outcome: str = "nothing is written") -> Iterator[World]:
     """The processes of this run, for the length of a block.
 
-    A process other than the first leaves without a word where the first has the same to say.
+    A process other than the first leaves without a word where the first has the same to say. ``outcome``: what is said
+    of the results where the run ends because a process is gone.
 
     Raises:
         SystemExit: With code 1, where another process is gone or has spoken.
@@ -212,7 +217,7 @@ def world() -> Iterator[World]:
     if size() == 1:
         yield World()
         return
-    together = Torchrun()
+    together = Torchrun(outcome)
     before = signal.signal(signal.SIGTERM, lambda *_: _leave(together))
     try:
         yield together
@@ -235,7 +240,7 @@ def _leave(together: Torchrun) -> None:
     gone = together.gone()
     if together.said() or together.rank != min(set(range(together.size)).difference(gone)):
         raise SystemExit(1)
-    raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; nothing is written")
+    raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; {together.outcome}")
 
 
 def _exists(pid: int) -> bool:
