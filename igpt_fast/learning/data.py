@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,15 +286,6 @@ def _tokenizer(arrays: dict[str, np.ndarray], length: int) -> Tokenizer:
     if vocabulary.shape != () or vocabulary.dtype.kind not in "iu":
         raise ValueError(f"vocabulary must be an integer, got {shown(vocabulary.shape)} {vocabulary.dtype}")
     return CodeTokenizer(vocabulary.item(), *size.tolist())
-
-
-def has_labels(path: Path) -> bool:
-    """Whether a token file has ``labels``; true of what is no token file, of which ``load_tokens`` says more."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "labels.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return True
 
 
 def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:

@@ -1,11 +1,9 @@
-"""A large folder of pictures as data for a run that begins at once: a picture is read when its turn comes, and its tokens
-are kept."""
+"""A large folder of pictures as data for a run that begins at once: a picture is read when its turn comes, and its
+tokens are kept."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,8 @@ from torch import Tensor
 from igpt_fast import files
 from igpt_fast.learning.data import ImageSet, check_classes
 from igpt_fast.learning.folders import held_out
-from igpt_fast.learning.sources.protocol import digest_of
 from igpt_fast.learning.sources.folder import Folder
+from igpt_fast.learning.sources.protocol import digest_of
 from igpt_fast.learning.tokenize import Taking, fit_palette, pixels_of
 from igpt_fast.learning.tokenizers import ColourTokenizer
 
@@ -29,18 +27,17 @@ class FolderData(ImageSet):
     that is trained on or the other, then stands in its place, with a warning of one line.
 
     Args:
-        folder: See ``find_images``.
+        source: The images.
         taking: How images become tokens.
         skip_unreadable: Go on without pictures that cannot be read, instead of failing.
 
     Raises:
-        NotADirectoryError: No such folder.
         ValueError: No images, none to train on, too few colours, or with classes an image in none of them. Later, from
             ``train_batch`` and ``heldout_batches``: an image that cannot be read; the message names it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], taking: Taking, *, skip_unreadable: bool = False) -> None:
-        source = Folder.open(Path(folder))
+    def __init__(self, source: Folder, taking: Taking, *, skip_unreadable: bool = False) -> None:
+        folder = source.path
         if not len(source):
             raise ValueError(f"{folder}: no images in it")
         self._source, self._holdout, self._skip = source, taking.holdout, skip_unreadable

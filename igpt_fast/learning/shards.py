@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +266,17 @@ class ShardData(ImageSet):
 
 def _opened(folder: Path, classes: bool) -> ShardData:
     return ShardData(folder, classes=classes)
+
+
+def has_labels(path: Path) -> bool:
+    """Whether shards, or a token file, have labels; true of anything else, of which its reader says more."""
+    if path.is_dir():
+        return not (path / MANIFEST).is_file() or bool(read_manifest(path).classes)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "labels.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True
 
 
 def is_shards(folder: Path) -> bool:

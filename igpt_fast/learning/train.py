@@ -23,7 +23,6 @@ from torch import Tensor
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
-from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
@@ -132,7 +131,7 @@ def train_step(
 
 
 def train(
-    data: TokenData,
+    data: Data,
     out: str | os.PathLike[str],
     config: TrainConfig,
     *,
@@ -169,7 +168,7 @@ def train(
 
 
 def _train(
-    data: TokenData,
+    data: Data,
     out: Path,
     config: TrainConfig,
     objective: Objective,

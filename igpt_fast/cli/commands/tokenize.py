@@ -75,9 +75,10 @@ def tokenize(
     taking = Taking(height, width, palette, n_clusters or 512, vocabulary, classes, holdout, shard_size, seed)
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
     values = make(source, out, taking, workers=processes, resume=resume, overwrite=force, progress=_progress)
-    text = f"{out}: {values['images']} images of {values['height']}x{values['width']} tokens in {values['shards']} shards"
+    size_ = f"{values['height']}x{values['width']}"
+    text = f"{out}: {values['images']} images of {size_} tokens in {values['shards']} shards"
     text += f", {values['heldout_images']} held out, {values['skipped']} skipped"
-    terminal.report(json, values, f"{text}, {values['vocabulary']} {'tokens' if vocabulary else 'colours'}")
+    terminal.report(json, values, f"{text}, {values['vocabulary']} {'codes' if vocabulary else 'colours'}")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
