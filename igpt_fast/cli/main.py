@@ -19,7 +19,7 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, features, probe, sample, score, train
+from igpt_fast.cli.commands import colours, convert, env, features, probe, sample, score, tokenize, train
 from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
@@ -33,13 +33,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "features": features.features,
     "probe": probe.probe,
+    "tokenize": tokenize.tokenize,
     "convert": convert.convert,
     "env": env.env,
 }
 # How the commands are listed.
 GROUPS = {
     "draw": ("sample", "complete"),
-    "learn": ("train", "score", "features", "probe"),
+    "learn": ("tokenize", "train", "score", "features", "probe"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),
 }

@@ -184,8 +184,8 @@ def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: 
     import numpy as np
 
     from igpt_fast.learning.data import has_labels, load_tokens
+    from igpt_fast.learning.feature_sources import Pictures, check_palette
     from igpt_fast.learning.folders import held_out
-    from igpt_fast.learning.sources import Pictures, check_palette
 
     if path.is_dir():
         source = Pictures(path, processor, classes=True, skip_unreadable=skip)
