@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "likelihood": {"model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},
-    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
+    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "ops", "pipeline"},
     "recipes": {"image", "learning"},
     "cli": {"backend", "checkpoint", "environment", "ground", "igpt_fast", "image", "learning", "pipeline", "sampling"},
     "__main__": {"cli"},

@@ -2,6 +2,6 @@
 
 ``data``, ``folders``: images as tokens. ``objectives``: what is learned. ``train``, ``schedule``, ``settings``,
 ``state``: the loop, its steps, its knobs, its log and checkpoint. ``run``: a whole run in a directory.
-``evaluate``: how good it is.
-May use: pipeline, likelihood, model, image, checkpoint, and the ground; alone imports scikit-learn beside image.
+``finetune``: from a model that draws to one that classifies. ``evaluate``: how good it is.
+May use: pipeline, likelihood, model, image, checkpoint, ops, and the ground; alone imports scikit-learn beside image.
 """

@@ -16,7 +16,7 @@ from igpt_fast import files
 from igpt_fast.checkpoint.pickles import scan_torch_file
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.files import printable, shown
-from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -26,9 +26,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 
-def same_run(config: TrainConfig, data: TokenData) -> dict[str, Any]:
+def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
-    settings = dataclasses.asdict(config)
+    settings = {**dataclasses.asdict(config), **objective.identity()}
     if not data.n_classes:
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}

@@ -23,13 +23,11 @@ from torch import Tensor
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
-from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import Output, TrainState, same_run
-from igpt_fast.model import ImageGPTForCausalImageModeling
 
 LOG_EVERY = 50  # steps
 
@@ -41,9 +39,9 @@ class DivergedError(RuntimeError):
 
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW(0.9, 0.95) of what learns; weight decay on matrices only."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in learning if p.ndim >= 2], [p for p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -132,7 +130,7 @@ def train_step(
 
 
 def train(
-    data: TokenData,
+    data: Data,
     out: str | os.PathLike[str],
     config: TrainConfig,
     *,
@@ -140,7 +138,8 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     stop_after: int | None = None,
-) -> ImageGPTForCausalImageModeling:
+    objective: Objective | None = None,
+) -> Any:
     """Trains a model and returns it.
 
     Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without. Torch's global
@@ -154,6 +153,7 @@ def train(
         resume: Continue from ``out/train.pt``, which must come from the same ``config`` and data.
         progress: Called with each record of the log.
         stop_after: Save and return after this step, as an interruption would.
+        objective: What is learned; the next pixel if not given.
 
     Raises:
         DivergedError: The loss is no longer finite; ``train.pt`` is the last one saved before.
@@ -162,11 +162,11 @@ def train(
         NotADirectoryError, PermissionError: ``out`` cannot be made or written to.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
     """
-    return _train(data, Path(out), config, device, resume, progress, stop_after)[0]
+    return _train(data, Path(out), config, device, resume, progress, stop_after, objective=objective)[0]
 
 
 def _train(
-    data: TokenData,
+    data: Data,
     out: Path,
     config: TrainConfig,
     device: str | torch.device,
@@ -174,13 +174,15 @@ def _train(
     progress: Progress | None,
     stop_after: int | None = None,
     outdated: Sequence[Path] = (),
-) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
-    """``train``, which also takes files to remove when the first new one is written, and returns the held-out nats
-    of the last step if it was made here."""
+    objective: Objective | None = None,
+    on_evaluation: Callable[[Any, dict[str, Any]], None] | None = None,
+) -> tuple[Any, dict[str, float]]:
+    """``train``, which also takes files to remove when the first new one is written, and what to call with the model
+    and its record after each evaluation; and returns the held-out figures of the last step if it was made here."""
     check_writable(out)
-    objective = NextPixel(config.label_dropout)
+    objective = NextPixel(config.label_dropout) if objective is None else objective
     model = new_model(data, config, objective).to(device)
-    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data))
+    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data, objective))
     output = Output(out, outdated)
     clock = time.monotonic()
     if resume:
@@ -203,6 +205,8 @@ def _train(
             if logged:
                 record["seconds"] = round(time.monotonic() - clock, 2)
                 output.append(record)
+            if evaluated and on_evaluation is not None:
+                on_evaluation(model, record)
             # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
             if step % config.save_every == 0:
                 output.save(state)
