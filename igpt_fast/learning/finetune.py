@@ -173,8 +173,8 @@ def finetune(
             export(tuned, data, out / MODEL)
 
     training = config.training(network.n_layer, network.n_embd, network.n_head)
-    how: dict[str, Any] = {"outdated": before if overwrite else (), "objective": objective, "on_evaluation": keep}
-    tuned, _ = _train(part, out, training, device, resume, progress, **how)
+    how: dict[str, Any] = {"outdated": before if overwrite else (), "on_evaluation": keep}
+    tuned = _train(part, out, training, objective, device, resume, progress, **how).model
     best: dict[str, Any] = {"step": config.steps}
     if part.n_heldout:
         best = _best(out / LOG)

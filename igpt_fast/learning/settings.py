@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from igpt_fast.checks import finite_number, whole_number
 
@@ -69,6 +70,31 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a run is computed, which changes its result by rounding alone: a continuation may have another.
+
+    Args:
+        parallel: Under torchrun: ddp, every process holds the whole model; fsdp, each a part of it (FSDP2).
+        accumulate: Parts that a process computes its share of a batch in, one after the other, for less memory.
+        checkpointing: Memory: compute activations again in the backward pass, or keep them.
+        tensorboard: Log: for TensorBoard as well, in tensorboard/ of the run's directory, or in log.jsonl alone.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    accumulate: int = 1
+    checkpointing: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        whole_number("accumulate", self.accumulate, 1, (1 << 32) - 1)
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel is {self.parallel!r}; want ddp or fsdp")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Fine-tuning of a model to classify; the defaults are for some ten to a thousand images of a class.
 
@@ -103,7 +129,7 @@ class FinetuneConfig:
     freeze_below: int = 0
     steps: int = 400
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 5e-4
     warmup_steps: int = 20
     weight_decay: float = 0.1
     dropout: float = 0.1

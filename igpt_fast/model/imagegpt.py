@@ -93,6 +93,8 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
             module.weight.normal_(0.0, self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if getattr(module, "padding_idx", None) is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])  # type: ignore[index]
         elif isinstance(module, ImageGPTLayerNorm):
             nn.init.ones_(module.weight)
 
@@ -131,6 +133,7 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
             table, head = self.base_model.wte, self.get_output_embeddings()
             table.weight = _resized(table.weight, size - 1, 1, std, mean_resizing)
             table.num_embeddings = size
+            table.padding_idx = None if table.padding_idx is None else size - 1
             if head is not None:
                 head.weight = _resized(head.weight, size - 1, 0, std, mean_resizing)
                 head.out_features = size - 1
@@ -153,7 +156,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.embed_dim = config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # colours, classes, SOS
+        # Colours, classes, SOS; of a bidirectional model SOS is the mask, whose embedding is zero and learns nothing.
+        mask = config.sos_token_id if config.bidirectional else None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, mask)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(ImageGPTBlock(config, i) for i in range(config.n_layer))

@@ -6,13 +6,14 @@ import json as json_module
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.world import world
 
 if TYPE_CHECKING:
     from igpt_fast.learning.data import TokenData
@@ -58,12 +59,14 @@ def train(
     data: Positional[Path | None] = None,
     out: Path = Path("runs/train"),
     preparation: OmitArgPrefixes[Preparation] = Preparation(),
+    objective: Literal["next_pixel", "masked"] = "next_pixel",
     classes: bool = False,
     resume: bool = False,
     device: str | None = None,
     dtype: str = "float32",
     backend: str = "auto",
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
+    execution: OmitArgPrefixes[Execution] = Execution(),  # noqa: B008
     json: bool = False,
     force: bool = False,
 ) -> None:
@@ -74,45 +77,63 @@ def train(
             not given.
         out: Directory for model/, samples.png, log.jsonl and the training state.
         preparation: How a directory of images becomes tokens.
+        objective: What is learned. next_pixel: each pixel from those before it, to draw, to score, to read features
+            of. masked: some pixels from all others (OpenAI's BERT), to read features of; samples.png then shows what
+            it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
             stand in a token file that has labels (and class_names).
-        resume: Continue an interrupted run bit for bit; the settings must be the same.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        resume: Continue an interrupted run, bit for bit with as many processes; the settings must be the same.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.
+        execution: How it is computed: up to rounding, the result is the same.
         json: Print one JSON object.
         force: Start afresh in a directory that holds a run.
     """
-    if (count := processes.size()) > 1:
-        raise checks.UsageError(
-            f"{count} processes would train the same run into the same files; start one, without torchrun"
-        )
     if resume and force:
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     if data is not None and not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
     preparation.check(data is not None and data.is_dir())
+    if objective == "masked" and classes:
+        raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
     if classes and data is None:
         raise checks.UsageError("--classes: the bundled emoji have none; give a directory or a token file with labels")
     if not classes and config.label_dropout != TrainConfig.label_dropout:
         raise checks.UsageError("--label-dropout: only with --classes")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
+    if processes.size() == 1 and execution.parallel != Execution.parallel:
+        raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
     checks.choose_backend(backend)
-    device_ = checks.choose_device(device)
+    device_ = checks.choose_device(device, processes.local_rank())
     import torch
 
     from igpt_fast.learning import run
     from igpt_fast.learning.data import has_labels
+    from igpt_fast.learning.objectives.masked import Masked
 
     if classes and data is not None and data.is_file() and not has_labels(data):
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
-    how = {"resume": resume, "overwrite": force}
+    how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
-    tokens = _tokens(data, preparation, classes, config.seed)
-    summary = run.run(tokens, out, config, device=device_, save_dtype=getattr(torch, dtype), progress=_progress, **how)
+    how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
+    how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
+    collectives = "cpu:gloo,cuda:nccl" if device_.type == "cuda" else "gloo"
+    with world("what was saved is kept; go on with --resume", collectives) as together:
+        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed))
+        summary = run.run(tokens, out, config, world=together, **how)
+    if together.first:
+        _report(out, summary, objective, classes, json)
+
+
+def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, json: bool) -> None:
     text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
+    if objective == "masked":
+        text += f" held out {terminal.nats(summary['heldout_masked_nats'])} nats/masked pixel"
+        terminal.report(json, summary, f"{text} (histogram {terminal.nats(summary['histogram_nats'])})")
+        return
     text += f" held out {terminal.nats(summary['heldout_nats'])} nats/token"
     if classes:
         text += f", {terminal.nats(summary['heldout_class_nats'])} given the class"

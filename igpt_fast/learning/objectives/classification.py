@@ -126,17 +126,15 @@ def _hidden(model: ImageGPTWithBothHeads, tokens: Tensor) -> Tensor:
     return model.transformer(tokens, use_cache=False).last_hidden_state
 
 
-def fit_classifier(
-    model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, Tensor | None]], penalty: float = 1e-2
-) -> None:
+def fit_classifier(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
     """Sets the classifier to the logistic regression of the classes on the features, by L-BFGS.
 
-    Without a bias, as the classifier has none; the features are divided by their standard deviation meanwhile.
+    Without a bias, as the classifier has none; the features are divided by their standard deviation meanwhile, and the
+    inverse of the penalty is 1 (scikit-learn's ``C``).
 
     Args:
         model: Its classifier is changed.
         batches: Tokens and labels of two images or more.
-        penalty: Half of this times the squared weights is added to the mean loss.
     """
     found, classes = [], []
     with torch.no_grad():
@@ -151,7 +149,7 @@ def fit_classifier(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(features @ weight.T, labels) + penalty / 2 * weight.square().sum()
+        value = F.cross_entropy(features @ weight.T, labels) + weight.square().sum() / (2 * len(labels))
         value.backward()
         return value
 

@@ -41,7 +41,7 @@ class NextPixel:
         return model
 
     def identity(self) -> dict[str, int | float]:
-        return {}
+        return dict(vars(self))
 
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         if labels is None:
