@@ -31,7 +31,7 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
-    settings = dataclasses.asdict(config) | {"objective": objective.name, **vars(objective)}
+    settings = dataclasses.asdict(config) | {"objective": objective.name, **objective.identity()}
     if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}

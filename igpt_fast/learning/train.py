@@ -43,9 +43,9 @@ class DivergedError(RuntimeError):
 
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW(0.9, 0.95) of what learns; weight decay on matrices only."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in learning if p.ndim >= 2], [p for p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -202,8 +202,10 @@ def _train(
     outdated: Sequence[Path] = (),
     execution: Execution = Execution(),  # noqa: B008 - a frozen value
     world: World | None = None,
+    on_evaluation: Callable[[Any, dict[str, Any]], None] | None = None,
 ) -> Trained:
-    """``train``, which also takes files to remove when the first new one is written."""
+    """``train``, which also takes files to remove when the first new one is written; and, of one process, what is
+    called with the model and its record, which is in the log by then, after each evaluation."""
     check_writable(out)
     world = world or World()
     identity = same_run(config, data, objective)
@@ -218,7 +220,8 @@ def _train(
         clock = time.monotonic() - (output.load(state) if resume else 0.0)
         end = config.steps if stop_after is None else min(stop_after, config.steps)
         try:
-            heldout, throughput = Loop(data, config, objective, team, state, output, meter, clock, progress).run(end)
+            loop = Loop(data, config, objective, team, state, output, meter, clock, progress, on_evaluation)
+            heldout, throughput = loop.run(end)
         except BaseException:
             with suppress(BaseException):  # what is being written may become whole
                 output.finish()
@@ -240,6 +243,7 @@ class Loop:
     meter: Meter
     clock: float  # when the run would have begun, had it not been interrupted
     progress: Progress | None
+    on_evaluation: Callable[[Any, dict[str, Any]], None] | None
 
     def run(self, end: int) -> tuple[dict[str, float], dict[str, Any]]:
         """Goes on to a step; returns the held-out figures of the run's last, and the throughput."""
@@ -266,6 +270,8 @@ class Loop:
                     record |= throughput
                     record["seconds"] = round(time.monotonic() - self.clock, 2)
                     output.append(record)
+                if evaluated and self.on_evaluation is not None:
+                    self.on_evaluation(state.model, record)
                 # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
                 if step % self.config.save_every == 0:
                     output.save(state)
