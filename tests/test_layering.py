@@ -32,8 +32,8 @@ FLOORS: dict[str, set[str]] = {
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "likelihood": {"engines", "ground", "image", "model", "ops", "sampling"},
     "pipeline": {"engines", "ground", "image", "likelihood", "model", "sampling"},
-    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
-    "recipes": {"image", "learning"},
+    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "ops", "pipeline", "world"},
+    "recipes": {"ground", "image", "learning", "model", "pipeline"},
     "cli": {
         "backend",
         "checkpoint",

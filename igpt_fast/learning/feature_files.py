@@ -20,7 +20,7 @@ import numpy as np
 
 from igpt_fast import files
 from igpt_fast.learning.extraction import extract
-from igpt_fast.learning.sources import Source
+from igpt_fast.learning.feature_sources import Source
 
 SUFFIXES = (".npz", ".parquet")
 MANIFEST = "manifest.json"

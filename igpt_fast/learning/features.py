@@ -11,7 +11,7 @@ from torch import Tensor
 
 from igpt_fast.checks import whole_number
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image, resize, to_pil
-from igpt_fast.learning.extraction import check_tokens, extract, load_network
+from igpt_fast.learning.extraction import check_masks, check_tokens, extract, load_network
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -31,6 +31,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         layer: The paper's number, 1..L; 0 are the embeddings.
         sos: Feed SOS, as a causal model was trained.
         bands: Horizontal bands, whose means stand side by side.
+        masks: Of a bidirectional model: how many masks each image is seen under, whose mean it is; ``None``: 5.
         processor: Colours and size, for images that are not tokens yet; ``None``: the one beside a model that is
             named, and without one tokens alone are taken.
         batch_size: Images that are computed together.
@@ -48,6 +49,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         sos: bool = True,
         *,
         bands: int = 1,
+        masks: int | None = None,
         processor: Any = None,
         batch_size: int = 64,
         device: Any = None,
@@ -56,6 +58,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.layer = layer
         self.sos = sos
         self.bands = bands
+        self.masks = masks
         self.processor = processor
         self.batch_size = batch_size
         self.device = device
@@ -83,6 +86,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """
         self.model_, self.processor_ = self._load()
         whole_number("layer", self.layer, 0, self.model_.config.n_layer)
+        check_masks(self.masks, self.model_.config)
         self._tokens(X, reset=True)
         self._n_features_out = whole_number("bands", self.bands) * self.model_.config.n_embd
         return self
@@ -97,6 +101,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         check_is_fitted(self, "model_")
         tokens = self._tokens(X, reset=False)
         how: dict[str, Any] = {"sos": self.sos, "bands": self.bands, "batch_size": self.batch_size}
+        how["masks"] = self.masks
         return extract(self.model_, tokens, [self.layer], **how)[:, 0]
 
     def _load(self) -> tuple[Any, ImageGPTImageProcessor | None]:

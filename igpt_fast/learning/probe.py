@@ -30,7 +30,7 @@ from igpt_fast.learning.classifiers import (
     neighbours,
     standardised,
 )
-from igpt_fast.learning.extraction import check_layers, check_tokens, extract, random_twin
+from igpt_fast.learning.extraction import check_layers, check_masks, check_tokens, extract, random_twin
 from igpt_fast.learning.probe_result import ProbeResult, ProbeRow
 
 SHOTS = (1, 10, 100)
@@ -61,6 +61,7 @@ class _Plan(NamedTuple):
     attentive: bool
     sos: bool
     bands: int
+    masks: int
     batch_size: int
     seed: int
 
@@ -79,6 +80,7 @@ def probe(
     attentive: bool = False,
     sos: bool = True,
     bands: int = 1,
+    masks: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
@@ -105,6 +107,8 @@ def probe(
             a part of train; see ``attentive`` for what it costs.
         sos: Feed SOS, as the model was trained; see ``extraction.fed``.
         bands: Horizontal bands whose means stand side by side.
+        masks: Of a bidirectional model: how many masks each image is seen under, and their mean is the feature, which
+            is a vote; 5 if not given. See ``extraction.check_masks``.
         batch_size: Images that are computed together.
         seed: Of draws, parts of train and random weights.
         progress: Called with what is done, how much of it, and of how much.
@@ -125,16 +129,17 @@ def probe(
         raise ValueError("concat is 1; want 2 layers or more, or 0 for none")
     tries, batch_size = whole_number("tries", tries, 1, 1000), whole_number("batch_size", batch_size)
     seed = whole_number("seed", seed, 0, (1 << 32) - 1)
+    masks = check_masks(masks, model.config)
     names, sets = _sets(train, test, model.config, clusters)
     few = _shots(shots, sets[0].labels, names)
-    plan = _Plan(numbers, few, tries, knn, concat, attentive, sos, bands, batch_size, seed)
+    plan = _Plan(numbers, few, tries, knn, concat, attentive, sos, bands, masks, batch_size, seed)
     rows: list[ProbeRow] = []
     for kind in ("model", "random"):
         network = model if kind == "model" else random_twin(model, seed)
         rows += _network(kind, network, sets, plan, progress or _silent)
     rows = [*_rows("raw", None, sets[0].pixels, sets[1].pixels, sets, plan), *rows]
     _warn(rows)
-    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed)
+    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed, masks)
 
 
 def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> list[ProbeRow]:
@@ -143,6 +148,7 @@ def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> 
     for name, item in zip(("train", "test"), sets, strict=True):
         told = functools.partial(say, f"{kind}: features of {name}")
         how: dict[str, Any] = {"sos": plan.sos, "bands": plan.bands, "batch_size": plan.batch_size}
+        how["masks"] = plan.masks
         found.append(extract(model, item.tokens, plan.layers, progress=told, **how))
     rows: list[ProbeRow] = []
     for i, layer in enumerate(plan.layers):
@@ -161,6 +167,7 @@ def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> 
             layer,
             *given,
             sos=plan.sos,
+            masks=plan.masks,
             batch_size=plan.batch_size,
             seed=plan.seed,
             progress=functools.partial(say, f"{kind}: attentive probe of layer {layer}"),

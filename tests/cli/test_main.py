@@ -262,6 +262,9 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "quantize" in text
     assert "causal_attention_packed cpu " in text
+    for device in ("cpu ", "cuda"):
+        reason = f"[there is no kernel for {device.strip()} tensors in this version]"
+        assert re.search(rf"full_attention +{device} +torch scaled_dot_product_attention, .* {re.escape(reason)}", text)
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:

@@ -19,7 +19,7 @@ from igpt_fast.learning import feature_files
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.extraction import extract
 from igpt_fast.learning.feature_files import FeatureRun, begin, finish, make, parts_folder
-from igpt_fast.learning.sources import Pictures, TokenImages, check_palette
+from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
 
 COLOURS = 8
 CLUSTERS = np.random.default_rng(1).uniform(-1, 1, (COLOURS, 3)).astype(np.float32)

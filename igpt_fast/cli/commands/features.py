@@ -16,7 +16,7 @@ from igpt_fast.cli import checks, terminal
 
 if TYPE_CHECKING:
     from igpt_fast.learning.feature_files import FeatureRun
-    from igpt_fast.learning.sources import Source
+    from igpt_fast.learning.feature_sources import Source
     from igpt_fast.world import World
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -107,8 +107,9 @@ def _about(data: Path, model: str | None) -> dict[str, str]:
 
 def read_source(data: Path, model: str | None, network: Any, classes: bool, skip_unreadable: bool) -> Source:
     """The images of a directory or of a token file, for a model."""
-    from igpt_fast.learning.data import has_labels, load_tokens
-    from igpt_fast.learning.sources import Pictures, TokenImages, check_palette
+    from igpt_fast.learning.data import load_tokens
+    from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
+    from igpt_fast.learning.shards import has_labels
 
     processor = checks.read_processor(model)
     if data.is_dir():

@@ -183,9 +183,10 @@ def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: 
     """All images with their classes by name, in memory."""
     import numpy as np
 
-    from igpt_fast.learning.data import has_labels, load_tokens
+    from igpt_fast.learning.data import load_tokens
+    from igpt_fast.learning.feature_sources import Pictures, check_palette
     from igpt_fast.learning.folders import held_out
-    from igpt_fast.learning.sources import Pictures, check_palette
+    from igpt_fast.learning.shards import has_labels
 
     if path.is_dir():
         source = Pictures(path, processor, classes=True, skip_unreadable=skip)
