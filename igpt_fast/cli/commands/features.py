@@ -116,11 +116,10 @@ def read_source(data: Path, model: str | None, network: Any, classes: bool, skip
     from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
     from igpt_fast.learning.shards import has_labels
 
-    processor = checks.read_processor(model)
     if data.is_dir():
-        return Pictures(data, processor, classes, skip_unreadable)
+        return Pictures(data, checks.read_processor(model), classes, skip_unreadable)
     tokens = load_tokens(data, classes=has_labels(data))
-    check_palette(data, tokens, processor, network)
+    check_palette(data, tokens, None if tokens.clusters is None else checks.read_processor(model), network)
     return TokenImages(tokens)
 
 

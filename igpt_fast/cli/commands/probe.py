@@ -206,6 +206,8 @@ def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: 
         bundled = checks.is_bundled_data(path)
         raise checks.UsageError(NO_EMOJI if bundled else f"{path}: has no labels: there is nothing to probe it for")
     data = load_tokens(path, classes=True)
+    if data.clusters is None:
+        raise ValueError(f"{path}: its tokens are no colours, and a probe stands beside raw pixels; see igpt features")
     check_palette(path, data, processor, network)
     assert data.labels is not None
     return _Set(data.tokens.numpy(), np.array(list(data.class_names))[data.labels.numpy()], data.heldout.numpy())
