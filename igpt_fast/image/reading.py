@@ -290,7 +290,10 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
         FileNotFoundError, IsADirectoryError, PermissionError, ValueError: As ``open_image``; only files are named.
     """
     with files.open_input(source) if isinstance(source, Path) else io.BytesIO(source) as file:
-        picture, full = _decode(file, least=_DRAFT * max(height, width))
+        try:
+            picture, full = _decode(file, least=_DRAFT * max(height, width))
+        except ValueError as error:
+            raise error if isinstance(source, bytes) else ValueError(f"{source}: {error}") from error
     if picture.size == full:
         return np.asarray(resize(center_crop(picture, width / height), width, height))
     scale = max(round(whole / part) for whole, part in zip(full, picture.size, strict=True))
