@@ -111,9 +111,13 @@ def _flip(path: Path) -> None:
 )
 def test_a_damaged_file_is_named(shards: Path, name: str, reason: str) -> None:
     _flip(shards / name)
-    with pytest.raises(ValueError, match=reason):
+
+    def read() -> None:
         data = ShardData(shards, classes=True)
         data.train_batch(range(data.n_train))
+
+    with pytest.raises(ValueError, match=reason):
+        read()
     (shards / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         ShardData(shards, classes=True)
@@ -151,7 +155,7 @@ def test_bad_manifests(shards: Path, change: dict, reason: str) -> None:
 
 def test_command_line(folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def igpt(*args: object) -> tuple[int, str, str]:
-        settings = "--steps 1 --n-layer 1 --n-embd 16 --n-head 2 --batch-size 2".split()
+        settings = ["--steps", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "2"]
         code = cli.main(["train", *map(str, args), "--out", str(tmp_path / "run"), *settings])
         return code, *capsys.readouterr()
 

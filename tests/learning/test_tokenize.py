@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +138,8 @@ def test_every_kind_of_source(folder: Path, tmp_path: Path, source: Callable[[Pa
     named = source not in (a_tar, an_npz)
     assert list(data.class_names) == (CLASSES if named else ["0", "1"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *(f"0000{i}.npy" for i in range(3)), "clusters.npy", "heldout.npy", "labels.npy", "manifest.json", "skipped.jsonl"
+        "00000.npy", "00001.npy", "00002.npy", "clusters.npy", "heldout.npy", "labels.npy", "manifest.json",
+        "skipped.jsonl",
     ]  # fmt: skip
 
 
@@ -229,15 +229,11 @@ def test_a_zip_bomb_is_left_out(tmp_path: Path) -> None:
     assert "claims 67108865 bytes" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
 @pytest.mark.parametrize("make", [a_zip, a_tar, a_parquet, an_arrow, an_npz])
 def test_a_damaged_archive_is_named(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     path = make(tmp_path)
     files = [path] if path.is_file() else [part for part in path.rglob("*.*") if part.suffix != ".json"]
-    files[0].write_bytes(files[0].read_bytes()[: files[0].stat().st_size // 2])
+    files[0].write_bytes(files[0].read_bytes()[:600])
     with pytest.raises(ValueError, match=files[0].name.replace(".", r"\.")) as caught:
         tokenize(path, tmp_path / "out", HOW)
     assert "\n" not in str(caught.value)
@@ -332,10 +328,10 @@ def test_a_full_disk_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_ctrl_c_ends_every_process(folder: Path, tmp_path: Path) -> None:
-    for i in range(N, 1500):
+    for i in range(N, 400):
         (folder / f"{i:04d}.png").write_bytes(png(i % N))
     command = [sys.executable, "-m", "igpt_fast", "tokenize", str(folder), "--out", str(tmp_path / "out")]
-    command += ["--workers", "2", "--shard-size", "20", "--size", "8", "-k", "4"]
+    command += ["--workers", "2", "--shard-size", "10", "--size", "8", "-k", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     while "tokenized" not in (line := process.stderr.readline()):
@@ -395,5 +391,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path: Path, orient
     )
     exact = read_square(tmp_path / "a.jpg", 32).astype(float)
     quick = read_middle(tmp_path / "a.jpg", 32, 32).astype(float)
-    assert 0 < ((exact - quick) ** 2).mean() < 255**2 * 10**-4.0  # 40 dB
+    # Turned, it is decoded as a whole.
+    assert (orientation == 6) == np.array_equal(exact, quick)
+    assert ((exact - quick) ** 2).mean() < 255**2 * 10**-4.0  # 40 dB
     assert np.array_equal(read_middle((tmp_path / "a.jpg").read_bytes(), 32, 32), quick)

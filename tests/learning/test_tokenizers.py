@@ -75,5 +75,5 @@ def test_data_that_do_not_fit_their_tokenizer() -> None:
     for wrong, reason in ((CodeTokenizer(300, 3, 3), "8 tokens are not an image of 3 x 3"), (None, "not a square")):
         with pytest.raises(ValueError, match=reason):
             TokenData(data.tokens, None, data.heldout, tokenizer=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not in 0..99"):
+    with pytest.raises(ValueError, match=r"not in 0\.\.99"):
         TokenData(data.tokens, None, data.heldout, tokenizer=CodeTokenizer(100, 2, 4))
