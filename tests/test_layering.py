@@ -21,6 +21,7 @@ FLOORS: dict[str, set[str]] = {
     "reference": set(),
     "backend": {"igpt_fast"},
     "ground": set(),
+    "world": {"ground"},
     "ops": {"backend", "ground", "reference"},
     "image": {"ground", "ops"},
     "checkpoint": {"backend", "ground"},
@@ -31,9 +32,12 @@ FLOORS: dict[str, set[str]] = {
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "likelihood": {"ground", "model", "ops"},
     "pipeline": {"engines", "ground", "image", "model", "sampling"},
-    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
+    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "ops", "pipeline", "world"},
     "recipes": {"ground", "image", "learning", "model", "pipeline"},
-    "cli": {"backend", "checkpoint", "environment", "ground", "igpt_fast", "image", "learning", "pipeline", "sampling"},
+    "cli": {
+        *("backend", "checkpoint", "environment", "ground", "igpt_fast", "image", "learning", "pipeline", "sampling"),
+        "world",
+    },
     "__main__": {"cli"},
 }
 # What sampling knows of engines: the protocol, and who chooses one; never an engine by name.
@@ -51,6 +55,7 @@ OUTSIDE = {
     "igpt_fast": set(),
     "config": set(),
     "reference": {"torch"},
+    "world": {"torch"},
     "ops": {"torch"},
     "engines": {"torch"},
     "model": {"torch"},

@@ -19,7 +19,7 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, sample, train
+from igpt_fast.cli.commands import colours, convert, env, finetune, sample, train
 from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
@@ -30,13 +30,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": colours.quantize,
     "clusters": colours.clusters,
     "train": train.train,
+    "finetune": finetune.finetune,
     "convert": convert.convert,
     "env": env.env,
 }
 # How the commands are listed.
 GROUPS = {
     "draw": ("sample", "complete"),
-    "learn": ("train",),
+    "learn": ("train", "finetune"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),
 }

@@ -11,11 +11,12 @@ from igpt_fast import processes
 from igpt_fast.checks import whole_number
 from igpt_fast.cli import checks
 from igpt_fast.cli.checks import Paths
-from igpt_fast.cli.draw import options, sharding
+from igpt_fast.cli.draw import options
 from igpt_fast.cli.draw.exports import Exports, file_hash
 from igpt_fast.cli.draw.job import Job, load_pipeline, run
 from igpt_fast.cli.draw.options import DrawOptions, Files
 from igpt_fast.draws import MAX_IMAGES
+from igpt_fast.world import world
 
 
 def sample(
@@ -41,15 +42,15 @@ def sample(
     classes = options.labels(drawing.label, n)
     names = [f"{i:05}.png" for i in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names, columns)
-    with sharding.world() as world:
-        if world.first:
+    with world() as together:
+        if together.first:
             exports.check()
             exports.check_size(checks.read_processor(drawing.model), n)
         pipeline = load_pipeline(drawing, processes.local_rank())
         with checks.as_usage():  # before anything is computed
-            request = pipeline.request(n, labels=classes, **drawing.requested(world))
+            request = pipeline.request(n, labels=classes, **drawing.requested(together))
         values = {"model": drawing.model or "bundled"}
-        run(Job("sample", request, exports, values, pipeline, world, json), drawing.preview)
+        run(Job("sample", request, exports, values, pipeline, together, json), drawing.preview)
 
 
 def complete(
@@ -85,17 +86,17 @@ def complete(
     classes = options.labels(drawing.label, len(images))
     names = [f"{i:05}-{j:02}.png" for i in range(len(images)) for j in range(n)] if files.singles is not None else ()
     exports = Exports(out, files, names)
-    with sharding.world() as world:
-        if world.first:
+    with world() as together:
+        if together.first:
             exports.check()
             exports.check_size(checks.read_processor(drawing.model), n * len(images), len(images))
         pipeline = load_pipeline(drawing, processes.local_rank())
         given = options.kept(keep, mask, pipeline.processor.height, pipeline.processor.width)
-        asked = drawing.requested(world)
+        asked = drawing.requested(together)
         with checks.as_usage():  # before an image is read
             request = pipeline.request(n, images=images, keep=given, candidates=candidates, labels=classes, **asked)
         values: dict[str, Any] = {"model": drawing.model or "bundled"}
         values |= {"inputs": list(map(str, images)), "mask": mask and str(mask)}
-        if world.first and files.sidecar is not None:
+        if together.first and files.sidecar is not None:
             values |= {"inputs_sha256": [file_hash(path) for path in images], "mask_sha256": mask and file_hash(mask)}
-        run(Job("complete", request, exports, values, pipeline, world, json), drawing.preview)
+        run(Job("complete", request, exports, values, pipeline, together, json), drawing.preview)

@@ -1,5 +1,5 @@
 """The work of the commands that draw: ``options`` and what they mean, the ``job``, ``exports`` of its images,
-``preview`` in the terminal, ``sharding`` over the processes of torchrun.
+``preview`` in the terminal.
 
 May use: cli.checks, pipeline, and everything below.
 """

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from igpt_fast.cli.draw.preview import Preview
-    from igpt_fast.cli.draw.sharding import World
     from igpt_fast.pipeline import Pipeline
     from igpt_fast.sampling.request import Request
     from igpt_fast.sampling.results import Generation
+    from igpt_fast.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _follow(
         Exception: Nothing was begun.
         PeerGoneError: Another process is gone.
     """
-    from igpt_fast.cli.draw.sharding import PeerGoneError
+    from igpt_fast.world import PeerGoneError
 
     request, stream = job.request.shard(job.world.share(len(job.request))), None
     if not len(request):

@@ -18,7 +18,7 @@ from igpt_fast.files import shown
 if TYPE_CHECKING:
     import numpy as np
 
-    from igpt_fast.cli.draw.sharding import World
+    from igpt_fast.world import World
 
 ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)

@@ -55,6 +55,9 @@ class Masked:
         torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
         return model
 
+    def identity(self) -> dict[str, int | float]:
+        return dict(vars(self))
+
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         return tokens, torch.rand(tokens.shape, generator=generator) < self.mask_probability
 

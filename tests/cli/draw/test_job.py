@@ -18,10 +18,10 @@ from igpt_fast.cli import main as cli
 from igpt_fast.cli.draw import job as job_module
 from igpt_fast.cli.draw.exports import Exports
 from igpt_fast.cli.draw.options import Files
-from igpt_fast.cli.draw.sharding import World
 from igpt_fast.engines import choice
 from igpt_fast.pipeline import Pipeline
 from igpt_fast.sampling import decoding, results, streaming
+from igpt_fast.world import World
 
 
 def written_under(interrupts: int) -> list[str]:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from igpt_fast.cli import main as cli
-from igpt_fast.cli.draw import sharding
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "igpt_fast")
 ENDLESS = ("sample", "-n", "1000", "--batch-size", "2", "--device", "cpu")
@@ -37,18 +35,6 @@ def one(*args: object) -> None:
 def two(*args: object) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, *map(str, args)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_shares_are_all_and_nothing_twice() -> None:
-    for size in (1, 2, 3, 7):
-        for count in (0, 1, 5, 7, 100):
-            shares = []
-            for rank in range(size):
-                world = sharding.World()
-                world.rank, world.size = rank, size
-                shares.append(world.share(count))
-            assert [i for share in shares for i in share] == list(range(count))
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
@@ -187,8 +173,8 @@ def test_a_process_that_has_stopped_is_noticed(tmp_path: Path) -> None:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     code = (
-        "import sys; from igpt_fast.cli import main; from igpt_fast.cli.draw import sharding;"
-        " sharding.SILENCE = 2.0; sys.exit(main.main(sys.argv[1:]))"
+        "import sys; from igpt_fast import world; from igpt_fast.cli import main;"
+        " world.SILENCE = 2.0; sys.exit(main.main(sys.argv[1:]))"
     )
     runs = []
     for rank in range(2):
@@ -209,34 +195,6 @@ def test_a_process_that_has_stopped_is_noticed(tmp_path: Path) -> None:
     assert (runs[0].returncode, out) == (1, "")
     assert error == "igpt sample: rank 1 is gone without a sign of life; nothing is written\n"
     assert listing(tmp_path) == []
-
-
-def leaving(together: sharding.Torchrun, rank: int) -> object:
-    """What process ``rank`` leaves with on SIGTERM."""
-    together.rank = rank
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            sharding._leave(together)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return stop.value.code
-
-
-def test_who_says_that_a_process_is_gone() -> None:
-    """The first that is left; nobody, where one has already said why it failed."""
-    together = object.__new__(sharding.Torchrun)
-    together.size, together._store = 3, dist.HashStore()
-    for rank in range(3):
-        together._store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
-    stopped = "igpt: stopped by SIGTERM; nothing is written"
-    assert [leaving(together, rank) for rank in range(3)] == [stopped, 1, 1]
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    together._store.set("process/0", f"{gone.pid} {socket.gethostname()}")
-    assert [leaving(together, rank) for rank in (1, 2)] == ["igpt: rank 0 is gone; nothing is written", 1]
-    together._store.set("failed/others", "1")
-    assert [leaving(together, rank) for rank in (1, 2)] == [1, 1]
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
