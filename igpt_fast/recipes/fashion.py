@@ -9,7 +9,7 @@ Stages, of which ``--stages`` names some, each on what the ones before have left
 - ``pretrain``: ``igpt train`` on the 60,000 training images without labels: 6 layers of 96, 1,500 steps of 32.
 - ``probe``: ``learning.probe`` with 10,000 labels and 4,000 images of test, which no stage trains on.
 - ``shifted``: the same with 6,000 labels, where all images are shifted by up to 4 pixels.
-- ``finetune``: ``igpt finetune`` with 10 labels a class and three seeds: pretrained or from scratch, with the joint loss
+- ``finetune``: ``igpt finetune`` with 10 labels a class, three seeds: pretrained or from scratch, with the joint loss
   or the classes alone.
 - ``masked``: ``igpt train --objective masked`` on a smaller network, and what its features are worth, read unmasked,
   under one mask, and as the vote of five.
