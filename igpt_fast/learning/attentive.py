@@ -57,6 +57,7 @@ def attentive(
     test: tuple[Tensor, np.ndarray],
     *,
     sos: bool = True,
+    masks: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -70,11 +71,11 @@ def attentive(
         model: The network.
         layer: The paper's number.
         train, test: (N, T) tokens and (N,) labels in 0..C-1.
-        sos, batch_size: As of ``feature_batches``.
+        sos, masks, batch_size: As of ``feature_batches``.
         seed: Of the weights and of the order.
         progress: Called with the number of images done and of all.
     """
-    how: dict[str, Any] = {"sos": sos, "pool": None, "batch_size": batch_size}
+    how: dict[str, Any] = {"sos": sos, "masks": masks, "pool": None, "batch_size": batch_size}
     labels, device = torch.from_numpy(train[1]), model.device
     total, done = EPOCHS * len(train[0]) + len(test[0]), 0
     generator = torch.Generator().manual_seed(seed)

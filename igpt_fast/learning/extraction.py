@@ -12,19 +12,43 @@ from torch import Tensor
 
 from igpt_fast.checks import whole_number
 from igpt_fast.files import listed, shown
+from igpt_fast.learning.objectives.masked import VOTES, vote
+from igpt_fast.model import ImageGPTModel
 
 Progress = Callable[[int, int], None]
+
+
+def load_network(name: str, device: Any = None, dtype: Any = torch.float32) -> ImageGPTModel:
+    """The network of a folder or of a hub name, without its head; see ``from_pretrained``."""
+    return ImageGPTModel.from_pretrained(name, device=device, dtype=dtype)
 
 
 def fed(config: Any, tokens: Tensor, sos: bool = True) -> Tensor:
     """What a network is fed to see images: (B, T) int64, as it was trained.
 
     A causal one gets ``[SOS, x_0 .. x_(T-2)]``, without ``sos`` the image alone. A bidirectional one was trained
-    without SOS and gets the image in any case.
+    without SOS and gets the image in any case; parts of it are masked, see ``check_masks``.
     """
     if config.bidirectional or not sos:
         return tokens
     return torch.cat([torch.full_like(tokens[:, :1], config.sos_token_id), tokens[:, :-1]], dim=1)
+
+
+def check_masks(masks: int | None, config: Any) -> int:
+    """How many masks an image is seen under, which vote: a bidirectional network was trained on masked images.
+
+    Args:
+        masks: 0 shows the whole image; ``None``: 5 to a bidirectional network, and 0 to a causal one.
+        config: The network's.
+
+    Raises:
+        ValueError: No number, one out of its range, or masks for a causal network.
+    """
+    if masks is None:
+        return VOTES if config.bidirectional else 0
+    if whole_number("masks", masks, 0, 1000) and not config.bidirectional:
+        raise ValueError(f"masks is {masks}, and the network is causal: it was trained on whole images; want 0")
+    return masks
 
 
 def check_layers(layers: str | int | Sequence[int] | None, n_layer: int) -> list[int]:
@@ -84,6 +108,7 @@ def feature_batches(
     sos: bool = True,
     bands: int = 1,
     pool: str | None = "mean",
+    masks: int | None = None,
     batch_size: int = 64,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The features of images, a batch at a time, all layers from one pass in inference mode.
@@ -94,6 +119,8 @@ def feature_batches(
         layers: As ``check_layers`` has them.
         sos: See ``fed``.
         bands, pool: See ``forward_intermediates``.
+        masks: See ``check_masks``; the features are the mean over them, and each costs a pass. The masks are those of
+            ``fixed_masks``: an image's are the same in every batch, order and process.
         batch_size: Images that are computed together.
 
     Yields:
@@ -102,6 +129,11 @@ def feature_batches(
     """
     how: dict[str, Any] = {"pool": pool, "bands": bands, "embedding": layers[0] == 0}
     how["indices"] = [layer - 1 for layer in layers if layer > 0]
+    masks = check_masks(masks, model.config)
+
+    def read(batch: Tensor) -> Tensor:
+        return torch.stack([item.float() for item in model.forward_intermediates(batch, **how)], dim=1)
+
     training = model.training
     model.eval()
     try:
@@ -109,7 +141,7 @@ def feature_batches(
             part = slice(start, min(start + batch_size, len(tokens)))
             with torch.inference_mode():
                 batch = fed(model.config, tokens[part].to(model.device, torch.int64), sos)
-                found = torch.stack([item.float() for item in model.forward_intermediates(batch, **how)], dim=1)
+                found = vote(read, model.config, batch, masks) if masks else read(batch)
             yield part, found.flatten(2) if pool else found  # (B, L, [bands,] n_embd) or (B, L, T, n_embd)
     finally:
         model.train(training)
@@ -123,6 +155,7 @@ def extract(
     sos: bool = True,
     bands: int = 1,
     pool: str | None = "mean",
+    masks: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -132,7 +165,7 @@ def extract(
         model: ``ImageGPTModel``, or one of the models that have it.
         tokens: (N, T) integers, colours alone; ``sos`` is added here.
         layers: See ``check_layers``; ``None``: 1..L.
-        sos, bands, pool, batch_size: See ``feature_batches``.
+        sos, bands, pool, masks, batch_size: See ``feature_batches``.
         progress: Called with the number of images done and of all.
 
     Returns:
@@ -140,13 +173,14 @@ def extract(
 
     Raises:
         FloatingPointError: A feature is not finite.
-        TypeError, ValueError: See ``check_tokens``, ``check_layers`` and ``forward_intermediates``.
+        TypeError, ValueError: See ``check_tokens``, ``check_layers``, ``check_masks`` and ``forward_intermediates``.
     """
     numbers = check_layers(layers, model.config.n_layer)
     images = check_tokens(tokens, model.config)
     batch_size = whole_number("batch_size", batch_size)
     found: np.ndarray | None = None
-    for part, batch in feature_batches(model, images, numbers, sos=sos, bands=bands, pool=pool, batch_size=batch_size):
+    how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": pool, "masks": masks, "batch_size": batch_size}
+    for part, batch in feature_batches(model, images, numbers, **how):
         if found is None:
             found = np.empty((len(images), *batch.shape[1:]), dtype=np.float32)
         found[part] = batch.cpu().numpy()

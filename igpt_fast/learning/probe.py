@@ -30,7 +30,7 @@ from igpt_fast.learning.classifiers import (
     neighbours,
     standardised,
 )
-from igpt_fast.learning.extraction import check_layers, check_tokens, extract, random_twin
+from igpt_fast.learning.extraction import check_layers, check_masks, check_tokens, extract, random_twin
 from igpt_fast.learning.probe_result import ProbeResult, ProbeRow
 
 SHOTS = (1, 10, 100)
@@ -61,6 +61,7 @@ class _Plan(NamedTuple):
     attentive: bool
     sos: bool
     bands: int
+    masks: int
     batch_size: int
     seed: int
 
@@ -79,6 +80,7 @@ def probe(
     attentive: bool = False,
     sos: bool = True,
     bands: int = 1,
+    masks: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
@@ -105,6 +107,8 @@ def probe(
             a part of train; see ``attentive`` for what it costs.
         sos: Feed SOS, as the model was trained; see ``extraction.fed``.
         bands: Horizontal bands whose means stand side by side.
+        masks: Of a bidirectional model: how many masks each image is seen under, and their mean is the feature, which
+            is a vote; 5 if not given. See ``extraction.check_masks``.
         batch_size: Images that are computed together.
         seed: Of draws, parts of train and random weights.
         progress: Called with what is done, how much of it, and of how much.
@@ -125,16 +129,17 @@ def probe(
         raise ValueError("concat is 1; want 2 layers or more, or 0 for none")
     tries, batch_size = whole_number("tries", tries, 1, 1000), whole_number("batch_size", batch_size)
     seed = whole_number("seed", seed, 0, (1 << 32) - 1)
+    masks = check_masks(masks, model.config)
     names, sets = _sets(train, test, model.config, clusters)
     few = _shots(shots, sets[0].labels, names)
-    plan = _Plan(numbers, few, tries, knn, concat, attentive, sos, bands, batch_size, seed)
+    plan = _Plan(numbers, few, tries, knn, concat, attentive, sos, bands, masks, batch_size, seed)
     rows: list[ProbeRow] = []
     for kind in ("model", "random"):
         network = model if kind == "model" else random_twin(model, seed)
         rows += _network(kind, network, sets, plan, progress or _silent)
     rows = [*_rows("raw", None, sets[0].pixels, sets[1].pixels, sets, plan), *rows]
     _warn(rows)
-    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed)
+    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed, masks)
 
 
 def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> list[ProbeRow]:
@@ -143,6 +148,7 @@ def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> 
     for name, item in zip(("train", "test"), sets, strict=True):
         told = functools.partial(say, f"{kind}: features of {name}")
         how: dict[str, Any] = {"sos": plan.sos, "bands": plan.bands, "batch_size": plan.batch_size}
+        how["masks"] = plan.masks
         found.append(extract(model, item.tokens, plan.layers, progress=told, **how))
     rows: list[ProbeRow] = []
     for i, layer in enumerate(plan.layers):
@@ -161,6 +167,7 @@ def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> 
             layer,
             *given,
             sos=plan.sos,
+            masks=plan.masks,
             batch_size=plan.batch_size,
             seed=plan.seed,
             progress=functools.partial(say, f"{kind}: attentive probe of layer {layer}"),
@@ -178,17 +185,17 @@ def _sets(train: Images, test: Images, config: Any, clusters: Any) -> tuple[np.n
     given = [_labels(name, *item) for name, item in (("train", train), ("test", test))]
     names = np.unique(given[0])
     if len(names) < 2:
-        raise ValueError(f"probe: train has a single class, {listed(map(str, names))}; there is nothing to tell apart")
+        raise ValueError(f"train has a single class, {listed(map(str, names))}; there is nothing to tell apart")
     if given[0].dtype.kind != given[1].dtype.kind and "U" in given[0].dtype.kind + given[1].dtype.kind:
-        raise ValueError("probe: the labels of one of train and test are strings, those of the other integers")
+        raise ValueError("the labels of one of train and test are strings, those of the other integers")
     if more := set(given[1].tolist()) - set(names.tolist()):
-        raise ValueError(f"probe: test has images of classes that train has not: {listed(map(str, more))}")
+        raise ValueError(f"test has images of classes that train has not: {listed(map(str, more))}")
     if fewer := set(names.tolist()) - set(given[1].tolist()):
-        raise ValueError(f"probe: test has no image of classes that train has: {listed(map(str, fewer))}")
+        raise ValueError(f"test has no image of classes that train has: {listed(map(str, fewer))}")
     images = [_images(name, item[0], config, clusters) for name, item in (("train", train), ("test", test))]
     if images[0][0].shape[1] != images[1][0].shape[1]:
         sizes = " and ".join(str(item[0].shape[1]) for item in images)
-        raise ValueError(f"probe: the images of train and test have {sizes} pixels")
+        raise ValueError(f"the images of train and test have {sizes} pixels")
     grey = all(bool((pixels == pixels[..., :1]).all()) for _, pixels in images)
     sets = [
         _Set(tokens, _flat(pixels[..., :1] if grey else pixels), np.searchsorted(names, labels))
@@ -205,9 +212,9 @@ def _labels(name: str, images: Any, labels: Any) -> np.ndarray:
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.ndim != 1 or array.dtype.kind not in "iuU" or len(array) != len(images):
         what = f"{array.shape} {array.dtype} for {len(images)} images"
-        raise ValueError(f"probe: labels of {name} must be (N,) integers or strings, got {what}")
+        raise ValueError(f"labels of {name} must be (N,) integers or strings, got {what}")
     if not len(array):
-        raise ValueError(f"probe: {name} has no images")
+        raise ValueError(f"{name} has no images")
     return array
 
 
@@ -218,14 +225,14 @@ def _images(name: str, images: Any, config: Any, clusters: Any) -> tuple[Tensor,
     pixels = None
     if isinstance(images, np.ndarray) and images.ndim == 4:
         if images.dtype != np.uint8 or images.shape[3] != 3:
-            raise ValueError(f"probe: images of {name}: want (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+            raise ValueError(f"images of {name}: want (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
         pixels = images.reshape(len(images), -1, 3)
         images = quantize(pixels, clusters)
     try:
         tokens = check_tokens(images, config)
         return tokens, dequantize(tokens.numpy(), clusters) if pixels is None else pixels
     except (TypeError, ValueError) as error:
-        raise type(error)(f"probe: images of {name}: {error}") from error
+        raise type(error)(f"images of {name}: {error}") from error
 
 
 def _shots(shots: Sequence[int] | None, labels: np.ndarray, names: np.ndarray) -> tuple[int, ...]:
@@ -237,7 +244,7 @@ def _shots(shots: Sequence[int] | None, labels: np.ndarray, names: np.ndarray) -
     asked = sorted({whole_number("shots", n, 1) for n in shots})
     if asked and asked[-1] > counts[least]:
         held = f"class {str(names[least])!r} has {counts[least]} in train"
-        raise ValueError(f"probe: shots are {asked[-1]} images a class, and {held}")
+        raise ValueError(f"shots are {asked[-1]} images a class, and {held}")
     return tuple(asked)
 
 

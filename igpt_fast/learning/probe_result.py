@@ -66,6 +66,7 @@ class ProbeResult:
     bands: int
     tries: int
     seed: int
+    masks: int = 0  # that images were seen under by a bidirectional model
 
     def best(
         self, kind: str = "model", *, method: str = "logistic", shots: int | None = None, concat: bool = False
@@ -108,6 +109,8 @@ class ProbeResult:
         told = [_line(line, widths) for line in lines]
         all_ = next(row for row in self.rows if row.shots is None)
         told.append(f"{len(self.classes)} classes, {all_.n_train} images of train, {all_.n_test} of test")
+        if self.masks:
+            told.append(f"features are the mean over {self.masks} masks of each image")
         if not all(row.converged for row in self.rows):
             told.append("* a logistic regression that has not converged")
         return "\n".join(told)

@@ -219,7 +219,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states)
         if not output_attentions and all(argument is None for argument in others):
             with_cache = bool(self.config.use_cache if use_cache is None else use_cache)
-            states = forwards.run(self, input_ids, bool(output_hidden_states), with_cache)
+            layers = self.config.n_layer
+            taken = forwards.Taken(list(range(layers)), layers) if output_hidden_states else None
+            states = forwards.run(self, input_ids, taken, with_cache)
             if states is not None:
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
@@ -486,6 +488,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
+    assert last is not None
     last = last.view(*shape, last.shape[-1])  # (B, T, n_embd)
     cache = DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None
     # Each in memory of its own: one that is kept does not keep the others.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast.checks import whole_number
+from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.files import shown
 
 
@@ -80,24 +81,29 @@ class IntermediatesMixin(nn.Module):
         body: Any = self.base_model
         layers = _layers(indices, len(body.h), embedding)
         bands = _bands(input_ids, pool, bands)
-        return _by_blocks(body, input_ids, layers, bands, norm, stop_early, intermediates_only)
+        taken = forwards.Taken(layers, layers[-1] if stop_early else len(body.h), norm, bands, not intermediates_only)
+        states = forwards.run(body, input_ids, taken)
+        if states is None:
+            last, found = _by_blocks(body, input_ids, taken)
+        else:  # each in memory of its own: one that is kept does not keep the others
+            assert states.taken is not None
+            last, found = states.last, [state.clone() for state in states.taken]
+        shape = input_ids.shape[:-1]  # (T,) ids give results without B
+        features = [state.reshape(*shape, *_shape(state, bands)) for state in found]
+        return features if last is None else (last.view(*shape, *last.shape[1:]), features)
 
 
-def _by_blocks(
-    body: Any, input_ids: Tensor, layers: list[int], bands: int, norm: bool, stop_early: bool, only: bool
-) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-    """The features of the paper's ``layers``; 0 bands: of every position."""
+def _by_blocks(body: Any, input_ids: Tensor, taken: forwards.Taken) -> tuple[Tensor | None, list[Tensor]]:
+    """As the compiled forward pass does it: the last states, where they are wanted, and what is taken."""
     hidden = body._embed(body._tokens(input_ids, None), 0, None, None)  # (B, T, n_embd)
-    blocks = len(body.h)
     found: list[Tensor] = []
-    for layer in range(1 + (layers[-1] if stop_early else blocks)):
+    for layer in range(taken.run + 1):
         if layer > 0:
             hidden = body.h[layer - 1](hidden)[0]  # (B, T, n_embd)
-        if layer in layers:
-            following = body.h[layer].ln_1 if layer < blocks else body.ln_f
-            states = _normed(following, hidden) if norm else hidden  # (B, T, n_embd)
-            found.append(_pooled(states, bands).reshape(*input_ids.shape[:-1], *_shape(states, bands)))
-    return found if only else (body.ln_f(hidden).view(*input_ids.shape, hidden.shape[-1]), found)
+        if layer in taken.layers:
+            following = body.h[layer].ln_1 if layer < len(body.h) else body.ln_f
+            found.append(_pooled(_normed(following, hidden) if taken.normed else hidden, taken.bands))
+    return body.ln_f(hidden) if taken.last else None, found
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:

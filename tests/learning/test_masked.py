@@ -16,8 +16,11 @@ from torch import Tensor
 from igpt_fast import ImageGPTForCausalImageModeling, ImageGPTModel
 from igpt_fast.cli.main import main
 from igpt_fast.learning.data import TokenData, save_tokens
+from igpt_fast.learning.extraction import extract
+from igpt_fast.learning.features import ImageGPTFeatures
 from igpt_fast.learning.objectives.masked import Masked, fixed_masks, vote
 from igpt_fast.learning.objectives.next_pixel import NextPixel
+from igpt_fast.learning.probe import probe
 from igpt_fast.learning.run import run
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.train import inputs_at, new_model, train
@@ -62,7 +65,7 @@ def test_loss_is_that_of_openai() -> None:
         chances = torch.softmax(model(inputs_embeds=embeddings[None]).logits[0], dim=-1).detach()
         nats = [-math.log(chances[t, image[t]]) for t in range(len(image)) if hidden[t]]
         want += sum(nats) / len(nats) / len(tokens)
-    assert float(got) == pytest.approx(want, rel=1e-9)
+    assert got.item() == pytest.approx(want, rel=1e-9)
 
 
 def test_nothing_masked_is_no_loss_and_no_gradient() -> None:
@@ -153,6 +156,45 @@ def test_vote_is_the_mean_over_masks() -> None:
     assert torch.equal(vote(read, model.config, tokens, masks=0), read(tokens))
     with pytest.raises(ValueError, match="masks: the model's attention is causal"):
         vote(read, small().config, tokens)
+
+
+@pytest.mark.parametrize("masks", [None, 1, 0])
+def test_features_are_a_vote(masks: int | None) -> None:
+    """Of as many masks as are asked for, five if nobody says; in batches of any size."""
+    model = bert()
+    tokens = images(model, 7)
+    got = extract(model, tokens, [1, 2], masks=masks, batch_size=3)
+    seen = [hide(model.config, tokens, mask) for mask in fixed_masks(tokens, 5 if masks is None else masks)] or [tokens]
+    for i, layer in enumerate((1, 2)):
+        want = sum(model.forward_intermediates(fed, [layer - 1])[0] for fed in seen) / len(seen)
+        torch.testing.assert_close(torch.from_numpy(got[:, i]), want.float().detach(), rtol=1e-5, atol=1e-6)
+    features = ImageGPTFeatures(model, 2, masks=masks).fit_transform(tokens.numpy())
+    np.testing.assert_allclose(features, got[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_are_for_bidirectional_models() -> None:
+    model = small()
+    tokens = ids(model, 8, 12) % 16
+    assert np.array_equal(extract(model, tokens, masks=0), extract(model, tokens))
+    for read in (
+        lambda: extract(model, tokens, masks=5),
+        lambda: ImageGPTFeatures(model, 2, masks=5).fit(tokens.numpy()),
+        lambda: probe((tokens, [0, 1] * 4), (tokens, [0, 1] * 4), model, np.zeros((16, 3), np.float32), masks=5),
+    ):
+        with pytest.raises(ValueError, match="masks is 5, and the network is causal"):
+            read()
+
+
+def test_probe_votes() -> None:
+    model = bert().float()
+    tokens = images(model, 40)
+    labels = (tokens[:, 0] < 8).numpy().astype(np.int64)
+    results = [
+        probe((tokens, labels), (tokens, labels), model, np.zeros((16, 3), np.float32), shots=[], masks=masks)
+        for masks in (None, 1)
+    ]
+    assert [result.masks for result in results] == [5, 1]
+    assert "the mean over 5 masks of each image" in results[0].table()
 
 
 def test_a_causal_model_has_no_masked_nats() -> None:

@@ -16,7 +16,7 @@ from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import world
 
 if TYPE_CHECKING:
-    from igpt_fast.learning.data import TokenData
+    from igpt_fast.learning.data import ImageSet
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Preparation:
         given = [name.replace("_", "-") for name, value in vars(self).items() if value != getattr(Preparation, name)]
         if given and not of_directory:
             names = ", --".join(given)
-            raise checks.UsageError(f"--{names}: only for a directory of images; a token file is taken as it is")
+            raise checks.UsageError(f"--{names}: only for a directory of images; tokens are taken as they are")
         if self.clusters is not None and self.n_clusters is not None:
             raise checks.UsageError("give --clusters or --n-clusters, not both")
         if self.clusters is not None and self.all_pixels:
@@ -73,8 +73,8 @@ def train(
     """Train a model: images, colour clusters, tokens, network; writes a checkpoint that all commands take.
 
     Args:
-        data: A directory of images, or a token file (.npz with tokens, clusters, heldout); the bundled emoji if
-            not given.
+        data: A directory of images, of shards (igpt tokenize), or a token file (.npz with tokens, clusters, heldout);
+            the bundled emoji if not given. Shards are read as they are needed; so are more than 4,096 images.
         out: Directory for model/, samples.png, log.jsonl and the training state.
         preparation: How a directory of images becomes tokens.
         objective: What is learned. next_pixel: each pixel from those before it, to draw, to score, to read features
@@ -95,7 +95,7 @@ def train(
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     if data is not None and not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
-    preparation.check(data is not None and data.is_dir())
+    preparation.check(data is not None and data.is_dir() and not (data / "manifest.json").is_file())
     if objective == "masked" and classes:
         raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
     if classes and data is None:
@@ -111,10 +111,10 @@ def train(
     import torch
 
     from igpt_fast.learning import run
-    from igpt_fast.learning.data import has_labels
     from igpt_fast.learning.objectives.masked import Masked
+    from igpt_fast.learning.shards import has_labels
 
-    if classes and data is not None and data.is_file() and not has_labels(data):
+    if classes and data is not None and not has_labels(data):
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
@@ -144,17 +144,32 @@ def _progress(record: dict[str, Any]) -> None:
     print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
-def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: int) -> TokenData:
-    """Of a directory of images, of a token file, or the bundled ones."""
+def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: int) -> ImageSet:
+    """Of a directory of shards or of images, of a token file, or the bundled ones.
+
+    Of as many images as a palette is fitted to, all are read first, so that one that is damaged shows before the first
+    step; of more, each when its turn comes.
+    """
     from igpt_fast.files import BUNDLED
     from igpt_fast.image import load_clusters
     from igpt_fast.learning.data import load_tokens
     from igpt_fast.learning.folders import tokens_from_images
+    from igpt_fast.learning.lazy import FolderData
+    from igpt_fast.learning.shards import ShardData, is_shards
+    from igpt_fast.learning.sources.folder import Folder
+    from igpt_fast.learning.tokenize import SAMPLE, Taking
 
+    if data is not None and data.is_dir() and is_shards(data):
+        return ShardData(data, classes=classes)
     if data is None or not data.is_dir():
         return load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
     palette = None if preparation.clusters is None else load_clusters(preparation.clusters)
     count = len(palette) if palette is not None else preparation.n_clusters or 512
     holdout = 0.1 if preparation.holdout is None else preparation.holdout
-    how = {"skip_unreadable": preparation.skip_unreadable, "classes": classes, "all_pixels": preparation.all_pixels}
-    return tokens_from_images(data, preparation.side or 32, count, holdout, seed, palette, **how)
+    skip, side = preparation.skip_unreadable, preparation.side or 32
+    source = Folder.open(data)
+    if len(source) > SAMPLE and not preparation.all_pixels:
+        taking = Taking(side, side, palette, count, classes=classes, holdout=holdout, seed=seed)
+        return FolderData(source, taking, skip_unreadable=skip)
+    how = {"skip_unreadable": skip, "classes": classes, "all_pixels": preparation.all_pixels}
+    return tokens_from_images(data, side, count, holdout, seed, palette, **how)
