@@ -9,6 +9,8 @@ Stages, of which ``--stages`` names some, each on what the ones before have left
 - ``pretrain``: ``igpt train`` on the 60,000 training images without labels: 6 layers of 96, 1,500 steps of 32.
 - ``probe``: ``learning.probe`` with 10,000 labels and 4,000 images of test, which no stage trains on.
 - ``shifted``: the same with 6,000 labels, where all images are shifted by up to 4 pixels.
+- ``finetune``: ``igpt finetune`` with 10 labels a class, three seeds: pretrained or from scratch, with the joint loss
+  or the classes alone.
 - ``masked``: ``igpt train --objective masked`` on a smaller network, and what its features are worth, read unmasked,
   under one mask, and as the vote of five.
 
@@ -38,6 +40,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import files
+from igpt_fast.learning import finetune
 from igpt_fast.learning.classifiers import logistic, standardised
 from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
 from igpt_fast.learning.extraction import random_twin
@@ -45,7 +48,7 @@ from igpt_fast.learning.objectives.masked import VOTES, Masked, vote
 from igpt_fast.learning.probe import probe
 from igpt_fast.learning.probe_result import ProbeResult
 from igpt_fast.learning.run import MODEL, run
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
 
 PACKAGE, FOLDER = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
@@ -63,6 +66,13 @@ MAX_CONTENT = 64 << 20  # bytes, of what it unpacks to
 SIDE, GREYS = 14, 16
 CONCAT = 5  # layers
 NETWORK = {"n_layer": 6, "n_embd": 96, "n_head": 3}
+FINETUNE = {"shots": 10, "validation": 0.0, "steps": 100, "batch_size": 20, "lr": 5e-4, "dropout": 0.1}
+FINETUNE_TEST, SEEDS = 2000, 3
+ARMS = {  # pretrained or not, and the weight of the pixels in the loss
+    "pretrained, joint": (True, 1.0),
+    "from scratch, joint": (False, 1.0),
+    "pretrained, classes alone": (True, 0.0),
+}
 MASKED_NETWORK = {"n_layer": 4, "n_embd": 64, "n_head": 2}
 MASKED_LABELS, MASKED_TEST = 2000, 2000
 READINGS = {"unmasked": 0, "one mask": 1, "vote of five": VOTES}  # masks of an image
@@ -206,6 +216,33 @@ def margins(result: ProbeResult) -> dict[str, float]:
     }
 
 
+def measure_finetuning(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
+    """Fine-tunes the pretrained network and one with random weights, each ``SEEDS`` times, with 10 labels a class."""
+    assert data.labels is not None
+    seen = torch.cat([torch.nonzero(~data.heldout), torch.nonzero(data.heldout)[:FINETUNE_TEST]]).squeeze(1)
+    parts = {"tokens": data.tokens[seen], "heldout": data.heldout[seen], "labels": data.labels[seen]}
+    images = dataclasses.replace(data, **parts)
+    found: dict[str, Any] = {}
+    for arm, (pretrained, gen_weight) in ARMS.items():
+        for number in range(seed, seed + SEEDS):
+            start = finetune.load(out / "pretrain" / MODEL)
+            start = start if pretrained else finetune.random_weights(start, number)
+            config = FinetuneConfig(**FINETUNE, gen_weight=gen_weight, seed=number)
+            with tempfile.TemporaryDirectory() as folder:
+                tuned = finetune.finetune(start, images, folder, config)
+            for name in ("accuracy", "nats", "nats_before"):
+                found.setdefault(arm, {}).setdefault(name, []).append(tuned[name])
+            print(f"finetune: {arm}, seed {number}: {tuned}", file=sys.stderr, flush=True)
+    mean = {arm: {name: float(np.mean(values)) for name, values in figures.items()} for arm, figures in found.items()}
+    joint, scratch, alone = mean.values()
+    gaps = {
+        "pretrained joint - from scratch joint, accuracy": joint["accuracy"] - scratch["accuracy"],
+        "nats after - before, joint": joint["nats"] - joint["nats_before"],
+        "nats after - before, classes alone": alone["nats"] - alone["nats_before"],
+    }
+    return {"runs": found, "mean": mean, "margins": gaps}
+
+
 @dataclasses.dataclass(frozen=True)
 class WideMasked(Masked):
     """Masked pixels, begun from weights as wide as so narrow a network needs: with deviations of 0.02, which suit a
@@ -276,6 +313,7 @@ STAGES: dict[str, Callable[[TokenData, Path, argparse.Namespace], dict[str, Any]
     "pretrain": lambda data, out, args: {"pretrain": pretrain(data, out / "pretrain", args.seed, args.steps)},
     "probe": lambda data, out, args: measure_probe(data, out, args.seed, "probe", LABELS, 0),
     "shifted": lambda data, out, args: measure_probe(data, out, args.seed, "shifted", SHIFTED_LABELS, SHIFT),
+    "finetune": lambda data, out, args: {"finetune": measure_finetuning(data, out, args.seed)},
     "masked": lambda data, out, args: {"masked": measure_masked(data, out / "masked", args.seed, args.steps)},
 }
 

@@ -99,6 +99,23 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "pretrain/model/model.safetensors").read_bytes() == model
 
 
+def test_finetune(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three arms, of so few images of each class; the pretrained network is left as it was."""
+    monkeypatch.setattr(fashion, "FINETUNE", {"shots": 2, "validation": 0.0, "steps": 1, "batch_size": 4, "lr": 0.1})
+    monkeypatch.setattr(fashion, "FINETUNE_TEST", 20)
+    monkeypatch.setattr(fashion, "SEEDS", 2)
+    out = tmp_path / "run"
+    fashion.main(["--path", str(source), "--out", str(out), "--stages", "pretrain,finetune", "--steps", "1"])
+    found = json.loads((out / "results.json").read_text())["finetune"]
+    assert found["runs"].keys() == fashion.ARMS.keys()
+    pretrained = found["runs"]["pretrained, joint"]
+    assert [len(pretrained[name]) for name in ("accuracy", "nats", "nats_before")] == [2, 2, 2]
+    assert pretrained["nats_before"][0] == pretrained["nats_before"][1]
+    assert {round(value * 20) / 20 for value in pretrained["accuracy"]} == set(pretrained["accuracy"])  # of 20 images
+    changed = pretrained["nats"][0] + pretrained["nats"][1] - 2 * pretrained["nats_before"][0]
+    assert found["margins"]["nats after - before, joint"] == pytest.approx(changed / 2)
+
+
 def test_masked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bidirectional network begins as wide as it is narrow; it and its random twin are read in three ways."""
     monkeypatch.setattr(fashion, "MASKED_NETWORK", {"n_layer": 1, "n_embd": 16, "n_head": 1})
