@@ -26,18 +26,18 @@ def test_the_bundled_model_at_24x24() -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_grid_is_the_images(head: type) -> None:
-    """A table that is linear in row and column stays so, away from the border; 8x10 becomes 16x30."""
+    """Tables of rows and of columns stay such, away from the border: 8x10 becomes 16x30."""
     model = small(head=head)
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(10.0), indexing="ij")
     with torch.no_grad():
-        model.base_model.wpe.weight.copy_((rows + 100 * columns).reshape(-1, 1).expand(-1, 48))
+        model.base_model.wpe.weight[:, :2] = torch.stack([rows, columns], dim=-1).view(80, 2)
     table = model.resize_positions(16, 30, old=(8, 10))
     assert table is model.base_model.wpe
     assert (model.config.n_positions, table.num_embeddings, table.weight.shape) == (480, 480, (480, 48))
     row, column = torch.meshgrid((torch.arange(16) + 0.5) / 2 - 0.5, (torch.arange(30) + 0.5) / 3 - 0.5, indexing="ij")
     inside = (slice(4, -4), slice(6, -6))
-    found = table.weight.detach()[:, 7].view(16, 30)[inside]
-    torch.testing.assert_close(found, (row + 100 * column)[inside], rtol=1e-5, atol=1e-3)
+    found = table.weight.detach()[:, :2].view(16, 30, 2)[inside]
+    torch.testing.assert_close(found, torch.stack([row, column], dim=-1)[inside], rtol=0, atol=0.1)
     assert model(ids(model, 2, 480))[0].isfinite().all()
 
 
