@@ -18,6 +18,7 @@ _DEFINED = {
     "image": "ImageGPTImageProcessor quantize dequantize fit_clusters load_clusters save_clusters open_image image_grid"
     " save_image save_animation to_rgb resize center_crop",
     "pipeline": "Pipeline Generation",
+    "likelihood.scores": "Scores",
     "environment": "show_config",
     "backend": "set_backend get_backend use_backend BackendUnavailableError",
 }
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from igpt_fast.image import save_clusters as save_clusters
     from igpt_fast.image import save_image as save_image
     from igpt_fast.image import to_rgb as to_rgb
+    from igpt_fast.likelihood.scores import Scores as Scores
     from igpt_fast.model import ImageGPTForCausalImageModeling as ImageGPTForCausalImageModeling
     from igpt_fast.model import ImageGPTForImageClassification as ImageGPTForImageClassification
     from igpt_fast.model import ImageGPTModel as ImageGPTModel

@@ -23,6 +23,10 @@ MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_DEPTH = 64  # copying and writing go one call deeper for each level
 _MAX_PIPE_BYTES = 256 << 20
 _MAX_SHOWN = 100  # of a value or a name
+# What a .npz may unpack to: its size times the ratio, and a little file may unpack to the floor in any case. Flat
+# colours compress a few hundred times at most.
+_MAX_NPZ_RATIO = 400
+_MIN_NPZ_BOUND = 1 << 20
 _MAX_LINE = 400  # characters of what another library says, which may quote a file
 
 
@@ -262,6 +266,40 @@ def read_npy(file: IO[bytes], max_bytes: int, *, kinds: str = "iufb") -> np.ndar
         raise
     except Exception as error:  # numpy parses the header with ast, whose MemoryError is nesting; zlib has its own class
         raise ValueError(f"not a usable .npy file: {first_line(error)}") from error
+
+
+def read_npz(file: IO[bytes], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an open ``.npz``, those of ``optional`` if it has them: numbers and strings; nothing is unpickled.
+
+    A zip states sizes it need not keep: each is checked before it is believed, and what would unpack to more than 400
+    times the file's size (1 MiB for a small file) is refused.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, ...: What zipfile raises on a damaged file has no common class; the caller names
+            the file.
+    """
+    import zipfile
+
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        if missing := [name for name in names if f"{name}.npy" not in members]:
+            raise ValueError(f"has no array {missing[0]!r}")
+        wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
+        bound = max(_MIN_NPZ_BOUND, _MAX_NPZ_RATIO * size)
+        total = sum(info.file_size for info in wanted.values())
+        if total > bound:
+            raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
+        found = {}
+        for name, info in wanted.items():
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{printable(info.filename)} is packed by a method that numpy does not write")
+            with archive.open(info) as member:
+                try:
+                    found[name] = read_npy(member, info.file_size, kinds="iufbU")
+                except ValueError as error:
+                    raise ValueError(f"{info.filename}: {error}") from error
+        return found
 
 
 @contextmanager

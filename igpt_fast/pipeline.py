@@ -1,4 +1,4 @@
-"""Pipeline: from a model and its colours to pictures - sampling, and completion of images given in part."""
+"""Pipeline: a model and its colours - sampling, completion of images given in part, and scores of whole ones."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
 from igpt_fast.files import BUNDLED, listed
 from igpt_fast.image import ImageGPTImageProcessor
+from igpt_fast.likelihood.scores import InterruptedScoring as InterruptedScoring
+from igpt_fast.likelihood.scores import Scores as Scores
+from igpt_fast.likelihood.scoring import read_images, score_tokens
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.sampling.inpainting import following, given_pixels
 from igpt_fast.sampling.inpainting import kept_rows as kept_rows
@@ -242,6 +245,67 @@ class Pipeline:
         inputs = _as_list(images)
         return self._begun(options, images=inputs, keep=keep, n=n, candidates=candidates, first=first_input)
 
+    def score(
+        self,
+        images: Any,
+        labels: Labels = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> Scores:
+        """How unusual the model finds images: the nats of every pixel, and what follows from them.
+
+        Args:
+            images: As ``complete`` takes them; the middle is cut out in the model's aspect, then resized to its size.
+            labels: The class of all images, or of each, for a model that has classes; ``None`` scores without.
+            batch_size: Images computed together; ``None`` see ``scoring.default_batch_size``. Halved where memory does
+                not suffice, with a warning.
+            progress: Called with the number of images scored so far and in all.
+            names: What the images are called; paths have their own, others are numbered.
+
+        Raises:
+            NotFiniteError: The model's logits are not finite; its ``partial`` has the scores of finished batches.
+            MemoryError, RuntimeError: Memory does not suffice for a single image.
+            OSError, TypeError, ValueError: Something that is not an image, or a value out of its range.
+            InterruptedScoring: On Ctrl-C; its ``partial`` has the same.
+        """
+        inputs = _as_list(images)
+        read = read_images(inputs, self.processor)
+        for item in read:
+            if isinstance(item, Exception):
+                raise item
+        if names is None:
+            paths = isinstance(inputs, list) and all(isinstance(item, str | os.PathLike) for item in inputs)
+            names = [os.fspath(item) if paths else str(i) for i, item in enumerate(inputs)]
+        tokens = torch.stack([item for item in read if isinstance(item, Tensor)])
+        return self.score_tokens(tokens, labels, batch_size, progress, names=names)
+
+    def score_tokens(
+        self,
+        tokens: Tensor,
+        labels: Labels = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> Scores:
+        """``score`` of images that are tokens already: (N, T) integers in 0..K-1, of the pipeline's palette."""
+        config = self.model.config
+        if tokens.ndim != 2 or tokens.shape[1] != config.n_positions or tokens.is_floating_point() or not len(tokens):
+            got = f"{tuple(tokens.shape)} {tokens.dtype}"
+            raise ValueError(f"tokens must be (N, {config.n_positions}) integers, got {got}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.n_colours:
+            raise ValueError(f"token {low if low < 0 else high} is not in 0..{config.n_colours - 1}")
+        names = [str(i) for i in range(len(tokens))] if names is None else names
+        if len(names) != len(tokens):
+            raise ValueError(f"{len(names)} names for {len(tokens)} images")
+        if batch_size is not None:
+            whole_number("batch_size", batch_size)
+        classes = self.checked_labels(labels, len(tokens), "images")
+        return score_tokens(self.model, self.processor, tokens.long().cpu(), names, classes, batch_size, progress)
+
     def request(
         self,
         n: int = 1,
@@ -285,7 +349,7 @@ class Pipeline:
             raise ValueError(f"candidates is {candidates}, but at temperature 0 they are all the same")
         if scale != 1.0 and labels is None:
             raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
-        classes = self._labels(labels, len(given), "n" if images is None else "images")
+        classes = self.checked_labels(labels, len(given), "n" if images is None else "images")
         seed = int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
         kept = None  # of a mask
         if not isinstance(keep, np.ndarray | Tensor | list):
@@ -316,8 +380,8 @@ class Pipeline:
         draw = {field.name: rest.pop(field.name) for field in fields(Sampling) if field.name in rest}
         return self.start(self.request(sampling=Sampling(**draw), **request, **rest), progress)
 
-    def _labels(self, labels: Labels, count: int, what: str) -> Tensor | None:
-        """(count,) int64 classes."""
+    def checked_labels(self, labels: Labels, count: int, what: str) -> Tensor | None:
+        """(count,) int64 classes; TypeError or ValueError where they are none of the model's."""
         if labels is None:
             return None
         n_classes = self.model.config.n_classes

@@ -20,7 +20,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -104,6 +110,20 @@ def draws_the_same(model: Any) -> bool:
     return True
 
 
+def has_the_same_features() -> bool:
+    """And gradients, the norm's among them that stands in a block which does not run."""
+    one, model = make(), sharded(make())
+    register_fsdp_forward_method(model, "forward_intermediates")
+    (want,), (found,) = (m.forward_intermediates(IDS, [0]) for m in (one, model))
+    torch.testing.assert_close(found, want)
+    norms = []
+    for features, m in ((want, one), (found, model)):
+        features.square().sum().backward()
+        norms.append(norm(m))
+    assert abs(norms[1] - norms[0]) <= 1e-4 * norms[0], norms
+    return model.transformer.h[1].ln_1.weight.grad is not None
+
+
 def drawn_whole() -> bool:
     model = fully_sharded(make()).eval()
     with pytest.raises(RuntimeError, match="summon_full_params"):
@@ -131,6 +151,7 @@ WAYS: dict[str, Callable[[], bool]] = {
     "fsdp1_generate": drawn_whole,
     "fsdp2_generate": lambda: draws_the_same(sharded(make())),
     "fsdp2_generate_blocks_alone": lambda: draws_the_same([m := make(), [fully_shard(b) for b in m.transformer.h]][0]),
+    "fsdp2_features": has_the_same_features,
     "ddp_generate": lambda: draws_the_same(DistributedDataParallel(make()).module),
     "head_local": lambda: agrees(parallel_head()),
     "head_replicated": lambda: agrees(parallel_head(output_layouts=Replicate())),

@@ -2,9 +2,12 @@
 // Whoever calls it has checked every argument (igpt_fast/engines/cpu/forward.py).
 #include "cpu/forward.h"
 
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "bind.h"
 
@@ -30,11 +33,24 @@ void bind_forward(py::module_& m) {
         .def(
             "run",
             [](const cpu::Forward& self, uintptr_t tokens, int64_t batch, int64_t length, uintptr_t last,
-               uintptr_t hidden, uintptr_t keys, uintptr_t values, int32_t threads) {
-                self.run({reinterpret_cast<const int64_t*>(tokens), batch, length, halves(last), halves(hidden),
-                          halves(keys), halves(values)},
-                         threads);
+               uintptr_t keys, uintptr_t values, int64_t layers, const std::vector<int64_t>& taken, bool normed,
+               uintptr_t states, int64_t bands, uintptr_t means, int32_t threads) {
+                cpu::ForwardParams p{};
+                p.tokens = reinterpret_cast<const int64_t*>(tokens);
+                p.batch = batch;
+                p.length = length;
+                p.layers = layers;
+                p.last = halves(last);
+                p.keys = halves(keys);
+                p.values = halves(values);
+                p.taken = taken.data();
+                p.takes = int64_t(taken.size());
+                p.normed = normed;
+                p.states = halves(states);
+                p.bands = bands;
+                p.means = reinterpret_cast<float*>(means);
+                self.run(p, threads);
             },
-            unlocked, py::kw_only(), "tokens"_a, "batch"_a, "length"_a, "last"_a, "hidden"_a, "keys"_a, "values"_a,
-            "threads"_a);
+            unlocked, py::kw_only(), "tokens"_a, "batch"_a, "length"_a, "last"_a, "keys"_a, "values"_a, "layers"_a,
+            "taken"_a, "normed"_a, "states"_a, "bands"_a, "means"_a, "threads"_a);
 }

@@ -5,6 +5,10 @@
 //               mixed = softmax(q K^T) V                                   | own queries  barrier
 //               x += mixed Wproj; x += act(norm(x) Wfc) Wfc_proj           | own rows
 //
+// States that are taken on the way are copied where a layer begins, by whom the rows are. Their means are made beside
+// the attention, while all threads' rows stand as the layer found them: a thread has some columns of some parts of
+// sequences.
+//
 // A thread takes a span of rows, kSpanRows at a time through everything between two attentions, so that a span's
 // activations stay in its own cache. Where there are fewer rows than that makes sense for, several threads form a team
 // that shares rows and divides outputs; a team has a barrier of its own. Queries are divided so that every thread has
@@ -98,19 +102,26 @@ class ForwardWorker {
         const Range own = part(blocks, team_, teams);
         barriers_[0].wait(count_);  // the rows of the sequences before may have been others'
         for (int64_t b = own.begin; b < own.end; b += span_ / kRows) embed(span(own, b));
-        for (int64_t i = 0; i < w_.shape.layers; ++i) {
+        for (int64_t i = 0; i < p_.layers; ++i) {
             for (int64_t b = own.begin; b < own.end; b += span_ / kRows) {
                 if (i > 0) mlp(i - 1, span(own, b));
                 project(i, span(own, b));
             }
             barriers_[0].wait(count_);
+            take_means(i);
             causal_attention(i);
             barriers_[0].wait(count_);
         }
         for (int64_t b = own.begin; b < own.end; b += span_ / kRows) {
-            mlp(w_.shape.layers - 1, span(own, b));
-            finish(span(own, b));
+            if (p_.layers > 0) mlp(p_.layers - 1, span(own, b));
+            leave(span(own, b));
         }
+        if (p_.means != nullptr && place(p_.layers) >= 0) {
+            barriers_[0].wait(count_);
+            take_means(p_.layers);
+            barriers_[0].wait(count_);
+        }
+        for (int64_t b = own.begin; b < own.end && p_.last != nullptr; b += span_ / kRows) finish(span(own, b));
     }
 
   private:
@@ -176,14 +187,8 @@ class ForwardWorker {
     // x to q, k and v of layer i.
     void project(int64_t i, Range rows) {
         const DecoderWeights::Layer& l = w_.layer(i);
-        if (p_.hidden) {
-            uint16_t* hidden = p_.hidden + i * p_.batch * p_.length * w_.shape.embd;
-            each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
-                kernels_.residual_row(s_.x, w_.shape.embd, embd_, row,
-                                      hidden + (sequence * p_.length + t) * w_.shape.embd);
-            });
-        }
         norm(l.norm_1, rows);
+        take_states(i, rows);
         meet_team();
         GemmParams g = gemm(l.qkv, s_.normed + rows.begin * embd_, rows, 3 * w_.shape.embd, Then::store, l.proj);
         g.plain = s_.qkv[size_t(team_)];
@@ -278,9 +283,50 @@ class ForwardWorker {
         }
     }
 
+    // Where among those taken what lies behind `layers` layers is, or -1.
+    int64_t place(int64_t layers) const {
+        const int64_t* found = std::find(p_.taken, p_.taken + p_.takes, layers);
+        return found == p_.taken + p_.takes ? -1 : found - p_.taken;
+    }
+
+    // Behind `layers` layers, of this member's rows, which the norm that comes next has been applied to.
+    void take_states(int64_t layers, Range rows) const {
+        const int64_t n = w_.shape.embd, at = p_.states == nullptr ? -1 : place(layers);
+        if (at < 0) return;
+        each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
+            uint16_t* out = p_.states + ((at * p_.batch + sequence) * p_.length + t) * n;
+            p_.normed ? kernels_.tiles_row(s_.normed, n, embd_, row, out)
+                      : kernels_.residual_row(s_.x, n, embd_, row, out);
+        });
+    }
+
+    // Of all rows, this thread's share of the bands and columns.
+    void take_means(int64_t layers) const {
+        const int64_t at = p_.means == nullptr ? -1 : place(layers), columns = embd_ / 32;
+        if (at < 0) return;
+        const Range own = part(sequences_ * p_.bands * columns, index_, count_);
+        for (int64_t unit = own.begin; unit < own.end; ++unit) {
+            const int64_t sequence = unit / columns / p_.bands, band = unit / columns % p_.bands;
+            MeanParams m{};
+            m.n = w_.shape.embd;
+            m.width = embd_;
+            m.count = p_.length / p_.bands;
+            m.first = sequence * positions_ + band * m.count;
+            m.column = unit % columns * 32;
+            m.out = p_.means + ((at * p_.batch + first_ + sequence) * p_.bands + band) * m.n;
+            p_.normed ? kernels_.mean_tiles(s_.normed, m) : kernels_.mean_residual(s_.x, m);
+        }
+    }
+
+    // Behind the last layer that runs, if it is taken.
+    void leave(Range rows) {
+        if (place(p_.layers) < 0) return;
+        if (p_.normed) norm(p_.layers < w_.shape.layers ? w_.layer(p_.layers).norm_1 : w_.norm(), rows);
+        take_states(p_.layers, rows);
+    }
+
     void finish(Range rows) {
         const int64_t n = w_.shape.embd;
-        if (!p_.last) return;
         norm(w_.norm(), rows);
         each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
             kernels_.tiles_row(s_.normed, n, embd_, row, p_.last + (sequence * p_.length + t) * n);
@@ -320,6 +366,14 @@ void Forward::run(const ForwardParams& params, int threads) const {
     const DecoderShape& s = weights_->shape;
     if (params.batch < 1 || params.length < 1 || params.length > s.positions)
         throw std::invalid_argument("forward: " + std::to_string(params.batch) + " sequences of " +
+                                    std::to_string(params.length) + " positions");
+    const int64_t* end = params.taken + params.takes;
+    if (params.layers < 0 || params.layers > s.layers || !std::is_sorted(params.taken, end) ||
+        (params.takes > 0 && (*params.taken < 0 || end[-1] > params.layers)))
+        throw std::invalid_argument("forward: " + std::to_string(params.layers) + " layers of " +
+                                    std::to_string(s.layers) + ", or what is taken lies behind none of them");
+    if (params.bands < 1 || params.length % params.bands != 0)
+        throw std::invalid_argument("forward: " + std::to_string(params.bands) + " bands of " +
                                     std::to_string(params.length) + " positions");
     for (int64_t i = 0; i < params.batch * params.length; ++i)
         if (params.tokens[i] < 0 || params.tokens[i] >= s.vocab)

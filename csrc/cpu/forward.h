@@ -11,9 +11,18 @@ namespace igpt::cpu {
 struct ForwardParams {
     const int64_t* tokens;  // (batch, length)
     int64_t batch, length;  // both 1 or more, length at most the model's positions
-    // bf16, any of them null: (batch, length, embd); (layers, batch, length, embd), before each layer; and, both or
-    // neither, (layers, batch, heads, length, head_dim).
-    uint16_t *last, *hidden, *keys, *values;
+    int64_t layers;         // that run, the first ones; 0: the embedding alone
+    // bf16, any of them null: (batch, length, embd), behind these layers and the final norm; and, both or neither,
+    // (layers, batch, heads, length, head_dim).
+    uint16_t *last, *keys, *values;
+    // What is taken on the way: where so many layers lie behind, ascending, at most `layers`; either the residual, or
+    // as the norm that comes next gives it, which is the next layer's first one or the final one.
+    const int64_t* taken;
+    int64_t takes;
+    bool normed;
+    uint16_t* states;  // bf16 (takes, batch, length, embd), or null
+    int64_t bands;     // of so many equal parts of a sequence the means, which divide `length`; without `means`: 1
+    float* means;      // (takes, batch, bands, embd), or null
 };
 
 class Forward {

@@ -50,6 +50,11 @@ struct NormTiles {
     uint16_t* tiles;  // of the same rows as `residual`
 };
 
+struct MeanParams {
+    int64_t n, width, first, count, column;
+    float* out;  // column 0's
+};
+
 // kRows positions of a sequence, from row-major q, k, v of each head, one after the other, to what attention reads.
 struct HeadsParams {
     const uint16_t* qkv;  // (kRows, ld)
@@ -89,6 +94,10 @@ struct ForwardKernels {
     // Row `row` of a residual, and of tiles, as n numbers.
     void (*residual_row)(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out);
     void (*tiles_row)(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out);
+    // The mean of rows first .. first + count - 1 of a residual, and of tiles, for the columns column .. column + 31 of
+    // n; summed row by row.
+    void (*mean_residual)(const float* residual, const MeanParams&);
+    void (*mean_tiles)(const uint16_t* tiles, const MeanParams&);
     void (*pack_heads)(const HeadsParams&);
     void (*causal_attention)(const AttentionBlocksParams&);
 };

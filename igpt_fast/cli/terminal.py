@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 _MOST = 1500  # characters of a line: a path or two, and what is said of them
@@ -25,6 +26,13 @@ def say(text: object, stream: TextIO | None = None) -> None:
     stream = sys.stderr if stream is None else stream
     encoding = stream.encoding or "utf-8"
     print(plain(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def lines(rows: Sequence[str]) -> None:
+    """Prints a table on stdout, spaces kept; of a name in it, its writer takes the ``plain`` form."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for row in rows:
+        print(row.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def report(json: bool, values: dict[str, Any], text: str) -> None:

@@ -6,94 +6,52 @@ import functools
 import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from igpt_fast import files
-from igpt_fast.files import printable, shown
-from igpt_fast.image.clusters import check_clusters
+from igpt_fast.files import shown
+from igpt_fast.learning.tokenizers import CodeTokenizer, ColourTokenizer, Tokenizer
 
-# What a token file may unpack to: its size times the ratio, and a little file may unpack to the floor in any case.
-# Flat colours compress a few hundred times at most.
-_MAX_RATIO = 400
-_MIN_BOUND = 1 << 20
 _CHUNK = 1 << 20  # tokens that are widened at once for the fingerprint
 _MAX_NAME = 200  # characters
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-@dataclass
-class TokenData:
-    """Images as tokens.
+class ImageSet:
+    """What all data sets have: some images are trained on, the others held out. See ``objectives.protocol.Data``."""
 
-    Args:
-        tokens: (N, side * side) integers in 0..K-1. The functions here keep them in the smallest type, uint8 for up
-            to 256 clusters; what is taken out is widened.
-        clusters: (K, 3) float32 in [-1, 1].
-        heldout: (N,) bool, images that are never trained on.
-        skipped: Files that were left out because they are not readable images.
-        labels: (N,) int64, the class of each image in 0..C-1; ``None``: the images have no classes.
-        class_names: The C names; ``"0"``, ``"1"`` and so on if there are labels alone.
-
-    Raises:
-        ValueError: Arrays that do not fit together, nothing to train on, or a class without an image to train on.
-    """
-
-    tokens: Tensor
-    clusters: np.ndarray
-    heldout: Tensor
-    skipped: int = 0
-    labels: Tensor | None = None
-    class_names: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        tokens, heldout = self.tokens, self.heldout
-        if tokens.ndim != 2 or tokens.dtype not in _INTEGERS or tokens.numel() == 0:
-            raise ValueError(f"tokens must be (N, T) integers, got {tuple(tokens.shape)} {tokens.dtype}")
-        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens are not a square image")
-        _check_range(tokens.numpy(), len(self.clusters))
-        if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
-            raise ValueError("heldout must be (N,) bool with at least one image to train on")
-        if self.labels is not None:
-            self._check_classes(self.labels)
-        elif self.class_names:
-            raise ValueError("there are class_names, and no labels")
-
-    def _check_classes(self, labels: Tensor) -> None:
-        if labels.shape != self.tokens.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be (N,) integers, got {tuple(labels.shape)} {labels.dtype}")
-        low, high = int(labels.min()), int(labels.max())
-        n_classes = len(self.class_names) or min(high + 1, len(labels))  # with a gap there would be no more classes
-        if low < 0 or high >= n_classes:
-            raise ValueError(f"label {low if low < 0 else high} is not in 0..{n_classes - 1}")
-        names = self.class_names = [str(name) for name in self.class_names or range(n_classes)]
-        if len(set(names)) != len(names):
-            raise ValueError("two classes have the same name")
-        if wrong := [name for name in names if not name.isprintable() or not 0 < len(name) <= _MAX_NAME]:
-            raise ValueError(f"a class is called {wrong[0][:_MAX_NAME]!r}; want 1..{_MAX_NAME} printable characters")
-        counts = torch.bincount(labels[~self.heldout], minlength=n_classes)
-        if not bool(counts.all()):
-            raise ValueError(f"class {names[int(counts.argmin())]!r} has no image to train on")
+    tokenizer: Tokenizer
+    heldout: Tensor  # (N,) bool
+    labels: Tensor | None  # (N,) int64
+    class_names: Sequence[str]
+    skipped: int
 
     @property
     def height(self) -> int:
-        """Pixels; a square's."""
-        return math.isqrt(self.tokens.shape[1])
+        """Pixels."""
+        return self.tokenizer.height
 
-    width = side = height
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return self.tokenizer.width
 
     @property
     def vocabulary(self) -> int:
-        """Tokens of pixels are below it."""
-        return len(self.clusters)
+        """Tokens of pixels are below it; the ids of the classes follow."""
+        return self.tokenizer.vocabulary
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes; 0 if the images have none."""
+        return len(self.class_names)
 
     @functools.cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
@@ -118,18 +76,88 @@ class TokenData:
         """See ``objectives.protocol.Data``."""
         return map(self._at, self._places[1].split(batch_size) if self.n_heldout else ())
 
+    def fingerprint(self) -> str:
+        """See ``objectives.protocol.Data``."""
+        raise NotImplementedError
+
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, T) int64 tokens of the images at these places, and their labels."""
+        raise NotImplementedError
+
+    def in_memory(self, most: int) -> TokenData:
+        """At most so many images to train on, and a quarter as many held-out ones, spread evenly; without classes."""
+        parts = [_spread(places, count) for places, count in zip(self._places, (most, most // 4), strict=True)]
+        tokens = self._at(torch.cat(parts))[0]
+        heldout = torch.arange(len(tokens)) >= len(parts[0])
+        return TokenData(tokens, self.tokenizer.clusters, heldout, tokenizer=self.tokenizer)
+
+
+def _spread(places: Tensor, most: int) -> Tensor:
+    return places if len(places) <= most else places[torch.arange(most) * len(places) // most]
+
+
+@dataclass
+class TokenData(ImageSet):
+    """Images as tokens, all in memory.
+
+    Args:
+        tokens: (N, height * width) integers in 0..K-1. The functions here keep them in the smallest type, uint8 for up
+            to 256 clusters; what is taken out is widened.
+        clusters: (K, 3) float32 in [-1, 1]; ``None``: the tokens are no colours, and ``tokenizer`` says what they are.
+        heldout: (N,) bool, images that are never trained on.
+        skipped: Files that were left out because they are not readable images.
+        labels: (N,) int64, the class of each image in 0..C-1; ``None``: the images have no classes.
+        class_names: The C names; ``"0"``, ``"1"`` and so on if there are labels alone.
+        tokenizer: What the tokens are, and the size of the images; the clusters and a square, if not given.
+
+    Raises:
+        ValueError: Arrays that do not fit together, nothing to train on, or a class without an image to train on.
+    """
+
+    tokens: Tensor
+    clusters: np.ndarray | None
+    heldout: Tensor
+    skipped: int = 0
+    labels: Tensor | None = None
+    class_names: Sequence[str] = ()
+    tokenizer: Tokenizer = None  # type: ignore[assignment] # made below
+
+    def __post_init__(self) -> None:
+        tokens, heldout = self.tokens, self.heldout
+        if tokens.ndim != 2 or tokens.dtype not in _INTEGERS or tokens.numel() == 0:
+            raise ValueError(f"tokens must be (N, T) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+        if self.tokenizer is None:
+            self.tokenizer = _square(tokens.shape[1], self.clusters)
+        if not _same(self.clusters, self.tokenizer.clusters):
+            raise ValueError("the clusters are not the tokenizer's")
+        if tokens.shape[1] != self.tokenizer.length:
+            raise ValueError(f"{tokens.shape[1]} tokens are not an image of {self.height} x {self.width}")
+        check_tokens(tokens.numpy(), self.vocabulary)
+        if heldout.shape != tokens.shape[:1] or heldout.dtype != torch.bool or bool(heldout.all()):
+            raise ValueError("heldout must be (N,) bool with at least one image to train on")
+        if self.labels is not None:
+            self.class_names = check_classes(self.labels, self.class_names, heldout)
+        elif self.class_names:
+            raise ValueError("there are class_names, and no labels")
+
     def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.tokens[places].long(), None if self.labels is None else self.labels[places]
 
-    @property
-    def n_clusters(self) -> int:
-        """Number of colours; their ids come first, then those of the classes."""
-        return len(self.clusters)
+    def in_memory(self, most: int) -> TokenData:
+        """Itself: it is."""
+        return self
 
     @property
-    def n_classes(self) -> int:
-        """Number of classes; 0 if the images have none."""
-        return len(self.class_names)
+    def side(self) -> int:
+        """Edge of the images, which are squares."""
+        if self.height != self.width:
+            raise ValueError(f"the images are no squares: {self.height} x {self.width}")
+        return self.height
+
+    @property
+    def n_clusters(self) -> int:
+        """The vocabulary, most often of colours."""
+        return self.vocabulary
 
     @property
     def train_tokens(self) -> Tensor:
@@ -157,14 +185,55 @@ class TokenData:
         flat = self.tokens.numpy().reshape(-1)
         for start in range(0, len(flat), _CHUNK):
             digest.update(flat[start : start + _CHUNK].astype(np.int64).tobytes())
-        digest.update(self.clusters.tobytes() + self.heldout.numpy().tobytes())
+        digest.update(b"" if self.clusters is None else self.clusters.tobytes())
+        digest.update(self.heldout.numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes() + "\0".join(self.class_names).encode())
+        if self.clusters is None or self.height != self.width:  # of squares of colours the above is all
+            digest.update(self.tokenizer.digest().encode())
         return digest.hexdigest()
 
 
+def check_classes(labels: Tensor, class_names: Sequence[str], heldout: Tensor) -> list[str]:
+    """The names of the classes; ``"0"``, ``"1"`` and so on if there are none.
+
+    Raises:
+        ValueError: Labels that are not (N,) int64 or out of range, names that are no names, or a class without an image
+            to train on.
+    """
+    if labels.shape != heldout.shape or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be (N,) integers, got {tuple(labels.shape)} {labels.dtype}")
+    low, high = int(labels.min()), int(labels.max())
+    n_classes = len(class_names) or min(high + 1, len(labels))  # with a gap there would be no more classes
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"label {low if low < 0 else high} is not in 0..{n_classes - 1}")
+    names = [str(name) for name in class_names or range(n_classes)]
+    if len(set(names)) != len(names):
+        raise ValueError("two classes have the same name")
+    if wrong := [name for name in names if not name.isprintable() or not 0 < len(name) <= _MAX_NAME]:
+        raise ValueError(f"a class is called {wrong[0][:_MAX_NAME]!r}; want 1..{_MAX_NAME} printable characters")
+    counts = torch.bincount(labels[~heldout], minlength=n_classes)
+    if not bool(counts.all()):
+        raise ValueError(f"class {names[int(counts.argmin())]!r} has no image to train on")
+    return names
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def _square(length: int, clusters: np.ndarray | None) -> Tokenizer:
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise ValueError(f"{length} tokens are not a square image; say its height and width")
+    if clusters is None:
+        raise ValueError("there are no clusters, and no tokenizer")
+    return ColourTokenizer(clusters, side, side)
+
+
 def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> TokenData:
-    """Reads a token file: a .npz with ``tokens`` (N, T), ``clusters`` (K, 3) and ``heldout`` (N,).
+    """Reads a token file: a .npz with ``tokens`` (N, T), ``heldout`` (N,), and ``clusters`` (K, 3) or, where the tokens
+    are no colours, ``vocabulary``, an integer; with ``size`` (height, width) where the images are no squares.
 
     With ``classes`` also ``labels`` (N,), integers, and ``class_names`` (C,), strings, if it has them.
 
@@ -176,10 +245,11 @@ def load_tokens(path: str | os.PathLike[str], *, classes: bool = False) -> Token
         MemoryError: The arrays are believed, and too large for this machine.
         ValueError: The file is not such a file; the message names it and the reason.
     """
-    names = ("tokens", "clusters", "heldout", *(("labels",) if classes else ()))
+    names = ("tokens", "heldout", *(("labels",) if classes else ()))
+    optional = ("clusters", "vocabulary", "size", *(("class_names",) if classes else ()))
     with files.open_input(path) as file:
         try:
-            return _data_of(_read_npz(file, names, ("class_names",) if classes else ()))
+            return _data_of(files.read_npz(file, names, optional))
         except (PermissionError, MemoryError):
             raise
         except Exception as error:  # what zipfile raises on a damaged file has no common class
@@ -192,26 +262,37 @@ def _data_of(arrays: dict[str, np.ndarray]) -> TokenData:
         raise ValueError(f"tokens must be (N, T) integers, got {shown(tokens.shape)} {tokens.dtype}")
     if heldout.dtype != np.bool_:
         raise ValueError(f"heldout must be (N,) bool, got {shown(heldout.shape)} {heldout.dtype}")
-    palette = check_clusters(arrays["clusters"])
-    narrow = _narrow(tokens, len(palette))
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"tokens must be (N, T) integers, got {shown(tokens.shape)} {tokens.dtype}")
+    tokenizer = _tokenizer(arrays, tokens.shape[1])
+    narrow = _narrow(tokens, tokenizer.vocabulary)
     labels = _labels(arrays["labels"]) if "labels" in arrays else None
     names = _class_names(arrays.get("class_names"))
-    return TokenData(narrow, palette, torch.from_numpy(heldout.copy()), labels=labels, class_names=names)
+    chosen = torch.from_numpy(heldout.copy())
+    return TokenData(narrow, tokenizer.clusters, chosen, labels=labels, class_names=names, tokenizer=tokenizer)
 
 
-def has_labels(path: Path) -> bool:
-    """Whether a token file has ``labels``; true of what is no token file, of which ``load_tokens`` says more."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "labels.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return True
+def _tokenizer(arrays: dict[str, np.ndarray], length: int) -> Tokenizer:
+    if ("clusters" in arrays) == ("vocabulary" in arrays):
+        raise ValueError("has no array 'clusters'" if "clusters" not in arrays else "has both clusters and vocabulary")
+    side = math.isqrt(length)
+    size = arrays.get("size", np.array([side, side]))
+    if size.shape != (2,) or size.dtype.kind not in "iu" or size.prod(dtype=np.uint64) != length:
+        wanted = "size must be two integers, height and width, whose product is T" if "size" in arrays else ""
+        raise ValueError(wanted or f"{length} tokens are not a square image, and there is no size")
+    if "clusters" in arrays:
+        return ColourTokenizer(arrays["clusters"], *size.tolist())
+    vocabulary = arrays["vocabulary"]
+    if vocabulary.shape != () or vocabulary.dtype.kind not in "iu":
+        raise ValueError(f"vocabulary must be an integer, got {shown(vocabulary.shape)} {vocabulary.dtype}")
+    return CodeTokenizer(vocabulary.item(), *size.tolist())
 
 
-def _check_range(tokens: np.ndarray, n_clusters: int) -> None:
+def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
+    """Raises ``ValueError`` where a token is none of the vocabulary's."""
     low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
-    if low < 0 or high >= n_clusters:
-        raise ValueError(f"token {low if low < 0 else high} is not in 0..{n_clusters - 1}")
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token {low if low < 0 else high} is not in 0..{vocabulary - 1}")
 
 
 def _labels(labels: np.ndarray) -> Tensor:
@@ -230,36 +311,9 @@ def _class_names(names: np.ndarray | None) -> list[str]:
 
 def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     """A copy in the smallest type that holds the ids of the clusters and that torch computes with."""
-    _check_range(tokens, n_clusters)
+    check_tokens(tokens, n_clusters)
     dtype = next(kind for kind in (np.uint8, np.int16, np.int32, np.int64) if n_clusters - 1 <= np.iinfo(kind).max)
     return torch.from_numpy(tokens.astype(dtype, order="C"))
-
-
-def _read_npz(file: IO[bytes], names: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of a .npz, those of ``optional`` if it has them. A zip states sizes it need not keep: each is checked
-    before it is believed."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if missing := [name for name in names if f"{name}.npy" not in members]:
-            raise ValueError(f"has no array {missing[0]!r}")
-        wanted = {name: members[f"{name}.npy"] for name in (*names, *optional) if f"{name}.npy" in members}
-        bound = max(_MIN_BOUND, _MAX_RATIO * size)
-        total = sum(info.file_size for info in wanted.values())
-        if total > bound:
-            raise ValueError(f"claims to unpack to {total} bytes from {size}; at most {bound} are believed")
-        for info in wanted.values():
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{printable(info.filename)} is packed by a method that numpy does not write")
-        return {name: _read_member(archive, info) for name, info in wanted.items()}
-
-
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(info) as member:
-        try:
-            return files.read_npy(member, info.file_size, kinds="iufbU")
-        except ValueError as error:
-            raise ValueError(f"{info.filename}: {error}") from error
 
 
 def save_tokens(
@@ -282,9 +336,11 @@ def save_tokens(
         raise ValueError(f"{path}: want a name that ends in .npz")
     arrays: dict[str, Any] = {
         "tokens": data.tokens.numpy().astype(np.min_scalar_type(data.n_clusters - 1)),
-        "clusters": data.clusters,
+        **({"vocabulary": np.array(data.vocabulary)} if data.clusters is None else {"clusters": data.clusters}),
         "heldout": data.heldout.numpy(),
     }
+    if data.height != data.width:
+        arrays["size"] = np.array([data.height, data.width])
     if data.labels is not None:
         arrays["labels"] = data.labels.numpy().astype(np.min_scalar_type(data.n_classes - 1))
         arrays["class_names"] = np.array(list(data.class_names), dtype=np.str_)

@@ -46,8 +46,8 @@ def lookup_table_nats(data: TokenData, *, border: int | None = None) -> float:
         NaN when nothing is held out.
     """
     k = data.n_clusters
-    left, up, colour = _neighbours(data.train_tokens, data.side, k if border is None else border)
-    left_, up_, colour_ = _neighbours(data.heldout_tokens, data.side, k if border is None else border)
+    left, up, colour = _neighbours(data.train_tokens, data, k if border is None else border)
+    left_, up_, colour_ = _neighbours(data.heldout_tokens, data, k if border is None else border)
     overall = (np.bincount(colour, minlength=k) + 1.0) / (len(colour) + k)
 
     def table(context: np.ndarray, context_: np.ndarray, prior: np.ndarray) -> np.ndarray:
@@ -74,9 +74,9 @@ def histogram_nats(data: TokenData) -> float:
     return float(-np.log(probability).mean()) if len(probability) else math.nan
 
 
-def _neighbours(tokens: Tensor, side: int, outside: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _neighbours(tokens: Tensor, data: TokenData, outside: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Left neighbour, upper neighbour and colour of every pixel, flat."""
-    grid = tokens.numpy().reshape(-1, side, side).astype(np.int64)  # the outside may not fit their type
+    grid = tokens.numpy().reshape(-1, data.height, data.width).astype(np.int64)  # the outside may not fit their type
     padded = np.pad(grid, ((0, 0), (1, 0), (1, 0)), constant_values=outside)
     return padded[:, 1:, :-1].ravel(), padded[:, :-1, 1:].ravel(), grid.ravel()
 

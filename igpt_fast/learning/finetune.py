@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import files
-from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.data import ImageSet
 from igpt_fast.learning.objectives.classification import (
     Classification,
     ImageGPTWithBothHeads,
@@ -126,7 +126,7 @@ def random_weights(model: ImageGPTWithBothHeads, seed: int) -> ImageGPTWithBothH
 
 def finetune(
     model: ImageGPTForCausalImageModeling,
-    data: TokenData,
+    data: ImageSet,
     out: str | os.PathLike[str],
     config: FinetuneConfig = FinetuneConfig(),  # noqa: B008 - a frozen value
     *,

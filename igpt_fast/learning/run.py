@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from igpt_fast.learning import checkpoints
-from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.data import ImageSet
 from igpt_fast.learning.evaluate import histogram_nats, lookup_table_nats
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Objective
@@ -20,12 +20,13 @@ from igpt_fast.learning.train import Progress, _train
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.world import World
 
+_BASELINE_TOKENS = 1 << 22  # that the baselines learn from, of a data set that is not in memory
 MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides checkpoint and log
 _MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "generation_config.json")
 
 
 def run(
-    data: TokenData,
+    data: ImageSet,
     out: str | os.PathLike[str],
     config: TrainConfig,
     *,
@@ -50,7 +51,8 @@ def run(
         save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
 
     Returns:
-        Where the model is, its size, and its held-out nats per token beside the baselines'; ``None`` for
+        Where the model is, its size, and its held-out nats per token beside the baselines', which of a data set that is
+        not in memory are those of a part of 4 million tokens to learn from; ``None`` for
         figures of a held-out part that is empty. With classes also how many, and the nats of images whose class is
         known, ``heldout_class_nats``; of masked images ``heldout_masked_nats`` alone, beside the histogram's.
         If steps were made, the throughput of the last, see ``throughput.Meter``. Other processes than the first return
@@ -71,27 +73,29 @@ def run(
     if world is not None and not world.first:
         return {}
     export(model, data, out / MODEL, save_dtype)
-    if model.config.bidirectional:
+    drawn = data.tokenizer.clusters is not None  # of other tokens there is nothing to see
+    if drawn and model.config.bidirectional:
         draw_reconstructions(out / MODEL, data, out / SAMPLES)
-    else:
+    elif drawn:
         _draw_samples(out, data.n_classes)
-    held = int(data.heldout.sum())
+    held, seen = data.n_heldout, data.in_memory(max(64, _BASELINE_TOKENS // data.tokenizer.length))
     measured = measured or objective.evaluate(model, data)  # a finished run, resumed
     if model.config.bidirectional:
         figures = {"heldout_masked_nats": measured.get("heldout_masked_nats")}
     else:
         figures = {"heldout_nats": measured.get("heldout_nats")}
-        figures["lookup_table_nats"] = lookup_table_nats(data) if held else None
+        figures["lookup_table_nats"] = lookup_table_nats(seen) if held else None
     if model.config.n_classes:
         figures |= {"classes": data.n_classes, "heldout_class_nats": measured.get("heldout_class_nats")}
     return {
         "model": str(out / MODEL),
-        "samples": str(out / SAMPLES),
+        "samples": str(out / SAMPLES) if drawn else None,
         "parameters": model.num_parameters(),
         "steps": config.steps,
-        "images": len(data.tokens),
+        "images": data.n_train + held,
+        "skipped": data.skipped,
         "heldout_images": held,
-        "histogram_nats": histogram_nats(data) if held else None,
+        "histogram_nats": histogram_nats(seen) if held else None,
         **figures,
         **trained.throughput,
     }
@@ -116,11 +120,12 @@ def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
 
 def export(
     model: ImageGPTForCausalImageModeling,
-    data: TokenData,
+    data: ImageSet,
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes ``config.json``, ``model.safetensors``, ``generation_config.json`` and ``preprocessor_config.json``.
+    """Writes ``config.json``, ``model.safetensors``, ``generation_config.json`` and, where the tokens are colours,
+    ``preprocessor_config.json``: a model of other codes makes no pictures by itself.
 
     Args:
         model: The model.
@@ -132,8 +137,9 @@ def export(
 
     state = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
-    size = {"height": data.side, "width": data.side}
-    ImageGPTImageProcessor(clusters=data.clusters, size=size).save_pretrained(folder)
+    if data.tokenizer.clusters is not None:
+        size = {"height": data.height, "width": data.width}
+        ImageGPTImageProcessor(clusters=data.tokenizer.clusters, size=size).save_pretrained(folder)
 
 
 def _draw_samples(out: Path, n_classes: int) -> None:

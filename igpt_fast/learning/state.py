@@ -71,8 +71,13 @@ class TrainState:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.about}
         for left in path.parent.glob(f".{path.name}.*.partial*"):
             left.unlink(missing_ok=True)  # from a process that was killed while it wrote
-        with files.replacing(path) as partial:
-            torch.save(state, partial)
+        with files.replacing(path) as partial, partial.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of torch's archive, which could not be closed after a write had failed
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self.saved = self.step
 
     def load(self, path: Path) -> None:
@@ -263,8 +268,11 @@ class Output:
         if not self._world.first:
             return
         self._begin()
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        try:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self.log)) from error
         if self._new_board is not None:
             self._board = self._board or self._new_board(record["step"])
             for name in record.keys() - {"step"}:

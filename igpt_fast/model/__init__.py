@@ -1,7 +1,8 @@
 """The network as ``torch.nn`` modules: transformers' ImageGPT classes, arguments, outputs and state-dict keys.
 
 ``imagegpt``: the three models. ``layers``: what they are made of. ``outputs``: what they return. ``trainable``: what
-trainers call. ``generate``: transformers' ``generate`` on top of ``sampling``; ``settings``: what it is asked for.
+trainers call. ``intermediates``: features, of the layers that are asked for. ``generate``: transformers' ``generate``
+on top of ``sampling``; ``settings``: what it is asked for. ``resizing``: tables for other sizes and colours.
 May use: ops, checkpoint, engines (which run it fast), sampling, and the ground.
 """
 

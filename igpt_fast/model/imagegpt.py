@@ -22,6 +22,7 @@ from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
 from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
+from igpt_fast.model.intermediates import IntermediatesMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
 from igpt_fast.model.resizing import resize_positions
@@ -29,7 +30,7 @@ from igpt_fast.model.trainable import TrainableMixin
 
 
 @kin.stands_for("transformers.modeling_utils", "PreTrainedModel")
-class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, nn.Module):
+class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, IntermediatesMixin, nn.Module):
     """What the three model classes share: configuration, initial weights, checkpoints.
 
     A ``PreTrainedModel`` once transformers is loaded (see ``kin``), with its methods where this has none.
@@ -237,7 +238,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         others = (past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states)
         if not output_attentions and all(argument is None for argument in others):
             with_cache = bool(self.config.use_cache if use_cache is None else use_cache)
-            states = forwards.run(self, input_ids, bool(output_hidden_states), with_cache)
+            layers = self.config.n_layer
+            taken = forwards.Taken(list(range(layers)), layers) if output_hidden_states else None
+            states = forwards.run(self, input_ids, taken, with_cache)
             if states is not None:
                 output = _output_of(states, input_ids.shape)  # type: ignore[union-attr]
                 return output if return_dict else output.to_tuple()
@@ -504,6 +507,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
+    assert last is not None
     last = last.view(*shape, last.shape[-1])  # (B, T, n_embd)
     cache = DynamicCache(list(keys), list(values)) if keys is not None and values is not None else None
     # Each in memory of its own: one that is kept does not keep the others.

@@ -201,9 +201,11 @@ class InterruptedGeneration(KeyboardInterrupt):
 
 
 class NotFiniteError(FloatingPointError):
-    """Logits that are no numbers during a generation; ``partial`` holds the images that were finished, or ``None``."""
+    """Logits that are no numbers; ``partial`` holds the images that were finished, a ``Generation`` or, of scoring,
+    ``Scores``; or ``None``.
+    """
 
-    def __init__(self, message: str, partial: Generation | None) -> None:
+    def __init__(self, message: str, partial: Any) -> None:
         super().__init__(message)
         self.partial = partial
 

@@ -116,6 +116,13 @@ def test_image_feature_extraction(registered: None, folder: str, by: str) -> Non
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_pooled_in_float32(registered: None, folder: str) -> None:
+    pipe = transformers.pipeline("image-feature-extraction", model=folder, dtype=torch.bfloat16)
+    states, pooled = (pipe(PICTURES[0], return_tensors=True, pool=pool) for pool in (False, True))
+    assert states.dtype == torch.bfloat16
+    assert torch.equal(pooled, states.float().mean(dim=1))
+
+
 def test_pooling_is_for_our_models(registered: None, folder: str) -> None:
     task = "image-feature-extraction"
     theirs = transformers.pipeline(

@@ -46,6 +46,7 @@ def test_offloaded(place: str, tmp_path: Path) -> None:
     assert next(model.parameters()).is_meta
     assert model.device.type == "cpu"
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    assert torch.equal(model.forward_intermediates(tokens, [0])[0], plain.forward_intermediates(tokens, [0])[0])
     assert torch.equal(model.generate(tokens, max_new_tokens=4), plain.generate(tokens, max_new_tokens=4))
     drawn = {"do_sample": True, "seed": 3, "max_new_tokens": 4}
     assert torch.equal(model.generate(**drawn), plain.generate(**drawn))

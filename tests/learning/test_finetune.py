@@ -188,8 +188,11 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     for wrong, reason in (
         (one, "the images have 1 class; want 2"),
         (dataclasses.replace(data, labels=None, class_names=()), "the images have no classes; want 2"),
-        (dataclasses.replace(data, clusters=np.zeros((7, 3), np.float32)), "have 7 colours, the model 6"),
-        (dataclasses.replace(data, tokens=data.tokens[:, :9]), "have 3x3 = 9 pixels, the model 16"),
+        (
+            dataclasses.replace(data, clusters=np.zeros((7, 3), np.float32), tokenizer=None),
+            "have 7 colours, the model 6",
+        ),
+        (dataclasses.replace(data, tokens=data.tokens[:, :9], tokenizer=None), "have 3x3 = 9 pixels, the model 16"),
     ):
         with pytest.raises(ValueError, match=reason):
             finetune(start(), wrong, tmp_path / "out", TINY)
@@ -243,7 +246,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_wrong_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, file, out = saved(tmp_path / "m"), tmp_path / "d.npz", ["--out", str(tmp_path / "r")]
-    save_tokens(dataclasses.replace(images(), clusters=COLOURS + np.float32(0.25) * (COLOURS < 0)), file)
+    save_tokens(
+        dataclasses.replace(images(), clusters=COLOURS + np.float32(0.25) * (COLOURS < 0), tokenizer=None), file
+    )
     with np.load(file) as arrays:
         kept = dict(arrays)
     np.savez(tmp_path / "labels.npz", **{**kept, "labels": np.full(48, 3), "clusters": COLOURS})
@@ -288,10 +293,10 @@ def test_train_goes_on_from_a_model(tmp_path: Path) -> None:
     assert train(data, tmp_path / "b", config, objective=Continued(start=classed)).config.n_classes == 3
     # Two colours for one: the rows of the nearest.
     new = torch.cat([old, old[2:3] + 0.01])
-    finer = adapted(start(), old, (4, 4), dataclasses.replace(plain, clusters=new.numpy()), new)
+    finer = adapted(start(), old, (4, 4), dataclasses.replace(plain, clusters=new.numpy(), tokenizer=None), new)
     assert torch.equal(finer.transformer.wte.weight[6], start().transformer.wte.weight[2])
     assert finer.config.n_colours == 7
-    larger = dataclasses.replace(plain, tokens=plain.tokens.repeat(1, 4))
+    larger = dataclasses.replace(plain, tokens=plain.tokens.repeat(1, 4), tokenizer=None)
     assert adapted(start(), old, (4, 4), larger, old).config.n_positions == 64
     with pytest.raises(ValueError, match="the model has 6 colours, its processor 7"):
         adapted(start(), new, (4, 4), plain, old)
@@ -301,7 +306,7 @@ def test_train_goes_on_from_a_model(tmp_path: Path) -> None:
 
 def test_train_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, file, out = saved(tmp_path / "m"), str(tmp_path / "d.npz"), ["--out", str(tmp_path / "r")]
-    larger = dataclasses.replace(images(), tokens=images().tokens.repeat(1, 4))
+    larger = dataclasses.replace(images(), tokens=images().tokens.repeat(1, 4), tokenizer=None)
     save_tokens(larger, file)
     options = ["--steps", "1", "--batch-size", "4", "--classes", "--device", "cpu", "--json", *out]
     assert main(["train", file, "--init", model, *options]) == 0

@@ -12,7 +12,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -334,8 +334,8 @@ def test_a_failing_write_keeps_the_old_checkpoint(
     train(tiny, tmp_path, TINY, stop_after=6)
     before = (tmp_path / "train.pt").read_bytes()
 
-    def full(state: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def full(state: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -64,6 +64,29 @@ void tiles_row(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uin
     for (int64_t i = 0; i < n; i += 32) _mm512_mask_storeu_epi16(out + i, first_of_32(n - i), load_ints(x + i * 16));
 }
 
+// `row_at` gives where the 32 columns of a row begin.
+template <class RowAt>
+inline void mean_rows(const MeanParams& p, RowAt row_at) {
+    Vec left = zero(), right = zero();
+    for (int64_t row = p.first; row < p.first + p.count; ++row) {
+        const auto* x = row_at(row);
+        left = left + read(x, Whole());
+        right = right + read(x + 16, Whole());
+    }
+    const Vec count = set1(float(p.count));
+    const __mmask32 there = first_of_32(p.n - p.column);
+    _mm512_mask_storeu_ps(p.out + p.column, __mmask16(there), left / count);
+    _mm512_mask_storeu_ps(p.out + p.column + 16, __mmask16(there >> 16), right / count);
+}
+
+void mean_residual(const float* residual, const MeanParams& p) {
+    mean_rows(p, [&](int64_t row) { return residual_at(residual, p.width, row) + p.column * kRows; });
+}
+
+void mean_tiles(const uint16_t* tiles, const MeanParams& p) {
+    mean_rows(p, [&](int64_t row) { return tiles_at(tiles, p.width, row) + p.column * 16; });
+}
+
 // ---- q, k, v ------------------------------------------------------------------------------------------------
 
 // Values without what is not finite; its places go into `flaw`.

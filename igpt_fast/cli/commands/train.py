@@ -17,7 +17,7 @@ from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import world
 
 if TYPE_CHECKING:
-    from igpt_fast.learning.data import TokenData
+    from igpt_fast.learning.data import ImageSet
     from igpt_fast.learning.objectives.protocol import Objective
 
 
@@ -46,7 +46,7 @@ class Preparation:
         given = [name.replace("_", "-") for name, value in vars(self).items() if value != getattr(Preparation, name)]
         if given and not of_directory:
             names = ", --".join(given)
-            raise checks.UsageError(f"--{names}: only for a directory of images; a token file is taken as it is")
+            raise checks.UsageError(f"--{names}: only for a directory of images; tokens are taken as they are")
         if self.clusters is not None and self.n_clusters is not None:
             raise checks.UsageError("give --clusters or --n-clusters, not both")
         if self.clusters is not None and self.all_pixels:
@@ -76,8 +76,8 @@ def train(
     """Train a model: images, colour clusters, tokens, network; writes a checkpoint that all commands take.
 
     Args:
-        data: A directory of images, or a token file (.npz with tokens, clusters, heldout); the bundled emoji if
-            not given.
+        data: A directory of images, of shards (igpt tokenize), or a token file (.npz with tokens, clusters, heldout);
+            the bundled emoji if not given. Shards are read as they are needed; so are more than 4,096 images.
         out: Directory for model/, samples.png, log.jsonl and the training state.
         preparation: How a directory of images becomes tokens.
         objective: What is learned. next_pixel: each pixel from those before it, to draw, to score, to read features
@@ -101,7 +101,7 @@ def train(
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     if data is not None and not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
-    preparation.check(data is not None and data.is_dir())
+    preparation.check(data is not None and data.is_dir() and not (data / "manifest.json").is_file())
     if init is not None and preparation.all_pixels and preparation.n_clusters is None:
         raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters as well")
     if objective == "masked" and init is not None:
@@ -121,10 +121,10 @@ def train(
     import torch
 
     from igpt_fast.learning import run
-    from igpt_fast.learning.data import has_labels
     from igpt_fast.learning.objectives.masked import Masked
+    from igpt_fast.learning.shards import has_labels
 
-    if classes and data is not None and data.is_file() and not has_labels(data):
+    if classes and data is not None and not has_labels(data):
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
@@ -156,36 +156,44 @@ def _progress(record: dict[str, Any]) -> None:
     print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
-def _continued(init: str, data: TokenData, config: TrainConfig) -> tuple[Objective, TrainConfig]:
+def _continued(init: str, data: ImageSet, config: TrainConfig) -> tuple[Objective, TrainConfig]:
     """What a run goes on from, made to fit the data, and the run with the network's size."""
     import torch
 
-    from igpt_fast.learning.objectives.starting import Continued, adapted
-    from igpt_fast.model import ImageGPTForCausalImageModeling
+    from igpt_fast.learning.objectives.starting import Continued, adapted, load
 
-    model = ImageGPTForCausalImageModeling.from_pretrained(init, dtype="float32")
-    model.config.check_causal(init)
+    model = load(init)
     own = {name: getattr(model.config, name) for name in ("n_layer", "n_embd", "n_head")}
     for name, value in own.items():
         if (given := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
             option = name.replace("_", "-")
             raise checks.UsageError(f"--{option} is {given}, but the model of --init has {value}")
+    if data.tokenizer.clusters is None:
+        raise checks.UsageError("--init: only for images of colours; the tokens of the data are other codes")
     processor = checks.read_processor(init)
     colours, size = checks.read_palette(None, init)[0], (processor.height, processor.width)
-    clusters = torch.as_tensor(data.clusters)
+    clusters = torch.as_tensor(data.tokenizer.clusters)
     start = adapted(model, torch.as_tensor(colours, dtype=clusters.dtype), size, data, clusters)
     return Continued(config.label_dropout, start), dataclasses.replace(config, **own)
 
 
-def _tokens(
-    data: Path | None, preparation: Preparation, classes: bool, seed: int, init: str | None = None
-) -> TokenData:
-    """Of a directory of images, of a token file, or the bundled ones; a directory's in the colours of ``init``."""
+def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: int, init: str | None = None) -> ImageSet:
+    """Of a directory of shards or of images (in the colours of ``init``), of a token file, or the bundled ones.
+
+    Of as many images as a palette is fitted to, all are read first, so that one that is damaged shows before the first
+    step; of more, each when its turn comes.
+    """
     from igpt_fast.files import BUNDLED
     from igpt_fast.image import load_clusters
     from igpt_fast.learning.data import load_tokens
     from igpt_fast.learning.folders import tokens_from_images
+    from igpt_fast.learning.lazy import FolderData
+    from igpt_fast.learning.shards import ShardData, is_shards
+    from igpt_fast.learning.sources.folder import Folder
+    from igpt_fast.learning.tokenize import SAMPLE, Taking
 
+    if data is not None and data.is_dir() and is_shards(data):
+        return ShardData(data, classes=classes)
     if data is None or not data.is_dir():
         return load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
     palette = None if preparation.clusters is None else load_clusters(preparation.clusters)
@@ -196,5 +204,10 @@ def _tokens(
         side = preparation.side or edge
     count = len(palette) if palette is not None else preparation.n_clusters or 512
     holdout = 0.1 if preparation.holdout is None else preparation.holdout
-    how = {"skip_unreadable": preparation.skip_unreadable, "classes": classes, "all_pixels": preparation.all_pixels}
+    skip = preparation.skip_unreadable
+    source = Folder.open(data)
+    if len(source) > SAMPLE and not preparation.all_pixels:
+        taking = Taking(side, side, palette, count, classes=classes, holdout=holdout, seed=seed)
+        return FolderData(source, taking, skip_unreadable=skip)
+    how = {"skip_unreadable": skip, "classes": classes, "all_pixels": preparation.all_pixels}
     return tokens_from_images(data, side, count, holdout, seed, palette, **how)

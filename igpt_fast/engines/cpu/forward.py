@@ -10,6 +10,7 @@ have changed, in whatever way: every call reads them all (``packed``), which tak
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,13 +23,32 @@ from igpt_fast.engines.network import Body, Weights, why_not_modules, why_not_se
 from igpt_fast.ops.dispatch import address, is_plain
 
 
-class States(NamedTuple):
-    """What a forward pass gives, bf16: ``last`` (B, T, n_embd); ``hidden``, (n_layer, B, T, n_embd), and ``keys`` and
-    ``values``, (n_layer, B, H, T, D), where they were asked for.
+class Taken(NamedTuple):
+    """What is taken of a forward pass on its way, and how far that goes.
+
+    Attributes:
+        layers: How many layers lie behind each state; ascending, 0 to ``run``.
+        run: The layers to run.
+        normed: Whether the norm that comes next is applied: the next layer's ``ln_1``, or ``ln_f``.
+        bands: Means over so many equal parts of the T positions; 0: the states as they are.
+        last: Whether ``States.last`` is wanted.
     """
 
-    last: Tensor
-    hidden: Tensor | None
+    layers: list[int]
+    run: int
+    normed: bool = False
+    bands: int = 0
+    last: bool = True
+
+
+class States(NamedTuple):
+    """What a forward pass gives, where it was asked for: ``last`` (B, T, n_embd) behind ``ln_f``, of the layers that
+    have run; ``taken``, (states, B, T, n_embd), or float32 (states, B, bands, n_embd); ``keys`` and ``values``,
+    (n_layer, B, H, T, D). All but means are bf16.
+    """
+
+    last: Tensor | None
+    taken: Tensor | None
     keys: Tensor | None
     values: Tensor | None
 
@@ -37,8 +57,11 @@ class States(NamedTuple):
 _passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = False) -> States | None:
+def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: bool = False) -> States | None:
     """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
+
+    Args:
+        taken: What else than the last states of the whole network; where it stops early there is no ``cache``.
 
     Raises:
         IndexError: A token is not in the vocabulary.
@@ -51,19 +74,23 @@ def run(model: Body, tokens: Tensor | None, hidden: bool = False, cache: bool = 
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
     batch, length = tokens.shape
-    last = torch.empty(batch, length, config.n_embd, dtype=torch.bfloat16)
-    states = last.new_empty(config.n_layer, *last.shape) if hidden else None
+    taken = taken or Taken([], config.n_layer)
+    half: Any = functools.partial(torch.empty, dtype=torch.bfloat16)
+    last = half(batch, length, config.n_embd) if taken.last else None
+    states = half(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
+    means = torch.empty(len(taken.layers), batch, taken.bands, config.n_embd) if taken.bands else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
-    keys, values = (last.new_empty(heads), last.new_empty(heads)) if cache else (None, None)
-    written = {"last": last, "hidden": states, "keys": keys, "values": values}
+    keys, values = (half(heads), half(heads)) if cache else (None, None)
+    written = {"last": last, "states": states, "means": means, "keys": keys, "values": values}
     places = {name: address(tensor) for name, tensor in written.items()}
     threads = torch.get_num_threads()
     assert backend._C is not None
     weights = packed_weights(model, None, None)
     if weights not in _passes:
         _passes[weights] = backend._C.Forward(weights)
-    _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **places, threads=threads)
-    return States(last, states, keys, values)
+    asked = {"layers": taken.run, "taken": taken.layers, "normed": taken.normed, "bands": max(1, taken.bands)}
+    _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **asked, **places, threads=threads)
+    return States(last, means if states is None else states, keys, values)
 
 
 def why_not(model: Body, tokens: Tensor | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import zlib
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -64,6 +65,17 @@ class Continued(NextPixel):
     def identity(self) -> dict[str, int | float]:
         own = {"label_dropout": self.label_dropout}
         return {**own, "checksum of the model to start from": checksum(self.start)}
+
+
+def load(name_or_path: str | os.PathLike[str]) -> ImageGPTForCausalImageModeling:
+    """A model that predicts the next pixel, in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``from_pretrained``; or the model is bidirectional.
+    """
+    model = ImageGPTForCausalImageModeling.from_pretrained(name_or_path, dtype="float32")
+    model.config.check_causal(str(name_or_path))
+    return model
 
 
 def adapted(

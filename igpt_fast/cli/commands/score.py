@@ -1,0 +1,484 @@
+"""``igpt score``: how unusual a model finds images."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from igpt_fast import processes
+from igpt_fast import world as world_module
+from igpt_fast.checks import whole_number
+from igpt_fast.cli import checks, terminal
+from igpt_fast.cli.checks import GRID_SUFFIXES, UsageError, check_output
+from igpt_fast.cli.draw import options
+from igpt_fast.files import check_writable, replacing_together, shown
+from igpt_fast.interrupts import delayed_interrupt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from igpt_fast.pipeline import Pipeline, Scores
+    from igpt_fast.world import World
+
+SPLITS = ("heldout", "train", "all")
+ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is written.
+
+    Args:
+        csv: Write a line for each image; .csv.
+        npz: Write the nats of every pixel, tokens and figures, which --reference takes again; .npz.
+        maps: Write each image enlarged beside a heat map of its surprise into this directory, a new or empty one.
+        grid: Write the most and the least unusual images with their maps as one picture; .png, .jpg, .webp or .bmp.
+        force: Overwrite files.
+    """
+
+    csv: Path | None = None
+    npz: Path | None = None
+    maps: Path | None = None
+    grid: Path | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Fails before the work is done if a result could not be written, or would replace something."""
+        check_output(self.csv, self.force, (".csv",))
+        check_output(self.npz, self.force, (".npz",))
+        check_output(self.grid, self.force, GRID_SUFFIXES)
+        folder = self.maps
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder}: is not a directory")
+        if folder.is_dir() and not self.force and (found := next(folder.iterdir(), None)):
+            raise FileExistsError(f"{found}: exists already; --maps wants an empty directory, or --force")
+        if not folder.exists() and not folder.parent.is_dir():
+            raise FileNotFoundError(f"{folder.parent}: no such directory")
+        check_writable(folder if folder.exists() else folder.parent)
+
+    def write(self, scores: Scores, by: str) -> None:
+        """All of it, or nothing."""
+        from igpt_fast.image import save_image
+
+        maps = [] if self.maps is None else [self.maps / _map_name(i, name) for i, name in enumerate(scores.names)]
+        targets = [path for path in (self.csv, self.npz, self.grid) if path is not None]
+        if self.maps is not None:
+            self.maps.mkdir(exist_ok=True)
+        with replacing_together([*targets, *maps], overwrite=self.force) as partials:
+            at = dict(zip([*targets, *maps], partials, strict=True))
+            for path in (self.csv, self.npz):
+                if path is not None:
+                    scores.writer(path)(at[path])
+            if self.grid is not None:
+                save_image(scores.grid(by=by), at[self.grid])
+            for path, picture in zip(maps, scores.maps() if maps else [], strict=True):
+                picture.save(at[path], format="PNG")
+
+
+def _map_name(number: int, name: str) -> str:
+    return f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(name).stem)[:80]}.png"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How images are scored.
+
+    Args:
+        model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
+        label: Class that the images are said to be of, for a model that has classes: a number, or several with commas
+            between, which are repeated until every image has one.
+        batch_size: Images computed together; chosen by memory if not given.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
+        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in.
+        backend: auto, reference, cpu or cuda; see igpt env.
+    """
+
+    model: str | None = None
+    label: str | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)}")
+        if self.batch_size is not None:
+            whole_number("batch_size", self.batch_size)
+
+    def pipeline(self) -> Pipeline:
+        """The one that they ask for."""
+        checks.choose_backend(self.backend)
+        device = checks.choose_device(self.device, processes.local_rank())
+        from igpt_fast.pipeline import Pipeline
+
+        return Pipeline.from_pretrained(self.model, device=device, dtype=self.dtype)
+
+
+def score(
+    images: Positional[tuple[Path, ...]] = (),
+    split: str = "heldout",
+    reference: Path | None = None,
+    by: str = "nats",
+    show: int = 20,
+    results: OmitArgPrefixes[Results] = Results(),
+    how: OmitArgPrefixes[ScoreOptions] = ScoreOptions(),
+    skip_unreadable: bool = False,
+    json: bool = False,
+) -> None:
+    """Score images by their likelihood, the most unusual first; under torchrun, with all its processes.
+
+    Every figure is higher for what is more unusual: nats and bits a pixel over the model's palette; the complexity,
+    bits of the compressed tokens; and ood, bits less complexity (Serra et al., 2020), which tells strange images from
+    merely detailed ones. Neither sees that an image is upside down.
+
+    Args:
+        images: Image files, directories that are searched for them, or a token file (.npz with tokens, clusters,
+            heldout); the bundled emoji if not given. The middle is cut out in the model's aspect and resized.
+        split: Which images of a token file: heldout, train or all.
+        reference: Images that are usual: a directory, a token file or what --npz has written; prints the AUROC by which
+            the scores tell the others from them.
+        by: The order of the images: nats or ood.
+        show: How many are listed; --csv, --npz and --json have all.
+        results: What is written.
+        how: How they are scored.
+        skip_unreadable: Leave out files that are not readable images, instead of failing.
+        json: Print one JSON object.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"--split is {shown(split)}; want {', '.join(SPLITS)}")
+    if by not in ORDERS:
+        raise UsageError(f"--by is {shown(by)}; want {' or '.join(ORDERS)}")
+    checks.check_range("--show", show, 0, 1 << 30)
+    with world_module.world() as world:
+        if world.first:
+            results.check()
+        sets = _read_sets(images, reference, split, how)
+        job = _Job(*sets, how.pipeline(), world, how, skip_unreadable)
+        job.check()
+        _run(job, results, ORDERS[by], show, json)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Images by their names: paths, or (T,) tokens. ``label`` is that of the error that none of them can be read."""
+
+    source: str
+    names: list[str]
+    items: Any
+    clusters: Any = None  # of tokens
+
+
+@dataclass(frozen=True)
+class _Job:
+    images: _Set
+    reference: _Set | Scores | None
+    pipeline: Pipeline
+    world: World
+    how: ScoreOptions
+    skip_unreadable: bool
+
+    def check(self) -> None:
+        """Fails before the work is done where tokens, a reference or a label are not the model's."""
+        from igpt_fast.likelihood.scoring import nothing
+
+        for found in (self.images, self.reference):
+            if isinstance(found, _Set) and found.clusters is not None:
+                _check_palette(self.pipeline, found)
+        if self.reference is not None and not isinstance(self.reference, _Set):
+            nothing(self.pipeline.model, self.pipeline.processor).check_comparable(self.reference)
+        with checks.as_usage():
+            self.pipeline.checked_labels(self.labels, len(self.names), "images")
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class of each of ``names``."""
+        return options.labels(self.how.label, len(self.names))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is scored: the images, then those of the reference."""
+        return self.images.names + (self.reference.names if isinstance(self.reference, _Set) else [])
+
+    @property
+    def items(self) -> list[Any]:
+        """As many."""
+        return [*self.images.items, *(self.reference.items if isinstance(self.reference, _Set) else [])]
+
+
+def _read_sets(
+    images: Sequence[Path], reference: Path | None, split: str, how: ScoreOptions
+) -> tuple[_Set, _Set | Scores | None]:
+    from igpt_fast.files import BUNDLED
+
+    files = list(images) or [BUNDLED.parent / "emoji16.npz"]
+    for path in [*files, *([] if reference is None else [reference])]:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+    if any(path.suffix == ".npz" and not path.is_dir() for path in files):
+        if len(files) > 1:
+            raise UsageError("a token file is scored alone, without other images")
+        found = _token_set(files[0], split)
+    else:
+        if split != "heldout":
+            raise UsageError("--split: only of a token file")
+        found = _picture_set(files)
+    if reference is None:
+        return found, None
+    if how.label is not None and "," in how.label:
+        raise UsageError("--label with several numbers says nothing of the images of --reference; give one")
+    if reference.is_dir():
+        return found, _picture_set([reference])
+    return found, _reference_file(reference)
+
+
+def _picture_set(places: Sequence[Path]) -> _Set:
+    from igpt_fast.image.folders import find_images
+
+    found: list[Path] = []
+    for place in places:
+        inside = find_images(place) if place.is_dir() else [place]
+        if not inside:
+            raise ValueError(f"{place}: no images in it")
+        found += inside
+    return _Set(str(places[0]), [str(path) for path in found], found)
+
+
+def _token_set(path: Path, split: str) -> _Set:
+    import torch
+
+    from igpt_fast.learning.data import load_tokens
+
+    data = load_tokens(path)
+    chosen = {"heldout": data.heldout, "train": ~data.heldout, "all": torch.ones_like(data.heldout)}[split]
+    numbers = chosen.nonzero()[:, 0].tolist()
+    if not numbers:
+        raise ValueError(f"{path}: has no held-out image; --split all takes them all")
+    return _Set(f"{path}, {split}", [f"{path.name}[{i}]" for i in numbers], data.tokens[chosen], data.clusters)
+
+
+def _reference_file(path: Path) -> _Set | Scores:
+    """Scores that were saved, or the held-out images of a token file."""
+    from igpt_fast.pipeline import Scores
+
+    try:
+        return Scores.load(path)
+    except ValueError as error:
+        if "has no array 'nats'" not in str(error):
+            raise
+    return _token_set(path, "heldout")
+
+
+def _run(job: _Job, results: Results, by: str, show: int, json: bool) -> None:
+    """Scores, with the other processes if there are some; the first one writes and reports.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C, after what was finished has been saved.
+        Exception: What ended the work, after the same.
+    """
+    from igpt_fast.likelihood.scores import without_processor
+
+    start = time.perf_counter()
+    world, share = job.world, job.world.share(len(job.names))
+    which, part, skipped, error = _score_share(job, share)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    why = "interrupted" if interrupted else "" if error is None else terminal.reason(error)
+    parts = world.gather((which, without_processor(part), skipped, interrupted, why), interrupted, lambda done: None)
+    if parts is None:  # the first process says what has failed
+        if interrupted:
+            raise KeyboardInterrupt
+        return
+    words = [(rank, said) for rank, (*_, said) in enumerate(parts) if said]
+    reasons = [said if rank == world.rank else f"rank {rank}: {said}" for rank, said in words]
+    interrupted = any(stopped for *_, stopped, _ in parts)
+    values: dict[str, Any] = {"skipped": sum(count for _, _, count, *_ in parts), "interrupted": interrupted}
+    values |= {"processes": world.size, "seconds": round(time.perf_counter() - start, 3)}
+    values |= {"error": reasons[0]} if reasons and not interrupted else {}
+    with delayed_interrupt():
+        finished = [(numbers, found) for numbers, found, *_ in parts if found is not None]
+        scores, compared = _joined(job, finished, whole=not reasons)
+        if scores is not None:
+            _finish(_Report(job, scores, compared, values, by, show, json), results)
+        elif reasons:
+            terminal.say("igpt: no image is scored, nothing is saved")
+        else:
+            raise ValueError(f"{job.images.source}: none of its {len(job.images.names)} images can be read")
+    if interrupted:
+        raise KeyboardInterrupt
+    if error is not None:
+        raise error
+    if reasons:
+        raise RuntimeError(reasons[0])
+
+
+def _score_share(job: _Job, share: range) -> tuple[list[int], Scores | None, int, BaseException | None]:
+    """Which of this process's images are scored, their scores, how many were left out, and what ended it too early.
+
+    Raises:
+        Exception: Nothing was begun.
+        PeerGoneError: Another process is gone.
+    """
+    import torch
+
+    if not share:
+        return [], None, 0, None
+    try:
+        which, tokens = _read(job, share)
+    except KeyboardInterrupt as error:
+        return [], None, 0, error
+    left_out = len(share) - len(which)
+    if not which:
+        return [], None, left_out, None
+    names, every = [job.names[i] for i in which], job.labels
+    labels = None if every is None else [every[i] for i in which]
+    try:
+        with _bar("scoring", len(which), job.world) as tick:
+            scores = job.pipeline.score_tokens(
+                torch.stack(tokens), labels, job.how.batch_size, lambda done, total: tick(done), names=names
+            )
+        return which, scores, left_out, None
+    except world_module.PeerGoneError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        partial = getattr(error, "partial", None)
+        return which[: len(partial or ())], partial, left_out, error
+
+
+def _read(job: _Job, share: range) -> tuple[list[int], list[Tensor]]:
+    """Which of a share's images can be read, and their (T,) tokens."""
+    import torch
+
+    from igpt_fast.likelihood.scoring import read_images
+
+    items = [job.items[i] for i in share]
+    pictures = [item for item in items if not isinstance(item, torch.Tensor)]
+    with _bar("reading", len(pictures), job.world) as tick:
+        read = iter(read_images(pictures, job.pipeline.processor, tick))
+    found_tokens = [item if isinstance(item, torch.Tensor) else next(read) for item in items]
+    failures = [str(item) or type(item).__name__ for item in found_tokens if isinstance(item, Exception)]
+    if failures and not job.skip_unreadable:
+        listed = "; ".join(failures[:3]) + ("; ..." if len(failures) > 3 else "")
+        raise ValueError(f"{len(failures)} of {len(items)} images cannot be read (--skip-unreadable): {listed}")
+    for failure in failures:
+        terminal.say(f"left out: {failure}")
+    kept = [(i, item) for i, item in zip(share, found_tokens, strict=True) if isinstance(item, torch.Tensor)]
+    return [i for i, _ in kept], [item.long() for _, item in kept]
+
+
+def _check_palette(pipeline: Pipeline, found: _Set) -> None:
+    """Tokens mean nothing in another palette than their own."""
+    import numpy as np
+
+    own = np.asarray(pipeline.processor.clusters)
+    if own.shape != found.clusters.shape or not np.allclose(own, found.clusters, atol=1e-5):
+        got, want = f"{len(found.clusters)} colours", f"{len(own)}"
+        raise ValueError(f"{found.source}: its tokens are of another palette ({got}) than the model's ({want})")
+    if found.items.shape[1] != pipeline.model.config.n_positions:
+        got, want = f"{found.items.shape[1]} pixels", f"{pipeline.model.config.n_positions}"
+        raise ValueError(f"{found.source}: its images have {got}, the model's {want}")
+
+
+def _joined(job: _Job, parts: Sequence[tuple[list[int], Scores]], whole: bool) -> tuple[Scores | None, Scores | None]:
+    """The scores of the images, and those of the reference where everything is finished; ``None`` of no image."""
+    from igpt_fast.likelihood.scores import merge, select
+
+    compared = job.reference if whole and not isinstance(job.reference, _Set) else None
+    if not parts:
+        return None, compared
+    numbers, count = [number for some, _ in parts for number in some], len(job.images.names)
+    scores = merge([found for _, found in parts], job.pipeline.processor)
+    own, others = ([at for at, i in enumerate(numbers) if (i < count) == mine] for mine in (True, False))
+    if others and whole:
+        compared = select(scores, others)
+    return (select(scores, own) if own else None), compared
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is said of scores."""
+
+    job: _Job
+    scores: Scores
+    reference: Scores | None
+    values: dict[str, Any]
+    by: str
+    show: int
+    json: bool
+
+    def aurocs(self) -> dict[str, float]:
+        """By each measure."""
+        return {by: self.scores.compare(self.reference, by) for by in ORDERS.values()} if self.reference else {}
+
+    def say(self, aurocs: dict[str, float], files: dict[str, str | None]) -> None:
+        """On stdout."""
+        scores, processor = self.scores, self.scores.processor
+        figures = ("nats_per_pixel", "bits_per_pixel", "bits", "complexity", "ood")
+        columns = {name: getattr(scores, name).tolist() for name in figures}
+        means = {name: sum(column) / len(scores) for name, column in columns.items()}
+        about = {"images": len(scores), "size": [processor.height, processor.width], "palette": scores.palette}
+        about |= {"model": self.job.how.model or "bundled", "model_hash": scores.model}
+        order = scores.order(self.by)
+        if not self.json:
+            if shown_now := order[: self.show]:
+                terminal.lines([_HEAD, *(_row(scores.names[i], columns, i) for i in shown_now)])
+            more = f" ({len(order) - self.show} more are not listed)" if len(order) > self.show > 0 else ""
+            terminal.say(_summary(scores, means, self.values["seconds"]) + more, sys.stdout)
+            if aurocs:
+                text = ", ".join(f"{value:.3f} by {name}" for name, value in aurocs.items())
+                terminal.say(f"AUROC against {len(self.reference or ())} images of the reference: {text}", sys.stdout)
+            return
+        labels = [None] * len(scores) if scores.labels is None else scores.labels.tolist()
+        rows = [{"image": scores.names[i], "label": labels[i], **{n: c[i] for n, c in columns.items()}} for i in order]
+        terminal.report(True, about | means | self.values | {"auroc": aurocs or None, **files, "scores": rows}, "")
+
+
+_HEAD = "nats/pixel bits/pixel complexity      ood  image"
+
+
+def _row(name: str, columns: dict[str, list[float]], i: int) -> str:
+    nats, bits, complexity, ood = (columns[key][i] for key in ("nats_per_pixel", "bits_per_pixel", "complexity", "ood"))
+    return f"{nats:10.4f} {bits:10.4f} {complexity:10.0f} {ood:8.0f}  {terminal.plain(name)}"
+
+
+def _summary(scores: Scores, means: dict[str, float], seconds: float) -> str:
+    size = f"{scores.processor.height}x{scores.processor.width}"
+    nats, bits = means["nats_per_pixel"], means["bits_per_pixel"]
+    text = f"{len(scores)} images of {size}: {nats:.4f} nats/pixel, {bits:.4f} bits/pixel over {scores.palette}"
+    return f"{text}; ood {means['ood']:.0f} bits; {seconds:.1f} s"
+
+
+def _finish(report: _Report, results: Results) -> None:
+    """Writes and reports; what cannot be written is said all the same."""
+    paths = {"csv": results.csv, "npz": results.npz, "maps": results.maps, "grid": results.grid}
+    aurocs, written = report.aurocs(), dict.fromkeys(paths)
+    try:
+        results.write(report.scores, report.by)
+        written = {name: None if path is None else str(path) for name, path in paths.items()}
+    finally:
+        report.say(aurocs, written)
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, world: World) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal's stderr, moved by how much this process has done; the first one's shows all."""
+    from tqdm import tqdm
+
+    disable = None if world.first and total else True
+    with tqdm(desc=what, total=total, unit=" images", file=sys.stderr, disable=disable, leave=False) as bar:
+
+        def tick(done: int) -> None:
+            world.progress(done)
+            bar.update(done - bar.n)
+
+        yield tick

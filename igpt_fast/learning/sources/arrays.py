@@ -1,0 +1,110 @@
+"""Pictures, or tokens, as one array: .npy files, which are mapped, and .npz files, which are read."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from igpt_fast import files
+from igpt_fast.files import listed, shown
+from igpt_fast.learning.sources.protocol import Classes, Content, check_labels, look_of
+
+_IMAGES, _TOKENS, _LABELS = ("images", "x", "arr_0"), ("tokens", "images", "arr_0"), ("labels", "label", "y")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """See ``Source``.
+
+    Args:
+        path: A .npy or .npz file of (N, H, W) or (N, H, W, 3) uint8, or of tokens, (N, T) or (N, H, W) integers.
+        places: Which of them.
+        tokens: Whether they are tokens.
+    """
+
+    path: Path
+    places: np.ndarray
+    tokens: bool = False
+    block: int = 1
+
+    @classmethod
+    def open(cls, path: Path, tokens: bool = False) -> Arrays:
+        """All of a file.
+
+        Raises:
+            FileNotFoundError, ValueError: No such file, or not such an array.
+        """
+        return cls(path, np.arange(len(_array(path, tokens))), tokens)
+
+    @property
+    def array(self) -> np.ndarray:
+        """The whole, of all places."""
+        return _array(self.path, self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def part(self, places: np.ndarray) -> Arrays:
+        return Arrays(self.path, self.places[places], self.tokens)
+
+    def pictures(self) -> Iterator[tuple[str, Content]]:
+        array = self.array
+        for place in self.places:
+            yield str(place), array[place]
+
+    def fingerprint(self) -> str:
+        return look_of(self.path)
+
+    def classes(self) -> Classes:
+        if self.path.suffix != ".npz":
+            raise ValueError(f"{self.path}: a .npy file has no labels; a .npz with images and labels has")
+        labels = _member(self.path, _LABELS)
+        if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: labels are {shown(labels.shape)} {labels.dtype}; want ({len(self)},) integers"
+            )
+        labels = labels.astype(np.int64)
+        high = min(int(labels.max(initial=0)) + 1, len(labels))
+        return check_labels(self.path, Classes(labels, [str(i) for i in range(high)]))
+
+
+@functools.lru_cache(maxsize=1)
+def _array(path: Path, tokens: bool) -> np.ndarray:
+    array = _member(path, _TOKENS if tokens else _IMAGES) if path.suffix == ".npz" else _mapped(path)
+    if tokens:
+        good, wanted = array.ndim in (2, 3) and array.dtype.kind in "iu", "(N, T) or (N, H, W) integers"
+    else:
+        good = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3))
+        wanted = "(N, H, W) or (N, H, W, 3) uint8"
+    if not good or 0 in array.shape[1:]:
+        raise ValueError(f"{path}: holds {shown(array.shape)} {array.dtype}; want {wanted}")
+    return array
+
+
+def _mapped(path: Path) -> np.ndarray:
+    files.open_input(path, 0).close()  # says what is wrong with a folder or a device
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header is parsed by ast, whose errors have no common class
+        raise ValueError(f"{path}: not a usable .npy file: {files.first_line(error)}") from error
+
+
+def _member(path: Path, names: tuple[str, ...]) -> np.ndarray:
+    """The first of these that a .npz has."""
+    with files.open_input(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                there = [name.removesuffix(".npy") for name in archive.namelist()]
+            found = [name for name in names if name in there]
+            if not found:
+                raise ValueError(f"has {listed(there)}; want one of {', '.join(names)}")
+            return files.read_npz(file, found[:1])[found[0]]
+        except MemoryError:
+            raise
+        except Exception as error:  # what zipfile raises on a damaged file has no common class
+            raise ValueError(f"{path}: not a usable .npz file: {files.first_line(error)}") from error

@@ -1,0 +1,112 @@
+"""Scoring: pictures read by several threads, then their likelihoods, fewer at a time where memory does not suffice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
+from igpt_fast.interrupts import delayed_interrupt
+from igpt_fast.likelihood.nats import image_nats
+from igpt_fast.likelihood.scores import InterruptedScoring, Scores, model_hash, select
+from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.sampling.batches import Batches
+from igpt_fast.sampling.results import NotFiniteError
+
+Progress = Callable[[int, int], None]
+BUDGET = 1 << 30  # bytes of activations that the default batch size may take
+_READ_AT_ONCE = 256  # pictures that are given to the threads together; Ctrl-C waits for them
+_THREADS = 4
+
+
+def read_images(
+    images: Sequence[Any], processor: ImageGPTImageProcessor, tick: Callable[[int], None] | None = None
+) -> list[Tensor | Exception]:
+    """The (T,) int64 tokens of each image, or why it is none: the middle is cut out in the model's aspect, and resized.
+
+    ``tick`` is called with how many have been read.
+    """
+    aspect = processor.width / processor.height
+
+    def read(item: Any) -> Tensor | Exception:
+        try:
+            opened = open_image(item) if isinstance(item, str | os.PathLike) else item
+            return processor(center_crop(opened, aspect), return_tensors="pt")["input_ids"][0]
+        except (OSError, TypeError, ValueError) as error:
+            return error
+
+    found: list[Tensor | Exception] = []
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(images), _READ_AT_ONCE):
+            found += pool.map(read, images[start : start + _READ_AT_ONCE])
+            if tick is not None:
+                tick(len(found))
+    return found
+
+
+def default_batch_size(model: ImageGPTForCausalImageModeling) -> int:
+    """How many images are computed together: as many as have their activations in 1 GiB, 64 at most."""
+    config = model.config
+    pixel = max(model.dtype.itemsize, 2) * (12 * config.n_embd + 2 * config.inner)  # bytes, generously
+    return max(1, min(64, BUDGET // (pixel * config.n_positions)))
+
+
+def score_tokens(
+    model: ImageGPTForCausalImageModeling,
+    processor: ImageGPTImageProcessor,
+    tokens: Tensor,
+    names: Sequence[str],
+    labels: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Scores of (N, T) tokens; ``labels``: (N,) int64; see ``Pipeline.score``."""
+    nats = torch.empty(tokens.shape)
+    scores = Scores(nats, tokens, processor, list(names), model_hash(model), labels)
+    batches = Batches(len(tokens), 1, batch_size or default_batch_size(model))
+    done, training = 0, model.training
+
+    def work(start: int, stop: int, _: int) -> Iterator[int]:
+        given = None if labels is None else labels[start:stop].to(model.device)
+        nats[start:stop] = image_nats(model, tokens[start:stop].to(model.device), given).cpu()
+        yield stop
+
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for stop in batches.run(work):
+                _check_finite(scores, done, stop)
+                done = stop
+                if progress is not None:
+                    progress(done, len(tokens))
+    except KeyboardInterrupt as error:
+        with delayed_interrupt():  # a second one, or a third
+            raise InterruptedScoring(_first(scores, done)) from error
+    finally:
+        model.train(training)
+    return scores
+
+
+def nothing(model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> Scores:
+    """The scores of no images, by which others can be known to be of this model."""
+    none = torch.empty(0, processor.height * processor.width)
+    return Scores(none, none.long(), processor, [], model_hash(model))
+
+
+def _check_finite(scores: Scores, start: int, stop: int) -> None:
+    wrong = ~scores.nats[start:stop].isfinite()
+    if bool(wrong.any()):
+        row, t = wrong.nonzero()[0].tolist()
+        what = "the model's weights, or what it computes in its dtype, hold NaN or infinity"
+        where = f"{scores.names[start + row]}, pixel {t}"
+        raise NotFiniteError(f"the logits are not finite ({where}): {what}", _first(scores, start))
+
+
+def _first(scores: Scores, count: int) -> Scores | None:
+    """Those of the first images; ``None`` of none."""
+    return select(scores, range(count)) if count else None
