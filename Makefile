@@ -62,6 +62,8 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_model.py --work train --json benchmarks/results/train.json
 	$(BIN)/python benchmarks/bench_completions.py --json benchmarks/results/completions.json
 	$(BIN)/python benchmarks/bench_sample.py --json benchmarks/results/sample.json
+	$(BIN)/python benchmarks/bench_train_loop.py --json benchmarks/results/train_loop.json
+	$(BIN)/python benchmarks/bench_score.py --heldout --json benchmarks/results/score.json
 	$(BIN)/python benchmarks/bench_accelerate.py --json benchmarks/results/accelerate.json
 	$(BIN)/python benchmarks/plot.py
 

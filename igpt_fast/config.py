@@ -103,6 +103,8 @@ class ImageGPTConfig(kin.Root):
         bidirectional: Whether every position attends to all others, as in OpenAI's BERT models, and not to those before
             it alone; not a field of transformers, which ignores it, and in ``config.json`` only if it is true. Such a
             model predicts what stands where SOS does, which is its mask; it cannot draw.
+        classify_with_sos: Whether ``ImageGPTForImageClassification`` was tuned on SOS in front of an image, and so puts
+            it there by itself; not a field of transformers, which ignores it, and in ``config.json`` only if true.
         extra: Every other entry of a ``config.json`` (``architectures``, ``dtype`` as a name, ...), kept so
             that writing the file back loses nothing, and readable as attributes; unknown keywords as well, as in
             transformers. Names with a leading underscore are no entries but attributes, which no file has.
@@ -149,6 +151,7 @@ class ImageGPTConfig(kin.Root):
     problem_type: str | None = None
     n_classes: int = 0
     bidirectional: bool = False
+    classify_with_sos: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "imagegpt"
@@ -413,9 +416,11 @@ class ImageGPTConfig(kin.Root):
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, in the form transformers reads: no ``num_labels`` beside the names.
 
-        And neither an ``n_classes`` of 0 nor a ``bidirectional`` of false: what transformers' own files hold.
+        And none of ``n_classes``, ``bidirectional`` and ``classify_with_sos`` that is 0 or false: what transformers'
+        own files hold.
         """
-        absent = {"num_labels"} | {name for name in ("n_classes", "bidirectional") if not getattr(self, name)}
+        own = ("n_classes", "bidirectional", "classify_with_sos")
+        absent = {"num_labels"} | {name for name in own if not getattr(self, name)}
         data = {name: getattr(self, name) for name in _FIELDS if name not in absent}
         return copy.deepcopy({**self.extra, **data, "model_type": self.model_type})
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
+def delayed_interrupt(echo: float = 0.0) -> Iterator[Callable[[], bool]]:
     """Holds the first Ctrl-C back to the end of the block, where it is raised; yields whether there was one.
 
     In the middle of a step weights may be half updated, and of files some may have their names; a second Ctrl-C does
-    not wait. Where Python's own handler is not in force - in another thread, or a program with its own - it is left
-    alone.
+    not wait, unless it comes within ``echo`` seconds, as the same one by another way. Where Python's own handler is
+    not in force - in another thread, or a program with its own - it is left alone.
     """
-    hits: list[int] = []
+    hits: list[float] = []
 
     def handler(number: int, frame: object) -> None:
-        hits.append(number)
-        if len(hits) > 1:
+        hits.append(time.monotonic())
+        if len(hits) > 1 and hits[-1] - hits[0] >= echo:
             raise KeyboardInterrupt
 
     in_main = threading.current_thread() is threading.main_thread()

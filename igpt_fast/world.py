@@ -5,6 +5,10 @@ Sampling does without collective operations while it draws: a slow process keeps
 draws the r-th of R parts, each of images that follow each other. When all have said that they are ready, the images are
 gathered (gloo).
 
+Training does one collective operation after the other (gloo, nccl), in which Python cannot be reached: while it is
+watched over (``watched``), a process that is gone ends the others, at the latest some seconds after the operation
+should have failed by itself.
+
 On SIGTERM, by which torchrun ends the rest when one process has failed, the first that is left says which one is gone.
 On Ctrl-C, which torchrun passes on to all, each hands over what it has finished; torchrun gives them half a minute.
 """
@@ -14,20 +18,24 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from igpt_fast.processes import size
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+T = TypeVar("T")
+
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 120.0  # without one, after which a process counts as gone: more than reading a file may hold Python up
+GRACE = 5.0  # seconds in which a collective operation may fail by itself, and say so, when a process is gone
 START = 300.0  # for all processes to start, and for gathering
 HANDOVER = 20.0  # for all processes to hand over after Ctrl-C; torchrun kills after 30
 
@@ -54,6 +62,27 @@ class World:
         """The first process's value."""
         return value
 
+    def first_makes(self, make: Callable[[], T]) -> T:
+        """What the first process makes, however long it takes; the others get a copy, and do not call ``make``.
+
+        Raises:
+            PeerGoneError: Another one is gone.
+        """
+        return make()
+
+    def total(self, values: list[float]) -> list[float]:
+        """The sums over all processes, of numbers that each one has; a collective operation."""
+        return values
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For a block with collective operations: see above.
+
+        Raises:
+            PeerGoneError: An operation failed because another process is gone.
+        """
+        yield
+
     def progress(self, done: float) -> float:
         """Says how much this process has done; returns what all have.
 
@@ -75,7 +104,7 @@ class World:
 class Torchrun(World):
     """Several processes."""
 
-    def __init__(self, outcome: str = "nothing is written") -> None:
+    def __init__(self, outcome: str, backend: str) -> None:
         import torch.distributed as dist
 
         self.outcome = outcome
@@ -88,11 +117,13 @@ class Torchrun(World):
         self._elsewhere = [0.0] * self.size
         self._heard = [("", time.monotonic() + START - SILENCE)] * self.size
         self._lost = ""
+        self._watching = False
+        self._blocks = self._agreed = 0  # how many there were; all processes count alike
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         store = dist.PrefixStore("gloo", self._store)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
 
     def _beat(self) -> None:
         """Shows that this process is alive, and listens to the others; in a thread of its own."""
@@ -106,7 +137,27 @@ class Torchrun(World):
                         self._listen(peer, self._store.get(f"beat/{peer}").decode())
             except RuntimeError as error:  # DistError and its kin
                 self._lost = f"the store of the run is gone: {str(error).splitlines()[0]}"
+            if self._watching and (self._lost or self._absent()):
+                self._end()
+            if self._lost:
                 return
+
+    def _absent(self) -> list[int]:
+        """Processes that are gone or silent, and have not left the watched block by its end."""
+        now = time.monotonic()
+        silent = [i for i, (_, heard) in enumerate(self._heard) if i != self.rank and now - heard > SILENCE]
+        return [i for i in sorted({*self.gone(), *silent}) if not self._store.check([f"left/{self._blocks}/{i}"])]
+
+    def _end(self) -> None:
+        """Ends this process from the thread, where the main one waits in an operation that does not end."""
+        end = time.monotonic() + GRACE
+        while self._watching:
+            if time.monotonic() > end:
+                absent = [] if self._lost else self._absent()
+                if not absent or (not self.said() and self.rank == min(set(range(self.size)).difference(absent))):
+                    print(f"igpt: {self._lost or _ranks(absent)}; {self.outcome}", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.1)
 
     def _listen(self, peer: int, beat: str) -> None:
         if beat != self._heard[peer][0]:
@@ -132,11 +183,49 @@ class Torchrun(World):
         return gone
 
     def agree(self, name: str, value: int) -> int:
+        self._agreed += 1
+        name = f"{name}/{self._agreed}"
         if self.first:
             self._store.set(name, str(value))
             return value
         self._wait([name])
         return int(self._store.get(name))
+
+    def first_makes(self, make: Callable[[], T]) -> T:
+        import torch
+        import torch.distributed as dist
+
+        made: list[Any] = [make() if self.first else None]
+        self.agree("made", 1)
+        dist.broadcast_object_list(made, device=torch.device("cpu"))
+        return made[0]
+
+    def total(self, values: list[float]) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        self._blocks += 1
+        self._watching = True
+        try:
+            yield
+            self._store.set(f"left/{self._blocks}/{self.rank}", "1")
+        except RuntimeError as error:
+            if type(error).__module__ not in ("builtins", "torch._C._distributed_c10d", "torch.distributed"):
+                raise
+            end = time.monotonic() + GRACE / 2
+            while not (gone := self.gone()) and time.monotonic() < end:  # SIGTERM may come meanwhile; see ``_leave``
+                time.sleep(0.05)
+            if not gone:
+                raise
+            raise PeerGoneError(f"{_ranks(gone)}; {self.outcome}") from error
+        finally:
+            self._watching = False
 
     def progress(self, done: float) -> float:
         self._done = done
@@ -205,11 +294,11 @@ class Torchrun(World):
 
 
 @contextmanager
-def world(outcome: str = "nothing is written") -> Iterator[World]:
+def world(outcome: str = "nothing is written", backend: str = "gloo") -> Iterator[World]:
     """The processes of this run, for the length of a block.
 
     A process other than the first leaves without a word where the first has the same to say. ``outcome``: what is said
-    of the results where the run ends because a process is gone.
+    of the results where the run ends because a process is gone. ``backend``: of torch.distributed.
 
     Raises:
         SystemExit: With code 1, where another process is gone or has spoken.
@@ -217,7 +306,7 @@ def world(outcome: str = "nothing is written") -> Iterator[World]:
     if size() == 1:
         yield World()
         return
-    together = Torchrun(outcome)
+    together = Torchrun(outcome, backend)
     before = signal.signal(signal.SIGTERM, lambda *_: _leave(together))
     try:
         yield together

@@ -32,8 +32,8 @@ FLOORS: dict[str, set[str]] = {
     "hf": {"checkpoint", "engines", "ground", "image", "model", "ops"},
     "likelihood": {"engines", "ground", "image", "model", "ops", "sampling"},
     "pipeline": {"engines", "ground", "image", "likelihood", "model", "sampling"},
-    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "pipeline"},
-    "recipes": {"image", "learning"},
+    "learning": {"checkpoint", "ground", "image", "likelihood", "model", "ops", "pipeline", "world"},
+    "recipes": {"ground", "image", "learning", "model", "pipeline"},
     "cli": {
         "backend",
         "checkpoint",
@@ -54,7 +54,7 @@ SAMPLING_KNOWS = {"engines.decoder", "engines.network", "engines.choice", "engin
 # Distributions that only these floors, or modules, import.
 ONLY = {
     "transformers": {"hf"},
-    "sklearn": {"image.clusters"},
+    "sklearn": {"image.clusters", "learning"},
     "tyro": {"cli"},
     "huggingface_hub": {"files", "checkpoint"},
     "safetensors": {"checkpoint"},

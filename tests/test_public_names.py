@@ -8,7 +8,7 @@ NAMES = {
     "igpt_fast": """
         BackendUnavailableError DynamicCache Generation ImageGPTConfig ImageGPTFeatureExtractor
         ImageGPTForCausalImageModeling ImageGPTForCausalLM ImageGPTForImageClassification ImageGPTImageProcessor
-        ImageGPTImageProcessorFast ImageGPTImageProcessorPil ImageGPTModel ImageGPTTokenizer Pipeline StaticCache
+        ImageGPTImageProcessorFast ImageGPTImageProcessorPil ImageGPTModel ImageGPTTokenizer Pipeline Scores StaticCache
         __version__ backend center_crop
         dequantize fit_clusters get_backend hf image image_grid load_clusters open_image ops quantize reference resize
         save_animation save_clusters save_image set_backend show_config to_rgb use_backend""",
@@ -28,7 +28,7 @@ NAMES = {
         quantize quantize_values quick_gelu rms_norm sample sample_next uniform""",
     "igpt_fast.backend": "BackendUnavailableError get_backend set_backend show_config use_backend",
     "igpt_fast.config": "ImageGPTConfig",
-    "igpt_fast.pipeline": "BUNDLED Generation Options Pipeline RowEvent kept_rows",
+    "igpt_fast.pipeline": "BUNDLED Generation Options Pipeline RowEvent Scores kept_rows",
 }
 
 

@@ -50,3 +50,42 @@ def test_who_says_that_a_process_is_gone() -> None:
     assert [leaving(together, rank) for rank in (1, 2)] == ["igpt: rank 0 is gone; nothing is written", 1]
     together._store.set("failed/others", "1")
     assert [leaving(together, rank) for rank in (1, 2)] == [1, 1]
+
+
+WATCHED = """
+import os, signal, sys, time
+from igpt_fast import world
+world.GRACE = 0.5
+with world.world("kept") as together:
+    assert together.total([float(together.rank + 1), 2.0]) == [3.0, 4.0]
+    assert together.first_makes(lambda: [together.rank]) == [0]
+    with together.watched():
+        pass
+    with together.watched():
+        if not together.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+"""
+
+
+@pytest.mark.clock
+def test_a_process_that_waits_for_one_that_is_gone_is_ended() -> None:
+    """Also where nothing comes back from what it waits in, as from a collective operation of a GPU."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    runs = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        more = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **place}
+        command = [sys.executable, "-W", "ignore", "-c", WATCHED]
+        runs.append(subprocess.Popen(command, env={**os.environ, **more}, stderr=-1, text=True))
+    try:
+        assert runs[1].wait(timeout=120) == -signal.SIGKILL
+        error = runs[0].communicate(timeout=30)[1]
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+    assert runs[0].returncode == 1
+    assert error == "igpt: rank 1 is gone; kept\n"

@@ -57,6 +57,8 @@ class PretrainedMixin(nn.Module):
     """``from_pretrained`` and ``save_pretrained`` for the model classes."""
 
     config: ImageGPTConfig
+    # The class that config.json names; "": this one.
+    saved_as: str = ""
     # Weights that from_pretrained made up, as it warned: of a head that the files lack, or of another size than theirs.
     newly_initialized: tuple[str, ...] = ()
     # Of the files, what it had no place for; names and sizes, theirs and the model's, of what did not fit.
@@ -231,7 +233,7 @@ class PretrainedMixin(nn.Module):
                 raise ValueError(f"save_pretrained: {name} is {tuple(value.shape)}, the configuration wants {want}")
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-        texts = {CONFIG: config_text(self.config, type(self).__name__, dtype), **self._further_texts()}
+        texts = {CONFIG: config_text(self.config, self.saved_as or type(self).__name__, dtype), **self._further_texts()}
         if split.is_sharded:
             total = sum(value.numel() for value in state.values())
             metadata = {**split.metadata, "total_parameters": total}

@@ -112,12 +112,26 @@ def check_images(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{path}: no such file")
 
 
-def read_processor(model: str | None) -> ImageGPTImageProcessor:
+def model_name(model: str | None) -> str:
     """Of a model, or of the bundled one."""
     from igpt_fast.files import BUNDLED
+
+    return str(BUNDLED) if model is None else model
+
+
+def is_bundled_data(path: Path) -> bool:
+    """Whether a token file is that of the bundled emoji, or a copy of it."""
+    from igpt_fast.files import BUNDLED
+
+    bundled = BUNDLED.parent / "emoji16.npz"
+    return path.stat().st_size == bundled.stat().st_size and path.read_bytes() == bundled.read_bytes()
+
+
+def read_processor(model: str | None) -> ImageGPTImageProcessor:
+    """Of a model, or of the bundled one."""
     from igpt_fast.image import ImageGPTImageProcessor
 
-    return ImageGPTImageProcessor.from_pretrained(BUNDLED if model is None else model)
+    return ImageGPTImageProcessor.from_pretrained(model_name(model))
 
 
 def read_palette(clusters: Path | None, model: str | None) -> tuple[Any, int]:

@@ -19,7 +19,7 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, sample, score, tokenize, train
+from igpt_fast.cli.commands import colours, convert, env, features, finetune, probe, sample, score, tokenize, train
 from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
@@ -27,18 +27,21 @@ FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, Imp
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "complete": sample.complete,
+    "tokenize": tokenize.tokenize,
+    "train": train.train,
+    "finetune": finetune.finetune,
     "score": score.score,
+    "features": features.features,
+    "probe": probe.probe,
     "quantize": colours.quantize,
     "clusters": colours.clusters,
-    "train": train.train,
-    "tokenize": tokenize.tokenize,
     "convert": convert.convert,
     "env": env.env,
 }
 # How the commands are listed.
 GROUPS = {
     "draw": ("sample", "complete"),
-    "learn": ("train", "tokenize", "score"),
+    "learn": ("tokenize", "train", "finetune", "score", "features", "probe"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),
 }

@@ -6,6 +6,7 @@ transformers is imported by the first call.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     on, and what moves or converts one of them (``to``, ``half``) do not reach the other. Devices, dtypes and the mode
     (training or not) are those of ``model``, the configuration is a copy.
 
+    Of a classifier with ``classify_with_sos``, a warning says that transformers' must be fed SOS by hand.
+
     Of a model with classes, transformers' ``generate`` is told not to draw the tokens of the classes
     (``generation_config.suppress_tokens``); ``config.n_classes`` is there, and means nothing to transformers.
 
@@ -48,6 +51,11 @@ def to_transformers(model: ImageGPTPreTrainedModel) -> Any:
     transformers = kin.library("transformers", "igpt_fast.hf.bridge")
     name = _class_name(model, _CLASSES, "to_transformers")
     model.config.check_causal("to_transformers")
+    if model.config.classify_with_sos and name == "ImageGPTForImageClassification":
+        begin = model.config.sos_token_id
+        warnings.warn(
+            f"to_transformers: tuned with SOS in front, which theirs does not add; feed it {begin}", stacklevel=2
+        )
     config = transformers.ImageGPTConfig.from_dict({**model.config.to_dict(), "problem_type": None})
     config.problem_type = model.config.problem_type  # whatever it is: its check is for files
     theirs = twin_of(getattr(transformers, name), config, model, "to_transformers")

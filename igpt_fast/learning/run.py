@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from igpt_fast.learning import checkpoints
 from igpt_fast.learning.data import ImageSet
 from igpt_fast.learning.evaluate import histogram_nats, lookup_table_nats
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Objective
 from igpt_fast.learning.reconstruction import draw_reconstructions
-from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.state import CHECKPOINT, LOG
+from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.learning.state import CHECKPOINT, LOG, TENSORBOARD
 from igpt_fast.learning.train import Progress, _train
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.world import World
 
 _BASELINE_TOKENS = 1 << 22  # that the baselines learn from, of a data set that is not in memory
 MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides checkpoint and log
@@ -34,6 +36,8 @@ def run(
     overwrite: bool = False,
     save_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
+    world: World | None = None,
 ) -> dict[str, Any]:
     """The whole recipe: trains, then writes the model in transformers' layout and a grid of its samples, or, if it was
     trained on masked images and cannot draw, of what it makes of some.
@@ -41,7 +45,7 @@ def run(
     Args:
         data: What to train and evaluate on.
         out: Directory of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
-        config, objective, device, progress: See ``train``.
+        config, objective, device, progress, execution, world: See ``train``.
         resume: Continue the run in ``out``.
         overwrite: Start afresh where ``out`` holds a run; its files are removed when the first new one is written.
         save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
@@ -51,6 +55,8 @@ def run(
         not in memory are those of a part of 4 million tokens to learn from; ``None`` for
         figures of a held-out part that is empty. With classes also how many, and the nats of images whose class is
         known, ``heldout_class_nats``; of masked images ``heldout_masked_nats`` alone, beside the histogram's.
+        If steps were made, the throughput of the last, see ``throughput.Meter``. Other processes than the first return
+        nothing, as soon as they are done.
 
     Raises:
         FileExistsError: ``out`` holds a run, with neither ``resume`` nor ``overwrite``.
@@ -60,7 +66,12 @@ def run(
     before = check_directory(out, resume=resume, overwrite=overwrite)
     objective = objective or NextPixel(config.label_dropout)
     outdated = before if overwrite else ()
-    model, measured = _train(data, out, config, objective, device, resume, progress, outdated=outdated)
+    trained = _train(
+        data, out, config, objective, device, resume, progress, outdated=outdated, execution=execution, world=world
+    )
+    model, measured = trained.model, trained.heldout
+    if world is not None and not world.first:
+        return {}
     export(model, data, out / MODEL, save_dtype)
     drawn = data.tokenizer.clusters is not None  # of other tokens there is nothing to see
     if drawn and model.config.bidirectional:
@@ -86,6 +97,7 @@ def run(
         "heldout_images": held,
         "histogram_nats": histogram_nats(seen) if held else None,
         **figures,
+        **trained.throughput,
     }
 
 
@@ -98,7 +110,8 @@ def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     # By name: a directory that holds other things as well loses none of them.
-    own = [out / CHECKPOINT, out / LOG, out / SAMPLES, *(out / MODEL / name for name in _MODEL_FILES)]
+    own = [out / CHECKPOINT, *checkpoints.finished(out), out / LOG, out / SAMPLES]
+    own += [*(out / MODEL / name for name in _MODEL_FILES), *(out / TENSORBOARD).glob("events.out.tfevents.*")]
     before = [path for path in own if path.exists()]
     if before and not (resume or overwrite):
         raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")

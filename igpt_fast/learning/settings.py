@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from igpt_fast.checks import finite_number, whole_number
 
@@ -66,3 +67,89 @@ class TrainConfig:
                 finite_number(name, value, 0, without=() if name == "weight_decay" else (0,))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}; want a multiple of n_head, {self.n_head}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is computed, which changes its result by rounding alone: a continuation may have another.
+
+    Args:
+        parallel: Under torchrun: ddp, every process holds the whole model; fsdp, each a part of it (FSDP2).
+        accumulate: Parts that a process computes its share of a batch in, one after the other, for less memory.
+        checkpointing: Memory: compute activations again in the backward pass, or keep them.
+        tensorboard: Log: for TensorBoard as well, in tensorboard/ of the run's directory, or in log.jsonl alone.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    accumulate: int = 1
+    checkpointing: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        whole_number("accumulate", self.accumulate, 1, (1 << 32) - 1)
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel is {self.parallel!r}; want ddp or fsdp")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning of a model to classify; the defaults are for some ten to a thousand images of a class.
+
+    Args:
+        gen_weight: Of the pixels' nats in the loss, beside the class's; 0 learns the classes alone, and the model
+            forgets how to draw.
+        shots: So many images of each class, drawn by the seed, instead of all; they include those for validation.
+        validation: Fraction of each class, rounded down, that chooses the best step and is not trained on; the last
+            step is kept where there is none. The held-out images choose nothing.
+        freeze_below: So many of the first blocks, and the embeddings, stay as they are; 0 learns all.
+        steps: Optimizer steps.
+        batch_size: Images a step.
+        lr: Peak learning rate.
+        warmup_steps: Steps of linear warm-up; a cosine down to zero follows.
+        weight_decay: Of the matrices.
+        dropout: After each attention and MLP.
+        clip: Largest norm of the gradient.
+        flip: Augmentation: mirror half of the training images, or not; not for digits and letters.
+        shift: Largest shift of a training image along each axis, in pixels; the border repeats.
+        seed: Of the choice of images, the batches, the augmentation and the dropout.
+        bf16: Precision: autocast to bfloat16, or float32 throughout.
+        eval_every: Steps between two evaluations of the images for validation.
+        save_every: Steps between two checkpoints.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    gen_weight: float = 1.0
+    shots: int | None = None
+    validation: float = 0.1
+    freeze_below: int = 0
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 5e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    clip: float = 1.0
+    flip: bool = True
+    shift: int = 1
+    seed: int = 0
+    bf16: bool = False
+    eval_every: int = 50
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        finite_number("gen_weight", self.gen_weight, 0)
+        finite_number("validation", self.validation, 0, 1, without=(1,))
+        whole_number("freeze_below", self.freeze_below, 0, (1 << 32) - 1)
+        if self.shots is not None:
+            whole_number("shots", self.shots, 1, (1 << 32) - 1)
+        self.training(1, 1, 1)
+
+    def training(self, n_layer: int, n_embd: int, n_head: int) -> TrainConfig:
+        """What the loop is given, for a network of this size."""
+        shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(self)}
+        return TrainConfig(n_layer, n_embd, n_head, **{name: getattr(self, name) for name in shared})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from igpt_fast import files
 from igpt_fast.checkpoint.pickles import scan_torch_file
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.files import printable, shown
+from igpt_fast.learning import checkpoints
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.world import World
 
-CHECKPOINT, LOG = "train.pt", "log.jsonl"
+CHECKPOINT, LOG, TENSORBOARD = "train.pt", "log.jsonl", "tensorboard"
 _MAX_LINE = 1 << 16  # bytes of a record of the log
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
@@ -29,7 +31,7 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
-    settings = dataclasses.asdict(config) | {"objective": objective.name, **vars(objective)}
+    settings = dataclasses.asdict(config) | {"objective": objective.name, **objective.identity()}
     if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}
@@ -37,22 +39,45 @@ def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str,
 
 @dataclass
 class TrainState:
-    """Model, optimizer and the number of steps done."""
+    """Model, optimizer and the number of steps done. Under FSDP this process has parts of the tensors."""
 
-    model: ImageGPTForCausalImageModeling
+    model: Any
     optimizer: torch.optim.AdamW
     step: int
     identity: dict[str, Any]  # see ``same_run``
     saved: int | None = None  # the step that the file holds
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {"step": self.step, "identity": self.identity}
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's and the optimizer's own, by name; the optimizer's are made where there has been no step."""
+        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        learning = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, p in self.model.named_parameters():
+            if id(p) in learning:
+                moments = self.optimizer.state[p]
+                if not moments:  # as the fused AdamW begins
+                    moments["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    moments |= {key: torch.zeros_like(p) for key in _MOMENTS}
+                named |= {f"{key}.{name}": moments[key] for key in _MOMENTS}
+        return named
+
     def save(self, path: Path) -> None:
         """Writes the file, replacing an older one."""
-        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"step": self.step, "identity": self.identity}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.about}
         for left in path.parent.glob(f".{path.name}.*.partial*"):
             left.unlink(missing_ok=True)  # from a process that was killed while it wrote
-        with files.replacing(path) as partial:
-            torch.save(state, partial)
+        with files.replacing(path) as partial, partial.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of torch's archive, which could not be closed after a write had failed
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self.saved = self.step
 
     def load(self, path: Path) -> None:
@@ -72,40 +97,65 @@ class TrainState:
             if not scan_torch_file(path, largest=_MAX_NUMBER):
                 raise ValueError("not a zip, as torch.save writes")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._check_form(state)
+            if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "identity"}:
+                raise ValueError("has other entries than model, optimizer, step and identity")
+            if not all(isinstance(state[name], dict) for name in ("model", "optimizer")):
+                raise ValueError("model or optimizer is no dictionary")
+            _check_about(state)
         except PermissionError:
             raise
         except Exception as error:  # what a damaged file raises is not documented
             raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
-        if differences := _differences(state["identity"], self.identity):
-            raise ValueError(f"{path}: written by another run: {differences}")
+        self._check_same_run(path, state)
         try:
             self._check_tensors(state)
         except (ValueError, RuntimeError) as error:  # a tensor in place of a number has no truth value
             raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = self.saved = state["step"]
+        self._take(state)
 
-    def _check_form(self, state: Any) -> None:
-        if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "identity"}:
-            raise ValueError("has other entries than model, optimizer, step and identity")
-        if not all(isinstance(state[name], dict) for name in ("model", "optimizer", "identity")):
-            raise ValueError("model, optimizer or identity is no dictionary")
-        whole_number("step", state["step"], 0, _MAX_NUMBER)
-        config, data = state["identity"].get("config"), state["identity"].get("data")
-        if not isinstance(config, dict) or not isinstance(data, str):
-            raise ValueError("identity names no configuration or no data")
-        for name, value in config.items():
-            wanted = str if name == "objective" else bool | int | float
-            if not isinstance(name, str) or not isinstance(value, wanted):
-                want = "a name" if wanted is str else "a number"
-                raise ValueError(f"identity's {printable(name)} is {shown(value)}; want {want}")
+    def load_folder(self, path: Path, world: World) -> None:
+        """Takes over the state in a folder of several processes' files: a collective operation. See ``load``."""
+        about = files.read_json(path / checkpoints.STATE)
+        try:
+            _check_about(about)
+            if about["step"] != checkpoints.step_of(path):
+                raise ValueError(f"{checkpoints.STATE} is of step {about['step']}")
+        except ValueError as error:
+            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
+        self._check_same_run(path, about)
+        try:
+            checkpoints.read(path, self.tensors(), world)
+        except PermissionError:
+            raise
+        except Exception as error:  # what a damaged file raises is not documented
+            raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
+        self._count(about["step"])
+
+    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
+        if differences := _differences(state["identity"], self.identity):
+            raise ValueError(f"{path}: written by another run: {differences}")
+        if state["step"] > self.identity["config"]["steps"]:
+            raise ValueError(f"{path}: not a usable training state: its step lies behind the end of the run")
+
+    @torch.no_grad()
+    def _take(self, state: dict[str, Any]) -> None:
+        for name, value in self.model.state_dict().items():
+            _copy(value, state["model"][name])
+        self.tensors()  # makes those of the optimizer
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, moments in state["optimizer"]["state"].items():
+            for key in _MOMENTS:
+                _copy(self.optimizer.state[parameters[index]][key], moments[key])
+        self._count(state["step"])
+
+    def _count(self, step: int) -> None:
+        """Of every parameter the optimizer counts the steps by itself."""
+        self.step = self.saved = step
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(step)
 
     def _check_tensors(self, state: dict[str, Any]) -> None:
         """torch checks the shapes of a model's state, but not of an optimizer's."""
-        if state["step"] > self.identity["config"]["steps"]:
-            raise ValueError(f"step {state['step']} lies behind the end of the run")
         own = self.model.state_dict()
         if state["model"].keys() != own.keys():
             raise ValueError("its weights have other names than the model's")
@@ -127,6 +177,30 @@ class TrainState:
             _check_tensor(f"optimizer step {index}", moment["step"], torch.zeros(()))
             for name in _MOMENTS:
                 _check_tensor(f"optimizer {name} {index}", moment[name], parameters[index])
+
+
+def _check_about(state: dict[str, Any]) -> None:
+    """Of what is no tensor: the form of it."""
+    whole_number("step", state.get("step"), 0, _MAX_NUMBER)
+    identity = state.get("identity")
+    config, data = (identity.get("config"), identity.get("data")) if isinstance(identity, dict) else (None, None)
+    if not isinstance(config, dict) or not isinstance(data, str):
+        raise ValueError("identity names no configuration or no data")
+    for name, value in config.items():
+        wanted = str if name == "objective" else bool | int | float
+        if not isinstance(name, str) or not isinstance(value, wanted):
+            want = "a name" if wanted is str else "a number"
+            raise ValueError(f"identity's {printable(name)} is {shown(value)}; want {want}")
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Into a tensor, or this process's part of one."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
 
 
 def _without_lr(group: Any) -> Any:
@@ -157,35 +231,109 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 class Output:
     """The log and the checkpoint of a run. Its directory is made, and the files of an outdated run removed, only when
     the first of them is written: a run that fails before costs nothing.
+
+    One process writes ``train.pt``, several a folder (see ``checkpoints``); either replaces what was there before, and
+    any number of processes reads both. Of several the first one writes the log.
     """
 
-    def __init__(self, out: Path, outdated: Sequence[Path]) -> None:
-        self.checkpoint, self.log = out / CHECKPOINT, out / LOG
-        self._outdated, self._begun = outdated, False
+    def __init__(self, out: Path, outdated: Sequence[Path], world: World | None = None, board: bool = False) -> None:
+        self.checkpoint, self.log, self._out = out / CHECKPOINT, out / LOG, out
+        self._outdated, self._begun, self._world = outdated, False, world or World()
+        self._board: Any = None
+        self._new_board = _board_of(out / TENSORBOARD) if board and self._world.first else None
+        self._writer = None
+        if self._world.size > 1:
+            self._writer = checkpoints.Writer(out, self._world, lambda: self.checkpoint.unlink(missing_ok=True))
+
+    def load(self, state: TrainState) -> float:
+        """Takes over what was saved last, and cuts the log off after it; returns the seconds that the run took so far.
+
+        Raises:
+            FileNotFoundError, ValueError: See ``TrainState.load``.
+        """
+        folders = checkpoints.finished(self._out)
+        if self.checkpoint.exists() or not folders:
+            state.load(self.checkpoint)
+        if folders and checkpoints.step_of(folders[-1]) > (state.saved or -1):
+            state.load_folder(folders[-1], self._world)
+        return self.resume(state.step)
 
     def resume(self, step: int) -> float:
         """Goes on after ``step``; returns the seconds that the run took so far."""
         self._begun = True
-        return _cut_log(self.log, step)
+        return _cut_log(self.log, step) if self._world.first else 0.0
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record to the log."""
+        if not self._world.first:
+            return
         self._begin()
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        try:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self.log)) from error
+        if self._new_board is not None:
+            self._board = self._board or self._new_board(record["step"])
+            for name in record.keys() - {"step"}:
+                if record[name] is not None:
+                    self._board.add_scalar(name, record[name], record["step"])
+            self._board.flush()
 
     def save(self, state: TrainState) -> None:
-        """Writes the checkpoint."""
-        self._begin()
-        state.save(self.checkpoint)
+        """Writes the checkpoint; of several processes, begins to.
+
+        Raises:
+            OSError: It cannot be written, or the one before; that before it is there.
+        """
+        if self._world.first:
+            self._begin()
+        if self._writer is None:
+            state.save(self.checkpoint)
+            for older in checkpoints.finished(self._out):
+                shutil.rmtree(older)
+        else:
+            self._writer.save(state.tensors(), state.about, state.step)
+            state.saved = state.step
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was begun to be written has failed."""
+        return self._writer is not None and self._writer.failed
+
+    def finish(self) -> None:
+        """Until all is written.
+
+        Raises:
+            OSError: See ``save``.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+        if self._board is not None:
+            self._board.close()
 
     def _begin(self) -> None:
         if not self._begun:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._out.mkdir(parents=True, exist_ok=True)
             for path in self._outdated:
+                if path.is_dir():
+                    shutil.rmtree(path)
                 path.unlink(missing_ok=True)
             _cut_log(self.log, 0)
             self._begun = True
+
+
+def _board_of(folder: Path) -> Any:
+    """What makes the writer for TensorBoard when the run has got to a step.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard is not installed; pip install 'igpt_fast[train]', or leave it out") from error
+    return lambda step: SummaryWriter(str(folder), purge_step=step)
 
 
 def _cut_log(path: Path, step: int) -> float:

@@ -13,7 +13,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from torch import Tensor
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
+from igpt_fast.learning.distributed import Team, check_same
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.learning.state import Output, TrainState, same_run
-from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.learning.throughput import Meter
+from igpt_fast.world import World
 
 LOG_EVERY = 50  # steps
 
@@ -40,9 +43,9 @@ class DivergedError(RuntimeError):
 
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW(0.9, 0.95) of what learns; weight decay on matrices only."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in learning if p.ndim >= 2], [p for p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -90,7 +93,7 @@ def inputs_at(step: int, data: Data, config: TrainConfig, objective: Objective) 
 
 
 def train_step(
-    state: TrainState, data: Data, config: TrainConfig, objective: Objective, losses: Callable[..., Tensor]
+    state: TrainState, data: Data, config: TrainConfig, objective: Objective, team: Team | None = None
 ) -> dict[str, Any]:
     """One optimizer step; returns its record for the log.
 
@@ -101,27 +104,25 @@ def train_step(
         data: The images.
         config: The run.
         objective: What is learned.
-        losses: Its ``losses``, or that compiled.
+        team: What computes it, with ``state.model``; this process alone if not given.
 
     Raises:
         DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
     """
-    step, model, device = state.step, state.model, state.model.device
-    _seed(mix(config.seed, 3, step), device)  # dropout
+    team = team or Team(state.model, state.model.device, objective, config, Execution(), World())
+    step = state.step
+    _seed(mix(config.seed, team.stream, step), state.model.device)  # dropout
     inputs = inputs_at(step, data, config, objective)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        loss = losses(model, *(part.to(device) for part in inputs)).mean()
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    loss = team.backward(inputs)
     record = {
         "step": step + 1,
-        objective.figure: loss.item(),
-        "grad_norm": norm.item(),
+        objective.figure: loss,
+        "grad_norm": team.clip(),
         "lr": learning_rate(step, config),
     }
-    if not (math.isfinite(record[objective.figure]) and math.isfinite(record["grad_norm"])):
-        what = f"the loss is {record[objective.figure]} and its gradient's norm {record['grad_norm']}"
+    if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
+        what = f"the loss is {loss} and its gradient's norm {record['grad_norm']}"
         raise DivergedError(f"step {step + 1}: {what}; try a lower learning rate")
     for group in state.optimizer.param_groups:
         group["lr"] = record["lr"]
@@ -140,31 +141,53 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     stop_after: int | None = None,
-) -> ImageGPTForCausalImageModeling:
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
+    world: World | None = None,
+) -> Any:
     """Trains a model and returns it.
 
     Ctrl-C takes effect between two steps, with the last one saved; a second Ctrl-C at once, without. Torch's global
     generators are left as they were.
 
     Args:
-        data: What to train and evaluate on.
-        out: Directory for ``train.pt`` (model, optimizer, step) and ``log.jsonl``; made with the first of them.
+        data: What to train and evaluate on; the same on all processes.
+        out: Directory for ``train.pt`` (model, optimizer, step; of several processes, ``checkpoint/``) and
+            ``log.jsonl``; made with the first of them. All processes see the same directory.
         config: The run.
         objective: What is learned; the next pixel if not given.
         device: Where to train.
-        resume: Continue from ``out/train.pt``, which must come from the same ``config``, data and objective.
-        progress: Called with each record of the log.
+        resume: Continue from what ``out`` holds, which must come from the same ``config``, data and objective; not from
+            as many processes.
+        progress: Called with each record of the log, on the first process.
         stop_after: Save and return after this step, as an interruption would.
+        execution: How it is computed.
+        world: The processes, see ``world.world``; this one alone if not given.
+
+    Returns:
+        The model; of the processes of FSDP the first alone has it, others get ``None``.
 
     Raises:
-        DivergedError: The loss is no longer finite; ``train.pt`` is the last one saved before.
-        FileNotFoundError: ``resume`` without a ``train.pt``.
+        DivergedError: The loss is no longer finite; what was saved last is that from before.
+        FileNotFoundError: ``resume`` without a run.
         KeyboardInterrupt: On Ctrl-C.
-        NotADirectoryError, PermissionError: ``out`` cannot be made or written to.
-        ValueError: ``resume`` with another configuration or other data, or from a file that is damaged.
+        OSError: ``out`` cannot be made or written to, or not any more; what was saved last is there.
+        PeerGoneError: Another process is gone; what was saved last is there.
+        ValueError: ``resume`` with another configuration or other data, or from a file that is damaged; fewer images in
+            a batch than processes; processes that were given different things.
     """
     objective = objective or NextPixel(config.label_dropout)
-    return _train(data, Path(out), config, objective, device, resume, progress, stop_after)[0]
+    return _train(
+        data, Path(out), config, objective, device, resume, progress, stop_after, (), execution, world or World()
+    ).model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves in the memory."""
+
+    model: Any  # whole, in evaluation mode; None on other processes than the first under FSDP
+    heldout: dict[str, float]  # the figures after the last step, if it was made here
+    throughput: dict[str, Any]  # of the steps since the last record but one, if there were some
 
 
 def _train(
@@ -177,43 +200,89 @@ def _train(
     progress: Progress | None,
     stop_after: int | None = None,
     outdated: Sequence[Path] = (),
-) -> tuple[ImageGPTForCausalImageModeling, dict[str, float]]:
-    """``train``, which also takes files to remove when the first new one is written, and returns the held-out
-    figures of the last step if it was made here."""
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
+    world: World | None = None,
+    on_evaluation: Callable[[Any, dict[str, Any]], None] | None = None,
+) -> Trained:
+    """``train``, which also takes files to remove when the first new one is written; and, of one process, what is
+    called with the model and its record, which is in the log by then, after each evaluation."""
     check_writable(out)
-    model = new_model(data, config, objective).to(device)
-    state = TrainState(model, optimizer_for(model, config), 0, same_run(config, data, objective))
-    output = Output(out, outdated)
-    clock = time.monotonic()
-    if resume:
-        state.load(output.checkpoint)
-        clock -= output.resume(state.step)
-    losses = torch.compile(objective.losses) if config.compile else objective.losses
-    end = config.steps if stop_after is None else min(stop_after, config.steps)
-    final: dict[str, float] = {}
-    model.train()
-    with _own_generators(model.device), delayed_interrupt() as interrupted:
-        while state.step < end and not interrupted():
-            record = train_step(state, data, config, objective, losses)
-            step, last = state.step, state.step == config.steps
-            evaluated = bool(data.n_heldout) and (step % config.eval_every == 0 or last)
-            logged = evaluated or step % LOG_EVERY == 0 or last
-            if evaluated:
-                measured = objective.evaluate(model, data)
-                record.update(measured)
-                final = measured if last else {}
-            if logged:
-                record["seconds"] = round(time.monotonic() - clock, 2)
-                output.append(record)
-            # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
-            if step % config.save_every == 0:
-                output.save(state)
-            if logged and progress is not None:
-                try:
-                    progress(record)
-                except KeyboardInterrupt:  # by which a program says that it shall stop
+    world = world or World()
+    identity = same_run(config, data, objective)
+    check_same(world, f"{identity} {execution}")
+    device = torch.device(device)
+    with _own_generators(device), world.watched():
+        model = new_model(data, config, objective)
+        meter = Meter(model, device, config.batch_size, world.size, config.bf16)
+        team = Team(model, device, objective, config, execution, world)
+        state = TrainState(model, optimizer_for(model, config), 0, identity)
+        output = Output(out, outdated, world, execution.tensorboard)
+        clock = time.monotonic() - (output.load(state) if resume else 0.0)
+        end = config.steps if stop_after is None else min(stop_after, config.steps)
+        try:
+            loop = Loop(data, config, objective, team, state, output, meter, clock, progress, on_evaluation)
+            heldout, throughput = loop.run(end)
+        except BaseException:
+            with suppress(BaseException):  # what is being written may become whole
+                output.finish()
+            raise
+        whole = team.whole_model()
+        return Trained(whole if whole is None else whole.eval(), heldout, throughput)
+
+
+@dataclass
+class Loop:
+    """Steps, and what is done between them."""
+
+    data: Data
+    config: TrainConfig
+    objective: Objective
+    team: Team
+    state: TrainState
+    output: Output
+    meter: Meter
+    clock: float  # when the run would have begun, had it not been interrupted
+    progress: Progress | None
+    on_evaluation: Callable[[Any, dict[str, Any]], None] | None
+
+    def run(self, end: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Goes on to a step; returns the held-out figures of the run's last, and the throughput."""
+        team, state, output = self.team, self.state, self.output
+        heldout: dict[str, float] = {}
+        throughput: dict[str, Any] = {}
+        state.model.train()
+        # torchrun passes on the Ctrl-C that the terminal has sent to all.
+        with delayed_interrupt(echo=2.0 if team.world.size > 1 else 0.0) as interrupted:
+            stopping = False
+            team.stop = lambda: stopping or output.failed or interrupted()
+            while state.step < end and not (team.stopped if team.world.size > 1 else team.stop()):
+                with self.meter.step():
+                    record = train_step(state, self.data, self.config, self.objective, team)
+                step, last = state.step, state.step == self.config.steps
+                evaluated = bool(self.data.n_heldout) and (step % self.config.eval_every == 0 or last)
+                logged = evaluated or step % LOG_EVERY == 0 or last
+                if evaluated:
+                    measured = team.evaluate(self.data)
+                    record.update(measured)
+                    heldout = measured if last else {}
+                if logged:
+                    throughput = self.meter.figures()
+                    record |= throughput
+                    record["seconds"] = round(time.monotonic() - self.clock, 2)
+                    output.append(record)
+                if evaluated and self.on_evaluation is not None:
+                    self.on_evaluation(state.model, record)
+                # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
+                if step % self.config.save_every == 0:
                     output.save(state)
-                    raise
-        if state.step and state.saved != state.step:
-            output.save(state)
-    return model.eval(), final
+                if logged and self.progress is not None and team.world.first:
+                    try:
+                        self.progress(record)
+                    except KeyboardInterrupt:  # by which a program says that it shall stop
+                        stopping = True
+            if state.step and state.saved != state.step:
+                output.save(state)
+            output.finish()
+            if team.stopped or stopping:
+                raise KeyboardInterrupt
+        return heldout, throughput

@@ -15,7 +15,10 @@ from igpt_fast import ops
 from igpt_fast.engines.network import why_not_modules
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
-_ROWS = 8192  # pixels whose logits are in memory at once, where no gradient wants them all
+_ROWS = 8192  # pixels that go through the head together, without gradients
+# Pixels that go through the network together on the CPU, and at least so many for each thread: activations of more
+# leave the caches, which costs a seventh (bfloat16) to a quarter (benchmarks/bench_score.py, batch 64).
+_ROWS_CPU, _ROWS_THREAD = 4096, 1024
 
 
 def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -23,8 +26,8 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
 
     ``labels``: (B,) int64, the classes that the images are known to be of, -1 for none; ``None``: none at all.
 
-    Without gradients, and where nothing stands around the model's parts that only a call of the model meets, the head
-    and the loss follow the network some rows at a time, so that no batch's logits are ever whole in memory.
+    Without gradients, and where nothing stands around the model's parts that only a call of the model meets, network,
+    head and loss follow each other for some pixels at a time, so that no batch's logits are ever whole in memory.
     """
     tokens, config = tokens.long(), model.config
     config.check_causal("image_nats")
@@ -32,25 +35,30 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
     if labels is not None:
         begin = torch.where(labels < 0, begin, config.n_colours + labels)
     inputs = torch.cat([begin[:, None], tokens[:, :-1]], dim=1)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and why_not_modules(model) is None:
-        hidden = model.transformer(inputs, use_cache=False, return_dict=True).last_hidden_state
-        return _nats_of_hidden(model, hidden, tokens)
+    many = inputs.numel() > _ROWS_CPU and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if many and why_not_modules(model) is None:
+        return _in_parts(model, inputs, tokens)
     logits = model(inputs, use_cache=False, return_dict=True).logits
     if config.n_classes:
         logits = logits[..., : config.n_colours].contiguous()  # here, or the loss copies it, and its gradient again
-    return ops.cross_entropy(logits, tokens, reduction="none")
+    # Of rows: torch's own loss, which little work goes to, is four times as slow over (B, K, T).
+    return ops.cross_entropy(logits.flatten(0, 1), tokens.reshape(-1), reduction="none").view(tokens.shape)
 
 
-def _nats_of_hidden(model: ImageGPTForCausalImageModeling, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """(B, T) of the (B, T, n_embd) states behind the last norm."""
-    rows, targets = hidden.flatten(0, 1), tokens.reshape(-1)  # (B * T, n_embd), (B * T)
-    found = []
-    for some, right in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
-        logits = model.lm_head(some)  # (rows, vocab_size - 1)
-        if model.config.n_classes:
-            logits = logits[:, : model.config.n_colours].contiguous()
-        found.append(ops.cross_entropy(logits, right, reduction="none"))  # (rows,)
-    return torch.cat(found).view(tokens.shape) if found else hidden.new_empty(tokens.shape, dtype=torch.float32)
+def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Tensor) -> Tensor:
+    """(B, T) nats of tokens, given what stands before each of them."""
+    together = max(_ROWS_CPU, _ROWS_THREAD * torch.get_num_threads())
+    images = max(1, together // inputs.shape[1] if inputs.device.type == "cpu" else len(inputs))
+    nats = torch.empty(tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device)
+    for some, targets, into in zip(*(part.split(images) for part in (inputs, tokens, nats)), strict=True):
+        hidden = model.transformer(some, use_cache=False, return_dict=True).last_hidden_state  # (b, T, n_embd)
+        rows = (hidden.flatten(0, 1), targets.reshape(-1), into.view(-1))  # (b * T, n_embd), (b * T), (b * T)
+        for states, right, out in zip(*(part.split(_ROWS) for part in rows), strict=True):
+            logits = model.lm_head(states)  # (rows, vocab_size - 1)
+            if model.config.n_classes:
+                logits = logits[:, : model.config.n_colours].contiguous()
+            out.copy_(ops.cross_entropy(logits, right, reduction="none"))
+    return nats
 
 
 @torch.no_grad()

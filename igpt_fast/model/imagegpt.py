@@ -383,7 +383,9 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     """``ImageGPTModel``, the mean over the positions, and a linear classifier without bias.
 
-    The mean is over all T positions, as in transformers, hidden ones of an ``attention_mask`` included.
+    The mean is over all T positions, as in transformers, hidden ones of an ``attention_mask`` included. With
+    ``config.classify_with_sos``, which ``igpt finetune`` sets, SOS is put in front of the images here, and what has no
+    position then is cut off: a whole image loses its last pixel, as in training, and a shorter one nothing.
 
     Args:
         config: The hyper-parameters; ``num_labels`` outputs.
@@ -426,6 +428,11 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             ``ImageClassificationOutput`` or a tuple of its fields that are set.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.config.classify_with_sos:
+            if any(argument is not None for argument in (past_key_values, token_type_ids, position_ids)):
+                what = "past_key_values, token_type_ids and position_ids"
+                raise ValueError(f"{what} are not supported where classify_with_sos puts SOS in front of an image")
+            input_ids, inputs_embeds, attention_mask = self._begun(input_ids, inputs_embeds, attention_mask)
         base = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -442,6 +449,18 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         loss = None if labels is None else self._loss(whole(logits, self.score), labels)  # ()
         output = ImageClassificationOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()
+
+    def _begun(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The arguments of an image that begins with SOS: as many positions as there are, and no more."""
+        most, sos = self.config.n_positions, self.config.sos_token_id
+        if ids is not None and ids.ndim and ids.shape[-1] <= most:  # what is longer is refused as it is
+            ids = F.pad(ids, (1, 0), value=sos)[..., :most]
+        if embeds is not None and embeds.ndim == 3 and embeds.shape[1] <= most:
+            begin = self.transformer.wte(torch.full((len(embeds), 1), sos, device=embeds.device))  # (B, 1, n_embd)
+            embeds = torch.cat([begin.to(embeds.dtype), embeds], dim=1)[:, :most]
+        if mask is not None and mask.ndim == 2:
+            mask = F.pad(mask, (1, 0), value=1)[:, :most]
+        return ids, embeds, mask
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         config = self.config

@@ -14,7 +14,6 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.encoder_cache import encoder_states, keep_encoder_states
 from igpt_fast.engines.network import plain
-from igpt_fast.ops.causal_attention import full_attention
 from igpt_fast.ops.dispatch import autocast_dtype
 
 
@@ -139,7 +138,7 @@ class ImageGPTAttention(nn.Module):
         if written_out:
             out, weights = self._written_out(q, k, v, attention_mask, causal=not self.bidirectional)
         else:  # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
-            attend = full_attention if self.bidirectional else ops.causal_attention
+            attend = ops.full_attention if self.bidirectional else ops.causal_attention
             out, weights = attend(q, k, v, self.scale, attention_mask, dropout_p, self.upcast, output_attentions)
         out = self.c_proj(out.transpose(1, 2).reshape(b, t, d))  # heads side by side: (B, T, n_embd)
         return self.resid_dropout(out), weights

@@ -8,7 +8,7 @@ May use: reference, backend, draws.
 
 from igpt_fast.ops.activation import ACTIVATIONS, activation, check_activation, gelu_erf, gelu_tanh, quick_gelu
 from igpt_fast.ops.attention_decode import attention_decode
-from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed
+from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed, full_attention
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
@@ -27,6 +27,7 @@ __all__ = [
     "check_sampling",
     "cross_entropy",
     "dequantize",
+    "full_attention",
     "gelu_erf",
     "gelu_tanh",
     "gemv",

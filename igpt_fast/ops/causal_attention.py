@@ -30,6 +30,12 @@ OPS["causal_attention_packed"] = Op(
     otherwise="causal_attention of the three parts",
 )
 
+# No kernel: those of causal attention gain by the half that they leave out, and here is nothing to leave out.
+OPS["full_attention"] = Op(
+    otherwise="torch scaled_dot_product_attention, forward and backward, in bidirectional models (BERT); the "
+    "written-out softmax with output_attentions, upcast or another scale",
+)
+
 
 def causal_attention(
     q: Tensor,
@@ -98,7 +104,7 @@ def full_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    scale: float | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     upcast: bool = False,
@@ -110,6 +116,7 @@ def full_attention(
     """
     _check_attention("full_attention", q, k, v, dropout_p)
     _check_masks("full_attention", q, k.shape[2], key_mask, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if need_weights or upcast:
         out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
         return out, weights if need_weights else None

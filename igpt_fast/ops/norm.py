@@ -16,13 +16,13 @@ OPS["rms_norm"] = Op(
     native=("cpu", "cuda"),
     covers="fp32, bf16, fp16; x and weight of one dtype; n_embd a multiple of 8 to 8192",
     covers_cpu="fp32, bf16; a weight of either",
-    least_cpu=LEAST_CPU,
+    least_cpu=LEAST_CPU // 2,
 )
 OPS["layer_norm"] = Op(
     native=("cpu", "cuda"),
     covers="fp32, bf16, fp16; x, weight and bias of one dtype; n_embd a multiple of 8 to 8192",
     covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
-    least_cpu=LEAST_CPU,
+    least_cpu=LEAST_CPU // 2,
 )
 
 

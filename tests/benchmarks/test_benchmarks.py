@@ -279,6 +279,9 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["error"] < 0.1 for row in found["rows"])
     assert found["machine"]["commit"]
     assert found["ceilings"]["read_gb_s"]
+    found = run("bench_train_loop", tmp_path, monkeypatch)
+    assert [row["name"] for row in found["rows"]] == ["igpt_fast", "by hand"]
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in found["rows"])
     if weights.no_native_decoder() is None:
         found = run("bench_generate", tmp_path, monkeypatch, "--batch", "2", "--no-compile")
         assert {row["work"] for row in found["rows"]} == {"step", "image", "memory"}

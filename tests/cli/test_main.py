@@ -86,7 +86,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: 
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"igpt {command}" in out
-    assert ("(required)" in out) == (command == "convert")  # what to convert, and where to
+    assert ("(required)" in out) == (command in ("convert", "features"))  # what to convert, and where to; of what
     options = [line for line in out.splitlines() if line.lstrip("│ ").startswith("--")]
     assert len(options) >= (1 if command == "env" else 4)
 
@@ -262,6 +262,9 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "quantize" in text
     assert "causal_attention_packed cpu " in text
+    for device in ("cpu ", "cuda"):
+        reason = f"[there is no kernel for {device.strip()} tensors in this version]"
+        assert re.search(rf"full_attention +{device} +torch scaled_dot_product_attention, .* {re.escape(reason)}", text)
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:

@@ -12,7 +12,8 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.world import world
 
 if TYPE_CHECKING:
     from igpt_fast.learning.data import ImageSet
@@ -65,6 +66,7 @@ def train(
     dtype: str = "float32",
     backend: str = "auto",
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
+    execution: OmitArgPrefixes[Execution] = Execution(),  # noqa: B008
     json: bool = False,
     force: bool = False,
 ) -> None:
@@ -80,18 +82,15 @@ def train(
             it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
             stand in a token file that has labels (and class_names).
-        resume: Continue an interrupted run bit for bit; the settings must be the same.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        resume: Continue an interrupted run, bit for bit with as many processes; the settings must be the same.
+        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.
+        execution: How it is computed: up to rounding, the result is the same.
         json: Print one JSON object.
         force: Start afresh in a directory that holds a run.
     """
-    if (count := processes.size()) > 1:
-        raise checks.UsageError(
-            f"{count} processes would train the same run into the same files; start one, without torchrun"
-        )
     if resume and force:
         raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
     if data is not None and not data.exists():
@@ -105,8 +104,10 @@ def train(
         raise checks.UsageError("--label-dropout: only with --classes")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
+    if processes.size() == 1 and execution.parallel != Execution.parallel:
+        raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
     checks.choose_backend(backend)
-    device_ = checks.choose_device(device)
+    device_ = checks.choose_device(device, processes.local_rank())
     import torch
 
     from igpt_fast.learning import run
@@ -117,10 +118,17 @@ def train(
         raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
     how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
-    tokens = _tokens(data, preparation, classes, config.seed)
-    learned = Masked() if objective == "masked" else None
-    how |= {"objective": learned, "device": device_, "save_dtype": getattr(torch, dtype), "progress": _progress}
-    summary = run.run(tokens, out, config, **how)
+    how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
+    how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
+    collectives = "cpu:gloo,cuda:nccl" if device_.type == "cuda" else "gloo"
+    with world("what was saved is kept; go on with --resume", collectives) as together:
+        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed))
+        summary = run.run(tokens, out, config, world=together, **how)
+    if together.first:
+        _report(out, summary, objective, classes, json)
+
+
+def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, json: bool) -> None:
     text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
     if objective == "masked":
         text += f" held out {terminal.nats(summary['heldout_masked_nats'])} nats/masked pixel"

@@ -40,6 +40,9 @@ class NextPixel:
         torch.nn.init.zeros_(model.lm_head.weight)  # the paper starts from uniform predictions
         return model
 
+    def identity(self) -> dict[str, int | float]:
+        return dict(vars(self))
+
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         if labels is None:
             return (tokens,)

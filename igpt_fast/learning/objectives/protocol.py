@@ -63,6 +63,9 @@ class Objective(Protocol):
     def model(self, config: ImageGPTConfig) -> Any:
         """A new model, its weights drawn from torch's global generator of the CPU."""
 
+    def identity(self) -> dict[str, int | float]:
+        """What of it a run and its continuation must share, besides the run's configuration."""
+
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         """What ``losses`` takes for the (B, T) augmented images of a whole step: tensors whose first dimension is B.
 
