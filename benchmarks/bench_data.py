@@ -1,9 +1,9 @@
 """Data sets that outgrow memory: tokens of many pictures, and how soon and in how much memory a run begins.
 
 Makes JPEGs of 64x64, turns them into shards as ``igpt tokenize`` does, and takes the first step of a run from the
-shards and from the directory itself, each in a process of its own. Memory is the sum of the resident sets of the process
-and its children, shared pages counted in each, so that it is rather too large; processor time is theirs together, which
-a busy machine changes less than the seconds.
+shards and from the directory itself, each in a process of its own. Memory is the sum of the resident sets of the
+process and its children, shared pages counted in each, so that it is rather too large; processor time is theirs
+together, which a busy machine changes less than the seconds.
 
     python benchmarks/bench_data.py --images 100000 --workers 2
 """

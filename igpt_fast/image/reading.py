@@ -214,13 +214,12 @@ def _decoded(file: IO[bytes], max_pixels: int, least: int) -> tuple[Image.Image,
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width}x{image.height} is more than {max_pixels} pixels")
             size = image.size
-            if least and image.format == "JPEG":
+            if least and image.format == "JPEG" and _orientation(image) == 1:  # turned, its last row might come first
                 image.draft(None, (least, least))
-            turned = _orientation(image) >= 5
             image.load()
             rgb = to_pil(image)
             # A copy: a plain Image that holds no file.
-            return rgb.copy() if rgb is image else rgb, size[::-1] if turned else size
+            return rgb.copy() if rgb is image else rgb, size if image.size != size else rgb.size
 
 
 def resize(
@@ -279,8 +278,8 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
-    """The (height, width, 3) uint8 pixels of the middle of an image, as ``read_square`` has them, but for large JPEGs:
-    these are decoded at a fraction of their size, to no less than twice what is wanted.
+    """The (height, width, 3) uint8 pixels of the middle of an image, as ``read_square`` has them, but for large JPEGs
+    that are stored upright: these are decoded at a fraction of their size, to no less than twice what is wanted.
 
     Args:
         source: An image file, or its content.
@@ -290,7 +289,10 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
         FileNotFoundError, IsADirectoryError, PermissionError, ValueError: As ``open_image``; only files are named.
     """
     with files.open_input(source) if isinstance(source, Path) else io.BytesIO(source) as file:
-        picture, full = _decode(file, least=_DRAFT * max(height, width))
+        try:
+            picture, full = _decode(file, least=_DRAFT * max(height, width))
+        except ValueError as error:
+            raise error if isinstance(source, bytes) else ValueError(f"{source}: {error}") from error
     if picture.size == full:
         return np.asarray(resize(center_crop(picture, width / height), width, height))
     scale = max(round(whole / part) for whole, part in zip(full, picture.size, strict=True))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from igpt_fast import files
-from igpt_fast.learning.extraction import extract
+from igpt_fast.learning.extraction import check_masks, extract
 from igpt_fast.learning.feature_sources import Source
 
 SUFFIXES = (".npz", ".parquet")
@@ -39,7 +39,7 @@ class FeatureRun:
         model_hash: Of its weights.
         source: The images.
         layers: The paper's numbers, ascending.
-        sos, bands, pool, batch_size: See ``extraction.feature_batches``.
+        sos, bands, pool, masks, batch_size: See ``extraction.feature_batches``.
         about: More that the file shall say of itself.
     """
 
@@ -50,6 +50,7 @@ class FeatureRun:
     sos: bool = True
     bands: int = 1
     pool: str | None = "mean"
+    masks: int | None = None
     batch_size: int = 64
     about: Any = None
 
@@ -69,6 +70,7 @@ class FeatureRun:
     def manifest(self) -> dict[str, Any]:
         """What the parts depend on."""
         settings = {"layers": list(self.layers), "sos": self.sos, "bands": self.bands, "pool": self.pool}
+        settings["masks"] = check_masks(self.masks, self.model.config)
         settings |= {"images": len(self.source), "parts": len(self.parts)}
         return {"format": 1, "model": self.model_hash, "data": self.source.fingerprint(), "settings": settings}
 
@@ -145,6 +147,7 @@ def make(run: FeatureRun, out: Path, share: Sequence[int], done: Done) -> None:
                     sos=run.sos,
                     bands=run.bands,
                     pool=run.pool,
+                    masks=run.masks,
                     batch_size=run.batch_size,
                     progress=told,
                 )

@@ -129,7 +129,8 @@ class TokenImages:
 
 
 def check_palette(path: str | os.PathLike[str], data: TokenData, processor: Any, model: Any) -> None:
-    """Fails where the tokens of a file are not those of a model.
+    """Fails where the tokens of a file are not those of a model; of codes that are no colours their number is all there
+    is to compare, and ``processor`` may be ``None``.
 
     Raises:
         ValueError: Another number of colours, other colours, or other pixels.
@@ -137,6 +138,10 @@ def check_palette(path: str | os.PathLike[str], data: TokenData, processor: Any,
     if data.tokens.shape[1] != model.config.n_positions:
         size = f"{data.tokens.shape[1]} tokens an image, the model {model.config.n_positions}"
         raise ValueError(f"{path}: has {size}")
+    if data.clusters is None:
+        if data.vocabulary != model.config.n_colours:
+            raise ValueError(f"{path}: has {data.vocabulary} codes, the model {model.config.n_colours}")
+        return
     theirs = processor.clusters
     if theirs is None or data.clusters.shape != theirs.shape:
         have = "none" if theirs is None else len(theirs)

@@ -1,5 +1,6 @@
 """``igpt probe`` as a user meets it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from igpt_fast import ImageGPTImageProcessor
 from igpt_fast.cli.main import main
 from igpt_fast.files import BUNDLED
 from igpt_fast.learning.data import TokenData, save_tokens
+from igpt_fast.learning.tokenizers import CodeTokenizer
 
 COLOURS = 6
 CLUSTERS = np.linspace(-1, 1, 3 * COLOURS, dtype=np.float32).reshape(COLOURS, 3)
@@ -106,6 +108,7 @@ def test_emoji_are_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("{data}", "--test", "{others}"), 1, "test has images of classes that train has not: cat"),
         (("{others}", "--test", "{data}"), 1, "test has no image of classes that train has: cat"),
         (("{single}",), 1, "train has a single class, ant"),
+        (("{codes}",), 1, "codes.npz: its tokens are no colours, and a probe stands beside raw pixels"),
         (("{data}", "--shots", "33"), 1, "shots are 33 images a class, and class 'ant' has 32"),
         (("{data}", "--shots", "0"), 2, "--shots is '0'"),
         (("{data}", "--shots", "1,x"), 2, "--shots is '1,x'; want none, or numbers"),
@@ -125,12 +128,13 @@ def test_emoji_are_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_mistakes(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, reason: str
 ) -> None:
-    paths = {name: tmp_path / f"{name}.npz" for name in ("data", "plain", "others", "single")}
+    paths = {name: tmp_path / f"{name}.npz" for name in ("data", "plain", "others", "single", "codes")}
     paths |= {name: tmp_path / name for name in ("empty", "loose")}
     save_tokens(dataset(), paths["data"])
     save_tokens(TokenData(dataset().tokens, CLUSTERS, dataset().heldout), paths["plain"])
     save_tokens(dataset(names=("ant", "bee", "cat")), paths["others"])
     save_tokens(dataset(names=("ant",)), paths["single"])
+    save_tokens(dataclasses.replace(dataset(), clusters=None, tokenizer=CodeTokenizer(COLOURS, 4, 4)), paths["codes"])
     paths["empty"].mkdir()
     paths["loose"].mkdir()
     Image.new("RGB", (4, 4)).save(paths["loose"] / "0.png")

@@ -20,6 +20,7 @@ from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.extraction import extract
 from igpt_fast.learning.feature_files import FeatureRun, begin, finish, make, parts_folder
 from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
+from igpt_fast.learning.tokenizers import CodeTokenizer
 
 COLOURS = 8
 CLUSTERS = np.random.default_rng(1).uniform(-1, 1, (COLOURS, 3)).astype(np.float32)
@@ -239,6 +240,15 @@ def test_a_file_of_another_palette() -> None:
     small_ = TokenData(data().tokens[:, :9], CLUSTERS, data().heldout)
     with pytest.raises(ValueError, match=r"a\.npz: has 9 tokens an image, the model 16"):
         check_palette("a.npz", small_, PROCESSOR, MODEL)
+
+
+def test_tokens_that_are_no_colours(tmp_path: Path) -> None:
+    codes = TokenData(data().tokens, None, data().heldout, tokenizer=CodeTokenizer(COLOURS, 4, 4))
+    check_palette("a.npz", codes, None, MODEL)
+    assert whole(run(source=TokenImages(codes)), tmp_path / "a.npz") == 10
+    more = TokenData(data().tokens, None, data().heldout, tokenizer=CodeTokenizer(COLOURS + 1, 4, 4))
+    with pytest.raises(ValueError, match=r"a\.npz: has 9 codes, the model 8"):
+        check_palette("a.npz", more, None, MODEL)
 
 
 def test_large_files_are_written_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,15 @@ def test_the_embedding_of_the_mask_stays_zero(tiny: TokenData, tmp_path: Path) -
     assert small().transformer.wte.padding_idx is None
 
 
+def test_narrow_networks_begin_wider(tiny: TokenData) -> None:
+    model = new_model(tiny, TINY, Masked())
+    assert model.config.initializer_range == 32**-0.5
+    assert model.transformer.h[0].attn.c_attn.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert not model.lm_head.weight.any()
+    wide = new_model(tiny, dataclasses.replace(TINY, n_embd=512), Masked())
+    assert wide.config.initializer_range == 0.02
+
+
 def test_masks_are_drawn_for_a_whole_step(tiny: TokenData) -> None:
     """And any split of a step among processes has the same losses."""
     objective, model = Masked(), new_model(tiny, TINY, Masked())
@@ -308,5 +317,20 @@ def test_command(tiny: TokenData, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "nats/masked pixel (histogram" in capsys.readouterr().out
     assert main([*(part for part in how if part not in ("--objective", "masked")), "--resume"]) == 1
     assert "objective was 'masked', is 'next_pixel'" in capsys.readouterr().err
+    model = ["--model", str(out / "model"), "--device", "cpu", "--json"]
+    for masks in (None, 0):
+        file = tmp_path / f"{masks}.npz"
+        more = [] if masks is None else ["--masks", str(masks)]
+        assert main(["features", str(tmp_path / "data.npz"), "--out", str(file), *model, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["masks"] == (5 if masks is None else masks)
+        assert main(["probe", str(tmp_path / "data.npz"), "--shots", "none", *model, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["masks"] == (5 if masks is None else masks)
+    one, other = (np.load(tmp_path / f"{masks}.npz") for masks in (None, 0))
+    assert '"masks": 5' in str(one["about"])
+    assert not np.allclose(one["layer_1"], other["layer_1"])
+    assert main(["features", str(tmp_path / "data.npz"), "--out", str(tmp_path / "x.npz"), "--masks", "5"]) == 2
+    assert "masks is 5, and the network is causal" in capsys.readouterr().err
+    assert main(["score", str(tmp_path / "data.npz"), "--model", str(out / "model"), "--device", "cpu"]) == 1
+    assert "the model's attention is bidirectional (a BERT): it predicts masked pixels" in capsys.readouterr().err
     assert main(["sample", "--model", str(out / "model"), "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 1
     assert "the model's attention is bidirectional (a BERT): it predicts masked pixels" in capsys.readouterr().err

@@ -30,6 +30,7 @@ def features(
     bands: int = 1,
     pool: str = "mean",
     sos: bool = True,
+    masks: int | None = None,
     classes: bool = False,
     skip_unreadable: bool = False,
     batch_size: int = 64,
@@ -52,6 +53,8 @@ def features(
         bands: Horizontal bands of the image, whose means stand side by side.
         pool: mean, over the positions; or none, every position of its own.
         sos: Do not put the start token in front, with which a model was trained.
+        masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
+            features are; 5 if not given, 0 shows the whole image.
         classes: The sub-directories of a directory are classes.
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         batch_size: Images that are computed together.
@@ -76,7 +79,7 @@ def features(
     device_ = checks.choose_device(device, processes.local_rank())
     from igpt_fast.cli.draw.exports import weights_hash
     from igpt_fast.learning import feature_files
-    from igpt_fast.learning.extraction import check_layers, load_network
+    from igpt_fast.learning.extraction import check_layers, check_masks, load_network
     from igpt_fast.world import world as processes_of
 
     if out.suffix.lower() == ".parquet":
@@ -85,8 +88,10 @@ def features(
         network = load_network(checks.model_name(model), device_, dtype)
         with checks.as_usage():
             numbers = check_layers(layers, network.config.n_layer)
+            masks = check_masks(masks, network.config)
         source = read_source(data, model, network, classes, skip_unreadable)
         how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": None if pool == "none" else pool}
+        how["masks"] = masks
         run = feature_files.FeatureRun(
             network, weights_hash(network), source, numbers, batch_size=batch_size, about=_about(data, model), **how
         )
@@ -111,11 +116,10 @@ def read_source(data: Path, model: str | None, network: Any, classes: bool, skip
     from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
     from igpt_fast.learning.shards import has_labels
 
-    processor = checks.read_processor(model)
     if data.is_dir():
-        return Pictures(data, processor, classes, skip_unreadable)
+        return Pictures(data, checks.read_processor(model), classes, skip_unreadable)
     tokens = load_tokens(data, classes=has_labels(data))
-    check_palette(data, tokens, processor, network)
+    check_palette(data, tokens, None if tokens.clusters is None else checks.read_processor(model), network)
     return TokenImages(tokens)
 
 
@@ -150,6 +154,7 @@ def _extract(run: FeatureRun, out: Path, world: World, force: bool, json: bool, 
         "sos": run.sos and not run.model.config.bidirectional,
         "bands": run.bands,
         "pool": run.pool or "none",
+        "masks": run.masks,
         "classes": len(run.source.class_names),
         "processes": world.size,
         "seconds": round(seconds, 3),

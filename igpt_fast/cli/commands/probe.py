@@ -17,6 +17,7 @@ from igpt_fast.cli.commands.features import DTYPES
 if TYPE_CHECKING:
     import numpy as np
 
+    from igpt_fast.config import ImageGPTConfig
     from igpt_fast.image import ImageGPTImageProcessor
 
 NO_EMOJI = (
@@ -38,6 +39,8 @@ class Probing:
         concat: So many layers that follow each other as one feature, around the best one.
         attentive: A learned query that attends to all positions, of the best layer; ten passes over the images.
         bands: Horizontal bands of the image, whose means stand side by side.
+        masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
+            features are; 5 if not given, 0 shows the whole image.
         sos: Do not put the start token in front, with which a model was trained.
         seed: Of draws, parts of train and random weights.
         batch_size: Images that are computed together.
@@ -50,24 +53,26 @@ class Probing:
     concat: int = 0
     attentive: bool = False
     bands: int = 1
+    masks: int | None = None
     sos: bool = True
     seed: int = 0
     batch_size: int = 64
 
-    def keywords(self, n_layer: int) -> dict[str, Any]:
+    def keywords(self, config: ImageGPTConfig) -> dict[str, Any]:
         """Of ``learning.probe.probe``; a value out of its range is a mistake of usage."""
-        from igpt_fast.learning.extraction import check_layers
+        from igpt_fast.learning.extraction import check_layers, check_masks
 
         for option, value, least, most in (
             ("--tries", self.tries, 1, 1000),
-            ("--concat", self.concat, 0, n_layer + 1),
+            ("--concat", self.concat, 0, config.n_layer + 1),
             ("--bands", self.bands, 1, 4096),
             ("--seed", self.seed, 0, (1 << 32) - 1),
             ("--batch-size", self.batch_size, 1, 1 << 16),
         ):
             checks.check_range(option, value, least, most)
         with checks.as_usage():
-            return {**vars(self), "layers": check_layers(self.layers, n_layer), "shots": _shots(self.shots)}
+            layers, masks = check_layers(self.layers, config.n_layer), check_masks(self.masks, config)
+            return {**vars(self), "layers": layers, "masks": masks, "shots": _shots(self.shots)}
 
 
 def _shots(text: str | None) -> list[int] | None:
@@ -138,7 +143,7 @@ def probe(
     if plot is not None:
         need_matplotlib()
     network = load_network(checks.model_name(model), device_, dtype)
-    keywords = probing.keywords(network.config.n_layer)
+    keywords = probing.keywords(network.config)
     processor = checks.read_processor(model)
     share = 0.0 if test is not None else 0.1 if holdout is None else holdout
     own = _read(data, processor, network, share, skip_unreadable)
@@ -201,6 +206,8 @@ def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: 
         bundled = checks.is_bundled_data(path)
         raise checks.UsageError(NO_EMOJI if bundled else f"{path}: has no labels: there is nothing to probe it for")
     data = load_tokens(path, classes=True)
+    if data.clusters is None:
+        raise ValueError(f"{path}: its tokens are no colours, and a probe stands beside raw pixels; see igpt features")
     check_palette(path, data, processor, network)
     assert data.labels is not None
     return _Set(data.tokens.numpy(), np.array(list(data.class_names))[data.labels.numpy()], data.heldout.numpy())

@@ -67,6 +67,8 @@ class Archive:
         Raises:
             FileNotFoundError, ValueError: No such file, damaged, or a tar that is compressed.
         """
+        _zip.cache_clear()  # the files may be other ones now
+        _tar.cache_clear()
         pictures, notes = [], {}
         for archive in archives:
             for member in _members(archive):

@@ -39,6 +39,7 @@ class Arrays:
         Raises:
             FileNotFoundError, ValueError: No such file, or not such an array.
         """
+        _array.cache_clear()  # the file may be another one now
         return cls(path, np.arange(len(_array(path, tokens))), tokens)
 
     @property

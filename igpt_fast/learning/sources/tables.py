@@ -61,6 +61,8 @@ class Table:
             ImportError: pyarrow is not installed.
             FileNotFoundError, ValueError: No such file, damaged, or without pictures.
         """
+        _parquet.cache_clear()  # the files may be other ones now
+        _schema.cache_clear()
         counts = [_rows(table) for table in tables]
         for table in tables:
             _image_column(table)
