@@ -15,6 +15,7 @@ On Ctrl-C, which torchrun passes on to all, each hands over what it has finished
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -22,8 +23,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from igpt_fast.processes import size
@@ -112,7 +114,7 @@ class Torchrun(World):
         patience = timedelta(seconds=START)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=patience))
         self._store: Store = dist.PrefixStore("igpt", store)
-        self._store.set(f"process/{self.rank}", f"{os.getpid()} {socket.gethostname()}")
+        self._store.set(f"process/{self.rank}", f"{os.getpid()} {_place()}")
         self._done = 0.0
         self._elsewhere = [0.0] * self.size
         self._heard = [("", time.monotonic() + START - SILENCE)] * self.size
@@ -177,8 +179,8 @@ class Torchrun(World):
         gone = []
         for peer in range(self.size):
             if self._store.check([f"process/{peer}"]):
-                pid, host = self._store.get(f"process/{peer}").decode().split(" ", 1)
-                if host == socket.gethostname() and not _exists(int(pid)):
+                pid, place = self._store.get(f"process/{peer}").decode().split(" ", 1)
+                if place == _place() and not _exists(int(pid)):
                     gone.append(peer)
         return gone
 
@@ -330,6 +332,17 @@ def _leave(together: Torchrun) -> None:
     if together.said() or together.rank != min(set(range(together.size)).difference(gone)):
         raise SystemExit(1)
     raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; {together.outcome}")
+
+
+@functools.cache
+def _place() -> str:
+    """Where a process has its number: host, its start, namespace. Containers may share a name, without seeing into each
+    other; systems without /proc have the name alone."""
+    place = socket.gethostname()
+    with suppress(OSError):
+        place += f" {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()}"
+        place += f" {os.readlink('/proc/self/ns/pid')}"
+    return place
 
 
 def _exists(pid: int) -> bool:

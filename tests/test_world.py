@@ -41,12 +41,14 @@ def test_who_says_that_a_process_is_gone() -> None:
     together = object.__new__(world.Torchrun)
     together.size, together.outcome, together._store = 3, "nothing is written", dist.HashStore()
     for rank in range(3):
-        together._store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
+        together._store.set(f"process/{rank}", f"{os.getpid()} {world._place()}")
     stopped = "igpt: stopped by SIGTERM; nothing is written"
     assert [leaving(together, rank) for rank in range(3)] == [stopped, 1, 1]
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     together._store.set("process/0", f"{gone.pid} {socket.gethostname()}")
+    assert together.gone() == []  # of a container of the same name, whose numbers are others
+    together._store.set("process/0", f"{gone.pid} {world._place()}")
     assert [leaving(together, rank) for rank in (1, 2)] == ["igpt: rank 0 is gone; nothing is written", 1]
     together._store.set("failed/others", "1")
     assert [leaving(together, rank) for rank in (1, 2)] == [1, 1]
