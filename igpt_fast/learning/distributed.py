@@ -111,7 +111,7 @@ class Team:
     def backward(self, inputs: tuple[Tensor, ...]) -> float:
         """Adds the gradients of a whole batch; returns its mean loss, of which NaN is seen by all processes."""
         size = len(inputs[0])
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), dtype=torch.float32, device=self._device)
         part = self.world.share(size)
         micro = [tensor[part.start : part.stop].tensor_split(self._accumulate) for tensor in inputs]
         for i in range(self._accumulate):

@@ -350,4 +350,4 @@ def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator |
         return torch.rand(n, steps, generator=generator, device=generator.device).to(device)
     if seed is not None:
         return stream_uniforms(seed, torch.arange(n), 0, steps, device)
-    return torch.zeros(n, steps, device=device)
+    return torch.zeros(n, steps, dtype=torch.float32, device=device)
