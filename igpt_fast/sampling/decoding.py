@@ -105,7 +105,8 @@ def decode(
 def blank(uniforms: Tensor, first: int = 0, each: int = 1) -> Drawn:
     """Room for as many tokens as there are numbers."""
     shape, device = uniforms.shape, uniforms.device
-    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device), first, each)
+    tokens, logprobs = (torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
+    return Drawn(tokens, logprobs, first, each)
 
 
 @torch.no_grad()
