@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import files
-from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.data import ImageSet
 from igpt_fast.learning.objectives.classification import (
     Classification,
     ImageGPTWithBothHeads,
@@ -23,14 +23,15 @@ from igpt_fast.learning.objectives.classification import (
 )
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.run import MODEL, check_directory, export
-from igpt_fast.learning.settings import FinetuneConfig
+from igpt_fast.learning.schedule import augmented
+from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 from igpt_fast.learning.state import LOG
 from igpt_fast.learning.train import Progress, _train
 from igpt_fast.likelihood.nats import mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 _CHUNK = 4096  # images whose labels are read at once
-_MOST_FITTED = 10_000  # images that a new classifier is fitted to, before the first step
+_MOST_FITTED, _COPIES = 10_000, 8  # images that a new classifier is fitted to, each augmented so often, if it may be
 _MAX_LINE = 1 << 16  # bytes of a record of the log
 
 
@@ -72,11 +73,6 @@ class Part:
         """See ``objectives.protocol.Data``."""
         return self.data.train_batch([self._train[i] for i in indices])
 
-    def batches(self, most: int, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Up to so many of the images to train on, of all classes alike."""
-        chosen = torch.randperm(self.n_train, generator=torch.Generator().manual_seed(0))[:most]
-        return (self.train_batch(indices.tolist()) for indices in chosen.split(batch_size))
-
     def heldout_batches(self, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor | None]]:
         """See ``objectives.protocol.Data``."""
         for first in range(0, self.n_heldout, batch_size):
@@ -95,6 +91,15 @@ def _train_labels(data: Data) -> Tensor:
         assert labels is not None  # there are classes
         found.append(labels)
     return torch.cat(found)
+
+
+def _augmented(part: Part, config: TrainConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images to train on as training sees them, each a few times where they are few."""
+    chosen = torch.randperm(part.n_train, generator=torch.Generator().manual_seed(0))[:_MOST_FITTED]
+    copies = min(_COPIES, max(1, _MOST_FITTED // len(chosen)))
+    for step, indices in enumerate(chosen.repeat(copies).split(64)):
+        tokens, labels = part.train_batch(indices.tolist())
+        yield augmented(step, tokens, part.height, part.width, config), labels
 
 
 def load(name_or_path: str | os.PathLike[str]) -> ImageGPTWithBothHeads:
@@ -121,7 +126,7 @@ def random_weights(model: ImageGPTWithBothHeads, seed: int) -> ImageGPTWithBothH
 
 def finetune(
     model: ImageGPTForCausalImageModeling,
-    data: TokenData,
+    data: ImageSet,
     out: str | os.PathLike[str],
     config: FinetuneConfig = FinetuneConfig(),  # noqa: B008 - a frozen value
     *,
@@ -166,7 +171,7 @@ def finetune(
     start = ImageGPTWithBothHeads.of(model, data.class_names).eval().to(device)
     objective = Classification(start, config.gen_weight, config.freeze_below)
     if not (resume or start.score.weight.any()):
-        fit_classifier(start, part.batches(_MOST_FITTED))
+        fit_classifier(start, _augmented(part, config.training(1, 1, 1)))
 
     def keep(tuned: ImageGPTWithBothHeads, record: dict[str, Any]) -> None:
         if _best(out / LOG)["step"] == record["step"]:

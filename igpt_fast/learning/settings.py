@@ -96,7 +96,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning of a model to classify; the defaults are for some ten to a thousand images of a class.
+    """Fine-tuning of a model to classify; the defaults are for some ten images of a class; more want more steps.
 
     Args:
         gen_weight: Of the pixels' nats in the loss, beside the class's; 0 learns the classes alone, and the model
@@ -127,10 +127,10 @@ class FinetuneConfig:
     shots: int | None = None
     validation: float = 0.1
     freeze_below: int = 0
-    steps: int = 400
-    batch_size: int = 32
+    steps: int = 100
+    batch_size: int = 20
     lr: float = 5e-4
-    warmup_steps: int = 20
+    warmup_steps: int = 10
     weight_decay: float = 0.1
     dropout: float = 0.1
     clip: float = 1.0
@@ -138,7 +138,7 @@ class FinetuneConfig:
     shift: int = 1
     seed: int = 0
     bf16: bool = False
-    eval_every: int = 50
+    eval_every: int = 20
     save_every: int = 100
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 ``imagegpt``: the three models. ``layers``: what they are made of. ``outputs``: what they return. ``trainable``: what
 trainers call. ``intermediates``: features, of the layers that are asked for. ``generate``: transformers' ``generate``
-on top of ``sampling``; ``settings``: what it is asked for.
+on top of ``sampling``; ``settings``: what it is asked for. ``resizing``: tables for other sizes and colours.
 May use: ops, checkpoint, engines (which run it fast), sampling, and the ground.
 """
 

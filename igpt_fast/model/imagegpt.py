@@ -25,6 +25,7 @@ from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.intermediates import IntermediatesMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
+from igpt_fast.model.resizing import resize_positions
 from igpt_fast.model.trainable import TrainableMixin
 
 
@@ -139,6 +140,24 @@ class ImageGPTPreTrainedModel(PretrainedMixin, TrainableMixin, IntermediatesMixi
                 head.weight = _resized(head.weight, size - 1, 0, std, mean_resizing)
                 head.out_features = size - 1
         return self.get_input_embeddings()
+
+    def resize_positions(self, height: int, width: int, old: tuple[int, int] | None = None) -> nn.Embedding:
+        """The table of positions, made to fit images of another size by bicubic interpolation in two dimensions.
+
+        Position ``t`` is that of the pixel which it predicts, ``t``; its input is the pixel before, or SOS. So the grid
+        is the image's own.
+
+        Args:
+            height, width: Of the new images, in pixels.
+            old: Height and width of the images so far; of a square, if not given.
+
+        Raises:
+            ValueError: A size below 1, or one that the model's positions do not have.
+        """
+        positions = self.base_model.wpe
+        resize_positions(positions, old, (height, width))
+        self.config.update({"n_positions": height * width})
+        return positions
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """Nothing: SOS is in ``wte`` and not in the head, so the two cannot be tied."""

@@ -65,15 +65,15 @@ MAX_FILE = 64 << 20  # bytes, of a compressed file
 MAX_CONTENT = 64 << 20  # bytes, of what it unpacks to
 SIDE, GREYS = 14, 16
 CONCAT = 5  # layers
-NETWORK = {"n_layer": 6, "n_embd": 96, "n_head": 3}
-FINETUNE = {"shots": 10, "validation": 0.0, "steps": 100, "batch_size": 20, "lr": 5e-4, "dropout": 0.1}
+NETWORK: dict[str, Any] = {"n_layer": 6, "n_embd": 96, "n_head": 3}
+FINETUNE: dict[str, Any] = {"shots": 10, "validation": 0.0, "steps": 100, "batch_size": 20, "lr": 2e-3, "dropout": 0.1}
 FINETUNE_TEST, SEEDS = 2000, 3
 ARMS = {  # pretrained or not, and the weight of the pixels in the loss
     "pretrained, joint": (True, 1.0),
     "from scratch, joint": (False, 1.0),
     "pretrained, classes alone": (True, 0.0),
 }
-MASKED_NETWORK = {"n_layer": 4, "n_embd": 64, "n_head": 2}
+MASKED_NETWORK: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 2}
 MASKED_LABELS, MASKED_TEST = 2000, 2000
 READINGS = {"unmasked": 0, "one mask": 1, "vote of five": VOTES}  # masks of an image
 TEST_IMAGES, LABELS, SHIFTED_LABELS, SHIFT = 4000, 10_000, 6000, 4
@@ -220,7 +220,7 @@ def measure_finetuning(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
     """Fine-tunes the pretrained network and one with random weights, each ``SEEDS`` times, with 10 labels a class."""
     assert data.labels is not None
     seen = torch.cat([torch.nonzero(~data.heldout), torch.nonzero(data.heldout)[:FINETUNE_TEST]]).squeeze(1)
-    parts = {"tokens": data.tokens[seen], "heldout": data.heldout[seen], "labels": data.labels[seen]}
+    parts: dict[str, Any] = {"tokens": data.tokens[seen], "heldout": data.heldout[seen], "labels": data.labels[seen]}
     images = dataclasses.replace(data, **parts)
     found: dict[str, Any] = {}
     for arm, (pretrained, gen_weight) in ARMS.items():
@@ -245,8 +245,8 @@ def measure_finetuning(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class WideMasked(Masked):
-    """Masked pixels, begun from weights as wide as so narrow a network needs: with deviations of 0.02, which suit a
-    width of 512 and more, attention begins next to uniform and takes hundreds of steps to look anywhere.
+    """Masked pixels, begun from weights of the deviation 1 / sqrt(width): with 0.02, which suits a width of 512
+    and more, the scores of so narrow a network begin next to zero, and its attention next to uniform.
     """
 
     def settings(self, data: Any) -> dict[str, Any]:
@@ -281,7 +281,9 @@ def _masked_features(network: ImageGPTModel, tokens: Tensor, masks: int) -> np.n
     """(N, layers, n_embd) float32: pooled features, their mean over so many masks; unmasked for 0."""
 
     def read(batch: Tensor) -> Tensor:
-        return torch.stack(network.forward_intermediates(batch), dim=1)
+        found = network.forward_intermediates(batch)
+        assert isinstance(found, list)
+        return torch.stack(found, dim=1)
 
     return torch.cat([vote(read, network.config, part.long(), masks) for part in tokens.split(100)]).numpy()
 

@@ -210,6 +210,30 @@ def test_a_head_of_another_size(tmp_path: Path) -> None:
     assert model.newly_initialized == ("score.weight",)
 
 
+@pytest.mark.parametrize(
+    ("ours", "fields"),
+    [
+        (ImageGPTForImageClassification, {"num_labels": 7}),
+        (ImageGPTForCausalImageModeling, {"n_positions": 5, "vocab_size": 12}),
+    ],
+)
+def test_other_sizes_side_by_side(tmp_path: Path, ours: Any, fields: dict[str, int]) -> None:
+    """transformers makes the same weights anew, keeps the same ones, and reports them alike."""
+    tiny(ours).save_pretrained(tmp_path)
+    how = {"ignore_mismatched_sizes": True, "output_loading_info": True, **fields}
+    with pytest.warns(UserWarning, match="newly initialised"):
+        model, told = ours.from_pretrained(tmp_path, **how)
+    theirs, reported = getattr(transformers, ours.__name__).from_pretrained(tmp_path, **how)
+    wanted = {(key, tuple(old), tuple(new)) for key, old, new in reported["mismatched_keys"]}
+    assert told["mismatched_keys"] == wanted
+    assert {key for key, *_ in wanted} == set(model.newly_initialized)
+    assert told["missing_keys"] == reported["missing_keys"] == set()
+    own = model.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert own[key].shape == value.shape
+        assert torch.equal(own[key], value) == (key not in model.newly_initialized), key
+
+
 @pytest.mark.parametrize("fields", [{"n_positions": 5}, {"n_inner": 24}, {"vocab_size": 12}, {"n_embd": 32}])
 def test_other_sizes_are_made_anew(folder: Path, fields: dict[str, int]) -> None:
     stored = load_file(folder / "model.safetensors")

@@ -14,7 +14,7 @@ from igpt_fast.cli import checks, terminal
 from igpt_fast.learning.settings import FinetuneConfig
 
 if TYPE_CHECKING:
-    from igpt_fast.learning.data import TokenData
+    from igpt_fast.learning.data import ImageSet
 
 
 def finetune(
@@ -35,7 +35,8 @@ def finetune(
 
     Args:
         model: A folder or hub name of a model with its colours.
-        data: A directory whose sub-directories are the classes, or a token file with labels and the model's colours.
+        data: A directory whose sub-directories are the classes, or a token file or shards with labels, in the model's
+            colours.
         out: Directory for model/, log.jsonl and the training state.
         holdout: Fraction of a directory's images that is held out, for the figures at the end; 0.1 if not given.
         skip_unreadable: Leave out files that are not readable images, instead of failing.
@@ -88,25 +89,26 @@ def _progress(record: dict[str, Any]) -> None:
     print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
-def _tokens(model: str, data: Path, holdout: float, skip_unreadable: bool) -> TokenData:
+def _tokens(model: str, data: Path, holdout: float, skip_unreadable: bool) -> ImageSet:
     """With classes, in the model's colours."""
     import numpy as np
 
     from igpt_fast.learning.data import load_tokens
     from igpt_fast.learning.folders import tokens_from_images
+    from igpt_fast.learning.shards import ShardData, is_shards
 
     processor = checks.read_processor(model)
     if processor.clusters is None:
         raise ValueError(f"{model}: its preprocessor_config.json has no clusters")
     colours = np.asarray(processor.clusters, dtype=np.float32)
-    if not data.is_dir():
-        tokens = load_tokens(data, classes=True)
-        if not np.array_equal(tokens.clusters, colours):
+    if not data.is_dir() or is_shards(data):
+        tokens = ShardData(data, classes=True) if data.is_dir() else load_tokens(data, classes=True)
+        theirs = tokens.tokenizer.clusters
+        if theirs is None or not np.array_equal(theirs, colours):
             raise ValueError(f"{data}: its colours are not those of {model}; tokenize its images with these")
         return tokens
     if processor.height != processor.width:
-        raise ValueError(
-            f"{model}: its images are {processor.height}x{processor.width}, and no squares; give a token file"
-        )
+        size = f"{processor.height}x{processor.width}"
+        raise ValueError(f"{model}: its images are {size}, and no squares; tokenize {data} first")
     how: dict[str, Any] = {"skip_unreadable": skip_unreadable, "classes": True}
     return tokens_from_images(data, processor.height, len(colours), holdout, clusters=colours, **how)

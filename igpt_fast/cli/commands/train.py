@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from igpt_fast.world import world
 
 if TYPE_CHECKING:
     from igpt_fast.learning.data import ImageSet
+    from igpt_fast.learning.objectives.protocol import Objective
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def train(
     preparation: OmitArgPrefixes[Preparation] = Preparation(),
     objective: Literal["next_pixel", "masked"] = "next_pixel",
     classes: bool = False,
+    init: str | None = None,
     resume: bool = False,
     device: str | None = None,
     dtype: str = "float32",
@@ -82,6 +85,9 @@ def train(
             it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
             stand in a token file that has labels (and class_names).
+        init: A folder or hub name of a model to go on from, which gives the network's size. A directory of images gets
+            its side and colours, unless others are asked for; new colours begin as the nearest old ones, positions are
+            interpolated, new classes begin as an image of any.
         resume: Continue an interrupted run, bit for bit with as many processes; the settings must be the same.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
@@ -96,6 +102,10 @@ def train(
     if data is not None and not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
     preparation.check(data is not None and data.is_dir() and not (data / "manifest.json").is_file())
+    if init is not None and preparation.all_pixels and preparation.n_clusters is None:
+        raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters as well")
+    if objective == "masked" and init is not None:
+        raise checks.UsageError("--init: only with --objective next_pixel")
     if objective == "masked" and classes:
         raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
     if classes and data is None:
@@ -122,7 +132,9 @@ def train(
     how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
     collectives = "cpu:gloo,cuda:nccl" if device_.type == "cuda" else "gloo"
     with world("what was saved is kept; go on with --resume", collectives) as together:
-        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed))
+        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
+        if init is not None:
+            how["objective"], config = _continued(init, tokens, config)
         summary = run.run(tokens, out, config, world=together, **how)
     if together.first:
         _report(out, summary, objective, classes, json)
@@ -144,8 +156,29 @@ def _progress(record: dict[str, Any]) -> None:
     print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
-def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: int) -> ImageSet:
-    """Of a directory of shards or of images, of a token file, or the bundled ones.
+def _continued(init: str, data: ImageSet, config: TrainConfig) -> tuple[Objective, TrainConfig]:
+    """What a run goes on from, made to fit the data, and the run with the network's size."""
+    import torch
+
+    from igpt_fast.learning.objectives.starting import Continued, adapted, load
+
+    model = load(init)
+    own = {name: getattr(model.config, name) for name in ("n_layer", "n_embd", "n_head")}
+    for name, value in own.items():
+        if (given := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
+            option = name.replace("_", "-")
+            raise checks.UsageError(f"--{option} is {given}, but the model of --init has {value}")
+    if data.tokenizer.clusters is None:
+        raise checks.UsageError("--init: only for images of colours; the tokens of the data are other codes")
+    processor = checks.read_processor(init)
+    colours, size = checks.read_palette(None, init)[0], (processor.height, processor.width)
+    clusters = torch.as_tensor(data.tokenizer.clusters)
+    start = adapted(model, torch.as_tensor(colours, dtype=clusters.dtype), size, data, clusters)
+    return Continued(config.label_dropout, start), dataclasses.replace(config, **own)
+
+
+def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: int, init: str | None = None) -> ImageSet:
+    """Of a directory of shards or of images (in the colours of ``init``), of a token file, or the bundled ones.
 
     Of as many images as a palette is fitted to, all are read first, so that one that is damaged shows before the first
     step; of more, each when its turn comes.
@@ -164,9 +197,14 @@ def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: in
     if data is None or not data.is_dir():
         return load_tokens(BUNDLED.parent / "emoji16.npz" if data is None else data, classes=classes)
     palette = None if preparation.clusters is None else load_clusters(preparation.clusters)
+    side = preparation.side or 32
+    if init is not None:
+        theirs, edge = checks.read_palette(None, init)
+        palette = theirs if palette is None and preparation.n_clusters is None else palette
+        side = preparation.side or edge
     count = len(palette) if palette is not None else preparation.n_clusters or 512
     holdout = 0.1 if preparation.holdout is None else preparation.holdout
-    skip, side = preparation.skip_unreadable, preparation.side or 32
+    skip = preparation.skip_unreadable
     source = Folder.open(data)
     if len(source) > SAMPLE and not preparation.all_pixels:
         taking = Taking(side, side, palette, count, classes=classes, holdout=holdout, seed=seed)
