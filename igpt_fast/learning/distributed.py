@@ -119,7 +119,7 @@ class Team:
             ValueError: Under DDP, a parameter that learns has no part in the loss.
         """
         size = len(inputs[0])
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), dtype=torch.float32, device=self._device)
         part = self.world.share(size)
         micro = [tensor[part.start : part.stop].tensor_split(self._accumulate) for tensor in inputs]
         for i in range(self._accumulate):
