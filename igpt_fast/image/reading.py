@@ -296,8 +296,8 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
     if picture.size == full:
         return np.asarray(resize(center_crop(picture, width / height), width, height))
     scale = max(round(whole / part) for whole, part in zip(full, picture.size, strict=True))
-    box = tuple(edge / scale for edge in _middle(*full, width / height))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box))
+    left, top, right, bottom = (edge / scale for edge in _middle(*full, width / height))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, (left, top, right, bottom)))
 
 
 def read_square(path: Path, side: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def write_npy(path: Path, array: np.ndarray) -> str:
 def sha256_of(path: Path) -> str:
     """Of a file's content."""
     with files.open_input(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # a file, or bytes of a pipe
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class ShardData(ImageSet):
         """A file that is held in memory, if it is what the manifest says."""
         path = self.folder / name
         with files.open_input(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # a file, or bytes of a pipe
             self._compare(name, found, self.manifest.sha256.get(name))
             file.seek(0)
             array = files.read_npy(file, math.prod(shape) * dtype.itemsize)

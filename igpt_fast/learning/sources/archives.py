@@ -167,7 +167,7 @@ def _scan_tar(file: IO[bytes]) -> Iterator[Member]:
         raise ValueError("is compressed, so that nothing in it can be had by itself: unpack it to a plain .tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # or all would be kept
+            archive.members.clear()  # type: ignore[attr-defined] # or all would be kept
             if info.isreg() and not info.issparse():
                 yield Member(info.name[:_MAX_NAME], info.offset_data, info.size)
 

@@ -31,7 +31,7 @@ def open_source(path: Path, tokens: bool = False) -> Source:
     if path.is_dir():
         if tokens:
             raise ValueError(f"{path}: is a directory; tokens are read from a .npy or .npz file")
-        source = _directory(path)
+        source: Source = _directory(path)
     elif suffix in _ARRAYS:
         source = Arrays.open(path, tokens)
     elif tokens or suffix not in _ARCHIVES + _TABLES:

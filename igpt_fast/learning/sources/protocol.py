@@ -23,8 +23,13 @@ Content = Path | bytes | np.ndarray | ValueError  # a file, its content, pixels 
 class Source(Protocol):
     """Pictures in a fixed order, each with a name. It goes to other processes, which read parts of it."""
 
-    path: Path
-    block: int  # so many neighbours are read as quickly as one
+    @property
+    def path(self) -> Path:
+        """Where they come from."""
+
+    @property
+    def block(self) -> int:
+        """So many neighbours are read as quickly as one."""
 
     def __len__(self) -> int:
         """How many."""
