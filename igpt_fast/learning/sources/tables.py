@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from igpt_fast import files
-from igpt_fast.files import listed, shown
+from igpt_fast.files import listed, printable, shown
 from igpt_fast.learning.sources.protocol import (
     MAX_FILE,
     Classes,
@@ -88,7 +88,7 @@ class Table:
 
     def classes(self) -> Classes:
         values: list[Any] = []
-        names: list[str] = []
+        meant: tuple[str, list[str]] | None = None  # the column, and the names of its numbers
         for table, count in zip(self.tables, self.counts, strict=True):
             schema = _schema(table)
             features = _features(schema)
@@ -96,11 +96,20 @@ class Table:
             column = next((name for name in (*own, *_LABELS) if name in schema.names), None)
             if column is None:
                 raise ValueError(f"{table}: has no labels: its columns are {listed(schema.names)}")
-            values += _cells(table, column, np.arange(count))
+            cells = list(_cells(table, column, np.arange(count)))
             given = features.get(column, {}).get("names")
-            names = given if isinstance(given, list) and all(isinstance(name, str) for name in given) else names
+            named = isinstance(given, list) and all(isinstance(name, str) for name in given)
+            own_meaning = column, given if named and not (cells and isinstance(cells[0], str)) else []
+            meant = own_meaning if meant is None else meant
+            if own_meaning != meant:
+                raise ValueError(f"{table}: has other classes than {self.tables[0].name}: {_told(*own_meaning)}")
+            values += cells
         found = classes_of_values(self.path, values, [str(place) for place in range(len(values))])
-        return check_labels(self.path, Classes(found.labels, names or found.names))
+        return check_labels(self.path, Classes(found.labels, (meant[1] if meant else []) or found.names))
+
+
+def _told(column: str, names: list[str]) -> str:
+    return f"column {printable(column)} with {listed(names) if names else 'no names'}"
 
 
 def _content(cell: Any) -> Content:
@@ -145,7 +154,7 @@ def _features(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _is_arrow(table: Path) -> bool:
-    return table.suffix == ".arrow"
+    return table.suffix.lower() == ".arrow"
 
 
 def _named(table: Path, error: BaseException) -> ValueError:
