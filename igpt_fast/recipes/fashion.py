@@ -281,7 +281,9 @@ def _masked_features(network: ImageGPTModel, tokens: Tensor, masks: int) -> np.n
     """(N, layers, n_embd) float32: pooled features, their mean over so many masks; unmasked for 0."""
 
     def read(batch: Tensor) -> Tensor:
-        return torch.stack(list(network.forward_intermediates(batch)), dim=1)
+        found = network.forward_intermediates(batch)
+        assert isinstance(found, list)
+        return torch.stack(found, dim=1)
 
     return torch.cat([vote(read, network.config, part.long(), masks) for part in tokens.split(100)]).numpy()
 

@@ -131,9 +131,11 @@ def measure(
         ValueError: Pictures and labels that ``probe`` refuses.
     """
     clusters = pipeline.processor.clusters
-    known = [(tokens_of(part.pixels, clusters), torch.from_numpy(part.labels)) for part in (train, test)]
+    if clusters is None:
+        raise ValueError(f"{args.model}: its preprocessor_config.json has no clusters")
+    known, asked = ((tokens_of(part.pixels, clusters), torch.from_numpy(part.labels)) for part in (train, test))
     how: dict[str, Any] = {"concat": args.concat, "batch_size": args.batch_size, "seed": args.seed, "shots": []}
-    result = probe(*known, pipeline.model, clusters, layers=args.layers, progress=say, **how)
+    result = probe(known, asked, pipeline.model, clusters, layers=args.layers, progress=say, **how)
     args.out.mkdir(parents=True, exist_ok=True)
     found = {"checkpoint": str(args.model), "expected": list(expected), **result.to_dict()}
     text = "\n".join(["```", result.table(), "```", "", *(f"- expected: {line}" for line in expected), ""])

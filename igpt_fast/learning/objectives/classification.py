@@ -110,7 +110,8 @@ class Classification:
         return tokens, labels
 
     def losses(self, model: ImageGPTWithBothHeads, *inputs: Tensor) -> Tensor:
-        classes, nats = _losses(model, *inputs, pixels=self.gen_weight != 0)[:2]
+        tokens, labels = inputs
+        classes, nats = _losses(model, tokens, labels, pixels=self.gen_weight != 0)[:2]
         return classes if nats is None else classes + self.gen_weight * nats
 
     def evaluate(self, model: ImageGPTWithBothHeads, data: Data) -> dict[str, float]:
