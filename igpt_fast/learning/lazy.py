@@ -16,7 +16,7 @@ from igpt_fast.learning.data import ImageSet, check_classes
 from igpt_fast.learning.folders import held_out
 from igpt_fast.learning.sources.folder import Folder
 from igpt_fast.learning.sources.protocol import digest_of
-from igpt_fast.learning.tokenize import Taking, fit_palette, pixels_of
+from igpt_fast.learning.taking import Taking, fit_palette, pixels_of
 from igpt_fast.learning.tokenizers import ColourTokenizer
 
 

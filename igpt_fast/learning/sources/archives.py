@@ -82,6 +82,10 @@ class Archive:
         keys = {(archive, _key(member.name)) for archive, member in pictures}
         return cls(path, pictures, {key: note for key, note in notes.items() if key in keys})
 
+    @property
+    def names(self) -> list[str]:
+        return [member.name for _, member in self.members]
+
     def __len__(self) -> int:
         return len(self.members)
 
@@ -100,7 +104,7 @@ class Archive:
         return digest_of([f"{path.name}\0{look_of(path)}" for path in sorted(parts)])
 
     def classes(self) -> Classes:
-        names = [member.name for _, member in self.members]
+        names = self.names
         if not self.notes:
             while names and len({name.split("/")[0] for name in names}) == 1 and all(n.count("/") > 1 for n in names):
                 names = [name.partition("/")[2] for name in names]  # all lie in one folder

@@ -49,6 +49,10 @@ class Arrays:
         """The whole, of all places."""
         return _array(self.path, self.tokens)
 
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in self.places]
+
     def __len__(self) -> int:
         return len(self.places)
 

@@ -31,6 +31,10 @@ class Source(Protocol):
     def block(self) -> int:
         """So many neighbours are read as quickly as one."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the pictures, as ``pictures`` gives them."""
+
     def __len__(self) -> int:
         """How many."""
 
