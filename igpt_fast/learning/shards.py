@@ -340,7 +340,9 @@ def own_files(folder: Path) -> list[Path]:
             count = len(shards) if isinstance(shards, list) else shards if isinstance(shards, int) else 0
             numbered = [shard_name(number) for number in range(min(count, _MAX_SHARDS))]
             names.update(numbered, (note_name(name) for name in numbered if not isinstance(shards, list)))
-            names.update({CLUSTERS, HELDOUT, LABELS} & {*(small if isinstance(small, dict | list) else ())}, {SKIPPED})
+            said = small if isinstance(small, dict | list) else ()
+            names.update(name for name in (CLUSTERS, HELDOUT, LABELS) if name in said)
+            names.add(SKIPPED)
     return [path for path in (folder / name for name in sorted(names)) if path.is_file()]
 
 

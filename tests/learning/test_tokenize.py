@@ -340,6 +340,19 @@ def test_a_source_among_the_shards_is_kept(tmp_path: Path) -> None:
     assert listing(tmp_path / "out") == before
 
 
+def test_a_manifest_cannot_name_the_files_of_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tokenize(folder, out, HOW)
+    for path in (tmp_path / "mine.txt", out / "mine.txt"):
+        path.write_text("mine")
+    values = json.loads((out / "manifest.json").read_text())
+    values["sha256"] |= {"mine.txt": "", "../mine.txt": "", str(tmp_path / "mine.txt"): ""}
+    (out / "manifest.json").write_text(json.dumps(values))
+    tokenize(folder, out, HOW, overwrite=True)
+    assert (out / "mine.txt").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
 def test_a_failure_removes_what_it_wrote_alone(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
@@ -362,7 +375,7 @@ def test_resuming_makes_a_damaged_shard_again(
     with pytest.raises(ZeroDivisionError):
         tokenize(folder, out, HOW)
     monkeypatch.undo()
-    (out / ".mine.partial").touch()
+    (out / ".mine.0123456789abcdef.partial").touch()
     (out / ".shard-00001.npy.0123456789abcdef.partial.npy").touch()  # of a process that was killed
     shard = out / "shard-00001.npy"
     {
@@ -372,7 +385,7 @@ def test_resuming_makes_a_damaged_shard_again(
         "note": lambda: shard.with_suffix(".json").write_text("{}"),
     }[what]()
     tokenize(folder, out, HOW, resume=True)
-    assert listing(out) == listing(tmp_path / "whole") | {".mine.partial": b""}
+    assert listing(out) == listing(tmp_path / "whole") | {".mine.0123456789abcdef.partial": b""}
 
 
 @pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
