@@ -105,7 +105,9 @@ def train(
             raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
-        preparation.check(data is not None and data.is_dir() and not (data / "manifest.json").is_file())
+        from igpt_fast.learning.shards import has_labels, is_shards
+
+        preparation.check(data is not None and data.is_dir() and not is_shards(data))
         if init is not None and preparation.all_pixels and preparation.n_clusters is None:
             raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
         if objective == "masked" and init is not None:
@@ -126,7 +128,6 @@ def train(
 
         from igpt_fast.learning import run
         from igpt_fast.learning.objectives.masked import Masked
-        from igpt_fast.learning.shards import has_labels
 
         if classes and data is not None and not has_labels(data):
             raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
@@ -199,7 +200,7 @@ def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: in
     from igpt_fast.learning.lazy import FolderData
     from igpt_fast.learning.shards import ShardData, is_shards
     from igpt_fast.learning.sources.folder import Folder
-    from igpt_fast.learning.tokenize import SAMPLE, Taking
+    from igpt_fast.learning.taking import SAMPLE, Taking
 
     if data is not None and data.is_dir() and is_shards(data):
         return ShardData(data, classes=classes)
