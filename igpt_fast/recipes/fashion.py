@@ -41,15 +41,16 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.learning import finetune
-from igpt_fast.learning.classifiers import logistic, standardised
+from igpt_fast.learning.classifiers import logistic, need_sklearn, standardised
 from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
-from igpt_fast.learning.extraction import random_twin
-from igpt_fast.learning.objectives.masked import VOTES, Masked, vote
+from igpt_fast.learning.extraction import extract, random_twin
+from igpt_fast.learning.objectives.masked import VOTES, Masked
 from igpt_fast.learning.probe import probe
-from igpt_fast.learning.probe_result import ProbeResult
+from igpt_fast.learning.probe_result import ProbeResult, need_matplotlib
 from igpt_fast.learning.run import MODEL, run
 from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
+from igpt_fast.recipes.protocol import command
 
 PACKAGE, FOLDER = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
 INSTALLED = Path("/") / FOLDER
@@ -77,6 +78,10 @@ ARMS: dict[str, tuple[bool, dict[str, float]]] = {  # pretrained or not, and wha
 MASKED_NETWORK: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 2}
 MASKED_LABELS, MASKED_TEST = 2000, 2000
 READINGS = {"unmasked": 0, "one mask": 1, "vote of five": VOTES}  # masks of an image
+RANDOM: dict[str, dict[str, float]] = {  # what differs from the trained network's configuration
+    "random weights": {},
+    "random weights, deviation 0.02": {"initializer_range": 0.02},
+}
 TEST_IMAGES, LABELS, SHIFTED_LABELS, SHIFT = 4000, 10_000, 6000, 4
 
 
@@ -191,15 +196,15 @@ def _unlabelled(data: TokenData) -> TokenData:
 
 
 def measure_probe(data: TokenData, out: Path, seed: int, name: str, labels: int, shift: int) -> dict[str, Any]:
-    """Probes the pretrained network with so many labels, on images that are shifted; draws the curves."""
+    """Probes the pretrained network with so many labels, on images that are shifted; ``curves`` is what draws them."""
     model = ImageGPTForCausalImageModeling.from_pretrained(out / "pretrain" / MODEL).eval()
     assert data.train_labels is not None
     assert data.heldout_labels is not None
     train = shifted(data.train_tokens[:labels], shift, seed + 1), data.train_labels[:labels]
     test = shifted(data.heldout_tokens, shift, seed + 2), data.heldout_labels
     result = probe(train, test, model, data.clusters, shots=[10], concat=CONCAT, seed=seed, progress=_told(name))
-    result.plot(out / f"{name}.png")
-    return {name: {**result.to_dict(), "table": result.table(), "margins": margins(result)}}
+    found = {**result.to_dict(), "table": result.table(), "margins": margins(result)}
+    return {name: found, "curves": lambda: result.plot(out / f"{name}.png")}
 
 
 def margins(result: ProbeResult) -> dict[str, float]:
@@ -241,32 +246,26 @@ def measure_finetuning(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
     return {"runs": found, "mean": mean, "margins": gaps}
 
 
-@dataclasses.dataclass(frozen=True)
-class WideMasked(Masked):
-    """Masked pixels, begun from weights of the deviation 1 / sqrt(width): with 0.02, which suits a width of 512
-    and more, the scores of so narrow a network begin next to zero, and its attention next to uniform.
-    """
-
-    def settings(self, data: Any) -> dict[str, Any]:
-        """See ``Objective``."""
-        return {**super().settings(data), "initializer_range": MASKED_NETWORK["n_embd"] ** -0.5}
-
-
 def measure_masked(data: TokenData, out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Trains a bidirectional network on masked pixels, and reads its features and those of random weights."""
+    """Trains a bidirectional network on masked pixels, and reads its features and those of random weights: of the
+    deviation that it began with, and of the paper's, which untrained is the better reader.
+    """
     how: dict[str, Any] = {"steps": steps, "batch_size": 32, "lr": 5e-3, "warmup_steps": 100, "eval_every": steps}
     config = TrainConfig(**MASKED_NETWORK, **how, dropout=0.0, seed=seed)
     resume = (out / "train.pt").exists()
-    trained = run(_unlabelled(data), out, config, resume=resume, progress=_progress, objective=WideMasked())
+    trained = run(_unlabelled(data), out, config, resume=resume, progress=_progress, objective=Masked())
     model = ImageGPTForCausalImageModeling.from_pretrained(out / MODEL).eval()
     assert data.train_labels is not None
     assert data.heldout_labels is not None
     labels = data.train_labels[:MASKED_LABELS].numpy(), data.heldout_labels[:MASKED_TEST].numpy()
     tokens = data.train_tokens[:MASKED_LABELS], data.heldout_tokens[:MASKED_TEST]
     accuracy: dict[str, list[float]] = {}  # by layer
-    for kind, network in (("trained", model.transformer), ("random weights", random_twin(model, seed))):
+    networks: dict[str, ImageGPTModel] = {"trained": model.transformer}
+    for kind, changed in RANDOM.items():
+        networks[kind] = random_twin(ImageGPTModel(dataclasses.replace(model.config, **changed)), seed)
+    for kind, network in networks.items():
         for name, masks in READINGS.items():
-            train, test = (_masked_features(network, part, masks) for part in tokens)
+            train, test = (extract(network, part, masks=masks) for part in tokens)
             layers = [standardised(train[:, i], test[:, i]) for i in range(train.shape[1])]
             read = [logistic(one, labels[0], other, labels[1], seed).accuracy for one, other in layers]
             accuracy[f"{kind}, {name}"] = read
@@ -274,27 +273,17 @@ def measure_masked(data: TokenData, out: Path, seed: int, steps: int) -> dict[st
     return {**trained, "accuracy by layer": accuracy, "margins": masked_margins(accuracy)}
 
 
-@torch.inference_mode()
-def _masked_features(network: ImageGPTModel, tokens: Tensor, masks: int) -> np.ndarray:
-    """(N, layers, n_embd) float32: pooled features, their mean over so many masks; unmasked for 0."""
-
-    def read(batch: Tensor) -> Tensor:
-        found = network.forward_intermediates(batch)
-        assert isinstance(found, list)
-        return torch.stack(found, dim=1)
-
-    return torch.cat([vote(read, network.config, part.long(), masks) for part in tokens.split(100)]).numpy()
-
-
 def masked_margins(accuracy: dict[str, list[float]]) -> dict[str, float]:
-    """By how much a vote is ahead of one mask, over the layers, and training of random weights at the best layer."""
+    """By how much a vote is ahead of one mask, over the layers, and training, in each reading, of the better random
+    weights in theirs; all at the layer that is best by test.
+    """
     gains = np.subtract(accuracy["trained, vote of five"], accuracy["trained, one mask"])
+    random = {f"{kind}, best layer": max(max(accuracy[f"{kind}, {name}"]) for name in READINGS) for kind in RANDOM}
     ahead = {
-        f"trained - random weights, best layer, {name}": max(accuracy[f"trained, {name}"])
-        - max(accuracy[f"random weights, {name}"])
+        f"trained - better random weights, best layer, {name}": max(accuracy[f"trained, {name}"]) - max(random.values())
         for name in READINGS
     }
-    return {"vote of five - one mask, mean of the layers": float(gains.mean()), **ahead}
+    return {"vote of five - one mask, mean of the layers": float(gains.mean()), **random, **ahead}
 
 
 def _progress(record: dict[str, Any]) -> None:
@@ -354,6 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stages = args.stages.split(",")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"--stages: unknown {files.listed(unknown)}; want some of {','.join(STAGES)}")
+    if {"probe", "shifted", "masked"} & set(stages):
+        need_sklearn("the probe")
+    if {"probe", "shifted"} & set(stages):
+        need_matplotlib()
     out: Path = args.out
     files.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -365,9 +358,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = out / "results.json"
     results = files.read_json(path) if path.exists() else {}
     for stage in stages:
-        results |= _with_cost(stage, data, out, args)
+        found = _with_cost(stage, data, out, args)
+        draw = found.pop("curves", None)
+        results |= found
         with files.replacing(path) as partial:
             partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if draw is not None:
+            draw()
     text = tables(results)
     with files.replacing(out / "results.md") as partial:
         partial.write_text(text, encoding="utf-8")
@@ -375,4 +372,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

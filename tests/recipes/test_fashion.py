@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,18 @@ def test_masked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The bidirectional network begins as wide as it is narrow; it and its random twin are read in three ways."""
     monkeypatch.setattr(fashion, "MASKED_NETWORK", {"n_layer": 1, "n_embd": 16, "n_head": 1})
     monkeypatch.setattr(fashion, "MASKED_LABELS", 40)
+    deviations: list[float] = []
+    twin = fashion.random_twin
+    monkeypatch.setattr(
+        fashion, "random_twin", lambda one, seed: deviations.append(one.config.initializer_range) or twin(one, seed)
+    )
     out = tmp_path / "run"
     fashion.main(["--path", str(source), "--out", str(out), "--stages", "masked", "--steps", "1"])
     found = json.loads((out / "results.json").read_text())["masked"]
     assert set(found["accuracy by layer"]) == {
-        f"{kind}, {name}" for kind in ("trained", "random weights") for name in fashion.READINGS
+        f"{kind}, {name}" for kind in ("trained", *fashion.RANDOM) for name in fashion.READINGS
     }
+    assert deviations == [0.25, 0.02]
     assert all(len(layers) == 1 for layers in found["accuracy by layer"].values())
     config = json.loads((out / "masked/model/config.json").read_text())
     assert config["bidirectional"]
@@ -149,14 +156,42 @@ def test_masked_margins() -> None:
     layers = {"unmasked": [0.5, 0.3], "one mask": [0.4, 0.6], "vote of five": [0.5, 0.7]}
     accuracy = {f"trained, {name}": values for name, values in layers.items()}
     accuracy |= {f"random weights, {name}": [0.1, 0.2] for name in layers}
+    accuracy |= {f"random weights, deviation 0.02, {name}": [0.1, 0.3] for name in layers}
     assert fashion.masked_margins(accuracy) == pytest.approx(
         {
             "vote of five - one mask, mean of the layers": 0.1,
-            "trained - random weights, best layer, unmasked": 0.3,
-            "trained - random weights, best layer, one mask": 0.4,
-            "trained - random weights, best layer, vote of five": 0.5,
+            "random weights, best layer": 0.2,
+            "random weights, deviation 0.02, best layer": 0.3,
+            "trained - better random weights, best layer, unmasked": 0.2,
+            "trained - better random weights, best layer, one mask": 0.3,
+            "trained - better random weights, best layer, vote of five": 0.4,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "stages"), [("sklearn", "probe"), ("sklearn", "masked"), ("matplotlib", "pretrain,shifted")]
+)
+def test_what_a_stage_needs_is_asked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, stages: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"igpt_fast\[train\]"):
+        fashion.main(["--path", str(tmp_path / "none"), "--out", str(tmp_path / "run"), "--stages", stages])
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_are_written_before_curves_are_drawn(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(fashion.ProbeResult, "plot", full)
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match="no space left"):
+        fashion.main(["--path", str(source), "--out", str(out), "--stages", "pretrain,probe", "--steps", "1"])
+    assert json.loads((out / "results.json").read_text())["probe"]["rows"]
 
 
 def test_unknown_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
