@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import igpt_fast
 from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, ops
+from igpt_fast import model as model_module
 from igpt_fast.engines import memory
 from igpt_fast.engines.reference import ReferenceDecoder
-from igpt_fast.model import imagegpt as model_module
 from igpt_fast.model.outputs import CausalImageModelingOutput
 
 CAUSAL, CLASSIFIER, BASE = "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification", "ImageGPTModel"

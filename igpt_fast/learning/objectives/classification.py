@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -78,12 +78,15 @@ class Classification:
     start: ImageGPTWithBothHeads
     gen_weight: float = 1.0
     freeze_below: int = 0
+    checksum: int = field(init=False)
     name: ClassVar[str] = "classification"
     figure: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
         if self.start.config.bidirectional and self.gen_weight:
             raise ValueError("gen_weight: the model is bidirectional, which has no nats of the next pixel; want 0")
+        # Now: a new classifier, which is zero, is fitted by whoever begins a run, and by nobody who goes on with one.
+        object.__setattr__(self, "checksum", checksum(self.start))
         if not 0 <= self.freeze_below <= self.start.config.n_layer:
             raise ValueError(f"freeze_below is {self.freeze_below}; want 0..{self.start.config.n_layer}")
 
@@ -103,7 +106,7 @@ class Classification:
 
     def identity(self) -> dict[str, int | float]:
         own = {"gen_weight": self.gen_weight, "freeze_below": self.freeze_below}
-        return {**own, "checksum of the model to start from": checksum(self.start.transformer)}
+        return {**own, "checksum of the model to start from": self.checksum}
 
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         if labels is None:

@@ -25,8 +25,8 @@ from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 PROBABILITY = 0.15  # of the paper
-# From this width on weights begin as the paper's. With a deviation of 0.02 the attention of narrower networks is so
-# uniform at first that the loss stays for hundreds of steps at that of a histogram of the colours.
+# From this width on weights begin as the paper's. With a deviation of 0.02 the attention of narrower networks is next
+# to uniform at first, and the loss falls more slowly: docs/recipes.md has by how much.
 _PAPERS_WIDTH = 512
 VOTES = 5  # masks of an image whose features are read, of the paper
 
