@@ -249,7 +249,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if cache is not None and (last := torch.sym_int(cache.get_seq_length(len(self.h) - 1))) != past:
             raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
-        key_mask = key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
+        mask = key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
         across_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, tokens)  # (B, S)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
@@ -258,7 +258,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         all_across: list[Tensor] = []
         for block in self.h:
             all_hidden.append(hidden)
-            arguments = (hidden, cache, key_mask, encoder_hidden_states, across_mask, False, output_attentions, past)
+            arguments = (hidden, cache, mask, encoder_hidden_states, across_mask, False, output_attentions, past)
             hidden, weights, *across = block(*arguments)  # (B, T, n_embd), (B, H, T, T_past + T) or None
             all_attentions.append(weights)
             all_across += across
