@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.network import whole
-from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel
+from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel, key_mask
 from igpt_fast.model.outputs import ImageClassificationOutput
 
 
@@ -88,13 +88,15 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     def _begun(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
         """The arguments of an image that begins with SOS: as many positions as there are, and no more."""
         most, sos = self.config.n_positions, self.config.sos_token_id
+        rows = ids if embeds is None else embeds[..., 0] if embeds.ndim == 3 else None  # (..., T), of what is given
+        if mask is not None and rows is not None and rows.ndim:
+            known = key_mask(mask, rows.shape[:-1].numel(), rows.shape[-1])
+            mask = None if known is None else F.pad(known, (1, 0), value=True)[:, :most]
         if ids is not None and ids.ndim and ids.shape[-1] <= most:  # what is longer is refused as it is
             ids = F.pad(ids, (1, 0), value=sos)[..., :most]
         if embeds is not None and embeds.ndim == 3 and embeds.shape[1] <= most:
             begin = self.transformer.wte(torch.full((len(embeds), 1), sos, device=embeds.device))  # (B, 1, n_embd)
             embeds = torch.cat([begin.to(embeds.dtype), embeds], dim=1)[:, :most]
-        if mask is not None and mask.ndim == 2:
-            mask = F.pad(mask, (1, 0), value=1)[:, :most]
         return ids, embeds, mask
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.objectives.starting import checksum, copy_of
+from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
@@ -186,19 +187,17 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
     Raises:
         ValueError: No images, or images without classes.
     """
-    training, device = model.training, model.device
-    model.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for tokens, labels in batches:
-        if labels is None:
-            raise ValueError("class_figures: the images have no classes")
-        given = tokens.to(device), labels.to(device)
-        classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
-        right = logits.argmax(dim=1) == given[1]
-        each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
-        sums += torch.stack([value.double().sum() for value in each]).cpu()
-        count += len(tokens)
-    model.train(training)
+    device, sums, count = model.device, torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(model):
+        for tokens, labels in batches:
+            if labels is None:
+                raise ValueError("class_figures: the images have no classes")
+            given = tokens.to(device), labels.to(device)
+            classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
+            right = logits.argmax(dim=1) == given[1]
+            each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
+            sums += torch.stack([value.double().sum() for value in each]).cpu()
+            count += len(tokens)
     if not count:
         raise ValueError("class_figures: no images")
     accuracy, loss, nats_ = (sums / count).tolist()

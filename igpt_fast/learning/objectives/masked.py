@@ -21,6 +21,7 @@ from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.masked import hide, masked_nats
+from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 PROBABILITY = 0.15  # of the paper
@@ -75,15 +76,13 @@ class Masked:
     @torch.no_grad()
     def evaluate(self, model: ImageGPTForCausalImageModeling, data: Data) -> dict[str, float]:
         """Nats of a masked pixel; the masks are those of ``fixed_masks``. None where nothing was masked."""
-        training = model.training
-        model.eval()
         total, count = 0.0, 0
-        for batch, _ in data.heldout_batches():
-            tokens = batch.to(model.device)
-            mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
-            total += float(masked_nats(model, tokens, mask).double().sum())
-            count += int(mask.sum())
-        model.train(training)
+        with evaluating(model):
+            for batch, _ in data.heldout_batches():
+                tokens = batch.to(model.device)
+                mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
+                total += float(masked_nats(model, tokens, mask).double().sum())
+                count += int(mask.sum())
         return {"heldout_masked_nats": total / count} if count else {}
 
 
