@@ -250,7 +250,7 @@ class ShardData(ImageSet):
             self._seen.add(number)
         return self._shards[number]
 
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         at = places.numpy()
         numbers = np.searchsorted(self._starts, at, side="right") - 1
         rows = [self._shard(number)[place - self._starts[number]] for number, place in zip(numbers, at, strict=True)]
