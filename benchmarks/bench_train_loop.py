@@ -112,7 +112,8 @@ def main() -> None:
         sizes, options.rounds, options.steps = {"n_layer": 1, "n_embd": 32, "n_head": 2, "batch_size": 2}, 1, 2
     steps = options.steps * (options.rounds + 1)
     fixed: dict[str, Any] = {"flip": False, "shift": 0, "dropout": 0.0, "bf16": False}
-    config = TrainConfig(**sizes, **fixed, steps=steps, save_every=steps, eval_every=steps)
+    # Saved once, after the last turn.
+    config = TrainConfig(**sizes, **fixed, steps=steps, save_every=steps + 1, eval_every=steps)
     tokens = torch.randint(0, 64, (256, 256), generator=torch.Generator().manual_seed(0))
     clusters = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
     rows = bench(config, TokenData(tokens, clusters, torch.zeros(256, dtype=torch.bool)), options.steps)

@@ -2,7 +2,8 @@
 
 ``samples.png``: the first sixteen images of seed 0, as ``make sample`` draws them. ``completions.png``: two photographs
 that scikit-image ships, and held-out emoji at fixed places of the list, none of them chosen by what came out.
-``inpainting.png``: four of the emoji with a hole.
+``inpainting.png``: four of the emoji with a hole. ``scores.png`` is made by ``igpt score --grid docs/scores.png``, and
+``probe.png`` by ``python -m igpt_fast.recipes.fashion``, of the shifted images.
 """
 
 from pathlib import Path

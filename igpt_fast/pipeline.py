@@ -271,6 +271,7 @@ class Pipeline:
             InterruptedScoring: On Ctrl-C; its ``partial`` has the same.
         """
         inputs = _as_list(images)
+        self._check_scoring(len(inputs), labels, batch_size, names)
         read = read_images(inputs, self.processor)
         for item in read:
             if isinstance(item, Exception):
@@ -292,19 +293,29 @@ class Pipeline:
     ) -> Scores:
         """``score`` of images that are tokens already: (N, T) integers in 0..K-1, of the pipeline's palette."""
         config = self.model.config
-        if tokens.ndim != 2 or tokens.shape[1] != config.n_positions or tokens.is_floating_point() or not len(tokens):
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
+        numbers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if tokens.ndim != 2 or tokens.shape[1] != config.n_positions or not numbers or not len(tokens):
             got = f"{tuple(tokens.shape)} {tokens.dtype}"
             raise ValueError(f"tokens must be (N, {config.n_positions}) integers, got {got}")
+        tokens = tokens.long().cpu()  # first: torch compares no uint16
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.n_colours:
             raise ValueError(f"token {low if low < 0 else high} is not in 0..{config.n_colours - 1}")
         names = [str(i) for i in range(len(tokens))] if names is None else names
-        if len(names) != len(tokens):
-            raise ValueError(f"{len(names)} names for {len(tokens)} images")
+        classes = self._check_scoring(len(tokens), labels, batch_size, names)
+        return score_tokens(self.model, self.processor, tokens, names, classes, batch_size, progress)
+
+    def _check_scoring(
+        self, count: int, labels: Labels, batch_size: int | None, names: Sequence[str] | None
+    ) -> Tensor | None:
+        """The classes of ``count`` images; fails where ``score`` cannot do with what it is given beside them."""
+        if names is not None and len(names) != count:
+            raise ValueError(f"{len(names)} names for {count} images")
         if batch_size is not None:
             whole_number("batch_size", batch_size)
-        classes = self.checked_labels(labels, len(tokens), "images")
-        return score_tokens(self.model, self.processor, tokens.long().cpu(), names, classes, batch_size, progress)
+        return self.checked_labels(labels, count, "images")
 
     def request(
         self,

@@ -15,6 +15,7 @@ On Ctrl-C, which torchrun passes on to all, each hands over what it has finished
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -22,8 +23,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from igpt_fast.processes import size
@@ -112,7 +114,7 @@ class Torchrun(World):
         patience = timedelta(seconds=START)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=patience))
         self._store: Store = dist.PrefixStore("igpt", store)
-        self._store.set(f"process/{self.rank}", f"{os.getpid()} {socket.gethostname()}")
+        self._store.set(f"process/{self.rank}", f"{os.getpid()} {_place()}")
         self._done = 0.0
         self._elsewhere = [0.0] * self.size
         self._heard = [("", time.monotonic() + START - SILENCE)] * self.size
@@ -129,18 +131,18 @@ class Torchrun(World):
         """Shows that this process is alive, and listens to the others; in a thread of its own."""
         count = 0
         while not self._stop.wait(BEAT):
-            count += 1
+            count, absent = count + 1, []
             try:
-                self._store.set(f"beat/{self.rank}", f"{count} {self._done}")
-                for peer in range(self.size):
-                    if peer != self.rank and self._store.check([f"beat/{peer}"]):
-                        self._listen(peer, self._store.get(f"beat/{peer}").decode())
-            except RuntimeError as error:  # DistError and its kin
-                self._lost = f"the store of the run is gone: {str(error).splitlines()[0]}"
-            if self._watching and (self._lost or self._absent()):
+                if not self._lost:
+                    self._store.set(f"beat/{self.rank}", f"{count} {self._done}")
+                    for peer in range(self.size):
+                        if peer != self.rank and self._store.check([f"beat/{peer}"]):
+                            self._listen(peer, self._store.get(f"beat/{peer}").decode())
+                    absent = self._absent() if self._watching else []
+            except RuntimeError as error:
+                self._lost = _no_store(error)
+            if self._watching and (self._lost or absent):
                 self._end()
-            if self._lost:
-                return
 
     def _absent(self) -> list[int]:
         """Processes that are gone or silent, and have not left the watched block by its end."""
@@ -151,13 +153,21 @@ class Torchrun(World):
     def _end(self) -> None:
         """Ends this process from the thread, where the main one waits in an operation that does not end."""
         end = time.monotonic() + GRACE
-        while self._watching:
-            if time.monotonic() > end:
-                absent = [] if self._lost else self._absent()
-                if not absent or (not self.said() and self.rank == min(set(range(self.size)).difference(absent))):
-                    print(f"igpt: {self._lost or _ranks(absent)}; {self.outcome}", file=sys.stderr, flush=True)
-                os._exit(1)
+        while self._watching and time.monotonic() <= end:
             time.sleep(0.1)
+        if not self._watching:
+            return
+        absent: list[int] = []
+        try:
+            absent = [] if self._lost else self._absent()
+            speaks = not absent or (not self.said() and self.rank == min(set(range(self.size)).difference(absent)))
+        except RuntimeError as error:  # who held the store has left meanwhile
+            self._lost, speaks = _no_store(error), True
+        try:
+            if speaks:
+                print(f"igpt: {self._lost or _ranks(absent)}; {self.outcome}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
     def _listen(self, peer: int, beat: str) -> None:
         if beat != self._heard[peer][0]:
@@ -177,8 +187,8 @@ class Torchrun(World):
         gone = []
         for peer in range(self.size):
             if self._store.check([f"process/{peer}"]):
-                pid, host = self._store.get(f"process/{peer}").decode().split(" ", 1)
-                if host == socket.gethostname() and not _exists(int(pid)):
+                pid, place = self._store.get(f"process/{peer}").decode().split(" ", 1)
+                if place == _place() and not _exists(int(pid)):
                     gone.append(peer)
         return gone
 
@@ -219,8 +229,11 @@ class Torchrun(World):
             if type(error).__module__ not in ("builtins", "torch._C._distributed_c10d", "torch.distributed"):
                 raise
             end = time.monotonic() + GRACE / 2
-            while not (gone := self.gone()) and time.monotonic() < end:  # SIGTERM may come meanwhile; see ``_leave``
-                time.sleep(0.05)
+            try:
+                while not (gone := self.gone()) and time.monotonic() < end:  # SIGTERM may come meanwhile: ``_leave``
+                    time.sleep(0.05)
+            except RuntimeError as lost:
+                raise PeerGoneError(f"{_no_store(lost)}; {self.outcome}") from error
             if not gone:
                 raise
             raise PeerGoneError(f"{_ranks(gone)}; {self.outcome}") from error
@@ -326,10 +339,25 @@ def world(outcome: str = "nothing is written", backend: str = "gloo") -> Iterato
 def _leave(together: Torchrun) -> None:
     """On SIGTERM: cleans up as any exit does; the first process that is left says which one is gone without a word."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    gone = together.gone()
-    if together.said() or together.rank != min(set(range(together.size)).difference(gone)):
+    try:
+        gone = together.gone()
+        speaks = not together.said() and together.rank == min(set(range(together.size)).difference(gone))
+    except RuntimeError as error:
+        raise SystemExit(f"igpt: {_no_store(error)}; {together.outcome}") from error
+    if not speaks:
         raise SystemExit(1)
     raise SystemExit(f"igpt: {_ranks(gone) if gone else 'stopped by SIGTERM'}; {together.outcome}")
+
+
+@functools.cache
+def _place() -> str:
+    """Where a process has its number: host, its start, namespace. Containers may share a name, without seeing into each
+    other; systems without /proc have the name alone."""
+    place = socket.gethostname()
+    with suppress(OSError):
+        place += f" {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()}"
+        place += f" {os.readlink('/proc/self/ns/pid')}"
+    return place
 
 
 def _exists(pid: int) -> bool:
@@ -340,6 +368,11 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _no_store(error: RuntimeError) -> str:
+    """What a failed question to the store says (DistError and its kin): who held it is gone."""
+    return f"the store of the run is gone: {str(error).splitlines()[0]}"
 
 
 def _ranks(numbers: list[int]) -> str:

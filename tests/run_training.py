@@ -20,7 +20,7 @@ from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import World, world
 
 recipe.LOG_EVERY = 1
-SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 2, "steps": 20, "batch_size": 7, "lr": 1e-3, "warmup_steps": 3}
+SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 2, "steps": 14, "batch_size": 7, "lr": 1e-3, "warmup_steps": 3}
 
 
 def data() -> TokenData:

@@ -267,3 +267,23 @@ def test_the_bundled_model_is_small_and_knows_its_data() -> None:
     data = load_tokens(BUNDLED.parent / "emoji16.npz")
     assert np.array_equal(np.asarray(bundled.processor.clusters), data.clusters)
     assert evaluate(bundled.model, data.tokens[data.heldout][::4]) < 1.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_drawn_does_not_hang_on_the_default_dtype(dtype: torch.dtype) -> None:
+    pipeline = small_pipeline(3, 4, 9, dtype=torch.float32)
+    image, sos = Image.new("RGB", (4, 3), "red"), torch.full((2, 1), 9)
+
+    def drawn() -> list[torch.Tensor]:
+        whole, part = pipeline.sample(2, seed=0), pipeline.complete(image, n=1, seed=0)
+        tokens = pipeline.model.generate(sos, do_sample=True, generator=torch.Generator().manual_seed(0))
+        return [whole.tokens, whole.logprobs, part.logprobs, tokens]
+
+    want = drawn()
+    torch.set_default_dtype(dtype)
+    try:
+        got = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

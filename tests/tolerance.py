@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ImageGPTConfig
-from igpt_fast.model import imagegpt as ours_module
+from igpt_fast import model as ours_module
 
 Tensors = dict[str, Tensor]
 

@@ -1,7 +1,8 @@
 """Learning from pixels: data, the training loop and what it saves, features and what can be read off them.
 
 ``data``, ``folders``: images as tokens in memory, by a tokenizer of ``tokenizers``; ``sources``: where pictures come
-from; ``tokenize``: these as shards; ``shards``, ``lazy``: data that a run reads as it goes.
+from; ``tokenize``: these as shards, in the processes of ``pool``, taken as ``taking`` says; ``shards``, ``lazy``: data
+that a run reads as it goes.
 ``objectives``: what is learned.
 ``train``, ``schedule``, ``settings``, ``state``: the loop, its steps, its knobs, its log and checkpoint.
 ``distributed``, ``checkpoints``, ``throughput``: a step by several processes, what they save, how fast they are.

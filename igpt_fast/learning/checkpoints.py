@@ -9,7 +9,6 @@ thread, while training goes on. Any number of processes reads it, whatever numbe
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -101,8 +100,9 @@ class Writer:
         if target.exists():  # damaged: a whole one would have been resumed
             shutil.rmtree(target)
         partial.replace(target)
-        for older in finished(self._out)[:-1]:
-            shutil.rmtree(older)
+        for older in finished(self._out):
+            if older != target:
+                shutil.rmtree(older)
         self._published()
 
     @property
@@ -170,5 +170,14 @@ def _check(stored: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         size, dtype = tuple(found.size), found.properties.dtype
         if size != tuple(value.shape) or dtype != value.dtype:
             raise ValueError(f"{name} is {shown(size)} {dtype}; want {tuple(value.shape)} {value.dtype}")
-        if sum(math.prod(chunk.sizes) for chunk in found.chunks) != value.numel():
-            raise ValueError(f"{name} is not whole: a file is missing, or there is one too many")
+        end = 0  # parts are rows that follow each other, as FSDP cuts them
+        for chunk in sorted(found.chunks, key=lambda chunk: (tuple(chunk.offsets), tuple(chunk.sizes))):
+            offsets, sizes = tuple(chunk.offsets) or (0,), tuple(chunk.sizes) or (1,)
+            if offsets != (end, *(0 for _ in size[1:])) or sizes[1:] != size[1:]:
+                end = -1
+                break
+            end += sizes[0]
+        if end != (size or (1,))[0]:
+            raise ValueError(
+                f"{name} is not whole: a file is missing, twice there, or one of another place or too many"
+            )

@@ -207,6 +207,6 @@ def _votes(points: Tensor, labels: Tensor, queries: Tensor, counts: Sequence[int
         weights = ((similarity - 1.0) / TEMPERATURE).exp()
         own = labels[index]
         for i, k in enumerate(counts):
-            votes = torch.zeros(len(part), classes).scatter_add_(1, own[:, :k], weights[:, :k])
+            votes = weights.new_zeros(len(part), classes).scatter_add_(1, own[:, :k], weights[:, :k])
             found[i].append(votes.argmax(dim=1))
     return [torch.cat(items).numpy() for items in found]

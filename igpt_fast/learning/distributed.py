@@ -1,9 +1,11 @@
 """One step of training, computed by one process or by several, of which each takes a part of every batch.
 
-The batch of a step does not depend on how many there are; process r takes the r-th part of it. A loss is divided by
-the size of the whole batch, so that parts may be of unequal length, and gradients are summed. Weights, moments and sums
-stay in float32: bf16 is autocast alone, under FSDP as well (no ``MixedPrecisionPolicy``: its parameters of the norms
-would be rounded too, and the figures would be other ones than one process's).
+The batch of a step does not depend on how many there are; process r takes the r-th part of it. Each one reads and
+augments the whole, so that all draw alike and leave out the same pictures: many processes want tokens that are ready
+(igpt tokenize). A loss is divided by the size of the whole batch, so that parts may be of unequal length, and gradients
+are summed. Weights, moments and sums stay in float32: bf16 is autocast alone, under FSDP as well (no
+``MixedPrecisionPolicy``: its parameters of the norms would be rounded too, and the figures would be other ones than one
+process's).
 
 Source: torch.nn.parallel.DistributedDataParallel; torch.distributed.fsdp.fully_shard (FSDP2).
 """
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igpt_fast.files import listed
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import World
@@ -76,6 +79,7 @@ class Team:
             model.gradient_checkpointing_enable()
         self._learner = Learner(model, objective)
         self._sharded = world.size > 1 and execution.parallel == "fsdp"
+        self._replicated = world.size > 1 and not self._sharded
         self._module = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
@@ -94,7 +98,7 @@ class Team:
             fully_shard(learner, mesh=mesh)
             return learner
         module: nn.Module = learner.to(device)
-        if self.world.size > 1:
+        if self._replicated:
             from torch.nn.parallel import DistributedDataParallel
 
             devices = [device] if device.type == "cuda" else None
@@ -109,9 +113,13 @@ class Team:
         return 3 if self.world.first else 1000 + self.world.rank
 
     def backward(self, inputs: tuple[Tensor, ...]) -> float:
-        """Adds the gradients of a whole batch; returns its mean loss, of which NaN is seen by all processes."""
+        """Adds the gradients of a whole batch; returns its mean loss, of which NaN is seen by all processes.
+
+        Raises:
+            ValueError: Under DDP, a parameter that learns has no part in the loss.
+        """
         size = len(inputs[0])
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), dtype=torch.float32, device=self._device)
         part = self.world.share(size)
         micro = [tensor[part.start : part.stop].tensor_split(self._accumulate) for tensor in inputs]
         for i in range(self._accumulate):
@@ -121,12 +129,17 @@ class Team:
                     loss = losses.sum() / size
                 (loss * self.world.size).backward()  # of several, DDP and FSDP take the mean
             total += loss.detach()
+        if self._replicated:  # DDP itself would fail at the next step, without a name
+            unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+            if unused:
+                what = f"no gradient of {listed(unused, 3)}; the objective {self._learner.objective.name}"
+                raise ValueError(f"--parallel ddp: {what} does not use it: freeze it (requires_grad_), or take fsdp")
         return self._agreed(total.item())
 
     def _syncing(self, last: bool) -> AbstractContextManager[None]:
         """DDP adds gradients up in each process until the last part. FSDP shares every part's: a process would have to
         keep whole gradients otherwise."""
-        skip = self.world.size > 1 and not self._sharded and not last
+        skip = self._replicated and not last
         return self._module.no_sync() if skip else contextlib.nullcontext()  # type: ignore[operator]
 
     def _agreed(self, loss: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt_fast.checks import whole_number
 from igpt_fast.files import listed, shown
 from igpt_fast.learning.objectives.masked import VOTES, vote
+from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTModel
 
 Progress = Callable[[int, int], None]
@@ -157,17 +158,13 @@ def feature_batches(
     def read(batch: Tensor) -> Tensor:
         return torch.stack([item.float() for item in model.forward_intermediates(batch, **how)], dim=1)
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(tokens), batch_size):
             part = slice(start, min(start + batch_size, len(tokens)))
             with torch.inference_mode():
                 batch = fed(model.config, tokens[part].to(model.device, torch.int64), sos)
                 found = vote(read, model.config, batch, masks) if masks else read(batch)
             yield part, found.flatten(2) if pool else found  # (B, L, [bands,] n_embd) or (B, L, T, n_embd)
-    finally:
-        model.train(training)
 
 
 def extract(

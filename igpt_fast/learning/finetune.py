@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import files
+from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.learning.data import ImageSet
 from igpt_fast.learning.objectives.classification import (
     Classification,
@@ -22,17 +23,15 @@ from igpt_fast.learning.objectives.classification import (
     fit_classifier,
 )
 from igpt_fast.learning.objectives.protocol import Data
-from igpt_fast.learning.run import MODEL, check_directory, export
+from igpt_fast.learning.run import BEST, MODEL, check_directory, export
 from igpt_fast.learning.schedule import augmented
 from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
-from igpt_fast.learning.state import LOG
 from igpt_fast.learning.train import Progress, _train
 from igpt_fast.likelihood.nats import mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 _CHUNK = 4096  # images whose labels are read at once
 _MOST_FITTED, _COPIES = 10_000, 8  # images that a new classifier is fitted to, each augmented so often, if it may be
-_MAX_LINE = 1 << 16  # bytes of a record of the log
 
 
 class Part:
@@ -145,8 +144,8 @@ def finetune(
     Args:
         model: What to begin with; a head for the same classes is kept. Its weights stay as they are.
         data: Images with classes, of the model's colours and size.
-        out: Directory of the run: ``log.jsonl``, whose ``heldout`` figures are those of the validation, ``train.pt``
-            and ``model/``.
+        out: Directory of the run: ``log.jsonl``, whose ``heldout`` figures are those of the validation, ``train.pt``,
+            ``model/``, and ``best.json``, the record of the step that ``model/`` is of.
         config: The run.
         device, resume, overwrite, progress: See ``run``.
 
@@ -174,15 +173,19 @@ def finetune(
         fit_classifier(start, _augmented(part, config.training(1, 1, 1)))
 
     def keep(tuned: ImageGPTWithBothHeads, record: dict[str, Any]) -> None:
-        if _best(out / LOG)["step"] == record["step"]:
+        # Not by the log, which is cut off after a kill, while the model stays that of a step that is gone.
+        if not (out / BEST).exists() or _rank(record) > _rank(_best(out / BEST)):
+            (out / BEST).unlink(missing_ok=True)  # until the model is whole
             export(tuned, data, out / MODEL)
+            with files.replacing(out / BEST) as partial:
+                partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     training = config.training(network.n_layer, network.n_embd, network.n_head)
     how: dict[str, Any] = {"outdated": before if overwrite else (), "on_evaluation": keep}
     tuned = _train(part, out, training, objective, device, resume, progress, **how).model
     best: dict[str, Any] = {"step": config.steps}
     if part.n_heldout:
-        best = _best(out / LOG)
+        best = _best(out / BEST)
         tuned = ImageGPTWithBothHeads.from_pretrained(out / MODEL, device=device)
     else:
         export(tuned, data, out / MODEL)
@@ -203,14 +206,17 @@ def finetune(
     }
 
 
-def _best(log: Path) -> dict[str, Any]:
-    """The first record of the log whose accuracy, and then loss, is the best."""
-    found: list[dict[str, Any]] = []
-    with files.open_input(log) as file:
-        while line := file.readline(_MAX_LINE):
-            record = json.loads(line)
-            if "heldout_accuracy" in record:
-                found.append(record)
-    if not found:
-        raise ValueError(f"{log}: has no evaluation of the images for validation")
-    return max(found, key=lambda record: (record["heldout_accuracy"], -record["heldout_class_loss"]))
+def _rank(record: dict[str, Any]) -> tuple[float, float]:
+    return record["heldout_accuracy"], -record["heldout_class_loss"]
+
+
+def _best(path: Path) -> dict[str, Any]:
+    """The record of the step that the model beside it is of."""
+    record = files.read_json(path)
+    try:
+        whole_number("step", record.get("step"))
+        finite_number("heldout_accuracy", record.get("heldout_accuracy"), 0, 1)
+        finite_number("heldout_class_loss", record.get("heldout_class_loss"), 0)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the record of a step: {error}") from error
+    return record

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from igpt_fast import files
+from igpt_fast.files import printable
 from igpt_fast.learning.data import ImageSet, check_classes
 from igpt_fast.learning.folders import held_out
 from igpt_fast.learning.sources.folder import Folder
 from igpt_fast.learning.sources.protocol import digest_of
-from igpt_fast.learning.tokenize import Taking, fit_palette, pixels_of
+from igpt_fast.learning.taking import Taking, fit_palette, pixels_of
 from igpt_fast.learning.tokenizers import ColourTokenizer
 
 
@@ -109,13 +110,13 @@ class FolderData(ImageSet):
             except (OSError, ValueError) as error:
                 if not self._skip:
                     raise
-                warnings.warn(f"skipped {name}: {files.first_line(error)}", stacklevel=2)
+                warnings.warn(f"skipped {printable(name)}: {files.first_line(error)}", stacklevel=2)
                 self._state[place] = -1
         if good:
             self._tokens[good] = self._colours.encode(np.stack(pictures))
             self._state[good] = 1
 
     def fingerprint(self) -> str:
-        """Of the names and sizes of the files, the tokenizer, the held-out part, and the classes."""
+        """Of the files, see ``Folder.fingerprint``, the tokenizer, the held-out part, and the classes."""
         parts = [self._source.fingerprint(), self.tokenizer.digest(), self._holdout, list(self.class_names)]
         return digest_of(parts)

@@ -21,7 +21,7 @@ from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.world import World
 
 _BASELINE_TOKENS = 1 << 22  # that the baselines learn from, of a data set that is not in memory
-MODEL, SAMPLES = "model", "samples.png"  # what a run's directory holds besides checkpoint and log
+MODEL, SAMPLES, BEST = "model", "samples.png", "best.json"  # what a run's directory holds besides checkpoint and log
 _MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "generation_config.json")
 
 
@@ -110,7 +110,7 @@ def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     # By name: a directory that holds other things as well loses none of them.
-    own = [out / CHECKPOINT, *checkpoints.finished(out), out / LOG, out / SAMPLES]
+    own = [out / CHECKPOINT, *checkpoints.finished(out), out / LOG, out / SAMPLES, out / BEST]
     own += [*(out / MODEL / name for name in _MODEL_FILES), *(out / TENSORBOARD).glob("events.out.tfevents.*")]
     before = [path for path in own if path.exists()]
     if before and not (resume or overwrite):

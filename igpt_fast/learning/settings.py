@@ -71,11 +71,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is computed, which changes its result by rounding alone: a continuation may have another.
+    """How a run is computed: a continuation may have another. It changes the result by rounding, and with dropout
+    another ``accumulate`` or number of processes draws other masks.
 
     Args:
         parallel: Under torchrun: ddp, every process holds the whole model; fsdp, each a part of it (FSDP2).
-        accumulate: Parts that a process computes its share of a batch in, one after the other, for less memory.
+        accumulate: Parts that a process computes its share of a batch in, one after the other, for less memory; with
+            dropout, another number draws other masks.
         checkpointing: Memory: compute activations again in the backward pass, or keep them.
         tensorboard: Log: for TensorBoard as well, in tensorboard/ of the run's directory, or in log.jsonl alone.
 

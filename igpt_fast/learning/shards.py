@@ -2,19 +2,22 @@
 
 ``manifest.json`` says what the tokens are, how many images each shard has, and the SHA-256 of every file:
 ``clusters.npy`` (K, 3) float32, if the tokens are colours; ``heldout.npy`` (N,) bool; ``labels.npy`` (N,) int32, if
-there are classes; ``00000.npy`` and so on, (n, T) uint8 or uint16. ``skipped.jsonl`` lists what is not among them, a
-name and a reason each. The small files are checked when the directory is opened, a shard when it is first touched.
+there are classes; ``shard-00000.npy`` and so on, (n, T) uint8 or uint16. ``skipped.jsonl`` lists what is not among
+them, a name and a reason each. The small files are checked when the directory is opened; of the shards the tokens that
+a batch takes, and beside the run, so that it need not wait, the SHA-256 of each.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import threading
 import zipfile
-from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from torch import Tensor
 from igpt_fast import files
 from igpt_fast.checks import whole_number
 from igpt_fast.files import printable, shown
-from igpt_fast.learning.data import ImageSet, check_classes, check_tokens
+from igpt_fast.learning.data import ImageSet, check_classes
 from igpt_fast.learning.tokenizers import Tokenizer, tokenizer_of
 
 MANIFEST, CLUSTERS, HELDOUT, LABELS, SKIPPED = (
@@ -42,7 +45,7 @@ _MAX_IMAGES, _MAX_SHARDS = 1 << 32, 1 << 20
 
 def shard_name(number: int) -> str:
     """The file of a shard."""
-    return f"{number:05d}.npy"
+    return f"shard-{number:05d}.npy"
 
 
 def write_npy(path: Path, array: np.ndarray) -> str:
@@ -164,8 +167,8 @@ class ShardData(ImageSet):
     Raises:
         FileNotFoundError: No such directory, or a file of it is missing.
         ValueError: The manifest, or one of the small files, is damaged or of another data set; nothing to train on; no
-            labels; a class without an image to train on. Later, from ``train_batch`` and ``heldout_batches``: a shard
-            whose content is not that of the manifest. The message names the file.
+            labels; a class without an image to train on. Later, from ``train_batch`` and ``heldout_batches``: a token
+            out of range, or, as soon as it is known, a shard that is not the manifest's. The message names the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, classes: bool = False) -> None:
@@ -182,7 +185,6 @@ class ShardData(ImageSet):
             self._read_classes(count)
         self._shards = [self._map(shard) for shard in self.manifest.shards]
         self._starts = np.cumsum([0, *(shard.images for shard in self.manifest.shards)])
-        self._seen: set[int] = set()
 
     def __reduce__(self) -> Any:
         """For another process, which maps them itself."""
@@ -191,7 +193,10 @@ class ShardData(ImageSet):
     def _read_tokenizer(self) -> Tokenizer:
         clusters = None
         if self.manifest.tokenizer.get("kind") == "colours":
-            colours = whole_number("vocabulary", self.manifest.tokenizer.get("vocabulary"))
+            try:
+                colours = whole_number("vocabulary", self.manifest.tokenizer.get("vocabulary"))
+            except ValueError as error:
+                raise ValueError(f"{self.folder / MANIFEST}: {error}") from error
             clusters = self._read_small(CLUSTERS, np.dtype(np.float32), (colours, 3))
         try:
             return tokenizer_of(self.manifest.tokenizer, clusters)
@@ -230,7 +235,7 @@ class ShardData(ImageSet):
         path, shape = self.folder / shard.file, (shard.images, self.tokenizer.length)
         files.open_input(path, 0).close()  # says what is wrong with a folder or a device
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # a header is parsed by ast, whose errors have no common class
             raise ValueError(f"{path}: is damaged: {files.first_line(error)}") from error
         if array.shape != shape or array.dtype != self.tokenizer.dtype:
@@ -238,22 +243,40 @@ class ShardData(ImageSet):
             raise ValueError(f"{path}: holds {found}; the manifest says {shape} {self.tokenizer.dtype}")
         return array
 
-    def _shard(self, number: int) -> np.ndarray:
-        """A shard whose content has been compared with the manifest."""
-        if number not in self._seen:
-            shard = self.manifest.shards[number]
-            self._compare(shard.file, sha256_of(self.folder / shard.file), shard.sha256)
+    def verify(self) -> None:
+        """Waits until every shard has been compared with the manifest.
+
+        Raises:
+            FileNotFoundError, ValueError: A shard is gone, or another one; the message names it.
+        """
+        self._hashing.result()
+
+    @functools.cached_property
+    def _hashing(self) -> Future[None]:
+        """Compares the shards with the manifest in a thread, which the end of the process does not wait for."""
+        future: Future[None] = Future()
+
+        def compare() -> None:
             try:
-                check_tokens(self._shards[number], self.vocabulary)
-            except ValueError as error:
-                raise ValueError(f"{self.folder / shard.file}: {error}") from error
-            self._seen.add(number)
-        return self._shards[number]
+                for shard in self.manifest.shards:
+                    self._compare(shard.file, sha256_of(self.folder / shard.file), shard.sha256)
+                future.set_result(None)
+            except Exception as error:  # raised where the result is asked for
+                future.set_exception(error)
+
+        threading.Thread(target=compare, daemon=True).start()
+        return future
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         at = places.numpy()
         numbers = np.searchsorted(self._starts, at, side="right") - 1
-        rows = [self._shard(number)[place - self._starts[number]] for number, place in zip(numbers, at, strict=True)]
+        if self._hashing.done():
+            self.verify()
+        rows = [self._shards[number][place - self._starts[number]] for number, place in zip(numbers, at, strict=True)]
+        for number, row in zip(numbers, rows, strict=True):
+            if row.max() >= self.vocabulary:
+                wrong = f"token {row.max()} is not in 0..{self.vocabulary - 1}"
+                raise ValueError(f"{self.folder / self.manifest.shards[number].file}: {wrong}")
         tokens = np.stack(rows).astype(np.int64) if rows else np.zeros((0, self.tokenizer.length), np.int64)
         return torch.from_numpy(tokens), None if self.labels is None else self.labels[places]
 
@@ -271,11 +294,11 @@ def _opened(folder: Path, classes: bool) -> ShardData:
 def has_labels(path: Path) -> bool:
     """Whether shards, or a token file, have labels; true of anything else, of which its reader says more."""
     if path.is_dir():
-        return not (path / MANIFEST).is_file() or bool(read_manifest(path).classes)
+        return not is_own(path / MANIFEST) or bool(read_manifest(path).classes)
     try:
         with zipfile.ZipFile(path) as archive:
             return "labels.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # what zipfile raises on a damaged file has no common class
         return True
 
 
@@ -285,9 +308,9 @@ def is_shards(folder: Path) -> bool:
     Raises:
         ValueError: It was, and is not finished.
     """
-    if (folder / MANIFEST).is_file():
+    if is_own(folder / MANIFEST):
         return True
-    if (folder / PLAN).is_file():
+    if is_own(folder / PLAN):
         raise ValueError(f"{folder}: is not finished; go on with igpt tokenize --resume")
     return False
 
@@ -295,8 +318,34 @@ def is_shards(folder: Path) -> bool:
 PLAN = "plan.json"  # of a directory in the making; see ``tokenize``
 
 
-def own_files(folder: Path) -> Sequence[Path]:
-    """The files in a directory that ``igpt tokenize`` writes, and none else."""
-    names = (MANIFEST, PLAN, CLUSTERS, HELDOUT, LABELS, SKIPPED)
-    numbered = [path for kind in ("npy", "json") for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9].{kind}")]
-    return [path for path in (*(folder / name for name in names), *sorted(numbered)) if path.is_file()]
+def is_own(path: Path) -> bool:
+    """Whether this is a manifest or a plan of shards, perhaps a damaged one, and not something else of that name."""
+    if not path.is_file():
+        return False
+    with files.open_input(path) as file:
+        return json.dumps(FORMAT).encode() in file.read(200)
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files in a directory that ``igpt tokenize`` has written, as its manifest or its plan says, and none else."""
+    names: set[str] = set()
+    for name in (MANIFEST, PLAN):
+        if is_own(folder / name):
+            names.add(name)
+            try:
+                values = files.read_json(folder / name)
+            except ValueError:  # damaged, and says nothing
+                continue
+            shards, small = values.get("shards"), values.get("sha256", values.get("files"))
+            count = len(shards) if isinstance(shards, list) else shards if isinstance(shards, int) else 0
+            numbered = [shard_name(number) for number in range(min(count, _MAX_SHARDS))]
+            names.update(numbered, (note_name(name) for name in numbered if not isinstance(shards, list)))
+            said = small if isinstance(small, dict | list) else ()
+            names.update(name for name in (CLUSTERS, HELDOUT, LABELS) if name in said)
+            names.add(SKIPPED)
+    return [path for path in (folder / name for name in sorted(names)) if path.is_file()]
+
+
+def note_name(shard: str) -> str:
+    """The file that stands beside a shard until the manifest does."""
+    return shard.removesuffix(".npy") + ".json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_fast import files
+from igpt_fast import files, processes
 from igpt_fast.checkpoint.pickles import scan_torch_file
 from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.files import printable, shown
 from igpt_fast.learning import checkpoints
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import World
 
 CHECKPOINT, LOG, TENSORBOARD = "train.pt", "log.jsonl", "tensorboard"
@@ -30,11 +31,17 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 
 
 def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
-    """What must agree between a run and its continuation."""
+    """What must agree between a run and its continuation; how they are computed (see ``computed_by``) need not."""
     settings = dataclasses.asdict(config) | {"objective": objective.name, **objective.identity()}
     if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}
+
+
+def computed_by(world: World, execution: Execution) -> str:
+    """What must agree as well for a continuation to be bit-identical; with dropout, another draws other masks."""
+    count = f"{world.size} processes ({execution.parallel})" if world.size > 1 else "1 process"
+    return f"{count}, --accumulate {execution.accumulate}"
 
 
 @dataclass
@@ -45,12 +52,13 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int
     identity: dict[str, Any]  # see ``same_run``
+    computed: str  # see ``computed_by``
     saved: int | None = None  # the step that the file holds
 
     @property
     def about(self) -> dict[str, Any]:
         """What is no tensor."""
-        return {"step": self.step, "identity": self.identity}
+        return {"step": self.step, "identity": self.identity, "computed": self.computed}
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -81,7 +89,7 @@ class TrainState:
         self.saved = self.step
 
     def load(self, path: Path) -> None:
-        """Takes over the state in a file.
+        """Takes over the state in a file; warns where going on will not be bit-identical.
 
         Raises:
             FileNotFoundError: No such file.
@@ -97,8 +105,9 @@ class TrainState:
             if not scan_torch_file(path, largest=_MAX_NUMBER):
                 raise ValueError("not a zip, as torch.save writes")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or state.keys() != {"model", "optimizer", "step", "identity"}:
-                raise ValueError("has other entries than model, optimizer, step and identity")
+            known = {"model", "optimizer", "step", "identity"}
+            if not isinstance(state, dict) or state.keys() - {"computed"} != known:
+                raise ValueError("has other entries than model, optimizer, step, identity and computed")
             if not all(isinstance(state[name], dict) for name in ("model", "optimizer")):
                 raise ValueError("model or optimizer is no dictionary")
             _check_about(state)
@@ -112,6 +121,7 @@ class TrainState:
         except (ValueError, RuntimeError) as error:  # a tensor in place of a number has no truth value
             raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
         self._take(state)
+        self._warn(path, state)
 
     def load_folder(self, path: Path, world: World) -> None:
         """Takes over the state in a folder of several processes' files: a collective operation. See ``load``."""
@@ -130,12 +140,20 @@ class TrainState:
         except Exception as error:  # what a damaged file raises is not documented
             raise ValueError(f"{path}: not a usable training state: {files.first_line(error)}") from error
         self._count(about["step"])
+        self._warn(path, about)
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         if differences := _differences(state["identity"], self.identity):
             raise ValueError(f"{path}: written by another run: {differences}")
         if state["step"] > self.identity["config"]["steps"]:
             raise ValueError(f"{path}: not a usable training state: its step lies behind the end of the run")
+
+    def _warn(self, path: Path, state: dict[str, Any]) -> None:
+        before = state.get("computed", self.computed)  # without: from before it was written down
+        if before != self.computed and not processes.rank():
+            dropout = ", with other dropout" if self.identity["config"]["dropout"] else ""
+            text = f"{path}: was computed by {printable(before)[:100]}, goes on by {self.computed}: not bit for bit"
+            warnings.warn(text + dropout, stacklevel=2)
 
     @torch.no_grad()
     def _take(self, state: dict[str, Any]) -> None:
@@ -186,6 +204,8 @@ def _check_about(state: dict[str, Any]) -> None:
     config, data = (identity.get("config"), identity.get("data")) if isinstance(identity, dict) else (None, None)
     if not isinstance(config, dict) or not isinstance(data, str):
         raise ValueError("identity names no configuration or no data")
+    if not isinstance(state.get("computed", ""), str):
+        raise ValueError("computed is no text")
     for name, value in config.items():
         wanted = str if name == "objective" else bool | int | float
         if not isinstance(name, str) or not isinstance(value, wanted):
@@ -229,8 +249,8 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 class Output:
-    """The log and the checkpoint of a run. Its directory is made, and the files of an outdated run removed, only when
-    the first of them is written: a run that fails before costs nothing.
+    """The log and the checkpoint of a run. Its directory is made, and the state and other files of an outdated run are
+    removed, only when the first of them is written: a run that fails before costs nothing.
 
     One process writes ``train.pt``, several a folder (see ``checkpoints``); either replaces what was there before, and
     any number of processes reads both. Of several the first one writes the log.
@@ -315,7 +335,8 @@ class Output:
     def _begin(self) -> None:
         if not self._begun:
             self._out.mkdir(parents=True, exist_ok=True)
-            for path in self._outdated:
+            # A state of an older run could be of a later step, and would be taken for this one's.
+            for path in (*self._outdated, self.checkpoint, *checkpoints.finished(self._out)):
                 if path.is_dir():
                     shutil.rmtree(path)
                 path.unlink(missing_ok=True)

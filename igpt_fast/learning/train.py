@@ -2,7 +2,8 @@
 
 What is learned stands in ``objectives``; AdamW(0.9, 0.95), linear warm-up, cosine decay to zero, gradient
 clipping, optional bf16 autocast. The budget is in steps. Each step draws its images, augmentations and dropouts from
-generators seeded with (seed, step): a resumed run is bit-identical to one that was never interrupted.
+generators seeded with (seed, step): a resumed run is bit-identical to one that was never interrupted, if as many
+processes compute it in as many parts. Otherwise it is so up to rounding, and with dropout draws other masks.
 
 Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and appendix.
 """
@@ -29,7 +30,7 @@ from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
 from igpt_fast.learning.settings import Execution, TrainConfig
-from igpt_fast.learning.state import Output, TrainState, same_run
+from igpt_fast.learning.state import Output, TrainState, computed_by, same_run
 from igpt_fast.learning.throughput import Meter
 from igpt_fast.world import World
 
@@ -157,7 +158,7 @@ def train(
         objective: What is learned; the next pixel if not given.
         device: Where to train.
         resume: Continue from what ``out`` holds, which must come from the same ``config``, data and objective; not from
-            as many processes.
+            as many processes, of which a warning says that it is not bit-identical.
         progress: Called with each record of the log, on the first process.
         stop_after: Save and return after this step, as an interruption would.
         execution: How it is computed.
@@ -215,7 +216,7 @@ def _train(
         model = new_model(data, config, objective)
         meter = Meter(model, device, config.batch_size, world.size, config.bf16)
         team = Team(model, device, objective, config, execution, world)
-        state = TrainState(model, optimizer_for(model, config), 0, identity)
+        state = TrainState(model, optimizer_for(model, config), 0, identity, computed_by(world, execution))
         output = Output(out, outdated, world, execution.tensorboard)
         clock = time.monotonic() - (output.load(state) if resume else 0.0)
         end = config.steps if stop_after is None else min(stop_after, config.steps)

@@ -6,10 +6,11 @@ Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 2; ope
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.engines.network import why_not_modules
@@ -61,6 +62,19 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
     return nats
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the length of a block; then each of its modules is in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # an outer one before those inside of it
+            if module.training != training:
+                module.train(training)
+
+
 @torch.no_grad()
 def mean_nats(
     model: ImageGPTForCausalImageModeling, batches: Iterable[tuple[Tensor, Tensor | None]], classes: bool = False
@@ -72,14 +86,12 @@ def mean_nats(
     Raises:
         ValueError: No images.
     """
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for tokens, labels in batches:
-        given = (labels.to(model.device),) if classes and labels is not None else ()
-        total += float(image_nats(model, tokens.to(model.device), *given).double().sum())
-        count += tokens.numel()
-    model.train(training)
+    with evaluating(model):
+        for tokens, labels in batches:
+            given = (labels.to(model.device),) if classes and labels is not None else ()
+            total += float(image_nats(model, tokens.to(model.device), *given).double().sum())
+            count += tokens.numel()
     if not count:
         raise ValueError("mean_nats: no images")
     return total / count

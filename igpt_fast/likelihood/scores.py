@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,10 @@ from igpt_fast.model import ImageGPTForCausalImageModeling
 
 MEASURES = ("nats_per_pixel", "ood")  # by which images are put in order
 _SAMPLE = 256  # numbers of each weight that a model is known by
-_COLUMNS = ("image", "nats_per_pixel", "bits_per_pixel", "bits", "complexity", "ood", "label", "palette", "model")
+_COLUMNS = (
+    *("image", "nats_per_pixel", "bits_per_pixel", "bits", "complexity", "ood", "label", "palette", "model"),
+    "number",  # of the row, which a map of ``igpt score`` is called by
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Scores:
         all do, 0.5 where it cannot tell, below that where it takes them for more usual.
 
         Raises:
-            ValueError: No images, or scores of another palette, size or model.
+            ValueError: No images, or scores of another palette, size or model, or of which only one was given classes.
         """
         self.check_comparable(reference)
         if not len(self) or not len(reference):
@@ -140,7 +143,7 @@ class Scores:
         """Fails where ``compare`` would, were there images.
 
         Raises:
-            ValueError: Scores of another palette, size or model.
+            ValueError: Scores of another palette, size or model, or of which only one was given classes.
         """
         mine, other = self.processor, reference.processor
         if self.palette != reference.palette:
@@ -150,6 +153,9 @@ class Scores:
             raise ValueError(f"compare: the reference is of {other.height}x{other.width} pixels, these are of {size}")
         if self.model != reference.model:
             raise ValueError(f"compare: the reference is of the model {reference.model}, these are of {self.model}")
+        if (self.labels is None) != (reference.labels is None):
+            theirs, ours = ("without", "with") if reference.labels is None else ("with", "without")
+            raise ValueError(f"compare: the reference was scored {theirs} classes given, these are {ours}")
 
     def maps(self, scale: int | None = None) -> list[Image.Image]:
         """A picture of each image: enlarged, and beside it its surprise as a heat map over it, with a colour bar.
@@ -160,8 +166,12 @@ class Scores:
         Args:
             scale: Edge of a pixel in the picture, 1..64; ``None`` makes an image 256 pixels high or wide.
         """
-        pairs = zip(self.images, self.nats, strict=True)
-        return [pictures.surprise_map(image, nats, self._colours, scale) for image, nats in pairs]
+        return list(self.each_map(scale))
+
+    def each_map(self, scale: int | None = None) -> Iterator[Image.Image]:
+        """``maps``, one at a time: of many images they fill the memory."""
+        for tokens, nats in zip(self.tokens, self.nats, strict=True):
+            yield pictures.surprise_map(self.processor.decode(tokens[None])[0], nats, self._colours, scale)
 
     def grid(self, n: int = 8, by: str = "nats_per_pixel") -> Image.Image:
         """The ``n`` most and the ``n`` least unusual images with their maps and figures, in one picture; each once.
@@ -232,7 +242,7 @@ class Scores:
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
-            writer.writerows([*row, self.palette, self.model] for row in zip(*columns, strict=True))
+            writer.writerows([*row, self.palette, self.model, i] for i, row in enumerate(zip(*columns, strict=True)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
 from igpt_fast.interrupts import delayed_interrupt
-from igpt_fast.likelihood.nats import image_nats
+from igpt_fast.likelihood.nats import evaluating, image_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, Scores, model_hash, select
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.sampling.batches import Batches
@@ -66,19 +66,18 @@ def score_tokens(
     progress: Progress | None = None,
 ) -> Scores:
     """Scores of (N, T) tokens; ``labels``: (N,) int64; see ``Pipeline.score``."""
-    nats = torch.empty(tokens.shape)
+    nats = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     scores = Scores(nats, tokens, processor, list(names), model_hash(model), labels)
     batches = Batches(len(tokens), 1, batch_size or default_batch_size(model))
-    done, training = 0, model.training
+    done = 0
 
     def work(start: int, stop: int, _: int) -> Iterator[int]:
         given = None if labels is None else labels[start:stop].to(model.device)
         nats[start:stop] = image_nats(model, tokens[start:stop].to(model.device), given).cpu()
         yield stop
 
-    model.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             for stop in batches.run(work):
                 _check_finite(scores, done, stop)
                 done = stop
@@ -87,15 +86,14 @@ def score_tokens(
     except KeyboardInterrupt as error:
         with delayed_interrupt():  # a second one, or a third
             raise InterruptedScoring(_first(scores, done)) from error
-    finally:
-        model.train(training)
     return scores
 
 
-def nothing(model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> Scores:
-    """The scores of no images, by which others can be known to be of this model."""
-    none = torch.empty(0, processor.height * processor.width)
-    return Scores(none, none.long(), processor, [], model_hash(model))
+def nothing(model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor, classes: bool = False) -> Scores:
+    """The scores of no images, given ``classes`` or not, by which others can be known to be of this model."""
+    none = torch.empty(0, processor.height * processor.width, dtype=torch.float32, device="cpu")
+    labels = torch.empty(0, dtype=torch.int64, device="cpu") if classes else None
+    return Scores(none, none.long(), processor, [], model_hash(model), labels)
 
 
 def _check_finite(scores: Scores, start: int, stop: int) -> None:

@@ -347,7 +347,8 @@ def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator |
     if seed is not None and generator is not None:
         raise ValueError("generate: give seed or generator, not both")
     if generator is not None:
-        return torch.rand(n, steps, generator=generator, device=generator.device).to(device)
+        numbers = torch.rand(n, steps, generator=generator, dtype=torch.float32, device=generator.device)
+        return numbers.to(device)
     if seed is not None:
         return stream_uniforms(seed, torch.arange(n), 0, steps, device)
-    return torch.zeros(n, steps, device=device)
+    return torch.zeros(n, steps, dtype=torch.float32, device=device)

@@ -24,7 +24,7 @@ from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.intermediates import IntermediatesMixin
 from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
-from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput, ImageClassificationOutput
+from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput
 from igpt_fast.model.resizing import resize_positions
 from igpt_fast.model.trainable import TrainableMixin
 
@@ -249,7 +249,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if cache is not None and (last := torch.sym_int(cache.get_seq_length(len(self.h) - 1))) != past:
             raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
-        key_mask = _key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
+        key_mask = key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
         across_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, tokens)  # (B, S)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
@@ -399,111 +399,6 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
-    """``ImageGPTModel``, the mean over the positions, and a linear classifier without bias.
-
-    The mean is over all T positions, as in transformers, hidden ones of an ``attention_mask`` included. With
-    ``config.classify_with_sos``, which ``igpt finetune`` sets, SOS is put in front of the images here, and what has no
-    position then is cut off: a whole image loses its last pixel, as in training, and a shorter one nothing.
-
-    Args:
-        config: The hyper-parameters; ``num_labels`` outputs.
-    """
-
-    loss_type = "ForImageClassification"
-
-    def __init__(self, config: ImageGPTConfig) -> None:
-        super().__init__(config)
-        config = self.config
-        self.num_labels = config.num_labels
-        self.transformer = ImageGPTModel(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
-        nn.init.normal_(self.score.weight, 0.0, config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> ImageClassificationOutput | tuple[Any, ...]:
-        """Logits of the classes, and the loss of ``labels``.
-
-        Args:
-            labels: (B,) int64 classes, (B, num_labels) multi-hot floats, or (B,) / (B, num_labels) targets
-                of a regression; which one is ``config.problem_type``, or follows from ``num_labels`` and
-                the dtype and is then kept in the configuration, as in transformers.
-
-        For the other arguments see ``ImageGPTModel.forward``.
-
-        Returns:
-            ``ImageClassificationOutput`` or a tuple of its fields that are set.
-        """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.config.classify_with_sos:
-            if any(argument is not None for argument in (past_key_values, token_type_ids, position_ids)):
-                what = "past_key_values, token_type_ids and position_ids"
-                raise ValueError(f"{what} are not supported where classify_with_sos puts SOS in front of an image")
-            input_ids, inputs_embeds, attention_mask = self._begun(input_ids, inputs_embeds, attention_mask)
-        base = self.transformer(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        logits = self.score(base.last_hidden_state.mean(dim=1))  # (B, num_labels)
-        loss = None if labels is None else self._loss(whole(logits, self.score), labels)  # ()
-        output = ImageClassificationOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
-        return output if return_dict else output.to_tuple()
-
-    def _begun(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The arguments of an image that begins with SOS: as many positions as there are, and no more."""
-        most, sos = self.config.n_positions, self.config.sos_token_id
-        if ids is not None and ids.ndim and ids.shape[-1] <= most:  # what is longer is refused as it is
-            ids = F.pad(ids, (1, 0), value=sos)[..., :most]
-        if embeds is not None and embeds.ndim == 3 and embeds.shape[1] <= most:
-            begin = self.transformer.wte(torch.full((len(embeds), 1), sos, device=embeds.device))  # (B, 1, n_embd)
-            embeds = torch.cat([begin.to(embeds.dtype), embeds], dim=1)[:, :most]
-        if mask is not None and mask.ndim == 2:
-            mask = F.pad(mask, (1, 0), value=1)[:, :most]
-        return ids, embeds, mask
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        config = self.config
-        if config.problem_type is None:
-            if self.num_labels == 1:
-                config.problem_type = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                config.problem_type = "single_label_classification"
-            else:
-                config.problem_type = "multi_label_classification"
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32  # losses are computed in fp32 at least
-        logits, labels = logits.to(wide), labels.to(logits.device)  # (B, num_labels)
-        if config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
-        # Compared by size, since a broadcast would score every output against every target.
-        if labels.shape != logits.shape and not (self.num_labels == 1 and labels.numel() == logits.numel()):
-            wanted = f"{tuple(logits.shape)} for {config.problem_type}"
-            raise ValueError(f"labels: expected {wanted}, got {tuple(labels.shape)}")
-        labels = labels.view_as(logits).to(logits.dtype)  # (B, num_labels)
-        if config.problem_type == "regression":
-            return F.mse_loss(logits, labels)
-        return F.binary_cross_entropy_with_logits(logits, labels)
-
-
 def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     """The output of a forward pass by the compiled module, for tokens of a shape."""
     last, hidden, keys, values = states
@@ -514,7 +409,7 @@ def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     return BaseModelOutput(last, cache, None if hidden is None else (*(state.clone() for state in hidden), last))
 
 
-def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """(B, T_k) bool, or None when nothing is hidden."""
     if attention_mask is None:
         return None

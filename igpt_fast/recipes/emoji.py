@@ -29,6 +29,7 @@ from PIL import Image
 
 from igpt_fast.image.clusters import fit_clusters, quantize
 from igpt_fast.learning.data import TokenData, save_tokens
+from igpt_fast.recipes.protocol import command
 
 PACKAGE = "emoji-datasource@16.0.0"
 SHA256 = "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9"
@@ -42,10 +43,10 @@ def fetch(folder: Path) -> Path:
     Raises:
         OSError: npm is not installed, or fails.
     """
-    command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    call = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", str(folder)]
+    result = subprocess.run(call, capture_output=True, text=True)
     if result.returncode or not result.stdout.strip():
-        raise OSError(f"{' '.join(command)} failed: {result.stderr.strip() or 'no file name printed'}")
+        raise OSError(f"{' '.join(call)} failed: {result.stderr.strip() or 'no file name printed'}")
     return folder / result.stdout.split()[-1]
 
 
@@ -148,4 +149,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -9,8 +9,8 @@ Stages, of which ``--stages`` names some, each on what the ones before have left
 - ``pretrain``: ``igpt train`` on the 60,000 training images without labels: 6 layers of 96, 1,500 steps of 32.
 - ``probe``: ``learning.probe`` with 10,000 labels and 4,000 images of test, which no stage trains on.
 - ``shifted``: the same with 6,000 labels, where all images are shifted by up to 4 pixels.
-- ``finetune``: ``igpt finetune`` with 10 labels a class, three seeds: pretrained or from scratch, with the joint loss
-  or the classes alone.
+- ``finetune``: ``igpt finetune`` with 10 labels a class, three seeds: pretrained or from scratch; and at a higher rate,
+  what the joint loss keeps of the nats that the classes alone lose.
 - ``masked``: ``igpt train --objective masked`` on a smaller network, and what its features are worth, read unmasked,
   under one mask, and as the vote of five.
 
@@ -41,15 +41,16 @@ from torch import Tensor
 
 from igpt_fast import files
 from igpt_fast.learning import finetune
-from igpt_fast.learning.classifiers import logistic, standardised
+from igpt_fast.learning.classifiers import logistic, need_sklearn, standardised
 from igpt_fast.learning.data import TokenData, load_tokens, save_tokens
-from igpt_fast.learning.extraction import random_twin
-from igpt_fast.learning.objectives.masked import VOTES, Masked, vote
+from igpt_fast.learning.extraction import extract, random_twin
+from igpt_fast.learning.objectives.masked import VOTES, Masked
 from igpt_fast.learning.probe import probe
-from igpt_fast.learning.probe_result import ProbeResult
+from igpt_fast.learning.probe_result import ProbeResult, need_matplotlib
 from igpt_fast.learning.run import MODEL, run
 from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 from igpt_fast.model import ImageGPTForCausalImageModeling, ImageGPTModel
+from igpt_fast.recipes.protocol import command
 
 PACKAGE, FOLDER = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
 INSTALLED = Path("/") / FOLDER
@@ -66,16 +67,21 @@ MAX_CONTENT = 64 << 20  # bytes, of what it unpacks to
 SIDE, GREYS = 14, 16
 CONCAT = 5  # layers
 NETWORK: dict[str, Any] = {"n_layer": 6, "n_embd": 96, "n_head": 3}
-FINETUNE: dict[str, Any] = {"shots": 10, "validation": 0.0, "steps": 100, "batch_size": 20, "lr": 2e-3, "dropout": 0.1}
+FINETUNE: dict[str, Any] = {"shots": 10, "validation": 0.0, "steps": 100, "batch_size": 20, "lr": 5e-4, "dropout": 0.1}
 FINETUNE_TEST, SEEDS = 2000, 3
-ARMS = {  # pretrained or not, and the weight of the pixels in the loss
-    "pretrained, joint": (True, 1.0),
-    "from scratch, joint": (False, 1.0),
-    "pretrained, classes alone": (True, 0.0),
+ARMS: dict[str, tuple[bool, dict[str, float]]] = {  # pretrained or not, and what differs from FINETUNE
+    "pretrained, joint": (True, {}),
+    "from scratch, joint": (False, {}),
+    "pretrained, joint, lr 2e-3": (True, {"lr": 2e-3}),
+    "pretrained, classes alone, lr 2e-3": (True, {"lr": 2e-3, "gen_weight": 0.0}),
 }
 MASKED_NETWORK: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 2}
 MASKED_LABELS, MASKED_TEST = 2000, 2000
 READINGS = {"unmasked": 0, "one mask": 1, "vote of five": VOTES}  # masks of an image
+RANDOM: dict[str, dict[str, float]] = {  # what differs from the trained network's configuration
+    "random weights": {},
+    "random weights, deviation 0.02": {"initializer_range": 0.02},
+}
 TEST_IMAGES, LABELS, SHIFTED_LABELS, SHIFT = 4000, 10_000, 6000, 4
 
 
@@ -190,15 +196,15 @@ def _unlabelled(data: TokenData) -> TokenData:
 
 
 def measure_probe(data: TokenData, out: Path, seed: int, name: str, labels: int, shift: int) -> dict[str, Any]:
-    """Probes the pretrained network with so many labels, on images that are shifted; draws the curves."""
+    """Probes the pretrained network with so many labels, on images that are shifted; ``curves`` is what draws them."""
     model = ImageGPTForCausalImageModeling.from_pretrained(out / "pretrain" / MODEL).eval()
     assert data.train_labels is not None
     assert data.heldout_labels is not None
     train = shifted(data.train_tokens[:labels], shift, seed + 1), data.train_labels[:labels]
     test = shifted(data.heldout_tokens, shift, seed + 2), data.heldout_labels
     result = probe(train, test, model, data.clusters, shots=[10], concat=CONCAT, seed=seed, progress=_told(name))
-    result.plot(out / f"{name}.png")
-    return {name: {**result.to_dict(), "table": result.table(), "margins": margins(result)}}
+    found = {**result.to_dict(), "table": result.table(), "margins": margins(result)}
+    return {name: found, "curves": lambda: result.plot(out / f"{name}.png")}
 
 
 def margins(result: ProbeResult) -> dict[str, float]:
@@ -223,52 +229,43 @@ def measure_finetuning(data: TokenData, out: Path, seed: int) -> dict[str, Any]:
     parts: dict[str, Any] = {"tokens": data.tokens[seen], "heldout": data.heldout[seen], "labels": data.labels[seen]}
     images = dataclasses.replace(data, **parts)
     found: dict[str, Any] = {}
-    for arm, (pretrained, gen_weight) in ARMS.items():
+    for arm, (pretrained, own) in ARMS.items():
         for number in range(seed, seed + SEEDS):
             start = finetune.load(out / "pretrain" / MODEL)
             start = start if pretrained else finetune.random_weights(start, number)
-            config = FinetuneConfig(**FINETUNE, gen_weight=gen_weight, seed=number)
+            config = FinetuneConfig(**{**FINETUNE, **own, "seed": number})
             with tempfile.TemporaryDirectory() as folder:
                 tuned = finetune.finetune(start, images, folder, config)
             for name in ("accuracy", "nats", "nats_before"):
                 found.setdefault(arm, {}).setdefault(name, []).append(tuned[name])
             print(f"finetune: {arm}, seed {number}: {tuned}", file=sys.stderr, flush=True)
     mean = {arm: {name: float(np.mean(values)) for name, values in figures.items()} for arm, figures in found.items()}
-    joint, scratch, alone = mean.values()
-    gaps = {
-        "pretrained joint - from scratch joint, accuracy": joint["accuracy"] - scratch["accuracy"],
-        "nats after - before, joint": joint["nats"] - joint["nats_before"],
-        "nats after - before, classes alone": alone["nats"] - alone["nats_before"],
-    }
+    ahead = mean["pretrained, joint"]["accuracy"] - mean["from scratch, joint"]["accuracy"]
+    gaps = {f"nats after - before, {arm}": mean[arm]["nats"] - mean[arm]["nats_before"] for arm in ARMS if ARMS[arm][0]}
+    gaps["pretrained joint - from scratch joint, accuracy"] = ahead
     return {"runs": found, "mean": mean, "margins": gaps}
 
 
-@dataclasses.dataclass(frozen=True)
-class WideMasked(Masked):
-    """Masked pixels, begun from weights of the deviation 1 / sqrt(width): with 0.02, which suits a width of 512
-    and more, the scores of so narrow a network begin next to zero, and its attention next to uniform.
-    """
-
-    def settings(self, data: Any) -> dict[str, Any]:
-        """See ``Objective``."""
-        return {**super().settings(data), "initializer_range": MASKED_NETWORK["n_embd"] ** -0.5}
-
-
 def measure_masked(data: TokenData, out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Trains a bidirectional network on masked pixels, and reads its features and those of random weights."""
+    """Trains a bidirectional network on masked pixels, and reads its features and those of random weights: of the
+    deviation that it began with, and of the paper's, which untrained is the better reader.
+    """
     how: dict[str, Any] = {"steps": steps, "batch_size": 32, "lr": 5e-3, "warmup_steps": 100, "eval_every": steps}
     config = TrainConfig(**MASKED_NETWORK, **how, dropout=0.0, seed=seed)
     resume = (out / "train.pt").exists()
-    trained = run(_unlabelled(data), out, config, resume=resume, progress=_progress, objective=WideMasked())
+    trained = run(_unlabelled(data), out, config, resume=resume, progress=_progress, objective=Masked())
     model = ImageGPTForCausalImageModeling.from_pretrained(out / MODEL).eval()
     assert data.train_labels is not None
     assert data.heldout_labels is not None
     labels = data.train_labels[:MASKED_LABELS].numpy(), data.heldout_labels[:MASKED_TEST].numpy()
     tokens = data.train_tokens[:MASKED_LABELS], data.heldout_tokens[:MASKED_TEST]
     accuracy: dict[str, list[float]] = {}  # by layer
-    for kind, network in (("trained", model.transformer), ("random weights", random_twin(model, seed))):
+    networks: dict[str, ImageGPTModel] = {"trained": model.transformer}
+    for kind, changed in RANDOM.items():
+        networks[kind] = random_twin(ImageGPTModel(dataclasses.replace(model.config, **changed)), seed)
+    for kind, network in networks.items():
         for name, masks in READINGS.items():
-            train, test = (_masked_features(network, part, masks) for part in tokens)
+            train, test = (extract(network, part, masks=masks) for part in tokens)
             layers = [standardised(train[:, i], test[:, i]) for i in range(train.shape[1])]
             read = [logistic(one, labels[0], other, labels[1], seed).accuracy for one, other in layers]
             accuracy[f"{kind}, {name}"] = read
@@ -276,27 +273,17 @@ def measure_masked(data: TokenData, out: Path, seed: int, steps: int) -> dict[st
     return {**trained, "accuracy by layer": accuracy, "margins": masked_margins(accuracy)}
 
 
-@torch.inference_mode()
-def _masked_features(network: ImageGPTModel, tokens: Tensor, masks: int) -> np.ndarray:
-    """(N, layers, n_embd) float32: pooled features, their mean over so many masks; unmasked for 0."""
-
-    def read(batch: Tensor) -> Tensor:
-        found = network.forward_intermediates(batch)
-        assert isinstance(found, list)
-        return torch.stack(found, dim=1)
-
-    return torch.cat([vote(read, network.config, part.long(), masks) for part in tokens.split(100)]).numpy()
-
-
 def masked_margins(accuracy: dict[str, list[float]]) -> dict[str, float]:
-    """By how much a vote is ahead of one mask, over the layers, and training of random weights at the best layer."""
+    """By how much a vote is ahead of one mask, over the layers, and training, in each reading, of the better random
+    weights in theirs; all at the layer that is best by test.
+    """
     gains = np.subtract(accuracy["trained, vote of five"], accuracy["trained, one mask"])
+    random = {f"{kind}, best layer": max(max(accuracy[f"{kind}, {name}"]) for name in READINGS) for kind in RANDOM}
     ahead = {
-        f"trained - random weights, best layer, {name}": max(accuracy[f"trained, {name}"])
-        - max(accuracy[f"random weights, {name}"])
+        f"trained - better random weights, best layer, {name}": max(accuracy[f"trained, {name}"]) - max(random.values())
         for name in READINGS
     }
-    return {"vote of five - one mask, mean of the layers": float(gains.mean()), **ahead}
+    return {"vote of five - one mask, mean of the layers": float(gains.mean()), **random, **ahead}
 
 
 def _progress(record: dict[str, Any]) -> None:
@@ -356,6 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stages = args.stages.split(",")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"--stages: unknown {files.listed(unknown)}; want some of {','.join(STAGES)}")
+    if {"probe", "shifted", "masked"} & set(stages):
+        need_sklearn("the probe")
+    if {"probe", "shifted"} & set(stages):
+        need_matplotlib()
     out: Path = args.out
     files.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -367,9 +358,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = out / "results.json"
     results = files.read_json(path) if path.exists() else {}
     for stage in stages:
-        results |= _with_cost(stage, data, out, args)
+        found = _with_cost(stage, data, out, args)
+        draw = found.pop("curves", None)
+        results |= found
         with files.replacing(path) as partial:
             partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if draw is not None:
+            draw()
     text = tables(results)
     with files.replacing(out / "results.md") as partial:
         partial.write_text(text, encoding="utf-8")
@@ -377,4 +372,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

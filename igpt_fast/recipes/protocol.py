@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from igpt_fast import files
+from igpt_fast.checks import whole_number
 from igpt_fast.image import quantize
 from igpt_fast.image.folders import find_images
+from igpt_fast.learning.classifiers import need_sklearn
 from igpt_fast.learning.extraction import check_layers
 from igpt_fast.learning.probe import probe
+from igpt_fast.learning.probe_result import need_matplotlib
 from igpt_fast.pipeline import Pipeline
 
 _CHUNK = 1024  # images whose colours become tokens at once
@@ -98,17 +101,25 @@ def parser(description: str | None, layers: str) -> argparse.ArgumentParser:
 
 
 def load(args: argparse.Namespace, side: int) -> Pipeline:
-    """The checkpoint, on its device; before the pictures are read, which takes longer.
+    """The checkpoint, on its device; before the pictures are read, which takes longer, all that can be wrong is asked.
 
     Raises:
-        FileNotFoundError, ValueError: No such checkpoint, one of another size, or without these layers.
+        FileNotFoundError, ValueError: No such checkpoint, one of another size or without these layers; a number out of
+            its range.
+        ImportError: What the report needs is not installed.
     """
+    need_sklearn("the probe")
+    need_matplotlib()
+    whole_number("--batch-size", args.batch_size, 1, 1 << 16)
+    whole_number("--seed", args.seed, 0, (1 << 32) - 1)
     files.check_writable(args.out)
     pipeline = Pipeline.from_pretrained(args.model, device=args.device)
     if pipeline.model.config.n_positions != side * side:
         positions = pipeline.model.config.n_positions
         raise ValueError(f"{args.model}: has {positions} positions; images of {side}x{side} have {side * side}")
-    check_layers(args.layers, pipeline.model.config.n_layer)
+    layers = check_layers(args.layers, pipeline.model.config.n_layer)
+    if whole_number("--concat", args.concat, 0, len(layers)) == 1:
+        raise ValueError("--concat is 1; want 2 layers or more, or 0 for none")
     return pipeline
 
 
@@ -154,9 +165,9 @@ def say(what: str, done: int, total: int) -> None:
 
 
 def command(main: Callable[[], Any]) -> None:
-    """Runs a script; what is wrong with its input is a line on stderr and exit code 1."""
+    """Runs a script; what is wrong with its input, or too large for it, is a line on stderr and exit code 1."""
     try:
         main()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, RuntimeError, MemoryError) as error:
         print(f"error: {files.first_line(error)}", file=sys.stderr)
         raise SystemExit(1) from error

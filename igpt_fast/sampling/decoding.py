@@ -105,7 +105,8 @@ def decode(
 def blank(uniforms: Tensor, first: int = 0, each: int = 1) -> Drawn:
     """Room for as many tokens as there are numbers."""
     shape, device = uniforms.shape, uniforms.device
-    return Drawn(torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device), first, each)
+    tokens, logprobs = (torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
+    return Drawn(tokens, logprobs, first, each)
 
 
 @torch.no_grad()
@@ -193,18 +194,21 @@ def _constrained(
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 
-# Model -> how many decode with it now that it must be put back into training mode for; a list, which changes at once.
-_users: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+# Model -> how many decode with it now that it must be put back into training mode for, and which of its modules were in
+# that before the first; a list, which changes at once.
+_users: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _users_lock = Lock()
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off for the length of a block; on again after the last of the threads that decode with the model."""
-    users, counts = _users.setdefault(model, [0]), False
+    users, counts = _users.setdefault(model, [0, ()]), False
     try:
         with _users_lock:
             if counts := model.training or users[0] > 0:
+                if not users[0]:
+                    users[1] = [module.training for module in model.modules()]
                 users[0] += 1
                 model.eval()
         yield
@@ -212,5 +216,6 @@ def _evaluating(model: Any) -> Iterator[None]:
         if counts:
             with _users_lock:
                 users[0] -= 1
-                if not users[0]:
-                    model.train()
+                for module, training in zip(model.modules(), () if users[0] else users[1], strict=False):
+                    if module.training != training:
+                        module.train(training)

@@ -231,9 +231,10 @@ class _Run:
                     tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                     yield from self._rows(start, tokens, end // width - 1, end // width)
         tokens[:, first:] = drawn.tokens.cpu()
-        logprobs = torch.cat([torch.full((len(tokens), first), torch.nan), drawn.logprobs.cpu()], dim=1)
+        before = torch.full((len(tokens), first), torch.nan, dtype=torch.float32)
+        logprobs = torch.cat([before, drawn.logprobs.cpu()], dim=1)
         if request.candidates == 1:
-            self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens))))
+            self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens), dtype=torch.float32)))
         else:
             yield from self._choose(stop, tokens, logprobs)
 

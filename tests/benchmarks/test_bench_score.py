@@ -5,6 +5,7 @@ import importlib
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,3 +55,20 @@ def test_idx_files_are_not_trusted(tmp_path: Path, content: bytes, reason: str) 
         ood.read_idx(path)
     path.write_bytes(gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2, 1, 3) + bytes(range(6))))
     assert ood.read_idx(path).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
+
+
+def test_an_auroc_below_its_bar_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the rows are written."""
+    ood = importlib.import_module("bench_ood")
+    emoji = ood.load_tokens(ood.BUNDLED.parent / "emoji16.npz").heldout_tokens[:4]
+    monkeypatch.setattr(ood, "load_tokens", lambda _: SimpleNamespace(heldout_tokens=emoji))
+    monkeypatch.setattr(ood, "sets", lambda some, *_: {"the same": lambda: some})
+    monkeypatch.setattr("sys.argv", ["bench_ood.py", "--json", str(tmp_path / "a.json")])
+    with pytest.raises(
+        SystemExit, match=r"the mean AUROC of ood is 0\.500, of raw nats 0\.500; want 0\.84 at least"
+    ) as stop:
+        ood.main()
+    assert isinstance(stop.value.code, str)  # which Python leaves with 1 after
+    assert len(json.loads((tmp_path / "a.json").read_text("utf-8"))["rows"]) == 3
+    for raw, value, passes in ((0.677, 0.849, True), (0.75, 0.849, False), (0.5, 0.839, False), (0.74, 0.84, True)):
+        assert (ood.below(raw, value) == "") == passes

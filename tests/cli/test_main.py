@@ -86,7 +86,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: 
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"igpt {command}" in out
-    assert ("(required)" in out) == (command in ("convert", "features"))  # what to convert, and where to; of what
+    assert ("(required)" in out) == (command in ("convert", "features", "finetune", "tokenize"))
     options = [line for line in out.splitlines() if line.lstrip("│ ").startswith("--")]
     assert len(options) >= (1 if command == "env" else 4)
 

@@ -17,7 +17,11 @@ from small_models import small_pipeline
 
 from igpt_fast import Pipeline, Scores
 from igpt_fast.cli import main as cli
+from igpt_fast.cli.commands import score as command
 from igpt_fast.learning.data import TokenData, save_tokens
+from igpt_fast.learning.tokenizers import CodeTokenizer, ColourTokenizer
+from igpt_fast.likelihood import scoring
+from igpt_fast.world import World
 
 Run = tuple[int, str, str]
 
@@ -114,10 +118,17 @@ def test_every_file(capsys: pytest.CaptureFixture[str], model: Path, pictures: P
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["ood"]) for row in rows] == loaded.ood.tolist()
+    numbers = {row["image"]: row["number"] for row in found["scores"]}
+    assert [row["number"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert [numbers[row["image"]] for row in rows] == [0, 1, 2, 3, 4]
     for name, file in files.items():
         shown = fails(capsys, 1, pictures, "--model", model, f"--{name}", tmp_path / file)
         assert "--force" in shown
-    assert run(capsys, *command, "--force")[0] == 0
+    (tmp_path / "maps" / "notes.png").write_text("kept")
+    assert run(capsys, pictures / "e.png", *command[1:], "--force")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["00000-e.png", "notes.png"]
+    shown = fails(capsys, 2, pictures, "--model", model, "--maps", pictures / "sub", "--force")
+    assert "--maps is a directory of images that are scored" in shown
 
 
 def test_references(capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -133,8 +144,64 @@ def test_references(capsys: pytest.CaptureFixture[str], model: Path, pictures: P
     for by in ("nats_per_pixel", "ood"):
         assert by_file["auroc"][by] == by_folder["auroc"][by] == want[0].compare(want[1], by)
     assert "AUROC against 5 images" in run(capsys, *one, *shared, "--reference", tmp_path / "a.npz")[1]
+    given = report(capsys, *one, *shared, "--label", 1, "--reference", pictures)
+    with_class = pipeline.score(one, labels=1).compare(pipeline.score(sorted(pictures.rglob("*.png")), labels=1))
+    assert given["auroc"]["ood"] == with_class
+    several = fails(capsys, 2, *one, *shared, "--label", "0,1", "--reference", pictures)
+    assert "--label with several numbers says nothing of the images of --reference" in several
+    unlike = fails(capsys, 1, *one, *shared, "--label", 1, "--reference", tmp_path / "a.npz")
+    assert "the reference was scored without classes given, these are with" in unlike
     other = "the reference is of 9 colours"
     assert other in fails(capsys, 1, *one, "--device", "cpu", "--reference", tmp_path / "a.npz")
+
+
+def test_a_reference_of_which_nothing_can_be_read(
+    capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """What was asked for is written, and there is no AUROC: which is an error."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_text("hello")
+    (folder / "b.png").write_text("hello")
+    command = (pictures, "--model", model, "--device", "cpu", "--reference", folder, "--csv", tmp_path / "a.csv")
+    assert "2 of 7 images cannot be read (--skip-unreadable)" in fails(capsys, 1, *command)
+    code, out, err = run(capsys, *command, "--skip-unreadable")
+    assert code == 1
+    assert "5 images" in out
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 6
+    assert err.splitlines()[-1] == f"igpt score: {folder}: none of its 2 images can be read"
+    Image.new("RGB", (4, 4)).save(folder / "c.png")
+    found = report(capsys, *command, "--skip-unreadable", "--force")
+    assert (found["skipped"], found["images"]) == (2, 5)
+    assert found["auroc"].keys() == {"nats_per_pixel", "ood"}
+
+
+@pytest.mark.parametrize("as_reference", [False, True])
+def test_token_files_that_are_not_the_models(
+    capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, tmp_path: Path, as_reference: bool
+) -> None:
+    clusters = np.asarray(Pipeline.from_pretrained(model, device="cpu").processor.clusters)
+    tokens, heldout = torch.arange(48).view(3, 16).to(torch.uint8) % 9, torch.tensor([True, False, False])
+    for tokenizer, reason in (
+        (CodeTokenizer(9, 4, 4), "its tokens are codes of a vocabulary, the model's are colours"),
+        (ColourTokenizer(clusters, 2, 8), "its images are of 2x8 pixels, the model's of 4x4"),
+        (ColourTokenizer(clusters[::-1], 4, 4), "its tokens are of another palette (9 colours) than the model's (9)"),
+    ):
+        data = TokenData(tokens, tokenizer.clusters, heldout, tokenizer=tokenizer)
+        save_tokens(data, tmp_path / "t.npz")
+        files = (pictures, "--reference", tmp_path / "t.npz") if as_reference else (tmp_path / "t.npz",)
+        assert f"t.npz, heldout: {reason}" in fails(capsys, 1, *files, "--model", model, "--device", "cpu")
+
+
+def test_names_are_taken_together_once(model: Path, pictures: Path) -> None:
+    """Not for each image: of many that would take the square of their number."""
+    paths = sorted(pictures.glob("*.png"))
+    images, others = (command._Set("a", [path.name for path in some], some) for some in (paths[:3], paths[3:]))
+    how = command.ScoreOptions(label="0,1")
+    job = command._Job(images, others, Pipeline.from_pretrained(model), World(), how, False)
+    assert job.names is job.names
+    assert job.labels is job.labels
+    assert [job.items(range(i, j)) for i, j in ((0, 2), (2, 4), (3, 4))] == [paths[:2], paths[2:], paths[3:]]
 
 
 def test_token_files(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
@@ -155,6 +222,8 @@ def test_token_files(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: 
     assert "another palette (9 colours) than the model's (128)" in fails(capsys, 1, tmp_path / "t.npz")
     save_tokens(TokenData(tokens.to(torch.uint8), clusters, torch.zeros(6, dtype=torch.bool)), tmp_path / "n.npz")
     assert "--split all" in fails(capsys, 1, tmp_path / "n.npz", *shared)
+    shown = fails(capsys, 1, tmp_path / "t.npz", *shared, "--reference", tmp_path / "n.npz")
+    assert "n.npz: has no held-out image, which a reference is made of" in shown
     assert "alone" in fails(capsys, 2, tmp_path / "t.npz", tmp_path / "t.npz", *shared)
 
 
@@ -209,6 +278,25 @@ def test_weights_of_nan_or_that_overflow(capsys: pytest.CaptureFixture[str], pic
         assert not (tmp_path / "a.csv").exists()
 
 
+def test_what_was_scored_before_a_failure_is_saved(
+    capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, calls = scoring.image_nats, []
+
+    def breaks(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return before(*args) * (torch.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(scoring, "image_nats", breaks)
+    shared = ("--model", model, "--device", "cpu", "--batch-size", 2, "--reference", pictures / "sub")
+    code, out, err = run(capsys, pictures, *shared, "--csv", tmp_path / "a.csv", "--json")
+    found = json.loads(out)
+    assert (code, found["images"], found["auroc"]) == (1, 4, None)
+    assert "the logits are not finite" in found["error"]
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 5
+    assert err.startswith("igpt score: the logits are not finite (")
+
+
 def test_a_disk_that_is_full_leaves_nothing_half_written(
     capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +305,8 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Scores, "_write_csv", full)
-    code, out, err = run(capsys, pictures, "--model", model, "--device", "cpu", "--csv", tmp_path / "a.csv")
+    options = ("--csv", tmp_path / "a.csv", "--maps", tmp_path / "maps")
+    code, out, err = run(capsys, pictures, "--model", model, "--device", "cpu", *options)
     assert (code, [path.name for path in tmp_path.iterdir()]) == (1, ["pictures"])
     assert "a.csv: No space left on device" in err
     assert "5 images" in out  # the work is not lost
@@ -265,3 +354,65 @@ def test_two_processes_score_what_one_would(
     for name in ("scores", "auroc", "nats_per_pixel"):
         assert two[name] == one[name]
     assert torch.equal(Scores.load(tmp_path / "one.npz").nats, Scores.load(tmp_path / "two.npz").nats)
+
+
+FAILING = """
+import os, sys
+from igpt_fast.cli import main
+from igpt_fast.likelihood import scoring
+rank, kind = os.environ["RANK"], sys.argv.pop(1)
+before, calls = scoring.image_nats, []
+def breaks(*args):
+    calls.append(1)
+    if kind == "breaks" and rank == "1" and len(calls) == 2:
+        raise RuntimeError("broken")
+    return before(*args)
+scoring.image_nats = breaks
+if kind == "differs" and rank == "1":
+    sys.argv[1:] = [word.replace("pictures", "pictures/sub") for word in sys.argv[1:]]
+sys.exit(main.main(["score", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["breaks", "differs"])
+def test_one_of_two_processes_fails(model: Path, pictures: Path, tmp_path: Path, kind: str) -> None:
+    """In the middle: what the other has scored is saved; where it finds other images: nothing is."""
+    (tmp_path / "program.py").write_text(FAILING)
+    for i in range(3):
+        (pictures / f"sub/{i}.png").write_bytes((pictures / "a.png").read_bytes())
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "program.py"))
+    shared = (str(pictures), "--model", str(model), "--device", "cpu", "--batch-size", "1", "--json")
+    done = subprocess.run(
+        [*torchrun, kind, *shared, "--csv", str(tmp_path / "a.csv")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 1
+    if kind == "breaks":
+        found = json.loads(done.stdout)
+        assert (found["images"], found["processes"], found["error"]) == (4, 2, "rank 1: broken")
+        assert len((tmp_path / "a.csv").read_text().splitlines()) == 5
+        assert "igpt score: rank 1: broken" in done.stderr
+    else:
+        assert not done.stdout
+        assert not (tmp_path / "a.csv").exists()
+        assert "igpt score: rank 1: finds other images than the first process: 4, from " in done.stderr
+
+
+def test_the_bar_shows_what_all_processes_have_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = World()
+    monkeypatch.setattr(together, "progress", lambda done: done + 3.0)  # of the others
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = command._Bar(together, 10)
+    bar.begin("reading", 4)
+    bar.read(4)
+    assert (bar._bar.n, bar._bar.total) == (4, 4)
+    bar.begin("scoring", 10)
+    bar.scored(2)
+    assert (bar._bar.n, bar._bar.total) == (5, 10)
+    bar.show(10.0)
+    assert bar._bar.n == 10
+    bar.close()

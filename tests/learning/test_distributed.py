@@ -1,5 +1,6 @@
 """Several processes train what one would have trained: see run_training.py. Whole commands under torchrun as well."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,17 +10,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import run_training
 import torch
+import torch.distributed as dist
 from run_training import SIZES
 from safetensors import safe_open
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from igpt_fast.cli import main as cli
+from igpt_fast.cli.commands import train as train_command
 from igpt_fast.learning import checkpoints
 from igpt_fast.learning.data import save_tokens
 from igpt_fast.learning.distributed import Team, check_same
@@ -50,6 +55,8 @@ JOBS = [
     ),
     *({"name": f"from_one_{name}", **WAYS[name], "resume": True} for name in ("ddp", "fsdp")),
     *({"name": f"to_other_{name}", **WAYS[name], "stop_after": 11} for name in ("ddp", "fsdp")),
+    {"name": "over", "stop_after": 8},
+    {"name": "over", "stop_after": 2},
     {"name": "full", "stop_after": 6},
     {"name": "full", "resume": True, "limit": 8000},
     {"name": "crowded", "batch_size": 1},
@@ -90,6 +97,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.txt").write_text("\n".join(process[-2 if name == "full" else -1] for process in said))
     for name in ("ddp", "fsdp"):
         shutil.copytree(folder / f"to_other_{name}", folder / f"to_one_{name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path) -> Path:
+    """The same folder, when three processes have trained as well, or gone on with what two had."""
     jobs = [
         *({"name": f"three_{name}", **WAYS[name]} for name in ("ddp", "fsdp")),
         *({"name": f"to_other_{name}", **WAYS[name], "resume": True} for name in ("ddp", "fsdp")),
@@ -105,7 +118,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 def assert_as_one(folder: Path, name: str) -> None:
     """Every step's figures, and the weights at the end, within 1e-5."""
     want, found = records(folder / "one"), records(folder / name)
-    assert [record["step"] for record in found] == list(range(1, 21))
+    assert [record["step"] for record in found] == list(range(1, 15))
     for one, other in zip(want, found, strict=True):
         for figure in ("nats", "grad_norm", "lr", *(["heldout_nats"] if "heldout_nats" in one else [])):
             assert other[figure] == pytest.approx(one[figure], abs=1e-5), (name, one["step"], figure)
@@ -114,16 +127,35 @@ def assert_as_one(folder: Path, name: str) -> None:
         torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*WAYS, "three_ddp", "three_fsdp"])
+@pytest.mark.parametrize("name", WAYS)
 def test_as_one_process(folder: Path, name: str) -> None:
     assert_as_one(folder, name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_three_processes(three: Path, way: str) -> None:
+    assert_as_one(three, f"three_{way}")
+    assert_as_one(three, f"to_other_{way}")  # of two, by three
+
+
+@pytest.mark.soak
+def test_a_part_over_another(three: Path) -> None:
+    """Of three, whose first two are of one size."""
+    shutil.copytree(three / "three_fsdp", three / "a")
+    first, second, _ = sorted(checkpoints.finished(three / "a")[-1].glob("*.safetensors"))
+    shutil.copy(second, first)
+    with pytest.raises(ValueError, match="is not whole"):
+        run_training.job(three, World(), "a", resume=True)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_resumed_by_another_number_of_processes(folder: Path, way: str) -> None:
     assert_as_one(folder, f"from_one_{way}")  # by two
-    assert_as_one(folder, f"to_other_{way}")  # of two, by three
-    run_training.job(folder, World(), f"to_one_{way}", resume=True)
+    with pytest.warns(
+        UserWarning, match=rf"was computed by 2 processes \({way}\), --accumulate 1, goes on by 1 process,"
+    ):
+        run_training.job(folder, World(), f"to_one_{way}", resume=True)
     assert_as_one(folder, f"to_one_{way}")
     assert sorted(os.listdir(folder / f"from_one_{way}")) == ["checkpoint", "log.jsonl"]  # what is newer alone
     assert not checkpoints.finished(folder / f"to_one_{way}")
@@ -143,7 +175,7 @@ def parts(folder: Path) -> dict[tuple[Any, ...], torch.Tensor]:
 def test_resumed_by_as_many_it_is_bit_identical(folder: Path, way: str) -> None:
     """With dropout, which each process draws for itself."""
     names = [path.name for path in checkpoints.finished(folder / f"{way}_bits")]
-    assert names == ["step-00000020"] == [path.name for path in checkpoints.finished(folder / f"{way}_halves")]
+    assert names == ["step-00000014"] == [path.name for path in checkpoints.finished(folder / f"{way}_halves")]
     straight, halves = (folder / f"{way}_{run}" / "checkpoint" / names[0] for run in ("bits", "halves"))
     found = [parts(straight), parts(halves)]
     assert found[0].keys() == found[1].keys()
@@ -161,7 +193,8 @@ def test_a_disk_that_is_full(folder: Path) -> None:
     said = (folder / "full.txt").read_text().splitlines()
     assert said == [f"OSError: [Errno 27] File too large: '{target}'"] * 2
     assert [path.name for path in checkpoints.finished(folder / "full")] == ["step-00000006"]
-    run_training.job(folder, World(), "full", resume=True)
+    with pytest.warns(UserWarning, match="goes on by 1 process, --accumulate 1: not bit for bit$"):
+        run_training.job(folder, World(), "full", resume=True)
     assert_as_one(folder, "full")
 
 
@@ -185,6 +218,57 @@ def test_more_processes_than_images(folder: Path) -> None:
     model = new_model(data, config, NextPixel())
     with pytest.raises(ValueError, match="batch_size is 3; want at least 4"):
         Team(model, torch.device("cpu"), NextPixel(), config, Execution(accumulate=4), World())
+
+
+def test_a_fresh_run_over_an_older_one(folder: Path, tmp_path: Path) -> None:
+    """Which was at a later step: nothing of it is left to be taken for this one's, by any number of processes."""
+    for name in ("ddp", "one"):  # a folder, a file
+        shutil.copytree(folder / name, tmp_path / name)
+        with pytest.raises(OSError, match="File too large"):
+            run_training.job(tmp_path, World(), name, limit=3000)
+        assert not checkpoints.finished(tmp_path / name)
+        assert not (tmp_path / name / "train.pt").exists()
+    assert [path.name for path in checkpoints.finished(folder / "over")] == ["step-00000002"]
+
+
+def test_accumulated_with_dropout_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """With the same setting, and silently; with another, a line says that it does not. Nothing is said of states from
+    before that was written down."""
+    how = {"dropout": 0.2, "bf16": True, "accumulate": 3}
+    run_training.job(tmp_path, World(), "straight", **how)
+    run_training.job(tmp_path, World(), "halves", **how, stop_after=11)
+    path = tmp_path / "halves" / "train.pt"
+    half = torch.load(path, weights_only=True)
+    assert half["computed"] == "1 process, --accumulate 3"
+    two = {"computed": "2 processes (ddp), --accumulate 1"}
+    what = (
+        f"{path}: was computed by {two['computed']}, goes on by {half['computed']}: not bit for bit, with other dropout"
+    )
+    for state, expected in ((half, []), ({k: v for k, v in half.items() if k not in two}, []), (half | two, [what])):
+        torch.save(state, path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run_training.job(tmp_path, World(), "halves", **how, resume=True, stop_after=14 if state is half else 12)
+        assert [str(warning.message) for warning in said] == expected
+        if state is half:
+            states = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("straight", "halves")]
+            assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    torch.save(half | {"computed": 1}, path)
+    with pytest.raises(ValueError, match="not a usable training state: computed is no text"):
+        run_training.job(tmp_path, World(), "halves", **how, resume=True)
+
+
+def test_a_parameter_that_is_not_used() -> None:
+    """Of several processes, DDP would fail at the next step without naming it."""
+    model = new_model(run_training.data(), TrainConfig(**SIZES), NextPixel())
+    model.unused = torch.nn.Parameter(torch.zeros(1))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        team = Team(model, torch.device("cpu"), NextPixel(), TrainConfig(**SIZES), Execution(), Told())
+        with pytest.raises(ValueError, match="ddp: no gradient of unused; the objective next_pixel does not use it"):
+            team.backward((run_training.data().tokens[:7].long(),))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_parts_of_a_batch_are_summed_as_one(tmp_path: Path) -> None:
@@ -237,8 +321,8 @@ def damage(kind: str, path: Path) -> str:
         state.write_text(json.dumps(about | {"identity": about["identity"] | {"data": "x"}}))
         return "written by another run: the data differ"
     elif kind == "late":
-        path.rename(path.parent / "step-00000021")
-        (path.parent / "step-00000021" / "state.json").write_text(json.dumps(about | {"step": 21}))
+        path.rename(path.parent / "step-00000015")
+        (path.parent / "step-00000015" / "state.json").write_text(json.dumps(about | {"step": 15}))
         return "behind the end of the run"
     elif kind == "not identity":
         state.write_text(json.dumps(about | {"identity": [1]}))
@@ -246,10 +330,30 @@ def damage(kind: str, path: Path) -> str:
     return "."
 
 
-KINDS = ["missing file", "truncated", "header", "nan", "pipe", "twice", "other step", "no step", "not json", "late"]
+@pytest.mark.parametrize(
+    ("chunks", "whole"),
+    [
+        ([((2, 0), (2, 3)), ((0, 0), (2, 3))], True),
+        ([((0, 0), (4, 3)), ((4, 0), (0, 3))], True),  # more processes than rows
+        ([((2, 0), (2, 3)), ((2, 0), (2, 3))], False),  # one over another
+        ([((0, 0), (3, 3)), ((1, 0), (1, 3))], False),
+        ([((0, 0), (2, 3)), ((3, 0), (1, 3))], False),
+        ([((0, 0), (4, 2)), ((0, 1), (2, 2))], False),
+        ([((-1, 0), (5, 3))], False),
+        ([], False),
+    ],
+)
+def test_parts_are_a_whole_tensor(chunks: list[Any], whole: bool) -> None:
+    parts = [ChunkStorageMetadata(*map(torch.Size, chunk)) for chunk in chunks]
+    stored = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4, 3)), parts)
+    with contextlib.nullcontext() if whole else pytest.raises(ValueError, match="a is not whole"):
+        checkpoints._check({"a": stored}, {"a": torch.zeros(4, 3)})
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "other data", "not identity"])
+KINDS = ["missing file", "truncated", "header", "nan", "pipe", "twice", "other step", "no step"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "not json", "late", "other data", "not identity"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_a_bad_folder_is_refused(folder: Path, tmp_path: Path, way: str, kind: str) -> None:
     shutil.copytree(folder / way, tmp_path / "a")
@@ -314,6 +418,9 @@ def test_operations_of_an_image_are_those_that_torch_counts() -> None:
     [
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H200", 989.4e12),
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A10", None),
@@ -371,9 +478,14 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @pytest.mark.clock
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the processes through /proc")
 @pytest.mark.parametrize(
-    ("end", "parallel"), [(signal.SIGKILL, "ddp"), (signal.SIGKILL, "fsdp"), (signal.SIGINT, "ddp")]
+    ("end", "parallel"),
+    [
+        (signal.SIGKILL, "ddp"),
+        pytest.param(signal.SIGKILL, "fsdp", marks=pytest.mark.soak),
+        (signal.SIGINT, "ddp"),
+    ],
 )
-def test_a_run_that_ends_early_goes_on(tmp_path: Path, end: str, parallel: str) -> None:
+def test_a_run_that_ends_early_goes_on(tmp_path: Path, end: signal.Signals, parallel: str) -> None:
     """One process is killed, or all hear Ctrl-C; no step that was saved is lost."""
     save_tokens(run_training.data(), tmp_path / "a.npz")
     out = tmp_path / "run"
@@ -387,7 +499,7 @@ def test_a_run_that_ends_early_goes_on(tmp_path: Path, end: str, parallel: str) 
             eventually(lambda: len(checkpoints.finished(out)) > 0)
             saved = checkpoints.step_of(checkpoints.finished(out)[-1])
             begin = time.monotonic()
-            if end == "INT":
+            if end == signal.SIGINT:
                 run.send_signal(signal.SIGINT)
             else:
                 os.kill(workers(run.pid)["1"], signal.SIGKILL)
@@ -397,21 +509,23 @@ def test_a_run_that_ends_early_goes_on(tmp_path: Path, end: str, parallel: str) 
     assert time.monotonic() - begin < 20
     assert (run.returncode, out_text) == (1, "")
     said = [line for line in error.splitlines() if line.startswith(("igpt ", "igpt:"))]
-    if end == "INT":
+    if end == signal.SIGINT:
         assert said == ["igpt train: interrupted"]
     else:
         assert [line.removeprefix("igpt train: ").removeprefix("igpt: ") for line in said] == [
             "rank 1 is gone; what was saved is kept; go on with --resume"
         ], error
-    assert len(checkpoints.finished(out)) >= 1
-    assert saved <= checkpoints.step_of(checkpoints.finished(out)[-1]) < 3000
-    config = TrainConfig(**sizes)
-    train(run_training.data(), out, config, resume=True, stop_after=saved + 60)
-    assert torch.load(out / "train.pt", weights_only=True)["step"] >= saved
+    (newest,) = map(checkpoints.step_of, checkpoints.finished(out))
+    assert saved <= newest < 3000
+    config, seen = TrainConfig(**sizes), []
+    with pytest.warns(UserWarning, match="not bit for bit"):
+        train(run_training.data(), out, config, resume=True, stop_after=newest + 2, progress=seen.append)
+    assert [record["step"] for record in seen] == [newest + 1, newest + 2]
+    assert torch.load(out / "train.pt", weights_only=True)["step"] == newest + 2
 
 
+@pytest.mark.soak
 def test_torchrun_reports_once(tmp_path: Path) -> None:
-    """And what does not fit one process, or several, is a mistake of usage."""
     save_tokens(run_training.data(), tmp_path / "a.npz")
     options = ["--n-layer", "1", "--n-embd", "8", "--n-head", "1", "--steps", "2", "--batch-size", "2", "--json"]
     command = [*TORCHRUN, str(tmp_path / "a.npz"), "--out", str(tmp_path / "run"), "--device", "cpu", *options]
@@ -423,4 +537,31 @@ def test_torchrun_reports_once(tmp_path: Path) -> None:
     assert report["images_per_second"] > 0 < report["peak_memory"]
     assert report["tokens_per_second"] == pytest.approx(16 * report["images_per_second"], rel=0.01)
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint", "log.jsonl", "model", "samples.png"]
+
+
+def test_parallel_alone(tmp_path: Path) -> None:
     assert cli.main(["train", "--parallel", "fsdp", "--out", str(tmp_path / "b")]) == 2
+
+
+MISTAKES = ["--resume --force", "--classes", "--label-dropout 0.5", "--dtype int8", "--backend none", "--device meta"]
+
+
+@pytest.mark.parametrize("arguments", [*MISTAKES, "--all-pixels", "--objective masked --init x", "absent.npz"])
+def test_a_mistake_of_all_processes_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    """Whatever is wrong is found among the others, who know who speaks."""
+
+    @contextlib.contextmanager
+    def second_of_two(*_: str) -> Iterator[World]:
+        try:
+            yield Told()
+        except Exception as error:
+            raise SystemExit(1) from error
+
+    monkeypatch.setattr(train_command, "world", second_of_two)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["train", *arguments.split()])
+    assert capsys.readouterr() == ("", "")

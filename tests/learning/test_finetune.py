@@ -150,6 +150,66 @@ def test_resuming_and_the_best_step(tmp_path: Path) -> None:
         finetune(model, data, tmp_path / "b", TINY)
 
 
+def test_a_model_of_a_time_that_is_gone_is_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 6 with the state of step 4, and resumed where the same steps end up elsewhere, as on another
+    device: model/ is still of step 6 as it was, and so are the figures that are reported of it.
+    """
+    data, model, ends = images(), start(), iter([0.5, 0.4, 1.0, 0.1])
+    monkeypatch.setattr(
+        Classification, "evaluate", lambda *_: {"heldout_accuracy": next(ends), "heldout_class_loss": 1.0}
+    )
+
+    def stop(record: dict) -> None:
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, tmp_path, TINY, progress=stop)
+    state = (tmp_path / "train.pt").read_bytes()
+    first = finetune(model, data, tmp_path, TINY, resume=True)
+    kept = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "train.pt").write_bytes(state)
+    again = finetune(model, data, tmp_path, TINY, resume=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == kept
+    assert (again["best_step"], again["validation_accuracy"]) == (6, 1.0)
+    assert again == first
+    (tmp_path / "best.json").write_text('{"step": 6, "heldout_accuracy": "1"}')
+    with pytest.raises(ValueError, match=r"best\.json: .*heldout_accuracy"):
+        finetune(model, data, tmp_path, TINY, resume=True)
+
+
+def test_a_run_begins_afresh_with_no_best_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is killed while it writes the model has none, until it has written one."""
+    data, ends = images(), iter([1.0, 1.0, 1.0, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(
+        Classification, "evaluate", lambda *_: {"heldout_accuracy": next(ends), "heldout_class_loss": 1.0}
+    )
+    assert finetune(start(), data, tmp_path, TINY)["validation_accuracy"] == 1.0
+    assert finetune(start(), data, tmp_path, TINY, overwrite=True)["validation_accuracy"] == 0.5
+    monkeypatch.setattr(Classification, "evaluate", lambda *_: {"heldout_accuracy": 1.0, "heldout_class_loss": 1.0})
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("igpt_fast.learning.finetune.export", full)
+    with pytest.raises(OSError, match="no space left"):
+        finetune(start(), data, tmp_path, TINY, overwrite=True)
+    assert not (tmp_path / "best.json").exists()
+
+
+@pytest.mark.parametrize("changed", ["lm_head.weight", "score.weight"])
+def test_another_head_is_another_run(tmp_path: Path, changed: str) -> None:
+    data = images()
+    finetune(start(), data, tmp_path / "a", dataclasses.replace(TINY, steps=1))
+    both = load(tmp_path / "a" / "model")
+    finetune(both, data, tmp_path / "b", TINY)
+    assert finetune(both, data, tmp_path / "b", TINY, resume=True)["steps"] == 6
+    with torch.no_grad():
+        both.get_parameter(changed)[0, 0] += 1
+    with pytest.raises(ValueError, match="checksum of the model to start from was"):
+        finetune(both, data, tmp_path / "b", TINY, resume=True)
+
+
 def test_a_head_for_the_same_classes_is_kept(tmp_path: Path) -> None:
     data = images()
     finetune(start(), data, tmp_path, TINY)

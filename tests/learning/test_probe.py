@@ -283,13 +283,18 @@ def test_logistic_regression_is_scikit_learns_at_the_chosen_c() -> None:
     assert reading.converged
 
 
-def test_neighbours_are_weighted_by_similarity() -> None:
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+def test_neighbours_are_weighted_by_similarity(default: torch.dtype) -> None:
     """Against a plain loop."""
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     points = (rng.normal(size=(60, 5)) + np.eye(3, 5)[labels]).astype(np.float32)
     queries, wanted = rng.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 3
-    reading = neighbours(points, labels, queries, wanted)
+    torch.set_default_dtype(default)
+    try:
+        reading = neighbours(points, labels, queries, wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
     unit = [
         item / np.linalg.norm(item, axis=1, keepdims=True) for item in (points.astype(float), queries.astype(float))
     ]

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import threading
 import warnings
+import zipfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,16 @@ import torch
 from PIL import Image
 
 from igpt_fast.cli import main as cli
+from igpt_fast.learning import shards as shards_module
+from igpt_fast.learning import taking
 from igpt_fast.learning.folders import tokens_from_images
 from igpt_fast.learning.lazy import FolderData
 from igpt_fast.learning.run import run
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.shards import ShardData
+from igpt_fast.learning.shards import ShardData, has_labels, is_shards, sha256_of
 from igpt_fast.learning.sources.folder import Folder
-from igpt_fast.learning.tokenize import Taking, tokenize
+from igpt_fast.learning.taking import Taking
+from igpt_fast.learning.tokenize import tokenize
 
 N = 24
 TINY = TrainConfig(n_layer=1, n_embd=16, n_head=2, steps=2, batch_size=4, eval_every=2)
@@ -58,13 +64,43 @@ def test_all_kinds_of_data_are_the_same_run(folder: Path, shards: Path, tmp_path
     assert lazy(folder).fingerprint() == kinds["folder"].fingerprint()
 
 
-def test_a_run_begins_before_all_is_read(folder: Path, shards: Path) -> None:
+def test_a_run_begins_before_all_is_read(folder: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = lazy(folder)
     data.train_batch([0, 5])
     assert data.n_read == 2
+    released, hashed = threading.Event(), []
+
+    def hash_later(path: Path) -> str:
+        assert released.wait(60)
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(shards_module, "sha256_of", hash_later)
     mapped = ShardData(shards)
     mapped.train_batch([0])
-    assert len(mapped._seen) == 1
+    assert not hashed
+    released.set()
+    mapped.verify()
+    assert hashed == ["shard-00000.npy", "shard-00001.npy", "shard-00002.npy"]
+
+
+def test_a_damaged_shard_ends_the_run_at_the_next_batch(shards: Path) -> None:
+    _flip(shards / "shard-00002.npy")
+    data = ShardData(shards)
+    with pytest.raises(ValueError, match=r"shard-00002\.npy: is damaged"):
+        data.verify()
+    with pytest.raises(ValueError, match=r"shard-00002\.npy: is damaged"):
+        data.train_batch([0])
+
+
+def test_a_token_out_of_range_is_never_trained_on(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardData, "_hashing", Future())  # has not come so far
+    data = ShardData(shards)
+    content = bytearray((shards / "shard-00001.npy").read_bytes())
+    content[-16:] = b"\xff" * 16
+    (shards / "shard-00001.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00001\.npy: token 255 is not in 0\.\.4"):
+        data._at(torch.tensor([0, 19]))
 
 
 def test_they_go_to_other_processes_without_their_tokens(folder: Path, shards: Path) -> None:
@@ -103,7 +139,7 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("00001.npy", r"00001\.npy: is damaged or of another data set"),
+        ("shard-00001.npy", r"shard-00001\.npy: is damaged or of another data set"),
         ("clusters.npy", r"clusters\.npy: is another palette than the manifest's"),
         ("heldout.npy", r"heldout\.npy: is damaged"),
         ("labels.npy", r"labels\.npy: is damaged"),
@@ -114,7 +150,7 @@ def test_a_damaged_file_is_named(shards: Path, name: str, reason: str) -> None:
 
     def read() -> None:
         data = ShardData(shards, classes=True)
-        data.train_batch(range(data.n_train))
+        data.verify()
 
     with pytest.raises(ValueError, match=reason):
         read()
@@ -124,11 +160,15 @@ def test_a_damaged_file_is_named(shards: Path, name: str, reason: str) -> None:
 
 
 def test_a_shard_that_is_cut_or_of_another_size(shards: Path) -> None:
-    (shards / "00000.npy").write_bytes((shards / "00000.npy").read_bytes()[:-16])
-    with pytest.raises(ValueError, match=r"00000\.npy: is damaged"):
+    (shards / "shard-00000.npy").write_bytes((shards / "shard-00000.npy").read_bytes()[:-16])
+    with pytest.raises(ValueError, match=r"shard-00000\.npy: is damaged"):
         ShardData(shards)
-    np.save(shards / "00000.npy", np.zeros((10, 9), np.uint8))
-    with pytest.raises(ValueError, match=r"00000\.npy: holds \(10, 9\) uint8; the manifest says \(10, 16\)"):
+    with zipfile.ZipFile(shards / "shard-00000.npy", "w") as archive:
+        archive.writestr("a.npy", b"")
+    with pytest.raises(ValueError, match=r"shard-00000\.npy: is damaged"):
+        ShardData(shards)
+    np.save(shards / "shard-00000.npy", np.zeros((10, 9), np.uint8))
+    with pytest.raises(ValueError, match=r"shard-00000\.npy: holds \(10, 9\) uint8; the manifest says \(10, 16\)"):
         ShardData(shards)
 
 
@@ -137,8 +177,11 @@ def test_a_shard_that_is_cut_or_of_another_size(shards: Path) -> None:
     [
         ({"version": 2}, "version 2"),
         ({"shards": []}, "names no shards"),
-        ({"shards": [{"file": "../00000.npy", "images": 1, "sha256": ""}]}, r"its shard 0 is not 00000\.npy"),
-        ({"shards": [{"file": "00000.npy", "images": -1, "sha256": ""}]}, "images is -1"),
+        (
+            {"shards": [{"file": "../shard-00000.npy", "images": 1, "sha256": ""}]},
+            r"its shard 0 is not shard-00000\.npy",
+        ),
+        ({"shards": [{"file": "shard-00000.npy", "images": -1, "sha256": ""}]}, "images is -1"),
         ({"classes": "ab"}, "its classes is 'ab'"),
         ({"heldout": None}, "heldout is None"),
         ({"tokenizer": {"kind": "colours", "vocabulary": 1e9}}, "vocabulary"),
@@ -149,8 +192,44 @@ def test_a_shard_that_is_cut_or_of_another_size(shards: Path) -> None:
 def test_bad_manifests(shards: Path, change: dict, reason: str) -> None:
     path = shards / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=rf"manifest\.json: .*{reason}"):
         ShardData(shards)
+
+
+def test_a_manifest_of_something_else(folder: Path, tmp_path: Path, shards: Path) -> None:
+    for name in ("manifest.json", "plan.json"):
+        (folder / name).write_text('{"name": "my album"}')
+    assert not is_shards(folder)
+    assert has_labels(folder)
+    assert is_shards(shards)
+    (shards / "manifest.json").write_bytes((shards / "manifest.json").read_bytes()[:200])
+    assert is_shards(shards)  # damaged, which is said then
+    settings = ["--steps", "1", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "2"]
+    how = ["--side", "4", "-k", "5", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", str(folder), *how, *settings]) == 0
+
+
+def test_a_token_file_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("tokens.npy", b"")
+    content = (tmp_path / "a.npz").read_bytes()
+    place = content.index(b"PK\x01\x02")
+    (tmp_path / "a.npz").write_bytes(content[: place + 6] + b"\x63\x00" + content[place + 8 :])  # wants version 9.9
+    assert has_labels(tmp_path / "a.npz")
+
+
+def test_a_large_folder_on_the_command_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(taking, "SAMPLE", N - 1)
+    (folder / "a" / "00.png").write_bytes(b"no picture")
+    how = ["--side", "4", "-k", "5", "--steps", "2", "--n-layer", "1", "--n-embd", "16", "--n-head", "2"]
+    how += ["--batch-size", str(N), "--out", str(tmp_path / "run"), "--json", "--skip-unreadable"]
+    assert cli.main(["train", str(folder), "--classes", *how]) == 0
+    printed, err = capsys.readouterr()
+    assert err.count("igpt: skipped a/00.png: ") == 1
+    summary = json.loads(printed)
+    assert (summary["images"], summary["skipped"]) == (N, 1)
 
 
 def test_command_line(folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +240,7 @@ def test_command_line(folder: Path, shards: Path, tmp_path: Path, capsys: pytest
 
     tokenize(folder, tmp_path / "plain", Taking(4, 4, n_clusters=5))
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "plan.json").write_text("{}")
+    (tmp_path / "unfinished" / "plan.json").write_text('{"format": "igpt_fast token shards"}')
     for code, arguments, reason in (
         (2, [tmp_path / "plain", "--classes"], "plain has no labels"),
         (2, [shards, "--side", "8"], "--side: only for a directory of images"),

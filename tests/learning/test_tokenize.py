@@ -22,12 +22,14 @@ from PIL import Image
 
 from igpt_fast.cli import main as cli
 from igpt_fast.image.reading import read_middle, read_square
+from igpt_fast.learning import pool
 from igpt_fast.learning import tokenize as tokenize_module
 from igpt_fast.learning.folders import tokens_from_images
 from igpt_fast.learning.shards import ShardData
 from igpt_fast.learning.sources.opening import open_source
 from igpt_fast.learning.sources.protocol import MAX_FILE
-from igpt_fast.learning.tokenize import Taking, tokenize
+from igpt_fast.learning.taking import Taking
+from igpt_fast.learning.tokenize import tokenize
 
 PALETTE = np.stack(np.meshgrid([-1, 1], [-1, 0, 1], [-1, 1]), -1).reshape(-1, 3).astype(np.float32)
 HOW = Taking(4, 4, PALETTE, classes=True, holdout=0.0, shard_size=4)
@@ -138,8 +140,8 @@ def test_every_kind_of_source(folder: Path, tmp_path: Path, source: Callable[[Pa
     named = source not in (a_tar, an_npz)
     assert list(data.class_names) == (CLASSES if named else ["0", "1"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "00000.npy", "00001.npy", "00002.npy", "clusters.npy", "heldout.npy", "labels.npy", "manifest.json",
-        "skipped.jsonl",
+        "clusters.npy", "heldout.npy", "labels.npy", "manifest.json", "shard-00000.npy", "shard-00001.npy",
+        "shard-00002.npy", "skipped.jsonl",
     ]  # fmt: skip
 
 
@@ -282,7 +284,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         tokenize(folder, out, HOW)
     assert sorted(path.name for path in out.iterdir()) == [
-        "00000.json", "00000.npy", "00001.json", "00001.npy", "clusters.npy", "plan.json"
+        "clusters.npy", "plan.json", "shard-00000.json", "shard-00000.npy", "shard-00001.json", "shard-00001.npy"
     ]  # fmt: skip
     with pytest.raises(FileExistsError, match="holds shards already"):
         tokenize(folder, out, HOW)
@@ -306,7 +308,140 @@ def test_other_files_are_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").write_text("mine")
     tokenize(folder, tmp_path / "out", Taking(4, 4, PALETTE, holdout=0.0), overwrite=True)
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["00000.npy", "clusters.npy", "heldout.npy", "manifest.json", "mine.txt", "skipped.jsonl"]
+    assert left == ["clusters.npy", "heldout.npy", "manifest.json", "mine.txt", "shard-00000.npy", "skipped.jsonl"]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["labels.npy", "manifest.json", "shard-00002.npy", "shard-00000.json", "plan.json"])
+def test_files_of_others_are_not_overwritten(folder: Path, tmp_path: Path, name: str, overwrite: bool) -> None:
+    out = tmp_path / "out"
+    if overwrite and name != "manifest.json":
+        tokenize(folder, out, Taking(4, 4, PALETTE, holdout=0.0, shard_size=N))  # of one shard, without classes
+    out.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    before = listing(out)
+    with pytest.raises(FileExistsError, match=f"{name}: exists, and was not written by igpt tokenize") as caught:
+        tokenize(folder, out, HOW, overwrite=overwrite)
+    assert "\n" not in str(caught.value)
+    assert listing(out) == before
+
+
+def test_a_source_among_the_shards_is_kept(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((9, 4), np.uint8))
+    taking = Taking(vocabulary=8, holdout=0.0)
+    tokenize(tmp_path / "a.npy", tmp_path / "out", taking)
+    before = listing(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"shard-00000\.npy: would be overwritten, being the source"):
+        tokenize(tmp_path / "out" / "shard-00000.npy", tmp_path / "out", taking, overwrite=True)
+    assert listing(tmp_path / "out") == before
+
+
+def test_a_manifest_cannot_name_the_files_of_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tokenize(folder, out, HOW)
+    for path in (tmp_path / "mine.txt", out / "mine.txt"):
+        path.write_text("mine")
+    values = json.loads((out / "manifest.json").read_text())
+    values["sha256"] |= {"mine.txt": "", "../mine.txt": "", str(tmp_path / "mine.txt"): ""}
+    (out / "manifest.json").write_text(json.dumps(values))
+    tokenize(folder, out, HOW, overwrite=True)
+    assert (out / "mine.txt").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_failure_removes_what_it_wrote_alone(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    for name in ("labels.npy", "12345.json", "shard-00001.npy", ".mine.0123456789abcdef.partial"):
+        (tmp_path / "out" / name).write_text("mine")
+    before = listing(tmp_path / "out")
+    with pytest.raises(ValueError, match="can be read"):
+        tokenize(tmp_path / "images", tmp_path / "out", Taking(4, 4, PALETTE, holdout=0.0))
+    assert listing(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("what", ["gone", "cut", "another", "note"])
+def test_resuming_makes_a_damaged_shard_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    out = tmp_path / "out"
+    tokenize(folder, tmp_path / "whole", HOW)
+    monkeypatch.setattr(tokenize_module._Making, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokenize(folder, out, HOW)
+    monkeypatch.undo()
+    (out / ".mine.0123456789abcdef.partial").touch()
+    (out / ".shard-00001.npy.0123456789abcdef.partial.npy").touch()  # of a process that was killed
+    shard = out / "shard-00001.npy"
+    {
+        "gone": shard.unlink,
+        "cut": lambda: shard.write_bytes(shard.read_bytes()[:-1]),
+        "another": lambda: shard.write_bytes((out / "shard-00000.npy").read_bytes()),
+        "note": lambda: shard.with_suffix(".json").write_text("{}"),
+    }[what]()
+    tokenize(folder, out, HOW, resume=True)
+    assert listing(out) == listing(tmp_path / "whole") | {".mine.0123456789abcdef.partial": b""}
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
+def test_resuming_what_is_finished_looks_at_it(folder: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    tokenize(folder, out, HOW)
+    content = bytearray((out / name).read_bytes())
+    content[-1] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: is damaged"):
+        tokenize(folder, out, HOW, resume=True)
+    (out / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        tokenize(folder, out, HOW, resume=True)
+
+
+def _array_of(path: Path, labels: list[int]) -> Path:
+    np.savez(path / "a.npz", images=np.zeros((len(labels), 4, 4), np.uint8), labels=labels)
+    return path / "a.npz"
+
+
+@pytest.mark.parametrize(
+    ("labels", "holdout", "reason"),
+    [
+        ([0, 2, 0], 0.0, "class '1' has no image to train on"),
+        ([0, 0, 0], 0.999999, "holdout 0.999999 leaves none of the 3 images to train on"),
+    ],
+)
+def test_what_cannot_be_trained_on_shows_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int], holdout: float, reason: str
+) -> None:
+    monkeypatch.setattr(tokenize_module, "_make_shard", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=rf"a\.npz: {reason}"):
+        tokenize(_array_of(tmp_path, labels), tmp_path / "out", Taking(4, 4, PALETTE, None, None, True, holdout))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_with_a_name_of_two_lines(tmp_path: Path) -> None:
+    rows = pa.table({"image": [png(0), png(1)], "label": ["a\n", "b"]})
+    pa.parquet.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: a class is called 'a\\n'") as caught:
+        tokenize(tmp_path / "a.parquet", tmp_path / "out", HOW)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_which_no_image_can_be_read(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "cat").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="images: class 'cat' has no image to train on"):
+        tokenize(folder, tmp_path / "out", HOW)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_killed_process_is_said() -> None:
+    with pytest.raises(RuntimeError, match="a process that decodes was killed"):
+        list(pool.in_processes(os._exit, iter([(9,)]), 1))
 
 
 def test_a_full_disk_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +458,7 @@ def test_a_full_disk_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert (code, captured.out) == (1, "")
     assert captured.err.count("\n") == 1
-    assert "out: File too large" in captured.err or "00000.npy: File too large" in captured.err
+    assert "out: File too large" in captured.err or "shard-00000.npy: File too large" in captured.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clusters.npy", "plan.json"]
 
 
@@ -376,6 +511,25 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         got, printed, err = igpt(*arguments)
         assert (got, printed, err.count("\n")) == (code, "", 1), err
         assert reason in err
+
+
+def test_where_there_is_no_affinity(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 500)
+    monkeypatch.setattr(tokenize_module, "tokenize", lambda *_, workers, **__: seen.append(workers) or 1 / 0)
+    cli.main(["tokenize", str(folder), "--out", str(tmp_path / "out")])
+    assert seen == [32]
+
+
+def test_one_process_of_several_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["tokenize", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "start one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- large JPEGs --------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """image_nats: the chain rule by hand, transformers fed SOS by hand, and the same by parts as in one piece."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import small
 from torch import Tensor
 
-from igpt_fast import Pipeline
+from igpt_fast import Pipeline, ops
 from igpt_fast.files import BUNDLED
 from igpt_fast.learning.data import load_tokens
 from igpt_fast.likelihood import nats as module
@@ -40,6 +42,25 @@ def test_the_chain_rule_by_hand(classes: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_ROWS_THREAD", 0)
     monkeypatch.setattr(module, "_ROWS", 5)
     torch.testing.assert_close(image_nats(model, tokens, labels), want, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is given some rows at a time, of some images."""
+    monkeypatch.setattr(module, "_ROWS_CPU", 32)
+    monkeypatch.setattr(module, "_ROWS_THREAD", 0)
+    monkeypatch.setattr(module, "_ROWS", 5)
+    model = small()
+    rows: list[int] = []
+    before = ops.cross_entropy
+
+    def watched(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        rows.append(len(logits))
+        return before(logits, *args, **options)
+
+    monkeypatch.setattr(ops, "cross_entropy", watched)
+    image_nats(model, colours(model, 7, 16))
+    assert rows == [5] * 6 + [2] + [5] * 6 + [2] + [5] * 6 + [2] + [5] * 3 + [1]
 
 
 @torch.no_grad()

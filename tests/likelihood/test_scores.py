@@ -77,6 +77,11 @@ def test_what_cannot_be_compared_is_not() -> None:
     other.processor.size = {"height": WIDTH, "width": HEIGHT}
     with pytest.raises(ValueError, match="the reference is of 4x3 pixels, these are of 3x4"):
         found.compare(other)
+    given = scores(labels=torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the reference was scored with classes given, these are without"):
+        found.compare(given)
+    with pytest.raises(ValueError, match="the reference was scored without classes given, these are with"):
+        given.compare(found)
     with pytest.raises(ValueError, match="has no images"):
         found.compare(select(scores(), []))
 
@@ -107,6 +112,7 @@ def test_csv_has_every_figure_and_the_palette_beside_it(tmp_path: Path) -> None:
     for name in ("nats_per_pixel", "bits_per_pixel", "bits", "complexity", "ood"):
         assert [float(row[name]) for row in rows] == getattr(found, name).tolist()
     assert {row["palette"] for row in rows} == {found.palette}
+    assert [row["number"] for row in rows] == ["0", "1", "2"]
     with pytest.raises(ValueError, match=r"a\.txt: want a name that ends in \.npz or \.csv"):
         found.save(tmp_path / "a.txt")
 
@@ -171,6 +177,17 @@ def test_maps_show_image_and_surprise() -> None:
     assert found.maps(scale=1)[0].height == 4 * 14  # room for what is written beside the bar
     with pytest.raises(ValueError, match="scale is 0"):
         found.maps(scale=0)
+
+
+def test_maps_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpt_fast.likelihood import maps
+
+    found, made, before = scores(3), [], maps.surprise_map
+    monkeypatch.setattr(maps, "surprise_map", lambda *args: made.append(before(*args)) or made[-1])
+    each = found.each_map()
+    assert next(each).tobytes() == made[0].tobytes()
+    assert len(made) == 1
+    assert [picture.tobytes() for picture in found.maps()] == [made[0].tobytes(), *(item.tobytes() for item in each)]
 
 
 @pytest.mark.parametrize(("count", "cells"), [(1, 1), (2, 2), (5, 5), (30, 16)])

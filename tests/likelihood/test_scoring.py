@@ -1,5 +1,6 @@
 """Pipeline.score: pictures to scores; batches, memory, Ctrl-C, and models that are broken."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from small_models import small_pipeline
 
 from igpt_fast import Pipeline, Scores
 from igpt_fast.likelihood import scoring
-from igpt_fast.likelihood.nats import image_nats
+from igpt_fast.likelihood.nats import image_nats, mean_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, model_hash
 from igpt_fast.sampling.results import NotFiniteError
 
@@ -90,6 +91,32 @@ def test_what_is_no_image_and_no_label(pipeline: Pipeline, tokens: torch.Tensor,
         pipeline.score_tokens(tokens[:, :5])
     with pytest.raises(ValueError, match="1 names for 7 images"):
         pipeline.score_tokens(tokens, names=["a"])
+    with pytest.raises(TypeError, match="tokens must be a tensor, got ndarray"):
+        pipeline.score_tokens(tokens.numpy())
+    with pytest.raises(ValueError, match=r"integers, got \(7, 20\) torch.bool"):
+        pipeline.score_tokens(tokens > 3)
+    assert torch.equal(pipeline.score_tokens(tokens.to(torch.uint16)).nats, pipeline.score_tokens(tokens).nats)
+
+
+@pytest.mark.parametrize("wrong", [{"labels": 2}, {"labels": [0, 1]}, {"batch_size": 0}, {"names": ["a", "b"]}])
+def test_what_stands_beside_the_images_is_checked_before_they_are_read(
+    pipeline: Pipeline, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("igpt_fast.pipeline.read_images", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(ValueError, match=r"label|batch_size|names"):
+        pipeline.score([picture(0)], **wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_are_float32_whatever_the_default(pipeline: Pipeline, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+    want = pipeline.score_tokens(tokens).nats
+    torch.set_default_dtype(dtype)
+    try:
+        found, none = pipeline.score_tokens(tokens).nats, scoring.nothing(pipeline.model, pipeline.processor).nats
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == none.dtype == torch.float32
+    assert torch.equal(found, want)
 
 
 def test_logits_that_are_not_finite_are_an_error(tokens: torch.Tensor) -> None:
@@ -143,12 +170,23 @@ def test_where_memory_does_not_suffice_there_are_fewer_at_a_time(
 
 
 def test_the_model_is_put_back_as_it_was(pipeline: Pipeline, tokens: torch.Tensor) -> None:
-    pipeline.model.train()
+    """Each of its modules, also after an error."""
+    model = pipeline.model.train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def fails() -> Iterator[Any]:
+        yield tokens, None
+        raise RuntimeError("no more")
+
     try:
         assert torch.equal(pipeline.score_tokens(tokens).nats, pipeline.score_tokens(tokens).nats)
-        assert pipeline.model.training
+        assert [module.training for module in model.modules()] == modes
+        with pytest.raises(RuntimeError, match="no more"):
+            mean_nats(model, fails())
+        assert [module.training for module in model.modules()] == modes
     finally:
-        pipeline.model.eval()
+        model.eval()
 
 
 def test_a_model_is_known_by_its_weights_whatever_their_dtype() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import igpt_fast
 from igpt_fast import DynamicCache, ImageGPTConfig, StaticCache, ops
+from igpt_fast import model as model_module
 from igpt_fast.engines import memory
 from igpt_fast.engines.reference import ReferenceDecoder
-from igpt_fast.model import imagegpt as model_module
 from igpt_fast.model.outputs import CausalImageModelingOutput
 
 CAUSAL, CLASSIFIER, BASE = "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification", "ImageGPTModel"
@@ -513,6 +513,21 @@ def test_labels_are_not_broadcast(problem: str) -> None:
         model(IDS, labels=torch.zeros(2))
     with pytest.raises(ValueError, match="labels: expected"):
         model(IDS, labels=torch.zeros(1, 3))
+
+
+@torch.no_grad()
+def test_a_mask_of_any_shape_is_of_the_image_behind_sos() -> None:
+    model = make(CLASSIFIER, classify_with_sos=True)
+    mask = torch.ones(IDS.shape, dtype=torch.int64)
+    mask[0, :3] = 0
+    want = model(IDS, attention_mask=mask).logits
+    assert not torch.allclose(want, model(IDS).logits)
+    embeds = model.transformer.wte(IDS)
+    for same in (mask.bool(), mask[:, None, None], mask.flatten()):
+        assert torch.equal(model(IDS, attention_mask=same).logits, want)
+        assert torch.equal(model(inputs_embeds=embeds, attention_mask=same).logits, want)
+    with pytest.raises(ValueError, match=r"attention_mask: expected .* = \(2, 8\), got \(2, 9\)"):
+        model(IDS, attention_mask=torch.ones(2, 9))
 
 
 def test_unsupported_configurations() -> None:

@@ -3,13 +3,16 @@
 import gzip
 import hashlib
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from igpt_fast.learning import classifiers
+from igpt_fast.learning.settings import FinetuneConfig
 from igpt_fast.recipes import fashion
 
 N_TRAIN, N_TEST = 120, 40
@@ -100,7 +103,17 @@ def test_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_finetune(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three arms, of so few images of each class; the pretrained network is left as it was."""
+    """Every arm, of so few images of each class; the pretrained network is left as it was. Accuracies are at the
+    command's own rate, and what is forgotten is told apart at one rate."""
+    assert fashion.FINETUNE["lr"] == FinetuneConfig().lr
+    rates: list[tuple[float, float]] = []
+    whole = fashion.finetune.finetune
+
+    def noted(start: Any, images: Any, folder: Any, config: FinetuneConfig) -> dict[str, Any]:
+        rates.append((config.lr, config.gen_weight))
+        return whole(start, images, folder, config)
+
+    monkeypatch.setattr(fashion.finetune, "finetune", noted)
     monkeypatch.setattr(fashion, "FINETUNE", {"shots": 2, "validation": 0.0, "steps": 1, "batch_size": 4, "lr": 0.1})
     monkeypatch.setattr(fashion, "FINETUNE_TEST", 20)
     monkeypatch.setattr(fashion, "SEEDS", 2)
@@ -113,19 +126,26 @@ def test_finetune(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pretrained["nats_before"][0] == pretrained["nats_before"][1]
     assert {round(value * 20) / 20 for value in pretrained["accuracy"]} == set(pretrained["accuracy"])  # of 20 images
     changed = pretrained["nats"][0] + pretrained["nats"][1] - 2 * pretrained["nats_before"][0]
-    assert found["margins"]["nats after - before, joint"] == pytest.approx(changed / 2)
+    assert found["margins"]["nats after - before, pretrained, joint"] == pytest.approx(changed / 2)
+    assert rates[::2] == rates[1::2] == [(0.1, 1.0), (0.1, 1.0), (2e-3, 1.0), (2e-3, 0.0)]
 
 
 def test_masked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bidirectional network begins as wide as it is narrow; it and its random twin are read in three ways."""
     monkeypatch.setattr(fashion, "MASKED_NETWORK", {"n_layer": 1, "n_embd": 16, "n_head": 1})
     monkeypatch.setattr(fashion, "MASKED_LABELS", 40)
+    deviations: list[float] = []
+    twin = fashion.random_twin
+    monkeypatch.setattr(
+        fashion, "random_twin", lambda one, seed: deviations.append(one.config.initializer_range) or twin(one, seed)
+    )
     out = tmp_path / "run"
     fashion.main(["--path", str(source), "--out", str(out), "--stages", "masked", "--steps", "1"])
     found = json.loads((out / "results.json").read_text())["masked"]
     assert set(found["accuracy by layer"]) == {
-        f"{kind}, {name}" for kind in ("trained", "random weights") for name in fashion.READINGS
+        f"{kind}, {name}" for kind in ("trained", *fashion.RANDOM) for name in fashion.READINGS
     }
+    assert deviations == [0.25, 0.02]
     assert all(len(layers) == 1 for layers in found["accuracy by layer"].values())
     config = json.loads((out / "masked/model/config.json").read_text())
     assert config["bidirectional"]
@@ -136,14 +156,42 @@ def test_masked_margins() -> None:
     layers = {"unmasked": [0.5, 0.3], "one mask": [0.4, 0.6], "vote of five": [0.5, 0.7]}
     accuracy = {f"trained, {name}": values for name, values in layers.items()}
     accuracy |= {f"random weights, {name}": [0.1, 0.2] for name in layers}
+    accuracy |= {f"random weights, deviation 0.02, {name}": [0.1, 0.3] for name in layers}
     assert fashion.masked_margins(accuracy) == pytest.approx(
         {
             "vote of five - one mask, mean of the layers": 0.1,
-            "trained - random weights, best layer, unmasked": 0.3,
-            "trained - random weights, best layer, one mask": 0.4,
-            "trained - random weights, best layer, vote of five": 0.5,
+            "random weights, best layer": 0.2,
+            "random weights, deviation 0.02, best layer": 0.3,
+            "trained - better random weights, best layer, unmasked": 0.2,
+            "trained - better random weights, best layer, one mask": 0.3,
+            "trained - better random weights, best layer, vote of five": 0.4,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "stages"), [("sklearn", "probe"), ("sklearn", "masked"), ("matplotlib", "pretrain,shifted")]
+)
+def test_what_a_stage_needs_is_asked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, stages: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"igpt_fast\[train\]"):
+        fashion.main(["--path", str(tmp_path / "none"), "--out", str(tmp_path / "run"), "--stages", stages])
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_are_written_before_curves_are_drawn(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(fashion.ProbeResult, "plot", full)
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match="no space left"):
+        fashion.main(["--path", str(source), "--out", str(out), "--stages", "pretrain,probe", "--steps", "1"])
+    assert json.loads((out / "results.json").read_text())["probe"]["rows"]
 
 
 def test_unknown_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

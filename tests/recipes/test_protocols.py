@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor
 from igpt_fast.image import quantize
 from igpt_fast.learning import classifiers
+from igpt_fast.learning.train import DivergedError
 from igpt_fast.recipes import cifar10, imagenet, protocol
 
 CLUSTERS = np.array([(r, g, b) for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)], np.float32)
@@ -111,6 +113,20 @@ def test_cifar10_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         cifar10.read_archive(bomb)
 
 
+def test_cifar10_takes_no_holes_for_content(tmp_path: Path) -> None:
+    """Of a few bytes, a sparse member claims to be as large as it likes."""
+    path = tmp_path / "sparse.tar.gz"
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as file:
+        for name, content in whole([0]).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if name == "data_batch_2.bin":
+                info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1000 * cifar10.RECORD)}
+            file.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"sparse\.tar\.gz: not CIFAR-10's .*: data_batch_2\.bin is no plain file"):
+        cifar10.read_archive(path)
+
+
 def folders(root: Path, parts: tuple[str, str], size: tuple[int, int], count: int = 6) -> Path:
     for part in parts:
         for name, colour in (("a", RED), ("b", GREEN)):
@@ -144,6 +160,42 @@ def test_imagenet(checkpoint: Path, tmp_path: Path) -> None:
 def test_imagenet_wants_a_model_of_its_size(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 1024 positions; images of 48x48 have 2304"):
         imagenet.main([str(tmp_path), "--model", str(checkpoint), "--side", "48", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--layers", "3"], "layers is 3"),
+        (["--concat", "1"], "--concat is 1; want 2 layers or more"),
+        (["--layers", "1", "--concat", "2"], "--concat is 2"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_wrong_numbers_are_found_before_pictures_are_read(
+    checkpoint: Path, tmp_path: Path, options: list[str], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cifar10.main([str(tmp_path / "none"), "--model", str(checkpoint), *options, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
+def test_what_the_report_needs_is_asked_for_first(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"igpt_fast\[train\]"):
+        cifar10.main([str(tmp_path / "none"), "--model", str(checkpoint), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("a"), DivergedError("a"), MemoryError("a"), OSError("a")])
+def test_a_failure_is_a_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        protocol.command(main)
+    assert (stop.value.code, capsys.readouterr().err) == (1, "error: a\n")
 
 
 def test_imagenet_crops(tmp_path: Path) -> None:

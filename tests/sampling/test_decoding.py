@@ -107,6 +107,10 @@ def test_training_mode_is_left_as_it_was(model: ImageGPTForCausalImageModeling) 
     assert torch.equal(noisy.generate(), expected)
     assert noisy.training
     assert noisy.transformer.h[0].attn.resid_dropout.training
+    noisy.transformer.h[1].eval()
+    noisy.generate(sos(noisy), max_new_tokens=2)
+    assert noisy.training
+    assert not any(module.training for module in noisy.transformer.h[1].modules())
 
 
 def test_threads_share_a_model_in_training_mode() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,77 +18,22 @@ from igpt_fast import processes
 from igpt_fast import world as world_module
 from igpt_fast.checks import whole_number
 from igpt_fast.cli import checks, terminal
-from igpt_fast.cli.checks import GRID_SUFFIXES, UsageError, check_output
+from igpt_fast.cli.checks import UsageError
 from igpt_fast.cli.draw import options
-from igpt_fast.files import check_writable, replacing_together, shown
+from igpt_fast.cli.score_files import Results
+from igpt_fast.files import shown
 from igpt_fast.interrupts import delayed_interrupt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from igpt_fast.learning.tokenizers import Tokenizer
     from igpt_fast.pipeline import Pipeline, Scores
     from igpt_fast.world import World
 
 SPLITS = ("heldout", "train", "all")
 ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-
-
-@dataclass(frozen=True)
-class Results:
-    """What is written.
-
-    Args:
-        csv: Write a line for each image; .csv.
-        npz: Write the nats of every pixel, tokens and figures, which --reference takes again; .npz.
-        maps: Write each image enlarged beside a heat map of its surprise into this directory, a new or empty one.
-        grid: Write the most and the least unusual images with their maps as one picture; .png, .jpg, .webp or .bmp.
-        force: Overwrite files.
-    """
-
-    csv: Path | None = None
-    npz: Path | None = None
-    maps: Path | None = None
-    grid: Path | None = None
-    force: bool = False
-
-    def check(self) -> None:
-        """Fails before the work is done if a result could not be written, or would replace something."""
-        check_output(self.csv, self.force, (".csv",))
-        check_output(self.npz, self.force, (".npz",))
-        check_output(self.grid, self.force, GRID_SUFFIXES)
-        folder = self.maps
-        if folder is None:
-            return
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder}: is not a directory")
-        if folder.is_dir() and not self.force and (found := next(folder.iterdir(), None)):
-            raise FileExistsError(f"{found}: exists already; --maps wants an empty directory, or --force")
-        if not folder.exists() and not folder.parent.is_dir():
-            raise FileNotFoundError(f"{folder.parent}: no such directory")
-        check_writable(folder if folder.exists() else folder.parent)
-
-    def write(self, scores: Scores, by: str) -> None:
-        """All of it, or nothing."""
-        from igpt_fast.image import save_image
-
-        maps = [] if self.maps is None else [self.maps / _map_name(i, name) for i, name in enumerate(scores.names)]
-        targets = [path for path in (self.csv, self.npz, self.grid) if path is not None]
-        if self.maps is not None:
-            self.maps.mkdir(exist_ok=True)
-        with replacing_together([*targets, *maps], overwrite=self.force) as partials:
-            at = dict(zip([*targets, *maps], partials, strict=True))
-            for path in (self.csv, self.npz):
-                if path is not None:
-                    scores.writer(path)(at[path])
-            if self.grid is not None:
-                save_image(scores.grid(by=by), at[self.grid])
-            for path, picture in zip(maps, scores.maps() if maps else [], strict=True):
-                picture.save(at[path], format="PNG")
-
-
-def _map_name(number: int, name: str) -> str:
-    return f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(name).stem)[:80]}.png"
 
 
 @dataclass(frozen=True)
@@ -132,7 +78,7 @@ def score(
     reference: Path | None = None,
     by: str = "nats",
     show: int = 20,
-    results: OmitArgPrefixes[Results] = Results(),
+    results: OmitArgPrefixes[Results] = Results(),  # noqa: B008 - a frozen value
     how: OmitArgPrefixes[ScoreOptions] = ScoreOptions(),
     skip_unreadable: bool = False,
     json: bool = False,
@@ -165,6 +111,9 @@ def score(
         if world.first:
             results.check()
         sets = _read_sets(images, reference, split, how)
+        pictures = [path for found in sets if isinstance(found, _Set) and not found.tokenizer for path in found.items]
+        if results.maps is not None and results.maps.resolve() in {path.parent.resolve() for path in pictures}:
+            raise UsageError("--maps is a directory of images that are scored; give another one")
         job = _Job(*sets, how.pipeline(), world, how, skip_unreadable)
         job.check()
         _run(job, results, ORDERS[by], show, json)
@@ -172,12 +121,21 @@ def score(
 
 @dataclass(frozen=True)
 class _Set:
-    """Images by their names: paths, or (T,) tokens. ``label`` is that of the error that none of them can be read."""
+    """Images by their names: paths, or (N, T) tokens with their tokenizer. ``source`` is what errors call them."""
 
     source: str
     names: list[str]
     items: Any
-    clusters: Any = None  # of tokens
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def unreadable(self) -> ValueError:
+        """The error that none of them can be read."""
+        return ValueError(f"{self.source}: none of its {len(self.names)} images can be read")
+
+    def part(self, start: int, stop: int) -> list[Any]:
+        """Some of the items; where the numbers are below 0 there are none."""
+        return list(self.items[max(0, start) : max(0, stop)])
 
 
 @dataclass(frozen=True)
@@ -190,31 +148,39 @@ class _Job:
     skip_unreadable: bool
 
     def check(self) -> None:
-        """Fails before the work is done where tokens, a reference or a label are not the model's."""
+        """Fails before the work is done where tokens, a reference or a label are not the model's, or processes differ
+        in what they find.
+        """
         from igpt_fast.likelihood.scoring import nothing
 
         for found in (self.images, self.reference):
-            if isinstance(found, _Set) and found.clusters is not None:
-                _check_palette(self.pipeline, found)
-        if self.reference is not None and not isinstance(self.reference, _Set):
-            nothing(self.pipeline.model, self.pipeline.processor).check_comparable(self.reference)
+            if isinstance(found, _Set) and found.tokenizer is not None:
+                _check_tokenizer(self.pipeline, found)
         with checks.as_usage():
             self.pipeline.checked_labels(self.labels, len(self.names), "images")
+        if self.reference is not None and not isinstance(self.reference, _Set):
+            own = nothing(self.pipeline.model, self.pipeline.processor, self.how.label is not None)
+            own.check_comparable(self.reference)
+        mine = zlib.crc32("\0".join(self.names).encode(errors="backslashreplace"))
+        if self.world.agree("images", mine) != mine:
+            found_here = f"{len(self.names)}, from {self.names[0]} to {self.names[-1]}"
+            raise ValueError(f"finds other images than the first process: {found_here}")
 
-    @property
+    @cached_property
     def labels(self) -> list[int] | None:
         """The class of each of ``names``."""
         return options.labels(self.how.label, len(self.names))
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Of all that is scored: the images, then those of the reference."""
         return self.images.names + (self.reference.names if isinstance(self.reference, _Set) else [])
 
-    @property
-    def items(self) -> list[Any]:
-        """As many."""
-        return [*self.images.items, *(self.reference.items if isinstance(self.reference, _Set) else [])]
+    def items(self, share: range) -> list[Any]:
+        """Of some of them."""
+        count, others = len(self.images.names), self.reference
+        found = self.images.part(share.start, share.stop)
+        return found + (others.part(share.start - count, share.stop - count) if isinstance(others, _Set) else [])
 
 
 def _read_sets(
@@ -229,7 +195,7 @@ def _read_sets(
     if any(path.suffix == ".npz" and not path.is_dir() for path in files):
         if len(files) > 1:
             raise UsageError("a token file is scored alone, without other images")
-        found = _token_set(files[0], split)
+        found = _token_set(files[0], split, "; --split all takes them all")
     else:
         if split != "heldout":
             raise UsageError("--split: only of a token file")
@@ -255,7 +221,7 @@ def _picture_set(places: Sequence[Path]) -> _Set:
     return _Set(str(places[0]), [str(path) for path in found], found)
 
 
-def _token_set(path: Path, split: str) -> _Set:
+def _token_set(path: Path, split: str, advice: str) -> _Set:
     import torch
 
     from igpt_fast.learning.data import load_tokens
@@ -264,8 +230,8 @@ def _token_set(path: Path, split: str) -> _Set:
     chosen = {"heldout": data.heldout, "train": ~data.heldout, "all": torch.ones_like(data.heldout)}[split]
     numbers = chosen.nonzero()[:, 0].tolist()
     if not numbers:
-        raise ValueError(f"{path}: has no held-out image; --split all takes them all")
-    return _Set(f"{path}, {split}", [f"{path.name}[{i}]" for i in numbers], data.tokens[chosen], data.clusters)
+        raise ValueError(f"{path}: has no held-out image{advice}")
+    return _Set(f"{path}, {split}", [f"{path.name}[{i}]" for i in numbers], data.tokens[chosen], data.tokenizer)
 
 
 def _reference_file(path: Path) -> _Set | Scores:
@@ -277,7 +243,7 @@ def _reference_file(path: Path) -> _Set | Scores:
     except ValueError as error:
         if "has no array 'nats'" not in str(error):
             raise
-    return _token_set(path, "heldout")
+    return _token_set(path, "heldout", ", which a reference is made of")
 
 
 def _run(job: _Job, results: Results, by: str, show: int, json: bool) -> None:
@@ -291,10 +257,11 @@ def _run(job: _Job, results: Results, by: str, show: int, json: bool) -> None:
 
     start = time.perf_counter()
     world, share = job.world, job.world.share(len(job.names))
-    which, part, skipped, error = _score_share(job, share)
-    interrupted = isinstance(error, KeyboardInterrupt)
-    why = "interrupted" if interrupted else "" if error is None else terminal.reason(error)
-    parts = world.gather((which, without_processor(part), skipped, interrupted, why), interrupted, lambda done: None)
+    with contextlib.closing(_Bar(world, len(job.names))) as bar:
+        which, part, skipped, error = _score_share(job, share, bar)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        why = "interrupted" if interrupted else "" if error is None else terminal.reason(error)
+        parts = world.gather((which, without_processor(part), skipped, interrupted, why), interrupted, bar.show)
     if parts is None:  # the first process says what has failed
         if interrupted:
             raise KeyboardInterrupt
@@ -313,16 +280,18 @@ def _run(job: _Job, results: Results, by: str, show: int, json: bool) -> None:
         elif reasons:
             terminal.say("igpt: no image is scored, nothing is saved")
         else:
-            raise ValueError(f"{job.images.source}: none of its {len(job.images.names)} images can be read")
+            raise job.images.unreadable
     if interrupted:
         raise KeyboardInterrupt
     if error is not None:
         raise error
     if reasons:
         raise RuntimeError(reasons[0])
+    if compared is None and isinstance(job.reference, _Set):
+        raise job.reference.unreadable
 
 
-def _score_share(job: _Job, share: range) -> tuple[list[int], Scores | None, int, BaseException | None]:
+def _score_share(job: _Job, share: range, bar: _Bar) -> tuple[list[int], Scores | None, int, BaseException | None]:
     """Which of this process's images are scored, their scores, how many were left out, and what ended it too early.
 
     Raises:
@@ -334,19 +303,20 @@ def _score_share(job: _Job, share: range) -> tuple[list[int], Scores | None, int
     if not share:
         return [], None, 0, None
     try:
-        which, tokens = _read(job, share)
+        which, tokens = _read(job, share, bar)
     except KeyboardInterrupt as error:
         return [], None, 0, error
     left_out = len(share) - len(which)
+    bar.begin("scoring", len(job.names))
+    bar.scored(left_out)
     if not which:
         return [], None, left_out, None
     names, every = [job.names[i] for i in which], job.labels
     labels = None if every is None else [every[i] for i in which]
     try:
-        with _bar("scoring", len(which), job.world) as tick:
-            scores = job.pipeline.score_tokens(
-                torch.stack(tokens), labels, job.how.batch_size, lambda done, total: tick(done), names=names
-            )
+        scores = job.pipeline.score_tokens(
+            torch.stack(tokens), labels, job.how.batch_size, lambda done, _: bar.scored(left_out + done), names=names
+        )
         return which, scores, left_out, None
     except world_module.PeerGoneError:
         raise
@@ -355,16 +325,17 @@ def _score_share(job: _Job, share: range) -> tuple[list[int], Scores | None, int
         return which[: len(partial or ())], partial, left_out, error
 
 
-def _read(job: _Job, share: range) -> tuple[list[int], list[Tensor]]:
+def _read(job: _Job, share: range, bar: _Bar) -> tuple[list[int], list[Tensor]]:
     """Which of a share's images can be read, and their (T,) tokens."""
     import torch
 
     from igpt_fast.likelihood.scoring import read_images
 
-    items = [job.items[i] for i in share]
+    items = job.items(share)
     pictures = [item for item in items if not isinstance(item, torch.Tensor)]
-    with _bar("reading", len(pictures), job.world) as tick:
-        read = iter(read_images(pictures, job.pipeline.processor, tick))
+    if pictures:
+        bar.begin("reading", len(pictures))
+    read = iter(read_images(pictures, job.pipeline.processor, bar.read))
     found_tokens = [item if isinstance(item, torch.Tensor) else next(read) for item in items]
     failures = [str(item) or type(item).__name__ for item in found_tokens if isinstance(item, Exception)]
     if failures and not job.skip_unreadable:
@@ -376,17 +347,22 @@ def _read(job: _Job, share: range) -> tuple[list[int], list[Tensor]]:
     return [i for i, _ in kept], [item.long() for _, item in kept]
 
 
-def _check_palette(pipeline: Pipeline, found: _Set) -> None:
-    """Tokens mean nothing in another palette than their own."""
+def _check_tokenizer(pipeline: Pipeline, found: _Set) -> None:
+    """Tokens mean nothing in another palette than their own, nor in rows of another length."""
     import numpy as np
 
-    own = np.asarray(pipeline.processor.clusters)
-    if own.shape != found.clusters.shape or not np.allclose(own, found.clusters, atol=1e-5):
-        got, want = f"{len(found.clusters)} colours", f"{len(own)}"
+    from igpt_fast.learning.tokenizers import ColourTokenizer
+
+    processor, tokens = pipeline.processor, found.tokenizer
+    own = np.asarray(processor.clusters)
+    if not isinstance(tokens, ColourTokenizer):
+        raise ValueError(f"{found.source}: its tokens are codes of a vocabulary, the model's are colours")
+    if own.shape != tokens.clusters.shape or not np.allclose(own, tokens.clusters, atol=1e-5):
+        got, want = f"{len(tokens.clusters)} colours", f"{len(own)}"
         raise ValueError(f"{found.source}: its tokens are of another palette ({got}) than the model's ({want})")
-    if found.items.shape[1] != pipeline.model.config.n_positions:
-        got, want = f"{found.items.shape[1]} pixels", f"{pipeline.model.config.n_positions}"
-        raise ValueError(f"{found.source}: its images have {got}, the model's {want}")
+    if (tokens.height, tokens.width) != (processor.height, processor.width):
+        got, want = f"{tokens.height}x{tokens.width}", f"{processor.height}x{processor.width}"
+        raise ValueError(f"{found.source}: its images are of {got} pixels, the model's of {want}")
 
 
 def _joined(job: _Job, parts: Sequence[tuple[list[int], Scores]], whole: bool) -> tuple[Scores | None, Scores | None]:
@@ -418,7 +394,9 @@ class _Report:
 
     def aurocs(self) -> dict[str, float]:
         """By each measure."""
-        return {by: self.scores.compare(self.reference, by) for by in ORDERS.values()} if self.reference else {}
+        if self.reference is None:
+            return {}
+        return {by: self.scores.compare(self.reference, by) for by in ORDERS.values()}
 
     def say(self, aurocs: dict[str, float], files: dict[str, str | None]) -> None:
         """On stdout."""
@@ -439,7 +417,8 @@ class _Report:
                 terminal.say(f"AUROC against {len(self.reference or ())} images of the reference: {text}", sys.stdout)
             return
         labels = [None] * len(scores) if scores.labels is None else scores.labels.tolist()
-        rows = [{"image": scores.names[i], "label": labels[i], **{n: c[i] for n, c in columns.items()}} for i in order]
+        about_each = ({"number": i, "image": scores.names[i], "label": labels[i]} for i in order)
+        rows = [each | {n: c[each["number"]] for n, c in columns.items()} for each in about_each]
         terminal.report(True, about | means | self.values | {"auroc": aurocs or None, **files, "scores": rows}, "")
 
 
@@ -469,16 +448,28 @@ def _finish(report: _Report, results: Results) -> None:
         report.say(aurocs, written)
 
 
-@contextlib.contextmanager
-def _bar(what: str, total: int, world: World) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr, moved by how much this process has done; the first one's shows all."""
-    from tqdm import tqdm
+class _Bar:
+    """On a terminal's stderr: how many of its images this process has read, then how many all processes have scored."""
 
-    disable = None if world.first and total else True
-    with tqdm(desc=what, total=total, unit=" images", file=sys.stderr, disable=disable, leave=False) as bar:
+    def __init__(self, world: World, total: int) -> None:
+        from tqdm import tqdm
 
-        def tick(done: int) -> None:
-            world.progress(done)
-            bar.update(done - bar.n)
+        self._world, disable = world, None if world.first else True
+        self._bar = tqdm(desc="scoring", total=total, unit=" images", file=sys.stderr, disable=disable, leave=False)
+        self.close = self._bar.close
 
-        yield tick
+    def begin(self, what: str, total: int) -> None:
+        self._bar.set_description(what, refresh=False)
+        self._bar.reset(total)
+
+    def read(self, done: int) -> None:
+        """This process has read so many."""
+        self._world.progress(0.0)
+        self.show(done)
+
+    def scored(self, done: int) -> None:
+        """This process has scored or left out so many."""
+        self.show(self._world.progress(done))
+
+    def show(self, done: float) -> None:
+        self._bar.update(round(done) - self._bar.n)

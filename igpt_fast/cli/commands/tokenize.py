@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
+
+_MOST = 32  # processes, unless more are asked for: each holds a shard, and reads from the same disk
 
 
 def tokenize(
@@ -42,13 +45,15 @@ def tokenize(
         vocabulary: The source is a .npy or .npz of tokens, such as a VQ-VAE's codes, that are below this.
         classes: Keep the classes: sub-directories, .cls or .json files of an archive, or a column of labels.
         holdout: Fraction of the images that is held out for evaluation.
-        workers: Processes that decode; one for each processor if not given, 0 none but this one.
+        workers: Processes that decode; one for each processor, at most 32, if not given; 0: none but this one.
         shard_size: Images of a shard; 8192, or as many as have 64 MiB, if not given.
         seed: Of the fit.
         resume: Go on with what was interrupted; source and settings must be the same.
         json: Print one JSON object.
         force: Start afresh in a directory that holds shards.
     """
+    if (count := processes.size()) > 1:
+        raise checks.UsageError(f"{count} processes would write the same files; start one, which has --workers")
     if resume and force:
         raise checks.UsageError("--resume goes on with what is there, --force starts afresh; give one of them")
     given = {"clusters": clusters, "model": model, "n-clusters": n_clusters, "vocabulary": vocabulary}
@@ -64,7 +69,7 @@ def tokenize(
     edges = _size(size)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or directory")
-    from igpt_fast.learning.tokenize import Taking
+    from igpt_fast.learning.taking import Taking
     from igpt_fast.learning.tokenize import tokenize as make
 
     palette = None
@@ -73,12 +78,18 @@ def tokenize(
         edges = edges or ((side, side) if model is not None else None)
     height, width = edges or (None, None)
     taking = Taking(height, width, palette, n_clusters or 512, vocabulary, classes, holdout, shard_size, seed)
-    processes = len(os.sched_getaffinity(0)) if workers is None else workers
-    values = make(source, out, taking, workers=processes, resume=resume, overwrite=force, progress=_progress)
+    decoding = _processors() if workers is None else workers
+    values = make(source, out, taking, workers=decoding, resume=resume, overwrite=force, progress=_progress)
     size_ = f"{values['height']}x{values['width']}"
     text = f"{out}: {values['images']} images of {size_} tokens in {values['shards']} shards"
     text += f", {values['heldout_images']} held out, {values['skipped']} skipped"
     terminal.report(json, values, f"{text}, {values['vocabulary']} {'codes' if vocabulary else 'colours'}")
+
+
+def _processors() -> int:
+    """That this process may use, where the system says so; all of them elsewhere."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _MOST)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -77,7 +77,8 @@ def train(
 
     Args:
         data: A directory of images, of shards (igpt tokenize), or a token file (.npz with tokens, clusters, heldout);
-            the bundled emoji if not given. Shards are read as they are needed; so are more than 4,096 images.
+            the bundled emoji if not given. Shards are read as they are needed; so are more than 4,096 images, by
+            every process of torchrun: give several of them shards.
         out: Directory for model/, samples.png, log.jsonl and the training state.
         preparation: How a directory of images becomes tokens.
         objective: What is learned. next_pixel: each pixel from those before it, to draw, to score, to read features
@@ -88,56 +89,65 @@ def train(
         init: A folder or hub name of a model to go on from, which gives the network's size. A directory of images gets
             its side and colours, unless others are asked for; new colours begin as the nearest old ones, positions are
             interpolated, new classes begin as an image of any.
-        resume: Continue an interrupted run, bit for bit with as many processes; the settings must be the same.
+        resume: Continue an interrupted run; the settings must be the same. Bit for bit with as many processes and the
+            same --parallel and --accumulate; with others, dropout draws other masks, and a line says so.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.
-        execution: How it is computed: up to rounding, the result is the same.
+        execution: How it is computed: the result is the same up to rounding, and to the masks that dropout draws.
         json: Print one JSON object.
         force: Start afresh in a directory that holds a run.
     """
-    if resume and force:
-        raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
-    if data is not None and not data.exists():
-        raise FileNotFoundError(f"{data}: no such file or directory")
-    preparation.check(data is not None and data.is_dir() and not (data / "manifest.json").is_file())
-    if init is not None and preparation.all_pixels and preparation.n_clusters is None:
-        raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters as well")
-    if objective == "masked" and init is not None:
-        raise checks.UsageError("--init: only with --objective next_pixel")
-    if objective == "masked" and classes:
-        raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
-    if classes and data is None:
-        raise checks.UsageError("--classes: the bundled emoji have none; give a directory or a token file with labels")
-    if not classes and config.label_dropout != TrainConfig.label_dropout:
-        raise checks.UsageError("--label-dropout: only with --classes")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
-    if processes.size() == 1 and execution.parallel != Execution.parallel:
-        raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
-    checks.choose_backend(backend)
-    device_ = checks.choose_device(device, processes.local_rank())
-    import torch
-
-    from igpt_fast.learning import run
-    from igpt_fast.learning.objectives.masked import Masked
-    from igpt_fast.learning.shards import has_labels
-
-    if classes and data is not None and not has_labels(data):
-        raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
-    how: dict[str, Any] = {"resume": resume, "overwrite": force}
-    run.check_directory(out, **how)  # before the images are read, which takes its time
-    how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
-    how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
-    collectives = "cpu:gloo,cuda:nccl" if device_.type == "cuda" else "gloo"
+    collectives = _collectives(device) if processes.size() > 1 else ""
     with world("what was saved is kept; go on with --resume", collectives) as together:
+        if resume and force:
+            raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
+        if data is not None and not data.exists():
+            raise FileNotFoundError(f"{data}: no such file or directory")
+        from igpt_fast.learning.shards import has_labels, is_shards
+
+        preparation.check(data is not None and data.is_dir() and not is_shards(data))
+        if init is not None and preparation.all_pixels and preparation.n_clusters is None:
+            raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
+        if objective == "masked" and init is not None:
+            raise checks.UsageError("--init: only with --objective next_pixel")
+        if objective == "masked" and classes:
+            raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
+        if classes and data is None:
+            raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
+        if not classes and config.label_dropout != TrainConfig.label_dropout:
+            raise checks.UsageError("--label-dropout: only with --classes")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
+        if processes.size() == 1 and execution.parallel != Execution.parallel:
+            raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
+        checks.choose_backend(backend)
+        device_ = checks.choose_device(device, processes.local_rank())
+        import torch
+
+        from igpt_fast.learning import run
+        from igpt_fast.learning.objectives.masked import Masked
+
+        if classes and data is not None and not has_labels(data):
+            raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
+        how: dict[str, Any] = {"resume": resume, "overwrite": force}
+        run.check_directory(out, **how)  # before the images are read, which takes its time
+        how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
+        how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
         tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
         if init is not None:
             how["objective"], config = _continued(init, tokens, config)
         summary = run.run(tokens, out, config, world=together, **how)
     if together.first:
         _report(out, summary, objective, classes, json)
+
+
+def _collectives(device: str | None) -> str:
+    """What the processes talk through; the device is not checked yet, so that one of them can say what is wrong."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
 
 
 def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, json: bool) -> None:
@@ -190,7 +200,7 @@ def _tokens(data: Path | None, preparation: Preparation, classes: bool, seed: in
     from igpt_fast.learning.lazy import FolderData
     from igpt_fast.learning.shards import ShardData, is_shards
     from igpt_fast.learning.sources.folder import Folder
-    from igpt_fast.learning.tokenize import SAMPLE, Taking
+    from igpt_fast.learning.taking import SAMPLE, Taking
 
     if data is not None and data.is_dir() and is_shards(data):
         return ShardData(data, classes=classes)

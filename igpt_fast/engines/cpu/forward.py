@@ -75,10 +75,12 @@ def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: b
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
     batch, length = tokens.shape
     taken = taken or Taken([], config.n_layer)
-    half: Any = functools.partial(torch.empty, dtype=torch.bfloat16)
+    # The module writes to these addresses: not of the default dtype, nor on the default device.
+    half: Any = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
+    single: Any = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
     last = half(batch, length, config.n_embd) if taken.last else None
     states = half(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
-    means = torch.empty(len(taken.layers), batch, taken.bands, config.n_embd) if taken.bands else None
+    means = single(len(taken.layers), batch, taken.bands, config.n_embd) if taken.bands else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
     keys, values = (half(heads), half(heads)) if cache else (None, None)
     written = {"last": last, "states": states, "means": means, "keys": keys, "values": values}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.objectives.starting import checksum, copy_of
+from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
@@ -77,12 +78,15 @@ class Classification:
     start: ImageGPTWithBothHeads
     gen_weight: float = 1.0
     freeze_below: int = 0
+    checksum: int = field(init=False)
     name: ClassVar[str] = "classification"
     figure: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
         if self.start.config.bidirectional and self.gen_weight:
             raise ValueError("gen_weight: the model is bidirectional, which has no nats of the next pixel; want 0")
+        # Now: a new classifier, which is zero, is fitted by whoever begins a run, and by nobody who goes on with one.
+        object.__setattr__(self, "checksum", checksum(self.start))
         if not 0 <= self.freeze_below <= self.start.config.n_layer:
             raise ValueError(f"freeze_below is {self.freeze_below}; want 0..{self.start.config.n_layer}")
 
@@ -102,7 +106,7 @@ class Classification:
 
     def identity(self) -> dict[str, int | float]:
         own = {"gen_weight": self.gen_weight, "freeze_below": self.freeze_below}
-        return {**own, "checksum of the model to start from": checksum(self.start.transformer)}
+        return {**own, "checksum of the model to start from": self.checksum}
 
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         if labels is None:
@@ -183,19 +187,17 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
     Raises:
         ValueError: No images, or images without classes.
     """
-    training, device = model.training, model.device
-    model.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for tokens, labels in batches:
-        if labels is None:
-            raise ValueError("class_figures: the images have no classes")
-        given = tokens.to(device), labels.to(device)
-        classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
-        right = logits.argmax(dim=1) == given[1]
-        each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
-        sums += torch.stack([value.double().sum() for value in each]).cpu()
-        count += len(tokens)
-    model.train(training)
+    device, sums, count = model.device, torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(model):
+        for tokens, labels in batches:
+            if labels is None:
+                raise ValueError("class_figures: the images have no classes")
+            given = tokens.to(device), labels.to(device)
+            classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
+            right = logits.argmax(dim=1) == given[1]
+            each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
+            sums += torch.stack([value.double().sum() for value in each]).cpu()
+            count += len(tokens)
     if not count:
         raise ValueError("class_figures: no images")
     accuracy, loss, nats_ = (sums / count).tolist()

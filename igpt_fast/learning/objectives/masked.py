@@ -21,11 +21,12 @@ from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.masked import hide, masked_nats
+from igpt_fast.likelihood.nats import evaluating
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 PROBABILITY = 0.15  # of the paper
-# From this width on weights begin as the paper's. With a deviation of 0.02 the attention of narrower networks is so
-# uniform at first that the loss stays for hundreds of steps at that of a histogram of the colours.
+# From this width on weights begin as the paper's. With a deviation of 0.02 the attention of narrower networks is next
+# to uniform at first, and the loss falls more slowly: docs/recipes.md has by how much.
 _PAPERS_WIDTH = 512
 VOTES = 5  # masks of an image whose features are read, of the paper
 
@@ -75,15 +76,13 @@ class Masked:
     @torch.no_grad()
     def evaluate(self, model: ImageGPTForCausalImageModeling, data: Data) -> dict[str, float]:
         """Nats of a masked pixel; the masks are those of ``fixed_masks``. None where nothing was masked."""
-        training = model.training
-        model.eval()
         total, count = 0.0, 0
-        for batch, _ in data.heldout_batches():
-            tokens = batch.to(model.device)
-            mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
-            total += float(masked_nats(model, tokens, mask).double().sum())
-            count += int(mask.sum())
-        model.train(training)
+        with evaluating(model):
+            for batch, _ in data.heldout_batches():
+                tokens = batch.to(model.device)
+                mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
+                total += float(masked_nats(model, tokens, mask).double().sum())
+                count += int(mask.sum())
         return {"heldout_masked_nats": total / count} if count else {}
 
 

@@ -52,7 +52,7 @@ class Archive:
     Args:
         path: A zip or tar file, or a directory of some.
         members: The pictures, with the file that each lies in.
-        notes: What may be a label: every .cls and .json, by its key.
+        notes: What may be a label: the .cls, else the .json, beside a picture, by its key.
     """
 
     path: Path
@@ -75,9 +75,16 @@ class Archive:
                 suffix = Path(member.name).suffix.lower()
                 if suffix in IMAGE_SUFFIXES:
                     pictures.append((archive, member))
-                elif suffix in (".cls", ".json"):
+                elif suffix == ".cls":
                     notes[archive, _key(member.name)] = member
-        return cls(path, pictures, notes)
+                elif suffix == ".json":  # which may hold anything else
+                    notes.setdefault((archive, _key(member.name)), member)
+        keys = {(archive, _key(member.name)) for archive, member in pictures}
+        return cls(path, pictures, {key: note for key, note in notes.items() if key in keys})
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name for _, member in self.members]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -97,7 +104,7 @@ class Archive:
         return digest_of([f"{path.name}\0{look_of(path)}" for path in sorted(parts)])
 
     def classes(self) -> Classes:
-        names = [member.name for _, member in self.members]
+        names = self.names
         if not self.notes:
             while names and len({name.split("/")[0] for name in names}) == 1 and all(n.count("/") > 1 for n in names):
                 names = [name.partition("/")[2] for name in names]  # all lie in one folder
@@ -166,7 +173,11 @@ def _scan_tar(file: IO[bytes]) -> Iterator[Member]:
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or start[:4] == b"\x28\xb5\x2f\xfd":
         raise ValueError("is compressed, so that nothing in it can be had by itself: unpack it to a plain .tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
+        before = -1
         while (info := archive.next()) is not None:
+            if info.size < 0 or info.offset <= before:
+                raise ValueError("its headers lead back, which would have no end")
+            before = info.offset
             archive.members.clear()  # type: ignore[attr-defined] # or all would be kept
             if info.isreg() and not info.issparse():
                 yield Member(info.name[:_MAX_NAME], info.offset_data, info.size)

@@ -25,11 +25,13 @@ class Arrays:
         path: A .npy or .npz file of (N, H, W) or (N, H, W, 3) uint8, or of tokens, (N, T) or (N, H, W) integers.
         places: Which of them.
         tokens: Whether they are tokens.
+        rows: Those of a part of a .npz, so that another process need not read the whole.
     """
 
     path: Path
     places: np.ndarray
     tokens: bool = False
+    rows: np.ndarray | None = None
     block: int = 1
 
     @classmethod
@@ -47,22 +49,27 @@ class Arrays:
         """The whole, of all places."""
         return _array(self.path, self.tokens)
 
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in self.places]
+
     def __len__(self) -> int:
         return len(self.places)
 
     def part(self, places: np.ndarray) -> Arrays:
-        return Arrays(self.path, self.places[places], self.tokens)
+        kept = self.places[places]
+        return Arrays(self.path, kept, self.tokens, self.array[kept] if _is_npz(self.path) else None)
 
     def pictures(self) -> Iterator[tuple[str, Content]]:
-        array = self.array
-        for place in self.places:
-            yield str(place), array[place]
+        rows = (self.array[place] for place in self.places) if self.rows is None else self.rows
+        for place, row in zip(self.places, rows, strict=True):
+            yield str(place), row
 
     def fingerprint(self) -> str:
         return look_of(self.path)
 
     def classes(self) -> Classes:
-        if self.path.suffix != ".npz":
+        if not _is_npz(self.path):
             raise ValueError(f"{self.path}: a .npy file has no labels; a .npz with images and labels has")
         labels = _member(self.path, _LABELS)
         if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
@@ -74,9 +81,13 @@ class Arrays:
         return check_labels(self.path, Classes(labels, [str(i) for i in range(high)]))
 
 
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
+
+
 @functools.lru_cache(maxsize=1)
 def _array(path: Path, tokens: bool) -> np.ndarray:
-    array = _member(path, _TOKENS if tokens else _IMAGES) if path.suffix == ".npz" else _mapped(path)
+    array = _member(path, _TOKENS if tokens else _IMAGES) if _is_npz(path) else _mapped(path)
     if tokens:
         good, wanted = array.ndim in (2, 3) and array.dtype.kind in "iu", "(N, T) or (N, H, W) integers"
     else:
@@ -90,7 +101,7 @@ def _array(path: Path, tokens: bool) -> np.ndarray:
 def _mapped(path: Path) -> np.ndarray:
     files.open_input(path, 0).close()  # says what is wrong with a folder or a device
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a header is parsed by ast, whose errors have no common class
         raise ValueError(f"{path}: not a usable .npy file: {files.first_line(error)}") from error
 

@@ -15,7 +15,7 @@ from igpt_fast import files
 from igpt_fast.files import printable, shown
 
 MAX_FILE = 64 << 20  # bytes of one picture as it lies in an archive or a table, and of it unpacked there
-_BLOCKS, _BLOCK = 64, 4096  # what the fingerprint of a file looks at
+_BLOCK = 4096  # bytes of a piece that the fingerprint of a file looks at
 
 Content = Path | bytes | np.ndarray | ValueError  # a file, its content, pixels (H, W[, 3]) uint8, or why there is none
 
@@ -30,6 +30,10 @@ class Source(Protocol):
     @property
     def block(self) -> int:
         """So many neighbours are read as quickly as one."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the pictures, as ``pictures`` gives them."""
 
     def __len__(self) -> int:
         """How many."""
@@ -100,13 +104,13 @@ def check_labels(path: Path, found: Classes) -> Classes:
     return found
 
 
-def look_of(path: Path) -> str:
-    """SHA-256 of a file's size and of 64 pieces of it, spread evenly, so that large ones are known at once."""
+def look_of(path: Path, blocks: int = 64) -> str:
+    """SHA-256 of a file's size and of pieces of 4 KiB, spread evenly, so that large ones are known at once."""
     with files.open_input(path) as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256(str(size).encode())
-        for i in range(_BLOCKS):
-            file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+        for i in range(blocks):
+            file.seek(max(0, size - _BLOCK) * i // (blocks - 1))
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()
 

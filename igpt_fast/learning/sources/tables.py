@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from igpt_fast import files
-from igpt_fast.files import listed, shown
+from igpt_fast.files import listed, printable, shown
 from igpt_fast.learning.sources.protocol import (
     MAX_FILE,
     Classes,
@@ -68,6 +68,10 @@ class Table:
             _image_column(table)
         return cls(path, tables, counts, np.arange(sum(counts)))
 
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in self.places]
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -88,19 +92,35 @@ class Table:
 
     def classes(self) -> Classes:
         values: list[Any] = []
-        names: list[str] = []
+        meant: dict[Path, tuple[str, list[str]]] = {}
         for table, count in zip(self.tables, self.counts, strict=True):
-            schema = _schema(table)
-            features = _features(schema)
-            own = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
-            column = next((name for name in (*own, *_LABELS) if name in schema.names), None)
-            if column is None:
-                raise ValueError(f"{table}: has no labels: its columns are {listed(schema.names)}")
-            values += _cells(table, column, np.arange(count))
-            given = features.get(column, {}).get("names")
-            names = given if isinstance(given, list) and all(isinstance(name, str) for name in given) else names
+            if count:
+                cells, column, names = _labels(table, count)
+                values += cells
+                meant[table] = column, names
+        first, *others = meant
+        for table in others:
+            if meant[table] != meant[first]:
+                column, names = meant[table]
+                told = f"column {printable(column)} with {listed(names) if names else 'no names'}"
+                raise ValueError(f"{table}: has other classes than {first.name}: {told}")
         found = classes_of_values(self.path, values, [str(place) for place in range(len(values))])
-        return check_labels(self.path, Classes(found.labels, names or found.names))
+        return check_labels(self.path, Classes(found.labels, meant[first][1] or found.names))
+
+
+def _labels(table: Path, count: int) -> tuple[list[Any], str, list[str]]:
+    """The cells of the column of labels, its name, and the names of the classes, if the cells are their numbers."""
+    schema = _schema(table)
+    features = _features(schema)
+    own = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
+    column = next((name for name in (*own, *_LABELS) if name in schema.names), None)
+    if column is None:
+        raise ValueError(f"{table}: has no labels: its columns are {listed(schema.names)}")
+    cells = list(_cells(table, column, np.arange(count)))
+    given = features.get(column, {}).get("names")
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or isinstance(cells[0], str):
+        given = []
+    return cells, column, given
 
 
 def _content(cell: Any) -> Content:
@@ -145,7 +165,7 @@ def _features(schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _is_arrow(table: Path) -> bool:
-    return table.suffix == ".arrow"
+    return table.suffix.lower() == ".arrow"
 
 
 def _named(table: Path, error: BaseException) -> ValueError:

@@ -130,6 +130,21 @@ def test_nothing_but_what_is_asked_for_is_written() -> None:
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_that_of_means(dtype: torch.dtype) -> None:
+    model = small()
+    tokens = ids(model, 2, 40)
+    want = forwards.run(model, tokens, Taken([1], 2, True, 4, False))
+    torch.set_default_dtype(dtype)
+    try:
+        got = forwards.run(model, tokens, Taken([1], 2, True, 4, False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert want is not None
+    assert got is not None
+    assert torch.equal(got.taken, want.taken)
+
+
 @pytest.mark.clock
 def test_a_layer_costs_its_part_of_the_pass() -> None:
     model = small(n_layer=8, n_embd=256, n_head=4, n_positions=128)
