@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GRID = tuple(10.0**power for power in range(-4, 3))  # of C: DINOv2's 1e-6..1e5, thinned
+GRID = tuple(10.0**power for power in range(-4, 5))  # of C: DINOv2's 1e-6..1e5, thinned and cut
 FIXED_C = 1.0  # of one image a class, which leaves none to choose on
 NEIGHBOURS = (1, 5, 20, 100, 200)
 TEMPERATURE = 0.07  # of the votes, as in DINOv2
@@ -35,13 +35,14 @@ class Reading(NamedTuple):
         accuracy: Of test, 0..1.
         validation: Of the part of train that its setting was chosen on; ``None`` without one.
         setting: C, or the number of neighbours.
-        converged: Whether every fit that it stands on did.
+        converged: Whether every fit that it stands on did: those of the setting, and the last; ``None`` where there is
+            nothing that tells.
     """
 
     accuracy: float
     validation: float | None
     setting: float
-    converged: bool
+    converged: bool | None
 
 
 def need_sklearn(what: str) -> None:
@@ -64,19 +65,25 @@ def one_thread() -> Iterator[None]:
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, F) float32 of mean 0 and deviation 1 over train; a feature that is the same everywhere becomes 0."""
+    mean, scale = standard(train)
+    return (train - mean) * scale, (test - mean) * scale
+
+
+def standard(train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(F,) float32 each: what is taken off features, and what they are multiplied by then."""
     mean = train.mean(axis=0, dtype=np.float64)
     deviation = train.std(axis=0, dtype=np.float64)
     constant = deviation <= 1e-6 * np.abs(mean)
     scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)).astype(np.float32)
-    return (train - mean.astype(np.float32)) * scale, (test - mean.astype(np.float32)) * scale
+    return mean.astype(np.float32), scale
 
 
 def splits(labels: np.ndarray, seed: int) -> list[Split]:
-    """(fitted on, chosen on) parts of train, stratified: one with a tenth of it, or five folds where it has up to 500
-    images; none where a class has a single image."""
+    """(fitted on, chosen on) parts of train, stratified: one with a tenth of it, or up to five folds where it has up to
+    500 images. A single image of a class is always fitted on; no parts where every class has a single one."""
     counts = np.bincount(labels)
-    least = int(counts[counts > 0].min())
-    if least < 2:
+    several = counts > 1
+    if not several.any():
         return []
     rng = np.random.default_rng((seed, 5))
     place = np.empty(len(labels), dtype=np.int64)  # of each image among those of its class, by chance
@@ -84,10 +91,11 @@ def splits(labels: np.ndarray, seed: int) -> list[Split]:
         own = np.flatnonzero(labels == label)
         place[own] = rng.permutation(len(own))
     if len(labels) <= _FEW:
-        folds = min(FOLDS, least)
+        folds = min(FOLDS, int(counts[several].min()))
         parts = [place % folds == fold for fold in range(folds)]
     else:
         parts = [place < np.maximum(1, np.rint(CHECKED * counts))[labels]]
+    parts = [part & several[labels] for part in parts]
     return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts]
 
 
@@ -103,32 +111,43 @@ def logistic(
         labels, test_labels: (N,) integers.
         seed: Of the splits.
     """
-    parts = splits(labels, seed)
     with one_thread():
-        c, validation = (FIXED_C, None) if not parts else _choose_c(train, labels, parts)
-        model, converged = _fitted(_regression(), c, train, labels)
+        model, reading = regression(train, labels, seed)
         accuracy = float((model.predict(test) == test_labels).mean())
-    return Reading(accuracy, validation, c, converged)
+    return reading._replace(accuracy=accuracy)
 
 
-def _choose_c(train: np.ndarray, labels: np.ndarray, parts: Sequence[Split]) -> tuple[float, float]:
-    """The smallest C of the highest accuracy on the parts, and that accuracy."""
+def regression(train: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Any, Reading]:
+    """The model of ``logistic``, and what is known of it without test: its accuracy there is NaN."""
+    parts = splits(labels, seed)
+    c, validation, before = _choose_c(train, labels, parts) if parts else (FIXED_C, None, True)
+    model, converged = fitted(c, train, labels)
+    return model, Reading(float("nan"), validation, c, before and converged)
+
+
+def fitted(c: float, train: np.ndarray, labels: np.ndarray) -> tuple[Any, bool]:
+    """A logistic regression, and whether it has converged."""
+    return _fitted(_regression(), c, train, labels)
+
+
+def _choose_c(train: np.ndarray, labels: np.ndarray, parts: Sequence[Split]) -> tuple[float, float, bool]:
+    """The smallest C of the highest accuracy on the parts, that accuracy, and whether its fits have converged."""
     models = [_regression() for _ in parts]
-    sizes = [train[fitted] for fitted, _ in parts]
-    best, chosen, worse = -1.0, GRID[0], 0
+    sizes = [train[own] for own, _ in parts]
+    best, worse = (GRID[0], -1.0, True), 0
     for c in GRID:
-        right = 0
-        for i, (fitted, checked) in enumerate(parts):
-            models[i], _ = _fitted(models[i], c, sizes[i], labels[fitted])
+        right, converged = 0, True
+        for i, (own, checked) in enumerate(parts):
+            models[i], reached = _fitted(models[i], c, sizes[i], labels[own])
             right += int((models[i].predict(train[checked]) == labels[checked]).sum())
+            converged = converged and reached
         accuracy = right / sum(len(checked) for _, checked in parts)
-        if accuracy > best:
-            best, chosen, worse = accuracy, c, 0
-        elif accuracy < best:
-            worse += 1
-            if worse == _PATIENCE:
-                break
-    return chosen, best
+        worse = worse + 1 if accuracy < best[1] else 0
+        if accuracy > best[1]:
+            best = (c, accuracy, converged)
+        elif worse == _PATIENCE:
+            break
+    return best
 
 
 def _regression() -> Any:
@@ -163,7 +182,7 @@ def neighbours(
     points, queries = (torch.nn.functional.normalize(torch.from_numpy(item)) for item in (train, test))
     own = torch.from_numpy(labels)
     if not parts:
-        return Reading(_share(_votes(points, own, queries, (1,))[0], test_labels), None, 1, True)
+        return Reading(_share(_votes(points, own, queries, (1,))[0], test_labels), None, 1, None)
     counts = [k for k in NEIGHBOURS if k <= min(len(fitted) for fitted, _ in parts)]
     right = np.zeros(len(counts))
     for fitted, checked in parts:
@@ -172,7 +191,7 @@ def neighbours(
     best = int(right.argmax())
     votes = _votes(points, own, queries, (counts[best],))[0]
     validation = float(right[best] / sum(len(checked) for _, checked in parts))
-    return Reading(_share(votes, test_labels), validation, counts[best], True)
+    return Reading(_share(votes, test_labels), validation, counts[best], None)
 
 
 def _share(votes: np.ndarray, labels: np.ndarray) -> float:

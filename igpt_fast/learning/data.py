@@ -70,24 +70,24 @@ class ImageSet:
 
     def train_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """See ``objectives.protocol.Data``."""
-        return self._at(self._places[0][torch.as_tensor(indices, dtype=torch.int64)])
+        return self.at(self._places[0][torch.as_tensor(indices, dtype=torch.int64)])
 
     def heldout_batches(self, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor | None]]:
         """See ``objectives.protocol.Data``."""
-        return map(self._at, self._places[1].split(batch_size) if self.n_heldout else ())
+        return map(self.at, self._places[1].split(batch_size) if self.n_heldout else ())
 
     def fingerprint(self) -> str:
         """See ``objectives.protocol.Data``."""
         raise NotImplementedError
 
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, T) int64 tokens of the images at these places, and their labels."""
         raise NotImplementedError
 
     def in_memory(self, most: int) -> TokenData:
         """At most so many images to train on, and a quarter as many held-out ones, spread evenly; without classes."""
         parts = [_spread(places, count) for places, count in zip(self._places, (most, most // 4), strict=True)]
-        tokens = self._at(torch.cat(parts))[0]
+        tokens = self.at(torch.cat(parts))[0]
         heldout = torch.arange(len(tokens)) >= len(parts[0])
         return TokenData(tokens, self.tokenizer.clusters, heldout, tokenizer=self.tokenizer)
 
@@ -140,7 +140,7 @@ class TokenData(ImageSet):
         elif self.class_names:
             raise ValueError("there are class_names, and no labels")
 
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.tokens[places].long(), None if self.labels is None else self.labels[places]
 
     def in_memory(self, most: int) -> TokenData:

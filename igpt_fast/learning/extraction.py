@@ -79,8 +79,30 @@ def check_layers(layers: str | int | Sequence[int] | None, n_layer: int) -> list
     return found
 
 
-def check_tokens(tokens: Any, config: Any) -> Tensor:
+def check_concat(concat: int, layers: Sequence[int]) -> int:
+    """How many of the layers are put side by side: 0, or 2 and more; ``ValueError`` else."""
+    if whole_number("concat", concat, 0, len(layers)) == 1:
+        raise ValueError("concat is 1; want 2 layers or more, or 0 for none")
+    return concat
+
+
+def check_bands(bands: int, config: Any, pool: str | None = "mean") -> int:
+    """Into how many bands an image is cut; ``ValueError`` where that does not divide its positions, or nothing is
+    pooled."""
+    if config.n_positions % whole_number("bands", bands):
+        raise ValueError(f"bands is {bands}; want a number that divides the {config.n_positions} positions")
+    if bands != 1 and pool is None:
+        raise ValueError(f"bands is {bands}, and nothing is pooled; want 1")
+    return bands
+
+
+def check_tokens(tokens: Any, config: Any, shorter: bool = False) -> Tensor:
     """Images as tokens that a network can be fed: (N, T) of their own integer type.
+
+    Args:
+        tokens: Of anything.
+        config: The network's.
+        shorter: Whether parts of images will do, their first positions.
 
     Raises:
         TypeError: Neither array nor tensor.
@@ -91,8 +113,9 @@ def check_tokens(tokens: Any, config: Any) -> Tensor:
     array = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else tokens
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         raise ValueError(f"tokens must be (N, T) integers, N and T at least 1, got {array.shape} {array.dtype}")
-    if array.shape[1] > config.n_positions:
-        raise ValueError(f"tokens are {array.shape[1]} an image; the model takes {config.n_positions} at most")
+    length, wanted = array.shape[1], config.n_positions
+    if length > wanted or (length < wanted and not shorter):
+        raise ValueError(f"tokens are {length} an image; the model takes {wanted}{' at most' if shorter else ''}")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= config.n_colours:
         raise ValueError(f"token {low if low < 0 else high} is not in 0..{config.n_colours - 1}, the model's colours")
@@ -175,9 +198,17 @@ def extract(
     numbers = check_layers(layers, model.config.n_layer)
     images = check_tokens(tokens, model.config)
     batch_size = whole_number("batch_size", batch_size)
-    found: np.ndarray | None = None
     how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": pool, "masks": masks, "batch_size": batch_size}
-    for part, batch in feature_batches(model, images, numbers, **how):
+    return collect(model, images, numbers, progress, **how)
+
+
+def collect(
+    model: Any, images: Tensor, layers: Sequence[int], progress: Progress | None = None, **how: Any
+) -> np.ndarray:
+    """As ``extract``, of what has been checked, by ``check_tokens`` and ``check_layers``; ``how`` as of
+    ``feature_batches``."""
+    found: np.ndarray | None = None
+    for part, batch in feature_batches(model, images, layers, **how):
         if found is None:
             found = np.empty((len(images), *batch.shape[1:]), dtype=np.float32)
         found[part] = batch.cpu().numpy()

@@ -69,7 +69,8 @@ class FeatureRun:
 
     def manifest(self) -> dict[str, Any]:
         """What the parts depend on."""
-        settings = {"layers": list(self.layers), "sos": self.sos, "bands": self.bands, "pool": self.pool}
+        sos = self.sos and not self.model.config.bidirectional
+        settings = {"layers": list(self.layers), "sos": sos, "bands": self.bands, "pool": self.pool}
         settings["masks"] = check_masks(self.masks, self.model.config)
         settings |= {"images": len(self.source), "parts": len(self.parts)}
         return {"format": 1, "model": self.model_hash, "data": self.source.fingerprint(), "settings": settings}
@@ -274,6 +275,8 @@ def _write_parquet(path: Path, run: FeatureRun, folder: Path, kept: np.ndarray) 
     schema = pa.schema(fields, metadata={"igpt_fast": _about(run)})
     if "labels" in columns:
         columns["labels"] = np.array(list(run.source.class_names))[columns["labels"]]
+    if "names" in columns:
+        columns["names"] = np.array([_utf8(name) for name in columns["names"].tolist()])
     with pq.ParquetWriter(path, schema) as writer:
         for number, part in enumerate(run.parts):
             selected = kept[part.start : part.stop]
@@ -285,6 +288,11 @@ def _write_parquet(path: Path, run: FeatureRun, folder: Path, kept: np.ndarray) 
                 flat = pa.array(np.ascontiguousarray(rows[selected, i]).reshape(-1))
                 found.append(pa.FixedSizeListArray.from_arrays(flat, run.shape[1]))
             writer.write_table(pa.table(found, schema=schema))
+
+
+def _utf8(name: str) -> str:
+    """The name of a file as text, a byte that is none as ``\\xff``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def abandon(out: Path) -> None:

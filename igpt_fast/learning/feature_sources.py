@@ -1,4 +1,4 @@
-"""What features are made of: a folder of pictures, read a part at a time, or a token file."""
+"""What features are made of: a folder of pictures, read a part at a time, or a token file, or shards of tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from igpt_fast.files import first_line
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image, quantize, resize
 from igpt_fast.image.folders import find_images
-from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.data import ImageSet, load_tokens
 from igpt_fast.learning.folders import _classes_of
+from igpt_fast.learning.shards import ShardData, has_labels
 
 
 class Source(Protocol):
@@ -74,8 +75,11 @@ class Pictures:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes and times of the files, so that none of them has to be read."""
-        digest = hashlib.sha256()
+        """SHA-256 of names, sizes and times of the files, so that none of them has to be read, and of how they are."""
+        how, clusters = self._processor, self._processor.clusters
+        assert clusters is not None
+        digest = hashlib.sha256(f"{how.height} {how.width} {self._skip} {clusters.dtype} {clusters.shape}".encode())
+        digest.update(clusters.tobytes())
         for name, path in zip(self.names, self.paths, strict=True):
             about = path.stat()
             digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
@@ -109,42 +113,49 @@ class Pictures:
 
 
 class TokenImages:
-    """The images of a token file, all readable."""
+    """The images of a token file or of shards, all readable."""
 
-    def __init__(self, data: TokenData) -> None:
+    def __init__(self, data: ImageSet) -> None:
         self.data = data
         self.names: Sequence[str] = ()
         self.labels, self.class_names = data.labels, data.class_names
 
     def __len__(self) -> int:
-        return len(self.data.tokens)
+        return len(self.data.heldout)
 
     def fingerprint(self) -> str:
-        """See ``TokenData``."""
+        """See ``ImageSet``."""
         return self.data.fingerprint()
 
     def tokens(self, part: range) -> tuple[np.ndarray, Tensor]:
         """See ``Source``."""
-        return np.ones(len(part), dtype=bool), self.data.tokens[part.start : part.stop]
+        return np.ones(len(part), dtype=bool), self.data.at(torch.arange(part.start, part.stop))[0]
 
 
-def check_palette(path: str | os.PathLike[str], data: TokenData, processor: Any, model: Any) -> None:
+def open_tokens(path: Path) -> ImageSet:
+    """The images of a token file or of shards, with their classes, if they have any."""
+    classes = has_labels(path)
+    return ShardData(path, classes=classes) if path.is_dir() else load_tokens(path, classes=classes)
+
+
+def check_palette(path: str | os.PathLike[str], data: ImageSet, processor: Any, model: Any) -> None:
     """Fails where the tokens of a file are not those of a model; of codes that are no colours their number is all there
     is to compare, and ``processor`` may be ``None``.
 
     Raises:
         ValueError: Another number of colours, other colours, or other pixels.
     """
-    if data.tokens.shape[1] != model.config.n_positions:
-        size = f"{data.tokens.shape[1]} tokens an image, the model {model.config.n_positions}"
+    clusters = data.tokenizer.clusters
+    if data.tokenizer.length != model.config.n_positions:
+        size = f"{data.tokenizer.length} tokens an image, the model {model.config.n_positions}"
         raise ValueError(f"{path}: has {size}")
-    if data.clusters is None:
+    if clusters is None:
         if data.vocabulary != model.config.n_colours:
             raise ValueError(f"{path}: has {data.vocabulary} codes, the model {model.config.n_colours}")
         return
     theirs = processor.clusters
-    if theirs is None or data.clusters.shape != theirs.shape:
+    if theirs is None or clusters.shape != theirs.shape:
         have = "none" if theirs is None else len(theirs)
-        raise ValueError(f"{path}: has a palette of {len(data.clusters)} colours, the model {have}")
-    if not np.allclose(data.clusters, theirs, rtol=0.0, atol=1e-6):
+        raise ValueError(f"{path}: has a palette of {len(clusters)} colours, the model {have}")
+    if not np.allclose(clusters, theirs, rtol=0.0, atol=1e-6):
         raise ValueError(f"{path}: its palette has other colours than the model's: its tokens mean something else")

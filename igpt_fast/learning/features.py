@@ -11,7 +11,7 @@ from torch import Tensor
 
 from igpt_fast.checks import whole_number
 from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image, resize, to_pil
-from igpt_fast.learning.extraction import check_masks, check_tokens, extract, load_network
+from igpt_fast.learning.extraction import check_masks, check_tokens, collect, load_network
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -100,9 +100,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """
         check_is_fitted(self, "model_")
         tokens = self._tokens(X, reset=False)
-        how: dict[str, Any] = {"sos": self.sos, "bands": self.bands, "batch_size": self.batch_size}
-        how["masks"] = self.masks
-        return extract(self.model_, tokens, [self.layer], **how)[:, 0]
+        how: dict[str, Any] = {"sos": self.sos, "bands": self.bands, "masks": self.masks}
+        how["batch_size"] = whole_number("batch_size", self.batch_size)
+        return collect(self.model_, tokens, [self.layer], **how)[:, 0]
 
     def _load(self) -> tuple[Any, ImageGPTImageProcessor | None]:
         if not isinstance(self.model, str | os.PathLike):
@@ -133,7 +133,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             raise ValueError("ImageGPTFeatures: tokens must be integers; pictures are (N, H, W, 3) uint8, or a list")
         if whole.min() < 0:
             raise ValueError("Negative values in data passed to ImageGPTFeatures: tokens are the numbers of colours")
-        return check_tokens(whole, self.model_.config)
+        return check_tokens(whole, self.model_.config, shorter=True)
 
 
 def _are_pictures(images: Any) -> bool:

@@ -80,7 +80,7 @@ class FolderData(ImageSet):
         """Pictures that have been read."""
         return int((self._state > 0).sum())
 
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         self._read(places.numpy())
         found = torch.tensor([self._readable(place) for place in places.tolist()], dtype=torch.int64)
         tokens = torch.from_numpy(self._tokens[found.numpy()].astype(np.int64))

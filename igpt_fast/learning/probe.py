@@ -30,7 +30,15 @@ from igpt_fast.learning.classifiers import (
     neighbours,
     standardised,
 )
-from igpt_fast.learning.extraction import check_layers, check_masks, check_tokens, extract, random_twin
+from igpt_fast.learning.extraction import (
+    check_bands,
+    check_concat,
+    check_layers,
+    check_masks,
+    check_tokens,
+    extract,
+    random_twin,
+)
 from igpt_fast.learning.probe_result import ProbeResult, ProbeRow
 
 SHOTS = (1, 10, 100)
@@ -104,7 +112,7 @@ def probe(
         concat: So many layers that follow each other as one feature, around the one that does best on a part of
             train; 0: none.
         attentive: A learned query that attends to all positions, in place of their mean, of the layer that does best on
-            a part of train; see ``attentive`` for what it costs.
+            a part of train; see ``attentive`` for how it learns, and what it costs.
         sos: Feed SOS, as the model was trained; see ``extraction.fed``.
         bands: Horizontal bands whose means stand side by side.
         masks: Of a bidirectional model: how many masks each image is seen under, and their mean is the feature, which
@@ -117,21 +125,23 @@ def probe(
         FloatingPointError: A feature is not finite.
         ImportError: scikit-learn is not installed.
         TypeError, ValueError: Images, labels or a setting that make no sense; classes that train and test do not share,
-            a single one, or one with fewer images than ``shots``.
+            a single one, or one with fewer images than ``shots``; a layer that is to be chosen where every class has a
+            single image; test that is train.
 
     Warns:
         UserWarning: Logistic regressions that have not converged; their rows say so too.
     """
     need_sklearn("probe")
     numbers = check_layers(layers, model.config.n_layer)
-    concat = whole_number("concat", concat, 0, len(numbers))
-    if concat == 1:
-        raise ValueError("concat is 1; want 2 layers or more, or 0 for none")
+    concat, bands = check_concat(concat, numbers), check_bands(bands, model.config)
     tries, batch_size = whole_number("tries", tries, 1, 1000), whole_number("batch_size", batch_size)
     seed = whole_number("seed", seed, 0, (1 << 32) - 1)
     masks = check_masks(masks, model.config)
     names, sets = _sets(train, test, model.config, clusters)
     few = _shots(shots, sets[0].labels, names)
+    if ((attentive and len(numbers) > 1) or 0 < concat < len(numbers)) and np.bincount(sets[0].labels).max() == 1:
+        what = "concat and attentive take the layer that does best on a part of train"
+        raise ValueError(f"{what}, and every class has a single image; give one layer")
     plan = _Plan(numbers, few, tries, knn, concat, attentive, sos, bands, masks, batch_size, seed)
     rows: list[ProbeRow] = []
     for kind in ("model", "random"):
@@ -139,7 +149,9 @@ def probe(
         rows += _network(kind, network, sets, plan, progress or _silent)
     rows = [*_rows("raw", None, sets[0].pixels, sets[1].pixels, sets, plan), *rows]
     _warn(rows)
-    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed, masks)
+    sos = sos and not model.config.bidirectional
+    known = _known(sets)
+    return ProbeResult(tuple(rows), tuple(map(str, names)), model.config.n_layer, sos, bands, tries, seed, masks, known)
 
 
 def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> list[ProbeRow]:
@@ -161,11 +173,13 @@ def _network(kind: str, model: Any, sets: _Sets, plan: _Plan, say: Progress) -> 
     say(f"{kind}: layers", len(plan.layers), len(plan.layers))
     if plan.attentive:
         layer = _best_layer(rows)
-        given = [(item.tokens, item.labels) for item in sets]
+        given = ((sets[0].tokens, sets[0].labels), (sets[1].tokens, sets[1].labels))
+        bands = found[0][:, plan.layers.index(layer)].reshape(len(found[0]), plan.bands, -1)
         reading = attentive_probe(
             model,
             layer,
             *given,
+            bands.mean(axis=1),
             sos=plan.sos,
             masks=plan.masks,
             batch_size=plan.batch_size,
@@ -193,15 +207,21 @@ def _sets(train: Images, test: Images, config: Any, clusters: Any) -> tuple[np.n
     if fewer := set(names.tolist()) - set(given[1].tolist()):
         raise ValueError(f"test has no image of classes that train has: {listed(map(str, fewer))}")
     images = [_images(name, item[0], config, clusters) for name, item in (("train", train), ("test", test))]
-    if images[0][0].shape[1] != images[1][0].shape[1]:
-        sizes = " and ".join(str(item[0].shape[1]) for item in images)
-        raise ValueError(f"the images of train and test have {sizes} pixels")
+    if all(np.array_equal(*pair) for pair in (*zip(*images, strict=True), given)):
+        raise ValueError("the images of test are those of train: there is nothing to find out")
     grey = all(bool((pixels == pixels[..., :1]).all()) for _, pixels in images)
     sets = [
         _Set(tokens, _flat(pixels[..., :1] if grey else pixels), np.searchsorted(names, labels))
         for (tokens, pixels), labels in zip(images, given, strict=True)
     ]
     return names, (sets[0], sets[1])
+
+
+def _known(sets: _Sets) -> int:
+    """How many images of test are images of train, by their tokens."""
+    train, test = ([hash(row.tobytes()) for row in item.tokens.numpy().astype(np.int32)] for item in sets)
+    seen = set(train)
+    return sum(image in seen for image in test)
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:
@@ -287,7 +307,7 @@ def _few(kind: str, layer: Any, n: int, readings: list[Reading], sets: _Sets) ->
     c = float(np.median([reading.setting for reading in readings]))
     known = [reading.validation for reading in readings if reading.validation is not None]
     validation = float(np.mean(known)) if known else None
-    converged = all(reading.converged for reading in readings)
+    converged = all(reading.converged is not False for reading in readings)
     counts = n * len(np.unique(sets[0].labels)), len(sets[1].labels)
     return ProbeRow(kind, layer, "logistic", n, float(right.mean()), std, c, None, validation, converged, *counts)
 
@@ -295,7 +315,7 @@ def _few(kind: str, layer: Any, n: int, readings: list[Reading], sets: _Sets) ->
 def _best_layer(rows: Sequence[ProbeRow]) -> int:
     """The single layer whose logistic regression does best on the part of train."""
     full = [row for row in rows if row.method == "logistic" and row.shots is None and isinstance(row.layer, int)]
-    best = max(full, key=lambda row: row.validation or 0.0)
+    best = max(full, key=lambda row: -1.0 if row.validation is None else row.validation)
     assert isinstance(best.layer, int)
     return best.layer
 
@@ -307,7 +327,7 @@ def _window(rows: Sequence[ProbeRow], numbers: Sequence[int], width: int) -> sli
 
 
 def _warn(rows: Sequence[ProbeRow]) -> None:
-    if failed := [row for row in rows if not row.converged]:
+    if failed := [row for row in rows if row.converged is False]:
         which = listed((f"{row.kind} {row.layer_text}".strip() for row in failed), 4)
         what = f"{len(failed)} of {len(rows)} rows stand on a logistic regression that has not converged"
         warnings.warn(f"probe: {what} in {MAX_ITER} iterations: {which}", stacklevel=3)

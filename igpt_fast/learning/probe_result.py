@@ -26,10 +26,12 @@ class ProbeRow:
         shots: Images of each class that were learned from; ``None``: all.
         accuracy: Of test, 0..1; the mean of the tries.
         std: Standard deviation of the tries; ``None`` where there was one.
-        C: Of a logistic regression, as it was chosen; the median of the tries.
+        C: Of a logistic regression, as it was chosen; the median of the tries. At the end of ``classifiers.GRID``
+            another one might do better.
         k: Nearest neighbours, as they were chosen.
-        validation: Accuracy on the part of train that C or k was chosen on, if there was one.
-        converged: Whether all of its fits did.
+        validation: Accuracy on the part of train that C, k, or the steps of an attentive probe, were chosen on, if
+            there was one.
+        converged: Whether all of its fits did; ``None`` of other methods than logistic.
         n_train, n_test: Images.
     """
 
@@ -42,7 +44,7 @@ class ProbeRow:
     C: float | None
     k: int | None
     validation: float | None
-    converged: bool
+    converged: bool | None
     n_train: int
     n_test: int
 
@@ -67,6 +69,7 @@ class ProbeResult:
     tries: int
     seed: int
     masks: int = 0  # that images were seen under by a bidirectional model
+    known: int = 0  # images of test that, token by token, are images of train
 
     def best(
         self, kind: str = "model", *, method: str = "logistic", shots: int | None = None, concat: bool = False
@@ -111,7 +114,9 @@ class ProbeResult:
         told.append(f"{len(self.classes)} classes, {all_.n_train} images of train, {all_.n_test} of test")
         if self.masks:
             told.append(f"features are the mean over {self.masks} masks of each image")
-        if not all(row.converged for row in self.rows):
+        if self.known:
+            told.append(f"{self.known} of the images of test are images of train, too")
+        if any(row.converged is False for row in self.rows):
             told.append("* a logistic regression that has not converged")
         return "\n".join(told)
 
@@ -173,7 +178,7 @@ def _cell(row: ProbeRow | None) -> str:
     if row is None:
         return ""
     spread = "" if row.std is None else f" +- {row.std:.3f}"
-    return f"{row.accuracy:.3f}{spread}{'' if row.converged else '*'}"
+    return f"{row.accuracy:.3f}{spread}{'*' if row.converged is False else ''}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -267,7 +267,7 @@ class ShardData(ImageSet):
         threading.Thread(target=compare, daemon=True).start()
         return future
 
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         at = places.numpy()
         numbers = np.searchsorted(self._starts, at, side="right") - 1
         if self._hashing.done():

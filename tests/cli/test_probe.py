@@ -13,7 +13,9 @@ from small_models import small
 from igpt_fast import ImageGPTImageProcessor
 from igpt_fast.cli.main import main
 from igpt_fast.files import BUNDLED
+from igpt_fast.learning import attentive
 from igpt_fast.learning.data import TokenData, save_tokens
+from igpt_fast.learning.shards import ShardData
 from igpt_fast.learning.tokenizers import CodeTokenizer
 
 COLOURS = 6
@@ -48,7 +50,10 @@ def folder_of(data: TokenData, folder: Path) -> None:
         picture.save(path)
 
 
-def test_a_token_file(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_file(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attentive, "STEPS", 20)
     save_tokens(dataset(), tmp_path / "d.npz")
     out, plot = tmp_path / "p.json", tmp_path / "p.png"
     more = ("--shots", "5", "--tries", "2", "--knn", "--concat", "2", "--attentive", "--out", out, "--plot", plot)
@@ -108,6 +113,11 @@ def test_emoji_are_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("{data}", "--test", "{others}"), 1, "test has images of classes that train has not: cat"),
         (("{others}", "--test", "{data}"), 1, "test has no image of classes that train has: cat"),
         (("{single}",), 1, "train has a single class, ant"),
+        (("{data}", "--test", "{data}"), 2, "--test {data}: is what is trained on"),
+        (("{data}", "--test", "{again}"), 1, "the images of test are those of train"),
+        (("{data}", "--concat", "1"), 2, "--concat is 1; want 2 layers or more"),
+        (("{data}", "--layers", "1", "--concat", "2"), 2, "--concat is 2; want an integer in 0..1"),
+        (("{data}", "--bands", "5"), 2, "--bands is 5; want a number that divides the 16"),
         (("{codes}",), 1, "codes.npz: its tokens are no colours, and a probe stands beside raw pixels"),
         (("{data}", "--shots", "33"), 1, "shots are 33 images a class, and class 'ant' has 32"),
         (("{data}", "--shots", "0"), 2, "--shots is '0'"),
@@ -128,9 +138,13 @@ def test_emoji_are_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_mistakes(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, reason: str
 ) -> None:
-    paths = {name: tmp_path / f"{name}.npz" for name in ("data", "plain", "others", "single", "codes")}
+    paths = {name: tmp_path / f"{name}.npz" for name in ("data", "plain", "others", "single", "codes", "again")}
     paths |= {name: tmp_path / name for name in ("empty", "loose")}
-    save_tokens(dataset(), paths["data"])
+    whole = dataset()
+    if "{again}" in args:
+        whole.heldout[:] = False
+        save_tokens(whole, paths["again"])
+    save_tokens(whole, paths["data"])
     save_tokens(TokenData(dataset().tokens, CLUSTERS, dataset().heldout), paths["plain"])
     save_tokens(dataset(names=("ant", "bee", "cat")), paths["others"])
     save_tokens(dataset(names=("ant",)), paths["single"])
@@ -141,9 +155,44 @@ def test_mistakes(
     assert run(*(word.format(**paths) for word in args), "--model", model) == code
     captured = capsys.readouterr()
     assert captured.err.startswith("igpt probe: ")
-    assert reason in captured.err
+    assert reason.format(**paths) in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_shards(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a directory of pictures give what its token file gives."""
+    folder_of(dataset(), tmp_path / "p")
+    assert (
+        main(["tokenize", str(tmp_path / "p"), "--model", str(model), "--classes", "--out", str(tmp_path / "s")]) == 0
+    )
+    shards = ShardData(tmp_path / "s", classes=True)
+    tokens, labels = shards.at(torch.arange(80))
+    save_tokens(
+        TokenData(tokens, CLUSTERS, shards.heldout, labels=labels, class_names=shards.class_names), tmp_path / "d.npz"
+    )
+    capsys.readouterr()
+    found = []
+    for data in ("s", "d.npz"):
+        assert run(tmp_path / data, "--model", model, "--shots", "none", "--layers", "1", "--json") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert run(tmp_path / "s", "--model", model, "--holdout", "0.5") == 2
+    for data in ("s", "d.npz"):
+        out = str(tmp_path / f"{data}.f.npz")
+        command = ["features", str(tmp_path / data), "--model", str(model), "--out", out, "--device", "cpu"]
+        assert main(command) == 0
+    with np.load(tmp_path / "s.f.npz") as one, np.load(tmp_path / "d.npz.f.npz") as other:
+        assert all(np.array_equal(one[name], other[name]) for name in ("layer_1", "labels", "heldout", "class_names"))
+
+
+def test_a_model_of_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no colours, and no file of them."""
+    small(vocab_size=COLOURS + 1, n_positions=16, n_embd=16).save_pretrained(tmp_path / "model")
+    codes = dataclasses.replace(dataset(), clusters=None, tokenizer=CodeTokenizer(COLOURS, 4, 4))
+    save_tokens(codes, tmp_path / "d.npz")
+    assert run(tmp_path / "d.npz", "--model", tmp_path / "model") == 1
+    assert "d.npz: its tokens are no colours, and a probe stands beside raw pixels" in capsys.readouterr().err
 
 
 def test_nothing_to_test_on(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

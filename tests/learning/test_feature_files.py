@@ -71,6 +71,42 @@ def test_a_file_has_what_is_in_memory(tmp_path: Path, pool: str | None) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.parquet"]
 
 
+def test_the_start_token_of_a_bidirectional_model() -> None:
+    """It is fed none, whatever was asked for."""
+    network = small(vocab_size=COLOURS + 1, n_positions=16, n_embd=16, bidirectional=True)
+    assert run(model=network, layers=[1]).manifest()["settings"]["sos"] is False
+    assert run().manifest()["settings"]["sos"] is True
+
+
+def test_pictures_that_are_read_otherwise_are_other_data(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    out = tmp_path / "a.npz"
+    begin(run(source=Pictures(tmp_path, PROCESSOR)), out)
+    make(run(source=Pictures(tmp_path, PROCESSOR)), out, [0], lambda done: None)
+    assert begin(run(source=Pictures(tmp_path, PROCESSOR)), out) == 4
+    turned = {"height": 2, "width": 8}
+    for processor in (ImageGPTImageProcessor(CLUSTERS[::-1].copy()), ImageGPTImageProcessor(CLUSTERS, size=turned)):
+        with pytest.raises(ValueError, match="it holds parts of other data"):
+            begin(run(source=Pictures(tmp_path, processor)), out)
+    with pytest.raises(ValueError, match="it holds parts of other data"):
+        begin(run(source=Pictures(tmp_path, PROCESSOR, skip_unreadable=True)), out)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for name in (b"\xff.png", "ä.png".encode()):
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+        os.rename(tmp_path / "a.png", os.fsencode(tmp_path / "p") + b"/" + name)
+    source = Pictures(tmp_path / "p", PROCESSOR)
+    assert whole(run(source=source), tmp_path / "a.parquet") == 2
+    names = pyarrow.parquet.read_table(tmp_path / "a.parquet")["name"].to_pylist()
+    assert sorted(names) == ["\\xff.png", "ä.png"]
+    assert whole(run(source=source), tmp_path / "a.npz") == 2
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["names"].tolist() == list(source.names)
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, straight = tmp_path / "a.npz", tmp_path / "b.npz"
     whole(run(), straight)

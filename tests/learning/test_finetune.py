@@ -323,6 +323,7 @@ def test_wrong_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([str(tmp_path / "empty.npz")], 1, "class 'nobody' has no image to train on"),
         ([str(file), "--holdout", "0.5"], 2, "--holdout, --skip-unreadable: only for a directory"),
         ([str(file), "--shots", "0"], 2, "--shots is 0"),
+        ([str(file), "--freeze-below", "99"], 2, "--freeze-below is 99; want 0..2"),
         ([str(file), "--resume", "--force"], 2, "give one of them"),
         ([str(file), "--resume"], 1, "d.npz: its colours"),
     ):

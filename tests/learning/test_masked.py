@@ -170,7 +170,7 @@ def test_vote_is_the_mean_over_masks() -> None:
 @pytest.mark.parametrize("masks", [None, 1, 0])
 def test_features_are_a_vote(masks: int | None) -> None:
     """Of as many masks as are asked for, five if nobody says; in batches of any size."""
-    model = bert()
+    model = bert(n_positions=12)
     tokens = images(model, 7)
     got = extract(model, tokens, [1, 2], masks=masks, batch_size=3)
     seen = [hide(model.config, tokens, mask) for mask in fixed_masks(tokens, 5 if masks is None else masks)] or [tokens]
@@ -182,7 +182,7 @@ def test_features_are_a_vote(masks: int | None) -> None:
 
 
 def test_masks_are_for_bidirectional_models() -> None:
-    model = small()
+    model = small(n_positions=12)
     tokens = ids(model, 8, 12) % 16
     assert np.array_equal(extract(model, tokens, masks=0), extract(model, tokens))
     for read in (
@@ -195,11 +195,18 @@ def test_masks_are_for_bidirectional_models() -> None:
 
 
 def test_probe_votes() -> None:
-    model = bert().float()
+    model = bert(n_positions=12).float()
     tokens = images(model, 40)
     labels = (tokens[:, 0] < 8).numpy().astype(np.int64)
     results = [
-        probe((tokens, labels), (tokens, labels), model, np.zeros((16, 3), np.float32), shots=[], masks=masks)
+        probe(
+            (tokens[:20], labels[:20]),
+            (tokens[20:], labels[20:]),
+            model,
+            np.zeros((16, 3), np.float32),
+            shots=[],
+            masks=masks,
+        )
         for masks in (None, 1)
     ]
     assert [result.masks for result in results] == [5, 1]

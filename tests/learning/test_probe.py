@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small_models import small
 
+from igpt_fast.learning import attentive as attentive_module
 from igpt_fast.learning import classifiers
 from igpt_fast.learning import probe as module
 from igpt_fast.learning.classifiers import logistic, neighbours, splits, standardised
@@ -52,7 +53,8 @@ def test_finds_what_is_there(found: ProbeResult) -> None:
     assert found.best().accuracy > ten.accuracy > one.accuracy > 0.4
     assert ten.std is not None
     assert (ten.n_train, one.n_train, found.best().n_train, ten.n_test) == (30, 3, 60, 120)
-    assert all(row.converged for row in found.rows)
+    assert {(row.method, row.converged) for row in found.rows} == {("logistic", True), ("knn", None)}
+    assert found.sos
 
 
 def test_raw_pixels_and_random_weights_are_always_there(found: ProbeResult) -> None:
@@ -119,21 +121,71 @@ def test_default_shots_are_those_that_every_class_has() -> None:
     assert {row.std for row in result.rows} == {None}
 
 
+def accuracies(train: Any, test: Any, network: Any, **how: Any) -> tuple[float, float, Any]:
+    """Of the logistic regression, of the attentive probe, and the row of this one, of the model."""
+    result = probe(train, test, network, CLUSTERS, shots=(), attentive=True, **how)
+    rows = {(row.kind, row.method): row for row in result.rows}
+    assert {kind for kind, method in rows if method == "attentive"} == {"model", "random"}
+    return rows["model", "logistic"].accuracy, rows["model", "attentive"].accuracy, rows["model", "attentive"]
+
+
 def test_the_attentive_probe_sees_what_the_mean_hides() -> None:
-    """The class is the colour of the brightest pixel's place, the same colours in every image: the mean says little."""
+    """The class is whether one pixel is bright, and all are noise: a mean over embeddings does not know which."""
     rng = np.random.default_rng(0)
-    labels = np.arange(480) % 2
-    tokens = np.stack([rng.permutation([5, *[0] * 15]) for _ in labels])
-    place = rng.integers(0, 8, len(labels)) + 8 * labels
-    tokens = np.where(np.arange(16) == place[:, None], 5, 0)
+    tokens = rng.integers(0, COLOURS, (1000, 16))
+    labels = (tokens[:, 5] >= COLOURS // 2).astype(int)
     network = model(n_embd=32)
-    result = probe((tokens[:400], labels[:400]), (tokens[400:], labels[400:]), network, CLUSTERS, layers=1, shots=(),
-                   attentive=True, batch_size=16)  # fmt: skip
-    rows = [row for row in result.rows if row.method == "attentive"]
-    assert [(row.kind, row.layer) for row in rows] == [("model", 1), ("random", 1)]
-    assert rows[0].accuracy > 0.95
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    logistic_, attentive, row = accuracies(
+        (tokens[:600], labels[:600]), (tokens[600:], labels[600:]), network, layers=0
+    )
+    assert logistic_ < 0.7
+    assert attentive > 0.9
+    assert row.layer == 0
+    assert (row.validation or 0.0) > 0.85
+    assert row.converged is None
     assert not network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_the_attentive_probe_is_no_worse_where_images_are_few() -> None:
+    """Digits, ten of a class."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    tokens = (pixels / 3).astype(int)  # 0..5
+    train, test = (tokens[:100], labels[:100]), (tokens[100:400], labels[100:400])
+    network = model(n_positions=64, n_embd=32, n_layer=1)
+    logistic_, attentive, _ = accuracies(train, test, network)
+    assert logistic_ > 0.3
+    assert attentive >= logistic_ - 0.05
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_attentive_probe_begins_as_the_logistic_regression(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly, where no step is worth it; features that are made again are those that were kept."""
+    monkeypatch.setattr(attentive_module, "_trained", lambda *args: iter(()))
+    tokens, labels = images(300, 0, 0.3)
+    train, test = (tokens[:60], labels[:60] % classes), (tokens[60:], labels[60:] % classes)
+    for kept in (1 << 28, 0):
+        monkeypatch.setattr(attentive_module, "_KEPT", kept)
+        logistic_, attentive, _ = accuracies(train, test, model(), layers=1)
+        assert attentive == pytest.approx(logistic_, abs=1e-6)
+
+
+def test_test_that_is_train() -> None:
+    with pytest.raises(ValueError, match="the images of test are those of train"):
+        probe(TRAIN, TRAIN, model(), CLUSTERS)
+    half = tuple(np.concatenate([a[:9], b[:20]]) for a, b in zip(TRAIN, TEST, strict=True))
+    result = probe(TRAIN, half, model(), CLUSTERS, layers=1, shots=())
+    assert result.known == 9
+    assert "9 of the images of test are images of train, too" in result.table()
+
+
+def test_a_bidirectional_model_has_no_sos() -> None:
+    network = model(bidirectional=True)
+    assert not probe(TRAIN, TEST, network, CLUSTERS, layers=1, shots=(), masks=1).sos
 
 
 # ---- What it is made of -------------------------------------------------------------------------------------
@@ -148,7 +200,43 @@ def test_splits_are_stratified_and_disjoint() -> None:
             assert set(labels[fitted]) == set(labels[checked]) == set(range(4))
     ((_, checked),) = splits(np.arange(1000) % 4, 0)
     assert np.bincount(np.arange(1000)[checked] % 4).tolist() == [25] * 4
-    assert splits(np.arange(5) % 4, 0) == []  # of three classes there is one image
+    assert splits(np.arange(4), 0) == []  # nothing could be both fitted and checked
+
+
+@pytest.mark.parametrize("n", [60, 600])
+def test_a_class_of_one_image_leaves_the_choices_to_the_others(n: int) -> None:
+    """It is fitted on, and never checked."""
+    labels = np.array([2, *np.arange(n - 1) % 2])
+    found = splits(labels, 0)
+    assert len(found) == (5 if n == 60 else 1)
+    for fitted, checked in found:
+        assert sorted([*fitted, *checked]) == list(range(n))
+        assert set(labels[fitted]) == {0, 1, 2}
+        assert set(labels[checked]) == {0, 1}
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(n, 8)).astype(np.float32)
+    assert logistic(features, labels, features, labels).validation is not None
+    assert neighbours(features, labels, features, labels).validation is not None
+
+
+def test_values_of_c_that_do_as_well_are_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that do worse, one after another, end the search; and what is told is how the fits of the chosen one went."""
+    right = dict(zip(classifiers.GRID, (5, 4, 5, 4, 9, 8, 7, 10), strict=False))
+    tried = []
+
+    class Model:
+        def predict(self, features: np.ndarray) -> np.ndarray:
+            return np.arange(10) >= right[tried[-1]]
+
+    def fitted(model: Any, c: float, features: Any, labels: Any) -> tuple[Any, bool]:
+        tried.append(c)
+        return Model(), c != classifiers.GRID[4]
+
+    monkeypatch.setattr(classifiers, "_fitted", fitted)
+    labels = np.zeros(10, int)
+    chosen = classifiers._choose_c(np.zeros((10, 1)), labels, [(np.arange(10), np.arange(10))])
+    assert chosen == (classifiers.GRID[4], 0.9, False)
+    assert len(tried) == 7
 
 
 def test_draws_have_so_many_of_each_class() -> None:
@@ -171,6 +259,15 @@ def test_standardised_by_train_alone() -> None:
     mean, std = train[:, 0].astype(np.float64).mean(), train[:, 0].astype(np.float64).std()
     np.testing.assert_allclose(other[:, 0], (test[:, 0] - mean) / std, rtol=1e-5, atol=1e-5)
     assert scaled.dtype == other.dtype == np.float32
+
+
+def test_a_constant_feature_is_nothing_to_the_attentive_probe() -> None:
+    """Rounding alone would be its deviation, and a millionfold what others are."""
+    features = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    features[:, 1] = 0.1 + np.float32(1e-8) * (np.arange(50) % 3)
+    mean, scale = classifiers.standard(features)
+    head = attentive_module.AttentivePooling(1, *map(torch.from_numpy, (mean, scale)), torch.eye(3), torch.zeros(3))
+    assert head(torch.from_numpy(features)[:, None])[:, 1].tolist() == [0.0] * 50
 
 
 def test_logistic_regression_is_scikit_learns_at_the_chosen_c() -> None:
@@ -286,7 +383,9 @@ def test_extras_that_are_missing_are_named(found: ProbeResult, tmp_path: Path, m
         ({"train": (TRAIN[0] + 3, TRAIN[1])}, r"images of train: token \d is not in 0\.\.5"),
         ({"train": (TRAIN[0].astype(float), TRAIN[1])}, r"images of train: tokens must be \(N, T\) integers"),
         ({"train": (np.tile(TRAIN[0], 2), TRAIN[1])}, "images of train: tokens are 32 an image; the model takes 16"),
-        ({"train": (TRAIN[0][:, :9], TRAIN[1])}, "images of train and test have 9 and 16 pixels"),
+        ({"train": (TRAIN[0][:, :9], TRAIN[1])}, "images of train: tokens are 9 an image; the model takes 16"),
+        ({"bands": 5}, "bands is 5; want a number that divides the 16 positions"),
+        ({"train": images(3, 0), "attentive": True}, "every class has a single image; give one layer"),
         ({"train": (np.zeros((60, 4, 4, 1), np.uint8), TRAIN[1])}, r"want \(N, H, W, 3\) uint8"),
         ({"clusters": CLUSTERS[:5]}, r"token 5 is not in 0\.\.4"),
     ],

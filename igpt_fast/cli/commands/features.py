@@ -45,7 +45,8 @@ def features(
     Under torchrun every process makes some of them. The same command goes on where one was interrupted.
 
     Args:
-        data: A directory of images, or a token file (.npz) in the model's colours, whose labels are taken along.
+        data: A directory of images, or a token file (.npz) or shards in the model's colours, whose labels are taken
+            along.
         out: The file to write: layer_4 and so on, (images, features) float32, with names, labels, and what they were
             made of. While it is made, finished parts stand beside it in a directory.
         model: Directory or hub id; the bundled emoji model if not given.
@@ -65,7 +66,6 @@ def features(
         force: Overwrite files, and begin anew where there are parts of something else.
     """
     checks.check_output(out, force, (".npz", ".parquet"))
-    checks.check_range("--bands", bands, 1, 4096)
     checks.check_range("--batch-size", batch_size, 1, 1 << 16)
     if pool not in ("mean", "none"):
         raise checks.UsageError(f"--pool is {pool!r}; want mean or none")
@@ -73,13 +73,13 @@ def features(
         raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)}")
     if not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
-    if (classes or skip_unreadable) and not data.is_dir():
+    if (classes or skip_unreadable) and not is_pictures(data):
         raise checks.UsageError("--classes, --skip-unreadable: only for a directory of images")
     checks.choose_backend(backend)
     device_ = checks.choose_device(device, processes.local_rank())
     from igpt_fast.cli.draw.exports import weights_hash
     from igpt_fast.learning import feature_files
-    from igpt_fast.learning.extraction import check_layers, check_masks, load_network
+    from igpt_fast.learning.extraction import check_bands, check_layers, check_masks, load_network
     from igpt_fast.world import world as processes_of
 
     if out.suffix.lower() == ".parquet":
@@ -89,6 +89,7 @@ def features(
         with checks.as_usage():
             numbers = check_layers(layers, network.config.n_layer)
             masks = check_masks(masks, network.config)
+            check_bands(bands, network.config, None if pool == "none" else pool)
         source = read_source(data, model, network, classes, skip_unreadable)
         how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": None if pool == "none" else pool}
         how["masks"] = masks
@@ -110,16 +111,21 @@ def _about(data: Path, model: str | None) -> dict[str, str]:
     return {"data": data.name, "model": Path(checks.model_name(model)).name, "igpt_fast": __version__}
 
 
-def read_source(data: Path, model: str | None, network: Any, classes: bool, skip_unreadable: bool) -> Source:
-    """The images of a directory or of a token file, for a model."""
-    from igpt_fast.learning.data import load_tokens
-    from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette
-    from igpt_fast.learning.shards import has_labels
+def is_pictures(data: Path) -> bool:
+    """Whether it is a directory of pictures, and none of shards."""
+    from igpt_fast.learning.shards import is_shards
 
-    if data.is_dir():
+    return data.is_dir() and not is_shards(data)
+
+
+def read_source(data: Path, model: str | None, network: Any, classes: bool, skip_unreadable: bool) -> Source:
+    """The images of a directory, of a token file or of shards, for a model."""
+    from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette, open_tokens
+
+    if is_pictures(data):
         return Pictures(data, checks.read_processor(model), classes, skip_unreadable)
-    tokens = load_tokens(data, classes=has_labels(data))
-    check_palette(data, tokens, None if tokens.clusters is None else checks.read_processor(model), network)
+    tokens = open_tokens(data)
+    check_palette(data, tokens, None if tokens.tokenizer.clusters is None else checks.read_processor(model), network)
     return TokenImages(tokens)
 
 

@@ -62,10 +62,13 @@ def finetune(
     device_ = checks.choose_device(device)
     from igpt_fast.learning import finetune as tuning
     from igpt_fast.learning import run
+    from igpt_fast.learning.objectives.classification import Classification
 
     how = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
     start = tuning.load(model)
+    with checks.as_usage():
+        Classification(start, config.gen_weight, config.freeze_below)
     if scratch:
         start = tuning.random_weights(start, config.seed)
     tokens = _tokens(model, data, 0.1 if holdout is None else holdout, skip_unreadable)

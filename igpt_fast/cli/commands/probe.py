@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast.cli import checks, terminal
-from igpt_fast.cli.commands.features import DTYPES
+from igpt_fast.cli.commands.features import DTYPES, is_pictures
 
 if TYPE_CHECKING:
     import numpy as np
 
     from igpt_fast.config import ImageGPTConfig
-    from igpt_fast.image import ImageGPTImageProcessor
 
 NO_EMOJI = (
     "the bundled emoji are not probed: they have no labels, and their held-out part lacks whole kinds of pictures; give"
@@ -37,7 +36,8 @@ class Probing:
         tries: Draws of each number of shots, of which the mean and the standard deviation are told.
         knn: Nearest neighbours as well.
         concat: So many layers that follow each other as one feature, around the best one.
-        attentive: A learned query that attends to all positions, of the best layer; ten passes over the images.
+        attentive: A learned query that attends to all positions, of the best layer; up to twenty passes over the
+            images.
         bands: Horizontal bands of the image, whose means stand side by side.
         masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
             features are; 5 if not given, 0 shows the whole image.
@@ -60,18 +60,18 @@ class Probing:
 
     def keywords(self, config: ImageGPTConfig) -> dict[str, Any]:
         """Of ``learning.probe.probe``; a value out of its range is a mistake of usage."""
-        from igpt_fast.learning.extraction import check_layers, check_masks
+        from igpt_fast.learning.extraction import check_bands, check_concat, check_layers, check_masks
 
         for option, value, least, most in (
             ("--tries", self.tries, 1, 1000),
-            ("--concat", self.concat, 0, config.n_layer + 1),
-            ("--bands", self.bands, 1, 4096),
             ("--seed", self.seed, 0, (1 << 32) - 1),
             ("--batch-size", self.batch_size, 1, 1 << 16),
         ):
             checks.check_range(option, value, least, most)
         with checks.as_usage():
             layers, masks = check_layers(self.layers, config.n_layer), check_masks(self.masks, config)
+            check_concat(self.concat, layers)
+            check_bands(self.bands, config)
             return {**vars(self), "layers": layers, "masks": masks, "shots": _shots(self.shots)}
 
 
@@ -113,7 +113,8 @@ def probe(
     """Probe a model: accuracy of a logistic regression on each layer, beside raw pixels and random weights.
 
     Args:
-        data: A directory whose sub-directories are classes, or a token file (.npz) with labels, in the model's colours.
+        data: A directory whose sub-directories are classes, or a token file (.npz) or shards with labels, in the
+            model's colours.
         test: The same of images to test on, all of them; the held-out part of data, if not given.
         model: Directory or hub id; the bundled emoji model if not given.
         probing: What is measured.
@@ -144,19 +145,18 @@ def probe(
         need_matplotlib()
     network = load_network(checks.model_name(model), device_, dtype)
     keywords = probing.keywords(network.config)
-    processor = checks.read_processor(model)
     share = 0.0 if test is not None else 0.1 if holdout is None else holdout
-    own = _read(data, processor, network, share, skip_unreadable)
+    own = _read(data, model, network, share, skip_unreadable)
     train = own.part(~own.heldout if test is None else own.heldout | True)
     if test is not None:
-        other = _read(test, processor, network, 0.0, skip_unreadable)
+        other = _read(test, model, network, 0.0, skip_unreadable)
         tested = other.part(other.heldout | True)
     elif own.heldout.any():
         tested = own.part(own.heldout)
     else:
         raise ValueError(f"{data}: holds nothing out to test on; give --test, or a larger --holdout")
     with _progress() as progress:
-        result = run(train, tested, network, processor.clusters, progress=progress, **keywords)
+        result = run(train, tested, network, checks.read_processor(model).clusters, progress=progress, **keywords)
     if out is not None:
         with files.replacing(out, overwrite=force) as partial:
             partial.write_text(result.to_json(), encoding="utf-8")
@@ -174,27 +174,28 @@ def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unr
     for path in (data, *([] if test is None else [test])):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or directory")
+    if test is not None and test.samefile(data):
+        raise checks.UsageError(f"--test {test}: is what is trained on; without --test the held-out part serves")
     if dtype not in DTYPES:
         raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)}")
     if holdout is not None and not 0.0 < holdout < 1.0:
         raise checks.UsageError(f"--holdout is {holdout}; want a fraction in (0, 1)")
-    if holdout is not None and (test is not None or not data.is_dir()):
+    if holdout is not None and (test is not None or not is_pictures(data)):
         raise checks.UsageError("--holdout: only of a directory, and without --test")
-    if skip_unreadable and not (data.is_dir() or (test is not None and test.is_dir())):
+    if skip_unreadable and not any(is_pictures(path) for path in (data, test) if path is not None):
         raise checks.UsageError("--skip-unreadable: only for a directory of images")
 
 
-def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: float, skip: bool) -> _Set:
+def _read(path: Path, model: str | None, network: Any, holdout: float, skip: bool) -> _Set:
     """All images with their classes by name, in memory."""
     import numpy as np
 
-    from igpt_fast.learning.data import load_tokens
-    from igpt_fast.learning.feature_sources import Pictures, check_palette
+    from igpt_fast.learning.feature_sources import Pictures, TokenImages, check_palette, open_tokens
     from igpt_fast.learning.folders import held_out
     from igpt_fast.learning.shards import has_labels
 
-    if path.is_dir():
-        source = Pictures(path, processor, classes=True, skip_unreadable=skip)
+    if is_pictures(path):
+        source = Pictures(path, checks.read_processor(model), classes=True, skip_unreadable=skip)
         readable, pixels = source.pixels(range(len(source)))
         if not len(pixels):
             raise ValueError(f"{path}: none of its {len(source)} images can be read")
@@ -203,14 +204,15 @@ def _read(path: Path, processor: ImageGPTImageProcessor, network: Any, holdout: 
         heldout = np.array([held_out(name, holdout) for name in source.names])
         return _Set(pixels, labels[readable], heldout[readable])
     if not has_labels(path):
-        bundled = checks.is_bundled_data(path)
+        bundled = path.is_file() and checks.is_bundled_data(path)
         raise checks.UsageError(NO_EMOJI if bundled else f"{path}: has no labels: there is nothing to probe it for")
-    data = load_tokens(path, classes=True)
-    if data.clusters is None:
+    data = open_tokens(path)
+    if data.tokenizer.clusters is None:
         raise ValueError(f"{path}: its tokens are no colours, and a probe stands beside raw pixels; see igpt features")
-    check_palette(path, data, processor, network)
+    check_palette(path, data, checks.read_processor(model), network)
     assert data.labels is not None
-    return _Set(data.tokens.numpy(), np.array(list(data.class_names))[data.labels.numpy()], data.heldout.numpy())
+    images = TokenImages(data).tokens(range(len(data.heldout)))[1].numpy()
+    return _Set(images, np.array(list(data.class_names))[data.labels.numpy()], data.heldout.numpy())
 
 
 @contextlib.contextmanager
