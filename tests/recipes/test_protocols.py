@@ -128,8 +128,10 @@ def test_cifar10_takes_no_holes_for_content(tmp_path: Path) -> None:
 
 
 def folders(root: Path, parts: tuple[str, str], size: tuple[int, int], count: int = 6) -> Path:
-    for part in parts:
-        for name, colour in (("a", RED), ("b", GREEN)):
+    """Of the second part the colours are a little darker: no picture is in both."""
+    for shade, part in enumerate(parts):
+        for name, bright in (("a", RED), ("b", GREEN)):
+            colour = tuple(max(0, value - shade) for value in bright)
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", size, colour).save(root / part / name / f"{i}.png")
