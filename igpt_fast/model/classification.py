@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.network import whole
-from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel, key_mask
+from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel, mask_of_keys
 from igpt_fast.model.outputs import ImageClassificationOutput
 
 
@@ -90,7 +90,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         most, sos = self.config.n_positions, self.config.sos_token_id
         rows = ids if embeds is None else embeds[..., 0] if embeds.ndim == 3 else None  # (..., T), of what is given
         if mask is not None and rows is not None and rows.ndim:
-            known = key_mask(mask, rows.shape[:-1].numel(), rows.shape[-1])
+            known = mask_of_keys(mask, rows.shape[:-1].numel(), rows.shape[-1])
             mask = None if known is None else F.pad(known, (1, 0), value=True)[:, :most]
         if ids is not None and ids.ndim and ids.shape[-1] <= most:  # what is longer is refused as it is
             ids = F.pad(ids, (1, 0), value=sos)[..., :most]

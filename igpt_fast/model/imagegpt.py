@@ -249,7 +249,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if cache is not None and (last := torch.sym_int(cache.get_seq_length(len(self.h) - 1))) != past:
             raise ValueError(f"past_key_values: holds {past} positions of the first layer and {last} of the last one")
         tokens = self._tokens(input_ids, inputs_embeds)  # (B, T, n_embd)
-        key_mask = key_mask(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
+        key_mask = mask_of_keys(attention_mask, tokens.shape[0], past + tokens.shape[1])  # (B, T_past + T)
         across_mask = encoder_mask(encoder_attention_mask, encoder_hidden_states, cache, tokens)  # (B, S)
         hidden = self._embed(tokens, past, position_ids, token_type_ids)  # (B, T, n_embd)
 
@@ -409,7 +409,7 @@ def _output_of(states: forwards.States, shape: torch.Size) -> BaseModelOutput:
     return BaseModelOutput(last, cache, None if hidden is None else (*(state.clone() for state in hidden), last))
 
 
-def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def mask_of_keys(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """(B, T_k) bool, or None when nothing is hidden."""
     if attention_mask is None:
         return None
