@@ -100,7 +100,7 @@ def test_a_token_out_of_range_is_never_trained_on(shards: Path, monkeypatch: pyt
     content[-16:] = b"\xff" * 16
     (shards / "shard-00001.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"shard-00001\.npy: token 255 is not in 0\.\.4"):
-        data._at(torch.tensor([0, 19]))
+        data.at(torch.tensor([0, 19]))
 
 
 def test_they_go_to_other_processes_without_their_tokens(folder: Path, shards: Path) -> None:

@@ -128,11 +128,15 @@ def test_cifar10_takes_no_holes_for_content(tmp_path: Path) -> None:
 
 
 def folders(root: Path, parts: tuple[str, str], size: tuple[int, int], count: int = 6) -> Path:
+    """One picture of the second part has a corner of its own: the parts are not the same."""
     for part in parts:
         for name, colour in (("a", RED), ("b", GREEN)):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", size, colour).save(root / part / name / f"{i}.png")
+                picture = Image.new("RGB", size, colour)
+                if part == parts[1] and i == 0:
+                    picture.paste(GREEN if name == "a" else RED, (0, 0, size[0] // 2, size[1] // 2))
+                picture.save(root / part / name / f"{i}.png")
     return root
 
 
