@@ -101,8 +101,8 @@ def attentive(
     How many of these steps are worth it is chosen on the first of ``splits``, by training on the rest of train; so many
     are then made on all of it. None may be: then it is the logistic regression.
 
-    It costs up to twice ``EPOCHS`` passes of the network's first ``layer`` blocks over train, and one over test, where
-    features are too many to be kept.
+    It costs up to twice ``EPOCHS`` passes of the network's first ``layer`` blocks over train, or twice ``STEPS``
+    batches where these are more, and one over test, where features are too many to be kept.
 
     Args:
         model: The network.

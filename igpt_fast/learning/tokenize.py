@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,12 @@ def _compare(path: Path, theirs: Any, ours: dict[str, Any]) -> None:
         raise ValueError(f"{path}: made of something else: {'; '.join(words)}")
 
 
+def _remove(own: Sequence[Path]) -> None:
+    """The files of a directory of shards; those last by which they are known as such."""
+    for path in sorted(own, key=lambda path: path.name in (MANIFEST, PLAN)):
+        path.unlink()
+
+
 class _Making:
     """A directory in the making."""
 
@@ -186,8 +192,8 @@ class _Making:
         self._check_others(set(own))
         tokenizer = self._tokenizer()
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in own if overwrite else ():
-            path.unlink()
+        if overwrite:
+            _remove(own)
         names = [CLUSTERS, PLAN] if tokenizer.clusters is not None else [PLAN]
         with files.replacing_together([self.out / name for name in names]) as partials:
             if tokenizer.clusters is not None:
@@ -306,8 +312,7 @@ class _Making:
         images = sum(note["images"] for note in notes)
         skipped = [(name, reason) for note in notes for _, name, reason in note["skipped"]]
         if not images:
-            for path in own_files(self.out):
-                path.unlink()
+            _remove(own_files(self.out))
             reason = f"{printable(skipped[0][0])}: {skipped[0][1]}"
             raise ValueError(f"{self.source.path}: none of its {len(skipped)} images can be read: {reason}")
         heldout = np.concatenate([np.isin(np.arange(note["images"]), note["heldout"]) for note in notes])

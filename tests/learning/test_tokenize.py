@@ -353,6 +353,26 @@ def test_a_manifest_cannot_name_the_files_of_others(folder: Path, tmp_path: Path
     assert (tmp_path / "mine.txt").exists()
 
 
+def test_what_is_interrupted_while_it_removes_can_be_begun_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = tokenize(folder, out, HOW)
+    removed: list[Path] = []
+
+    def unlink(path: Path, missing_ok: bool = False, real: Any = Path.unlink) -> None:
+        if path.parent == out and len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(path)
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(folder, out, HOW, overwrite=True)
+    assert tokenize(folder, out, HOW, overwrite=True)["images"] == first["images"]
+
+
 def test_a_failure_removes_what_it_wrote_alone(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")

@@ -37,7 +37,7 @@ class Probing:
         knn: Nearest neighbours as well.
         concat: So many layers that follow each other as one feature, around the best one.
         attentive: A learned query that attends to all positions, of the best layer; up to twenty passes over the
-            images.
+            images, or 1,000 steps of a batch where these are more.
         bands: Horizontal bands of the image, whose means stand side by side.
         masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
             features are; 5 if not given, 0 shows the whole image.
