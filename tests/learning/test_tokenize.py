@@ -361,7 +361,7 @@ def test_what_is_interrupted_while_it_removes_can_be_begun_again(
     removed: list[Path] = []
 
     def unlink(path: Path, missing_ok: bool = False, real: Any = Path.unlink) -> None:
-        if path.parent == out and len(removed) == 2:
+        if path.parent == out and len(removed) == 5:
             raise KeyboardInterrupt
         removed.append(path)
         real(path, missing_ok)
