@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 import numpy as np
@@ -79,9 +80,8 @@ class Turns:
 
 
 def bench(config: TrainConfig, data: TokenData, steps: int) -> list[dict[str, Any]]:
-    recipe.LOG_EVERY = steps
     turns = Turns(plain_loop(data, config), steps)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(recipe, "LOG_EVERY", steps):
         recipe.train(data, Path(folder) / "run", config, progress=turns)
     times = {name: found[1:] for name, found in turns.times.items()}  # the first turn warms up
     rows = []

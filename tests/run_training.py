@@ -10,6 +10,7 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.world import World, world
 
-recipe.LOG_EVERY = 1
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 2, "steps": 14, "batch_size": 7, "lr": 1e-3, "warmup_steps": 3}
 
 
@@ -38,7 +38,8 @@ def job(folder: Path, together: World, name: str, **options: Any) -> Any:
     resource.setrlimit(resource.RLIMIT_FSIZE, (options.pop("limit", limit[0]), limit[1]))
     config = TrainConfig(**(SIZES | {"dropout": 0.0, "bf16": False, "eval_every": 10, "save_every": 6} | options))
     try:
-        model = recipe.train(data(), folder / name, config, execution=Execution(**execution), world=together, **how)
+        with mock.patch.object(recipe, "LOG_EVERY", 1):
+            model = recipe.train(data(), folder / name, config, execution=Execution(**execution), world=together, **how)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     if together.first:

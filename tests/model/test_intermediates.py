@@ -4,7 +4,6 @@ than it says, wherever forward itself works, and errors for what it cannot mean.
 
 from __future__ import annotations
 
-import statistics
 import time
 import weakref
 from collections import Counter
@@ -168,8 +167,8 @@ def test_a_layer_costs_its_part_of_the_pass() -> None:
     layers = (0, 2, 5)
     calls = [lambda: model(tokens, use_cache=False)]
     calls += [lambda layer=layer: model.forward_intermediates(tokens, [layer]) for layer in layers]
-    rounds = [[seconds(call) for call in calls] for _ in range(8)][1:]
-    whole, *parts = (statistics.median(times) for times in zip(*rounds, strict=True))
+    rounds = [[seconds(call) for call in calls] for _ in range(12)][1:]
+    whole, *parts = (min(times) for times in zip(*rounds, strict=True))  # other tests take the processor now and then
     for layer, part in zip(layers, parts, strict=True):
         assert part <= (layer + 1.5) / 8 * whole, (layer, part / whole)
 
