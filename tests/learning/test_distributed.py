@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import run_training
@@ -518,7 +519,7 @@ def test_a_run_that_ends_early_goes_on(tmp_path: Path, end: signal.Signals, para
     (newest,) = map(checkpoints.step_of, checkpoints.finished(out))
     assert saved <= newest < 3000
     config, seen = TrainConfig(**sizes), []
-    with pytest.warns(UserWarning, match="not bit for bit"):
+    with pytest.warns(UserWarning, match="not bit for bit"), mock.patch("igpt_fast.learning.train.LOG_EVERY", 1):
         train(run_training.data(), out, config, resume=True, stop_after=newest + 2, progress=seen.append)
     assert [record["step"] for record in seen] == [newest + 1, newest + 2]
     assert torch.load(out / "train.pt", weights_only=True)["step"] == newest + 2
