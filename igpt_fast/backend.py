@@ -28,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch  # before _C, so that its OpenMP code joins torch's thread pool
 
@@ -38,7 +38,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/bind/module.cpp has its twin.
-INTERFACE = 10
+INTERFACE = 11
 
 
 @dataclass(frozen=True)
@@ -216,21 +216,38 @@ def keep_choice(function: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-_dependent: ContextVar[bool] = ContextVar("igpt_fast_dependent_launches", default=False)
+@dataclass(frozen=True)
+class Launching:
+    """How the kernels of a decode step are launched on a CUDA device: what a benchmark compares.
+
+    Attributes:
+        dependent: Whether, on sm_90, a launch may begin before the one before has ended: ``"late"`` when all of that
+            one's blocks have read what they read, ``"early"`` when they have begun. For ``gemv`` and
+            ``attention_decode``, whose kernels wait before they read what launches before them have written; ``gemv``
+            reads weights and bias, and ``attention_decode`` the old keys and values, before they wait, so those must
+            not come from launches that may still be running.
+        ring: Whether ``attention_decode`` copies the cache through a ring in shared memory, asynchronously; else it
+            goes straight into registers.
+        cluster: Whether the parts of a head's keys are put together within a cluster of blocks, on sm_90; else by a
+            kernel of its own.
+    """
+
+    dependent: Literal["none", "late", "early"] = "none"
+    ring: bool = False
+    cluster: bool = False
+
+
+_launching: ContextVar[Launching] = ContextVar("igpt_fast_launching", default=Launching())  # noqa: B039 - frozen
 
 
 @contextmanager
-def dependent_launches() -> Iterator[None]:
-    """For a ``with`` block, in its thread: on sm_90, a launch may begin while the one before ends.
-
-    For ``gemv`` and ``attention_decode``, whose kernels wait before they read what launches before them have written;
-    ``gemv`` reads weight and bias before it waits, so those must not come from the launch before.
-    """
-    token = _dependent.set(True)
+def launching(how: Launching) -> Iterator[None]:
+    """For a ``with`` block, in its thread: how kernels of a decode step are launched."""
+    token = _launching.set(how)
     try:
         yield
     finally:
-        _dependent.reset(token)
+        _launching.reset(token)
 
 
 class Kernels(NamedTuple):
@@ -240,7 +257,7 @@ class Kernels(NamedTuple):
     kind: str  # "cpu" or "cuda": which of the module's functions
     device: int  # number of the CUDA device
     stream: int  # the current one's address
-    dependent: bool = False  # ``dependent_launches``
+    launching: Launching = Launching()
 
     def function(self, name: str) -> Callable[..., None]:
         """The module's function of this kind. Both kinds take the same arguments, by the same names."""
@@ -251,6 +268,11 @@ class Kernels(NamedTuple):
         for key, tensor in tensors.items():
             arguments[key] = 0 if tensor is None else tensor.data_ptr()
         self.function(name)(**arguments, place=self.place)
+
+    @property
+    def dependent(self) -> int:
+        """``Launching.dependent`` as the launchers take it."""
+        return ("none", "late", "early").index(self.launching.dependent)
 
     @property
     def place(self) -> tuple[int, int] | int:
@@ -288,7 +310,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     if chosen == "reference":
         return None
     if _emulated is not None and device.type == "cpu" and "cuda" in OPS[op].native:
-        return Kernels(_emulated, "cuda", 0, 0)
+        return Kernels(_emulated, "cuda", 0, 0, _launching.get())
     if chosen not in ("auto", device.type):
         raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
     reason = no_kernels(op, device)
@@ -301,7 +323,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
         return Kernels(_C, "cpu", 0, 0)
     # Not torch.cuda.current_stream, which makes an object of it each time: this is on the way of every call.
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return Kernels(_C, "cuda", device.index, stream, _dependent.get())
+    return Kernels(_C, "cuda", device.index, stream, _launching.get())
 
 
 def no_kernels(op: str, device: torch.device) -> str | None:

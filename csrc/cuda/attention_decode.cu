@@ -441,7 +441,8 @@ __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDe
 template <typename T, typename Stored, int kDim>
 int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
     using S = Shape<T, Stored, kDim>;
-    return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1, p.dependent);
+    return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1,
+                  p.dependent != Dependent::none);
 }
 
 template <typename T, typename Stored>
@@ -458,7 +459,8 @@ int launch_all(const AttentionDecodeParams& p) {
     if (p.dim == 96) error = launch_own<T, Stored, 96>(p, blocks);
     if (p.dim == 128) error = launch_own<T, Stored, 128>(p, blocks);
     if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1, p.dependent);
+    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1,
+                  p.dependent != Dependent::none);
 }
 
 }  // namespace

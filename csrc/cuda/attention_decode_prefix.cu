@@ -318,7 +318,7 @@ template <typename T, int kDim>
 int launch_dim(const AttentionDecodeParams& p, int64_t blocks) {
     using S = Shape<T, kDim>;
     return launch(attention_decode_prefix_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1,
-                  p.dependent);
+                  p.dependent != Dependent::none);
 }
 
 template <typename T>

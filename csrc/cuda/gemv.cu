@@ -345,7 +345,7 @@ int launch_kernel(const GemvParams& p, unsigned blocks) {
     const size_t scratch = std::max(Unit<kNormed>::bytes(p.share), kSums * sizeof(float));
     const size_t shared = (size_t(p.splits) * kInbox + 2 * kThreads) * sizeof(float) + scratch;
     const auto kernel = p.transposed ? gemv_kernel<T, kNormed, true> : gemv_kernel<T, kNormed, false>;
-    return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits), p.dependent);
+    return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits), p.dependent != Dependent::none);
 }
 
 int divide_up(int a, int b) { return a / b + (a % b != 0); }

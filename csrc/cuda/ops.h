@@ -12,6 +12,10 @@ struct Launch {
     void* stream;
 };
 
+// Whether a launch may begin before the one before has ended (launch.cuh): when all of its blocks have called
+// grid_dependency_launch, which they do once they have read what they read, or as soon as they begin.
+enum class Dependent : int32_t { none = 0, late = 1, early = 2 };
+
 // Nearest colour cluster; see csrc/cpu/quantize_kernels.h for the definition.
 struct QuantizeParams : Launch {
     const void* x;          // (n, 3) uint8 or float32, 16-byte aligned
@@ -258,7 +262,7 @@ struct AttentionDecodeParams : Launch {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
-    bool dependent;  // launch.cuh
+    Dependent dependent;
 };
 
 int attention_decode(const AttentionDecodeParams& params);
@@ -286,7 +290,7 @@ struct GemvParams : Launch {
     float eps;
     Activation activation;
     DType dtype;            // bf16 or f16, of all of them
-    bool dependent;         // launch.cuh; weight and bias must not come from the launch before
+    Dependent dependent;    // weight and bias must not come from a launch that may still be running
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 

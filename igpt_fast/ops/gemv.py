@@ -123,7 +123,7 @@ def _gemv(
     x, bias = dispatch.dense(x), dispatch.dense(bias)
     norm_weight, residual = dispatch.dense(norm_weight), dispatch.dense(residual)
     # The kernel reads these two before it waits: copies that the launch before has made it would miss.
-    dependent = kernels.dependent and weight is given[0] and bias is given[1]
+    dependent = kernels.dependent if weight is given[0] and bias is given[1] else 0
     out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
     kernels.module.gemv_cuda(
         x=x.data_ptr(),

@@ -56,5 +56,5 @@ def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
             shape=(1, 1, 5, dim),
             scale=1.0,
             dtype=1,
-            dependent=False,
+            dependent=0,
         )

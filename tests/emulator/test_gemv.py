@@ -63,6 +63,6 @@ def test_sizes_that_it_does_not_take(emulated: Kernels, rows: int, n_in: int, n_
             eps=1e-5,
             activation=-1,
             dtype=dtype,
-            dependent=False,
+            dependent=0,
             place=(0, 0),
         )

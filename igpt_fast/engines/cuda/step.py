@@ -17,7 +17,6 @@ Source: PyTorch's notes on CUDA graphs; programmatic dependent launch: CUDA C++ 
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class CudaStep:
             ``None`` where the caches begin at the first position.
         scaled: Whether values are cached in 8 bits (``quantize_values``); a primer's, which images share, are not.
         graphs: Whether steps are captured and replayed; else every kernel is launched by itself.
-        dependent: Whether a kernel may begin while the one before ends (sm_90; see ``backend.dependent_launches``).
+        dependent: Whether a kernel may begin while the one before ends (sm_90; see ``backend.Launching``).
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class CudaStep:
     def _compute(self, limit: int) -> Tensor:
         if not self.fused:
             return self._compute_rows(limit)
-        with backend.dependent_launches() if self.dependent else nullcontext():
+        with backend.launching(backend.Launching(dependent="late" if self.dependent else "none")):
             return self._compute_fused(limit)
 
     def _compute_fused(self, limit: int) -> Tensor:
