@@ -64,6 +64,12 @@ __device__ __forceinline__ uint16_t float_to_bits(float x, DType dtype) {
     return dtype == DType::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
 }
 
+template <typename Tensor>
+__device__ __forceinline__ Tensor* row_of(Tensor* tensor, int64_t row, int n, size_t size) {
+    using Byte = std::conditional_t<std::is_const_v<Tensor>, const char, char>;
+    return static_cast<Byte*>(tensor) + row * n * int64_t(size);
+}
+
 // The part of a row that one thread has: vectors thread, thread + kTeamThreads, ...
 template <typename S>
 struct Piece {
@@ -82,7 +88,7 @@ struct Piece {
     // that follow are on their way before the first has to be there.
     __device__ __forceinline__ void load(const void* tensor, int64_t row, int n, DType dtype) {
         if (is_narrow(dtype)) {
-            const auto* from = static_cast<const uint16_t*>(tensor) + row * n;
+            const auto* from = static_cast<const uint16_t*>(row_of(tensor, row, n, sizeof(uint16_t)));
 #pragma unroll
             for (int v = 0; v < S::kVectors; ++v) {
                 if (start(v) >= n) break;
@@ -91,7 +97,7 @@ struct Piece {
             }
             return;
         }
-        const auto* from = static_cast<const typename S::T*>(tensor) + row * n;
+        const auto* from = static_cast<const typename S::T*>(row_of(tensor, row, n, sizeof(typename S::T)));
 #pragma unroll
         for (int v = 0; v < S::kVectors; ++v) {
             if (start(v) >= n) break;
@@ -111,7 +117,7 @@ struct Piece {
     }
     __device__ __forceinline__ void store(void* tensor, int64_t row, int n, DType dtype) const {
         if (is_narrow(dtype)) {
-            auto* to = static_cast<uint16_t*>(tensor) + row * n;
+            auto* to = static_cast<uint16_t*>(row_of(tensor, row, n, sizeof(uint16_t)));
 #pragma unroll
             for (int v = 0; v < S::kVectors; ++v) {
                 if (start(v) >= n) break;
@@ -122,7 +128,7 @@ struct Piece {
             }
             return;
         }
-        auto* to = static_cast<typename S::T*>(tensor) + row * n;
+        auto* to = static_cast<typename S::T*>(row_of(tensor, row, n, sizeof(typename S::T)));
 #pragma unroll
         for (int v = 0; v < S::kVectors; ++v) {
             if (start(v) >= n) break;
