@@ -46,6 +46,7 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, use_backen
 from igpt_fast.config import PRESETS
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.memory import most_images
 from igpt_fast.engines.reference import ReferenceDecoder
 
@@ -236,14 +237,16 @@ def variants(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Cal
     if why_not_cuda(model) is not None:
         return {OURS: lambda: ours(model, batch)}
     capacity, device = model.config.n_positions, model.device.type
-    ways = {"eager": (False, False), "graph": (True, False), "graph, dependent": (True, True)}
+    ways = {
+        "eager": CudaOptions(graphs=False, dependent="none"),
+        "graph": CudaOptions(dependent="none"),
+        "graph, dependent": CudaOptions(),
+    }
     if batch > DEPENDENT_ROWS:
         del ways["graph, dependent"]
     return {
-        f"{OURS}, {name}": lambda graphs=graphs, dependent=dependent: Ours(
-            CudaDecoder(model, batch, capacity, graphs=graphs, dependent=dependent), device
-        )
-        for name, (graphs, dependent) in ways.items()
+        f"{OURS}, {name}": lambda options=options: Ours(CudaDecoder(model, batch, capacity, options=options), device)
+        for name, options in ways.items()
     }
 
 

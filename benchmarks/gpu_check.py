@@ -95,6 +95,7 @@ CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
 DECODER_TESTS = (
     "tests/emulator/test_decoder.py",
+    "tests/emulator/test_cuda_graphs.py",
     "tests/emulator/test_fp8_values.py",
     "tests/ops/test_attention_decode.py",
     "tests/ops/test_gemv.py",

@@ -1,5 +1,8 @@
 // The CUDA ops for Python: addresses and sizes by name, into the Params of the launchers. No maths, no torch.
 // Whoever calls them has checked every argument (igpt_fast/ops).
+#include <stdexcept>
+#include <string>
+
 #include "bind.h"
 #include "cpu/format.h"
 #include "cuda/ops.h"
@@ -128,6 +131,13 @@ struct Gemv : Cuda<cuda::gemv> {
         together<P, &P::weight, &P::ld>("weight") + place<P>;
 };
 
+uintptr_t make_stream(int device) {
+    void* stream = nullptr;
+    const int code = cuda::make_stream(device, &stream);
+    if (code != 0) throw std::runtime_error(std::string("make_stream: ") + cuda::error_string(code));
+    return uintptr_t(stream);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -150,6 +160,7 @@ void bind_cuda(py::module_& m) {
     def<CausalAttentionBwd>(m, "causal_attention_bwd_cuda");
     def<AttentionDecode>(m, "attention_decode_cuda");
     def<Gemv>(m, "gemv_cuda");
+    m.def("make_stream", &make_stream, "The address of a new stream, which nobody else has and nothing destroys.");
     // How many rows `partial` should have for the GPU to be full.
     m.def("norm_bwd_parts", &cuda::norm_bwd_parts);
     m.def("activation_bwd_parts", &cuda::activation_bwd_parts);

@@ -296,6 +296,9 @@ struct GemvParams : Launch {
 
 int gemv(const GemvParams& params);
 
+// A new stream, which waits for no other, the default one neither, and which nothing destroys. Returns an error's code.
+int make_stream(int device, void** stream);
+
 // The runtime's text for an error code.
 const char* error_string(int code);
 
