@@ -67,7 +67,7 @@ def test_halves(device: str, rows: int, copies: int, parts: list[int]) -> None:
     decoder = CudaDecoder(model, rows, 6, options=CudaOptions(halves=True))
     read(decoder, ids, 3, copies)
     assert decoder._step is not None
-    assert [part.count for part in decoder._step.parts] == parts
+    assert [part.images for part in decoder._step.parts] == parts
 
 
 @pytest.mark.parametrize("rows", [1, 9])

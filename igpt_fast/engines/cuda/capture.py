@@ -92,8 +92,8 @@ def capture(
 
 def _end_recording(device: torch.device, pool: Any) -> None:
     """What torch's ``capture_end`` does after the end, which it leaves out where that fails."""
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    end = end or torch._C._cuda_endAllocateCurrentStreamToPool  # its name in torch 2.6
+    older = "_cuda_endAllocateCurrentStreamToPool"  # its name in torch 2.6
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, older)
     with contextlib.suppress(RuntimeError):  # it was left out not
         end(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     primers: slice
 
     @property
-    def count(self) -> int:
+    def images(self) -> int:
         return self.rows.stop - self.rows.start
 
 
@@ -118,7 +118,7 @@ class CudaStep:
         splits, heads = kernels.module.attention_decode_splits, self.network.heads
         by_parts: dict[tuple[int, ...], int] = {}
         for limit in (*(limit for limit in LIMITS if limit < positions), positions):
-            by_parts[tuple(splits(part.count * heads, limit) for part in self.parts)] = limit
+            by_parts[tuple(splits(part.images * heads, limit) for part in self.parts)] = limit
         return sorted(by_parts.values())
 
     def start(self, primer: tuple[Tensor, Tensor]) -> None:
