@@ -160,9 +160,9 @@ def sample_step(
 ) -> None:
     """``sample_next`` in place, with log-probabilities: all that a decode step has left to do, in one launch.
 
-    Nothing of it is fixed by a launch but shapes and places: a captured CUDA graph that ends with it draws on when it is
-    replayed, from another seed or by other filters once other ``settings`` stand in their memory. Row i's token has the
-    index ``position[i] + offset`` in its image; it and its log-probability go into column ``index - first`` of
+    Nothing of it is fixed by a launch but shapes and places: a captured CUDA graph that ends with it draws on when it
+    is replayed, from another seed or by other filters once other ``settings`` stand in their memory. Row i's token has
+    the index ``position[i] + offset`` in its image; it and its log-probability go into column ``index - first`` of
     ``tokens`` and ``logprobs``, nowhere if there is no such column; 1 is added to ``position[i]``.
 
     Where launches are dependent ones (``backend.Launching``), the kernel reads ``settings`` and ``streams`` before it
@@ -176,8 +176,8 @@ def sample_step(
         tokens: (N, T) int64, contiguous; written.
         logprobs: (N, T) float32, contiguous; written: ``log_softmax`` of the logits as they are, before temperature and
             filters, at the token; NaN where a logit of the row is NaN or infinity, or all are minus infinity.
-        embedding: (N, n_embd) of the dtype of ``wte``, contiguous; written, as ``sample_next`` returns it. It comes with
-            ``wte`` and ``wpe``, or none of them.
+        embedding: (N, n_embd) of the dtype of ``wte``, contiguous; written, as ``sample_next`` returns it. It comes
+            with ``wte`` and ``wpe``, or none of them.
         wte, wpe: As for ``sample_next``.
 
     Raises:
