@@ -8,6 +8,7 @@ shapes, dtypes and sources is not said again here.
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import torch.nn.functional as F
@@ -406,9 +407,8 @@ def sample_settings(
     ``least_score`` of min_p; top_k, 0 for none; offset; first.
     """
     least = 0.0 if temperature < 2.0**-149 else min(temperature, MAX_TEMPERATURE)
-    numbers = torch.tensor([1.0 if top_p is None else top_p, least, least_score(min_p)], dtype=torch.float64)
-    signed = seed - (1 << 64) if seed >> 63 else seed
-    return torch.tensor([signed, *numbers.view(torch.int64).tolist(), min(top_k or 0, 1 << 30), offset, first])
+    numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
+    return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
 
 
 def sample_step(

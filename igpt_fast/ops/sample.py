@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
@@ -166,7 +167,7 @@ def sample_step(
     ``tokens`` and ``logprobs``, nowhere if there is no such column; 1 is added to ``position[i]``.
 
     Where launches are dependent ones (``backend.Launching``), the kernel reads ``settings`` and ``streams`` before it
-    waits for the launch before.
+    waits for the launch before. Where no kernel runs, the host reads ``settings``.
 
     Args:
         logits: (N, K), floating point; as for ``sample``.
@@ -195,9 +196,9 @@ def sample_step(
     given = [tensor for tensor in arguments if tensor is not None]
     if _covered(logits, wte) and dispatch.use_kernel("sample_step", *given):
         run = _sample_step if dispatch.is_plain(*given) else torch.ops.igpt_fast.sample_step
-    else:
-        run = reference.sample_step
-    run(*arguments)
+        run(*arguments)
+    elif not settings.is_meta and not isinstance(settings, FakeTensor):  # else there is nothing to read, nor to write
+        reference.sample_step(*arguments)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
