@@ -191,20 +191,20 @@ def check_step(kernels: Kernels, dtype: torch.dtype) -> None:
 def check_step_edges(kernels: Kernels) -> None:
     """A row whose logits are no distribution has a log-probability that is NaN, whatever is drawn by."""
     inf, nan = torch.inf, torch.nan
-    logits = torch.randn(6, 9)
+    logits = torch.randn(7, 9)
     logits[0] = -inf
-    logits[1, 4], logits[2, 5], logits[3, 8] = nan, inf, -nan
+    logits[1, 4], logits[6, 7], logits[2, 5], logits[3, 8] = nan, 1e4, inf, -nan
     logits[4, :8], logits[5, 1:] = -inf, -1e30
     for settings in ((1.0,), (1.0, 3, 0.5), (0.0,)):
-        tokens, position = torch.full((6, 1), -1), torch.zeros(6, dtype=torch.int32)
-        state = [t.to(kernels.device) for t in (torch.arange(6), position, tokens, tokens.float())]
+        tokens, position = torch.full((7, 1), -1), torch.zeros(7, dtype=torch.int32)
+        state = [t.to(kernels.device) for t in (torch.arange(7), position, tokens, tokens.float())]
         with serving(kernels):
             buffer = ops.sample_settings(0, Sampling(*settings)).to(kernels.device)
             ops.sample_step(logits.to(kernels.device), buffer, *state)
         drawn, logprobs = state[2].cpu(), state[3].cpu()
-        assert drawn[4:, 0].tolist() == [8, 0], settings
+        assert drawn[4:, 0].tolist() == [8, 0, 7], settings
         assert logprobs[:4].isnan().all(), settings
-        assert logprobs[4:].tolist() == [[0.0], [0.0]], settings
+        assert logprobs[4:].tolist() == [[0.0]] * 3, settings
 
 
 def check_numbers(kernels: Kernels) -> None:

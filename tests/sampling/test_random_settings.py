@@ -68,9 +68,14 @@ def recorded() -> Iterator[list[Decoding]]:
     decoding, draw = generation.decoding, ops.draw
 
     def noted(
-        drawn: Drawn, model: Any, context: Tensor, uniforms: Tensor, sampling: Any, dtype: Any, **more: Any
+        drawn: Drawn, model: Any, context: Tensor, uniforms: rules.RandomStreams, sampling: Any, dtype: Any, **more: Any
     ) -> Any:
-        arguments = {"context": context.clone(), "uniforms": uniforms.clone(), "sampling": sampling, **more}
+        arguments = {
+            "context": context.clone(),
+            "uniforms": uniforms.made(context.device),
+            "sampling": sampling,
+            **more,
+        }
         arguments["known"] = None if more.get("known") is None else more["known"].clone()
         found.append(Decoding(arguments, drawn, []))
         return decoding(drawn, model, context, uniforms, sampling, dtype, **more)
