@@ -17,7 +17,7 @@ from tolerance import assert_parity, tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice, memory
 from igpt_fast.engines.choice import keep, make_decoder
@@ -411,6 +411,21 @@ def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.image_bytes(model, primer=35, copies=8) < memory.image_bytes(model, primer=35)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     assert memory.most_images(model) == 0
+
+
+def test_memory_alone_bounds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """iGPT-S in bfloat16, as much as an H200 has free: far more than 256, whose caches and tokens fit."""
+    from igpt_fast import Pipeline
+
+    sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "n_positions": 1024, "vocab_size": 513}
+    with torch.device("meta"):
+        model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes)).to(torch.bfloat16)
+    as_on_a_gpu(monkeypatch, 139 << 30)
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.model = model
+    size = pipeline.default_batch_size()
+    assert 2000 < size <= 0.9 * (139 << 30) / (memory.cache_bytes(model) + 12 * 1024)
+    assert pipeline.default_batch_size(guided=True) == size // 2
 
 
 def test_continuations_take_less_memory(emulation) -> None:
