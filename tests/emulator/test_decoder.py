@@ -13,7 +13,7 @@ from tolerance import assert_parity, tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice, memory
 from igpt_fast.engines.choice import keep, make_decoder
@@ -164,16 +164,21 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     """All the way through, in float32, where rounding decides about one draw in a million."""
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
-    uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
+    streams, calls = rules.RandomStreams(5, torch.arange(6), 4, 12), []
+    uniforms = streams if by_itself else streams.made(model.device)
     draw = CudaDecoder.draw
     noted = lambda *args, **more: (calls.append(args[3] is not None), draw(*args, **more))[1]  # noqa: E731
     monkeypatch.setattr(CudaDecoder, "draw", noted)
+    made, calls_made = rules.RandomStreams.made, []
+    noted_made = lambda *args: (calls_made.append(args), made(*args))[1]  # noqa: E731
+    monkeypatch.setattr(rules.RandomStreams, "made", noted_made)
     sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
-    drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
+    drawn = generation.decode(model, context, uniforms, sampling)
     assert calls == [by_itself] * 12
+    assert calls_made == []  # by the host
     with backend.use_backend("reference"):
-        expected = generation.decode(model, context, uniforms, sampling, streams=streams)
+        expected = generation.decode(model, context, uniforms, sampling)
+    assert len(calls_made) == by_itself  # all at once
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0.0, atol=1e-4)
 
@@ -452,6 +457,21 @@ def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.image_bytes(model, primer=35, copies=8) < memory.image_bytes(model, primer=35)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     assert memory.most_images(model) == 0
+
+
+def test_memory_alone_bounds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """iGPT-S in bfloat16, as much as an H200 has free: far more than 256, whose caches and tokens fit."""
+    from igpt_fast import Pipeline
+
+    sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "n_positions": 1024, "vocab_size": 513}
+    with torch.device("meta"):
+        model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes)).to(torch.bfloat16)
+    as_on_a_gpu(monkeypatch, 139 << 30)
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.model = model
+    size = pipeline.default_batch_size()
+    assert 2000 < size <= 0.9 * (139 << 30) / (memory.cache_bytes(model) + 12 * 1024)
+    assert pipeline.default_batch_size(guided=True) == size // 2
 
 
 def test_continuations_take_less_memory(emulation) -> None:

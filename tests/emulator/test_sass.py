@@ -139,6 +139,7 @@ DEPENDENT = {
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG\.E",),  # weight and bias
+    "sample_kernel": (r"LDG\.E",),  # settings and stream
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
 
