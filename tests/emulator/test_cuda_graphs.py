@@ -32,12 +32,12 @@ EAGER = CudaOptions(graphs=False)
 class Replayed:
     """In place of a CUDA graph: does again what was done last before it was finished."""
 
-    done: tuple[CudaStep, int, Tensor] | None = None
+    done: tuple[CudaStep, tuple[int, int], Tensor] | None = None
 
     def replay(self) -> None:
         assert self.done is not None
-        owner, limit, logits = self.done
-        logits.copy_(owner._compute(limit))
+        owner, which, logits = self.done
+        logits.copy_(owner._compute(*which))
 
 
 class Captures:
@@ -58,7 +58,7 @@ class Captures:
         self.fails: Callable[[CudaStep, bool], Exception | None] = lambda owner, inside: None
         self.at_the_end = False
         self._inside = False
-        self._last: tuple[CudaStep, int, Tensor] | None = None
+        self._last: tuple[CudaStep, tuple[int, int], Tensor] | None = None
 
     def say(self, *words: str) -> None:
         self.said.append(" ".join(words))
@@ -82,17 +82,19 @@ class Captures:
                 if args[1] is None and captures._last is not None:
                     owner, _, logits = self.graph.done = captures._last
                     owner.position -= 1
+                    owner.x.copy_(captures._x)
                     logits.fill_(torch.nan)
 
-        def noted(owner: CudaStep, limit: int, side: Any = None) -> Tensor:
+        def noted(owner: CudaStep, limit: int, colours: int, side: Any = None) -> Tensor:
+            captures._x = owner.x.clone()
             error = captures.fails(owner, captures._inside)
             try:
                 if error is not None:
                     raise error
             finally:
                 del error  # which would hold this frame, and that it
-            logits = compute(owner, limit, side)
-            captures._last = owner, limit, logits
+            logits = compute(owner, limit, colours, side)
+            captures._last = owner, (limit, colours), logits
             return logits
 
         def made(self: CudaDecoder, *arguments: Any, options: CudaOptions = CudaOptions()) -> None:  # noqa: B008
@@ -144,7 +146,7 @@ def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int)
         again.start(model, 1, 70)
     assert again._spare is not None
     assert captures.pools == [(0, 1)] * 2, "a second start captures nothing, and graphs share a pool"
-    assert list(again._spare._graphs) == again._spare._limits
+    assert list(again._spare._graphs) == [(limit, 0) for limit in again._spare._limits]
     assert all(torch.equal(result, expected) for result in results)
     assert captures.said == [], "the fused kernels need no workspace, and nothing failed"
 
@@ -332,7 +334,8 @@ def test_graphs_change_no_bit(rows: int, copies: int) -> None:
         assert found._step is not None
         assert found.options == options, found.reason
         exact &= found._step.fused
-        assert list(found._step._graphs) == (found._step._limits if options.graphs else [])
+        limits = found._step._limits if options.graphs else []
+        assert list(found._step._graphs) == [(limit, 0) for limit in limits]
     for other in results[1:]:
         atol = 0.0 if exact else 0.05 * float(results[0].std())
         torch.testing.assert_close(other, results[0], rtol=0.0, atol=atol)

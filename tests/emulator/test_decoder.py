@@ -60,7 +60,7 @@ def test_reads_as_the_reference(device: str, rows: int, dtype: torch.dtype, head
 )
 def test_halves(device: str, rows: int, copies: int, parts: list[int]) -> None:
     """Of the rows, or of the primers that they share, by kernels of few rows and by torch's products."""
-    model = make(device)
+    model = make(device, n_layer=1)
     ids = shared(rows, copies, 6, 3, model.config).to(device)
     for gemv_rows in (0, 64):
         assert_reads(model, ids, 3, copies, halves=True, gemv_rows=gemv_rows)
