@@ -230,6 +230,43 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
         decoder.step(drawn)
 
 
+@pytest.mark.parametrize("change", ["logits", "columns", "sampling", "seed", "streams", "numbers", "step"])
+def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
+    """Where its logits have been written to, or another draw is asked for."""
+    model, results, ahead = make(device, n_layer=1), [], -1
+    context = tokens(model.config, 2, 3).to(device)
+    for drawing in (True, False):
+        decoder = CudaDecoder(model, 2, 9, options=CudaOptions(drawing=drawing))
+        streams = torch.arange(2, device=device)
+        logits, drawn = decoder.prefill(context)[:, :39], []
+        seed, sampling = 3, Sampling()
+        for t in range(7):
+            numbers = torch.full((2,), 0.5, device=device)
+            if t == 3 and change == "logits":
+                ahead = int(decoder.history[0][0, 3]) if drawing else ahead
+                logits[:, ahead] = -torch.inf
+            logits = logits[:, :5] if t == 3 and change == "columns" else logits
+            sampling = Sampling(temperature=0.0) if t == 3 and change == "sampling" else sampling
+            seed = 4 if t == 3 and change == "seed" else seed
+            streams = streams + 5 if t == 3 and change == "streams" else streams
+            given = None if t == 3 and change == "numbers" else (seed, streams)
+            drawn.append(torch.stack([part.double() for part in decoder.draw(logits, numbers, given, sampling)]))
+            if t < 6:
+                logits = (decoder.step(context[:, 0]) if t == 3 and change == "step" else decoder.step_drawn())[:, :39]
+        results.append(torch.stack(drawn))
+    assert torch.equal(*results)
+
+
+def test_weights_that_are_no_numbers(device: str) -> None:
+    """Are told, though the device draws by itself."""
+    model = make(device, n_layer=1)
+    with torch.no_grad():
+        model.transformer.wpe.weight[4] = torch.nan
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    with pytest.raises(FloatingPointError, match=r"image 0, position 4\)"):
+        generation.decode(model, context, rules.RandomStreams(5, torch.arange(2), 0, 8), Sampling())
+
+
 def test_misuse(device: str) -> None:
     model = make(device)
     decoder = CudaDecoder(model, 2, 4)

@@ -242,7 +242,7 @@ class CudaStep:
         if self._place is None:
             self._place, self._pool = take_place(device, self), torch.cuda.graph_pool_handle()
         if not self.fused:
-            make_workspaces(self._place, device, self.network.dtype)
+            make_workspaces(self._place, len(self.parts), device, self.network.dtype)
         side = self._place.streams[1]
         return capture(self._place, device, self._pool, lambda: self._compute(limit, colours, side))
 
