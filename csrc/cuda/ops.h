@@ -291,7 +291,7 @@ struct GemvParams : Launch {
     float eps;
     Activation activation;
     DType dtype;            // bf16 or f16, of all of them
-    Dependent dependent;    // weight and bias must not come from a launch that may still be running
+    Dependent dependent;    // weight, bias, norm_weight must not come from a launch that may still be running
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
