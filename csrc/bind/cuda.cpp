@@ -27,7 +27,7 @@ struct Cuda {
 template <class P>
 constexpr auto place = together<P, &P::device, &P::stream>("place");
 template <class P>
-constexpr auto dtypes = unused<P>("weight_dtype") + unused<P>("out_dtype");  // that of x, as the ops have checked
+constexpr auto dtypes = members<P, &P::dtype, &P::x_dtype, &P::weight_dtype, &P::out_dtype>;
 
 struct Pixels : cuda::QuantizeParams {
     bool is_u8;
@@ -62,14 +62,14 @@ struct Sample : Cuda<cuda::sample> {
 
 struct NormFwd : Cuda<cuda::norm_fwd> {
     static constexpr auto fields = members<P, &P::x, &P::residual, &P::weight, &P::bias, &P::sum, &P::out, &P::rows,
-                                           &P::n_embd, &P::eps, &P::centred, &P::dtype> +
+                                           &P::n_embd, &P::eps, &P::centred> +
                                    dtypes<P> + place<P>;
 };
 
 struct NormBwd : Cuda<cuda::norm_bwd> {
     static constexpr auto fields =
-        members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dweight, &P::dbias, &P::partial, &P::rows,
-                &P::n_embd, &P::parts, &P::eps, &P::centred, &P::dtype> +
+        members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dbranch, &P::dweight, &P::dbias, &P::partial,
+                &P::rows, &P::n_embd, &P::parts, &P::eps, &P::centred> +
         dtypes<P> + place<P>;
 };
 
