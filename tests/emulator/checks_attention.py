@@ -91,8 +91,8 @@ def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
     named = places(**dict(zip(("q", "k", "v"), inputs, strict=True)), out=out)
     with capability(kernels, 90 if rows == HOPPER else 80):
         kernels.module.causal_attention_fwd_cuda(**named, rows=max(rows, 0), **settings)
-    named |= places(dout=case.dout, dq=dq, dk=dk, dv=dv)
-    kernels.module.causal_attention_bwd_cuda(**named, terms=terms.data_ptr(), **settings)
+        named |= places(dout=case.dout, dq=dq, dk=dk, dv=dv) | {"terms": terms.data_ptr(), "portable": rows > 0}
+        kernels.module.causal_attention_bwd_cuda(**named, **settings)
     return [out, lse, dq, dk, dv]
 
 
@@ -301,7 +301,8 @@ def check_huge(kernels: Kernels, rows: int = 0) -> None:
         with capability(kernels, 90 if rows == HOPPER else 80):
             first = {name: named[name] for name in ("q", "k", "v", "out")}
             kernels.module.causal_attention_fwd_cuda(**places(**first), rows=0, **settings)
-        kernels.module.causal_attention_bwd_cuda(**places(**named), terms=terms.data_ptr(), **settings)
+            settings |= {"terms": terms.data_ptr(), "portable": False}
+            kernels.module.causal_attention_bwd_cuda(**places(**named), **settings)
         expected = run(kernels, case, rows)
         for i, wanted in ((3, 0), (5, 2), (6, 3), (7, 4)):
             assert torch.equal(views[i], expected[wanted]), (b, NAMES[wanted])
