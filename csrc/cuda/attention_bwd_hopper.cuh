@@ -31,11 +31,13 @@ template <int D_, bool kOfKeys_>
 struct HopperBwd {
     static constexpr int D = D_, kKeys = kTile;
     static constexpr bool kOfKeys = kOfKeys_;
-    static constexpr bool kHeld = D == 64;  // the own tiles in registers
-    static constexpr int kGroups = 2, kStages = 4;
+    static constexpr int kHeld = D > 64 ? 0 : kOfKeys ? 2 : 1;  // of the own tiles in registers
+    // Whether dv is still multiplied while dS is formed; with D of 128 there are no registers for both.
+    static constexpr bool kDvGoesOn = D < 128;
+    static constexpr int kGroups = kOfKeys || D == 128 ? 2 : 3, kStages = 4;
     static constexpr int kRows = kTile * kGroups, kThreads = kGroupThreads * (kGroups + 1);
-    // Of a thread: as many as there are, 168 for each of three warpgroups, are divided anew.
-    static constexpr int kRegisters = 240, kLoaderRegisters = 24;
+    // Of a thread: as many as there are, 65536 for all, are divided anew.
+    static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kLoaderRegisters = kGroups == 2 ? 24 : 32;
 
     static constexpr int kPanels = (D + 63) / 64;
     static constexpr int kQPanel = kTile * kPanelRow, kKeyPanel = kQPanel;
@@ -191,11 +193,12 @@ __device__ __forceinline__ void load_all_terms(const BwdArgs& args, const Hopper
 template <typename T, typename F>
 __device__ __forceinline__ void begin_scores(float (&s)[1][kTile / 8][4], uint32_t (&a)[F::D / 16][1][4], uint32_t b) {
     static_assert(F::kPanels == 1);
+    const uint64_t right = ptx::swizzled_operand(b, 0, 8 * kPanelRow);
     ptx::fence_registers(flat(s));
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < F::D / 16; ++i) {
-        ptx::wgmma_rs<T, kTile>(flat(s), a[i][0], ptx::swizzled_operand(b + i * 32, 0, 8 * kPanelRow), i > 0);
+        ptx::wgmma_rs<T, kTile>(flat(s), a[i][0], ptx::further(right, i * 32), i > 0);
     }
     ptx::wgmma_commit();
 }
@@ -207,8 +210,9 @@ struct HopperSums {
     using Tile64 = float[1][kColumns][4];
     using Fragments = uint32_t[kColumns / 2][4];
 
-    OwnRows<F::D, 1, F::kHeld> first, second;  // of the own side; read in the layout of Tile where D is 64
-    uint32_t own;                              // where the first of the two own tiles is
+    OwnRows<F::D, 1, (F::kHeld > 0)> first;  // of the own side; read in the layout of Tile, as D is 64 then
+    OwnRows<F::D, 1, (F::kHeld > 1)> second;
+    uint32_t own;  // where the first of the two own tiles is
     Tile64 s, dp;
     Fragments p, ds;
     float dx[1][F::D / 8][4], dv[1][F::kOfKeys ? F::D / 8 : 1][4];
@@ -225,13 +229,10 @@ struct HopperSums {
 
     // Begins the two products of a tile of the ring.
     __device__ __forceinline__ void begin(uint32_t x, uint32_t y) {
-        if constexpr (F::kHeld) {
-            begin_scores<T, F>(s, first.held, x);
-            begin_scores<T, F>(dp, second.held, y);
-        } else {
-            begin_scores<T, F>(s, own, x);
-            begin_scores<T, F>(dp, own + F::kBytes, y);
-        }
+        if constexpr (F::kHeld > 0) begin_scores<T, F>(s, first.held, x);
+        if constexpr (F::kHeld == 0) begin_scores<T, F>(s, own, x);
+        if constexpr (F::kHeld > 1) begin_scores<T, F>(dp, second.held, y);
+        if constexpr (F::kHeld < 2) begin_scores<T, F>(dp, own + F::kBytes, y);
     }
     // Hides what is beyond the diagonal in a tile that begins with row n0: of keys behind the own query, or of queries
     // before the own key.
@@ -279,7 +280,7 @@ __device__ __forceinline__ void weigh_tile(HopperSums<T, F>& sums, int j, const 
     if constexpr (F::kOfKeys) {
         round_to<T>(sums.p, sums.s);
         begin_out<T, F>(sums.dv, sums.p, at.ring(j % F::kStages, 1));
-        ptx::wgmma_wait<1>();  // dP is there, dv goes on
+        ptx::wgmma_wait<F::kDvGoesOn>();  // dP is there
     } else {
         ptx::wgmma_wait<0>();
     }
@@ -310,7 +311,6 @@ __device__ __forceinline__ void attend(HopperSums<T, F>& sums, int begin, int en
     weigh_tile(sums, begin, work, at);
     for (int j = begin; j + 1 < end; ++j) {
         differentiate_tile(sums, j, at);
-        if constexpr (F::kOfKeys && F::D == 128) ptx::wgmma_wait<1>();  // dv is done with P, whose registers others need
         const int next = (j + 1) % F::kStages;
         ptx::mbarrier_wait(at.full(next), (j + 1) / F::kStages % 2);
         sums.begin(at.ring(next, 0), at.ring(next, 1));

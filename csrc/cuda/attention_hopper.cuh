@@ -32,13 +32,13 @@ __device__ __forceinline__ float (&flat(float (&x)[1][N][4]))[4 * N] {
 // Begins s = Q K^T.
 template <typename T, typename F>
 __device__ __forceinline__ void begin_scores(float (&s)[1][F::kKeys / 8][4], uint32_t q, uint32_t k) {
+    const uint64_t a = ptx::swizzled_operand(q, 0, 8 * kPanelRow), b = ptx::swizzled_operand(k, 0, 8 * kPanelRow);
     ptx::fence_registers(flat(s));
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < F::D / 16; ++i) {
-        const uint64_t a = ptx::swizzled_operand(q + i / 4 * F::kQPanel + i % 4 * 32, 0, 8 * kPanelRow);
-        const uint64_t b = ptx::swizzled_operand(k + i / 4 * F::kKeyPanel + i % 4 * 32, 0, 8 * kPanelRow);
-        ptx::wgmma_ss<T, F::kKeys>(flat(s), a, b, i > 0);
+        ptx::wgmma_ss<T, F::kKeys>(flat(s), ptx::further(a, i / 4 * F::kQPanel + i % 4 * 32),
+                                   ptx::further(b, i / 4 * F::kKeyPanel + i % 4 * 32), i > 0);
     }
     ptx::wgmma_commit();
 }
@@ -46,14 +46,14 @@ __device__ __forceinline__ void begin_scores(float (&s)[1][F::kKeys / 8][4], uin
 // Begins out += P V.
 template <typename T, typename F>
 __device__ __forceinline__ void begin_out(float (&out)[1][F::D / 8][4], uint32_t (&p)[F::kKeys / 16][4], uint32_t v) {
+    const uint64_t b = ptx::swizzled_operand(v, F::kKeyPanel, 8 * kPanelRow);
     ptx::fence_registers(flat(out));
 #pragma unroll
     for (int i = 0; i < F::kKeys / 16; ++i) ptx::fence_registers(p[i]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < F::kKeys / 16; ++i) {
-        const uint64_t b = ptx::swizzled_operand(v + i * 16 * kPanelRow, F::kKeyPanel, 8 * kPanelRow);
-        ptx::wgmma_rs<T, F::D, ptx::Major::mn>(flat(out), p[i], b, true);
+        ptx::wgmma_rs<T, F::D, ptx::Major::mn>(flat(out), p[i], ptx::further(b, i * 16 * kPanelRow), true);
     }
     ptx::wgmma_commit();
 }
