@@ -21,7 +21,8 @@
 // the two products do at T = 1024. As it is, nothing is added across blocks, and the same input gives the same bits;
 // there is no faster mode that does not.
 //
-// Source: FlashAttention-2, algorithm 2 (Dao, 2023; arXiv 2307.08691), with dq in a kernel of its own.
+// Source: FlashAttention-2, algorithm 2 (Dao, 2023; arXiv 2307.08691), with dq in a kernel of its own. Where Hopper's
+// own instructions can be used, attention_bwd_hopper.cuh follows on attention_terms_kernel.
 #pragma once
 
 #include "attention_common.cuh"

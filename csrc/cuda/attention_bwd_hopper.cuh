@@ -33,7 +33,7 @@ struct HopperBwd {
     static constexpr bool kOfKeys = kOfKeys_;
     static constexpr int kHeld = D > 64 ? 0 : kOfKeys ? 2 : 1;  // of the own tiles in registers
     // Whether dv is still multiplied while dS is formed; with D of 128 there are no registers for both.
-    static constexpr bool kDvGoesOn = D < 128;
+    static constexpr bool kDvGoesOn = kOfKeys && D < 128;
     static constexpr int kGroups = kOfKeys || D == 128 ? 2 : 3, kStages = 4;
     static constexpr int kRows = kTile * kGroups, kThreads = kGroupThreads * (kGroups + 1);
     // Of a thread: as many as there are, 65536 for all, are divided anew.
@@ -221,7 +221,8 @@ struct HopperSums {
     float scale_log2;
 
     __device__ __forceinline__ HopperSums(HopperBwdShared<F> at, int group, int warp)
-        : first(at.own(group, 0) + warp * 16 * kPanelRow), second(at.own(group, 1) + warp * 16 * kPanelRow),
+        : first(at.own(group, 0) + warp * 16 * kPanelRow),
+          second(at.own(group, 1) + warp * 16 * kPanelRow),
           own(at.own(group, 0)) {
         clear(dx);
         clear(dv);
@@ -253,7 +254,8 @@ struct HopperSums {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
             float2 two = make_float2(0.0f, 0.0f);
-            if constexpr (F::kOfKeys) two = load_shared(reinterpret_cast<const float2*>(terms + 8 * n) + threadIdx.x % 4);
+            if constexpr (F::kOfKeys)
+                two = load_shared(reinterpret_cast<const float2*>(terms + 8 * n) + threadIdx.x % 4);
 #pragma unroll
             for (int e = 0; e < 4; ++e) f(n, e, F::kOfKeys ? (e % 2 ? two.y : two.x) : rows[e / 2]);
         }
@@ -272,18 +274,19 @@ struct HopperSums {
     }
 };
 
-// The first half of tile j, whose S and dP have been begun: forms P and begins its product.
+// The first half of tile j of those before `end`, whose S is there: forms P and begins its product.
 template <typename T, typename F>
-__device__ __forceinline__ void weigh_tile(HopperSums<T, F>& sums, int j, const HopperBwdWork<F>& work,
+__device__ __forceinline__ void weigh_tile(HopperSums<T, F>& sums, int j, int end, const HopperBwdWork<F>& work,
                                            HopperBwdShared<F> at) {
     sums.weigh(work.first + j * kTile, at.lse(j % F::kStages));
     if constexpr (F::kOfKeys) {
         round_to<T>(sums.p, sums.s);
         begin_out<T, F>(sums.dv, sums.p, at.ring(j % F::kStages, 1));
-        ptx::wgmma_wait<F::kDvGoesOn>();  // dP is there
-    } else {
-        ptx::wgmma_wait<0>();
     }
+    // The wait for the next tile stands here, in the way of the assembler, which would put off all that weigh() does
+    // until dP has been waited for.
+    if (j + 1 < end) ptx::mbarrier_wait(at.full((j + 1) % F::kStages), (j + 1) / F::kStages % 2);
+    ptx::wgmma_wait<F::kDvGoesOn>();  // dP is there
     ptx::fence_registers(flat(sums.dp));
 }
 
@@ -308,16 +311,15 @@ __device__ __forceinline__ void attend(HopperSums<T, F>& sums, int begin, int en
     sums.begin(at.ring(begin, 0), at.ring(begin, 1));
     ptx::wgmma_wait<1>();  // S is there, dP goes on
     ptx::fence_registers(flat(sums.s));
-    weigh_tile(sums, begin, work, at);
+    weigh_tile(sums, begin, end, work, at);
     for (int j = begin; j + 1 < end; ++j) {
         differentiate_tile(sums, j, at);
         const int next = (j + 1) % F::kStages;
-        ptx::mbarrier_wait(at.full(next), (j + 1) / F::kStages % 2);
         sums.begin(at.ring(next, 0), at.ring(next, 1));
         ptx::wgmma_wait<1>();  // the next S is there, and all before; dP goes on
         ptx::fence_registers(flat(sums.s));
         leave(at.empty(j % F::kStages));
-        weigh_tile(sums, j + 1, work, at);
+        weigh_tile(sums, j + 1, end, work, at);
     }
     differentiate_tile(sums, end - 1, at);
     ptx::wgmma_wait<0>();
@@ -351,7 +353,7 @@ __device__ __forceinline__ void compute(const BwdArgs& args, const HopperBwdWork
     if (begin < end) attend(sums, begin, end, work, at);
 
     ptx::named_barrier_sync(1 + group, kGroupThreads);  // the own tiles are read no more
-    const auto store = [&](const auto& sum, const float(&factors)[1][2], int i, const AttentionTensor& tensor) {
+    const auto store = [&](const auto& sum, const float (&factors)[1][2], int i, const AttentionTensor& tensor) {
         unsigned char* const rows = at.pointer(at.own(group, i)) + warp * 16 * Tile<F::D>::kRowBytes;
         store_rows<T, F::D, 1>(sum, factors, rows, head_of<T>(tensor, block.batch, block.head), tensor.position, own0,
                                F::kOfKeys ? shape.t_k : shape.t_q);

@@ -221,7 +221,7 @@ def wgmma_of(kernels: Kernels, case: Case, rows: int = HOPPER, ten_times: int = 
 def check_hopper_skipping(kernels: Kernels) -> None:
     """A warpgroup multiplies the tiles that its 64 queries see, or that see its 64 keys."""
     for d in (64, 96, 128):
-        short, long = 4 * d // 16, 4 * 64 // 16  # wgmma of 64 x 64 x d, for four warps: with a sum over d, over the tile
+        short, long = 4 * d // 16, 4 * 64 // 16  # wgmma of 64 x 64 x d, for four warps: sums over d, over the tile
 
         def wanted(by_queries: int, by_keys: int, short: int = short, long: int = long) -> tuple[int, int]:
             """In the forward and for dq, tiles of keys from the first that is shown; for dk and dv, of queries."""

@@ -32,8 +32,9 @@ void attention(DType dtype, int32_t d, int32_t t_q, int32_t t_k, int32_t rows, b
                                dtype};
     check(igpt::cuda::causal_attention_fwd(
         {shape, tensor(q), tensor(k), tensor(v), tensor(out), lse.get<float>(), rows}));
-    check(igpt::cuda::causal_attention_bwd({shape, tensor(q), tensor(k), tensor(v), tensor(out), tensor(dout),
-                                            tensor(dq), tensor(dk), tensor(dv), lse.get<float>(), terms.get<float>(), false}));
+    check(
+        igpt::cuda::causal_attention_bwd({shape, tensor(q), tensor(k), tensor(v), tensor(out), tensor(dout), tensor(dq),
+                                          tensor(dk), tensor(dv), lse.get<float>(), terms.get<float>(), false}));
 }
 
 // By the kernels for Hopper; 0 rows leave the choice to the launcher.

@@ -41,30 +41,31 @@ LEAVE = "        leave(at.empty(j % F::kStages));\n"
 S_WAIT = """        ptx::wgmma_wait<1>();  // the next S is there, and all before; dP goes on
         ptx::fence_registers(flat(sums.s));
 """
+END = "    ptx::fence_registers(flat(sums.dx));\n    ptx::fence_registers(flat(sums.dv));\n}\n"
 BARRIER = "    ptx::named_barrier_sync(1 + group, kGroupThreads);  // the own tiles are read no more\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("bwd_hopper_no_wait_for_own_tiles", BWD, "    ptx::mbarrier_wait(at.own_full(), 0);\n", ""), narrow),
     (Mutation("bwd_hopper_no_wait_for_the_first_tile", BWD, "    ptx::mbarrier_wait(at.full(begin), 0);\n", ""),
      narrow),
-    (Mutation("bwd_hopper_no_wait_for_the_next_tile", BWD, "        ptx::mbarrier_wait(at.full(next), ",
-              "        if (false) ptx::mbarrier_wait(at.full(next), "), narrow),
+    (Mutation("bwd_hopper_no_wait_for_the_next_tile", BWD, "if (j + 1 < end) ptx::mbarrier_wait(",
+              "if (false) ptx::mbarrier_wait("), narrow),
     (Mutation("bwd_hopper_parity_of_the_next_tile", BWD, "(j + 1) / F::kStages % 2", "0"), narrow),
     (Mutation("bwd_hopper_left_too_early", BWD, S_WAIT + LEAVE, LEAVE + S_WAIT), wide),
     (Mutation("bwd_hopper_never_left", BWD, LEAVE, ""), narrow),
     (Mutation("bwd_hopper_tiles_of_others_are_never_left", BWD,
-              "for (int j = 0; j < begin; ++j) leave(at.empty(j));", ""), narrow),
+              "for (int j = 0; j < begin; ++j) leave(at.empty(j));", ""), lambda k: under_schedules(k, 64, 330, 330)),
     (Mutation("bwd_hopper_fills_a_place_in_use", BWD, "if (j >= F::kStages) ptx::mbarrier_wait(",
               "if (j > 9 * F::kStages) ptx::mbarrier_wait("), wide),
     (Mutation("bwd_hopper_parity_of_an_empty_place", BWD, "(j / F::kStages - 1) % 2", "j / F::kStages % 2"), wide),
     (Mutation("bwd_hopper_waits_for_warpgroups_without_rows", BWD, "at.init_barriers(work.groups)",
-              "at.init_barriers(F::kGroups)"), lambda k: under_schedules(k, 64, 321, 321)),
+              "at.init_barriers(F::kGroups)"), lambda k: under_schedules(k, 64, 300, 300)),
     (Mutation("bwd_hopper_announces_rows_that_it_does_not_copy", BWD, "2 * work.groups * F::kBytes",
               "2 * F::kGroups * F::kBytes"), lambda k: under_schedules(k, 64, 1, 1)),
     (Mutation("bwd_hopper_scores_read_too_early", BWD, S_WAIT, ""), narrow),
     (Mutation("bwd_hopper_dp_read_too_early", BWD, "ptx::wgmma_wait<F::kDvGoesOn>();", "ptx::wgmma_wait<2>();"),
      narrow),
-    (Mutation("bwd_hopper_sums_read_too_early", BWD, "    ptx::wgmma_wait<0>();\n    ptx::fence_registers(flat(sums.dx)",
-              "    ptx::wgmma_wait<1>();\n    ptx::fence_registers(flat(sums.dx)"), narrow),
+    (Mutation("bwd_hopper_sums_read_too_early", BWD, "    ptx::wgmma_wait<0>();\n" + END,
+              "    ptx::wgmma_wait<1>();\n" + END), narrow),
     (Mutation("bwd_hopper_is_not_seen_by_its_own_query", BWD, "column < limit :", "column <= limit :"), few),
     (Mutation("bwd_hopper_sees_the_next_key", BWD, ": column > limit)", ": column > limit + 1)"), few),
     (Mutation("bwd_hopper_masks_too_few_tiles_of_queries", BWD, "warp_row + 15 > n0", "warp_row + 14 > n0"),
