@@ -110,7 +110,8 @@ struct CausalAttentionFwd : Cuda<cuda::causal_attention_fwd> {
 
 struct CausalAttentionBwd : Cuda<cuda::causal_attention_bwd> {
     static constexpr auto fields =
-        members<P, &P::q, &P::k, &P::v, &P::out, &P::dout, &P::dq, &P::dk, &P::dv, &P::lse, &P::terms> + shape<P>;
+        members<P, &P::q, &P::k, &P::v, &P::out, &P::dout, &P::dq, &P::dk, &P::dv, &P::lse, &P::terms, &P::portable> +
+        shape<P>;
 };
 
 struct AttentionDecode : Cuda<cuda::attention_decode> {

@@ -233,6 +233,8 @@ struct AttentionBwdParams {
     AttentionTensor q, k, v, out, dout, dq, dk, dv;
     const float* lse;  // from the forward
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+    // The kernels that every GPU runs, even where those for Hopper could (attention_bwd_hopper.cuh).
+    bool portable;
 };
 
 int causal_attention_fwd(const AttentionFwdParams& params);
