@@ -53,9 +53,11 @@ struct Dequantize : Cuda<cuda::dequantize> {
 
 struct Sample : Cuda<cuda::sample> {
     static constexpr auto fields =
-        members<P, &P::dtype, &P::uniform, &P::seed, &P::streams, &P::temperature, &P::top_k, &P::top_p, &P::min_score,
-                &P::tokens, &P::rows, &P::k> +
-        together<P, &P::logits, &P::row_stride>("logits") + together<P, &P::position, &P::position_stride>("position") +
+        members<P, &P::dtype, &P::uniform, &P::settings, &P::seed, &P::streams, &P::temperature, &P::top_k, &P::top_p,
+                &P::min_score, &P::rows, &P::k, &P::dependent> +
+        together<P, &P::logits, &P::row_stride>("logits") +
+        together<P, &P::tokens, &P::logprobs, &P::columns>("tokens") +
+        together<P, &P::position, &P::position_stride, &P::advance>("position") +
         together<P, &P::embedding, &P::wte, &P::wpe, &P::embed_dtype, &P::n_embd, &P::n_positions>("embedding") +
         place<P>;
 };

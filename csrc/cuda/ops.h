@@ -174,19 +174,29 @@ int cross_entropy_bwd(const CrossEntropyBwdParams& params);
 
 constexpr int32_t cross_entropy_parts(int64_t rows) { return int32_t(rows < 4 * 1056 ? (rows + 3) / 4 : 1056); }
 
+// How tokens are drawn, where that stands on the device. Any numbers are taken; the last three are cut to 32 bits.
+struct SampleSettings {
+    uint64_t seed;
+    double top_p, temperature, min_score;
+    int64_t top_k, offset, first;
+};
+
 // Drawing tokens, and the next step's input: sample.cu.
 struct SampleParams : Launch {
-    const void* logits;       // (rows, k), each row contiguous
-    const float* uniform;     // (rows,), or null: made of the seed, the streams and the positions
-    const int64_t* streams;   // (rows,), not negative, where there is no `uniform`
-    const int32_t* position;  // (rows,) or (1,), of the drawn tokens; may be null where there is a `uniform`
-    const void* wte;          // (.., n_embd), 16-byte aligned, where there is an `embedding`
-    const void* wpe;          // (n_positions, n_embd), likewise
-    int64_t* tokens;          // (rows,)
-    void* embedding;          // (rows, n_embd), 16-byte aligned, or null
+    const void* logits;              // (rows, k), each row contiguous
+    const float* uniform;            // (rows,), or null: made of the seed, the streams and the positions
+    const int64_t* streams;          // (rows,), not negative, where there is no `uniform`
+    const SampleSettings* settings;  // in place of seed, top_p .. top_k here; or null: offset and first are 0
+    int32_t* position;  // (rows,) or (1,), of the drawn tokens, less the offset; may be null beside a `uniform`
+    const void* wte;    // (.., n_embd), 16-byte aligned, where there is an `embedding`
+    const void* wpe;    // (n_positions, n_embd), likewise
+    int64_t* tokens;    // (rows, columns)
+    float* logprobs;    // (rows, columns), or null
+    void* embedding;    // (rows, n_embd), 16-byte aligned, or null
     uint64_t seed;
     int64_t row_stride;  // of logits, in elements
     int64_t rows;
+    int64_t columns;          // 1 without settings: the row's token is the only one
     double top_p;             // 1 keeps all
     float temperature;        // 0: the largest logit
     float min_score;          // minus infinity keeps all
@@ -197,6 +207,8 @@ struct SampleParams : Launch {
     int32_t n_positions;
     DType dtype;          // of logits
     DType embed_dtype;    // of wte, wpe and embedding
+    Dependent dependent;  // settings and streams must not come from the launch before
+    bool advance;         // position += 1 at the end, where every row has its own
     bool vector = false;  // the launcher's: rows can be read four logits at a time
 };
 

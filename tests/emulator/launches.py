@@ -132,6 +132,14 @@ def sample_next(size: Size) -> None:
     ops.sample_next(logits, 0, streams, position, top_k=100, top_p=0.9, min_p=0.01, wte=wte, wpe=wpe)
 
 
+def sample_step(size: Size) -> None:
+    logits, wte, wpe = blank(IMAGES, COLOURS), blank(COLOURS + 1, size.n_embd), blank(T, size.n_embd)
+    settings, streams = torch.zeros(7, dtype=torch.int64), torch.arange(IMAGES)
+    position, tokens = torch.zeros(IMAGES, dtype=torch.int32), torch.zeros(IMAGES, T, dtype=torch.int64)
+    state = streams, position, tokens, blank(IMAGES, T, dtype=torch.float32)
+    ops.sample_step(logits, settings, *state, blank(IMAGES, size.n_embd), wte, wpe)
+
+
 Call = Callable[[Any], None]
 # Op -> (its call, what it is called with).
 BY_SIZE: dict[str, Call] = {
@@ -147,6 +155,7 @@ BY_SIZE: dict[str, Call] = {
     "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,
+    "sample_step": sample_step,
 }
 OTHERS: dict[str, tuple[Call, Any]] = {
     "cross_entropy, bf16": (cross_entropy, torch.bfloat16),

@@ -164,16 +164,21 @@ def test_generation_draws_with_it(device: str, by_itself: bool, monkeypatch: pyt
     """All the way through, in float32, where rounding decides about one draw in a million."""
     model = make(device, torch.float32)
     context = tokens(model.config, 2, 5).to(device)
-    uniforms = rules.stream_uniforms(5, torch.arange(6), 4, 12, model.device)
-    streams, calls = rules.RandomStreams(5, torch.arange(6)) if by_itself else None, []
+    streams, calls = rules.RandomStreams(5, torch.arange(6), 4, 12), []
+    uniforms = streams if by_itself else streams.made(model.device)
     draw = CudaDecoder.draw
     noted = lambda *args, **more: (calls.append(args[3] is not None), draw(*args, **more))[1]  # noqa: E731
     monkeypatch.setattr(CudaDecoder, "draw", noted)
+    made, calls_made = rules.RandomStreams.made, []
+    noted_made = lambda *args: (calls_made.append(args), made(*args))[1]  # noqa: E731
+    monkeypatch.setattr(rules.RandomStreams, "made", noted_made)
     sampling = rules.Sampling(0.9, 20, 0.95, 0.01)
-    drawn = generation.decode(model, context, uniforms, sampling, streams=streams)
+    drawn = generation.decode(model, context, uniforms, sampling)
     assert calls == [by_itself] * 12
+    assert calls_made == []  # by the host
     with backend.use_backend("reference"):
-        expected = generation.decode(model, context, uniforms, sampling, streams=streams)
+        expected = generation.decode(model, context, uniforms, sampling)
+    assert len(calls_made) == by_itself  # all at once
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0.0, atol=1e-4)
 

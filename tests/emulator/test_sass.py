@@ -154,6 +154,7 @@ DEPENDENT = {
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight
+    "sample_kernel": (r"LDG\.E",),  # settings and stream
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
 

@@ -19,7 +19,7 @@ from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.capture import Order, numerics
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.attention_decode import dequantize_values
@@ -113,7 +113,7 @@ class CudaDecoder(Decoder):
         return self._advance(step).clone()
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """See ``Decoder.draw``. Of streams, numbers, draw and the next step's input are one kernel: no wait, no copy by
         the host.
