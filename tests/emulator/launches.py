@@ -48,6 +48,12 @@ def add_rms_norm(size: Size) -> None:
     differentiate(ops.rms_norm(x, weight, residual=residual), x, residual, weight)
 
 
+def rms_norm_autocast(size: Size) -> None:
+    x, weight = blank(IMAGES, T, size.n_embd, grad=True), blank(size.n_embd, dtype=torch.float32, grad=True)
+    residual = blank(IMAGES, T, size.n_embd, dtype=torch.float32, grad=True)
+    differentiate(ops.rms_norm(x, weight, residual=residual, dtype=x.dtype), x, residual, weight)
+
+
 def layer_norm(size: Size) -> None:
     x = blank(IMAGES, T, size.n_embd, grad=True)
     weight, bias = blank(size.n_embd, grad=True), blank(size.n_embd, grad=True)
@@ -139,6 +145,7 @@ Call = Callable[[Any], None]
 BY_SIZE: dict[str, Call] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "add_rms_norm, under autocast": rms_norm_autocast,
     "layer_norm": layer_norm,
     "quick_gelu": quick_gelu,
     "causal_attention_packed": causal_attention_packed,

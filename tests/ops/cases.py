@@ -96,6 +96,13 @@ CASES = [
         lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
         3,
     ),
+    Case(
+        "rms_norm",
+        "rms_norm_autocast",
+        lambda: (_normal(7, 72), _normal(72, dtype=torch.float32), _normal(7, 72, dtype=torch.float32, seed=2)),
+        lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual, dtype=BF16),
+        3,
+    ),
     Case("layer_norm", "layer_norm", lambda: (_normal(5, 1032), _normal(1032), _normal(1032)), ops.layer_norm, 3),
     Case(
         "layer_norm",
