@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend, ops
+from igpt_fast.engines.decoder import SCALED
 from igpt_fast.engines.network import Network
 from igpt_fast.locks import Lock
-from igpt_fast.ops.attention_decode import quantize_values
+from igpt_fast.ops.attention_decode import quantize_e4m3
 
 FUSED_ROWS = 8  # that ops.gemv's kernel takes
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -42,7 +43,8 @@ class CudaStep:
         positions: That their caches have room for.
         primer: (keys, values) that came before, of one each (n_layer, G, H, T_p, D); rows / G images share one each.
             ``None`` where the caches begin at the first position.
-        scaled: Whether values are cached in 8 bits (``quantize_values``); a primer's, which images share, are not.
+        dtype: The decoder's; one of ``SCALED`` for keys or values that are cached in 8 bits (``quantize_e4m3``). A
+            primer's, which images share, are not.
         graphs: Whether steps are captured and replayed; else every kernel is launched by itself.
         dependent: Whether a kernel may begin while the one before ends (sm_90; see ``backend.Launching``).
     """
@@ -53,16 +55,22 @@ class CudaStep:
         rows: int,
         positions: int,
         primer: tuple[Tensor, Tensor] | None,
-        scaled: bool,
+        dtype: str,
         graphs: bool,
         dependent: bool,
     ) -> None:
         self.network, self.primer, self.dependent = network, primer, dependent
         shape = (len(network.layers), rows, network.heads, positions, network.head_dim)
-        self.keys = torch.empty(shape, dtype=network.dtype, device=network.device)
-        self.values = torch.empty_like(self.keys, dtype=torch.float8_e4m3fn if scaled else None)
-        self.scales = self.keys.new_empty(shape[:-1], dtype=torch.float32) if scaled else None
-        self.x = self.keys.new_zeros(rows, network.wte.shape[1])  # the step's input
+        scaled = SCALED.get(dtype, (False, False))
+        self.keys, self.values = (
+            torch.empty(shape, dtype=torch.float8_e4m3fn if of_8_bits else network.dtype, device=network.device)
+            for of_8_bits in scaled
+        )
+        self.scales = [  # of keys and of values
+            torch.empty(shape[:-1], dtype=torch.float32, device=network.device) if of_8_bits else None
+            for of_8_bits in scaled
+        ]
+        self.x = network.wte.new_zeros(rows, network.wte.shape[1])  # the step's input
         self.position = torch.zeros(1, dtype=torch.int32, device=network.device)  # in these caches, of the next key
         self.fused = rows <= FUSED_ROWS and network.dtype in FUSED_DTYPES
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] | None = {} if graphs else None
@@ -89,20 +97,20 @@ class CudaStep:
             self.position.zero_()
             return
         length, copies = primer[0].shape[3], self.keys.shape[1] // primer[0].shape[1]
-        for i, (keys, values) in enumerate(zip(*primer, strict=True)):
-            self.keys[i, :, :, :length] = keys.repeat_interleave(copies, dim=0)
-            read = values.repeat_interleave(copies, dim=0)
-            if self.scales is None:
-                self.values[i, :, :, :length] = read
-            else:
-                self.values[i, :, :, :length], self.scales[i, :, :, :length] = quantize_values(read)
+        for cache, scales, read in zip((self.keys, self.values), self.scales, primer, strict=True):
+            for i, layer in enumerate(read):
+                every = layer.repeat_interleave(copies, dim=0)
+                if scales is None:
+                    cache[i, :, :, :length] = every
+                else:
+                    cache[i, :, :, :length], scales[i, :, :, :length] = quantize_e4m3(every)
         self.position.fill_(length)
 
     @property
     def bytes(self) -> int:
         """Of its caches and of the primer."""
-        tensors = (self.keys, self.values, *(self.primer or ()), *(() if self.scales is None else (self.scales,)))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (self.keys, self.values, *(self.primer or ()), *self.scales)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def run(self, position: int) -> Tensor:
         """Reads ``x`` at ``position`` of the caches, where the device's ``position`` stands, and advances that.
@@ -192,8 +200,8 @@ class CudaStep:
         q, k, v = qkv.view(-1, 3, net.heads, net.head_dim).unbind(1)
         prefix_k, prefix_v = (None, None) if self.primer is None else (self.primer[0][i], self.primer[1][i])
         state = self.keys[i], self.values[i], self.position, None, net.scales[i]
-        scales = None if self.scales is None else self.scales[i]
-        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, scales)
+        k_scale, v_scale = (None if scales is None else scales[i] for scales in self.scales)
+        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, v_scale, k_scale)
         return out.view(out.shape[0], -1)
 
 
