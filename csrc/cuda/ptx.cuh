@@ -164,6 +164,16 @@ __device__ __forceinline__ V load_once(const V* p) {
     return *reinterpret_cast<const V*>(&words);
 }
 
+#if __CUDA_ARCH__ >= 890
+// The numbers of two codes in e4m3, the first in the low byte: sm_89 and later. e4m3.cuh has it for all others, and for
+// the emulator.
+__device__ __forceinline__ float2 from_e4m3x2(uint32_t codes) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+    return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+#endif
+
 // A hint: the line of p will be read.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));

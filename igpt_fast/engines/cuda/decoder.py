@@ -19,10 +19,10 @@ from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.capture import Order, numerics
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
+from igpt_fast.engines.decoder import SCALED, Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.attention_decode import dequantize_values
+from igpt_fast.ops.attention_decode import dequantize_e4m3
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
 MOST_COLOURS = 1024  # that the kernel of ops.sample_step takes
@@ -38,9 +38,9 @@ class CudaDecoder(Decoder):
     place reaches the next step, another tensor in a parameter's place does not.
 
     ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
-    with a scale for each image, head and position; keys are not. A head's value with a NaN or an infinity becomes NaN
-    as a whole. The forward pass reads a primer with its own values, which are rounded as they come into the cache;
-    those that continuations share stay in the model's dtype.
+    with a scale for each image, head and position; ``"fp8_cache"``: and keys so as well. A head's value or key with a
+    NaN or an infinity becomes NaN as a whole. The forward pass reads a primer with its own keys and values, which are
+    rounded as they come into the cache; those that continuations share stay in the model's dtype.
 
     Args:
         model, batch_size, capacity, dtype: As of ``Decoder``.
@@ -168,9 +168,10 @@ class CudaDecoder(Decoder):
         self._forked = True
         if n > 1 and self._step is not None:  # what it has read is the primer now
             step, read = self._step, slice(self._position)
-            keys, values = step.keys[..., read, :], step.values[..., read, :]
-            if step.scales is not None:
-                values = dequantize_values(values, step.scales[..., read], keys.dtype)
+            keys, values = (
+                cache[..., read, :] if scales is None else dequantize_e4m3(cache, scales, step.x.dtype)[..., read, :]
+                for cache, scales in zip((step.keys, step.values), step.scales, strict=True)
+            )
             self._primer = keys, values
             self._step = None
         self._drawn, self._next, self._ahead, self.history = False, None, None, None
@@ -197,11 +198,10 @@ class CudaDecoder(Decoder):
         shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
         positions = self.capacity - (self._position if shares else 0)
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        scaled = self.dtype == "fp8_values"
-        key = (self.options, *shape, scaled, net.key(), numerics(), torch.is_inference_mode_enabled())
+        key = (self.options, *shape, self.dtype, net.key(), numerics(), torch.is_inference_mode_enabled())
         step, self._spare = self._spare if key == self._key else None, None
         if step is None:
-            step = CudaStep(net, self.batch_size, positions, primer if shares else None, scaled, self.options)
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, self.dtype, self.options)
         step.network, self._key = net, key
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
@@ -224,9 +224,10 @@ class CudaDecoder(Decoder):
 
     @staticmethod
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
-        """See ``Decoder.position_bytes``. Values of 8 bits have a scale for each head; a shared primer's have 16."""
+        """See ``Decoder.position_bytes``. What has 8 bits has a scale for each head; a shared primer has 16."""
         config, item = model.config, cache_dtype(model).itemsize
-        own = config.n_embd * (item + 1) + 4 * config.n_head if dtype == "fp8_values" else 2 * config.n_embd * item
+        scaled = sum(SCALED.get(dtype or "", ()))
+        own = config.n_embd * (scaled + (2 - scaled) * item) + 4 * config.n_head * scaled
         return PositionBytes(own, 2 * config.n_embd * item if model.dtype in FUSED_DTYPES else None)
 
 
@@ -251,8 +252,8 @@ def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
     check_dtype(dtype)
     if reason := no_cuda_decoder(model.device):
         return reason
-    if dtype not in (None, "fp8_values"):
-        return f"it decodes in the model's dtype or in 'fp8_values', not in {dtype!r}"
+    if dtype is not None and dtype not in SCALED:
+        return f"it decodes in the model's dtype or in {' or '.join(map(repr, SCALED))}, not in {dtype!r}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}

@@ -34,8 +34,9 @@ from igpt_fast import backend, ops
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.cuda.capture import capture, make_workspaces, take_place
 from igpt_fast.engines.cuda.options import CudaOptions
+from igpt_fast.engines.decoder import SCALED
 from igpt_fast.engines.network import Network
-from igpt_fast.ops.attention_decode import quantize_values
+from igpt_fast.ops.attention_decode import quantize_e4m3
 from igpt_fast.ops.gemv import MAX_ROWS
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -113,7 +114,8 @@ class CudaStep:
         positions: That their caches have room for.
         primer: (keys, values) that came before, of one each (n_layer, G, H, T_p, D); rows / G images share one each.
             ``None`` where the caches begin at the first position.
-        scaled: Whether values are cached in 8 bits (``quantize_values``); a primer's, which images share, are not.
+        dtype: The decoder's; one of ``SCALED`` for keys or values that are cached in 8 bits (``quantize_e4m3``). A
+            primer's, which images share, are not.
         options: How it is computed.
 
     Attributes:
@@ -126,16 +128,22 @@ class CudaStep:
         rows: int,
         positions: int,
         primer: tuple[Tensor, Tensor] | None,
-        scaled: bool,
+        dtype: str,
         options: CudaOptions,
     ) -> None:
         self.network, self.primer, self.options = network, primer, options
         self.reason: str | None = None
         shape = (len(network.layers), rows, network.heads, positions, network.head_dim)
-        self.keys = torch.empty(shape, dtype=network.dtype, device=network.device)
-        self.values = torch.empty_like(self.keys, dtype=torch.float8_e4m3fn if scaled else None)
-        self.scales = self.keys.new_empty(shape[:-1], dtype=torch.float32) if scaled else None
-        self.x = self.keys.new_zeros(rows, network.wte.shape[1])  # the step's input
+        scaled = SCALED.get(dtype, (False, False))
+        self.keys, self.values = (
+            torch.empty(shape, dtype=torch.float8_e4m3fn if of_8_bits else network.dtype, device=network.device)
+            for of_8_bits in scaled
+        )
+        self.scales = [  # of keys and of values
+            torch.empty(shape[:-1], dtype=torch.float32, device=network.device) if of_8_bits else None
+            for of_8_bits in scaled
+        ]
+        self.x = network.wte.new_zeros(rows, network.wte.shape[1])  # the step's input
         # In these caches, of each row's next key.
         self.position = torch.zeros(rows, dtype=torch.int32, device=network.device)
         self.fused = rows <= min(options.gemv_rows, MAX_ROWS) and network.dtype in FUSED_DTYPES
@@ -169,17 +177,17 @@ class CudaStep:
             self.position.zero_()
             return
         length, copies = primer[0].shape[3], self.keys.shape[1] // primer[0].shape[1]
-        for i, (keys, values) in enumerate(zip(*primer, strict=True)):
-            self.keys[i, :, :, :length] = keys.repeat_interleave(copies, dim=0)
-            read = values.repeat_interleave(copies, dim=0)
-            if self.scales is None:
-                self.values[i, :, :, :length] = read
-            else:
-                self.values[i, :, :, :length], self.scales[i, :, :, :length] = quantize_values(read)
+        for cache, scales, read in zip((self.keys, self.values), self.scales, primer, strict=True):
+            for i, layer in enumerate(read):
+                every = layer.repeat_interleave(copies, dim=0)
+                if scales is None:
+                    cache[i, :, :, :length] = every
+                else:
+                    cache[i, :, :, :length], scales[i, :, :, :length] = quantize_e4m3(every)
         self.position.fill_(length)
 
     def _caches(self) -> list[Tensor]:
-        tensors = (self.keys, self.values, self.scales, *(self.primer or ()))
+        tensors = (self.keys, self.values, *self.scales, *(self.primer or ()))
         return [tensor for tensor in tensors if tensor is not None]
 
     def held(self) -> list[Tensor]:
@@ -318,6 +326,6 @@ class CudaStep:
         q, k, v = qkv.view(-1, 3, net.heads, net.head_dim).unbind(1)
         prefix_k, prefix_v = (None, None) if self.primer is None else (p[i, part.primers] for p in self.primer)
         state = self.keys[i, rows], self.values[i, rows], self.position[rows], None, net.scales[i]
-        scales = None if self.scales is None else self.scales[i, rows]
-        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, scales)
+        k_scale, v_scale = (None if scales is None else scales[i, rows] for scales in self.scales)
+        out = ops.attention_decode(q, k, v, *state, prefix_k, prefix_v, limit, v_scale, k_scale)
         return out.view(out.shape[0], -1)
