@@ -35,6 +35,7 @@ conv, linear, options = shapes(False), shapes(True), on(lambda: checks.check_opt
 reach, rounding = on(lambda: checks.check_range("cpu")), on(lambda: checks.check_one_rounding("cpu"))
 shared = on(lambda: checks.check_shape("cpu", torch.bfloat16, 3, 2056, 24, False))
 digits = on(lambda: checks.check_digits_of_the_norm("cpu"))
+dependent = on(lambda: checks.check_dependent("cpu"))
 huge, slices = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_slices("cpu"))
 
 GEMV = "cuda/gemv.cu"
@@ -42,6 +43,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("gemv_x_not_there", GEMV,
               "        __syncthreads();\n        for (int k = slab", "        for (int k = slab"),
      ("thread", "gemv")),
+    (Mutation("gemv_does_not_wait", GEMV, "    ptx::grid_dependency_wait();\n", ""), dependent),
     (Mutation("gemv_slab_overwritten", GEMV, "if (slab > begin) __syncthreads();", ""), ("thread", "gemv")),
     (Mutation("gemv_x_overwritten", GEMV, "    __syncthreads();  // x has been read\n", ""), ("thread", "gemv")),
     (Mutation("gemv_sums_not_there", GEMV, "    __syncthreads();\n    // A half", "    // A half"), ("thread", "gemv")),
