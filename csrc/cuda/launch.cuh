@@ -67,7 +67,7 @@ bool has_clusters([[maybe_unused]] void (*kernel)(Params)) {
 // all blocks of the launch before have called grid_dependency_launch or ended (programmatic dependent launch).
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                   const Params& params, unsigned cluster = 1, [[maybe_unused]] bool dependent = false) {
+                   const Params& params, unsigned cluster = 1, bool dependent = false) {
 #ifdef __CUDACC__
     if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
         const cudaError_t error =
@@ -104,7 +104,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 #else
     static_cast<void>(stream);
     if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
-        emulator::launch(grid, block, shared_bytes, cluster, [&] { kernel(params); });
+        emulator::launch(grid, block, shared_bytes, cluster, dependent, [&] { kernel(params); });
     }
     return cudaSuccess;
 #endif

@@ -121,7 +121,7 @@ AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, Where where) {
     if (bytes < 0 || bytes > 16) fail(what + ": " + std::to_string(bytes) + " bytes, not 0 to 16");
     if (reinterpret_cast<uint64_t>(from) % 16 != 0) fail(what + ": the source is not aligned to 16");
     if (bytes > 0) {
-        note(Access::global_load, from, 16);
+        note(Access::global_load, from, 16, where);
     } else {
         skip(Access::global_load);
     }

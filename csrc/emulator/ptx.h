@@ -3,8 +3,8 @@
 //
 // The destination of an asynchronous copy is NaN from the issue until its thread waits for it. The source is looked at
 // when the copy is issued, and read as late as at the wait: one that has changed meanwhile shows. A thread may not end
-// before it has waited for its copies. A launch begins when the one before has ended, so that the two functions for
-// dependent launches have nothing to do; a missing grid_dependency_wait is not seen.
+// before it has waited for its copies. A launch begins when the one before has ended; what a dependent one may not do
+// before grid_dependency_wait is an error all the same (accesses.cpp).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +21,8 @@
 namespace igpt::emulator {
 
 uint32_t shared_address(const void* p, Where where);
+void grid_dependency_wait();
+void grid_dependency_launch();
 
 struct AsyncCopy {
     unsigned char* to;
@@ -158,14 +160,14 @@ inline void store_cluster(float* own, unsigned rank, float value, emulator::Wher
 }
 
 template <typename V>
-V load_once(const V* p) {
+V load_once(const V* p, emulator::Where where = {}) {
     static_assert(sizeof(V) == 16);
-    return load_global(p);
+    return load_global(p, where);
 }
 
 inline void prefetch_l2(const void*) {}
 
-inline void grid_dependency_wait() {}
-inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() { emulator::grid_dependency_wait(); }
+inline void grid_dependency_launch() { emulator::grid_dependency_launch(); }
 
 }  // namespace igpt::cuda::ptx
