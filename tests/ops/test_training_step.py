@@ -1,5 +1,5 @@
-"""A step of training on the device: it waits for nothing, a graph of it changes no bit, and one that is not finite is
-skipped there."""
+"""What learns on the device, and reads off it, waits for nothing; a graph of a step changes no bit, and a step that is
+not finite is skipped there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from igpt_fast.image import ImageGPTImageProcessor
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.distributed import Team
+from igpt_fast.learning.extraction import collect
 from igpt_fast.learning.graphs import WARM
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.resident import Resident
@@ -20,6 +22,8 @@ from igpt_fast.learning.state import TrainState
 from igpt_fast.learning.stepping import Stepper, optimizer_for
 from igpt_fast.learning.train import new_model, train
 from igpt_fast.learning.watch import DivergedError
+from igpt_fast.likelihood import scoring
+from igpt_fast.likelihood.nats import evaluating, image_nats
 from igpt_fast.world import World
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +67,27 @@ def test_a_step_does_not_wait(graph: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stepper.figures(16)["nats"] > 0.0
+
+
+def test_scoring_and_features_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what they bring back, a batch behind."""
+    data = images()
+    model = new_model(data, CONFIG, NextPixel()).cuda()
+    monkeypatch.setattr(scoring, "model_hash", lambda _: "")
+    processor = ImageGPTImageProcessor(clusters=data.clusters, size={"height": 8, "width": 8})
+    tokens, names = data.tokens, [str(i) for i in range(64)]
+    found = []
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            scores = scoring.score_tokens(model, processor, tokens, names, data.labels, 16)
+            found.append((scores.nats, torch.from_numpy(collect(model, tokens, [1, 2], batch_size=16))))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with evaluating(model), torch.inference_mode():
+        parts = zip(tokens.cuda().split(16), data.labels.cuda().split(16), strict=True)
+        assert torch.equal(found[0][0], torch.cat([image_nats(model, *part) for part in parts]).cpu())
 
 
 def test_a_graph_of_the_step_changes_no_bit(recwarn: pytest.WarningsRecorder) -> None:
