@@ -302,7 +302,6 @@ template <typename T, typename F>
 __device__ __forceinline__ void attend(HopperSums<T, F>& sums, int begin, int end, const HopperBwdWork<F>& work,
                                        HopperBwdShared<F> at) {
     for (int j = 0; j < begin; ++j) leave(at.empty(j));  // as many as there are warpgroups before at most
-    ptx::mbarrier_wait(at.own_full(), 0);
     sums.first.load();
     sums.second.load();
     ptx::mbarrier_wait(at.full(begin), 0);
@@ -350,6 +349,7 @@ __device__ __forceinline__ void compute(const BwdArgs& args, const HopperBwdWork
         one[r][i] = is_shown ? 1.0f : 0.0f;
     });
     const int begin = work.group_begin(group), end = work.group_end(group);
+    if (work.tiles > 0) ptx::mbarrier_wait(at.own_full(), 0);  // those who need none write over their own tiles too
     if (begin < end) attend(sums, begin, end, work, at);
 
     ptx::named_barrier_sync(1 + group, kGroupThreads);  // the own tiles are read no more
