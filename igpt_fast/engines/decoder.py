@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from igpt_fast.engines.network import Model
 
 # What a caller may ask for besides the model's own dtype.
 DTYPES = (None, "int8", "fp8_values")
+
+
+Numbers = Tensor | Callable[[], Tensor]
 
 
 class PositionBytes(NamedTuple):
@@ -55,6 +59,9 @@ class Decoder(ABC):
     capacity: int
     dtype: str
     _forked: bool
+    # (B, T) int64 tokens and (B, T) float32 log-probabilities of all draws from the first on, which may be yet to come,
+    # where they are written by the device into the decoder's own memory; good until the next ``start``.
+    history: tuple[Tensor, Tensor] | None = None
     _next: Tensor | None = None  # what ``draw`` drew since the last ``start``, ``step`` or ``fork``
 
     def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
@@ -69,7 +76,7 @@ class Decoder(ABC):
             raise backend.BackendUnavailableError(f"decoder: {reason}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = dtype or dtype_name(model.dtype)
-        self._forked, self._next = False, None
+        self._forked, self._next, self.history = False, None, None
 
     def _check_room(self, end: int) -> None:
         if end > self.capacity:
@@ -106,22 +113,22 @@ class Decoder(ABC):
         """
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """Draws the tokens that follow, which ``step_drawn`` reads.
 
         Args:
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
-            uniform: (B,) float32 in [0, 1).
-            streams: What ``uniform`` was made of, where it was: a seed and (B,) int64 numbers of streams, as
+            uniform: (B,) float32 in [0, 1), or what makes them when it is called.
+            streams: What ``uniform`` is made of, where it is: a seed and (B,) int64 numbers of streams, as
                 ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
-                make the numbers anew, on its device.
+                make the numbers by itself, on its device, and leave ``uniform`` alone.
             sampling: How they are drawn.
 
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.
         """
-        tokens = ops.draw(logits, uniform, sampling)
+        tokens = ops.draw(logits, uniform if isinstance(uniform, Tensor) else uniform(), sampling)
         self._next = tokens
         return tokens, torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
 

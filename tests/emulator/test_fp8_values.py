@@ -15,6 +15,7 @@ from igpt_fast.engines import memory
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
 
@@ -41,21 +42,27 @@ def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, cop
     return torch.stack(logits, dim=1)
 
 
-@pytest.mark.parametrize(("rows", "copies", "primer"), [(1, 1, 60), (3, 1, 5), (9, 1, 60), (1, 3, 9), (2, 8, 9)])
+@pytest.mark.parametrize(
+    ("rows", "copies", "primer", "halves"),
+    [(1, 1, 60, False), (8, 1, 5, True), (9, 1, 60, False), (33, 1, 3, True), (1, 3, 9, False), (2, 8, 9, True)],
+)
 @pytest.mark.parametrize(("heads", "dtype"), [(2, torch.bfloat16), (1, torch.float16)], ids=["dim32", "dim64"])
 def test_reads_as_defined(
     device: str,
     rows: int,
     copies: int,
     primer: int,
+    halves: bool,
     heads: int,
     dtype: torch.dtype,
 ) -> None:
     model = make(device, dtype, n_head=heads)
-    ids = shared(rows, copies, primer + 8, primer, model.config).to(device)
+    ids = shared(rows, copies, primer + (3 if halves else 8), primer, model.config).to(device)
     decoder = make_decoder(model, rows, ids.shape[1], FP8)
     assert isinstance(decoder, CudaDecoder)
     assert decoder.dtype == FP8
+    if halves:
+        decoder = CudaDecoder(model, rows, ids.shape[1], FP8, CudaOptions(halves=True))
     ours = read(decoder, ids, primer, copies)
     with backend.use_backend("reference"):
         plain = defined(model, ids, primer, copies)

@@ -153,7 +153,8 @@ DEPENDENT = {
     "attention_decode_kernel": (),
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
-    "gemv_kernel": (r"LDG\.E",),  # weight and bias
+    "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight
+    "sample_kernel": (r"LDG\.E",),  # settings and stream
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
 
@@ -177,6 +178,16 @@ def test_dependent_kernels_wait() -> None:
                 assert early is not None, name
                 assert [line for line in early if not any(re.match(p, line) for p in DEPENDENT[family])] == [], name
     assert seen == set(DEPENDENT)
+
+
+def test_gemv_lets_the_next_begin_at_once() -> None:
+    """Before it waits, if it is told to; it has asked for the norm's weight by then, asynchronously."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "gemv.cu")
+    for name, lines in nvcc.code(compiled, "90a").items():
+        before = lines[: next(i for i, line in enumerate(lines) if line.startswith("ACQBULK"))]
+        assert sum(line.startswith("PREEXIT") for line in before) == 1, name
+        assert sum(line.startswith("PREEXIT") for line in lines) == 2, name
+        assert any(re.match(ASYNC16, line) for line in before) == (", true, " in name), name
 
 
 def test_what_comes_before_the_wait_is_found() -> None:

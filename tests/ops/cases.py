@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ops
+from igpt_fast.draws import Sampling
 from igpt_fast.ops.attention_decode import quantize_values
 
 BF16 = torch.bfloat16
@@ -27,6 +28,11 @@ def _codes_and_scales(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
 def _hidden(b: int, t: int) -> tuple[Tensor, Tensor]:
     """starts and key_mask for an attention."""
     return torch.arange(b, dtype=torch.int32) * t // b, torch.arange(b * t).remainder(5).ne(2).view(b, t)
+
+
+def _step(*tensors: Tensor) -> tuple[Tensor, ...]:
+    ops.sample_step(*tensors)
+    return ()
 
 
 def _pixels(n: int) -> Tensor:
@@ -88,6 +94,13 @@ CASES = [
         "rms_norm_residual",
         lambda: (_normal(7, 72), _normal(72, seed=1), _normal(7, 72, seed=2)),
         lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
+        3,
+    ),
+    Case(
+        "rms_norm",
+        "rms_norm_autocast",
+        lambda: (_normal(7, 72), _normal(72, dtype=torch.float32), _normal(7, 72, dtype=torch.float32, seed=2)),
+        lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual, dtype=BF16),
         3,
     ),
     Case("layer_norm", "layer_norm", lambda: (_normal(5, 1032), _normal(1032), _normal(1032)), ops.layer_norm, 3),
@@ -161,6 +174,23 @@ CASES = [
         lambda logits, streams, position, wte, wpe: ops.sample_next(
             logits, 1 << 63, streams, position, wte=wte, wpe=wpe
         ),
+    ),
+    Case(
+        "sample_step",
+        "sample_step",
+        lambda: (
+            _normal(3, 512),
+            ops.sample_settings(1 << 63, Sampling(0.9, 100), 2, 1),
+            torch.tensor([0, 1, 1 << 40]),
+            torch.tensor([0, 4, 1], dtype=torch.int32),
+            torch.zeros(3, 4, dtype=torch.int64),
+            torch.zeros(3, 4),
+            _normal(3, 24),
+            _normal(513, 24, seed=1),
+            _normal(9, 24, seed=2),
+        ),
+        _step,
+        mutated=(3, 4, 5, 6),
     ),
     Case(
         "attention_decode",

@@ -6,6 +6,8 @@ at its first position and where attention is launched in another way.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,22 +16,23 @@ from torch import Tensor
 from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
+from igpt_fast.engines.cuda.capture import Order, numerics
+from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, PositionBytes, cache_dtype, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
 from igpt_fast.ops.attention_decode import dequantize_values
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
-# A step with caches of more bytes is not kept for the next images.
-KEPT_BYTES = 1 << 28
+KEPT_SHARE = 8  # a step whose caches take more of the device's memory than one part of so many is not kept
 
 
 class CudaDecoder(Decoder):
     """The CUDA kernels' decode step, captured in CUDA graphs.
 
-    Up to 8 images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused
-    around them. A primer is read by the model's forward pass. Continuations that ``fork`` makes share its keys and
+    Few images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused around
+    them. A primer is read by the model's forward pass. Continuations that ``fork`` makes share its keys and
     values in bfloat16 and float16; in float32 each has a copy. Weights are read where the model has them: a change in
     place reaches the next step, another tensor in a parameter's place does not.
 
@@ -40,8 +43,7 @@ class CudaDecoder(Decoder):
 
     Args:
         model, batch_size, capacity, dtype: As of ``Decoder``.
-        graphs: Capture each step in a CUDA graph. Not on the emulator, which has none.
-        dependent: Let a kernel begin while the one before ends, where the kernels are built for sm_90 or later.
+        options: How steps are computed. What fails is left out from then on, and ``reason`` says so.
 
     Raises:
         BackendUnavailableError, ValueError: As ``Decoder``.
@@ -55,18 +57,18 @@ class CudaDecoder(Decoder):
         batch_size: int,
         capacity: int,
         dtype: str | None = None,
-        *,
-        graphs: bool = True,
-        dependent: bool = True,
+        options: CudaOptions = CudaOptions(),  # noqa: B008 - frozen
     ) -> None:
-        self._options = (graphs and model.device.type == "cuda", dependent)
+        self.options = options if model.device.type == "cuda" else replace(options, graphs=False)
+        self._order = Order()
+        self._failed: str | None = None  # why its options are no longer those that were asked for
         self._spare: CudaStep | None = None  # of images before, and what it is for
         self._key: Any = None
         super().__init__(model, batch_size, capacity, dtype)
 
     def start(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
-        """See ``Decoder.start``. Where the sizes, the stream and the place of the weights are as before, the graphs of
-        the images before are those of the next ones; else they go with their memory.
+        """See ``Decoder.start``. Where sizes, settings and the place of the weights are as before, the graphs of the
+        images before are those of the next ones; else they go with their memory.
         """
         self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
@@ -81,7 +83,7 @@ class CudaDecoder(Decoder):
         step, self._spare = self._step or self._spare, None
         self._step = self._primer = self._next = None
         del self.model, self._network  # the weights may go, or be others in the same place
-        if step is None or step.bytes > KEPT_BYTES:
+        if step is None or step.bytes > most_kept(step.x.device):
             return 0
         del step.network
         self._spare = step
@@ -111,7 +113,7 @@ class CudaDecoder(Decoder):
         return self._advance(step).clone()
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """See ``Decoder.draw``. Of streams, numbers, draw and the next step's input are one kernel: no wait, no copy by
         the host.
@@ -160,6 +162,7 @@ class CudaDecoder(Decoder):
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         net, (batch, length) = self._network, tokens.shape
+        self._order.follow(net.device, self._held)
         cache = StaticCache(len(net.layers), batch, net.heads, length, net.head_dim, dtype=net.dtype, device=net.device)
         with torch.no_grad():
             hidden = self.model.transformer(tokens, past_key_values=cache, use_cache=True).last_hidden_state
@@ -169,6 +172,7 @@ class CudaDecoder(Decoder):
 
     def _begin(self) -> CudaStep:
         """The step, which is made when it is known how many images go on from the primer."""
+        self._order.follow(self._network.device, self._held)
         if self._step is not None:
             return self._step
         if self._primer is None:
@@ -176,20 +180,27 @@ class CudaDecoder(Decoder):
         net, primer = self._network, self._primer
         shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
         positions = self.capacity - (self._position if shares else 0)
-        stream = torch.cuda.current_stream(net.device) if net.device.type == "cuda" else None
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
         scaled = self.dtype == "fp8_values"
-        key = (*shape, scaled, self._options, net.key(), stream, torch.is_inference_mode_enabled())
+        key = (self.options, *shape, scaled, net.key(), numerics(), torch.is_inference_mode_enabled())
         step, self._spare = self._spare if key == self._key else None, None
         if step is None:
-            step = CudaStep(net, self.batch_size, positions, primer if shares else None, scaled, *self._options)
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, scaled, self.options)
         step.network, self._key = net, key
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
         return step
 
+    def _held(self) -> list[Tensor]:
+        step = self._step or self._spare
+        return [*(self._primer or ()), *(() if step is None else step.held())]
+
     def _advance(self, step: CudaStep) -> Tensor:
         logits = step.run(self._own)
+        if step.options != self.options:  # something failed, and shall not be tried for the next images
+            self.options, self._key = step.options, (step.options, *self._key[1:])
+        self._failed = step.reason or self._failed
+        self.reason = self._failed or self.reason
         self._own += 1
         self._position += 1
         self._drawn, self._next = False, None
@@ -201,6 +212,13 @@ class CudaDecoder(Decoder):
         config, item = model.config, cache_dtype(model).itemsize
         own = config.n_embd * (item + 1) + 4 * config.n_head if dtype == "fp8_values" else 2 * config.n_embd * item
         return PositionBytes(own, 2 * config.n_embd * item if model.dtype in FUSED_DTYPES else None)
+
+
+def most_kept(device: torch.device) -> int:
+    """Bytes of caches that are kept for the next images at most."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return torch.cuda.get_device_properties(device).total_memory // KEPT_SHARE
 
 
 def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
