@@ -24,6 +24,7 @@
 //   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
+#include <algorithm>
 #include <type_traits>
 
 #include "attention_decode.cuh"
@@ -351,20 +352,13 @@ __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     return sum;
 }
 
-// Writes element i of a row's output.
-template <typename T>
-__device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_t row_head, int i, bool valid,
-                                          float sum, float l) {
-    const float value = !valid ? NAN : l == 0.0f ? 0.0f : sum / l;
-    store_global(static_cast<T*>(p.out) + row_head * p.dim + i, from_float<T>(value));
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(AttentionDecodeParams p) {
     using T = typename S::T;
     const unsigned row_head = blockIdx.x / unsigned(p.splits), row = row_head / unsigned(p.heads);
     const int split = int(blockIdx.x % unsigned(p.splits));
     const int64_t head = row_head % unsigned(p.heads);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();  // before every return: the next launch counts on this one having waited
     Piece<S> q, k;                // on their way while the position is
     NewValue<S> v;
@@ -402,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     }
     Stats stats;
     const float sum = merge_block(state, stats);
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     if (slots_of(p) == 1) {
         if (threadIdx.x < S::kDim) store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, stats.l);
         return;
@@ -417,6 +411,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
 template <typename T>
 __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDecodeParams p) {
     const unsigned row_head = blockIdx.x, row = row_head / unsigned(p.heads);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();
     const Own own(p, row);
     Stats all = {-INFINITY, 0.0f};
@@ -434,7 +429,7 @@ __global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDe
             sum += weight * load_global(slots.at(slot) + threadIdx.x);
         }
     }
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
 }
 
@@ -447,34 +442,63 @@ int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
 
 template <typename T, typename Stored>
 int launch_all(const AttentionDecodeParams& p) {
-    const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
-    if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
-    if (p.prefix_splits > 0) {
-        const int error = launch_prefix(p);
-        if (error != cudaSuccess) return error;
-    }
+    const int64_t blocks = p.rows * p.heads * p.splits;
     int error = cudaErrorInvalidValue;
     if (p.dim == 32) error = launch_own<T, Stored, 32>(p, blocks);
     if (p.dim == 64) error = launch_own<T, Stored, 64>(p, blocks);
     if (p.dim == 96) error = launch_own<T, Stored, 96>(p, blocks);
     if (p.dim == 128) error = launch_own<T, Stored, 128>(p, blocks);
-    if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1,
-                  p.dependent != Dependent::none);
+    return error != cudaSuccess || slots_of(p) == 1 ? error : launch_merge(p);
 }
 
 }  // namespace
+
+int decode::launch_merge(const AttentionDecodeParams& p) {
+    return dispatch_dtype(p.dtype, [&](auto t) -> int {
+        return launch(attention_decode_merge_kernel<decltype(t)>, unsigned(p.rows * p.heads), unsigned(p.dim), 0,
+                      p.stream, p, 1, p.dependent != Dependent::none);
+    });
+}
 
 int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
+    if (p.rows * p.heads * p.splits > INT32_MAX || p.positions > kMostKeys || p.splits < 1) {
+        return cudaErrorInvalidValue;
+    }
+    if (p.prefix_splits > 0) {
+        const int error = launch_prefix(p);
+        if (error != cudaSuccess) return error;
+    }
+    if (p.ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
+    if (p.ring && p.dtype == DType::f16) return launch_ring_f16(p);
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
         if (!p.v_scale) return launch_all<T, T>(p);
         if constexpr (sizeof(T) == 2) return launch_all<T, E4M3>(p);
         return cudaErrorInvalidValue;
     });
+}
+
+int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster) {
+    const int64_t most = keys < kKeys ? 1 : (keys + kKeys - 1) / kKeys;
+    if (!ring) {
+        const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
+        return int32_t(std::min(wanted, most));
+    }
+    int count = 0;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
+    const int64_t wide = cluster && has_clusters(device) ? kMostClusters : 2 * int64_t(count);
+    int64_t best = 1;
+    double fullest = 0.0;  // of the busiest multiprocessor's parts, how many all have
+    for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; ++splits) {
+        const int64_t parts = std::max<int64_t>(blocks, 1) * splits, rounds = (parts + count - 1) / count;
+        const double full = double(parts) / double(rounds * count);
+        if (full > fullest) best = splits;
+        fullest = std::max(full, fullest);
+    }
+    return int32_t(best);
 }
 
 }  // namespace igpt::cuda

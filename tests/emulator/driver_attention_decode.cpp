@@ -12,6 +12,7 @@ struct Sizes {
     int64_t rows, heads, positions, group, prefix;  // group 0: no prefix
     int32_t dim, splits, prefix_splits;
     bool scaled = false;  // values in e4m3
+    bool ring = false, cluster = false;
 };
 
 void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const std::vector<int32_t>& from) {
@@ -36,6 +37,7 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         keys.get(),
                                         values.get(),
                                         s.scaled ? scales.get<float>() : nullptr,
+                                        nullptr,
                                         position.get<int32_t>(),
                                         from.empty() ? nullptr : starts.get<int32_t>(),
                                         prefix ? prefix_k.get() : nullptr,
@@ -61,7 +63,9 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.prefix_splits,
                                         0.1f,
                                         dtype,
-                                        false}));
+                                        igpt::cuda::Dependent::none,
+                                        s.ring,
+                                        s.cluster}));
 }
 
 void attention_decode(bool brief) {
