@@ -24,7 +24,6 @@
 //   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
-#include <algorithm>
 #include <type_traits>
 
 #include "attention_decode.cuh"
@@ -407,32 +406,6 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     if (threadIdx.x == 0) store_global(slots.stats + slot, stats);
 }
 
-// One block for a (row, head), one thread for an element: adds its parts up in their order.
-template <typename T>
-__global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDecodeParams p) {
-    const unsigned row_head = blockIdx.x, row = row_head / unsigned(p.heads);
-    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
-    ptx::grid_dependency_wait();
-    const Own own(p, row);
-    Stats all = {-INFINITY, 0.0f};
-    float sum = 0.0f;
-    if (own.valid) {
-        const Slots slots(p, row, row_head % unsigned(p.heads));
-        const int count = p.prefix_splits + own.parts;
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) all.m = fmaxf(all.m, load_global(slots.stats + slot).m);
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) {
-            const Stats one = load_global(slots.stats + slot);
-            const float weight = weight_of(one.m, all.m);
-            all.l += weight * one.l;
-            sum += weight * load_global(slots.at(slot) + threadIdx.x);
-        }
-    }
-    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
-    store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
-}
-
 template <typename T, typename Stored, int kDim>
 int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
     using S = Shape<T, Stored, kDim>;
@@ -453,13 +426,6 @@ int launch_all(const AttentionDecodeParams& p) {
 
 }  // namespace
 
-int decode::launch_merge(const AttentionDecodeParams& p) {
-    return dispatch_dtype(p.dtype, [&](auto t) -> int {
-        return launch(attention_decode_merge_kernel<decltype(t)>, unsigned(p.rows * p.heads), unsigned(p.dim), 0,
-                      p.stream, p, 1, p.dependent != Dependent::none);
-    });
-}
-
 int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
@@ -479,26 +445,6 @@ int attention_decode(const AttentionDecodeParams& p) {
         if constexpr (sizeof(T) == 2) return launch_all<T, E4M3>(p);
         return cudaErrorInvalidValue;
     });
-}
-
-int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster) {
-    const int64_t most = keys < kKeys ? 1 : (keys + kKeys - 1) / kKeys;
-    if (!ring) {
-        const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
-        return int32_t(std::min(wanted, most));
-    }
-    int count = 0;
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
-    const int64_t wide = cluster && has_clusters(device) ? kMostClusters : 2 * int64_t(count);
-    int64_t best = 1;
-    double fullest = 0.0;  // of the busiest multiprocessor's parts, how many all have
-    for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; ++splits) {
-        const int64_t parts = std::max<int64_t>(blocks, 1) * splits, rounds = (parts + count - 1) / count;
-        const double full = double(parts) / double(rounds * count);
-        if (full > fullest) best = splits;
-        fullest = std::max(full, fullest);
-    }
-    return int32_t(best);
 }
 
 }  // namespace igpt::cuda

@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_
 // attention_decode_prefix.cu: fills the prefix's slots.
 int launch_prefix(const AttentionDecodeParams& p);
 
-// attention_decode.cu: puts the slots together.
+// attention_decode_merge.cu: puts the slots together.
 int launch_merge(const AttentionDecodeParams& p);
 
 // attention_decode_ring.cuh: for the cache, by blocks that stay; puts together what it can of the slots.

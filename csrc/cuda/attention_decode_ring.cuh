@@ -2,18 +2,18 @@
 // of e4m3, by blocks that stay.
 //
 //   A work item is a part of a (row, head)'s keys: (row * heads + head) * splits + split. As many blocks as run at a
-//   time take items blockIdx.x, blockIdx.x + gridDim.x, ... Of an item's keys its block's 4 warps take tiles of 16 (8 of
-//   128 dimensions) by turns. A warp has a ring of stages in shared memory for itself: a tile's keys and values, which
-//   are contiguous. It waits for a stage, takes its tile in, and asks for the tile that comes a ring later into the same
-//   place: of this item, the next one, or the one after. So loads do not stop where an item ends, and no warp waits for
-//   another but to put an item's sums together.
+//   time take items blockIdx.x, blockIdx.x + gridDim.x, ... Of an item's keys its block's 4 warps take tiles of 16 (8
+//   of 128 dimensions) by turns. A warp has a ring of stages in shared memory for itself: a tile's keys and values,
+//   which are contiguous. It waits for a stage, takes its tile in, and asks for the tile that comes a ring later into
+//   the same place: of this item, the next one, or the one after. So loads do not stop where an item ends, and no warp
+//   waits for another but to put an item's sums together.
 //
 //   Copies: on sm_90 one lane asks for whole tiles (cp.async.bulk, counted by a barrier of the stage), below it every
 //   lane for its 16 bytes (cp.async, groups of the lane). Scales of e4m3 come by cp.async on both: 4 bytes each, for a
 //   part may begin at any key. Only keys that the row sees are asked for. What stands behind them in a stage is neither
 //   read nor multiplied by a weight of 0, which would not silence a NaN.
 //
-//   2 to 8 lanes have a key and its value, as many as share both without a rest. Each such group of lanes has a softmax
+//   4 or 8 lanes have a key and its value. Each such group of lanes has a softmax
 //   of its own, in order; they are put together by shuffles, the warps' in shared memory, the parts' by the blocks of a
 //   cluster, of which the first has all sums written into its shared memory (`cluster`, sm_90), or by
 //   attention_decode.cu's second kernel. No atomics; which block takes an item changes nothing: an output depends on
@@ -29,10 +29,8 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
-#include "attention_decode.cuh"
-#include "e4m3.cuh"
+#include "attention_decode_lanes.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 
@@ -40,109 +38,17 @@ namespace igpt::cuda::decode {
 
 constexpr int kRingBytes = 72 * 1024;  // of a block, so that a multiprocessor of sm_90 has three
 
-// What a lane has of a row of kDim elements that kLanes share: vectors lane, lane + kLanes, ... Where rows that groups
-// of lanes read at the same time begin in the same banks, every other group takes its vectors in twos the other way.
-template <typename Stored, int kDim, int kLanes>
-struct Part {
-    using Codes = Vector<Stored>;
-    static constexpr bool kScaled = std::is_same_v<Stored, E4M3>;
-    static constexpr int kSize = Codes::kSize, kOwn = kDim / kSize / kLanes, kElements = kOwn * kSize;
-    static constexpr int kBytes = kDim * int(sizeof(Stored));
-    static constexpr int kSameBanks = kBytes % 128 == 0 ? 1 : kBytes % 64 == 0 ? 2 : 4;  // rows from one to the next
-    static constexpr bool kTurns = kSameBanks < 8 / kLanes;  // 8 lanes read 128 bytes at a time
-    static_assert(kDim % (kSize * kLanes) == 0 && kBytes % 32 == 0 && (!kTurns || kOwn % 2 == 0));
-    Codes vectors[kOwn];
-
-    // The first element of vector i.
-    __device__ __forceinline__ static int start(int i) {
-        const int lane = int(threadIdx.x) % kWarpSize, turn = kTurns ? lane / kLanes / kSameBanks % 2 : 0;
-        return (lane % kLanes + (i ^ turn) * kLanes) * kSize;
-    }
-    // From a row in shared memory, or nothing.
-    __device__ __forceinline__ void load(const unsigned char* row, bool there) {
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-            vectors[i] = {};
-            if (there) vectors[i] = load_shared(reinterpret_cast<const Codes*>(row + start(i) * sizeof(Stored)));
-        }
-    }
-    __device__ __forceinline__ void store(void* row) const {
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-            store_global(reinterpret_cast<Codes*>(static_cast<unsigned char*>(row) + start(i) * sizeof(Stored)),
-                         vectors[i]);
-        }
-    }
-    __device__ __forceinline__ float get(int e) const {
-        const Codes& vector = vectors[e / kSize];
-        if constexpr (kScaled) {
-            return from_e4m3(vector.words[e % kSize / 4] >> 8 * (e % 4));
-        } else {
-            return to_float(vector.at[e % kSize]);
-        }
-    }
-};
-
-// A row as it comes from the projection, where its lane has the same elements as of a cached one.
-template <typename T, typename P, int kLanes>
-struct Fresh {
-    static constexpr int kWhole = P::kSize / Vector<T>::kSize;
-    Vector<T> vectors[P::kOwn * kWhole];
-
-    __device__ __forceinline__ void load(const void* row) {
-#pragma unroll
-        for (int i = 0; i < P::kOwn * kWhole; ++i) {
-            const T* at = static_cast<const T*>(row) + P::start(i / kWhole) + i % kWhole * Vector<T>::kSize;
-            vectors[i] = load_global(reinterpret_cast<const Vector<T>*>(at));
-        }
-    }
-    __device__ __forceinline__ float get(int e) const {
-        return to_float(vectors[e / Vector<T>::kSize].at[e % Vector<T>::kSize]);
-    }
-    // Of e4m3, in every lane of the group; NaN where an element is no number.
-    __device__ __forceinline__ float scale() const {
-        unsigned largest = 0;  // bits of |x|, whose order is that of the numbers, then infinity, then NaN
-#pragma unroll
-        for (int e = 0; e < P::kElements; ++e) largest = max(largest, __float_as_uint(get(e)) & 0x7fffffffu);
-#pragma unroll
-        for (int lane = 1; lane < kLanes; lane *= 2) {
-            largest = max(largest, __shfl_xor_sync(kFullMask, largest, lane));
-        }
-        return largest < 0x7f800000u ? __uint_as_float(largest) / kLargestE4M3 : NAN;
-    }
-    // As the cache keeps it, and its scale, 1 where it has none.
-    __device__ __forceinline__ float keep(P& kept) const {
-        if constexpr (P::kScaled) {
-            const float by = scale();
-#pragma unroll
-            for (int i = 0; i < P::kOwn; ++i) kept.vectors[i] = {};
-#pragma unroll
-            for (int e = 0; e < P::kElements; ++e) {
-                const unsigned code = by == 0.0f ? 0u : to_e4m3(get(e) / by);
-                kept.vectors[e / P::kSize].words[e % P::kSize / 4] |= code << 8 * (e % 4);
-            }
-            return by;
-        } else {
-#pragma unroll
-            for (int i = 0; i < P::kOwn; ++i) kept.vectors[i] = vectors[i];
-            return 1.0f;
-        }
-    }
-};
-
-constexpr int lanes_of(int vectors) { return vectors % 8 == 0 ? 8 : vectors % 4 == 0 ? 4 : 2; }
-
 template <typename T_, typename StoredK, typename StoredV, int kDim_>
 struct RingShape {
     using T = T_;
     static constexpr int kDim = kDim_;
-    static constexpr int kLanes = lanes_of(kDim * int(std::min(sizeof(StoredK), sizeof(StoredV))) / 16);
+    static constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;
     using K = Part<StoredK, kDim, kLanes>;
     using V = Part<StoredV, kDim, kLanes>;
-    static constexpr int kGroups = kWarpSize / kLanes;     // keys side by side
-    static constexpr int kTile = kDim == 128 ? 8 : 16;     // keys of a stage
-    static constexpr int kUnroll = kTile / kGroups;        // of a group
-    static constexpr int kStride = kWarps * kTile;         // keys from a warp's tile to its next one
+    static constexpr int kGroups = kWarpSize / kLanes;  // keys side by side
+    static constexpr int kTile = kDim == 128 ? 8 : 16;  // keys of a stage
+    static constexpr int kUnroll = kTile / kGroups;     // of a group
+    static constexpr int kStride = kWarps * kTile;      // keys from a warp's tile to its next one
     static constexpr int kKeys = 0, kValues = kTile * K::kBytes, kKeyScales = kValues + kTile * V::kBytes;
     static constexpr int kValueScales = kKeyScales + (K::kScaled ? kTile * 4 : 0);
     static constexpr int kStage = kValueScales + (V::kScaled ? kTile * 4 : 0);  // bytes, and where in them is what
@@ -266,80 +172,6 @@ struct Ring {
     }
 };
 
-// The softmax of the keys that a group of lanes has seen. sums: of the lane's elements.
-template <typename S>
-struct Sums {
-    using K = typename S::K;
-    using V = typename S::V;
-    float m = -INFINITY, l = 0.0f;
-    float sums[V::kElements] = {};
-
-    __device__ __forceinline__ void rescale(float largest) {
-        const float factor = weight_of(m, largest);
-        m = largest;
-        l *= factor;
-#pragma unroll
-        for (int e = 0; e < V::kElements; ++e) sums[e] *= factor;
-    }
-    __device__ __forceinline__ void add(float p, const V& value) {
-#pragma unroll
-        for (int e = 0; e < V::kElements; ++e) sums[e] += p * value.get(e);
-    }
-    // The score of a key in every lane of its group.
-    __device__ __forceinline__ static float score(const float (&q)[K::kElements], const K& k, float scale) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int e = 0; e < K::kElements; ++e) sum += q[e] * k.get(e);
-#pragma unroll
-        for (int lane = 1; lane < S::kLanes; lane *= 2) sum += __shfl_xor_sync(kFullMask, sum, lane);
-        return K::kScaled ? sum * scale : sum;
-    }
-
-    // Takes a tile of `count` keys in; q is scaled.
-    __device__ __forceinline__ void add_tile(const float (&q)[K::kElements], const unsigned char* tile, int count) {
-        const int group = int(threadIdx.x) % kWarpSize / S::kLanes;
-        const auto scale_of = [&](int at, int key) {
-            return key < count ? load_shared(reinterpret_cast<const float*>(tile + at) + key) : 0.0f;
-        };
-        float scores[S::kUnroll], largest = m;
-#pragma unroll
-        for (int u = 0; u < S::kUnroll; ++u) {
-            const int key = u * S::kGroups + group;
-            K k;
-            k.load(tile + S::kKeys + key * K::kBytes, key < count);
-            const float s = score(q, k, K::kScaled ? scale_of(S::kKeyScales, key) : 1.0f);
-            scores[u] = key < count ? s : -INFINITY;
-            largest = fmaxf(largest, scores[u]);
-        }
-        rescale(largest);
-#pragma unroll
-        for (int u = 0; u < S::kUnroll; ++u) {
-            const int key = u * S::kGroups + group;
-            V v;
-            v.load(tile + S::kValues + key * V::kBytes, key < count);
-            const float p = weight_of(scores[u], m);
-            l += p;
-            add(V::kScaled ? p * scale_of(S::kValueScales, key) : p, v);
-        }
-    }
-
-    // Puts the warp's groups together, in every one of them.
-    __device__ __forceinline__ void merge_warp() {
-        float largest = m;
-#pragma unroll
-        for (int lane = S::kLanes; lane < kWarpSize; lane *= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, lane));
-        }
-        rescale(largest);
-#pragma unroll
-        for (int lane = S::kLanes; lane < kWarpSize; lane *= 2) {
-            l += __shfl_xor_sync(kFullMask, l, lane);
-#pragma unroll
-            for (int e = 0; e < V::kElements; ++e) sums[e] += __shfl_xor_sync(kFullMask, sums[e], lane);
-        }
-    }
-};
-
 // The query, scaled, and what the item with the new key does with that: writes it to the cache and takes it in.
 template <typename S>
 struct Query {
@@ -420,8 +252,8 @@ struct Inbox {
     float* from;  // sums and Stats of every split
 
     __device__ __forceinline__ Inbox(const AttentionDecodeParams& p, int turn) {
-        from = reinterpret_cast<float*>(dynamic_shared<unsigned char>() + S::kInbox) +
-               turn % 2 * p.splits * (S::kDim + 2);
+        from =
+            reinterpret_cast<float*>(dynamic_shared<unsigned char>() + S::kInbox) + turn % 2 * p.splits * (S::kDim + 2);
     }
     __device__ __forceinline__ void send(int split, float sum, Stats stats) const {
         float* to = from + split * (S::kDim + 2);
@@ -515,8 +347,7 @@ int launch_ring(AttentionDecodeParams p) {
     const int resident = resident_blocks(kernel, p.device, kThreads, shared, cluster);
     if (resident < int(cluster)) return cudaErrorInvalidValue;
     const auto blocks = unsigned(std::min<int64_t>(p.rows * p.heads * p.splits, resident));
-    const int error =
-        launch(kernel, blocks, kThreads, shared, p.stream, p, cluster, p.dependent != Dependent::none);
+    const int error = launch(kernel, blocks, kThreads, shared, p.stream, p, cluster, p.dependent != Dependent::none);
     return error != cudaSuccess || p.cluster || slots_of(p) == 1 ? error : launch_merge(p);
 }
 

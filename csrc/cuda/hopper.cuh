@@ -96,13 +96,12 @@ __device__ __forceinline__ constexpr bool has_bulk_copies() {
     return false;
 #endif
 }
-// Begins a copy of `bytes` bytes, a multiple of 16, from global to shared memory, both aligned to 16; they count towards
-// `barrier`. One thread calls it.
+// Begins a copy of `bytes` bytes, a multiple of 16, from global to shared memory, both aligned to 16; they count
+// towards `barrier`. One thread calls it.
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-        "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(barrier)
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // ---- tile copies --------------------------------------------------------------------------------------------

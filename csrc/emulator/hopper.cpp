@@ -132,7 +132,8 @@ Barriers::Barrier& find(const char* name, uint32_t barrier, Where where) {
 
 void check_fenced(const char* name, uint32_t barrier, Where where) {
     if (find(name, barrier, where).fenced) return;
-    fail(std::string(name) + " at " + text(where) + ": no mbarrier_fence_init has followed mbarrier_init in its thread");
+    fail(std::string(name) + " at " + text(where) +
+         ": no mbarrier_fence_init has followed mbarrier_init in its thread");
 }
 
 // What this thread has done to the destination comes before what others do after the phase.

@@ -2,10 +2,9 @@
 // here, so that the sanitizers see it as the calling thread's doing; the rest is in hopper.cpp.
 //
 // What a tile or bulk copy writes is NaN from its issue until it is delivered, which is when no thread can run without
-// it; its source is read then. Accumulators are NaN from the first product until they have been waited for; a product is computed at the
-// wait, from registers and shared memory as they are then. A missing
-// fence_async_shared is seen behind store_shared and cp_async16, but not behind plain stores; a missing fence_registers
-// is not.
+// it; its source is read then. Accumulators are NaN from the first product until they have been waited for; a product
+// is computed at the wait, from registers and shared memory as they are then. A missing fence_async_shared is seen
+// behind store_shared and cp_async16, but not behind plain stores; a missing fence_registers is not.
 #pragma once
 
 #include <cuda_bf16.h>

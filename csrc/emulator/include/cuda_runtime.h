@@ -85,7 +85,7 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 namespace igpt::emulator {
 int capability();
 int multiprocessors();
-}
+}  // namespace igpt::emulator
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
@@ -93,8 +93,9 @@ enum cudaDeviceAttr {
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const int capability = igpt::emulator::capability();
-    *value = attribute == cudaDevAttrMultiProcessorCount ? igpt::emulator::multiprocessors()
-             : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? igpt::emulator::multiprocessors()
+             : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                              : capability % 10;
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
