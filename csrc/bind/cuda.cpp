@@ -112,10 +112,10 @@ struct CausalAttentionBwd : Cuda<cuda::causal_attention_bwd> {
 
 struct AttentionDecode : Cuda<cuda::attention_decode> {
     static constexpr auto fields =
-        members<P, &P::k_cache, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent, &P::ring, &P::cluster> +
+        members<P, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent, &P::ring, &P::cluster> +
         together<P, &P::q, &P::q_row, &P::q_head>("q") + together<P, &P::k, &P::k_row, &P::k_head>("k") +
-        together<P, &P::v, &P::v_row, &P::v_head>("v") + together<P, &P::v_cache, &P::v_scale>("v_cache") +
-        together<P, &P::position, &P::position_step>("position") +
+        together<P, &P::v, &P::v_row, &P::v_head>("v") + together<P, &P::k_cache, &P::k_scale>("k_cache") +
+        together<P, &P::v_cache, &P::v_scale>("v_cache") + together<P, &P::position, &P::position_step>("position") +
         together<P, &P::prefix, &P::group, &P::prefix_k, &P::prefix_v, &P::prefix_row, &P::prefix_head>("prefix") +
         together<P, &P::partial, &P::splits, &P::prefix_splits>("partial") +
         together<P, &P::rows, &P::heads, &P::positions, &P::dim>("shape") + place<P>;

@@ -360,4 +360,10 @@ int launch_ring_of(const AttentionDecodeParams& p) {
     return cudaErrorInvalidValue;
 }
 
+template <typename T>
+int launch_ring_of(const AttentionDecodeParams& p) {
+    if (p.k_scale) return p.v_scale ? launch_ring_of<T, E4M3, E4M3>(p) : cudaErrorInvalidValue;
+    return p.v_scale ? launch_ring_of<T, T, E4M3>(p) : launch_ring_of<T, T, T>(p);
+}
+
 }  // namespace igpt::cuda::decode

@@ -242,9 +242,9 @@ struct AttentionDecodeParams : Launch {
     const void* k;            // of the new position
     const void* v;            // of the new position
     void* k_cache;            // (rows, heads, positions, dim)
+    float* k_scale;           // (rows, heads, positions): k_cache is in e4m3, times these; null: it is in dtype
     void* v_cache;            // (rows, heads, positions, dim)
-    float* v_scale;           // (rows, heads, positions): v_cache is in e4m3, times these; null: it is in dtype
-    float* k_scale;           // of k_cache, likewise
+    float* v_scale;           // likewise of v_cache; there where k_scale is
     const int32_t* position;  // of the new key: (rows,), or (1,) for all
     const int32_t* starts;    // (rows,): the first key that each sees, counted from the prefix's first; or null
     const void* prefix_k;     // (rows / group, heads, prefix, dim), the last two dimensions contiguous; or null
