@@ -46,21 +46,24 @@ int decode::launch_merge(const AttentionDecodeParams& p) {
 }
 
 int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster) {
-    const int64_t most = keys < kKeys ? 1 : (keys + kKeys - 1) / kKeys;
+    const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t most = keys < kKeys ? 1 : divide_up(keys, kKeys);
     if (!ring) {
-        const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
+        const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : divide_up(264, blocks);
         return int32_t(std::min(wanted, most));
     }
     int count = 0;
     if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
     const int64_t wide = cluster && has_clusters(device) ? kMostClusters : 2 * int64_t(count);
     int64_t best = 1;
-    double fullest = 0.0;  // of the busiest multiprocessor's parts, how many all have
+    double fullest = 0.0;  // how much of the multiprocessors' time they have work, in spans of kKeys
     for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; ++splits) {
-        const int64_t parts = std::max<int64_t>(blocks, 1) * splits, rounds = (parts + count - 1) / count;
-        const double full = double(parts) / double(rounds * count);
-        if (full > fullest) best = splits;
-        fullest = std::max(full, fullest);
+        const int64_t spans = divide_up(most, splits), parts = divide_up(most, spans);
+        const int64_t time = divide_up(std::max<int64_t>(blocks, 1) * parts, count) * spans;
+        const double full = double(std::max<int64_t>(blocks, 1) * most) / double(time * count);
+        if (full <= fullest) continue;
+        best = parts;
+        fullest = full;
     }
     return int32_t(best);
 }

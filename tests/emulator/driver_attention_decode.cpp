@@ -71,7 +71,8 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.cluster}));
 }
 
-// Through the ring, with few blocks that have many parts: by the copies of sm_90, in clusters too, and by those of sm_80.
+// Through the ring, with few blocks that have many parts: by the copies of sm_90, in clusters too, and by those of
+// sm_80.
 void decode_by_ring(bool brief) {
     igpt::emulator::set_multiprocessors(1);
     for (int capability : {80, 90}) {
