@@ -226,12 +226,13 @@ class Launching:
         dependent: Whether, on sm_90, a launch may begin before the one before has ended: ``"late"`` when all of that
             one's blocks have read what they read, ``"early"`` when they have begun. For ``gemv`` and
             ``attention_decode``, whose kernels wait before they read what launches before them have written; ``gemv``
-            reads weights and bias, and ``attention_decode`` the old keys and values, before they wait, so those must
-            not come from launches that may still be running.
+            reads weights and bias, and ``attention_decode`` by its ring the position, the starts, and the old keys
+            and values, before they wait, so those must not come from launches that may still be running. No launch
+            before the first of a step is one where that one is launched with ``"none"``.
         ring: Whether ``attention_decode`` copies the cache through a ring in shared memory, asynchronously; else it
-            goes straight into registers.
-        cluster: Whether the parts of a head's keys are put together within a cluster of blocks, on sm_90; else by a
-            kernel of its own.
+            goes straight into registers. In float32 it always does.
+        cluster: With ``ring``, whether the parts of a head's keys are put together within a cluster of blocks, on
+            sm_90; else by a kernel of its own.
     """
 
     dependent: Literal["none", "late", "early"] = "none"

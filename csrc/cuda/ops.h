@@ -174,19 +174,29 @@ int cross_entropy_bwd(const CrossEntropyBwdParams& params);
 
 constexpr int32_t cross_entropy_parts(int64_t rows) { return int32_t(rows < 4 * 1056 ? (rows + 3) / 4 : 1056); }
 
+// How tokens are drawn, where that stands on the device. Any numbers are taken; the last three are cut to 32 bits.
+struct SampleSettings {
+    uint64_t seed;
+    double top_p, temperature, min_score;
+    int64_t top_k, offset, first;
+};
+
 // Drawing tokens, and the next step's input: sample.cu.
 struct SampleParams : Launch {
-    const void* logits;       // (rows, k), each row contiguous
-    const float* uniform;     // (rows,), or null: made of the seed, the streams and the positions
-    const int64_t* streams;   // (rows,), not negative, where there is no `uniform`
-    const int32_t* position;  // (rows,) or (1,), of the drawn tokens; may be null where there is a `uniform`
-    const void* wte;          // (.., n_embd), 16-byte aligned, where there is an `embedding`
-    const void* wpe;          // (n_positions, n_embd), likewise
-    int64_t* tokens;          // (rows,)
-    void* embedding;          // (rows, n_embd), 16-byte aligned, or null
+    const void* logits;              // (rows, k), each row contiguous
+    const float* uniform;            // (rows,), or null: made of the seed, the streams and the positions
+    const int64_t* streams;          // (rows,), not negative, where there is no `uniform`
+    const SampleSettings* settings;  // in place of seed, top_p .. top_k here; or null: offset and first are 0
+    int32_t* position;  // (rows,) or (1,), of the drawn tokens, less the offset; may be null beside a `uniform`
+    const void* wte;    // (.., n_embd), 16-byte aligned, where there is an `embedding`
+    const void* wpe;    // (n_positions, n_embd), likewise
+    int64_t* tokens;    // (rows, columns)
+    float* logprobs;    // (rows, columns), or null
+    void* embedding;    // (rows, n_embd), 16-byte aligned, or null
     uint64_t seed;
     int64_t row_stride;  // of logits, in elements
     int64_t rows;
+    int64_t columns;          // 1 without settings: the row's token is the only one
     double top_p;             // 1 keeps all
     float temperature;        // 0: the largest logit
     float min_score;          // minus infinity keeps all
@@ -197,6 +207,8 @@ struct SampleParams : Launch {
     int32_t n_positions;
     DType dtype;          // of logits
     DType embed_dtype;    // of wte, wpe and embedding
+    Dependent dependent;  // settings and streams must not come from the launch before
+    bool advance;         // position += 1 at the end, where every row has its own
     bool vector = false;  // the launcher's: rows can be read four logits at a time
 };
 
@@ -233,6 +245,8 @@ struct AttentionBwdParams {
     AttentionTensor q, k, v, out, dout, dq, dk, dv;
     const float* lse;  // from the forward
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+    // The kernels that every GPU runs, even where those for Hopper could (attention_bwd_hopper.cuh).
+    bool portable;
 };
 
 int causal_attention_fwd(const AttentionFwdParams& params);
@@ -245,8 +259,9 @@ struct AttentionDecodeParams : Launch {
     const void* k;            // of the new position
     const void* v;            // of the new position
     void* k_cache;            // (rows, heads, positions, dim)
+    float* k_scale;           // (rows, heads, positions): k_cache is in e4m3, times these; null: it is in dtype
     void* v_cache;            // (rows, heads, positions, dim)
-    float* v_scale;           // (rows, heads, positions): v_cache is in e4m3, times these; null: it is in dtype
+    float* v_scale;           // likewise of v_cache; there where k_scale is
     const int32_t* position;  // of the new key: (rows,), or (1,) for all
     const int32_t* starts;    // (rows,): the first key that each sees, counted from the prefix's first; or null
     const void* prefix_k;     // (rows / group, heads, prefix, dim), the last two dimensions contiguous; or null
@@ -265,18 +280,20 @@ struct AttentionDecodeParams : Launch {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
+    // Whether this may begin before the launches before it have ended. Without `ring` it reads nothing before they have;
+    // with it the position, the starts, and what the caches hold before the position must not come from them.
     Dependent dependent;
+    bool ring;     // of caches of 16 bits or less: through shared memory, by blocks that stay
+    bool cluster;  // with it, where the device has clusters: up to 8 splits are put together by one
 };
 
 int attention_decode(const AttentionDecodeParams& params);
 
-// Into how many parts `keys` are split, so that about two blocks for each of 132 multiprocessors are at work, each with
-// 64 keys or more. `blocks`: how many there are without.
-constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
-    const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
-    const int64_t most = keys < 64 ? 1 : (keys + 63) / 64;
-    return int32_t(wanted < most ? wanted : most);
-}
+// Into how many parts the keys of each of `blocks` (row, head)s are split, no part below 64 keys.
+//   Without `ring`: so that about two blocks for each of 132 multiprocessors are at work.
+//   With it: as few as load the device's multiprocessors evenly, nine tenths of them if that can be; with `cluster`
+//   no more than a cluster has blocks, where the device has clusters.
+int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster);
 
 // out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
 struct GemvParams : Launch {
@@ -293,11 +310,14 @@ struct GemvParams : Launch {
     float eps;
     Activation activation;
     DType dtype;            // bf16 or f16, of all of them
-    Dependent dependent;    // weight and bias must not come from a launch that may still be running
+    Dependent dependent;    // weight, bias, norm_weight must not come from a launch that may still be running
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
 int gemv(const GemvParams& params);
+
+// A new stream, which waits for no other, the default one neither, and which nothing destroys. Returns an error's code.
+int make_stream(int device, void** stream);
 
 // The runtime's text for an error code.
 const char* error_string(int code);
