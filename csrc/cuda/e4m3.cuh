@@ -45,4 +45,13 @@ __device__ __forceinline__ float from_e4m3(unsigned code) {
     return size == kNaNE4M3 ? NAN : moved * 256.0f;
 }
 
+// Of the two lower codes, by the instruction of sm_89 where that is.
+__device__ __forceinline__ float2 from_e4m3x2(unsigned codes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    return ptx::unpack2<__half>(ptx::e4m3x2_to_f16x2(codes));
+#else
+    return make_float2(from_e4m3(codes), from_e4m3(codes >> 8));
+#endif
+}
+
 }  // namespace igpt::cuda

@@ -112,6 +112,17 @@ __device__ __forceinline__ float2 unpack2<__half>(uint32_t bits) {
     return make_float2(__half2float(lo), __half2float(hi));
 }
 
+// Two numbers of e4m3, in the lower 16 bits, as float16, which has them all; sm_89 and later.
+__device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint32_t codes) {
+    uint32_t bits = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(static_cast<unsigned short>(codes)));
+#else
+    __trap();
+#endif
+    return bits;
+}
+
 // A barrier of `threads` threads of the block, in whole warps; `id` is 1 to 15 (0 is __syncthreads). Whoever arrives
 // does not wait, but what it did before is done for whoever syncs.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

@@ -154,6 +154,17 @@ float2 unpack2(uint32_t bits) {
     return {emulator::wide(bits, emulator::is_bfloat<T>()), emulator::wide(bits >> 16, emulator::is_bfloat<T>())};
 }
 
+inline uint32_t e4m3x2_to_f16x2(uint32_t codes) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t code = codes >> 8 * i & 0xff, size = code & 0x7f;
+        float x = std::ldexp(float(size % 8 + (size < 8 ? 0 : 8)), (size < 8 ? 1 : int(size / 8)) - 10);
+        if (size == 0x7f) x = NAN;
+        bits |= uint32_t(__float2half_rn(code & 0x80 ? -x : x).bits) << 16 * i;
+    }
+    return bits;
+}
+
 inline void named_barrier_sync(int id, int threads, emulator::Where where = {}) {
     emulator::named_barrier(true, id, threads, where);
 }
