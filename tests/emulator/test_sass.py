@@ -70,7 +70,7 @@ FAMILIES = {
     # The cache comes by whole tiles on Hopper, whose barriers count them, and by 16 bytes before; by registers alone
     # the query and the new key and value.
     "attention_decode_ring_kernel": Family(
-        has=(LOAD16, STORE16, r"LDS.*\.128"),
+        has=(LOAD16, r"STG\.E\b.*\.(64|128)", r"LDS.*\.(64|128)"),
         hopper=(r"UBLKCP", r"SYNCS\.PHASECHK"),
         before=(ASYNC16,),
     ),
@@ -150,7 +150,7 @@ def test_exponentials_beside_products_are_counted() -> None:
 DEPENDENT = {
     "attention_decode_kernel": (),
     # The position and a start, of e4m3 scales; bulk copies of what is old. Neither the query nor the new key or value.
-    "attention_decode_ring_kernel": (r"LDG\.E R", r"LDGSTS\.E \["),
+    "attention_decode_ring_kernel": (r"LDG\.E R", r"LDGSTS\.E \[", r"LDGDEPBAR"),
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG\.E",),  # weight and bias
