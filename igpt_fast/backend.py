@@ -52,6 +52,7 @@ class Op:
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
         needs_isa: The only instruction set that has it on the CPU; empty: all have.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
+        fuses: A compiler can put its definition into one kernel with what stands beside it: ``dispatch.decomposes``.
     """
 
     native: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Op:
     covers_cpu: str = ""
     needs_isa: str = ""
     least_cpu: int = 0
+    fuses: bool = False
 
 
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
@@ -249,6 +251,30 @@ def launching(how: Launching) -> Iterator[None]:
         yield
     finally:
         _launching.reset(token)
+
+
+CompiledOps = Literal["auto", "opaque", "plain"]
+_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="auto")
+
+
+@contextmanager
+def compiled_ops(how: CompiledOps) -> Iterator[None]:
+    """For a ``with`` block, in its thread: what torch.compile sees of the ops that it can fuse with their neighbours.
+
+    Args:
+        how: ``"opaque"``: the kernels, as single calls; ``"plain"``: the definitions; ``"auto"``: what is faster, which
+            ``ops.dispatch.decomposes`` says. A compiled function keeps what held when it was traced.
+    """
+    token = _compiled_ops.set(how)
+    try:
+        yield
+    finally:
+        _compiled_ops.reset(token)
+
+
+def get_compiled_ops() -> CompiledOps:
+    """The surrounding ``compiled_ops`` block's choice."""
+    return _compiled_ops.get()
 
 
 class Kernels(NamedTuple):

@@ -8,6 +8,7 @@ shapes, dtypes and sources is not said again here.
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import torch.nn.functional as F
@@ -353,6 +354,12 @@ def sample(
     Source: temperature, top-k, top-p and min-p as transformers' logits processors define them, in that order; min-p:
     "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs" (Nguyen et al., 2024).
     """
+    return _draw(logits, uniform, temperature, top_k, top_p, least_score(min_p))
+
+
+def _draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_score: float
+) -> Tensor:
     scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
@@ -367,8 +374,7 @@ def sample(
         before = ordered.cumsum(dim=-1) - ordered
         kept = before < top_p * ordered.sum(dim=-1, keepdim=True)
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
-    if min_p:
-        weights = weights.masked_fill(scores < least_score(min_p), 0.0)
+    weights = weights.masked_fill(scores < min_score, 0.0)
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
@@ -392,9 +398,60 @@ def sample_next(
     where wpe has no such row, behind the last token that is ever read.
     """
     tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p, min_p)
-    if wte is None or wpe is None:
-        return tokens, None
-    following = position.to(torch.int64).expand(streams.shape) + 1
+    return tokens, None if wte is None or wpe is None else _next_input(tokens, position, wte, wpe)
+
+
+def _next_input(tokens: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    following = position.to(torch.int64).expand(tokens.shape) + 1
     inside = (following >= 0) & (following < wpe.shape[0])
     hidden = F.embedding(tokens, wte) + F.embedding(following.clamp(0, wpe.shape[0] - 1), wpe)
-    return tokens, hidden.masked_fill(~inside[:, None], 0.0)
+    return hidden.masked_fill(~inside[:, None], 0.0)
+
+
+def sample_settings(
+    seed: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    offset: int = 0,
+    first: int = 0,
+) -> Tensor:
+    """What ``sample_step`` reads, (7,) int64: the seed's bits; those of float64 top_p, 1 for none, temperature, and
+    ``least_score`` of min_p; top_k, 0 for none; offset; first.
+    """
+    least = 0.0 if temperature < 2.0**-149 else min(temperature, MAX_TEMPERATURE)
+    numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
+    return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
+
+
+def sample_step(
+    logits: Tensor,
+    settings: Tensor,
+    streams: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    embedding: Tensor | None = None,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> None:
+    """``sample_next`` in place, by ``sample_settings``; shapes and dtypes: ``ops.sample_step``.
+
+    ``position + offset`` is the index of each row's token. The token and its log-probability under the logits as they
+    are, before temperature and filters, go into column ``index - first`` of (N, T) tokens and logprobs, where there is
+    one, the next input into ``embedding``; then 1 is added to ``position``.
+    """
+    seed, top_k, offset, first = (int(settings[i]) for i in (0, 4, 5, 6))
+    top_p, temperature, min_score = settings[1:4].view(torch.float64).tolist()
+    index = position.to(torch.int64) + offset
+    uniform = uniform_at(seed % (1 << 64), streams, index)
+    drawn = _draw(logits, uniform, temperature, top_k or None, top_p, min_score)
+    column = index - first
+    rows = torch.where((column >= 0) & (column < tokens.shape[1]))[0]
+    tokens[rows, column[rows]] = drawn[rows]
+    every = torch.log_softmax(logits.to(torch.float32), dim=-1)
+    logprobs[rows, column[rows]] = every[rows, drawn[rows]]
+    if embedding is not None and wte is not None and wpe is not None:
+        embedding.copy_(_next_input(drawn, index, wte, wpe))
+    position += 1

@@ -54,7 +54,9 @@ int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool r
     }
     int count = 0;
     if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
-    const int64_t wide = cluster && has_clusters(device) ? kMostClusters : 2 * int64_t(count);
+    // All kernels are compiled alike.
+    const bool clusters = cluster && has_clusters(attention_decode_merge_kernel<float>);
+    const int64_t wide = clusters ? kMostClusters : 2 * int64_t(count);
     int64_t best = 1;
     double fullest = 0.0;  // how much of the multiprocessors' time they have work, in spans of kKeys
     for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; ++splits) {

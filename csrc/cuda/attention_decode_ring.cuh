@@ -340,10 +340,10 @@ __global__ void __launch_bounds__(kThreads, 3) attention_decode_ring_kernel(Atte
 
 template <typename S>
 int launch_ring(AttentionDecodeParams p) {
-    p.cluster = p.cluster && p.splits > 1 && p.splits <= kMostClusters && has_clusters(p.device);
+    const auto kernel = attention_decode_ring_kernel<S>;
+    p.cluster = p.cluster && p.splits > 1 && p.splits <= kMostClusters && has_clusters(kernel);
     const unsigned cluster = p.cluster ? unsigned(p.splits) : 1;
     const size_t shared = p.cluster ? S::shared(p.splits) : S::kInbox;
-    const auto kernel = attention_decode_ring_kernel<S>;
     const int resident = resident_blocks(kernel, p.device, kThreads, shared, cluster);
     if (resident < int(cluster)) return cudaErrorInvalidValue;
     const auto blocks = unsigned(std::min<int64_t>(p.rows * p.heads * p.splits, resident));

@@ -270,5 +270,7 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, int leadi
     return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
            uint64_t(1) << 62;
 }
+// The same operand so many bytes further on, a multiple of 16, in fewer instructions than from its address.
+__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) { return operand + uint64_t(bytes / 16); }
 
 }  // namespace igpt::cuda::ptx

@@ -46,27 +46,20 @@ struct DeviceGuard {
     cudaError_t error;
 };
 
-// Whether blocks can be put together in clusters.
-inline bool has_clusters([[maybe_unused]] int device) {
-#ifdef __CUDACC__
-    int major = 0;
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-#else
-    return true;
-#endif
-}
-
-#ifdef __CUDACC__
-// Whether a kernel's code has its grid_dependency_wait in it, as code for sm_90 and later has. What was made of older
-// PTX for such a device has not, and would read what is not written yet.
+// Whether a kernel's blocks can be put together in clusters, and it has its grid_dependency_wait in it: its code on the
+// current device is of PTX for sm_90 or later. What the driver makes there of older PTX is not: it would trap, or read
+// what is not written yet.
 template <typename Params>
-bool waits(void (*kernel)(Params)) {
+bool has_clusters([[maybe_unused]] void (*kernel)(Params)) {
+#ifdef __CUDACC__
     cudaFuncAttributes code{};
     if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion >= 90;
     cudaGetLastError();
     return false;
-}
+#else
+    return true;
 #endif
+}
 
 #ifdef __CUDACC__
 // Lets a kernel have as much dynamic shared memory, which may be more than it has without asking.
@@ -114,12 +107,12 @@ int resident_blocks([[maybe_unused]] void (*kernel)(Params), [[maybe_unused]] in
 }
 
 // Launches on `stream` of the current device, which a DeviceGuard has chosen. `cluster`: how many blocks, side by side
-// in x, are a cluster, up to 8; more than one only where has_clusters(). `dependent`: the kernel, which calls
+// in x, are a cluster, up to 8; more than one only where it has_clusters(). `dependent`: the kernel, which calls
 // grid_dependency_wait before it reads what launches before it have written, writes anything or returns, may begin when
 // all blocks of the launch before have called grid_dependency_launch or ended (programmatic dependent launch).
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                   const Params& params, unsigned cluster = 1, [[maybe_unused]] bool dependent = false) {
+                   const Params& params, unsigned cluster = 1, bool dependent = false) {
 #ifdef __CUDACC__
     if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2]{};
@@ -130,7 +123,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
         attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
         ++count;
     }
-    if (dependent && waits(kernel)) {
+    if (dependent && has_clusters(kernel)) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[count].val.programmaticStreamSerializationAllowed = 1;
         ++count;
@@ -152,7 +145,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 #else
     static_cast<void>(stream);
     if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
-        emulator::launch(grid, block, shared_bytes, cluster, [&] { kernel(params); });
+        emulator::launch(grid, block, shared_bytes, cluster, dependent, [&] { kernel(params); });
     }
     return cudaSuccess;
 #endif

@@ -62,34 +62,37 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // All tensors contiguous and 16-byte aligned; n_embd a multiple of 8, at most 8192. The formulas: norm.cu.
 struct NormFwdParams : Launch {
-    const void* x;         // (rows, n_embd)
+    const void* x;         // (rows, n_embd) of `x_dtype`
     const void* residual;  // (rows, n_embd), or null
-    const void* weight;    // (n_embd,)
-    const void* bias;      // (n_embd,), or null: layer_norm's
+    const void* weight;    // (n_embd,) of `weight_dtype`
+    const void* bias;      // (n_embd,) of `weight_dtype`, or null: layer_norm's
     void* sum;             // (rows, n_embd): x + residual; null without residual
-    void* out;             // (rows, n_embd)
+    void* out;             // (rows, n_embd) of `out_dtype`
     int64_t rows;
     int32_t n_embd;
     float eps;
-    DType dtype;   // of all of them
-    bool centred;  // layer_norm, else rms_norm
+    DType dtype;                             // of residual and sum, of x without them
+    DType x_dtype, weight_dtype, out_dtype;  // those of layer_norm are `dtype`
+    bool centred;                            // layer_norm, else rms_norm
 };
 
 struct NormBwdParams : Launch {
-    const void* dout;    // (rows, n_embd)
+    const void* dout;    // (rows, n_embd) of `out_dtype`
     const void* dsum;    // (rows, n_embd): gradient that reaches x past the norm, or null
     const void* x;       // (rows, n_embd): what was normalised, x + residual where there was one
-    const void* weight;  // (n_embd,)
+    const void* weight;  // (n_embd,) of `weight_dtype`
     void* dx;            // (rows, n_embd), the residual's gradient as well
-    void* dweight;       // (n_embd,)
-    void* dbias;         // (n_embd,) of layer_norm; null of rms_norm
+    void* dbranch;       // (rows, n_embd) of `x_dtype`: dx again, for an x that was of another dtype; or null
+    void* dweight;       // (n_embd,) of `weight_dtype`
+    void* dbias;         // (n_embd,) of `weight_dtype`, of layer_norm; null of rms_norm
     float* partial;      // (parts, n_embd) of rms_norm, (2, parts, n_embd) of layer_norm, to work in
     int64_t rows;
     int32_t n_embd;
     int32_t parts;  // blocks to work in; norm_bwd_parts(rows) are a good number
     float eps;
-    DType dtype;   // of all but partial
-    bool centred;  // layer_norm, else rms_norm
+    DType dtype;                             // of x, dsum and dx
+    DType x_dtype, weight_dtype, out_dtype;  // those of layer_norm are `dtype`
+    bool centred;                            // layer_norm, else rms_norm
 };
 
 int norm_fwd(const NormFwdParams& params);
@@ -171,19 +174,29 @@ int cross_entropy_bwd(const CrossEntropyBwdParams& params);
 
 constexpr int32_t cross_entropy_parts(int64_t rows) { return int32_t(rows < 4 * 1056 ? (rows + 3) / 4 : 1056); }
 
+// How tokens are drawn, where that stands on the device. Any numbers are taken; the last three are cut to 32 bits.
+struct SampleSettings {
+    uint64_t seed;
+    double top_p, temperature, min_score;
+    int64_t top_k, offset, first;
+};
+
 // Drawing tokens, and the next step's input: sample.cu.
 struct SampleParams : Launch {
-    const void* logits;       // (rows, k), each row contiguous
-    const float* uniform;     // (rows,), or null: made of the seed, the streams and the positions
-    const int64_t* streams;   // (rows,), not negative, where there is no `uniform`
-    const int32_t* position;  // (rows,) or (1,), of the drawn tokens; may be null where there is a `uniform`
-    const void* wte;          // (.., n_embd), 16-byte aligned, where there is an `embedding`
-    const void* wpe;          // (n_positions, n_embd), likewise
-    int64_t* tokens;          // (rows,)
-    void* embedding;          // (rows, n_embd), 16-byte aligned, or null
+    const void* logits;              // (rows, k), each row contiguous
+    const float* uniform;            // (rows,), or null: made of the seed, the streams and the positions
+    const int64_t* streams;          // (rows,), not negative, where there is no `uniform`
+    const SampleSettings* settings;  // in place of seed, top_p .. top_k here; or null: offset and first are 0
+    int32_t* position;  // (rows,) or (1,), of the drawn tokens, less the offset; may be null beside a `uniform`
+    const void* wte;    // (.., n_embd), 16-byte aligned, where there is an `embedding`
+    const void* wpe;    // (n_positions, n_embd), likewise
+    int64_t* tokens;    // (rows, columns)
+    float* logprobs;    // (rows, columns), or null
+    void* embedding;    // (rows, n_embd), 16-byte aligned, or null
     uint64_t seed;
     int64_t row_stride;  // of logits, in elements
     int64_t rows;
+    int64_t columns;          // 1 without settings: the row's token is the only one
     double top_p;             // 1 keeps all
     float temperature;        // 0: the largest logit
     float min_score;          // minus infinity keeps all
@@ -194,6 +207,8 @@ struct SampleParams : Launch {
     int32_t n_positions;
     DType dtype;          // of logits
     DType embed_dtype;    // of wte, wpe and embedding
+    Dependent dependent;  // settings and streams must not come from the launch before
+    bool advance;         // position += 1 at the end, where every row has its own
     bool vector = false;  // the launcher's: rows can be read four logits at a time
 };
 
@@ -230,6 +245,8 @@ struct AttentionBwdParams {
     AttentionTensor q, k, v, out, dout, dq, dk, dv;
     const float* lse;  // from the forward
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+    // The kernels that every GPU runs, even where those for Hopper could (attention_bwd_hopper.cuh).
+    bool portable;
 };
 
 int causal_attention_fwd(const AttentionFwdParams& params);
@@ -293,11 +310,14 @@ struct GemvParams : Launch {
     float eps;
     Activation activation;
     DType dtype;            // bf16 or f16, of all of them
-    Dependent dependent;    // weight and bias must not come from a launch that may still be running
+    Dependent dependent;    // weight, bias, norm_weight must not come from a launch that may still be running
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
 int gemv(const GemvParams& params);
+
+// A new stream, which waits for no other, the default one neither, and which nothing destroys. Returns an error's code.
+int make_stream(int device, void** stream);
 
 // The runtime's text for an error code.
 const char* error_string(int code);

@@ -112,17 +112,6 @@ __device__ __forceinline__ float2 unpack2<__half>(uint32_t bits) {
     return make_float2(__half2float(lo), __half2float(hi));
 }
 
-// Two numbers of e4m3, in the lower 16 bits, as float16, which has them all; sm_89 and later.
-__device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint32_t codes) {
-    uint32_t bits = 0;
-#if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(static_cast<unsigned short>(codes)));
-#else
-    __trap();
-#endif
-    return bits;
-}
-
 // A barrier of `threads` threads of the block, in whole warps; `id` is 1 to 15 (0 is __syncthreads). Whoever arrives
 // does not wait, but what it did before is done for whoever syncs.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -178,6 +167,16 @@ __device__ __forceinline__ V load_once(const V* p) {
                  : "l"(__cvta_generic_to_global(p)));
     return *reinterpret_cast<const V*>(&words);
 }
+
+#if __CUDA_ARCH__ >= 890
+// The numbers of two codes in e4m3, the first in the low byte: sm_89 and later. e4m3.cuh has it for all others, and for
+// the emulator.
+__device__ __forceinline__ float2 from_e4m3x2(uint32_t codes) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+    return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+#endif
 
 // A hint: the line of p will be read.
 __device__ __forceinline__ void prefetch_l2(const void* p) {

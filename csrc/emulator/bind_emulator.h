@@ -55,6 +55,7 @@ inline void bind_emulator(pybind11::module_& m) {
           "How many the device has, to the launchers that look.");
     m.def("set_blocks", &set_blocks, pybind11::arg("first") = 0, pybind11::arg("count") = kAllBlocks,
           "Launches run only these blocks, by linear index; without arguments, all.");
+    m.def("synchronize", &synchronize, "All launches so far have ended, as at the begin of a graph.");
     m.def("counters", &counters_by_name, "Since the last reset, by name; see emulator.h.");
     m.def("reset_counters", &reset_counters);
     m.def("start_recording", &start_recording, "Launches are written down from now on, and nothing runs.");

@@ -3,10 +3,10 @@
 //
 // What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
 // thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
-// vectors, a launch outside the limits. Shared memory is poisoned with 0xff (NaN in every type) and ends where an
-// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers and __syncwarp order
-// memory, so a missing one is a reported race, whatever the order of execution was. (Threads of one number in
-// every other block are one to it: a race between exactly those it does not see.)
+// vectors, a launch outside the limits, what a dependent launch does too early. Shared memory is poisoned with 0xff
+// (NaN in every type) and ends where an address sanitizer sees it; so are the stacks. Under a thread sanitizer only
+// barriers and __syncwarp order memory, so a missing one is a reported race, whatever the order of execution was.
+// (Threads of one number in every other block are one to it: a race between exactly those it does not see.)
 #pragma once
 
 #include <cuda_runtime.h>
@@ -62,8 +62,14 @@ Counters counters();
 void reset_counters();
 
 // Runs `thread` for every thread of the grid, `cluster` blocks that are side by side in x at the same time. Takes one
-// launch at a time; throws std::runtime_error.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& thread);
+// launch at a time; throws std::runtime_error. A `dependent` one is held to what grid_dependency_wait is for, as far as
+// it passes through memory.cuh and the copies of ptx.cuh: before a block has called it, it stores nothing and loads
+// nothing that a launch has written which may still run, were the launches on a device.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool dependent,
+            const std::function<void()>& thread);
+
+// All launches so far have ended, as before another kernel than ours, or at the begin of a graph.
+void synchronize();
 
 // The running block's shared memory.
 unsigned char* dynamic_shared();

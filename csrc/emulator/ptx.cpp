@@ -125,7 +125,7 @@ AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, int size, Where w
         fail(what + ": the source is not aligned to " + std::to_string(size));
     }
     if (bytes > 0) {
-        note(Access::global_load, from, whole);
+        note(Access::global_load, from, whole, where);
     } else {
         skip(Access::global_load);
     }

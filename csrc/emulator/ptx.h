@@ -3,8 +3,8 @@
 //
 // The destination of an asynchronous copy is NaN from the issue until its thread waits for it. The source is looked at
 // when the copy is issued, and read as late as at the wait: one that has changed meanwhile shows. A thread may not end
-// before it has waited for its copies. A launch begins when the one before has ended, so that the two functions for
-// dependent launches have nothing to do; a missing grid_dependency_wait is not seen.
+// before it has waited for its copies. A launch begins when the one before has ended; what a dependent one may not do
+// before grid_dependency_wait is an error all the same (accesses.cpp).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +21,8 @@
 namespace igpt::emulator {
 
 uint32_t shared_address(const void* p, Where where);
+void grid_dependency_wait();
+void grid_dependency_launch();
 
 struct AsyncCopy {
     unsigned char* to;
@@ -154,17 +156,6 @@ float2 unpack2(uint32_t bits) {
     return {emulator::wide(bits, emulator::is_bfloat<T>()), emulator::wide(bits >> 16, emulator::is_bfloat<T>())};
 }
 
-inline uint32_t e4m3x2_to_f16x2(uint32_t codes) {
-    uint32_t bits = 0;
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t code = codes >> 8 * i & 0xff, size = code & 0x7f;
-        float x = std::ldexp(float(size % 8 + (size < 8 ? 0 : 8)), (size < 8 ? 1 : int(size / 8)) - 10);
-        if (size == 0x7f) x = NAN;
-        bits |= uint32_t(__float2half_rn(code & 0x80 ? -x : x).bits) << 16 * i;
-    }
-    return bits;
-}
-
 inline void named_barrier_sync(int id, int threads, emulator::Where where = {}) {
     emulator::named_barrier(true, id, threads, where);
 }
@@ -181,14 +172,14 @@ inline void store_cluster(float* own, unsigned rank, float value, emulator::Wher
 }
 
 template <typename V>
-V load_once(const V* p) {
+V load_once(const V* p, emulator::Where where = {}) {
     static_assert(sizeof(V) == 16);
-    return load_global(p);
+    return load_global(p, where);
 }
 
 inline void prefetch_l2(const void*) {}
 
-inline void grid_dependency_wait() {}
-inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() { emulator::grid_dependency_wait(); }
+inline void grid_dependency_launch() { emulator::grid_dependency_launch(); }
 
 }  // namespace igpt::cuda::ptx

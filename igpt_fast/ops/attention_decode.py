@@ -19,7 +19,7 @@ from igpt_fast.reference import quantize_values as quantize_values
 
 OPS["attention_decode"] = Op(
     native=("cuda",),
-    covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values, or keys and values, may be fp8; fp32 without a prefix",
+    covers="head_dim 32, 64, 96, 128; bf16, fp16, whose cached values and keys may be fp8; fp32 without a prefix",
     otherwise="torch expression over the whole cache",
 )
 
@@ -82,7 +82,8 @@ def attention_decode(
     Raises:
         TypeError: A dtype that is not as above.
         ValueError: Shapes that do not fit, a cache that is not contiguous, several devices, one half of a prefix,
-            ``k_scale`` without ``v_scale``, a ``limit`` outside its range, or a tensor that wants a gradient while gradients are recorded.
+            ``k_scale`` without ``v_scale``, a ``limit`` outside its range, or a tensor that wants a gradient while
+            gradients are recorded.
         BackendUnavailableError: The chosen backend does not serve the device.
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.

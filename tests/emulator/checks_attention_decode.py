@@ -166,6 +166,18 @@ def check_many_blocks(device: str) -> None:
     check(case(device, torch.bfloat16, 32, position, t_max=5, rows=128, heads=2))
 
 
+def check_dependent(device: str) -> None:
+    """It may begin before the projection has ended that makes its queries, keys and values."""
+    x, weight = torch.randn(2, 64).bfloat16().to(device), torch.randn(64, 192).bfloat16().to(device)
+    position, found = torch.tensor(3, dtype=torch.int32, device=device), []
+    for dependent in ("none", "late"):
+        caches = [torch.ones(2, 2, 8, 32, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        with backend.launching(backend.Launching(dependent=dependent)):
+            q, k, v = ops.gemv(x, weight).view(2, 3, 2, 32).unbind(1)
+            found.append(torch.stack([ops.attention_decode(q, k, v, *caches, position), k, v]))
+    assert torch.equal(*found)
+
+
 def check_outside(device: str) -> None:
     """Nothing is written, and NaN says so; with splits, a prefix and scales as well."""
     for scaled in (1, 2):

@@ -10,7 +10,7 @@ from kernels import Kernels
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 
 ACTIVATIONS = [None, "quick_gelu", "gelu_tanh", "gelu_erf"]
 # (rows, n_in, n_out): every number of rows that a kernel is compiled for and ones between; n_in of less than a step,
@@ -61,6 +61,16 @@ def check_options(device: str, transposed: bool) -> None:
     for activation in ACTIVATIONS:
         check(named, activation)
     check(product | {"x": 1e-3 * named["x"], "norm_weight": named["norm_weight"]}, eps=1e-3)
+
+
+def check_dependent(device: str) -> None:
+    """Of two that follow each other the second may begin before the first has ended, and reads what that writes."""
+    first, second = (operands(device, torch.bfloat16, 2, 64, 64, False) for _ in range(2))
+    found = []
+    for dependent in ("none", "late"):
+        with backend.launching(backend.Launching(dependent=dependent)):
+            found.append(ops.gemv(**second | {"x": ops.gemv(**first)}))
+    assert torch.equal(*found)
 
 
 def check_range(device: str) -> None:
@@ -160,8 +170,11 @@ def check_coalescing(kernels: Kernels) -> None:
                     ops.gemv(named["x"], named["weight"], norm_weight=norm)
                 case = rows, transposed, norm is not None, dict(counted)
                 assert counted["launches"] == 1, case
-                # Eight blocks share n_in: each reads its part of x and, for the norm, all of x, and its own weight.
-                parts_of_x = 1 if norm is None else 1 + 8 + 1
-                assert counted["load_bytes"] == 2 * n_in * (rows * parts_of_x + n_out), case
+                # Eight blocks share n_in: each reads its part of x and, for the norm, all of x, and its part of the
+                # norm's weight, asynchronously.
+                parts_of_x = 1 if norm is None else 1 + 8
+                factors = 0 if norm is None else n_in
+                assert counted["load_bytes"] == 2 * (n_in * (rows * parts_of_x + n_out) + factors), case
+                assert counted["async_copies"] * 8 == factors, case
                 assert counted["load_sectors"] * 32 == counted["load_bytes"], case
                 assert counted["shared_conflicts"] <= 0.1 * counted["shared_wavefronts"], case

@@ -86,12 +86,6 @@ __global__ void cp_async4(Case p) {
     static_cast<uint32_t*>(p.out)[first + i] = shared[i];
 }
 
-// a: [n, 64] pairs of codes, as ints; out: [n, 64] pairs of float16.
-__global__ void e4m3x2_to_f16x2(Case p) {
-    const size_t i = blockIdx.x * 64 + threadIdx.x;
-    static_cast<uint32_t*>(p.out)[i] = ptx::e4m3x2_to_f16x2(static_cast<const uint32_t*>(p.a)[i]);
-}
-
 // a: [n, 64] floats.
 __global__ void exp2_approx(Case p) {
     const size_t i = blockIdx.x * 64 + threadIdx.x;
@@ -153,7 +147,6 @@ const Kernel kKernels[] = {
     {"ldmatrix_x4_trans", ldmatrix<true>, 32, 512},
     {"cp_async", cp_async, 64, 3072},
     {"cp_async4", cp_async4, 64, 256},
-    {"e4m3x2_to_f16x2", e4m3x2_to_f16x2, 64, 0},
     {"exp2_approx", exp2_approx, 64, 0},
     {"pack2_bf16", pack2<__nv_bfloat16>, 64, 0},
     {"pack2_f16", pack2<__half>, 64, 0},

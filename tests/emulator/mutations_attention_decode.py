@@ -42,6 +42,7 @@ scaled = on(
 codes = on(
     lambda: checks.check_codes("cpu", torch.bfloat16, 32), lambda: checks.check_quantizing("cpu", torch.bfloat16, 128)
 )
+dependent = on(lambda: checks.check_dependent("cpu"))
 huge, outside = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_outside("cpu"))
 reads_once = counted(checks.check_prefix_reads_once)
 THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
@@ -51,6 +52,8 @@ MERGE, E4M3 = "cuda/attention_decode_merge.cu", "cuda/e4m3.cuh"
 BARRIER = "    __syncthreads();\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
+    (Mutation("decode_does_not_wait", OWN, "ptx::grid_dependency_wait();  // before every", "// before every"),
+     dependent),
     (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? load_global(p.starts + row) : 0", "0"), positions),
     (Mutation("decode_sees_itself_always", SHARED, "sees_it = own_start <= position;", "sees_it = true;"), positions),
     (Mutation("decode_position_of_each_row", SHARED, "row * p.position_step", "row"), ADDRESS),

@@ -87,16 +87,6 @@ def test_cp_async4(run: Run) -> None:
     assert torch.equal(run("cp_async4", torch.zeros_like(a), a), a.flip(1))
 
 
-def test_e4m3x2_to_f16x2(run: Run, request: pytest.FixtureRequest) -> None:
-    """Every pair of codes; sm_89 and later."""
-    if request.node.callspec.params["run"] == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("the GPU has no such instruction")
-    codes = torch.arange(2**16, dtype=torch.int32).view(-1, 64)
-    out = run("e4m3x2_to_f16x2", torch.zeros_like(codes), codes).view(torch.int16).view(torch.float16)
-    bytes_of = codes.to(torch.int16).view(torch.uint8).view(torch.float8_e4m3fn)
-    torch.testing.assert_close(out.flatten(), bytes_of.flatten().half(), rtol=0.0, atol=0.0, equal_nan=True)
-
-
 def exp2_inputs(n: int) -> Tensor:
     x = torch.randn(n, 64) * 20
     x[0, :12] = torch.tensor([0.0, -0.0, 1.0, -1.0, 127.5, 128.0, -126.0, -126.5, -150.0, 1e-40, torch.inf, -torch.inf])

@@ -82,6 +82,11 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+constexpr unsigned cudaStreamNonBlocking = 1;
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    *stream = new char;  // an address that no other has
+    return cudaSuccess;
+}
 namespace igpt::emulator {
 int capability();
 int multiprocessors();
