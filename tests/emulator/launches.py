@@ -117,6 +117,12 @@ def attention_decode_8_bits(size: Size) -> None:
     attention_decode_scaled(size, 2)
 
 
+def attention_decode_by_ring(size: Size) -> None:
+    with backend.launching(backend.Launching(ring=True, cluster=True)):
+        attention_decode(size)
+        attention_decode_scaled(size)
+
+
 def attention_decode_shared(size: Size) -> None:
     primer = (IMAGES // 8, size.heads, T // 2, size.head_dim)
     _decode(size, IMAGES, prefix_k=blank(*primer), prefix_v=blank(*primer))
@@ -156,6 +162,7 @@ BY_SIZE: dict[str, Call] = {
     "causal_attention_packed on Hopper": causal_attention_packed,
     "attention_decode": attention_decode,
     "attention_decode, fp8 values": attention_decode_scaled,
+    "attention_decode, by a ring on Hopper": attention_decode_by_ring,
     "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,
