@@ -123,17 +123,18 @@ class Pipeline:
     def default_batch_size(
         self, dtype: str | None = None, primer: int = 0, copies: int = 1, guided: bool = False
     ) -> int:
-        """How many images are computed together: as many as the memory of a CUDA device has room for, 256 at most;
-        elsewhere as many as have their key/value caches in 1 GiB, 64 at most.
+        """How many images are computed together: as many as the memory of a CUDA device has room for; elsewhere as many
+        as have their key/value caches in 1 GiB, 64 at most.
 
         Args:
             dtype, primer, copies: As in ``engines.memory.cache_bytes``.
             guided: Whether each has a second cache, of the context without a class.
         """
-        room, most = most_images(self.model, dtype, max(primer, 1), copies), 256
-        if room is None:
-            room, most = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies), 64
-        return min(most, max(1, room // 2 if guided else room))
+        room = most_images(self.model, dtype, max(primer, 1), copies)
+        if room is not None:
+            return max(1, room // 2 if guided else room)
+        room = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies)
+        return min(64, max(1, room // 2 if guided else room))
 
     def sample(self, n: int = 1, *, first: int = 0, **options: Unpack[Options]) -> Generation:
         """Draws images.
