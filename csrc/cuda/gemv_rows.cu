@@ -37,9 +37,6 @@ __host__ __device__ __forceinline__ int rows_of_a_block(int tiles, int splits) {
     return 2 * ((tiles * kTile / 2 + splits - 1) / splits);
 }
 
-// Elements from a row of x in shared memory to the next: 128 bytes times n, plus 64.
-__host__ __device__ __forceinline__ int pitch_of(int length) { return (length + 63) / 64 * 64 + 32; }
-
 // The block's shared memory.
 template <typename T, int kTiles>
 struct Shared {
@@ -59,9 +56,11 @@ struct Shared {
     __device__ static T* x(float* inbox, const GemvParams& p) {
         return reinterpret_cast<T*>(inbox + p.splits * rows_of_a_block(kTiles, p.splits) * kPitch);
     }
+    // Elements from a row of x to the next: 64 times n plus 32.
+    __host__ __device__ static int pitch(int share) { return ((share < kSlab ? share : kSlab) + 63) / 64 * 64 + 32; }
     static size_t bytes(const GemvParams& p) {
         const size_t inbox = size_t(p.splits) * size_t(rows_of_a_block(kTiles, p.splits)) * kPitch * sizeof(float);
-        const size_t x = size_t(kRows) * size_t(pitch_of(std::min(p.share, kSlab))) * sizeof(T);
+        const size_t x = size_t(kRows) * size_t(pitch(p.share)) * sizeof(T);
         return sizeof(Shared) + inbox + std::max(x, sizeof(float) * kWarps * kSumTiles * kTile * kColumns);
     }
 };
@@ -142,7 +141,7 @@ __device__ __forceinline__ float multiply_vector(Words* x, const Vector<T>& fact
 template <typename T, int kTiles>
 __device__ __forceinline__ void apply_factors(const GemvParams& p, Shared<T, kTiles>& shared, T* x, int pitch,
                                               int length, bool first) {
-    constexpr int kOwn = kTiles < 8 ? 2 : 1;  // rows at a time: registers
+    constexpr int kOwn = 2;  // rows at a time: registers
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
 #pragma unroll 1
     for (int from = warp; from < p.rows; from += kOwn * kWarps) {
@@ -322,10 +321,10 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_rows_kernel(GemvParams p) {
     const int lane = int(threadIdx.x) % kWarpSize;
     constexpr int kSlab = Shared<T, kTiles>::kSlab;
     T* x = Shared<T, kTiles>::x(shared.inbox(), p);
-    const int pitch = pitch_of(min(p.share, kSlab));
+    const int pitch = Shared<T, kTiles>::pitch(p.share);
     // What does not come from the launch before.
     Cursor<T, kTransposed, kStep> cursor(p, tile, begin + warp * kChunk, end);
-    constexpr int kAhead = 2;  // chunks on their way
+    constexpr int kAhead = kTiles < 8 ? 2 : 1;  // chunks on their way: registers
     Chunk<T, kTransposed> chunks[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) chunks[a].load(cursor);
