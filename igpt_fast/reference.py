@@ -8,6 +8,7 @@ shapes, dtypes and sources is not said again here.
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import torch.nn.functional as F
@@ -155,16 +156,16 @@ def _attention(
     return weights @ v, weights
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in 8 bits, (..., D) float8_e4m3fn, and their float32 scales, (...,): ``v`` is about codes times scales.
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in 8 bits, (..., D) float8_e4m3fn, and their float32 scales, (...,): ``x`` is about codes times scales.
 
-    The scale is that of the largest element, ``max |v| / 448``; codes are those of ``v / scale``, to nearest, ties to
-    even, no larger than 448, and 0 where all elements are 0. A NaN or an infinity in ``v`` makes its scale and all its
+    The scale is that of the largest element, ``max |x| / 448``; codes are those of ``x / scale``, to nearest, ties to
+    even, no larger than 448, and 0 where all elements are 0. A NaN or an infinity in ``x`` makes its scale and all its
     codes NaN, so that it is not lost.
 
     Source: OCP 8-bit Floating Point Specification, E4M3.
     """
-    wide = v.to(torch.float32)
+    wide = x.to(torch.float32)
     largest = wide.abs().amax(dim=-1)
     # By a tensor: on a GPU torch multiplies by the inverse of a Python number.
     scales = (largest / torch.full_like(largest, LARGEST_E4M3)).masked_fill(~largest.isfinite(), math.nan)
@@ -174,10 +175,14 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn), scales
 
 
-def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``quantize_values`` has kept, in a dtype."""
+def dequantize_e4m3(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``quantize_e4m3`` has kept, in a dtype."""
     wide = _statistics_dtype(dtype)
     return (codes.to(wide) * scales[..., None].to(wide)).to(dtype)
+
+
+# Their names from when values alone were kept so.
+quantize_values, dequantize_values = quantize_e4m3, dequantize_e4m3
 
 
 def attention_decode(
@@ -192,38 +197,48 @@ def attention_decode(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
 
     Shapes, dtypes and which keys a row sees: ``ops.attention_decode``. Nothing depends on a value on the host, so the
-    work is that of a full cache. With v_scale the values are those of the cache, the new one's among them.
+    work is that of a full cache. With v_scale the values are those of the cache, the new one's among them; with k_scale
+    the keys are as well.
     """
     rows, _, t_max, _ = k_cache.shape
     place = position.reshape(-1).long().expand(rows)
-    inside = ((place >= 0) & (place < t_max))[:, None, None]
-    row, column = torch.arange(rows, device=q.device), place.clamp(0, t_max - 1)
-    k_cache[row, :, column] = torch.where(inside, k, k_cache[row, :, column])
-    if v_scale is None:
-        v_cache[row, :, column] = torch.where(inside, v, v_cache[row, :, column])
-        values = v_cache
-    else:
-        new, scale_of_new = quantize_values(v)
-        codes = v_cache.view(torch.uint8)  # torch does not select among float8
-        codes[row, :, column] = torch.where(inside, new.view(torch.uint8), codes[row, :, column])
-        v_scale[row, :, column] = torch.where(inside[..., 0], scale_of_new, v_scale[row, :, column])
-        values = dequantize_values(v_cache, v_scale, q.dtype)
-    keys, before = k_cache, 0
+    keys, values = (
+        _with_new(cache, scales, new, place, q.dtype)
+        for cache, scales, new in ((k_cache, k_scale, k), (v_cache, v_scale, v))
+    )
+    before = 0
     if prefix_k is not None and prefix_v is not None:
         before = prefix_k.shape[2]
         group = rows // max(prefix_k.shape[0], 1)
-        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), k_cache], dim=2)
+        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), keys], dim=2)
         values = torch.cat([prefix_v.repeat_interleave(group, dim=0), values], dim=2)
     key = torch.arange(before + t_max, device=q.device)
     visible = key <= before + place[:, None]
     if starts is not None:
         visible = visible & (key >= starts[:, None])
     out, _ = causal_attention(q[:, :, None], keys, values, scale, visible)
-    return out[:, :, 0].masked_fill(~inside, math.nan)
+    inside = (place >= 0) & (place < t_max)
+    return out[:, :, 0].masked_fill(~inside[:, None, None], math.nan)
+
+
+def _with_new(cache: Tensor, scales: Tensor | None, new: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """Writes each row's new key or value at its place, if that is within the cache; returns what is cached then."""
+    t_max = cache.shape[2]
+    inside = ((place >= 0) & (place < t_max))[:, None, None]
+    row, column = torch.arange(len(place), device=cache.device), place.clamp(0, t_max - 1)
+    if scales is None:
+        cache[row, :, column] = torch.where(inside, new, cache[row, :, column])
+        return cache
+    new, scale_of_new = quantize_e4m3(new)
+    codes = cache.view(torch.uint8)  # torch does not select among float8
+    codes[row, :, column] = torch.where(inside, new.view(torch.uint8), codes[row, :, column])
+    scales[row, :, column] = torch.where(inside[..., 0], scale_of_new, scales[row, :, column])
+    return dequantize_e4m3(cache, scales, dtype)
 
 
 def gemv(
@@ -339,6 +354,12 @@ def sample(
     Source: temperature, top-k, top-p and min-p as transformers' logits processors define them, in that order; min-p:
     "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs" (Nguyen et al., 2024).
     """
+    return _draw(logits, uniform, temperature, top_k, top_p, least_score(min_p))
+
+
+def _draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_score: float
+) -> Tensor:
     scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
@@ -353,8 +374,7 @@ def sample(
         before = ordered.cumsum(dim=-1) - ordered
         kept = before < top_p * ordered.sum(dim=-1, keepdim=True)
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
-    if min_p:
-        weights = weights.masked_fill(scores < least_score(min_p), 0.0)
+    weights = weights.masked_fill(scores < min_score, 0.0)
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
@@ -378,9 +398,60 @@ def sample_next(
     where wpe has no such row, behind the last token that is ever read.
     """
     tokens = sample(logits, uniform_at(seed, streams, position), temperature, top_k, top_p, min_p)
-    if wte is None or wpe is None:
-        return tokens, None
-    following = position.to(torch.int64).expand(streams.shape) + 1
+    return tokens, None if wte is None or wpe is None else _next_input(tokens, position, wte, wpe)
+
+
+def _next_input(tokens: Tensor, position: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    following = position.to(torch.int64).expand(tokens.shape) + 1
     inside = (following >= 0) & (following < wpe.shape[0])
     hidden = F.embedding(tokens, wte) + F.embedding(following.clamp(0, wpe.shape[0] - 1), wpe)
-    return tokens, hidden.masked_fill(~inside[:, None], 0.0)
+    return hidden.masked_fill(~inside[:, None], 0.0)
+
+
+def sample_settings(
+    seed: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    offset: int = 0,
+    first: int = 0,
+) -> Tensor:
+    """What ``sample_step`` reads, (7,) int64: the seed's bits; those of float64 top_p, 1 for none, temperature, and
+    ``least_score`` of min_p; top_k, 0 for none; offset; first.
+    """
+    least = 0.0 if temperature < 2.0**-149 else min(temperature, MAX_TEMPERATURE)
+    numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
+    return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
+
+
+def sample_step(
+    logits: Tensor,
+    settings: Tensor,
+    streams: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    embedding: Tensor | None = None,
+    wte: Tensor | None = None,
+    wpe: Tensor | None = None,
+) -> None:
+    """``sample_next`` in place, by ``sample_settings``; shapes and dtypes: ``ops.sample_step``.
+
+    ``position + offset`` is the index of each row's token. The token and its log-probability under the logits as they
+    are, before temperature and filters, go into column ``index - first`` of (N, T) tokens and logprobs, where there is
+    one, the next input into ``embedding``; then 1 is added to ``position``.
+    """
+    seed, top_k, offset, first = (int(settings[i]) for i in (0, 4, 5, 6))
+    top_p, temperature, min_score = settings[1:4].view(torch.float64).tolist()
+    index = position.to(torch.int64) + offset
+    uniform = uniform_at(seed % (1 << 64), streams, index)
+    drawn = _draw(logits, uniform, temperature, top_k or None, top_p, min_score)
+    column = index - first
+    rows = torch.where((column >= 0) & (column < tokens.shape[1]))[0]
+    tokens[rows, column[rows]] = drawn[rows]
+    every = torch.log_softmax(logits.to(torch.float32), dim=-1)
+    logprobs[rows, column[rows]] = every[rows, drawn[rows]]
+    if embedding is not None and wte is not None and wpe is not None:
+        embedding.copy_(_next_input(drawn, index, wte, wpe))
+    position += 1

@@ -22,10 +22,11 @@ NAMES = {
         Served accelerate accelerated from_transformers linear_layers register restore to_transformers unregister""",
     "igpt_fast.ops": """
         ACTIVATIONS activation attention_decode causal_attention causal_attention_packed check_activation check_sampling
-        cross_entropy dequantize gelu_erf gelu_tanh gemv layer_norm quantize quick_gelu rms_norm sample sample_next""",
+        cross_entropy dequantize gelu_erf gelu_tanh gemv layer_norm quantize quick_gelu rms_norm sample sample_next
+        sample_settings sample_step""",
     "igpt_fast.reference": """
         attention_decode causal_attention cross_entropy dequantize dequantize_values gelu_erf gelu_tanh gemv layer_norm
-        quantize quantize_values quick_gelu rms_norm sample sample_next uniform""",
+        quantize quantize_values quick_gelu rms_norm sample sample_next sample_step uniform""",
     "igpt_fast.backend": "BackendUnavailableError get_backend set_backend show_config use_backend",
     "igpt_fast.config": "ImageGPTConfig",
     "igpt_fast.pipeline": "BUNDLED Generation Options Pipeline RowEvent Scores kept_rows",

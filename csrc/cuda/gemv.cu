@@ -289,7 +289,8 @@ int launch_kernel(const GemvParams& p, unsigned blocks) {
 template <typename T>
 int launch_dtype(GemvParams p) {
     const int tiles = divide_up(p.n_out, kColumns), chunks = divide_up(p.n_in, kChunk);
-    p.splits = choose_splits(p, tiles, chunks, kWarps, blocks_at_a_time(p.transposed));
+    const auto any = gemv_kernel<T, false, false>;  // all are compiled alike
+    p.splits = choose_splits(any, tiles, chunks, kWarps, blocks_at_a_time(p.transposed));
     p.share = divide_up(chunks, p.splits) * kChunk;
     const unsigned blocks = unsigned(tiles) * unsigned(p.splits);
     return p.norm_weight ? launch_kernel<T, true>(p, blocks) : launch_kernel<T, false>(p, blocks);

@@ -106,10 +106,10 @@ inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
 
 // Blocks of `warps` that share n_in, of which a multiprocessor has `at_a_time`: as many as leave a warp the fewest
 // chunks while all blocks run in one wave, and no more.
-inline int choose_splits(const GemvParams& p, int tiles, int chunks, int warps, int at_a_time) {
+inline int choose_splits(void (*kernel)(GemvParams), int tiles, int chunks, int warps, int at_a_time) {
     const int most = std::min(kSplits, kMultiprocessors * at_a_time / tiles);
     int splits = 1;
-    if (most < 2 || !has_clusters(p.device)) return splits;
+    if (most < 2 || !has_clusters(kernel)) return splits;
     for (int more = 2; more <= most; ++more) {
         if (divide_up(chunks, more * warps) < divide_up(chunks, splits * warps)) splits = more;
     }

@@ -370,7 +370,8 @@ int launch_tiles(const GemvParams& p, unsigned blocks) {
 template <typename T>
 int launch_dtype(GemvParams p) {
     const int tiles = divide_up(p.n_out, kColumns), chunks = divide_up(p.n_in, kChunk);
-    p.splits = choose_splits(p, tiles, chunks, kWarps, 2);
+    const auto any = gemv_rows_kernel<T, false, 2>;  // all are compiled alike
+    p.splits = choose_splits(any, tiles, chunks, kWarps, 2);
     p.share = divide_up(chunks, p.splits) * kChunk;
     const unsigned blocks = unsigned(tiles) * unsigned(p.splits);
     if (p.rows <= 16) return launch_tiles<T, 2>(p, blocks);

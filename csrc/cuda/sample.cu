@@ -4,19 +4,25 @@
 //   weight = exp(score), fp32;  top-p keeps the shortest run, from the heaviest down (the lower id first on ties),
 //     whose weight reaches top_p of the total;  min-p keeps the scores not below min_score = log(min_p)
 //   token = first id at which the cumulative weight exceeds uniform * total;  temperature 0: the largest logit
-//   embedding = wte[token] + wpe[position + 1]
+//   logprob = (logit - max) - log(sum exp(logit - max)) of the token, whatever is drawn from; NaN where a logit is not
+//   a
+//     number or infinite
+//   embedding = wte[token] + wpe[index + 1], index = position + offset; with `advance`, position += 1
 //
-//   logits (rows, k <= 1024) fp32 | bf16 | fp16, rows at any distance, uniform (rows,) fp32, tokens (rows,) int64,
-//   embedding (rows, n_embd), wte (.., n_embd), wpe (n_positions, n_embd) of one dtype, 16-byte aligned. Without
-//   `uniform` the number is word 0 of Philox4x32-10 under the seed at the counter (position, 0, stream).
+//   logits (rows, k <= 1024) fp32 | bf16 | fp16, rows at any distance, uniform (rows,) fp32, tokens (rows, columns)
+//   int64 and logprobs of the same shape, fp32, written at column index - first where there is one, embedding
+//   (rows, n_embd), wte (.., n_embd), wpe (n_positions, n_embd) of one dtype, 16-byte aligned. Without `uniform` the
+//   number is word 0 of Philox4x32-10 under the seed at the counter (index, 0, stream). What differs from call to call
+//   may stand on the device, `settings`, for a captured graph. With `advance` every row has a position of its own, so
+//   that no block adds to what another one reads.
 //   Sums are in fp64, so that their order does not decide a draw, and a row is a matter of its own: neither the batch
 //   nor the schedule changes a bit. A row whose largest logit is not a number or infinite gives token 0, as the
 //   definition does.
-//   Launch: a block for each row, 128 threads (256 where k > 512), 4 neighbouring logits to a thread, which stay in
-//   registers. Without top-k and top-p three barriers; a sort of the row (bitonic.cuh) for each of the two.
-//   Bound by latency: one row is 1 to 2 KB.
+//   Launch, dependent or not: a block for each row, 128 threads (256 where k > 512), 4 neighbouring logits to a thread,
+//   which stay in registers. Without top-k and top-p three barriers; a sort of the row (bitonic.cuh) for each of the
+//   two. Bound by latency: one row is 1 to 2 KB. The row's sum of exponentials goes through the barriers of the draw.
 //
-// Source: reference.sample and reference.sample_next, the definition.
+// Source: reference.sample, reference.sample_next and reference.sample_step, the definition.
 #include "bitonic.cuh"
 #include "launch.cuh"
 #include "ops.h"
@@ -35,12 +41,28 @@ struct Shared {
     static constexpr int kWarps = kThreads / kWarpSize;
     uint64_t keys[kThreads * kOwn];
     double sums[kWarps];
+    double exponentials[kWarps];
     uint64_t largest[kWarps];
     float peaks[kWarps];
     int counts[kWarps];
     float threshold;
     alignas(4) uint8_t kept[kThreads * kOwn];
 };
+
+// What is drawn by: of the launch, or what stands on the device.
+struct Settings {
+    uint64_t seed;
+    double top_p;
+    float temperature, min_score;
+    int top_k;
+    int64_t offset, first;
+};
+
+__device__ __forceinline__ Settings settings_of(const SampleParams& p) {
+    if (!p.settings) return {p.seed, p.top_p, p.temperature, p.min_score, p.top_k, 0, 0};
+    const SampleSettings& s = *p.settings;
+    return {s.seed, s.top_p, float(s.temperature), float(s.min_score), int(s.top_k), int(s.offset), int(s.first)};
+}
 
 __device__ __forceinline__ int first_id() { return int(threadIdx.x) * kOwn; }
 
@@ -107,6 +129,26 @@ __device__ __forceinline__ float block_max(const float (&x)[kOwn], Shared<kThrea
     __syncthreads();
     for (int w = 0; w < shared.kWarps; ++w) peak = fmaxf(peak, load_shared(shared.peaks + w));
     return peak;
+}
+
+// Leaves what `log_probability` needs behind the block's next barrier: each warp's sum of exp(logit - peak).
+template <int kThreads>
+__device__ __forceinline__ void add_exponentials(const float (&x)[kOwn], float peak, Shared<kThreads>& shared) {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sum += double(expf(x[i] - peak));
+#pragma unroll
+    for (int lane = kWarpSize / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(kFullMask, sum, lane);
+    if (threadIdx.x % kWarpSize == 0) store_shared(shared.exponentials + threadIdx.x / kWarpSize, sum);
+}
+
+// Of a logit of the row.
+template <int kThreads>
+__device__ __forceinline__ float log_probability(float logit, float peak, Shared<kThreads>& shared) {
+    if (!(fabsf(peak) < INFINITY)) return NAN;
+    double total = 0.0;
+    for (int w = 0; w < shared.kWarps; ++w) total += load_shared(shared.exponentials + w);
+    return logit - peak - logf(float(total));
 }
 
 // Makes of four numbers the sums of all up to each of them; returns the last of the block's. `warps`: one number for
@@ -191,23 +233,23 @@ __device__ __forceinline__ int block_count(const double (&cumulative)[kOwn], dou
     return count;
 }
 
+// There is a barrier in it, unless the peak is no number.
 template <int kThreads>
-__device__ __forceinline__ int draw(const SampleParams& p, const float (&x)[kOwn], float uniform,
+__device__ __forceinline__ int draw(const Settings& by, const float (&x)[kOwn], float peak, int k, float uniform,
                                     Shared<kThreads>& shared) {
-    const float peak = block_max(x, shared);
     if (!(fabsf(peak) < INFINITY)) return 0;  // the whole block
     float score[kOwn], weight[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) score[i] = (x[i] - peak) / p.temperature;
-    if (p.top_k > 0 && p.top_k < p.k) keep_top_k(score, p.top_k, shared);
+    for (int i = 0; i < kOwn; ++i) score[i] = (x[i] - peak) / by.temperature;
+    if (by.top_k > 0 && by.top_k < k) keep_top_k(score, by.top_k, shared);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) weight[i] = expf(score[i]);
-    if (p.top_p < 1.0) keep_top_p(weight, p.top_p, shared);
+    if (by.top_p < 1.0) keep_top_p(weight, by.top_p, shared);
     double cumulative[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) cumulative[i] = score[i] < p.min_score ? 0.0 : double(weight[i]);
+    for (int i = 0; i < kOwn; ++i) cumulative[i] = score[i] < by.min_score ? 0.0 : double(weight[i]);
     const double total = block_cumulate<kThreads>(cumulative, shared.sums);
-    return min(block_count(cumulative, double(uniform) * total, shared), p.k - 1);
+    return min(block_count(cumulative, double(uniform) * total, shared), k - 1);
 }
 
 // embedding = wte + wpe, or zeros where there is no next position. All of the block.
@@ -233,11 +275,11 @@ __device__ __forceinline__ void embed(const void* wte, const void* wpe, void* em
 }
 
 template <int kThreads>
-__device__ __forceinline__ void write_next(const SampleParams& p, int64_t token, int64_t position, bool inside) {
+__device__ __forceinline__ void write_next(const SampleParams& p, int64_t token, int64_t next, bool inside) {
     const auto of = [&](auto e) {
         using E = decltype(e);
         const int64_t n = p.n_embd;
-        embed<kThreads, E>(static_cast<const E*>(p.wte) + token * n, static_cast<const E*>(p.wpe) + position * n,
+        embed<kThreads, E>(static_cast<const E*>(p.wte) + token * n, static_cast<const E*>(p.wpe) + next * n,
                            static_cast<E*>(p.embedding) + int64_t(blockIdx.x) * n, p.n_embd, inside);
     };
     if (p.embed_dtype == DType::f32) of(float());
@@ -245,11 +287,29 @@ __device__ __forceinline__ void write_next(const SampleParams& p, int64_t token,
     if (p.embed_dtype == DType::f16) of(__half());
 }
 
+// The token and its log-probability, by the thread that has its logit.
+template <int kThreads>
+__device__ __forceinline__ void write_drawn(const SampleParams& p, const float (&x)[kOwn], float peak, int token,
+                                            int64_t column, Shared<kThreads>& shared) {
+    if (int(threadIdx.x) != token / kOwn || column < 0 || column >= p.columns) return;
+    const int64_t at = int64_t(blockIdx.x) * p.columns + column;
+    p.tokens[at] = token;
+    if (!p.logprobs) return;
+    float logit = 0.0f;  // a sum: of a choice the compiler makes an index, and of registers memory
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) logit += first_id() + i == token ? x[i] : 0.0f;
+    p.logprobs[at] = log_probability(logit, peak, shared);
+}
+
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     Shared<kThreads>& shared = *dynamic_shared<Shared<kThreads>>();
     const int64_t row = blockIdx.x;
-    const int64_t position = p.position ? int64_t(p.position[p.position_stride * row]) : 0, next = position + 1;
+    const Settings by = settings_of(p);
+    const int64_t stream = p.streams ? p.streams[row] : 0;
+    ptx::grid_dependency_wait();
+    const int64_t position = p.position ? int64_t(load_global(p.position + p.position_stride * row)) : 0;
+    const int64_t index = position + by.offset, next = index + 1;
     const bool inside = next >= 0 && next < p.n_positions;
     float x[kOwn];
     load_logits(p, x);
@@ -258,15 +318,21 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
         const char* from = static_cast<const char*>(p.wpe) + next * bytes;
         for (int at = 128 * int(threadIdx.x); at < bytes; at += 128 * kThreads) ptx::prefetch_l2(from + at);
     }
-    const float uniform = p.uniform ? p.uniform[row] : philox_uniform(p.seed, p.streams[row], int32_t(position));
-    const int token = p.temperature == 0.0f ? block_argmax(x, p.k, shared) : draw(p, x, uniform, shared);
-    if (threadIdx.x == 0) p.tokens[row] = token;
+    const bool greedy = by.temperature == 0.0f;
+    float peak = 0.0f;
+    if (!greedy || p.logprobs) peak = block_max(x, shared);
+    if (p.logprobs) add_exponentials(x, peak, shared);
+    const float uniform = p.uniform ? p.uniform[row] : philox_uniform(by.seed, stream, int32_t(index));
+    const int token = greedy ? block_argmax(x, p.k, shared) : draw(by, x, peak, p.k, uniform, shared);
+    write_drawn(p, x, peak, token, p.settings ? index - by.first : 0, shared);
     if (p.embedding) write_next<kThreads>(p, token, inside ? next : 0, inside);
+    if (p.advance && threadIdx.x == 0) store_global(p.position + row, int32_t(uint32_t(position) + 1));
 }
 
 template <int kThreads>
 int launch_rows(const SampleParams& p) {
-    return launch(sample_kernel<kThreads>, unsigned(p.rows), kThreads, sizeof(Shared<kThreads>), p.stream, p);
+    return launch(sample_kernel<kThreads>, unsigned(p.rows), kThreads, sizeof(Shared<kThreads>), p.stream, p, 1,
+                  p.dependent != Dependent::none);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,13 @@ from igpt_fast.checks import dtype_name
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.network import Model
 
+# Dtypes with a cache of fp8 on a GPU: whether keys are cached so, and whether values are.
+SCALED = {"fp8_values": (False, True), "fp8_cache": (True, True)}
 # What a caller may ask for besides the model's own dtype.
-DTYPES = (None, "int8", "fp8_values")
+DTYPES = (None, "int8", *SCALED)
+
+
+Numbers = Tensor | Callable[[], Tensor]
 
 
 class PositionBytes(NamedTuple):
@@ -45,7 +51,7 @@ class Decoder(ABC):
     Attributes:
         name: ``"reference"``, ``"cpu"`` or ``"cuda"``.
         reason: Why it is no faster one, where one was looked for.
-        dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
+        dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_cache"``.
     """
 
     name: str
@@ -55,6 +61,9 @@ class Decoder(ABC):
     capacity: int
     dtype: str
     _forked: bool
+    # (B, T) int64 tokens and (B, T) float32 log-probabilities of all draws from the first on, which may be yet to come,
+    # where they are written by the device into the decoder's own memory; good until the next ``start``.
+    history: tuple[Tensor, Tensor] | None = None
     _next: Tensor | None = None  # what ``draw`` drew since the last ``start``, ``step`` or ``fork``
 
     def __init__(self, model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> None:
@@ -69,7 +78,7 @@ class Decoder(ABC):
             raise backend.BackendUnavailableError(f"decoder: {reason}")
         self.model, self.batch_size, self.capacity = model, batch_size, capacity
         self.dtype = dtype or dtype_name(model.dtype)
-        self._forked, self._next = False, None
+        self._forked, self._next, self.history = False, None, None
 
     def _check_room(self, end: int) -> None:
         if end > self.capacity:
@@ -106,22 +115,22 @@ class Decoder(ABC):
         """
 
     def draw(
-        self, logits: Tensor, uniform: Tensor, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """Draws the tokens that follow, which ``step_drawn`` reads.
 
         Args:
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
-            uniform: (B,) float32 in [0, 1).
-            streams: What ``uniform`` was made of, where it was: a seed and (B,) int64 numbers of streams, as
+            uniform: (B,) float32 in [0, 1), or what makes them when it is called.
+            streams: What ``uniform`` is made of, where it is: a seed and (B,) int64 numbers of streams, as
                 ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
-                make the numbers anew, on its device.
+                make the numbers by itself, on its device, and leave ``uniform`` alone.
             sampling: How they are drawn.
 
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.
         """
-        tokens = ops.draw(logits, uniform, sampling)
+        tokens = ops.draw(logits, uniform if isinstance(uniform, Tensor) else uniform(), sampling)
         self._next = tokens
         return tokens, torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
 
@@ -164,5 +173,5 @@ def check_fork(n: int, position: int, forked: bool) -> None:
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless the dtype is one that a decoder may be asked for."""
     if dtype not in DTYPES:
-        others = " or ".join(map(repr, DTYPES[1:]))
-        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, {others}")
+        others = ", ".join(map(repr, DTYPES[1:-1]))
+        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, {others} or {DTYPES[-1]!r}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.engines.network import why_not_modules
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 _ROWS = 8192  # pixels that go through the head together, without gradients
@@ -86,12 +87,13 @@ def mean_nats(
     Raises:
         ValueError: No images.
     """
-    total, count = 0.0, 0
+    total: float | Tensor = 0.0  # on the device, which is waited for in the end
+    count = 0
     with evaluating(model):
         for tokens, labels in batches:
-            given = (labels.to(model.device),) if classes and labels is not None else ()
-            total += float(image_nats(model, tokens.to(model.device), *given).double().sum())
+            given = (sent(labels, model.device),) if classes and labels is not None else ()
+            total = total + image_nats(model, sent(tokens, model.device), *given).double().sum()
             count += tokens.numel()
     if not count:
         raise ValueError("mean_nats: no images")
-    return total / count
+    return float(total) / count

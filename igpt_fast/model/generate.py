@@ -17,7 +17,7 @@ from igpt_fast.engines.network import Model
 from igpt_fast.model.settings import GenerationSettings, asks_for_nothing, check_names, over, set_in
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import StepCallback, decode
-from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
+from igpt_fast.sampling.rules import Guidance, RandomStreams
 
 
 @kin.stands_for("transformers.generation.utils", "GenerationMixin")
@@ -81,8 +81,9 @@ class GenerationMixin(GenerationSettings):
             callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
                 result. Without it, rows for which memory does not suffice together are computed in parts.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
-                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits (models in bfloat16
-                or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in the model's own dtype.
+                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with
+                keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in
+                the model's own dtype.
             theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:
@@ -266,17 +267,14 @@ def _generate(
     count = context.shape[0] * num_return_sequences
     if do_sample and seed is None and generator is None:
         seed = int(torch.randint(0, 1 << 62, ()))
-    uniforms = _uniforms(count, steps, seed, generator, model.device)  # (B n, steps)
-    ours = generator is None and context.shape[1] == 1  # whether numbers are of tokens' places in images
+    uniforms = _uniforms(count, steps, seed, generator, context)  # (B n, steps)
     parts = Batches(count, num_return_sequences, max(1, count))
 
     def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
         rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
         away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-        streams = RandomStreams(seed or 0, torch.arange(start, stop)) if ours else None
-        numbers = uniforms[start:stop]
-        options: dict[str, Any] = {"guidance": away, "streams": streams, "first": start}
-        yield decode(model, context[rows], numbers, sampling, callback, dtype, **options).tokens
+        options: dict[str, Any] = {"guidance": away, "first": start}
+        yield decode(model, context[rows], uniforms[start:stop], sampling, callback, dtype, **options).tokens
 
     whole = callback is not None or count == 0
     drawn = list(part(0, count, num_return_sequences) if whole else parts.run(part))
@@ -342,13 +340,15 @@ def _new_tokens(given: int, max_length: int | None, max_new_tokens: int | None, 
     return int(max_length) - given
 
 
-def _uniforms(n: int, steps: int, seed: int | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """(n, steps) uniform numbers on ``device``; zeros where neither seed nor generator is given."""
+def _uniforms(
+    n: int, steps: int, seed: int | None, generator: torch.Generator | None, context: Tensor
+) -> Tensor | RandomStreams:
+    """(n, steps) uniform numbers; zeros where neither seed nor generator is given."""
     if seed is not None and generator is not None:
         raise ValueError("generate: give seed or generator, not both")
     if generator is not None:
         numbers = torch.rand(n, steps, generator=generator, dtype=torch.float32, device=generator.device)
-        return numbers.to(device)
-    if seed is not None:
-        return stream_uniforms(seed, torch.arange(n), 0, steps, device)
-    return torch.zeros(n, steps, dtype=torch.float32, device=device)
+        return numbers.to(context.device)
+    streams = RandomStreams(seed, torch.arange(n), 0, steps)
+    # Behind a longer context they are not of the tokens' places in the images.
+    return streams if context.shape[1] == 1 else streams.made(context.device)

@@ -13,7 +13,7 @@ from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample, sample_next
+from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_settings, sample_step
 from igpt_fast.ops.sample import draw as draw
 from igpt_fast.ops.sample import draw_next as draw_next
 
@@ -37,4 +37,6 @@ __all__ = [
     "rms_norm",
     "sample",
     "sample_next",
+    "sample_settings",
+    "sample_step",
 ]

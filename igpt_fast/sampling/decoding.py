@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,14 +62,13 @@ class Drawn:
 def decode(
     model: Model,
     context: Tensor,
-    uniforms: Tensor,
+    uniforms: Tensor | RandomStreams,
     sampling: Sampling,
     callback: StepCallback | None = None,
     dtype: str | None = None,
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: RandomStreams | None = None,
     first: int = 0,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
@@ -75,14 +76,14 @@ def decode(
     Args:
         model: The model.
         context: (B, T_0) int64 on the model's device; SOS or a class first.
-        uniforms: (B n, T) float32 in [0, 1) on the model's device, one number a draw; the n continuations of the
-            first row come first. They share what is computed of the context.
+        uniforms: (B n, T) float32 in [0, 1) on the model's device, one number a draw, or what they are made of, which
+            an engine that draws by itself does; the n continuations of the first row come first. They share what is
+            computed of the context.
         sampling: How tokens are drawn.
         callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
-        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``engines.choice``.
+        dtype: ``None`` for the model's, ``"int8"``, ``"fp8_values"`` or ``"fp8_cache"``; see ``engines.choice``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
-        streams: What ``uniforms`` were made of, where they were: an engine that draws by itself then does.
         first: Number of the first row, for errors.
 
     Returns:
@@ -93,8 +94,8 @@ def decode(
         FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
-    drawn = blank(uniforms, first)
-    steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, streams=streams)
+    drawn = blank(*uniforms.shape, context.device, first)
+    steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance)
     with closing(steps):  # also where somebody keeps an error of the callback
         for t in steps:
             if callback is not None:
@@ -102,9 +103,9 @@ def decode(
     return drawn
 
 
-def blank(uniforms: Tensor, first: int = 0, each: int = 1) -> Drawn:
-    """Room for as many tokens as there are numbers."""
-    shape, device = uniforms.shape, uniforms.device
+def blank(rows: int, count: int, device: torch.device, first: int = 0, each: int = 1) -> Drawn:
+    """Room for (rows, count) tokens."""
+    shape = rows, count
     tokens, logprobs = (torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
     return Drawn(tokens, logprobs, first, each)
 
@@ -114,15 +115,14 @@ def decoding(
     drawn: Drawn,
     model: Model,
     context: Tensor,
-    uniforms: Tensor,
+    uniforms: Tensor | RandomStreams,
     sampling: Sampling,
     dtype: str | None = None,
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
-    streams: RandomStreams | None = None,
 ) -> Generator[int, None, None]:
-    """``decode`` position by position: yields t when column t of ``drawn``, which is ``blank(uniforms)``, is filled.
+    """``decode`` position by position: yields t when column t of ``drawn``, which was ``blank``, is filled.
 
     At the end all are checked. Who looks at them before may have them checked before (``Drawn.check``).
     """
@@ -146,49 +146,68 @@ def decoding(
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
         free = known is None and not guided
-        source = None if streams is None else (streams.seed, streams.numbers.to(context.device))
+        source = None
+        if isinstance(uniforms, RandomStreams):
+            source = uniforms.seed or 0, uniforms.numbers.to(context.device)
+        numbers = _columns(uniforms, context.device)
         scale = guidance.scale if guidance is not None else 1.0
         try:
             for t in range(steps):
                 logits = logits[:, : model.config.n_colours]
                 if free:
-                    token, logprob = decoder.draw(logits, uniforms[:, t], source, sampling)
+                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling)
                 else:
                     column = known[:, t] if known is not None and some[t] else None
-                    token, logprob = _constrained(logits, uniforms[:, t], sampling, scale, column, every[t])
-                drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
+                    token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])
+                if decoder.history is not None:
+                    drawn.tokens, drawn.logprobs = decoder.history
+                else:
+                    drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
                 yield t
                 if t + 1 < steps:
                     logits = decoder.step_drawn() if free else decoder.step(token.repeat(2) if guided else token)
         except GeneratorExit:  # nobody asks for more
             keep(decoder)
             raise
+        if decoder.history is not None:  # whose memory is for the next images
+            drawn.tokens, drawn.logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
         keep(decoder)
     drawn.check(0, steps)
 
 
+def _columns(uniforms: Tensor | RandomStreams, device: torch.device) -> Callable[[int], Tensor]:
+    """The (B n,) numbers of a position; all are made when the first are asked for."""
+
+    @functools.cache
+    def whole() -> Tensor:
+        return uniforms if isinstance(uniforms, Tensor) else uniforms.made(device)
+
+    return lambda t: whole()[:, t]
+
+
 def _constrained(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, scale: float, known: Tensor | None, every: bool
+    logits: Tensor, numbers: Callable[[], Tensor], sampling: Sampling, scale: float, known: Tensor | None, every: bool
 ) -> tuple[Tensor, Tensor]:
     """``Decoder.draw`` where tokens are given, or under guidance.
 
     Args:
         logits: (B, K); under guidance (2 B, K), those of the other context last.
-        uniform: (B,) numbers.
+        numbers: Makes (B,) uniform numbers.
         sampling: How the others are drawn.
         scale: Of the guidance; 1 is none.
         known: (B,) tokens that are given, -1 where one is drawn; ``None`` where all are.
         every: Whether all are given.
     """
-    logprobs = torch.log_softmax(logits[: len(uniform)].float(), dim=-1)
+    rows = len(logits) // (1 if scale == 1.0 else 2)
+    logprobs = torch.log_softmax(logits[:rows].float(), dim=-1)
     if known is not None and every:
         return known, logprobs.gather(1, known[:, None])[:, 0]
     if scale != 1.0:
-        without = torch.log_softmax(logits[len(uniform) :].float(), dim=-1)
+        without = torch.log_softmax(logits[rows:].float(), dim=-1)
         logits = (without + scale * (logprobs - without)).masked_fill(logprobs == -torch.inf, -torch.inf)
         # That the other context's are not finite shows where they are looked for.
         logprobs = logprobs.masked_fill(logits.isnan().any(dim=1, keepdim=True), torch.nan)
-    token = ops.draw(logits, uniform, sampling)
+    token = ops.draw(logits, numbers(), sampling)
     if known is not None:
         token = torch.where(known >= 0, known, token)
     return token, logprobs.gather(1, token[:, None])[:, 0]

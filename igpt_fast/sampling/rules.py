@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,14 +34,33 @@ class Guidance:
         object.__setattr__(self, "scale", check_scale("scale", self.scale))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomStreams:
-    """Where the uniform numbers of a batch come from, for a decoder that makes them on its device. A token's number is
-    that of its index in the image; the context begins at its first pixel, behind SOS or a class.
+    """(B n, count) uniform numbers that are made when they are asked for, here or by a decoder on its device. A token's
+    number is that of its index in the image; the context begins at its first pixel, behind SOS or a class.
     """
 
-    seed: int  # in 0..2^64-1
+    seed: int | None  # in 0..2^64-1; None: zeros, for draws that take the likeliest
     numbers: Tensor  # (B n,) int64: of each image's stream
+    first: int  # index of the first token that is drawn
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+
+    def __getitem__(self, rows: slice) -> RandomStreams:
+        return replace(self, numbers=self.numbers[rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.numbers), self.count
+
+    def made(self, device: torch.device) -> Tensor:
+        """All of them."""
+        if self.seed is None:
+            return torch.zeros(self.shape, dtype=torch.float32, device=device)
+        return stream_uniforms(self.seed, self.numbers, self.first, self.count, device)
 
 
 def stream_uniforms(seed: int, streams: Tensor, first: int, count: int, device: torch.device) -> Tensor:

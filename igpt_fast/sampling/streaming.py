@@ -213,13 +213,14 @@ class _Run:
             guidance = Guidance(request.scale, without)
         # The first candidate is what is drawn without any.
         streams = request.streams[image] + (candidate << CANDIDATE)
-        uniforms = stream_uniforms(request.seed, streams, first, self._decoded, device)
+        numbers = RandomStreams(request.seed, streams, first, self._decoded)
         known = tokens[:, first:].to(device) if bool((tokens[:, first:] >= 0).any()) else None
-        drawn = blank(uniforms, request.first * request.copies + start, request.candidates)  # of the whole request
+        number = request.first * request.copies + start  # of the whole request
+        drawn = blank(*numbers.shape, device, number, request.candidates)
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
-        numbers, how = RandomStreams(request.seed, streams), (request.sampling, request.dtype)
-        steps = decoding(drawn, self._model, context, uniforms, *how, known=known, guidance=guidance, streams=numbers)
+        how = request.sampling, request.dtype
+        steps = decoding(drawn, self._model, context, numbers, *how, known=known, guidance=guidance)
         with closing(steps):  # also where somebody keeps an error of what is below
             for t in steps:
                 self.engine, self.engine_reason = drawn.engine, drawn.reason

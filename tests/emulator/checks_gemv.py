@@ -10,7 +10,7 @@ from kernels import Kernels
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 
 ACTIVATIONS = [None, "quick_gelu", "gelu_tanh", "gelu_erf"]
 # (rows, n_in, n_out): every number of rows that a kernel is compiled for and ones between; n_in of less than a step,
@@ -63,6 +63,18 @@ def check_options(device: str, transposed: bool, rows: int = 2) -> None:
     for activation in ACTIVATIONS:
         check(named, activation)
     check(product | {"x": 1e-3 * named["x"], "norm_weight": named["norm_weight"]}, eps=1e-3)
+
+
+def check_dependent(device: str) -> None:
+    """Of two that follow each other the second may begin before the first has ended, and reads what that writes."""
+    for rows in (2, 9):
+        first, second = (operands(device, torch.bfloat16, rows, 64, 64, False) for _ in range(2))
+        found = []
+        for dependent in ("none", "late", "early"):
+            with backend.launching(backend.Launching(dependent=dependent)):
+                found.append(ops.gemv(**second | {"x": ops.gemv(**first)}))
+        assert torch.equal(found[1], found[0])
+        assert torch.equal(found[2], found[0])
 
 
 def check_range(device: str, rows: int = 2) -> None:

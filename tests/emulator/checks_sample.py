@@ -7,8 +7,10 @@ import torch
 from checks import SCHEDULES, Counted, schedule
 from drawing import assert_draws
 from kernels import Kernels
+from tolerance import assert_parity
 
 from igpt_fast import backend, ops, reference
+from igpt_fast.draws import Sampling
 
 ALL = -torch.inf  # the least score that is kept, where all are
 # temperature, top_k, top_p, min_p
@@ -155,6 +157,56 @@ def check_next(kernels: Kernels, dtype: torch.dtype, n_embd: int, shared_positio
         assert torch.equal(hidden.cpu(), expected), settings
 
 
+def check_step(kernels: Kernels, dtype: torch.dtype) -> None:
+    """In place: the draws of ``sample_next``, log-probabilities under the logits as they are, each row at its column
+    of the histories, where it has one, and its position advanced; seed and settings from the device.
+    """
+    k, n_embd, n_positions, offset, first = 77, 24, 12, 5, 7
+    logits, _ = rows(6, k, dtype)
+    streams, at = torch.arange(6) + (1 << 33), torch.tensor([2, 6, 5, -5, 8, 1], dtype=torch.int32)
+    wte, wpe = torch.randn(k + 1, n_embd).to(dtype), torch.randn(n_positions, n_embd).to(dtype)
+    device = [t.to(kernels.device) for t in (logits, streams, wte, wpe)]
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    plain = torch.log_softmax(logits.float(), dim=-1)
+    for seed, settings in (((1 << 64) - 3, (1.0, None, None)), (9, (0.8, 20, 0.9, 0.01)), (9, (0.0, None, None))):
+        position = at.to(kernels.device, copy=True)
+        tokens = torch.full((6, 6), -1, device=kernels.device)
+        logprobs, hidden = tokens.float(), device[2].new_full((6, n_embd), torch.nan)
+        buffer = ops.sample_settings(seed, Sampling(*settings), offset, first).to(kernels.device)
+        tables = {"wte": device[2], "wpe": device[3]}
+        with serving(kernels):
+            ops.sample_step(device[0], buffer, device[1], position, tokens, logprobs, hidden, **tables)
+            index = (at + offset).to(kernels.device)
+            drawn, expected = ops.sample_next(device[0], seed, device[1], index, *settings, **tables)
+        assert torch.equal(position.cpu(), at + 1)
+        assert torch.equal(hidden, expected)
+        written = tokens.cpu() >= 0
+        assert written.nonzero().tolist() == [[0, 0], [1, 4], [2, 3]], settings  # 5 + 2 - 7 and so on; 6 is behind
+        assert torch.equal(tokens.cpu()[written], drawn.cpu()[:3])
+        assert torch.equal(logprobs.cpu() != -1.0, written)
+        of_drawn = [every[torch.arange(3), drawn.cpu()[:3]] for every in (plain, exact)]
+        assert_parity(logprobs.cpu()[written], *of_drawn)
+
+
+def check_step_edges(kernels: Kernels) -> None:
+    """A row whose logits are no distribution has a log-probability that is NaN, whatever is drawn by."""
+    inf, nan = torch.inf, torch.nan
+    logits = torch.randn(7, 9)
+    logits[0] = -inf
+    logits[1, 4], logits[6, 7], logits[2, 5], logits[3, 8] = nan, 1e4, inf, -nan
+    logits[4, :8], logits[5, 1:] = -inf, -1e30
+    for settings in ((1.0,), (1.0, 3, 0.5), (0.0,)):
+        tokens, position = torch.full((7, 1), -1), torch.zeros(7, dtype=torch.int32)
+        state = [t.to(kernels.device) for t in (torch.arange(7), position, tokens, tokens.float())]
+        with serving(kernels):
+            buffer = ops.sample_settings(0, Sampling(*settings)).to(kernels.device)
+            ops.sample_step(logits.to(kernels.device), buffer, *state)
+        drawn, logprobs = state[2].cpu(), state[3].cpu()
+        assert drawn[4:, 0].tolist() == [8, 0, 7], settings
+        assert logprobs[:4].isnan().all(), settings
+        assert logprobs[4:].tolist() == [[0.0]] * 3, settings
+
+
 def check_numbers(kernels: Kernels) -> None:
     """All 1024 tokens equally likely: the token is the top ten bits of the number, for any key and counter."""
     n = 40
@@ -214,10 +266,18 @@ def check_accesses(kernels: Kernels) -> None:
         tables = wte.to(dtype), wpe.to(dtype)
         with Counted(kernels) as counted, serving(kernels):
             ops.sample_next(logits.to(dtype), 0, torch.arange(n), position, wte=tables[0], wpe=tables[1])
-        assert counted["load_bytes"] == counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size, dict(counted)
+        # Every warp reads the position.
+        assert counted["load_bytes"] == n * (k + 2 * n_embd) * size + n * 128 * 4, dict(counted)
+        assert counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size + n * 4 * 32, dict(counted)
         assert counted["store_bytes"] == counted["store_sectors"] * 32 == n * n_embd * size, dict(counted)
         assert counted["shared_conflicts"] == 0, dict(counted)
         assert counted["barriers"] == 3 * n, dict(counted)
+    # Log-probabilities go through the barriers of the draw.
+    with Counted(kernels) as counted, serving(kernels):
+        state = torch.arange(n), position.repeat(n), torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8)
+        ops.sample_step(logits, ops.sample_settings(0, Sampling()), *state)
+    assert counted["barriers"] == 3 * n, dict(counted)
+    assert counted["shared_conflicts"] == 0, dict(counted)
     with Counted(kernels) as counted, serving(kernels):
         ops.sample(logits, torch.rand(n), 1.0, 9, None)
     assert counted["shared_conflicts"] == 0, dict(counted)
@@ -229,6 +289,7 @@ def check_far_rows(kernels: Kernels) -> None:
     tokens, last, stride = torch.full((4,), -1), 3, 1 << 31
     from_logits = logits.data_ptr() - 4 * last * stride
     settings = {"seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_score": ALL, "k": 100, "dtype": 0}
+    settings |= {"settings": 0, "dependent": 0}
     settings["place"] = kernels._place()
     kernels.module.set_blocks(last, 1)
     try:
@@ -236,8 +297,8 @@ def check_far_rows(kernels: Kernels) -> None:
             logits=(from_logits, stride),
             uniform=uniform.data_ptr() - 4 * last,
             streams=0,
-            position=(0, 0),
-            tokens=tokens.data_ptr(),
+            position=(0, 0, False),
+            tokens=(tokens.data_ptr(), 0, 1),
             embedding=(0, 0, 0, 0, 0, 0),
             rows=4,
             **settings,
@@ -253,8 +314,8 @@ def check_far_rows(kernels: Kernels) -> None:
         logits=(logits.data_ptr(), 100),
         uniform=0,
         streams=streams.data_ptr(),
-        position=(position.data_ptr(), 0),
-        tokens=token.data_ptr(),
+        position=(position.data_ptr(), 0, False),
+        tokens=(token.data_ptr(), 0, 1),
         embedding=(hidden.data_ptr(), wte.data_ptr(), from_wpe, 0, n_embd, 1 << 30),
         rows=1,
         **settings,

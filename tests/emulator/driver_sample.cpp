@@ -9,6 +9,20 @@ using cuda::DType;
 
 size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+// In place, by settings in memory: the last rows are behind the columns.
+void step(cuda::SampleParams p, double temperature, int64_t top_k, double top_p) {
+    const Memory settings(1, sizeof(cuda::SampleSettings)), tokens(size_t(p.rows * 3), 8);
+    const Memory logprobs(size_t(p.rows * 3), 4);
+    *settings.get<cuda::SampleSettings>() = {7, top_p, temperature, -1.0, top_k, 1, 1};
+    p.settings = settings.get<cuda::SampleSettings>();
+    p.tokens = tokens.get<int64_t>();
+    p.logprobs = logprobs.get<float>();
+    p.columns = 3;
+    p.advance = true;
+    p.dependent = cuda::Dependent::late;
+    check(cuda::sample(p));
+}
+
 void draw(DType dtype, int64_t rows, int32_t k, int32_t n_embd, float temperature, int32_t top_k, double top_p) {
     const size_t size = size_of(dtype);
     const Memory logits(size_t(rows * k), size), uniform(size_t(rows), 4), tokens(size_t(rows), 8);
@@ -20,6 +34,7 @@ void draw(DType dtype, int64_t rows, int32_t k, int32_t n_embd, float temperatur
     p.tokens = tokens.get<int64_t>();
     p.row_stride = p.k = k;
     p.rows = rows;
+    p.columns = 1;
     p.temperature = temperature;
     p.top_k = top_k;
     p.top_p = top_p;
@@ -38,6 +53,7 @@ void draw(DType dtype, int64_t rows, int32_t k, int32_t n_embd, float temperatur
     p.n_embd = n_embd;
     p.n_positions = 4;
     check(cuda::sample(p));
+    step(p, temperature, top_k, top_p);
 }
 
 void sample(bool brief) {

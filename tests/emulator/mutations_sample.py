@@ -15,6 +15,10 @@ def next_step(kernels: Kernels) -> None:
     checks_sample.check_next(kernels, torch.bfloat16, 24, False)
 
 
+def step(kernels: Kernels) -> None:
+    checks_sample.check_step(kernels, torch.bfloat16)
+
+
 SAMPLE, SORT, PHILOX = "cuda/sample.cu", "cuda/bitonic.cuh", "cuda/philox.cuh"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("sample_top_k_ties", SAMPLE, "score[i] < threshold ?", "score[i] <= threshold ?"),
@@ -37,9 +41,23 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("sample_greedy_nan", SAMPLE, "x[i] != x[i] ? 0xffffffffu : ", ""), checks_sample.check_edges),
     (Mutation("sample_temperature", SAMPLE, "(x[i] - peak) / p.temperature", "x[i] / p.temperature"),
      checks_sample.check_edges),
-    (Mutation("sample_position", SAMPLE, "next = position + 1;", "next = position;"), next_step),
+    (Mutation("sample_position", SAMPLE, "next = index + 1;", "next = index;"), next_step),
     (Mutation("sample_positions", SAMPLE, "p.position_stride * row", "0 * row"), next_step),
     (Mutation("sample_last_position", SAMPLE, "next < p.n_positions", "next <= p.n_positions"), ("address", "sample")),
+    (Mutation("sample_logprob_temperature", SAMPLE, "double(expf(x[i] - peak))",
+              "double(expf((x[i] - peak) / 0.8f))"), step),
+    (Mutation("sample_logprob_logit", SAMPLE, "first_id() + i == token ? x[i]",
+              "first_id() + i == token - 1 ? x[i]"), step),
+    (Mutation("sample_logprob_nan", SAMPLE, "return NAN;", "return 0.0f;"),
+     checks_sample.check_step_edges),
+    (Mutation("sample_logprob_greedy", SAMPLE, "if (!greedy || p.logprobs) peak", "if (!greedy) peak"),
+     checks_sample.check_step_edges),
+    (Mutation("sample_offset", SAMPLE, "index = position + by.offset", "index = position"), step),
+    (Mutation("sample_column", SAMPLE, "index - by.first : 0", "index : 0"), step),
+    (Mutation("sample_column_end", SAMPLE, "column >= p.columns", "column > p.columns"), step),
+    (Mutation("sample_columns", SAMPLE, "int64_t(blockIdx.x) * p.columns", "int64_t(blockIdx.x)"), step),
+    (Mutation("sample_advance", SAMPLE, "store_global(p.position + row,", "store_global(p.position,"), step),
+    (Mutation("sample_settings_order", SAMPLE, "{s.seed, s.top_p,", "{s.seed, s.temperature,"), step),
     (Mutation("sample_kept_written", SAMPLE, "__syncthreads();\n    const uint32_t kept", "const uint32_t kept"),
      ("thread", "sample")),
     (Mutation("sample_threshold_written", SAMPLE, "    __syncthreads();\n    const float threshold",

@@ -27,9 +27,17 @@ def test_next(kernels: Kernels, dtype: torch.dtype, n_embd: int, shared_position
     checks_sample.check_next(kernels, dtype, n_embd, shared_position)
 
 
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_step(kernels: Kernels, dtype: torch.dtype) -> None:
+    for order, seed in checks.SCHEDULES if kernels.device == "cpu" else [("fifo", 0)]:
+        checks.schedule(kernels, order, seed)
+        checks_sample.check_step(kernels, dtype)
+
+
 @pytest.mark.parametrize(
     "check",
     [
+        checks_sample.check_step_edges,
         checks_sample.check_ties,
         checks_sample.check_edges,
         checks_sample.check_boundaries,

@@ -19,7 +19,7 @@ REGISTERED = {  # of each, what is registered under its name
     " add_layer_norm layer_norm_bwd quick_gelu quick_gelu_bwd gelu_tanh gelu_tanh_bwd gelu_erf gelu_erf_bwd",
 }
 REGISTERED["emulated"] = (
-    REGISTERED["cpu"] + " sample sample_next gemv attention_decode causal_attention causal_attention_bwd"
+    REGISTERED["cpu"] + " sample sample_next sample_step gemv attention_decode causal_attention causal_attention_bwd"
     " causal_attention_packed causal_attention_packed_bwd"
 )
 

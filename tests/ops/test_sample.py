@@ -256,6 +256,85 @@ def test_opcheck(emulation: Implementation) -> None:
         torch.library.opcheck(torch.ops.igpt_fast.sample_next.default, arguments)
 
 
+def step_arguments(device: str) -> dict[str, torch.Tensor]:
+    given = next_arguments(device)
+    given |= {
+        "settings": ops.sample_settings((1 << 64) - 9, Sampling(0.9, 7), offset=3, first=4).to(device),
+        "position": torch.tensor([0, 1, 4], dtype=torch.int32, device=device),
+        "tokens": torch.full((3, 3), -1, device=device),
+        "logprobs": torch.full((3, 3), torch.nan, device=device),
+        "embedding": given["wte"].new_full((3, 16), torch.nan),
+    }
+    return given
+
+
+def test_step_is_next_in_place(implementation: Implementation) -> None:
+    """Three steps, of which every row has its own: tokens and log-probabilities of ``sample_next`` at index - 4."""
+    given = step_arguments(implementation.device)
+    logits, streams, tables = given["logits"], given["streams"], (given["wte"], given["wpe"])
+    wanted, wanted_logprobs = given["tokens"].clone(), given["logprobs"].clone()
+    for step in range(3):
+        index = torch.tensor([3, 4, 7], dtype=torch.int32, device=implementation.device) + step
+        drawn, hidden = ops.sample_next(logits, (1 << 64) - 9, streams, index, 0.9, 7, None, None, *tables)
+        every = torch.log_softmax(logits, dim=-1)
+        for row, column in ((row, int(index[row]) - 4) for row in range(3)):
+            if 0 <= column < 3:
+                wanted[row, column], wanted_logprobs[row, column] = drawn[row], every[row, drawn[row]]
+        ops.sample_step(**given)
+        assert torch.equal(given["embedding"], hidden)
+    assert given["position"].tolist() == [3, 4, 7]
+    assert torch.equal(given["tokens"], wanted)
+    assert given["tokens"].ge(0).tolist() == [[True, True, False], [True, True, True], [False, False, False]]
+    torch.testing.assert_close(given["logprobs"], wanted_logprobs, rtol=3e-7, atol=0.0, equal_nan=True)
+
+
+def test_step_opcheck_and_compile(emulation: Implementation) -> None:
+    given = step_arguments("cpu")
+    arguments = tuple(given[p] for p in ("logits", "settings", "streams", "position", "tokens", "logprobs"))
+    for more in ((None, None, None), (given["embedding"], given["wte"], given["wpe"])):
+        torch.library.opcheck(torch.ops.igpt_fast.sample_step.default, (*arguments, *more))
+    torch._dynamo.reset()
+    ours, theirs = step_arguments("cpu"), step_arguments("cpu")
+    torch.manual_seed(0)
+    for name in ("logits", "wte", "wpe"):
+        theirs[name] = ours[name]
+    torch.compile(ops.sample_step, backend="aot_eager", fullgraph=True)(**ours)
+    ops.sample_step(**theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.nan_to_num(-9.0), theirs[name].nan_to_num(-9.0)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(20)}, ValueError, r"logits has shape \(20,\); want \(N, K\)"),
+        ({"settings": torch.zeros(6).long()}, ValueError, r"settings has shape \(6,\); want \(7,\)"),
+        ({"settings": torch.zeros(7)}, TypeError, "settings is torch.float32; want torch.int64"),
+        ({"streams": torch.zeros(3)}, TypeError, "streams is torch.float32; want torch.int64"),
+        ({"streams": torch.zeros(6).long()[::2]}, ValueError, "streams has strides .*; want a contiguous tensor"),
+        ({"position": torch.zeros(1).int()}, ValueError, r"position has shape \(1,\); want \(3,\)"),
+        ({"position": torch.zeros(1).int().expand(3)}, ValueError, "position has strides"),
+        ({"tokens": torch.zeros(3).long()}, ValueError, r"tokens is \(3,\); want \(N, T\) with N = 3"),
+        ({"tokens": torch.zeros(3, 3)}, TypeError, "tokens is torch.float32; want torch.int64"),
+        ({"logprobs": torch.zeros(3, 4)}, ValueError, r"logprobs has shape \(3, 4\); want \(3, 3\)"),
+        ({"logprobs": torch.zeros(3, 3, device="meta")}, ValueError, "logprobs is on meta, others on cpu"),
+        ({"embedding": None}, ValueError, "of embedding, wte and wpe some are None"),
+        ({"embedding": torch.zeros(3, 15)}, ValueError, r"embedding has shape \(3, 15\); want \(3, 16\)"),
+        ({"embedding": torch.zeros(3, 16).half()}, TypeError, "embedding is torch.float16; want torch.float32"),
+        ({"wte": torch.zeros(19, 16)}, ValueError, r"wte has shape \(19, 16\)"),
+    ],
+)
+def test_step_misuse(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="sample_step: " + message):
+        ops.sample_step(**step_arguments("cpu") | change)
+
+
+def test_step_settings_are_in_range() -> None:
+    for wrong in ({"seed": -1}, {"seed": 1 << 64}, {"offset": 1 << 31}, {"first": -(1 << 31) - 1}):
+        with pytest.raises(ValueError, match=f"sample_settings: {next(iter(wrong))} is .*; want"):
+            ops.sample_settings(**{"seed": 0, "sampling": Sampling(), **wrong})
+
+
 def test_compile_autocast_and_meta(implementation: Implementation) -> None:
     given, uniform = next_arguments(implementation.device), torch.rand(3).to(implementation.device)
     torch._dynamo.reset()
@@ -302,6 +381,27 @@ def test_compile_autocast_and_meta(implementation: Implementation) -> None:
 def test_next_misuse(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="sample(_next)?: " + message):
         ops.sample_next(**{**next_arguments("cpu"), "seed": 0, **change})
+
+
+@pytest.mark.gpu
+def test_a_captured_step_draws_on() -> None:
+    """One graph, replayed: the positions go on by themselves, and another seed is another tensor in the same memory."""
+    given = step_arguments("cuda") | {"tokens": torch.full((3, 12), -1, device="cuda")}
+    given["logprobs"] = given["tokens"].float()
+    start, graph = {name: tensor.clone() for name, tensor in given.items()}, torch.cuda.CUDAGraph()
+    ops.sample_step(**given)
+    with torch.cuda.graph(graph):
+        ops.sample_step(**given)
+    for seed in (3, 1 << 63):
+        settings = ops.sample_settings(seed, Sampling(0.8, top_p=0.9), 3, 4)
+        expected = {name: tensor.clone() for name, tensor in start.items()} | {"settings": settings.cuda()}
+        for name, tensor in expected.items():
+            given[name].copy_(tensor)
+        for _ in range(5):
+            graph.replay()
+            ops.sample_step(**expected)
+        for name, tensor in expected.items():
+            assert torch.equal(given[name], tensor), name
 
 
 @pytest.mark.gpu

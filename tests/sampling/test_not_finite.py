@@ -84,9 +84,9 @@ def test_every_way_of_drawing(engine: str) -> None:
     away = Guidance(2.0, torch.full((1, 1), 7))
     with pytest.raises(FloatingPointError, match=FIRST):
         decode(model, sos, numbers, Sampling(), guidance=away)
-    for streams in (None, RandomStreams(0, torch.zeros(1, dtype=torch.int64))):
+    for uniforms in (numbers, RandomStreams(0, torch.zeros(1, dtype=torch.int64), 0, 2)):
         with pytest.raises(FloatingPointError, match=FIRST):
-            decode(model, torch.full((1, 1), 7), numbers, Sampling(), streams=streams)
+            decode(model, torch.full((1, 1), 7), uniforms, Sampling())
 
 
 def forbid(logits: Tensor) -> Tensor:

@@ -67,10 +67,9 @@ def recorded() -> Iterator[list[Decoding]]:
     found: list[Decoding] = []
     decoding, draw = generation.decoding, ops.draw
 
-    def noted(
-        drawn: Drawn, model: Any, context: Tensor, uniforms: Tensor, sampling: Any, dtype: Any, **more: Any
-    ) -> Any:
-        arguments = {"context": context.clone(), "uniforms": uniforms.clone(), "sampling": sampling, **more}
+    def noted(drawn: Drawn, model: Any, context: Tensor, uniforms: Any, sampling: Any, dtype: Any, **more: Any) -> Any:
+        numbers = uniforms.clone() if isinstance(uniforms, Tensor) else uniforms.made(context.device)
+        arguments = {"context": context.clone(), "uniforms": numbers, "sampling": sampling, **more}
         arguments["known"] = None if more.get("known") is None else more["known"].clone()
         found.append(Decoding(arguments, drawn, []))
         return decoding(drawn, model, context, uniforms, sampling, dtype, **more)
