@@ -32,7 +32,7 @@ constexpr int kMostRows = 64;
 template <typename T>
 constexpr bool kNarrow = std::is_same_v<T, __half>;
 
-// Rows that a block of a cluster writes: pairs, whose sums one thread has.
+// Rows that a block of a cluster writes: an even number, so that what follows their sums is aligned to 16 bytes.
 __host__ __device__ __forceinline__ int rows_of_a_block(int tiles, int splits) {
     return 2 * ((tiles * kTile / 2 + splits - 1) / splits);
 }
