@@ -127,7 +127,7 @@ def attention_decode_shared(size: Size) -> None:
 
 def gemv(size: Size) -> None:
     n = size.n_embd
-    for b in (1, 8):
+    for b in (1, 8, 16, 32, 64):
         ops.gemv(blank(b, n), blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
         ops.gemv(blank(b, n), blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
         ops.gemv(blank(b, 4 * n), blank(4 * n, n), blank(n), residual=blank(b, n))
