@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import types
 import warnings
@@ -110,10 +111,11 @@ class Captures:
             return types.SimpleNamespace(name=name, **waits)
 
         here, first, second = map(stream, ("here", "first", "second"))
+        handles = itertools.count(1)
         event = types.SimpleNamespace(record=lambda: self.say("event"))
         fakes: dict[str, Any] = {"current_stream": lambda _: here, "CUDAGraph": Replayed, "graph": Capture}
         fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
-        fakes |= {"Event": lambda: event, "graph_pool_handle": lambda: (0, 1)}
+        fakes |= {"Event": lambda: event, "graph_pool_handle": lambda: (0, next(handles))}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
@@ -248,7 +250,7 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         found = read(again, ids, 3)
     assert torch.equal(found, expected)
     assert len(warned) == 1
-    assert len(captures.pools) == attempts
+    assert len(set(captures.pools)) == len(captures.pools) == attempts
     assert captures.said.count("_cuda_endAllocateToPool") == attempts - graphs
     assert again.options.graphs == graphs
     assert again.reason == reason
@@ -290,6 +292,29 @@ def test_a_place_has_one_owner(emulation, monkeypatch: pytest.MonkeyPatch) -> No
     assert capture.take_place(device, owners[1]) is one
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert capture.take_place(device, owners[1]).workspaces is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_workspaces_have_memory_of_their_own(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What products make on a place's streams comes from its pool, after all that may use it."""
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def within(name: str) -> Iterator[None]:
+        said.append(name)
+        yield
+
+    for name in ("device", "stream", "use_mem_pool"):
+        monkeypatch.setattr(torch.cuda, name, within)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    monkeypatch.setattr(torch, "addmm", lambda *_: said.append("product"))
+    place: Any = capture.Place(("first", "second"), "pool" if native else None)  # type: ignore[arg-type]
+    device: Any = torch.device("cpu")
+    for count in (1, 2):
+        said.clear()
+        capture.make_workspaces(place, count, device, torch.bfloat16)
+        each = [[name, *(["pool"] if native else []), "product"] for name in ("first", "second")[:count]]
+        assert said == [device, "synchronize", *(word for words in each for word in words)]
 
 
 def test_streams_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,11 +248,13 @@ class CudaStep:
         self.position -= 1
         self.x.copy_(x)
         if self._place is None:
-            self._place, self._pool = take_place(device, self), torch.cuda.graph_pool_handle()
+            self._place = take_place(device, self)
         if not self.fused:
             make_workspaces(self._place, len(self.parts), device, self.network.dtype)
-        side = self._place.streams[1]
-        return capture(self._place, device, self._pool, lambda: self._compute(limit, colours, side))
+        side, pool = self._place.streams[1], self._pool or torch.cuda.graph_pool_handle()
+        captured = capture(self._place, device, pool, lambda: self._compute(limit, colours, side))
+        self._pool = pool  # which torch takes again only while a graph is in it
+        return captured
 
     def _compute(self, limit: int, colours: int, side: torch.cuda.Stream | None = None) -> Tensor:
         """The step itself: of two halves, the second on the stream ``side``, if there is one."""
