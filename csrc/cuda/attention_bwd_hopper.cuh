@@ -2,7 +2,7 @@
 // wgmma and TMA.
 //
 //   Launch: attention_terms_kernel, and then one kernel twice: for dk and dv, whose warpgroups have 64 keys each, and
-//   for dq, whose warpgroups have 64 queries. Either has two rows of its own side, K and V or Q and dout, and runs over
+//   for dq, whose warpgroups have 64 queries. Either has two own tiles each, K and V or Q and dout, and runs over
 //   tiles of 64 rows of the other side, X and Y: Q and dout, or K and V. One warp of a further warpgroup, which gives
 //   most of its registers to the others, copies the own tiles once, and X and Y through a ring of kStages places, each
 //   with a barrier that says that it is full and one that says that all warps have done with it; another warp brings
@@ -10,8 +10,8 @@
 //     S(j) = K Q^T or Q K^T and dP(j) = V dout^T or dout V^T, and P(j) = exp(S(j) - lse) while dP(j) is multiplied,
 //     dv += P(j) Y(j), in the kernel of dk and dv, and dS(j) = P(j) (dP(j) - delta) meanwhile,
 //     dk or dq += dS(j) X(j), behind which S(j + 1) and dP(j + 1) are begun at once.
-//   P and dS go into their products from the registers that they were formed in. With D of 64 the own tiles are in
-//   registers too: two operands in shared memory of 64 rows each would take all that it can be read of.
+//   P and dS go into their products from the registers that they were formed in. With D of 64, K and V or Q are in
+//   registers too: a product of two operands of 64 rows in shared memory takes all that this can be read of.
 //   Tiles of queries begin with the first one that is shown any of the block's keys, tiles of keys with the first one
 //   that is shown: what reaches no result, be it NaN, is not copied, and rows of the own side whose sums are not asked
 //   for, as hidden keys, spoil none but their own. What is left to mask is the diagonal.
@@ -44,7 +44,8 @@ struct HopperBwd {
     static constexpr int kBytes = kPanels * kQPanel;  // of a tile
     static constexpr int kTerms = kOfKeys ? 2 * kTile * int(sizeof(float)) : 0;
     static constexpr int kShared = 1024 + 2 * (kGroups + kStages) * kBytes + kStages * kTerms + 8 * (1 + 2 * kStages);
-    // A warpgroup has no use for tiles at an end of the block's: see attend().
+    // A warpgroup leaves the block's tiles before its own ones at once, in the first turn of the ring, and its last one
+    // and those behind it never: their places are not filled again.
     static_assert(kGroups <= kStages);
 };
 
@@ -302,7 +303,6 @@ template <typename T, typename F>
 __device__ __forceinline__ void attend(HopperSums<T, F>& sums, int begin, int end, const HopperBwdWork<F>& work,
                                        HopperBwdShared<F> at) {
     for (int j = 0; j < begin; ++j) leave(at.empty(j));  // as many as there are warpgroups before at most
-    ptx::mbarrier_wait(at.own_full(), 0);
     sums.first.load();
     sums.second.load();
     ptx::mbarrier_wait(at.full(begin), 0);
@@ -350,6 +350,7 @@ __device__ __forceinline__ void compute(const BwdArgs& args, const HopperBwdWork
         one[r][i] = is_shown ? 1.0f : 0.0f;
     });
     const int begin = work.group_begin(group), end = work.group_end(group);
+    if (work.tiles > 0) ptx::mbarrier_wait(at.own_full(), 0);  // those who need none write over their own tiles too
     if (begin < end) attend(sums, begin, end, work, at);
 
     ptx::named_barrier_sync(1 + group, kGroupThreads);  // the own tiles are read no more

@@ -233,20 +233,13 @@ __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     return sum;
 }
 
-// Writes element i of a row's output.
-template <typename T>
-__device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_t row_head, int i, bool valid,
-                                          float sum, float l) {
-    const float value = !valid ? NAN : l == 0.0f ? 0.0f : sum / l;
-    store_global(static_cast<T*>(p.out) + row_head * p.dim + i, from_float<T>(value));
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(AttentionDecodeParams p) {
     using T = typename S::T;
     const unsigned row_head = blockIdx.x / unsigned(p.splits), row = row_head / unsigned(p.heads);
     const int split = int(blockIdx.x % unsigned(p.splits));
     const int64_t head = row_head % unsigned(p.heads);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();  // before every return: the next launch counts on this one having waited
     New<typename S::Keys> q, k;   // on their way while the position is
     New<typename S::Values> v;
@@ -269,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     }
     Stats stats;
     const float sum = merge_block(state, stats);
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     if (slots_of(p) == 1) {
         if (threadIdx.x < S::kDim) store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, stats.l);
         return;
@@ -278,31 +271,6 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     const int slot = p.prefix_splits + split;
     if (threadIdx.x < S::kDim) store_global(slots.at(slot) + threadIdx.x, sum);
     if (threadIdx.x == 0) store_global(slots.stats + slot, stats);
-}
-
-// One block for a (row, head), one thread for an element: adds its parts up in their order.
-template <typename T>
-__global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDecodeParams p) {
-    const unsigned row_head = blockIdx.x, row = row_head / unsigned(p.heads);
-    ptx::grid_dependency_wait();
-    const Own own(p, row);
-    Stats all = {-INFINITY, 0.0f};
-    float sum = 0.0f;
-    if (own.valid) {
-        const Slots slots(p, row, row_head % unsigned(p.heads));
-        const int count = p.prefix_splits + own.parts;
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) all.m = fmaxf(all.m, load_global(slots.stats + slot).m);
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) {
-            const Stats one = load_global(slots.stats + slot);
-            const float weight = weight_of(one.m, all.m);
-            all.l += weight * one.l;
-            sum += weight * load_global(slots.at(slot) + threadIdx.x);
-        }
-    }
-    ptx::grid_dependency_launch();
-    store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
 }
 
 template <typename T, typename StoredKey, typename StoredValue, int kDim>
@@ -314,20 +282,13 @@ int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
 
 template <typename T, typename StoredKey, typename StoredValue>
 int launch_all(const AttentionDecodeParams& p) {
-    const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
-    if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
-    if (p.prefix_splits > 0) {
-        const int error = launch_prefix(p);
-        if (error != cudaSuccess) return error;
-    }
+    const int64_t blocks = p.rows * p.heads * p.splits;
     int error = cudaErrorInvalidValue;
     if (p.dim == 32) error = launch_own<T, StoredKey, StoredValue, 32>(p, blocks);
     if (p.dim == 64) error = launch_own<T, StoredKey, StoredValue, 64>(p, blocks);
     if (p.dim == 96) error = launch_own<T, StoredKey, StoredValue, 96>(p, blocks);
     if (p.dim == 128) error = launch_own<T, StoredKey, StoredValue, 128>(p, blocks);
-    if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1,
-                  p.dependent != Dependent::none);
+    return error != cudaSuccess || slots_of(p) == 1 ? error : launch_merge(p);
 }
 
 }  // namespace
@@ -336,6 +297,15 @@ int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
+    if (p.rows * p.heads * p.splits > INT32_MAX || p.positions > kMostKeys || p.splits < 1) {
+        return cudaErrorInvalidValue;
+    }
+    if (p.prefix_splits > 0) {
+        const int error = launch_prefix(p);
+        if (error != cudaSuccess) return error;
+    }
+    if (p.ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
+    if (p.ring && p.dtype == DType::f16) return launch_ring_f16(p);
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
         if (!p.k_scale && !p.v_scale) return launch_all<T, T, T>(p);

@@ -30,6 +30,10 @@ __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int by
                  "l"(__cvta_generic_to_global(src)), "r"(bytes)
                  : "memory");
 }
+// The same of 4 bytes, aligned to 4.
+__device__ __forceinline__ void cp_async4(uint32_t dst, const void* src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(__cvta_generic_to_global(src)) : "memory");
+}
 // Makes a group of this thread's copies since the last group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for this thread's groups but the N newest.

@@ -26,6 +26,10 @@ def wide(kernels: Kernels) -> None:
     under_schedules(kernels, 96, 330, 335)
 
 
+def schedules(kernels: Kernels) -> None:
+    attention.check_schedules(kernels, 64, HOPPER)
+
+
 def few(kernels: Kernels) -> None:
     """No tile is filled; the diagonal goes through every one."""
     attention.check(kernels, torch.bfloat16, 64, 97, 130, "starts", HOPPER)
@@ -44,7 +48,10 @@ S_WAIT = """        ptx::wgmma_wait<1>();  // the next S is there, and all befor
 END = "    ptx::fence_registers(flat(sums.dx));\n    ptx::fence_registers(flat(sums.dv));\n}\n"
 BARRIER = "    ptx::named_barrier_sync(1 + group, kGroupThreads);  // the own tiles are read no more\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
-    (Mutation("bwd_hopper_no_wait_for_own_tiles", BWD, "    ptx::mbarrier_wait(at.own_full(), 0);\n", ""), narrow),
+    (Mutation("bwd_hopper_no_wait_for_own_tiles", BWD, "if (work.tiles > 0) ptx::mbarrier_wait(at.own_full(), 0);", ""),
+     narrow),
+    (Mutation("bwd_hopper_writes_over_own_tiles_on_their_way", BWD, "if (work.tiles > 0) ptx::mbarrier_wait(",
+              "if (begin < end) ptx::mbarrier_wait("), schedules),
     (Mutation("bwd_hopper_no_wait_for_the_first_tile", BWD, "    ptx::mbarrier_wait(at.full(begin), 0);\n", ""),
      narrow),
     (Mutation("bwd_hopper_no_wait_for_the_next_tile", BWD, "if (j + 1 < end) ptx::mbarrier_wait(",
@@ -97,10 +104,10 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
                                                                                    "starts", HOPPER)),
     (Mutation("bwd_hopper_skips_a_tile_of_keys", BWD, "tiles_before(own0 + (group + 1) * kTile + past)",
               "tiles_before(own0 + (group + 1) * kTile - 1 + past)"), few),
-    (Mutation("bwd_hopper_never_skips_queries", BWD, "min(tiles, max(0, own0 + group * kTile - past - first) / kTile)",
-              "0"), attention.check_hopper_skipping),
-    (Mutation("bwd_hopper_never_skips_keys", BWD, "min(tiles, tiles_before(own0 + (group + 1) * kTile + past))",
-              "tiles"), attention.check_hopper_skipping),
+    (Mutation("bwd_hopper_never_skips_queries", BWD, "min(tiles, max(0, own0", "0 * min(tiles, max(0, own0"),
+     attention.check_hopper_skipping),
+    (Mutation("bwd_hopper_never_skips_keys", BWD, "min(tiles, tiles_before(own0 +", "max(tiles, tiles_before(own0 +"),
+     attention.check_hopper_skipping),
     (Mutation("bwd_hopper_hidden_keys_are_multiplied", BWD, "own0 + F::kRows <= start ? 0 :",
               "own0 + F::kRows <= -1 ? 0 :"), attention.check_hopper_skipping),
     (Mutation("bwd_hopper_result_over_rows_in_use", BWD, BARRIER, ""), ("thread", "attention")),
