@@ -134,20 +134,25 @@ def captures(emulation, monkeypatch: pytest.MonkeyPatch) -> Captures:
     return found
 
 
-@pytest.mark.parametrize(("copies", "primer"), [(1, 60), (3, 3)])
-def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int) -> None:
+@pytest.mark.parametrize(("copies", "primer"), [(1, 2), (3, 3)])
+def test_the_bookkeeping_of_graphs(
+    captures: Captures, copies: int, primer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One for each launch of attention, of what is in fixed memory."""
+    monkeypatch.setattr(step, "LIMITS", (4, 99))
+    monkeypatch.setattr(step, "count_splits", lambda kernels, blocks, keys, dtype: keys)
     model = make("cpu", n_layer=1)
-    ids = shared(1, copies, 70, primer, model.config)
-    expected = read(CudaDecoder(model, 1, 70, options=EAGER), ids, primer, copies)
+    ids = shared(1, copies, 9, primer, model.config)
+    expected = read(CudaDecoder(model, 1, 9, options=EAGER), ids, primer, copies)
     results = []
-    again = CudaDecoder(model, 1, 70)
+    again = CudaDecoder(model, 1, 9)
     for _ in range(2):
         results.append(read(again, ids, primer, copies))
         again.rest()
-        again.start(model, 1, 70)
+        again.start(model, 1, 9)
     assert again._spare is not None
-    assert captures.pools == [(0, 1)] * 2, "a second start captures nothing, and graphs share a pool"
+    assert len(captures.pools) == 2
+    assert len(set(captures.pools)) == 1, "a second start captures nothing, and graphs share a pool"
     assert list(again._spare._graphs) == [(limit, 0) for limit in again._spare._limits]
     assert all(torch.equal(result, expected) for result in results)
     assert captures.said == [], "the fused kernels need no workspace, and nothing failed"
@@ -351,14 +356,14 @@ def flags() -> Iterator[tuple[Callable[[Any], object], Any, Any]]:
 def test_a_graph_is_of_the_settings_that_it_was_captured_under(captures: Captures) -> None:
     """Those of torch that change numbers."""
     model = make("cpu", n_layer=1)
-    ids = tokens(model.config, 2, 4)
-    again = CudaDecoder(model, 2, 4)
+    ids = tokens(model.config, 1, 2)
+    again = CudaDecoder(model, 1, 2)
 
     def captured() -> int:
         before = len(captures.pools)
-        read(again, ids, 3)
+        read(again, ids, 1)
         again.rest()
-        again.start(model, 2, 4)
+        again.start(model, 1, 2)
         return len(captures.pools) - before
 
     assert [captured(), captured()] == [1, 0]
