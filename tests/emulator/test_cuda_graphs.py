@@ -26,6 +26,8 @@ from igpt_fast.engines.cuda import capture, decoder, step
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import CudaStep
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import RandomStreams
 
 EAGER = CudaOptions(graphs=False)
 
@@ -270,6 +272,17 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         again.start(model, 1, 6)
         read(again, ids[:1], 3)
     assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+
+
+def test_who_drew_is_said_with_its_reason(captures: Captures) -> None:
+    """Also where that is found out in the middle."""
+    model = make("cpu", n_layer=1)
+    captures.fails = lambda owner, inside: RuntimeError("no such attribute") if inside else None
+    context = torch.full((1, 1), model.config.sos_token_id)
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        drawn = decode(model, context, RandomStreams(5, torch.arange(1), 0, 3), Sampling())
+    assert drawn.engine == "cuda"
+    assert str(drawn.reason).startswith("without CUDA graphs")
 
 
 def test_an_error_of_the_step_itself(captures: Captures) -> None:
