@@ -90,7 +90,7 @@ def mean_nats(
     with evaluating(model):
         for tokens, labels in batches:
             given = (labels.to(model.device),) if classes and labels is not None else ()
-            total += float(image_nats(model, tokens.to(model.device), *given).double().sum())
+            total += float(image_nats(model, tokens.to(model.device), *given).cpu().double().sum())
             count += tokens.numel()
     if not count:
         raise ValueError("mean_nats: no images")

@@ -144,7 +144,7 @@ def fit_classifier(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor,
     found, classes = [], []
     with torch.no_grad():
         for tokens, labels in batches:
-            found.append(_hidden(model, tokens.to(model.device)).mean(dim=1).double().cpu())
+            found.append(_hidden(model, tokens.to(model.device)).mean(dim=1).cpu().double())
             classes.append(labels)
     features, labels = torch.cat(found), torch.cat(classes)  # type: ignore[arg-type]
     deviation = features.std(dim=0).clamp_min(1e-6)
@@ -196,7 +196,7 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
             classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
             right = logits.argmax(dim=1) == given[1]
             each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
-            sums += torch.stack([value.double().sum() for value in each]).cpu()
+            sums += torch.stack([value.cpu().double().sum() for value in each])
             count += len(tokens)
     if not count:
         raise ValueError("class_figures: no images")

@@ -81,7 +81,7 @@ class Masked:
             for batch, _ in data.heldout_batches():
                 tokens = batch.to(model.device)
                 mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
-                total += float(masked_nats(model, tokens, mask).double().sum())
+                total += float(masked_nats(model, tokens, mask).cpu().double().sum())
                 count += int(mask.sum())
         return {"heldout_masked_nats": total / count} if count else {}
 
