@@ -14,6 +14,9 @@ Drawn are the tokens around the middle of an image, in turns: a token's time gro
   behind them as the others.
 - ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 8
   rows, whose kernels have them); the logits of all are compared with each other, and of some rows with float32.
+- ``ab``, or ``--ab`` for it alone: the CUDA engine as it is by default, in turns with itself with one switch of
+  ``CudaOptions`` flipped, each that has a meaning for the rows; ``times`` over 1: the default is faster. Checked as
+  ``steps``.
 - ``profile``: the kernels of a token: microseconds and launches of each, and what the device was busy in all.
 
 Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine's own ``draw`` and ``step_drawn``.
@@ -46,16 +49,17 @@ from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, use_backen
 from igpt_fast.config import PRESETS
 from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.memory import most_images
 from igpt_fast.engines.reference import ReferenceDecoder
 
 COLUMNS = ("part", "model", "batch", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
 COLUMNS += ("off", "error")
 NAMES = ("part", "model", "batch", "name")  # by which a row is known
-OURS = "igpt_fast"
+OURS, DEFAULT = "igpt_fast", ", default"
 DTYPE = torch.bfloat16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
-DEPENDENT_ROWS, KERNELS = 8, 12  # rows of the fused kernels, which alone are launched early; the longest of a profile
+FEW_ROWS, KERNELS = 8, 12  # rows that one tile of the fused kernels has; the longest kernels of a profile
 EXACT_ROWS = 8  # of a batch, whose logits are compared with float32 after every way's tokens
 
 
@@ -95,6 +99,7 @@ BATCHES: dict[str, dict[str, tuple[int, ...]]] = {
     "sampling": {"S": (1, 8, 32, 256), "M": (1, 32), "L": (1, 32)},
     "gpt-fast": {"S": (1, 32, 256)},  # each is compiled, which takes longer than all that is measured
     "steps": {"S": (1, 8, 32, 128, 256, 512, 1024), "M": (1, 8, 32, 128), "L": (1, 8, 32, 128)},
+    "ab": {"S": (1, 8, 32, 256), "M": (1, 32), "L": (1, 32)},
     "profile": {"S": (1, 32, 256)},
 }
 
@@ -222,7 +227,7 @@ def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 
 
 def bench_steps(run: Run, part: str) -> None:
-    """The engine kernel by kernel, in graphs, and with dependent launches."""
+    """The engine against itself: kernel by kernel, in graphs, with dependent launches; or with a switch flipped."""
     for name, config, batch in run.each(part):
         row = {"part": part, "model": name, "batch": batch}
         group = row | {"name": f"{OURS} and others"}  # where what they share fails
@@ -231,27 +236,43 @@ def bench_steps(run: Run, part: str) -> None:
         tidy()
 
 
-def variants(model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Callable[[], Ours]]:
+def variants(batch: int) -> dict[str, CudaOptions]:
+    """Name -> how the engine goes on by a token."""
+    ways = {"eager": CudaOptions(graphs=False, dependent="none"), "graph": CudaOptions(dependent="none")}
+    return ways | ({"graph, dependent": CudaOptions()} if batch <= CudaOptions().gemv_rows else {})
+
+
+def switches(batch: int) -> dict[str, CudaOptions]:
+    """The default, and each way to flip one of its switches that means something for so many rows."""
+    plain = CudaOptions()
+    flipped: dict[str, dict[str, Any]] = {"no ring": {"ring": False}, "drawing apart": {"drawing": False}}
+    flipped |= {"no cluster": {"cluster": False}} if batch <= FEW_ROWS else {}
+    if batch <= plain.gemv_rows:
+        flipped |= {"late": {"dependent": "late"}, "no dependent": {"dependent": "none"}}
+    if FEW_ROWS < batch <= plain.gemv_rows:
+        flipped["cuBLAS"] = {"gemv_rows": FEW_ROWS}
+    if batch > FEW_ROWS:
+        flipped |= {"halves": {"halves": True}, "whole": {"halves": False}}
+    return {"default": plain} | {name: replace(plain, **one) for name, one in flipped.items()}
+
+
+def makers_of(run: Run, part: str, model: ImageGPTForCausalImageModeling, batch: int) -> dict[str, Callable[[], Ours]]:
     """Name -> what makes it. Without the CUDA kernels, on a CPU, whichever engine there is."""
     if why_not_cuda(model) is not None:
         return {OURS: lambda: ours(model, batch)}
-    capacity, device = model.config.n_positions, model.device.type
-    ways = {"eager": (False, False), "graph": (True, False), "graph, dependent": (True, True)}
-    if batch > DEPENDENT_ROWS:
-        del ways["graph, dependent"]
-    return {
-        f"{OURS}, {name}": lambda graphs=graphs, dependent=dependent: Ours(
-            CudaDecoder(model, batch, capacity, graphs=graphs, dependent=dependent), device
-        )
-        for name, (graphs, dependent) in ways.items()
-    }
+
+    def make(options: CudaOptions) -> Ours:
+        return Ours(CudaDecoder(model, batch, model.config.n_positions, options=options), run.device)
+
+    every = (switches if part == "ab" else variants)(batch)
+    return {f"{OURS}, {name}": functools.partial(make, options) for name, options in every.items()}
 
 
 def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     batch, model = row["batch"], make_model(config, run.device)
     context = make_context(run, config, batch)
     room = most_images(model, primer=context.shape[1])
-    every = variants(model, batch)
+    every = makers_of(run, row["part"], model, batch)
     makers = {name: make for name, make in every.items() if not run.rows.has(row | {"name": name})}
     together = room is None or (len(makers) + 1) * batch <= room
     want, limit = right(model, some(context)) if makers else (context, 0.0)
@@ -272,8 +293,11 @@ def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 
     def measure(drawings: dict[str, Drawing]) -> None:
         for name, spent in turns(run, row, drawings).items():
-            path = {"path": drawings[name].path}
-            run.rows.add(row | {"name": name} | path | spent | rates(run, config, batch, spent["us"]))
+            found = {"path": drawings[name].path} | spent | rates(run, config, batch, spent["us"])
+            default = [
+                r["us"] for r in run.rows.rows if DEFAULT in r["name"] and row.items() <= r.items() and "us" in r
+            ]
+            run.rows.add(row | {"name": name} | found | ({"times": spent["us"] / default[0]} if default else {}))
 
     drawings: dict[str, Drawing] = {}
     for name, make in makers.items():
@@ -321,7 +345,9 @@ def _profile(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 
 
 Bench = Callable[[Run, str], None]
-PARTS: dict[str, Bench] = dict(zip(BATCHES, (bench_sampling, bench_sampling, bench_steps, bench_profile), strict=True))
+PARTS: dict[str, Bench] = dict(
+    zip(BATCHES, (bench_sampling, bench_sampling, bench_steps, bench_steps, bench_profile), strict=True)
+)
 
 
 # ---- Time ---------------------------------------------------------------------------------------------------
@@ -397,13 +423,15 @@ def copy_bandwidth() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ab", action="store_true", help="the part ab alone")
     options = common.device_options(parser, PARTS)
+    options.only = ["ab"] if options.ab else options.only
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     rows = common.Rows(options.json, NAMES, options.resume, bandwidth=bandwidth)
     models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
     run = Run(options.device, models, BATCHES, turns=5, tokens=12, call=12, warm=10, bandwidth=bandwidth, rows=rows)
     if options.quick:
-        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "profile": (1,)}
+        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "ab": (2, 9), "profile": (1,)}
         tiny = {"models": {"tiny": ImageGPTConfig(**TINY)}, "batches": {p: {"tiny": few[p]} for p in PARTS}}
         run = replace(run, **tiny, turns=2, tokens=2, call=6, warm=3)
     with torch.no_grad():

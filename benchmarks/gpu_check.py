@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from gpu_device import Device, find_device, nvcc
 
 ROOT = common.ROOT
 WORK = ROOT / "build" / "gpu_check"
@@ -70,7 +71,7 @@ SECONDS_IF_CHANGED = {
     "racecheck": 40,
     "benchmark": 150,
 }
-SECONDS_IF_NAMED = {"compiled": 240}
+SECONDS_IF_NAMED = {"ab": 130, "likelihoods": 45, "compiled": 120, "training-compiled": 150, "training-graphs": 80}
 PARTS = SECONDS | SECONDS_IF_CHANGED | SECONDS_IF_NAMED
 # What the result of a part depends on, besides the GPU and the versions of torch and nvcc.
 KERNELS = ("csrc/cuda/**/*", "csrc/bind/*", "CMakeLists.txt", "igpt_fast/ops/*.py", "igpt_fast/backend.py")
@@ -95,69 +96,13 @@ CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
 DECODER_TESTS = (
     "tests/emulator/test_decoder.py",
+    "tests/emulator/test_cuda_graphs.py",
     "tests/emulator/test_fp8_values.py",
     "tests/ops/test_attention_decode.py",
     "tests/ops/test_gemv.py",
     "tests/ops/test_sample.py",
 )
 DETERMINISM = "thousand"  # in the names of its tests
-
-
-@dataclass(frozen=True)
-class Device:
-    """The GPU that is checked."""
-
-    name: str
-    capability: tuple[int, int]
-    driver: str
-    memory_gib: float
-    versions: dict[str, str]
-
-    @property
-    def architecture(self) -> str:
-        """For IGPT_CUDA_ARCHS; 9.0 has instructions of its own."""
-        major, minor = self.capability
-        return f"{major}{minor}{'a' if self.capability == (9, 0) else ''}-real"
-
-
-PROBE = """
-import json, platform, torch
-if not torch.cuda.is_available():
-    print(json.dumps("torch has no CUDA device" if torch.version.cuda else "this torch is a build without CUDA"))
-else:
-    p = torch.cuda.get_device_properties(0)
-    print(json.dumps([p.name, [p.major, p.minor], p.total_memory / 2**30, {
-        "python": platform.python_version(), "torch": torch.__version__, "torch_cuda": torch.version.cuda}]))
-"""
-
-
-def find_device() -> Device | str:
-    """The GPU, or why there is none. Another process asks, so that this one holds none of its memory."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return f"torch cannot be asked: {done.stderr.strip()[-300:]}"
-    found = json.loads(done.stdout.splitlines()[-1])
-    if isinstance(found, str):
-        return found
-    name, (major, minor), memory, versions = found
-    versions["nvcc"] = _first_match("release", _ask([_nvcc() or "nvcc", "--version"]))
-    driver = _ask(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]).strip()
-    return Device(name, (major, minor), driver or "unknown", round(memory, 1), versions)
-
-
-def _ask(command: Sequence[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return ""
-
-
-def _first_match(word: str, text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if word in line), "unknown")
-
-
-def _nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 # ---- Steps --------------------------------------------------------------------------------------------------
@@ -385,7 +330,7 @@ def tests_left_out() -> dict[str, str]:
 
 def make_steps(device: Device) -> list[Step]:
     """The steps for a GPU, in their order."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(_nvcc() or "").parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(nvcc() or "").parent), os.environ["PATH"]])
     modules = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SITE)]), "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     strict = modules | {"IGPT_FAST_BACKEND": "cuda"}  # no op of ours falls back where figures are made
     building = {"IGPT_CUDA": "ON", "IGPT_CUDA_ARCHS": device.architecture, "IGPT_WERROR": "ON", "PATH": path}
@@ -425,7 +370,7 @@ def make_steps(device: Device) -> list[Step]:
         bench("profile", "benchmarks/bench_sample_cuda.py --only profile", no_models),
         bench("gpt-fast", "benchmarks/bench_sample_cuda.py --only gpt-fast", no_models),
         bench("forward", "benchmarks/bench_model_cuda.py --only forward", no_models, strict),
-        bench("training", "benchmarks/bench_model_cuda.py --only training", no_models, strict),
+        bench("training", "benchmarks/bench_train_cuda.py --only eager", no_models, strict),
         step("decoder-tests", _pytest("-k", f"not {DETERMINISM}", *DECODER_TESTS), **look),
         sanitize("decoder-memcheck", "tests/emulator/run_decoder.py", no_models),
         sanitize("decoder-racecheck", "tests/emulator/run_decoder.py", no_models),
@@ -436,7 +381,11 @@ def make_steps(device: Device) -> list[Step]:
         sanitize("memcheck", "tests/ops/run_cases.py"),
         sanitize("racecheck", "tests/ops/run_cases.py"),
         bench("benchmark", "benchmarks/bench_ops.py --device cuda"),
+        bench("ab", "benchmarks/bench_sample_cuda.py --ab", no_models),
+        bench("likelihoods", "benchmarks/bench_model_cuda.py --only score,features", no_models, strict),
         bench("compiled", "benchmarks/bench_model_cuda.py --only compiled", no_models, strict),
+        bench("training-compiled", "benchmarks/bench_train_cuda.py --only compiled", no_models, strict),
+        bench("training-graphs", "benchmarks/bench_train_cuda.py --only graphs", no_models, strict),
     ]
 
 

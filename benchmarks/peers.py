@@ -49,6 +49,12 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def flash(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``causal`` by FlashAttention alone; on the CPU, whichever there is."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if q.is_cuda else SDPBackend.MATH):
+        return causal(layer, q, k, v)
+
+
 class Block(nn.Module):
     """One layer with the weights of one of ours."""
 

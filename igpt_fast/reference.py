@@ -17,7 +17,7 @@ from torch import Tensor
 MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
 LARGEST_E4M3 = 448.0
 # Devices that have no float64, or may have none: what is defined in it is computed on the CPU for their tensors.
-WITHOUT_FLOAT64 = frozenset({"mps", "xpu"})
+WITHOUT_FLOAT64 = {"mps", "xpu"}
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,16 +158,16 @@ def _attention(
     return weights @ v, weights
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in 8 bits, (..., D) float8_e4m3fn, and their float32 scales, (...,): ``v`` is about codes times scales.
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in 8 bits, (..., D) float8_e4m3fn, and their float32 scales, (...,): ``x`` is about codes times scales.
 
-    The scale is that of the largest element, ``max |v| / 448``; codes are those of ``v / scale``, to nearest, ties to
-    even, no larger than 448, and 0 where all elements are 0. A NaN or an infinity in ``v`` makes its scale and all its
+    The scale is that of the largest element, ``max |x| / 448``; codes are those of ``x / scale``, to nearest, ties to
+    even, no larger than 448, and 0 where all elements are 0. A NaN or an infinity in ``x`` makes its scale and all its
     codes NaN, so that it is not lost.
 
     Source: OCP 8-bit Floating Point Specification, E4M3.
     """
-    wide = v.to(torch.float32)
+    wide = x.to(torch.float32)
     largest = wide.abs().amax(dim=-1)
     # By a tensor: on a GPU torch multiplies by the inverse of a Python number.
     scales = (largest / torch.full_like(largest, LARGEST_E4M3)).masked_fill(~largest.isfinite(), math.nan)
@@ -177,10 +177,14 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn), scales
 
 
-def dequantize_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``quantize_values`` has kept, in a dtype."""
+def dequantize_e4m3(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``quantize_e4m3`` has kept, in a dtype."""
     wide = _statistics_dtype(dtype)
     return (codes.to(wide) * scales[..., None].to(wide)).to(dtype)
+
+
+# Their names from when values alone were kept so.
+quantize_values, dequantize_values = quantize_e4m3, dequantize_e4m3
 
 
 def attention_decode(
@@ -195,38 +199,48 @@ def attention_decode(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     """``causal_attention`` of one new position of each row, whose key and value go into its cache at ``position``.
 
     Shapes, dtypes and which keys a row sees: ``ops.attention_decode``. Nothing depends on a value on the host, so the
-    work is that of a full cache. With v_scale the values are those of the cache, the new one's among them.
+    work is that of a full cache. With v_scale the values are those of the cache, the new one's among them; with k_scale
+    the keys are as well.
     """
     rows, _, t_max, _ = k_cache.shape
     place = position.reshape(-1).long().expand(rows)
-    inside = ((place >= 0) & (place < t_max))[:, None, None]
-    row, column = torch.arange(rows, device=q.device), place.clamp(0, t_max - 1)
-    k_cache[row, :, column] = torch.where(inside, k, k_cache[row, :, column])
-    if v_scale is None:
-        v_cache[row, :, column] = torch.where(inside, v, v_cache[row, :, column])
-        values = v_cache
-    else:
-        new, scale_of_new = quantize_values(v)
-        codes = v_cache.view(torch.uint8)  # torch does not select among float8
-        codes[row, :, column] = torch.where(inside, new.view(torch.uint8), codes[row, :, column])
-        v_scale[row, :, column] = torch.where(inside[..., 0], scale_of_new, v_scale[row, :, column])
-        values = dequantize_values(v_cache, v_scale, q.dtype)
-    keys, before = k_cache, 0
+    keys, values = (
+        _with_new(cache, scales, new, place, q.dtype)
+        for cache, scales, new in ((k_cache, k_scale, k), (v_cache, v_scale, v))
+    )
+    before = 0
     if prefix_k is not None and prefix_v is not None:
         before = prefix_k.shape[2]
         group = rows // max(prefix_k.shape[0], 1)
-        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), k_cache], dim=2)
+        keys = torch.cat([prefix_k.repeat_interleave(group, dim=0), keys], dim=2)
         values = torch.cat([prefix_v.repeat_interleave(group, dim=0), values], dim=2)
     key = torch.arange(before + t_max, device=q.device)
     visible = key <= before + place[:, None]
     if starts is not None:
         visible = visible & (key >= starts[:, None])
     out, _ = causal_attention(q[:, :, None], keys, values, scale, visible)
-    return out[:, :, 0].masked_fill(~inside, math.nan)
+    inside = (place >= 0) & (place < t_max)
+    return out[:, :, 0].masked_fill(~inside[:, None, None], math.nan)
+
+
+def _with_new(cache: Tensor, scales: Tensor | None, new: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """Writes each row's new key or value at its place, if that is within the cache; returns what is cached then."""
+    t_max = cache.shape[2]
+    inside = ((place >= 0) & (place < t_max))[:, None, None]
+    row, column = torch.arange(len(place), device=cache.device), place.clamp(0, t_max - 1)
+    if scales is None:
+        cache[row, :, column] = torch.where(inside, new, cache[row, :, column])
+        return cache
+    new, scale_of_new = quantize_e4m3(new)
+    codes = cache.view(torch.uint8)  # torch does not select among float8
+    codes[row, :, column] = torch.where(inside, new.view(torch.uint8), codes[row, :, column])
+    scales[row, :, column] = torch.where(inside[..., 0], scale_of_new, scales[row, :, column])
+    return dequantize_e4m3(cache, scales, dtype)
 
 
 def gemv(

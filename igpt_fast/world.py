@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from igpt_fast.processes import size
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import Store
 
 T = TypeVar("T")
@@ -75,6 +76,11 @@ class World:
     def total(self, values: list[float]) -> list[float]:
         """The sums over all processes, of numbers that each one has; a collective operation."""
         return values
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over all processes of a tensor that each one has; a collective operation, on its device, which the
+        host does not wait for on a GPU."""
+        return value
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -212,11 +218,15 @@ class Torchrun(World):
 
     def total(self, values: list[float]) -> list[float]:
         import torch
-        import torch.distributed as dist
 
         sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums)
-        return sums.tolist()
+        return self.summed(sums).tolist()
+
+    def summed(self, value: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        dist.all_reduce(value)
+        return value
 
     @contextmanager
     def watched(self) -> Iterator[None]:

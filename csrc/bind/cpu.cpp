@@ -39,13 +39,13 @@ struct Quantize : Cpu<quantize> {
 struct NormFwd : Cpu<cpu::norm_fwd> {
     static constexpr auto fields = members<P, &P::x, &P::residual, &P::weight, &P::bias, &P::sum, &P::out, &P::rows,
                                            &P::n_embd, &P::eps, &P::centred> +
-                                   formats<P> + dtype_and_place<P>;
+                                   named<P, &P::x_format>("x_dtype") + formats<P> + dtype_and_place<P>;
 };
 
 struct NormBwd : Cpu<cpu::norm_bwd> {
-    static constexpr auto fields = members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dweight, &P::dbias,
-                                           &P::rows, &P::n_embd, &P::eps, &P::centred> +
-                                   formats<P> + gpu_sums<P> + dtype_and_place<P>;
+    static constexpr auto fields = members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dbranch, &P::dweight,
+                                           &P::dbias, &P::rows, &P::n_embd, &P::eps, &P::centred> +
+                                   unused<P>("x_dtype") + formats<P> + gpu_sums<P> + dtype_and_place<P>;
 };
 
 struct ActivationFwd : Cpu<cpu::activation_fwd> {

@@ -1,5 +1,8 @@
 // The CUDA ops for Python: addresses and sizes by name, into the Params of the launchers. No maths, no torch.
 // Whoever calls them has checked every argument (igpt_fast/ops).
+#include <stdexcept>
+#include <string>
+
 #include "bind.h"
 #include "cpu/format.h"
 #include "cuda/ops.h"
@@ -24,7 +27,7 @@ struct Cuda {
 template <class P>
 constexpr auto place = together<P, &P::device, &P::stream>("place");
 template <class P>
-constexpr auto dtypes = unused<P>("weight_dtype") + unused<P>("out_dtype");  // that of x, as the ops have checked
+constexpr auto dtypes = members<P, &P::dtype, &P::x_dtype, &P::weight_dtype, &P::out_dtype>;
 
 struct Pixels : cuda::QuantizeParams {
     bool is_u8;
@@ -61,14 +64,14 @@ struct Sample : Cuda<cuda::sample> {
 
 struct NormFwd : Cuda<cuda::norm_fwd> {
     static constexpr auto fields = members<P, &P::x, &P::residual, &P::weight, &P::bias, &P::sum, &P::out, &P::rows,
-                                           &P::n_embd, &P::eps, &P::centred, &P::dtype> +
+                                           &P::n_embd, &P::eps, &P::centred> +
                                    dtypes<P> + place<P>;
 };
 
 struct NormBwd : Cuda<cuda::norm_bwd> {
     static constexpr auto fields =
-        members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dweight, &P::dbias, &P::partial, &P::rows,
-                &P::n_embd, &P::parts, &P::eps, &P::centred, &P::dtype> +
+        members<P, &P::dout, &P::dsum, &P::x, &P::weight, &P::dx, &P::dbranch, &P::dweight, &P::dbias, &P::partial,
+                &P::rows, &P::n_embd, &P::parts, &P::eps, &P::centred> +
         dtypes<P> + place<P>;
 };
 
@@ -109,15 +112,16 @@ struct CausalAttentionFwd : Cuda<cuda::causal_attention_fwd> {
 
 struct CausalAttentionBwd : Cuda<cuda::causal_attention_bwd> {
     static constexpr auto fields =
-        members<P, &P::q, &P::k, &P::v, &P::out, &P::dout, &P::dq, &P::dk, &P::dv, &P::lse, &P::terms> + shape<P>;
+        members<P, &P::q, &P::k, &P::v, &P::out, &P::dout, &P::dq, &P::dk, &P::dv, &P::lse, &P::terms, &P::portable> +
+        shape<P>;
 };
 
 struct AttentionDecode : Cuda<cuda::attention_decode> {
     static constexpr auto fields =
-        members<P, &P::k_cache, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent> +
+        members<P, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent, &P::ring, &P::cluster> +
         together<P, &P::q, &P::q_row, &P::q_head>("q") + together<P, &P::k, &P::k_row, &P::k_head>("k") +
-        together<P, &P::v, &P::v_row, &P::v_head>("v") + together<P, &P::v_cache, &P::v_scale>("v_cache") +
-        together<P, &P::position, &P::position_step>("position") +
+        together<P, &P::v, &P::v_row, &P::v_head>("v") + together<P, &P::k_cache, &P::k_scale>("k_cache") +
+        together<P, &P::v_cache, &P::v_scale>("v_cache") + together<P, &P::position, &P::position_step>("position") +
         together<P, &P::prefix, &P::group, &P::prefix_k, &P::prefix_v, &P::prefix_row, &P::prefix_head>("prefix") +
         together<P, &P::partial, &P::splits, &P::prefix_splits>("partial") +
         together<P, &P::rows, &P::heads, &P::positions, &P::dim>("shape") + place<P>;
@@ -129,6 +133,13 @@ struct Gemv : Cuda<cuda::gemv> {
                 &P::transposed, &P::eps, &P::activation, &P::dtype, &P::dependent> +
         together<P, &P::weight, &P::ld>("weight") + place<P>;
 };
+
+uintptr_t make_stream(int device) {
+    void* stream = nullptr;
+    const int code = cuda::make_stream(device, &stream);
+    if (code != 0) throw std::runtime_error(std::string("make_stream: ") + cuda::error_string(code));
+    return uintptr_t(stream);
+}
 
 }  // namespace
 
@@ -152,10 +163,12 @@ void bind_cuda(py::module_& m) {
     def<CausalAttentionBwd>(m, "causal_attention_bwd_cuda");
     def<AttentionDecode>(m, "attention_decode_cuda");
     def<Gemv>(m, "gemv_cuda");
+    m.def("make_stream", &make_stream, "The address of a new stream, which nobody else has and nothing destroys.");
     // How many rows `partial` should have for the GPU to be full.
     m.def("norm_bwd_parts", &cuda::norm_bwd_parts);
     m.def("activation_bwd_parts", &cuda::activation_bwd_parts);
     m.def("cross_entropy_parts", &cuda::cross_entropy_parts);
-    m.def("attention_decode_splits", &cuda::attention_decode_splits,
+    m.def("attention_decode_splits", &cuda::attention_decode_splits, py::arg("blocks"), py::arg("keys"),
+          py::arg("device") = 0, py::arg("ring") = false, py::arg("cluster") = false,
           "Into how many parts to split a number of keys when there are so many blocks without.");
 }

@@ -18,8 +18,8 @@ constexpr int64_t kRowBlock = 32;
 // sum = x + residual, rounded, or x where there is none; centred: minus its mean.
 // out = sum rsqrt(mean(sum^2) + eps) weight + bias
 struct NormParams {
-    const void* x;         // (rows, n_embd) of `format`
-    const void* residual;  // likewise, or null
+    const void* x;         // (rows, n_embd) of `x_format`
+    const void* residual;  // (rows, n_embd) of `format`, or null
     const void* weight;    // (n_embd,) of `weight_format`
     const void* bias;      // likewise, or null
     void* sum;             // (rows, n_embd) of `format`; null without a residual
@@ -27,7 +27,7 @@ struct NormParams {
     int64_t rows, n_embd;
     float eps;
     bool centred;
-    Format format, weight_format, out_format;  // out_format: bf16 where format is
+    Format format, x_format, weight_format, out_format;  // x_format: format without a residual; both bf16 where it is
     int32_t threads;
 };
 
@@ -38,6 +38,7 @@ struct NormGradParams {
     const void* x;          // (rows, n_embd) of `format`: what was normalised
     const void* weight;     // (n_embd,) of `weight_format`
     void* dx;               // (rows, n_embd) of `format`
+    void* dbranch;          // (rows, n_embd) of bf16: dx again, for an x that was of that beside fp32; or null
     void *dweight, *dbias;  // (n_embd,) of `weight_format`
     int64_t rows, n_embd;
     float eps;

@@ -31,11 +31,15 @@ bool has_tensor_map(const AttentionTensor& tensor, const AttentionShape& shape, 
            good(shape.heads, tensor.head) && good(shape.batch, tensor.batch);
 }
 
-// What attention_fwd_hopper.cuh solves.
+// What attention_fwd_hopper.cuh solves, and what attention_bwd_hopper.cuh does.
 bool hopper_can_run(const AttentionFwdParams& p) {
     const AttentionShape& shape = p.shape;
-    return shape.head_dim >= 64 && shape.key_mask == nullptr && has_tensor_map(p.q, shape, shape.t_q) &&
+    return p.rows == 0 && shape.head_dim >= 64 && shape.key_mask == nullptr && has_tensor_map(p.q, shape, shape.t_q) &&
            has_tensor_map(p.k, shape, shape.t_k) && has_tensor_map(p.v, shape, shape.t_k);
+}
+bool hopper_can_run(const AttentionBwdParams& p) {
+    return !p.portable && has_tensor_map(p.dout, p.shape, p.shape.t_q) &&
+           hopper_can_run(AttentionFwdParams{p.shape, p.q, p.k, p.v, p.out, nullptr, 0});
 }
 
 // Whether the device runs wgmma and TMA, and the build has code for it.
@@ -54,7 +58,7 @@ bool is_hopper(int device) {
 }  // namespace
 
 int causal_attention_fwd(const AttentionFwdParams& params) {
-    const bool hopper = params.rows == 0 && hopper_can_run(params) && is_hopper(params.shape.device);
+    const bool hopper = hopper_can_run(params) && is_hopper(params.shape.device);
     return dispatch_head_dim(params.shape, [&](auto d) {
         constexpr int D = decltype(d)::value;
         if constexpr (D >= 64) {
@@ -65,7 +69,15 @@ int causal_attention_fwd(const AttentionFwdParams& params) {
 }
 
 int causal_attention_bwd(const AttentionBwdParams& params) {
-    return dispatch_head_dim(params.shape, [&](auto d) { return attention::backward<decltype(d)::value>(params); });
+    const bool hopper = hopper_can_run(params) && is_hopper(params.shape.device);
+    return dispatch_head_dim(params.shape, [&](auto d) {
+        constexpr int D = decltype(d)::value;
+        if (const int error = attention::backward_terms<D>(params)) return error;
+        if constexpr (D >= 64) {
+            if (hopper) return attention::backward_hopper<D>(params);
+        }
+        return attention::backward<D>(params);
+    });
 }
 
 }  // namespace igpt::cuda

@@ -21,7 +21,8 @@
 // the two products do at T = 1024. As it is, nothing is added across blocks, and the same input gives the same bits;
 // there is no faster mode that does not.
 //
-// Source: FlashAttention-2, algorithm 2 (Dao, 2023; arXiv 2307.08691), with dq in a kernel of its own.
+// Source: FlashAttention-2, algorithm 2 (Dao, 2023; arXiv 2307.08691), with dq in a kernel of its own. Where Hopper's
+// own instructions can be used, attention_bwd_hopper.cuh follows on attention_terms_kernel.
 #pragma once
 
 #include "attention_common.cuh"
@@ -292,20 +293,30 @@ __global__ void __launch_bounds__(kThreads, Bwd<D>::kBlocks) attention_dkv_kerne
                         args.p.dv.position, n0 + warp_row, shape.t_k);
 }
 
+inline BwdArgs make_bwd_args(const AttentionBwdParams& params, int64_t rows, int64_t tile, int64_t shared_rows) {
+    const AttentionShape& shape = params.shape;
+    return {params, make_order(shape, tiles_of(rows, tile), shared_rows * shape.head_dim * 4), shape.scale * kLog2e};
+}
+
+template <int D>
+int backward_terms(const AttentionBwdParams& params) {
+    const AttentionShape& shape = params.shape;
+    const BwdArgs args = make_bwd_args(params, shape.t_q, kThreads / 4, 0);
+    return dispatch_half(shape.dtype, [&](auto t) {
+        return launch_blocks(attention_terms_kernel<decltype(t), D>, blocks(args.order), 0, shape.stream, args);
+    });
+}
+
 template <int D>
 int backward(const AttentionBwdParams& params) {
     using K = Bwd<D>;
     const AttentionShape& shape = params.shape;
-    const auto args = [&](int64_t rows, int64_t tile, int64_t shared_rows) {
-        return BwdArgs{params, make_order(shape, tiles_of(rows, tile), shared_rows * D * 4), shape.scale * kLog2e};
-    };
-    const BwdArgs terms = args(shape.t_q, kThreads / 4, 0), dkv = args(shape.t_k, K::kRows, shape.t_q),
-                  dq = args(shape.t_q, K::kRows, shape.t_k);
+    const BwdArgs dkv = make_bwd_args(params, shape.t_k, K::kRows, shape.t_q),
+                  dq = make_bwd_args(params, shape.t_q, K::kRows, shape.t_k);
     return dispatch_half(shape.dtype, [&](auto t) {
         using T = decltype(t);
-        cudaError_t error = launch_blocks(attention_terms_kernel<T, D>, blocks(terms.order), 0, shape.stream, terms);
-        if (error != cudaSuccess) return error;
-        error = launch_blocks(attention_dkv_kernel<T, D>, blocks(dkv.order), K::kSharedDkv, shape.stream, dkv);
+        const cudaError_t error =
+            launch_blocks(attention_dkv_kernel<T, D>, blocks(dkv.order), K::kSharedDkv, shape.stream, dkv);
         if (error != cudaSuccess) return error;
         return launch_blocks(attention_dq_kernel<T, D>, blocks(dq.order), K::kSharedDq, shape.stream, dq);
     });

@@ -39,9 +39,15 @@ template <int D>
 int forward(const AttentionFwdParams& params);
 template <int D>
 int backward(const AttentionBwdParams& params);
-// The forward for Hopper: attention_fwd_hopper.cu. D is 64, 96 or 128; there is no key_mask; TMA takes q, k and v.
+// What the backward begins with: writes `terms`.
+template <int D>
+int backward_terms(const AttentionBwdParams& params);
+// Those for Hopper: attention_fwd_hopper.cu, attention_bwd_hopper.cu. D is 64, 96 or 128; there is no key_mask; TMA
+// takes q, k, v and dout.
 template <int D>
 int forward_hopper(const AttentionFwdParams& params);
+template <int D>
+int backward_hopper(const AttentionBwdParams& params);
 
 // ---- Bit masks of 64 rows or columns ---------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@
 //
 //   With v_scale (rows, heads, positions), float32, v_cache is in e4m3: V = v_scale * v_cache. The new value goes into
 //   it with the scale max |v| / 448: codes of v / scale, or 0 where all is 0. A NaN or an infinity among its elements
-//   makes the scale and all its codes NaN.
+//   makes the scale and all its codes NaN. So with k_scale, which comes with v_scale: K = k_scale * k_cache, the new
+//   key among them as it is kept.
 //
 //   Launch: `splits` blocks of 4 warps for every (row, head), more than one where these are few. 4 or 8 lanes have a
 //   key, 16 bytes at a time; a warp's load is contiguous, and a thread has its part of 2 or 4 keys and their values on
@@ -24,10 +25,8 @@
 //   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
-#include <type_traits>
-
 #include "attention_decode.cuh"
-#include "e4m3.cuh"
+#include "attention_decode_vectors.cuh"
 #include "launch.cuh"
 
 namespace igpt::cuda {
@@ -35,209 +34,55 @@ namespace {
 
 using namespace decode;
 
-template <typename T_, typename Stored_, int kDim_>
+// As many as share a key of so many vectors.
+constexpr int lanes_of(int vectors) { return vectors % 8 == 0 ? 8 : vectors % 4 == 0 ? 4 : 2; }
+
+template <typename T_, typename StoredKey, typename StoredValue, int kDim_>
 struct Shape {
     using T = T_;
-    using V = Vector<T>;
-    using Stored = Stored_;  // of the cached values: T or E4M3
-    using Codes = Vector<Stored>;
-    static constexpr bool kScaled = std::is_same_v<Stored, E4M3>;
     static constexpr int kDim = kDim_;
-    static constexpr int kVectors = kDim / V::kSize;                // of a key
-    static constexpr int kLanes = kVectors % 8 == 0 ? 8 : 4;        // that share it
-    static constexpr int kOwn = kVectors / kLanes;                  // vectors of a lane
-    static constexpr int kElements = kOwn * V::kSize;               // elements of a lane
-    static constexpr int kGroups = kThreads / kLanes;               // keys side by side
-    static constexpr int kParts = kDim / Codes::kSize;              // vectors of a value
-    static constexpr int kTogether = kParts % kLanes == 0 ? 1 : 2;  // keys whose values a group's lanes share
-    static constexpr int kValues = kTogether * kParts / kLanes;     // vectors of a lane for these
-    static constexpr int kSums = kValues * Codes::kSize;            // elements of a lane
-    static constexpr int kWhole = Codes::kSize / V::kSize;          // vectors of T for one of them
+    static constexpr int kLanes = lanes_of(kDim / Vector<StoredKey>::kSize);
+    using Keys = Layout<T, StoredKey, kDim, kLanes>;
+    using Values = Layout<T, StoredValue, kDim, kLanes>;
+    static constexpr int kTogether = Values::kTogether, kGroups = Keys::kGroups;
     // Keys after one another, loaded at once with their values.
-    static constexpr int kUnroll = kOwn == 1 ? kKeys / kGroups : 2;
+    static constexpr int kFewest = Keys::kScaled ? 4 : kKeys / kGroups;
+    static constexpr int kUnroll = Keys::kVectors == 1 ? kFewest : 2;
     static constexpr int kSpan = kGroups * kUnroll;
     static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;  // for a multiprocessor, at least
     static constexpr size_t kShared = kWarps * (kTogether * kDim + 2) * sizeof(float);
-    static_assert(kTogether * kParts % kLanes == 0 && kUnroll % kTogether == 0);
-};
-
-// A lane's part of a key or query: vectors lane, lane + kLanes, ...
-template <typename S>
-struct Piece {
-    typename S::V vectors[S::kOwn];
-
-    __device__ static int start(int i) { return (int(threadIdx.x % S::kLanes) + i * S::kLanes) * S::V::kSize; }
-
-    __device__ __forceinline__ void load(const void* row) {
-#pragma unroll
-        for (int i = 0; i < S::kOwn; ++i) {
-            vectors[i] =
-                load_global(reinterpret_cast<const typename S::V*>(static_cast<const typename S::T*>(row) + start(i)));
-        }
-    }
-    __device__ __forceinline__ void store(void* row) const {
-#pragma unroll
-        for (int i = 0; i < S::kOwn; ++i) {
-            store_global(reinterpret_cast<typename S::V*>(static_cast<typename S::T*>(row) + start(i)), vectors[i]);
-        }
-    }
-    // In place of load(): a weight of 0 does not silence a NaN.
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < S::kElements; ++i)
-            vectors[i / S::V::kSize].at[i % S::V::kSize] = from_float<typename S::T>(0);
-    }
-    __device__ __forceinline__ float get(int i) const { return to_float(vectors[i / S::V::kSize].at[i % S::V::kSize]); }
-};
-
-template <typename T>
-__device__ __forceinline__ T* offset(T* base, int64_t elements, size_t size) {
-    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-    return static_cast<Byte*>(base) + elements * int64_t(size);
-}
-
-// A lane's part of kTogether values: vectors lane, lane + kLanes, ... of them one behind the other.
-template <typename S>
-struct Values {
-    typename S::Codes vectors[S::kValues];
-    float scales[S::kTogether];  // of the values, where they have some
-
-    // Which of the values vector i is of, and its first element there.
-    __device__ __forceinline__ static int which(int i) {
-        return S::kTogether == 1 ? 0 : (int(threadIdx.x % S::kLanes) + i * S::kLanes) / S::kParts;
-    }
-    __device__ __forceinline__ static int start(int i) {
-        const int vector = int(threadIdx.x % S::kLanes) + i * S::kLanes;
-        return (S::kTogether == 1 ? vector : vector % S::kParts) * S::Codes::kSize;
-    }
-
-    // Those of the keys `first` and first + kGroups before `end`; zeros behind: a weight of 0 does not silence a NaN.
-    __device__ __forceinline__ void load(const void* values, const float* all_scales, int first, int end) {
-#pragma unroll
-        for (int i = 0; i < S::kValues; ++i) {
-            const int key = first + which(i) * S::kGroups;
-            if (S::kTogether == 1 || key < end) {
-                const void* at = offset(values, int64_t(key) * S::kDim + start(i), sizeof(typename S::Stored));
-                vectors[i] = load_global(static_cast<const typename S::Codes*>(at));
-            } else {
-                vectors[i] = {};
-            }
-        }
-        if constexpr (S::kScaled) {
-#pragma unroll
-            for (int n = 0; n < S::kTogether; ++n) {
-                const int key = first + n * S::kGroups;
-                scales[n] = n == 0 || key < end ? load_global(all_scales + key) : 0.0f;
-            }
-        }
-    }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < S::kValues; ++i) vectors[i] = {};
-        if constexpr (S::kScaled) {
-#pragma unroll
-            for (int n = 0; n < S::kTogether; ++n) scales[n] = 0.0f;
-        }
-    }
-    __device__ __forceinline__ void store(void* row) const {
-#pragma unroll
-        for (int i = 0; i < S::kValues; ++i) {
-            void* at = offset(row, start(i), sizeof(typename S::Stored));
-            if (which(i) == 0) store_global(static_cast<typename S::Codes*>(at), vectors[i]);
-        }
-    }
-    __device__ __forceinline__ float get(int i, int e) const {
-        if constexpr (S::kScaled) {
-            return from_e4m3(vectors[i].words[e / 4] >> 8 * (e % 4));
-        } else {
-            return to_float(vectors[i].at[e]);
-        }
-    }
-    // Of vector i, when the values' are these.
-    __device__ __forceinline__ float weight(const float* weights, int i) const {
-        if constexpr (!S::kScaled) return weights[0];
-        float weight = weights[0] * scales[0];
-        if (S::kTogether == 2 && which(i) == 1) weight = weights[S::kTogether - 1] * scales[S::kTogether - 1];
-        return weight;
-    }
-};
-
-// A new value as it comes: what the lane has of the first of kTogether values. The second one's vectors are the same.
-template <typename S>
-struct NewValue {
-    typename S::V vectors[S::kValues][S::kWhole];
-
-    __device__ __forceinline__ void load(const void* row) {
-#pragma unroll
-        for (int i = 0; i < S::kValues; ++i) {
-#pragma unroll
-            for (int n = 0; n < S::kWhole; ++n) {
-                const void* at = offset(row, Values<S>::start(i) + n * S::V::kSize, sizeof(typename S::T));
-                vectors[i][n] = load_global(static_cast<const typename S::V*>(at));
-            }
-        }
-    }
-    __device__ __forceinline__ float get(int i, int e) const {
-        return to_float(vectors[i][e / S::V::kSize].at[e % S::V::kSize]);
-    }
-    // In every lane of the group.
-    __device__ __forceinline__ float scale() const {
-        unsigned largest = 0;  // bits of |v|, whose order is that of the numbers, then infinity, then NaN
-#pragma unroll
-        for (int i = 0; i < S::kValues; ++i) {
-#pragma unroll
-            for (int e = 0; e < S::Codes::kSize; ++e) {
-                const unsigned size = __float_as_uint(get(i, e)) & 0x7fffffffu;
-                largest = size > largest ? size : largest;
-            }
-        }
-#pragma unroll
-        for (int lane = 1; lane < S::kLanes; lane *= 2) {
-            const unsigned other = __shfl_xor_sync(kFullMask, largest, lane);
-            largest = other > largest ? other : largest;
-        }
-        return largest < 0x7f800000u ? __uint_as_float(largest) / kLargestE4M3 : NAN;
-    }
-    // As the cache keeps it, with nothing beside it.
-    __device__ __forceinline__ void keep(Values<S>& values, float scale) const {
-        if constexpr (S::kScaled) {
-#pragma unroll
-            for (int i = 0; i < S::kValues; ++i) {
-                values.vectors[i] = {};
-#pragma unroll
-                for (int e = 0; e < S::Codes::kSize; ++e) {
-                    const unsigned code = scale == 0.0f ? 0u : to_e4m3(get(i, e) / scale);
-                    values.vectors[i].words[e / 4] |= code << 8 * (e % 4);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < S::kTogether; ++n) values.scales[n] = n == 0 ? scale : 0.0f;
-        } else {
-#pragma unroll
-            for (int i = 0; i < S::kValues; ++i) values.vectors[i] = vectors[i][0];
-        }
-    }
+    static_assert(Keys::kTogether == 1 && kUnroll % kTogether == 0);
 };
 
 // The softmax of the keys that a group of lanes has seen. sums: of the lane's elements.
 template <typename S>
 struct State {
     float m = -INFINITY, l = 0.0f;
-    float sums[S::kSums] = {};
+    float sums[S::Values::kElements] = {};
 
     // The score of a key in every lane of its group; q is scaled.
-    __device__ __forceinline__ static float score(const float (&q)[S::kElements], const Piece<S>& k) {
+    __device__ __forceinline__ static float score(const float (&q)[S::Keys::kElements],
+                                                  const Cached<typename S::Keys>& k) {
+        constexpr int kSize = S::Keys::Codes::kSize;
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < S::kElements; ++i) sum += q[i] * k.get(i);
+        for (int i = 0; i < S::Keys::kVectors; ++i) {
+            float numbers[kSize];
+            k.get(i, numbers);
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) sum += q[i * kSize + e] * numbers[e];
+        }
 #pragma unroll
         for (int lane = 1; lane < S::kLanes; lane *= 2) sum += __shfl_xor_sync(kFullMask, sum, lane);
+        if constexpr (S::Keys::kScaled) sum *= k.scales[0];
         return sum;
     }
 
     // Takes N keys in, whose scores it makes weights; a score of -infinity stands for none.
     template <int N>
-    __device__ __forceinline__ void add(float (&scores)[N], const Values<S> (&values)[N / S::kTogether]) {
+    __device__ __forceinline__ void add(float (&scores)[N],
+                                        const Cached<typename S::Values> (&values)[N / S::kTogether]) {
+        constexpr int kSize = S::Values::Codes::kSize;
         float largest = m;
 #pragma unroll
         for (int n = 0; n < N; ++n) largest = fmaxf(largest, scores[n]);
@@ -249,12 +94,14 @@ struct State {
         }
 #pragma unroll
         for (int n = 0; n < N; n += S::kTogether) {
-            const Values<S>& some = values[n / S::kTogether];
+            const auto& some = values[n / S::kTogether];
 #pragma unroll
-            for (int i = 0; i < S::kValues; ++i) {
+            for (int i = 0; i < S::Values::kVectors; ++i) {
                 const float p = some.weight(scores + n, i);
+                float numbers[kSize];
+                some.get(i, numbers);
 #pragma unroll
-                for (int e = 0; e < S::Codes::kSize; ++e) sums[i * S::Codes::kSize + e] += p * some.get(i, e);
+                for (int e = 0; e < kSize; ++e) sums[i * kSize + e] += p * numbers[e];
             }
         }
     }
@@ -264,7 +111,7 @@ struct State {
         m = largest;
         l *= factor;
 #pragma unroll
-        for (int i = 0; i < S::kSums; ++i) sums[i] *= factor;
+        for (int i = 0; i < S::Values::kElements; ++i) sums[i] *= factor;
     }
 
     // Puts the warp's groups together, in every one of them.
@@ -279,29 +126,44 @@ struct State {
         for (int lane = S::kLanes; lane < kWarpSize; lane *= 2) {
             l += __shfl_xor_sync(kFullMask, l, lane);
 #pragma unroll
-            for (int i = 0; i < S::kSums; ++i) sums[i] += __shfl_xor_sync(kFullMask, sums[i], lane);
+            for (int i = 0; i < S::Values::kElements; ++i) sums[i] += __shfl_xor_sync(kFullMask, sums[i], lane);
         }
+    }
+};
+
+// The caches of a (row, head).
+template <typename S>
+struct Caches {
+    void *keys, *values;
+    float *key_scales, *value_scales;
+
+    __device__ __forceinline__ Caches(const AttentionDecodeParams& p, unsigned row_head) {
+        const int64_t first = int64_t(row_head) * p.positions;
+        keys = offset(p.k_cache, first * S::kDim, sizeof(typename S::Keys::Stored));
+        values = offset(p.v_cache, first * S::kDim, sizeof(typename S::Values::Stored));
+        key_scales = S::Keys::kScaled ? p.k_scale + first : nullptr;
+        value_scales = S::Values::kScaled ? p.v_scale + first : nullptr;
     }
 };
 
 // Takes the cached keys from `begin` to `end` in.
 template <typename S>
-__device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::kElements], const void* keys,
-                                           const void* values, const float* scales, int begin, int end) {
-    constexpr size_t kSize = sizeof(typename S::T);
+__device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::Keys::kElements],
+                                           const Caches<S>& caches, int begin, int end) {
     const int group = int(threadIdx.x) / S::kLanes;
     for (int base = begin; base < end; base += S::kSpan) {
-        Piece<S> k[S::kUnroll];
-        Values<S> v[S::kUnroll / S::kTogether];
+        Cached<typename S::Keys> k[S::kUnroll];
+        Cached<typename S::Values> v[S::kUnroll / S::kTogether];
 #pragma unroll
         for (int u = 0; u < S::kUnroll; ++u) {
             const int key = base + u * S::kGroups + group;
+            auto& values = v[u / S::kTogether];
             if (key < end) {
-                k[u].load(offset(keys, int64_t(key) * S::kDim, kSize));
-                if (u % S::kTogether == 0) v[u / S::kTogether].load(values, scales, key, end);
+                k[u].load(caches.keys, caches.key_scales, key, end);
+                if (u % S::kTogether == 0) values.load(caches.values, caches.value_scales, key, end);
             } else {
                 k[u].clear();
-                if (u % S::kTogether == 0) v[u / S::kTogether].clear();
+                if (u % S::kTogether == 0) values.clear();
             }
         }
         float scores[S::kUnroll];
@@ -314,20 +176,40 @@ __device__ __forceinline__ void add_cached(State<S>& state, const float (&q)[S::
     }
 }
 
+// Writes the new key and value into the caches, and takes them in as these keep them.
+template <typename S>
+__device__ __forceinline__ void add_new(State<S>& state, const float (&q)[S::Keys::kElements],
+                                        const New<typename S::Keys>& k, const New<typename S::Values>& v,
+                                        const Caches<S>& caches, const Own& own) {
+    Cached<typename S::Keys> key;
+    Cached<typename S::Values> values[1];
+    k.keep(key);
+    float scores[S::kTogether];
+#pragma unroll
+    for (int n = 0; n < S::kTogether; ++n) scores[n] = -INFINITY;
+    scores[0] = State<S>::score(q, key);
+    v.keep(values[0]);
+    if (threadIdx.x >= S::kLanes) return;
+    key.store(caches.keys, caches.key_scales, own.position);
+    values[0].store(caches.values, caches.value_scales, own.position);
+    if (own.sees_it) state.add(scores, values);
+}
+
 // Puts the block's warps together. Thread i < dim has element i of the sum, all have the Stats.
 template <typename S>
 __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     float* sums = dynamic_shared<float>();
-    constexpr int kWarpSums = S::kTogether * S::kDim;
+    using Piece = Cached<typename S::Values>;
+    constexpr int kWarpSums = S::kTogether * S::kDim, kSize = S::Values::Codes::kSize;
     Stats* all = reinterpret_cast<Stats*>(sums + kWarps * kWarpSums);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     state.merge_warp();
     if (lane < S::kLanes) {
 #pragma unroll
-        for (int i = 0; i < S::kSums; i += 4) {
+        for (int i = 0; i < S::Values::kElements; i += 4) {
             const float4 four = make_float4(state.sums[i], state.sums[i + 1], state.sums[i + 2], state.sums[i + 3]);
-            const int vector = i / S::Codes::kSize;
-            const int element = Values<S>::which(vector) * S::kDim + Values<S>::start(vector) + i % S::Codes::kSize;
+            const int vector = i / kSize;
+            const int element = Piece::which(vector) * S::kDim + Piece::start(vector) + i % kSize;
             store_shared(reinterpret_cast<float4*>(sums + warp * kWarpSums + element), four);
         }
     }
@@ -351,23 +233,16 @@ __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     return sum;
 }
 
-// Writes element i of a row's output.
-template <typename T>
-__device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_t row_head, int i, bool valid,
-                                          float sum, float l) {
-    const float value = !valid ? NAN : l == 0.0f ? 0.0f : sum / l;
-    store_global(static_cast<T*>(p.out) + row_head * p.dim + i, from_float<T>(value));
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(AttentionDecodeParams p) {
     using T = typename S::T;
     const unsigned row_head = blockIdx.x / unsigned(p.splits), row = row_head / unsigned(p.heads);
     const int split = int(blockIdx.x % unsigned(p.splits));
     const int64_t head = row_head % unsigned(p.heads);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();  // before every return: the next launch counts on this one having waited
-    Piece<S> q, k;                // on their way while the position is
-    NewValue<S> v;
+    New<typename S::Keys> q, k;   // on their way while the position is
+    New<typename S::Values> v;
     q.load(offset(p.q, row * p.q_row + head * p.q_head, sizeof(T)));
     k.load(offset(p.k, row * p.k_row + head * p.k_head, sizeof(T)));
     v.load(offset(p.v, row * p.v_row + head * p.v_head, sizeof(T)));
@@ -375,34 +250,19 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     if (split >= own.parts || (!own.valid && slots_of(p) > 1)) return;
     State<S> state;
     if (own.valid) {
-        float scaled[S::kElements];
+        constexpr int kSize = S::Keys::Codes::kSize;
+        float scaled[S::Keys::kElements];
 #pragma unroll
-        for (int i = 0; i < S::kElements; ++i) scaled[i] = q.get(i) * (p.scale * kLog2e);
-        const int64_t cached = int64_t(row_head) * p.positions * S::kDim;
-        const bool has_new = split == own.parts - 1;
-        float* scales = S::kScaled ? p.v_scale + int64_t(row_head) * p.positions : nullptr;
-        float scores[S::kTogether], scale = 1.0f;
-#pragma unroll
-        for (int n = 0; n < S::kTogether; ++n) scores[n] = -INFINITY;
-        scores[0] = State<S>::score(scaled, k);
-        if constexpr (S::kScaled) scale = v.scale();
-        if (has_new && threadIdx.x < S::kLanes) {
-            const int64_t to = cached + int64_t(own.position) * S::kDim;
-            Values<S> values[1];
-            v.keep(values[0], scale);
-            k.store(offset(p.k_cache, to, sizeof(T)));
-            values[0].store(offset(p.v_cache, to, sizeof(typename S::Stored)));
-            if (S::kScaled && threadIdx.x == 0) store_global(scales + own.position, scale);
-            if (own.sees_it) state.add(scores, values);
-        }
+        for (int i = 0; i < S::Keys::kElements; ++i) scaled[i] = q.get(i / kSize, i % kSize) * (p.scale * kLog2e);
+        const Caches<S> caches(p, row_head);
+        const bool has_new = split == own.parts - 1;  // of all the block's threads
+        if (has_new) add_new(state, scaled, k, v, caches, own);
         const int begin = own.first + split * own.chunk;
-        const int end = has_new ? own.position : begin + own.chunk;
-        add_cached(state, scaled, offset<const void>(p.k_cache, cached, sizeof(T)),
-                   offset<const void>(p.v_cache, cached, sizeof(typename S::Stored)), scales, begin, end);
+        add_cached(state, scaled, caches, begin, has_new ? own.position : begin + own.chunk);
     }
     Stats stats;
     const float sum = merge_block(state, stats);
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     if (slots_of(p) == 1) {
         if (threadIdx.x < S::kDim) store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, stats.l);
         return;
@@ -413,54 +273,22 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     if (threadIdx.x == 0) store_global(slots.stats + slot, stats);
 }
 
-// One block for a (row, head), one thread for an element: adds its parts up in their order.
-template <typename T>
-__global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDecodeParams p) {
-    const unsigned row_head = blockIdx.x, row = row_head / unsigned(p.heads);
-    ptx::grid_dependency_wait();
-    const Own own(p, row);
-    Stats all = {-INFINITY, 0.0f};
-    float sum = 0.0f;
-    if (own.valid) {
-        const Slots slots(p, row, row_head % unsigned(p.heads));
-        const int count = p.prefix_splits + own.parts;
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) all.m = fmaxf(all.m, load_global(slots.stats + slot).m);
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) {
-            const Stats one = load_global(slots.stats + slot);
-            const float weight = weight_of(one.m, all.m);
-            all.l += weight * one.l;
-            sum += weight * load_global(slots.at(slot) + threadIdx.x);
-        }
-    }
-    ptx::grid_dependency_launch();
-    store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
-}
-
-template <typename T, typename Stored, int kDim>
+template <typename T, typename StoredKey, typename StoredValue, int kDim>
 int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
-    using S = Shape<T, Stored, kDim>;
+    using S = Shape<T, StoredKey, StoredValue, kDim>;
     return launch(attention_decode_kernel<S>, unsigned(blocks), kThreads, S::kShared, p.stream, p, 1,
                   p.dependent != Dependent::none);
 }
 
-template <typename T, typename Stored>
+template <typename T, typename StoredKey, typename StoredValue>
 int launch_all(const AttentionDecodeParams& p) {
-    const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
-    if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
-    if (p.prefix_splits > 0) {
-        const int error = launch_prefix(p);
-        if (error != cudaSuccess) return error;
-    }
+    const int64_t blocks = p.rows * p.heads * p.splits;
     int error = cudaErrorInvalidValue;
-    if (p.dim == 32) error = launch_own<T, Stored, 32>(p, blocks);
-    if (p.dim == 64) error = launch_own<T, Stored, 64>(p, blocks);
-    if (p.dim == 96) error = launch_own<T, Stored, 96>(p, blocks);
-    if (p.dim == 128) error = launch_own<T, Stored, 128>(p, blocks);
-    if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1,
-                  p.dependent != Dependent::none);
+    if (p.dim == 32) error = launch_own<T, StoredKey, StoredValue, 32>(p, blocks);
+    if (p.dim == 64) error = launch_own<T, StoredKey, StoredValue, 64>(p, blocks);
+    if (p.dim == 96) error = launch_own<T, StoredKey, StoredValue, 96>(p, blocks);
+    if (p.dim == 128) error = launch_own<T, StoredKey, StoredValue, 128>(p, blocks);
+    return error != cudaSuccess || slots_of(p) == 1 ? error : launch_merge(p);
 }
 
 }  // namespace
@@ -469,10 +297,22 @@ int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
+    if (p.rows * p.heads * p.splits > INT32_MAX || p.positions > kMostKeys || p.splits < 1) {
+        return cudaErrorInvalidValue;
+    }
+    if (p.prefix_splits > 0) {
+        const int error = launch_prefix(p);
+        if (error != cudaSuccess) return error;
+    }
+    if (p.ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
+    if (p.ring && p.dtype == DType::f16) return launch_ring_f16(p);
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
-        if (!p.v_scale) return launch_all<T, T>(p);
-        if constexpr (sizeof(T) == 2) return launch_all<T, E4M3>(p);
+        if (!p.k_scale && !p.v_scale) return launch_all<T, T, T>(p);
+        if constexpr (sizeof(T) == 2) {
+            if (p.k_scale && p.v_scale) return launch_all<T, E4M3, E4M3>(p);
+            if (p.v_scale) return launch_all<T, T, E4M3>(p);
+        }
         return cudaErrorInvalidValue;
     });
 }

@@ -11,20 +11,13 @@
 //   and is rescaled. Tiles of keys begin with the first one that is shown, so that a hidden key is not even copied, and
 //   end where the warpgroup's last query does: what is left to mask is the diagonal.
 //
-//   In shared memory a tile has kPanels panels of 64 columns, with rows of 128 bytes, swizzled as TMA writes and wgmma
-//   reads them. With D of 96 the second panel's other half lies outside the tensor and is zero; no product reads it.
-//
 // Source: FlashAttention-3, section 3 (Shah et al., 2024; arXiv 2407.08608).
 #pragma once
 
-#include "attention_common.cuh"
 #include "attention_fwd.cuh"
-#include "hopper.cuh"
+#include "attention_hopper.cuh"
 
 namespace igpt::cuda::attention {
-
-constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kPanelRow = 128;      // bytes
 
 template <int D_>
 struct HopperFwd {
@@ -107,15 +100,6 @@ struct HopperWork {
 // ---- The warpgroup that loads: one thread of it ----------------------------------------------------------------
 
 template <typename F>
-__device__ __forceinline__ void load_panels(uint32_t to, int panel, const ptx::TensorMap* map, uint32_t barrier,
-                                            int row, const Block& block) {
-#pragma unroll
-    for (int i = 0; i < F::kPanels; ++i) {
-        ptx::tma_load_4d(to + i * panel, map, barrier, 64 * i, row, block.head, block.batch);
-    }
-}
-
-template <typename F>
 __device__ __forceinline__ void load_keys(uint32_t to, const ptx::TensorMap* map, uint32_t full, uint32_t empty, int j,
                                           const HopperWork<F>& work) {
     if (j >= F::kStages) ptx::mbarrier_wait(empty, (j / F::kStages - 1) % 2);
@@ -167,41 +151,6 @@ __device__ __forceinline__ void load_more(const HopperFwdArgs& args, const Hoppe
 
 // ---- The warpgroups that compute -------------------------------------------------------------------------------
 
-// The accumulators as wgmma counts them, and as the other kernels do.
-template <int N>
-__device__ __forceinline__ float (&flat(float (&x)[1][N][4]))[4 * N] {
-    return reinterpret_cast<float (&)[4 * N]>(x);
-}
-
-// Begins s = Q K^T.
-template <typename T, typename F>
-__device__ __forceinline__ void begin_scores(float (&s)[1][F::kKeys / 8][4], uint32_t q, uint32_t k) {
-    ptx::fence_registers(flat(s));
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < F::D / 16; ++i) {
-        const uint64_t a = ptx::swizzled_operand(q + i / 4 * F::kQPanel + i % 4 * 32, 0, 8 * kPanelRow);
-        const uint64_t b = ptx::swizzled_operand(k + i / 4 * F::kKeyPanel + i % 4 * 32, 0, 8 * kPanelRow);
-        ptx::wgmma_ss<T, F::kKeys>(flat(s), a, b, i > 0);
-    }
-    ptx::wgmma_commit();
-}
-
-// Begins out += P V.
-template <typename T, typename F>
-__device__ __forceinline__ void begin_out(float (&out)[1][F::D / 8][4], uint32_t (&p)[F::kKeys / 16][4], uint32_t v) {
-    ptx::fence_registers(flat(out));
-#pragma unroll
-    for (int i = 0; i < F::kKeys / 16; ++i) ptx::fence_registers(p[i]);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < F::kKeys / 16; ++i) {
-        const uint64_t b = ptx::swizzled_operand(v + i * 16 * kPanelRow, F::kKeyPanel, 8 * kPanelRow);
-        ptx::wgmma_rs<T, F::D, ptx::Major::mn>(flat(out), p[i], b, true);
-    }
-    ptx::wgmma_commit();
-}
-
 // The state of a warpgroup's 64 queries.
 template <typename T, typename F>
 struct HopperRows {
@@ -229,19 +178,8 @@ struct HopperRows {
         each_element<1, F::D / 8>([&](int, int d, int e) { out[0][d][e] *= before[e / 2]; });
         round();
     }
-    __device__ __forceinline__ void round() {
-#pragma unroll
-        for (int i = 0; i < 2 * kColumns; ++i) {
-            p[i / 4][i % 4] = ptx::pack2<T>(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1]);
-        }
-    }
+    __device__ __forceinline__ void round() { round_to<T>(p, s); }
 };
-
-// Says, for a warp, that it has done with a place of a ring: all its lanes have waited for their products.
-__device__ __forceinline__ void leave(uint32_t empty) {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
-}
 
 // `tiles`: of those that the warpgroup's queries see, 1 or more.
 template <typename T, typename F>
@@ -339,17 +277,6 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
 }
 
 // ---- The launcher ----------------------------------------------------------------------------------------------
-
-inline cudaError_t make_map(ptx::TensorMap* map, const AttentionTensor& tensor, const AttentionShape& shape,
-                            int positions, int rows) {
-    const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : 2 * stride; };
-    return ptx::make_tensor_map(
-        map, tensor.data,
-        {{shape.head_dim, positions, shape.heads, shape.batch},
-         {bytes(positions, tensor.position), bytes(shape.heads, tensor.head), bytes(shape.batch, tensor.batch)},
-         {64, rows, 1, 1},
-         ptx::Swizzle::bytes128});
-}
 
 template <typename T, typename F>
 int launch_hopper(const AttentionFwdParams& params) {

@@ -6,5 +6,6 @@ namespace igpt::cuda::attention {
 
 template int forward<128>(const AttentionFwdParams& params);
 template int backward<128>(const AttentionBwdParams& params);
+template int backward_terms<128>(const AttentionBwdParams& params);
 
 }  // namespace igpt::cuda::attention

@@ -6,5 +6,6 @@ namespace igpt::cuda::attention {
 
 template int forward<32>(const AttentionFwdParams& params);
 template int backward<32>(const AttentionBwdParams& params);
+template int backward_terms<32>(const AttentionBwdParams& params);
 
 }  // namespace igpt::cuda::attention

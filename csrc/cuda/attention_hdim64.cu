@@ -6,5 +6,6 @@ namespace igpt::cuda::attention {
 
 template int forward<64>(const AttentionFwdParams& params);
 template int backward<64>(const AttentionBwdParams& params);
+template int backward_terms<64>(const AttentionBwdParams& params);
 
 }  // namespace igpt::cuda::attention

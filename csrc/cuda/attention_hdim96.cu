@@ -6,5 +6,6 @@ namespace igpt::cuda::attention {
 
 template int forward<96>(const AttentionFwdParams& params);
 template int backward<96>(const AttentionBwdParams& params);
+template int backward_terms<96>(const AttentionBwdParams& params);
 
 }  // namespace igpt::cuda::attention

@@ -12,10 +12,15 @@
 //   them: mma's rows are columns of the weight, its 8 columns the rows of x. What mma calls k is free, as long as both
 //   operands mean the same: a lane has eight of n_in that follow one another, of Conv1D in 8 rows of the weight, of
 //   which 8 lanes read 128 bytes, and of Linear in one vector of each of 8 columns. Two such chunks of each warp, 4 KB
-//   each, are on their way at any time, the first ones before grid_dependency_wait: weight and bias must not come from
-//   the launch before, where launches are dependent ones. The rows of x are in shared memory,
-//   a warp for a row. The warps' sums are put together in shared memory in their order, the blocks' in that of the
-//   first block of the cluster.
+//   each, are on their way at any time, the first ones before grid_dependency_wait: weight, bias and norm_weight must
+//   not come from the launch before, where launches are dependent ones. The rows of x are in shared memory, a warp for
+//   a row. The warps' sums are put together in shared memory in their order, the blocks' in that of the first block of
+//   the cluster.
+//
+//   The next launch may begin as soon as all blocks of this one have (Dependent::early). It waits for this one's end,
+//   and this one, before any block writes or ends, has waited for the end of the launch before it: so nothing is
+//   written that a launch two before still reads, though all three are there at once. Nor can they block one another:
+//   who waits has begun after everything that it waits for.
 //
 //   Bound by bytes: n_in * n_out elements of the weight.
 //
@@ -154,21 +159,34 @@ __device__ __forceinline__ float norm_of(const GemvParams& p, int row) {
     return rsqrtf(warp_sum(square) / float(p.n_in) + p.eps);
 }
 
-// Puts x from `begin` to `end` into shared memory, a row for each warp.
+// Asks for the norm's weight from `begin` to `end`, a slab at most; it is there when all have waited.
+template <typename T>
+__device__ __forceinline__ void ask_factors(const GemvParams& p, Vector<T>* factors, int begin, int end) {
+    const int k = begin + int(threadIdx.x) * 8;
+    if (k < end) {
+        ptx::cp_async16(ptx::shared_address(factors + threadIdx.x), static_cast<const T*>(p.norm_weight) + k);
+    }
+    ptx::cp_async_commit();
+}
+
+// Puts x from `begin` to `end` into shared memory, a row for each warp. `factors`: the norm's weight from there on;
+// `scales`: the norm's factor of a thread's row.
 template <typename T, bool kNormed>
-__device__ __forceinline__ void fill_x(const GemvParams& p, Unit<kNormed>* x, int begin, int end, float scale) {
+__device__ __forceinline__ void fill_x(const GemvParams& p, Unit<kNormed>* x, int begin, int end,
+                                       const Vector<T>* factors, const float* scales) {
     const int row = int(threadIdx.x) / kWarpSize;
     if (row >= p.rows) return;
+    const float scale = kNormed ? load_shared(scales + threadIdx.x) : 1.0f;
 #pragma unroll 2  // vectors on their way at once
     for (int k = begin + int(threadIdx.x) % kWarpSize * 8; k < end; k += kWarpSize * 8) {
         const Vector<T> vector = load_vector<T>(p.x, int64_t(row) * p.n_in + k);
         Unit<kNormed> units[2];
         if constexpr (kNormed) {
-            const Vector<T> factors = load_vector<T>(p.norm_weight, k);
+            const Vector<T> factor = load_shared(factors + (k - begin) / 8);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float low = to_float(vector.at[2 * i]) * scale * to_float(factors.at[2 * i]);
-                const float high = to_float(vector.at[2 * i + 1]) * scale * to_float(factors.at[2 * i + 1]);
+                const float low = to_float(vector.at[2 * i]) * scale * to_float(factor.at[2 * i]);
+                const float high = to_float(vector.at[2 * i + 1]) * scale * to_float(factor.at[2 * i + 1]);
                 const uint32_t rounded = ptx::pack2<T>(low, high);
                 const float2 had = ptx::unpack2<T>(rounded);
                 units[i / 2].at[i % 2] = rounded;
@@ -299,13 +317,17 @@ template <typename T, bool kNormed, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_kernel(GemvParams p) {
     using C = Chunk<T, kTransposed>;
     using U = Unit<kNormed>;
-    float* inbox = dynamic_shared<float>();
-    uint32_t* kept = reinterpret_cast<uint32_t*>(inbox + p.splits * kInbox);
-    float* scratch = reinterpret_cast<float*>(kept + 2 * kThreads);  // x, then the warps' sums
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
+    Vector<T>* factors = dynamic_shared<Vector<T>>();  // of the norm
+    uint32_t* kept = reinterpret_cast<uint32_t*>(factors + (kNormed ? U::kSlab / 8 : 0));
+    float* scales = reinterpret_cast<float*>(kept + 2 * kThreads);  // the norm's factor, of each thread: registers
+    float* inbox = scales + (kNormed ? kThreads : 0);
+    float* scratch = inbox + p.splits * kInbox;  // x, then the warps' sums
     U* x = reinterpret_cast<U*>(scratch);
     const int tile = int(blockIdx.x) / p.splits * kColumns, split = int(blockIdx.x) % p.splits;
     const int begin = split * p.share, end = min(begin + p.share, p.n_in);
     const int warp = int(threadIdx.x) / kWarpSize;
+    if constexpr (kNormed) ask_factors<T>(p, factors, begin, min(begin + U::kSlab, end));
     Cursor<T, kTransposed> cursor(p, tile, begin + warp * kChunk, end);
     C now, next;
     now.load(cursor);  // the weight does not come from the launch before
@@ -315,16 +337,23 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
     if (p.splits > 1) ptx::cluster_arrive_relaxed();  // hand_in waits for it
     ptx::grid_dependency_wait();
     const uint32_t residual = output.ask(p.residual, output.at(p));
-    float scale = 1.0f;
     if constexpr (kNormed) {
-        if (warp < p.rows) scale = norm_of<T>(p, warp);
+        if (warp < p.rows) store_shared(scales + threadIdx.x, norm_of<T>(p, warp));
+        ptx::cp_async_wait<0>();
+        __syncthreads();
     }
     output.keep(bias, residual);
     float sums[4][4] = {};
     for (int slab = begin; slab < end; slab += U::kSlab) {
-        if (slab > begin) __syncthreads();  // the one before is still being read
         const int slab_end = min(slab + U::kSlab, end);
-        fill_x<T>(p, x, slab, slab_end, scale);
+        if (slab > begin) {
+            if constexpr (kNormed) {
+                ask_factors<T>(p, factors, slab, slab_end);
+                ptx::cp_async_wait<0>();
+            }
+            __syncthreads();  // the one before is still being read
+        }
+        fill_x<T>(p, x, slab, slab_end, factors, scales);
         __syncthreads();
         for (int k = slab + warp * kChunk; k < slab_end; k += 2 * kStep) {
             multiply<T>(p, sums, now, x, k - slab, slab_end - slab);
@@ -335,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
             next.load(cursor);
         }
     }
-    ptx::grid_dependency_launch();  // it waits for what is still to be written
+    ptx::grid_dependency_launch();  // counts once; it waits for what is still to be written
     hand_in<C>(sums, scratch, inbox + split * kInbox, p.splits == 1);
     output.finish(p, inbox);
 }
@@ -343,7 +372,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
 template <typename T, bool kNormed>
 int launch_kernel(const GemvParams& p, unsigned blocks) {
     const size_t scratch = std::max(Unit<kNormed>::bytes(p.share), kSums * sizeof(float));
-    const size_t shared = (size_t(p.splits) * kInbox + 2 * kThreads) * sizeof(float) + scratch;
+    const size_t kept = (2 + kNormed) * kThreads * sizeof(float) + (kNormed ? Unit<true>::kSlab * sizeof(T) : 0);
+    const size_t shared = size_t(p.splits) * kInbox * sizeof(float) + kept + scratch;
     const auto kernel = p.transposed ? gemv_kernel<T, kNormed, true> : gemv_kernel<T, kNormed, false>;
     return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits), p.dependent != Dependent::none);
 }

@@ -61,6 +61,51 @@ bool has_clusters([[maybe_unused]] void (*kernel)(Params)) {
 #endif
 }
 
+#ifdef __CUDACC__
+// Lets a kernel have as much dynamic shared memory, which may be more than it has without asking.
+template <typename Params>
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    return error == cudaSuccess ? error : cudaGetLastError();  // takes it, lest the next launch report it
+}
+#endif
+
+// How many blocks of a kernel run at a time on the current device, number `device`, in whole clusters; 0 after an
+// error.
+template <typename Params>
+int resident_blocks([[maybe_unused]] void (*kernel)(Params), [[maybe_unused]] int device, unsigned threads,
+                    size_t shared_bytes, unsigned cluster) {
+#ifdef __CUDACC__
+    int count = 0, multiprocessors = 0;
+    cudaError_t error = allow_shared(kernel, shared_bytes);
+    if (error == cudaSuccess && cluster == 1) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess) {
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(threads), shared_bytes);
+        }
+        count *= multiprocessors;
+    } else if (error == cudaSuccess) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = cluster;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = cluster;
+        config.blockDim = threads;
+        config.dynamicSmemBytes = shared_bytes;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+        count *= int(cluster);
+    }
+    cudaGetLastError();
+    return error == cudaSuccess ? count : 0;
+#else
+    return emulator::resident_blocks(threads, shared_bytes, cluster);
+#endif
+}
+
 // Launches on `stream` of the current device, which a DeviceGuard has chosen. `cluster`: how many blocks, side by side
 // in x, are a cluster, up to 8; more than one only where it has_clusters(). `dependent`: the kernel, which calls
 // grid_dependency_wait before it reads what launches before it have written, writes anything or returns, may begin when
@@ -69,11 +114,7 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params, unsigned cluster = 1, bool dependent = false) {
 #ifdef __CUDACC__
-    if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return cudaGetLastError();  // takes it, lest the next launch report it
-    }
+    if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2]{};
     unsigned count = 0;
     if (cluster > 1) {

@@ -62,34 +62,37 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // All tensors contiguous and 16-byte aligned; n_embd a multiple of 8, at most 8192. The formulas: norm.cu.
 struct NormFwdParams : Launch {
-    const void* x;         // (rows, n_embd)
+    const void* x;         // (rows, n_embd) of `x_dtype`
     const void* residual;  // (rows, n_embd), or null
-    const void* weight;    // (n_embd,)
-    const void* bias;      // (n_embd,), or null: layer_norm's
+    const void* weight;    // (n_embd,) of `weight_dtype`
+    const void* bias;      // (n_embd,) of `weight_dtype`, or null: layer_norm's
     void* sum;             // (rows, n_embd): x + residual; null without residual
-    void* out;             // (rows, n_embd)
+    void* out;             // (rows, n_embd) of `out_dtype`
     int64_t rows;
     int32_t n_embd;
     float eps;
-    DType dtype;   // of all of them
-    bool centred;  // layer_norm, else rms_norm
+    DType dtype;                             // of residual and sum, of x without them
+    DType x_dtype, weight_dtype, out_dtype;  // those of layer_norm are `dtype`
+    bool centred;                            // layer_norm, else rms_norm
 };
 
 struct NormBwdParams : Launch {
-    const void* dout;    // (rows, n_embd)
+    const void* dout;    // (rows, n_embd) of `out_dtype`
     const void* dsum;    // (rows, n_embd): gradient that reaches x past the norm, or null
     const void* x;       // (rows, n_embd): what was normalised, x + residual where there was one
-    const void* weight;  // (n_embd,)
+    const void* weight;  // (n_embd,) of `weight_dtype`
     void* dx;            // (rows, n_embd), the residual's gradient as well
-    void* dweight;       // (n_embd,)
-    void* dbias;         // (n_embd,) of layer_norm; null of rms_norm
+    void* dbranch;       // (rows, n_embd) of `x_dtype`: dx again, for an x that was of another dtype; or null
+    void* dweight;       // (n_embd,) of `weight_dtype`
+    void* dbias;         // (n_embd,) of `weight_dtype`, of layer_norm; null of rms_norm
     float* partial;      // (parts, n_embd) of rms_norm, (2, parts, n_embd) of layer_norm, to work in
     int64_t rows;
     int32_t n_embd;
     int32_t parts;  // blocks to work in; norm_bwd_parts(rows) are a good number
     float eps;
-    DType dtype;   // of all but partial
-    bool centred;  // layer_norm, else rms_norm
+    DType dtype;                             // of x, dsum and dx
+    DType x_dtype, weight_dtype, out_dtype;  // those of layer_norm are `dtype`
+    bool centred;                            // layer_norm, else rms_norm
 };
 
 int norm_fwd(const NormFwdParams& params);
@@ -242,6 +245,8 @@ struct AttentionBwdParams {
     AttentionTensor q, k, v, out, dout, dq, dk, dv;
     const float* lse;  // from the forward
     float* terms;      // (B, H, T_q, 2), aligned to 8 bytes, to work in
+    // The kernels that every GPU runs, even where those for Hopper could (attention_bwd_hopper.cuh).
+    bool portable;
 };
 
 int causal_attention_fwd(const AttentionFwdParams& params);
@@ -254,8 +259,9 @@ struct AttentionDecodeParams : Launch {
     const void* k;            // of the new position
     const void* v;            // of the new position
     void* k_cache;            // (rows, heads, positions, dim)
+    float* k_scale;           // (rows, heads, positions): k_cache is in e4m3, times these; null: it is in dtype
     void* v_cache;            // (rows, heads, positions, dim)
-    float* v_scale;           // (rows, heads, positions): v_cache is in e4m3, times these; null: it is in dtype
+    float* v_scale;           // likewise of v_cache; there where k_scale is
     const int32_t* position;  // of the new key: (rows,), or (1,) for all
     const int32_t* starts;    // (rows,): the first key that each sees, counted from the prefix's first; or null
     const void* prefix_k;     // (rows / group, heads, prefix, dim), the last two dimensions contiguous; or null
@@ -274,18 +280,20 @@ struct AttentionDecodeParams : Launch {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
+    // Whether this may begin before the launches before it have ended. Without `ring` it reads nothing before they have;
+    // with it the position, the starts, and what the caches hold before the position must not come from them.
     Dependent dependent;
+    bool ring;     // of caches of 16 bits or less: through shared memory, by blocks that stay
+    bool cluster;  // with it, where the device has clusters: up to 8 splits are put together by one
 };
 
 int attention_decode(const AttentionDecodeParams& params);
 
-// Into how many parts `keys` are split, so that about two blocks for each of 132 multiprocessors are at work, each with
-// 64 keys or more. `blocks`: how many there are without.
-constexpr int32_t attention_decode_splits(int64_t blocks, int64_t keys) {
-    const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : (264 + blocks - 1) / blocks;
-    const int64_t most = keys < 64 ? 1 : (keys + 63) / 64;
-    return int32_t(wanted < most ? wanted : most);
-}
+// Into how many parts the keys of each of `blocks` (row, head)s are split, no part below 64 keys.
+//   Without `ring`: so that about two blocks for each of 132 multiprocessors are at work.
+//   With it: as few as load the device's multiprocessors evenly, nine tenths of them if that can be; with `cluster`
+//   no more than a cluster has blocks, where the device has clusters.
+int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster);
 
 // out = activation(norm(x) weight + bias) + residual for few rows. The formula: gemv.cu.
 struct GemvParams : Launch {
@@ -302,11 +310,14 @@ struct GemvParams : Launch {
     float eps;
     Activation activation;
     DType dtype;            // bf16 or f16, of all of them
-    Dependent dependent;    // weight and bias must not come from a launch that may still be running
+    Dependent dependent;    // weight, bias, norm_weight must not come from a launch that may still be running
     int32_t splits, share;  // the launcher's own: blocks that share n_in, and their share
 };
 
 int gemv(const GemvParams& params);
+
+// A new stream, which waits for no other, the default one neither, and which nothing destroys. Returns an error's code.
+int make_stream(int device, void** stream);
 
 // The runtime's text for an error code.
 const char* error_string(int code);

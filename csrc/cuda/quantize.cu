@@ -164,6 +164,5 @@ int quantize(const QuantizeParams& p) {
 
 int quantize_u8(const QuantizeParams& p) { return quantize<BytePixel, uint8_t>(p); }
 int quantize_f32(const QuantizeParams& p) { return quantize<FloatPixel, float>(p); }
-const char* error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
 }  // namespace igpt::cuda

@@ -36,7 +36,7 @@ constexpr size_t kSharedOffset = kSharedBase % kSharedAlignment;
 Schedule schedule;
 uint64_t clusters_begun = 0;
 uint64_t first_block = 0, block_count = kAllBlocks;
-std::atomic<int> device_capability{80};
+std::atomic<int> device_capability{80}, device_multiprocessors{132};
 Counters total{};
 std::mutex one_launch;
 const std::function<void()>* kernel = nullptr;
@@ -312,6 +312,16 @@ void set_schedule(Schedule wanted) {
 void set_capability(int ten_times) { device_capability = ten_times; }
 
 int capability() { return device_capability; }
+
+void set_multiprocessors(int count) { device_multiprocessors = count; }
+
+int multiprocessors() { return device_multiprocessors; }
+
+int resident_blocks(unsigned threads, size_t shared_bytes, unsigned cluster_size) {
+    const size_t by_shared = (kMaxShared + 1024) / (shared_bytes + 1024);
+    const unsigned each = unsigned(std::min<size_t>(2048 / threads, by_shared));
+    return int(each * unsigned(device_multiprocessors) / cluster_size * cluster_size);
+}
 
 void set_blocks(uint64_t first, uint64_t count) {
     const std::lock_guard<std::mutex> lock(one_launch);

@@ -38,6 +38,7 @@ struct Counters {
     uint64_t mma, ldmatrix, ldmatrix_wavefronts;  // of whole warps; an 8x8 matrix without conflicts is one wavefront
     uint64_t async_copies;                        // of 16 bytes; they count as a global load and a shared access too
     uint64_t tile_copies, tile_bytes;             // by TMA
+    uint64_t bulk_copies, bulk_bytes;             // of contiguous memory, likewise
     uint64_t wgmma;                               // of whole warps: four for one instruction
 };
 
@@ -46,6 +47,11 @@ void set_schedule(Schedule schedule);
 // What the device is from now on, to the launchers that look: 80 at first, 90 for one with wgmma and TMA. The emulator
 // runs what it is given, whatever this says.
 void set_capability(int ten_times);
+// And how many multiprocessors it has: 132 at first. Of sm_90, if they are asked how many blocks fit.
+void set_multiprocessors(int count);
+int multiprocessors();
+// How many blocks of such a launch run at a time, in whole clusters; of registers nothing is known.
+int resident_blocks(unsigned threads, size_t shared_bytes, unsigned cluster);
 
 // From now on launches run only these blocks, by linear index (x fastest), and those of their clusters; they are an
 // error if they have none of them.

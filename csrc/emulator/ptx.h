@@ -27,10 +27,11 @@ void grid_dependency_launch();
 struct AsyncCopy {
     unsigned char* to;
     const unsigned char* from;
-    int bytes;  // the rest of 16 is zero
+    int bytes;  // the rest of `size` is zero
+    int size;   // 4 or 16
 };
 // Checks and notes it; the caller does it.
-AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, Where where);
+AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, int size, Where where);
 void commit_copies();
 // Gives, one by one, the copies that a wait for all but `groups` groups is for.
 bool take_copy(int groups, AsyncCopy& copy);
@@ -78,12 +79,18 @@ inline void touch(const unsigned char* from, int bytes) {
     }
     for (; i < bytes; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(from + i));
 }
-// Poisons `bytes` bytes, a multiple of 8 at a multiple of 8.
+using Half = uint32_t __attribute__((may_alias));
+// Poisons `bytes` bytes, 4 or a multiple of 8, at a multiple of 4 or 8.
 inline void poison(unsigned char* to, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 8) *reinterpret_cast<Word*>(to + i) = ~uint64_t(0);
+    if (bytes == 4) *reinterpret_cast<Half*>(to) = ~0u;
+    for (int64_t i = 0; i + 8 <= bytes; i += 8) *reinterpret_cast<Word*>(to + i) = ~uint64_t(0);
 }
-// The first `bytes` of 16 bytes, and zeros.
+// The first `bytes` of `size` bytes, and zeros.
 inline void deliver(const AsyncCopy& copy) {
+    if (copy.size == 4) {
+        *reinterpret_cast<Half*>(copy.to) = *reinterpret_cast<const Half*>(copy.from);
+        return;
+    }
     auto* to = reinterpret_cast<Word*>(copy.to);
     for (int half = 0; half < 2; ++half) {
         uint64_t word = 0;
@@ -106,9 +113,14 @@ namespace igpt::cuda::ptx {
 inline uint32_t shared_address(const void* p, emulator::Where where = {}) { return emulator::shared_address(p, where); }
 
 inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, emulator::Where where = {}) {
-    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, where);
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, 16, where);
     emulator::touch(copy.from, copy.bytes);
     emulator::poison(copy.to, 16);
+}
+inline void cp_async4(uint32_t dst, const void* src, emulator::Where where = {}) {
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, 4, 4, where);
+    emulator::touch(copy.from, 4);
+    emulator::poison(copy.to, 4);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>

@@ -64,8 +64,9 @@ def main(args: Sequence[str] | None = None) -> int:
             got = f", got {args[0]}" if args else ""
             raise UsageError(f"expected one of {', '.join(COMMANDS)}{got} (see igpt --help)")
         with _parsing(name):
+            words = train.spelled_out(args[1:]) if name == "train" else args[1:]
             command = tyro.cli(
-                _deferred(COMMANDS[name]), prog=f"igpt {name}", args=args[1:], config=(tyro.conf.FlagCreatePairsOff,)
+                _deferred(COMMANDS[name]), prog=f"igpt {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,)
             )
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -4,7 +4,8 @@
 from; ``tokenize``: these as shards, in the processes of ``pool``, taken as ``taking`` says; ``shards``, ``lazy``: data
 that a run reads as it goes.
 ``objectives``: what is learned.
-``train``, ``schedule``, ``settings``, ``state``: the loop, its steps, its knobs, its log and checkpoint.
+``train``, ``schedule``, ``settings``, ``state``: the loop, what a step is given, its knobs, its log and checkpoint.
+``stepping``: a step, whether ``watch`` finds it finite; on a GPU of ``resident`` images, and captured by ``graphs``.
 ``distributed``, ``checkpoints``, ``throughput``: a step by several processes, what they save, how fast they are.
 ``run``: a whole run in a directory; ``reconstruction``: what a model of masked pixels makes of images.
 ``finetune``: from a model that draws to one that classifies. ``evaluate``: how good a model is.

@@ -32,6 +32,7 @@ class ImageSet:
     labels: Tensor | None  # (N,) int64
     class_names: Sequence[str]
     skipped: int
+    ready = True  # whether tokens are at hand, and need not be made of pictures first
 
     @property
     def height(self) -> int:
@@ -312,8 +313,13 @@ def _class_names(names: np.ndarray | None) -> list[str]:
 def _narrow(tokens: np.ndarray, n_clusters: int) -> Tensor:
     """A copy in the smallest type that holds the ids of the clusters and that torch computes with."""
     check_tokens(tokens, n_clusters)
-    dtype = next(kind for kind in (np.uint8, np.int16, np.int32, np.int64) if n_clusters - 1 <= np.iinfo(kind).max)
-    return torch.from_numpy(tokens.astype(dtype, order="C"))
+    return torch.from_numpy(tokens.astype(str(narrow_dtype(n_clusters)).removeprefix("torch."), order="C"))
+
+
+def narrow_dtype(vocabulary: int) -> torch.dtype:
+    """The smallest type that holds the tokens below ``vocabulary`` and that torch computes with."""
+    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    return next(kind for kind in kinds if vocabulary - 1 <= torch.iinfo(kind).max)
 
 
 def save_tokens(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from igpt_fast.files import listed
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.world import World
 
 
@@ -72,7 +73,7 @@ class Team:
                 f" process{'es' if world.size > 1 else ''} and --accumulate {execution.accumulate}"
             )
         self.model, self.world, self.config, self._accumulate = model, world, config, execution.accumulate
-        self._device = device
+        self.device = device
         self.stop: Callable[[], bool] = lambda: False  # whether this process has been asked to stop
         self.stopped = False  # whether one has, as all know
         if execution.checkpointing:
@@ -83,7 +84,7 @@ class Team:
         self._module = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
-        learner, device = self._learner, self._device
+        learner, device = self._learner, self.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what collective operations of objects go by
         if self._sharded:
@@ -112,20 +113,21 @@ class Team:
         """Number of the stream of random numbers (see ``schedule.generator_at``) that this process's dropout draws."""
         return 3 if self.world.first else 1000 + self.world.rank
 
-    def backward(self, inputs: tuple[Tensor, ...]) -> float:
-        """Adds the gradients of a whole batch; returns its mean loss, of which NaN is seen by all processes.
+    def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Adds the gradients of a whole batch; returns its mean loss, (), of which NaN is seen by all processes. It
+        stays on the device, which is not waited for.
 
         Raises:
             ValueError: Under DDP, a parameter that learns has no part in the loss.
         """
         size = len(inputs[0])
-        total = torch.zeros((), dtype=torch.float32, device=self._device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         part = self.world.share(size)
         micro = [tensor[part.start : part.stop].tensor_split(self._accumulate) for tensor in inputs]
         for i in range(self._accumulate):
             with self._syncing(i + 1 == self._accumulate):
-                with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
-                    losses = self._module(*(parts[i].to(self._device) for parts in micro))
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+                    losses = self._module(*(sent(parts[i], self.device) for parts in micro))
                     loss = losses.sum() / size
                 (loss * self.world.size).backward()  # of several, DDP and FSDP take the mean
             total += loss.detach()
@@ -134,7 +136,7 @@ class Team:
             if unused:
                 what = f"no gradient of {listed(unused, 3)}; the objective {self._learner.objective.name}"
                 raise ValueError(f"--parallel ddp: {what} does not use it: freeze it (requires_grad_), or take fsdp")
-        return self._agreed(total.item())
+        return self._agreed(total)
 
     def _syncing(self, last: bool) -> AbstractContextManager[None]:
         """DDP adds gradients up in each process until the last part. FSDP shares every part's: a process would have to
@@ -142,15 +144,19 @@ class Team:
         skip = self._replicated and not last
         return self._module.no_sync() if skip else contextlib.nullcontext()  # type: ignore[operator]
 
-    def _agreed(self, loss: float) -> float:
-        total, stop = self.world.total([loss, float(self.stop())])
+    def _agreed(self, loss: Tensor) -> Tensor:
+        """The sum of all processes' parts; and whether one of them has been asked to stop, which they tell each other
+        from host to host, without their devices."""
+        if self.world.size == 1:
+            self.stopped = self.stop()
+            return loss
+        (stop,) = self.world.total([float(self.stop())])
         self.stopped = stop > 0.0
-        return total
+        return self.world.summed(loss.double())
 
-    def clip(self) -> float:
-        """Bounds the norm of all gradients together; returns what it was."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        return whole(norm).item()
+    def clip(self) -> Tensor:
+        """Bounds the norm of all gradients together; returns what it was, (), on the device."""
+        return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """The objective's figures. Every process computes all of them: they are those of one process, whatever an

@@ -14,6 +14,7 @@ from igpt_fast.checks import whole_number
 from igpt_fast.files import listed, shown
 from igpt_fast.learning.objectives.masked import VOTES, vote
 from igpt_fast.likelihood.nats import evaluating
+from igpt_fast.likelihood.transfer import Arriving, one_ahead, sent
 from igpt_fast.model import ImageGPTModel
 
 Progress = Callable[[int, int], None]
@@ -156,13 +157,14 @@ def feature_batches(
     masks = check_masks(masks, model.config)
 
     def read(batch: Tensor) -> Tensor:
+        batch = sent(batch, model.device)
         return torch.stack([item.float() for item in model.forward_intermediates(batch, **how)], dim=1)
 
     with evaluating(model):
         for start in range(0, len(tokens), batch_size):
             part = slice(start, min(start + batch_size, len(tokens)))
             with torch.inference_mode():
-                batch = fed(model.config, tokens[part].to(model.device, torch.int64), sos)
+                batch = fed(model.config, tokens[part].long(), sos)  # on the host, where the masks are made
                 found = vote(read, model.config, batch, masks) if masks else read(batch)
             yield part, found.flatten(2) if pool else found  # (B, L, [bands,] n_embd) or (B, L, T, n_embd)
 
@@ -208,10 +210,12 @@ def collect(
     """As ``extract``, of what has been checked, by ``check_tokens`` and ``check_layers``; ``how`` as of
     ``feature_batches``."""
     found: np.ndarray | None = None
-    for part, batch in feature_batches(model, images, layers, **how):
+    coming = ((part, Arriving(batch)) for part, batch in feature_batches(model, images, layers, **how))
+    for part, arriving in one_ahead(coming, model.device):
+        batch = arriving.get().numpy()
         if found is None:
             found = np.empty((len(images), *batch.shape[1:]), dtype=np.float32)
-        found[part] = batch.cpu().numpy()
+        found[part] = batch
         if not np.isfinite(found[part]).all():
             raise FloatingPointError(f"features of images {part.start}..{part.stop - 1} are not finite")
         if progress is not None:

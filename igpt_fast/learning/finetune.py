@@ -66,6 +66,7 @@ class Part:
             held.append(own[:count])
             train.append(own[count:])
         self._train, self._held = torch.cat(train).tolist(), torch.cat(held).tolist()
+        self.ready = getattr(data, "ready", False)  # see ``ImageSet``
         self.n_train, self.n_heldout = len(self._train), len(self._held)
 
     def train_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -37,6 +37,8 @@ class FolderData(ImageSet):
             ``train_batch`` and ``heldout_batches``: an image that cannot be read; the message names it.
     """
 
+    ready = False
+
     def __init__(self, source: Folder, taking: Taking, *, skip_unreadable: bool = False) -> None:
         folder = source.path
         if not len(source):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.likelihood.transfer import sent
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -27,20 +28,22 @@ def chosen_at(step: int, n: int, config: TrainConfig) -> list[int]:
 
 
 def augmented(step: int, batch: Tensor, height: int, width: int, config: TrainConfig) -> Tensor:
-    """The images (B, T) of a step, mirrored and shifted."""
-    batch = batch.view(-1, height, width)
+    """The images (B, T) of a step, mirrored and shifted, where they are; the numbers are drawn on the host."""
+    batch, device = batch.view(-1, height, width), batch.device
     generator = generator_at(2, step, config)
     if config.flip:
-        flipped = torch.rand(len(batch), generator=generator) < 0.5
+        flipped = sent(torch.rand(len(batch), generator=generator) < 0.5, device)
         batch = torch.where(flipped[:, None, None], batch.flip(-1), batch)
     if config.shift:
         # A shift of -shift .. shift along each axis; the border repeats.
-        down, right = torch.randint(-config.shift, config.shift + 1, (2, len(batch), 1), generator=generator)
+        drawn = torch.randint(-config.shift, config.shift + 1, (2, len(batch), 1), generator=generator)
+        down, right = sent(drawn, device)
         rows, columns = (
-            (torch.arange(height) + down).clamp(0, height - 1),
-            (torch.arange(width) + right).clamp(0, width - 1),
+            (torch.arange(height, device=device) + down).clamp(0, height - 1),
+            (torch.arange(width, device=device) + right).clamp(0, width - 1),
         )
-        batch = batch[torch.arange(len(batch))[:, None, None], rows[:, :, None], columns[:, None, :]]
+        images = torch.arange(len(batch), device=device)
+        batch = batch[images[:, None, None], rows[:, :, None], columns[:, None, :]]
     return batch.reshape(len(batch), -1)
 
 

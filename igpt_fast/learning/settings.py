@@ -7,6 +7,8 @@ from typing import Literal
 
 from igpt_fast.checks import finite_number, whole_number
 
+REDUCE_OVERHEAD = "reduce-overhead"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -29,7 +31,8 @@ class TrainConfig:
             compares with.
         seed: Of the initial weights, the batches, the augmentation and the dropout.
         bf16: Precision: autocast to bfloat16, or train in float32 throughout.
-        compile: Speed: compile the network with torch.compile, or run it as it is.
+        compile: Speed: run the network as it is, compile it with torch.compile (alone: True), or on a GPU, by one
+            process, capture each step in a CUDA graph as well (reduce-overhead): for small networks.
         eval_every: Steps between two evaluations of the held-out images.
         save_every: Steps between two checkpoints.
 
@@ -52,7 +55,7 @@ class TrainConfig:
     label_dropout: float = 0.1
     seed: int = 0
     bf16: bool = True
-    compile: bool = False
+    compile: bool | Literal["reduce-overhead"] = False
     eval_every: int = 250
     save_every: int = 250
 
@@ -65,6 +68,8 @@ class TrainConfig:
                 finite_number(name, value, 0, 1, without=(1,))
             elif field.type == "float":
                 finite_number(name, value, 0, without=() if name == "weight_decay" else (0,))
+        if not isinstance(self.compile, bool) and self.compile != REDUCE_OVERHEAD:
+            raise ValueError(f"compile is {self.compile!r}; want True, False or {REDUCE_OVERHEAD}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}; want a multiple of n_head, {self.n_head}")
 

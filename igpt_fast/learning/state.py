@@ -33,6 +33,7 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation; how they are computed (see ``computed_by``) need not."""
     settings = dataclasses.asdict(config) | {"objective": objective.name, **objective.identity()}
+    settings["compile"] = bool(config.compile)  # a CUDA graph launches the same kernels
     if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]
     return {"config": settings, "data": data.fingerprint()}
@@ -76,7 +77,10 @@ class TrainState:
 
     def save(self, path: Path) -> None:
         """Writes the file, replacing an older one."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.about}
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])  # where it is a tensor, for a CUDA graph
+        state = {"model": self.model.state_dict(), "optimizer": optimizer, **self.about}
         for left in path.parent.glob(f".{path.name}.*.partial*"):
             left.unlink(missing_ok=True)  # from a process that was killed while it wrote
         with files.replacing(path) as partial, partial.open("wb") as file:

@@ -65,7 +65,8 @@ class Meter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step, which ends with a figure that the device had to be waited for."""
+        """Around a step, and the reading of its figures where they are read: a GPU computes behind the host, whose time
+        is that of the steps from one reading to the next, and nothing here waits for it."""
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start

@@ -10,17 +10,15 @@ Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and 
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
@@ -28,27 +26,15 @@ from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.learning.distributed import Team, check_same
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
-from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
 from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.learning.state import Output, TrainState, computed_by, same_run
+from igpt_fast.learning.stepping import Stepper, captures, optimizer_for, own_generators, seed
 from igpt_fast.learning.throughput import Meter
 from igpt_fast.world import World
 
 LOG_EVERY = 50  # steps
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is no longer a finite number."""
-
-
-def optimizer_for(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95) of what learns; weight decay on matrices only."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in learning if p.ndim >= 2], [p for p in learning if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def new_model(data: Data, config: TrainConfig, objective: Objective) -> Any:
@@ -68,68 +54,9 @@ def new_model(data: Data, config: TrainConfig, objective: Objective) -> Any:
         **objective.settings(data),
     )
     cpu = torch.device("cpu")
-    with _own_generators(cpu):
-        _seed(config.seed, cpu)
+    with own_generators(cpu):
+        seed(config.seed, cpu)
         return objective.model(shape)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seeds what the device draws from like ``torch.manual_seed``, which would seed every other GPU as well."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _own_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, torch's global generators are the run's; afterwards they go on as if nothing had been drawn."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def inputs_at(step: int, data: Data, config: TrainConfig, objective: Objective) -> tuple[Tensor, ...]:
-    """What the objective's losses take at a step, all a function of the step alone."""
-    tokens, labels = data.train_batch(chosen_at(step, data.n_train, config))
-    tokens = augmented(step, tokens, data.height, data.width, config)
-    return objective.inputs(tokens, labels, generator_at(4, step, config))
-
-
-def train_step(
-    state: TrainState, data: Data, config: TrainConfig, objective: Objective, team: Team | None = None
-) -> dict[str, Any]:
-    """One optimizer step; returns its record for the log.
-
-    It seeds torch's global generators of the CPU and of the model's device, for the dropout.
-
-    Args:
-        state: Advanced in place by one step.
-        data: The images.
-        config: The run.
-        objective: What is learned.
-        team: What computes it, with ``state.model``; this process alone if not given.
-
-    Raises:
-        DivergedError: The loss or its gradient is not finite; ``state`` is as it was.
-    """
-    team = team or Team(state.model, state.model.device, objective, config, Execution(), World())
-    step = state.step
-    _seed(mix(config.seed, team.stream, step), state.model.device)  # dropout
-    inputs = inputs_at(step, data, config, objective)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss = team.backward(inputs)
-    record = {
-        "step": step + 1,
-        objective.figure: loss,
-        "grad_norm": team.clip(),
-        "lr": learning_rate(step, config),
-    }
-    if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
-        what = f"the loss is {loss} and its gradient's norm {record['grad_norm']}"
-        raise DivergedError(f"step {step + 1}: {what}; try a lower learning rate")
-    for group in state.optimizer.param_groups:
-        group["lr"] = record["lr"]
-    state.optimizer.step()
-    state.step = step + 1
-    return record
 
 
 def train(
@@ -168,13 +95,15 @@ def train(
         The model; of the processes of FSDP the first alone has it, others get ``None``.
 
     Raises:
-        DivergedError: The loss is no longer finite; what was saved last is that from before.
+        DivergedError: The loss is no longer finite; what was saved last is that from before. On a GPU it is raised when
+            the figures are next read, at most 50 steps later, and names the first such step; those after it change
+            nothing.
         FileNotFoundError: ``resume`` without a run.
         KeyboardInterrupt: On Ctrl-C.
         OSError: ``out`` cannot be made or written to, or not any more; what was saved last is there.
         PeerGoneError: Another process is gone; what was saved last is there.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged; fewer images in
-            a batch than processes; processes that were given different things.
+            a batch than processes; processes that were given different things; ``reduce-overhead`` without a GPU.
     """
     objective = objective or NextPixel(config.label_dropout)
     return _train(
@@ -212,11 +141,12 @@ def _train(
     identity = same_run(config, data, objective)
     check_same(world, f"{identity} {execution}")
     device = torch.device(device)
-    with _own_generators(device), world.watched():
+    captured = captures(config, device, world)
+    with own_generators(device), world.watched():
         model = new_model(data, config, objective)
         meter = Meter(model, device, config.batch_size, world.size, config.bf16)
         team = Team(model, device, objective, config, execution, world)
-        state = TrainState(model, optimizer_for(model, config), 0, identity, computed_by(world, execution))
+        state = TrainState(model, optimizer_for(model, config, captured), 0, identity, computed_by(world, execution))
         output = Output(out, outdated, world, execution.tensorboard)
         clock = time.monotonic() - (output.load(state) if resume else 0.0)
         end = config.steps if stop_after is None else min(stop_after, config.steps)
@@ -252,16 +182,21 @@ class Loop:
         heldout: dict[str, float] = {}
         throughput: dict[str, Any] = {}
         state.model.train()
+        stepper = Stepper(state, self.data, self.config, self.objective, team)
         # torchrun passes on the Ctrl-C that the terminal has sent to all.
         with delayed_interrupt(echo=2.0 if team.world.size > 1 else 0.0) as interrupted:
             stopping = False
             team.stop = lambda: stopping or output.failed or interrupted()
             while state.step < end and not (team.stopped if team.world.size > 1 else team.stop()):
-                with self.meter.step():
-                    record = train_step(state, self.data, self.config, self.objective, team)
-                step, last = state.step, state.step == self.config.steps
+                step, last = state.step + 1, state.step + 1 == self.config.steps
                 evaluated = bool(self.data.n_heldout) and (step % self.config.eval_every == 0 or last)
                 logged = evaluated or step % LOG_EVERY == 0 or last
+                saved = step % self.config.save_every == 0
+                record: dict[str, Any] = {}
+                with self.meter.step():
+                    stepper.step()
+                    if logged or saved:  # else nothing waits for the device
+                        record = stepper.figures(step)
                 if evaluated:
                     measured = team.evaluate(self.data)
                     record.update(measured)
@@ -274,7 +209,7 @@ class Loop:
                 if evaluated and self.on_evaluation is not None:
                     self.on_evaluation(state.model, record)
                 # After the log: a step that is saved has its record, and one that is not is cut off when resuming.
-                if step % self.config.save_every == 0:
+                if saved:
                     output.save(state)
                 if logged and self.progress is not None and team.world.first:
                     try:
@@ -282,6 +217,7 @@ class Loop:
                     except KeyboardInterrupt:  # by which a program says that it shall stop
                         stopping = True
             if state.step and state.saved != state.step:
+                stepper.figures(state.step)
                 output.save(state)
             output.finish()
             if team.stopped or stopping:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.engines.network import why_not_modules
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.ops.dispatch import WITHOUT_FLOAT64
 
 _ROWS = 8192  # pixels that go through the head together, without gradients
 # Pixels that go through the network together on the CPU, and at least so many for each thread: activations of more
@@ -75,6 +77,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
 
 
+def float64_sum(x: Tensor) -> Tensor:
+    """On the device of x, but on the CPU where that has no float64."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double().sum()
+
+
 @torch.no_grad()
 def mean_nats(
     model: ImageGPTForCausalImageModeling, batches: Iterable[tuple[Tensor, Tensor | None]], classes: bool = False
@@ -86,12 +93,13 @@ def mean_nats(
     Raises:
         ValueError: No images.
     """
-    total, count = 0.0, 0
+    total: float | Tensor = 0.0  # on the device, which is waited for in the end
+    count = 0
     with evaluating(model):
         for tokens, labels in batches:
-            given = (labels.to(model.device),) if classes and labels is not None else ()
-            total += float(image_nats(model, tokens.to(model.device), *given).cpu().double().sum())
+            given = (sent(labels, model.device),) if classes and labels is not None else ()
+            total = total + float64_sum(image_nats(model, sent(tokens, model.device), *given))
             count += tokens.numel()
     if not count:
         raise ValueError("mean_nats: no images")
-    return total / count
+    return float(total) / count

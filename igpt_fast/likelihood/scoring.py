@@ -14,6 +14,7 @@ from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
 from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.likelihood.nats import evaluating, image_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, Scores, model_hash, select
+from igpt_fast.likelihood.transfer import Arriving, one_ahead, sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.results import NotFiniteError
@@ -71,14 +72,14 @@ def score_tokens(
     batches = Batches(len(tokens), 1, batch_size or default_batch_size(model))
     done = 0
 
-    def work(start: int, stop: int, _: int) -> Iterator[int]:
-        given = None if labels is None else labels[start:stop].to(model.device)
-        nats[start:stop] = image_nats(model, tokens[start:stop].to(model.device), given).cpu()
-        yield stop
+    def work(start: int, stop: int, _: int) -> Iterator[tuple[int, Arriving]]:
+        given = None if labels is None else sent(labels[start:stop], model.device)
+        yield stop, Arriving(image_nats(model, sent(tokens[start:stop], model.device), given))
 
     try:
         with evaluating(model), torch.inference_mode():
-            for stop in batches.run(work):
+            for stop, part in one_ahead(batches.run(work), model.device):
+                nats[done:stop] = part.get()
                 _check_finite(scores, done, stop)
                 done = stop
                 if progress is not None:

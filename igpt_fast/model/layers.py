@@ -36,7 +36,8 @@ class ImageGPTLayerNorm(nn.Module):
         """The norm of ``x``, in ``dtype``; with ``residual``, of the sum, and the sum in the residual's dtype."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, dtype=dtype)  # (..., n_embd)
-        x = x.to(residual.dtype)  # (..., n_embd), what is added to the residual
+        if torch.promote_types(x.dtype, residual.dtype) != residual.dtype:
+            x = x.to(residual.dtype)  # (..., n_embd), which the op takes where it is no wider
         return ops.rms_norm(x, self.weight, self.eps, residual=residual, dtype=dtype)  # (..., n_embd) twice
 
 

@@ -330,7 +330,7 @@ def _launch(
             function(**arguments, rows=0)
         else:
             terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=q.device)
-            function(**arguments, terms=terms.data_ptr())
+            function(**arguments, terms=terms.data_ptr(), portable=False)
     del kept
 
 

@@ -114,7 +114,7 @@ def _gemv(
 ) -> Tensor:
     """Launches the kernel."""
     kernels = dispatch.native_kernels("gemv", x)
-    (activation, eps), given = settings, (weight, bias)
+    (activation, eps), given = settings, (weight, bias, norm_weight)
     if weight.data_ptr() % 16:
         weight = weight.clone()
     layout = _layout(weight)
@@ -122,8 +122,9 @@ def _gemv(
     (transposed, distance), (n_in, n_out) = layout, weight.shape
     x, bias = dispatch.dense(x), dispatch.dense(bias)
     norm_weight, residual = dispatch.dense(norm_weight), dispatch.dense(residual)
-    # The kernel reads these two before it waits: copies that the launch before has made it would miss.
-    dependent = kernels.dependent if weight is given[0] and bias is given[1] else 0
+    # The kernel reads these before it waits: copies that the launch before has made it would miss.
+    as_given = all(tensor is before for tensor, before in zip((weight, bias, norm_weight), given, strict=True))
+    dependent = kernels.dependent if as_given else 0
     out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
     kernels.module.gemv_cuda(
         x=x.data_ptr(),

@@ -208,17 +208,63 @@ def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: p
     """Whatever is asked for has transformers beside it, which is measured once."""
     status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "compiled")
     assert status == 0
-    compiled, eager = ["transformers", "igpt_fast, compiled", "PyTorch, compiled"], ["igpt_fast", "PyTorch"]
-    more = ("--resume", "--only", "forward,training")
+    everybody = ["transformers", "PyTorch", "igpt_fast"]
+    compiled = ["transformers", *(f"{name}, compiled" for name in everybody)]
+    more = ("--resume", "--only", "forward,score,features")
     status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, *more)
     assert status == 0
     assert [(row["work"], row["name"]) for row in rows] == [
-        (work, name) for names in (compiled, eager) for work in ("forward", "training") for name in names
+        *(("forward", name) for name in compiled),
+        *(("forward", name) for name in everybody[1:]),
+        *((work, name) for work in ("score", "features") for name in everybody),
     ]
-    assert all(row["ms"] > 0 and row["img_s"] > 0 and row["off"] < 0.03 for row in rows)
+    check_whole(rows)
+
+
+def test_training_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, rows = quick("bench_train_cuda", tmp_path / "m.json", monkeypatch, "--only", "eager,graphs")
+    assert status == 0
+    assert [row["name"] for row in rows] == [
+        *("transformers", "PyTorch", "igpt_fast"),
+        *(f"{name}, compiled, graphs" for name in ("PyTorch", "igpt_fast")),
+    ]
+    check_whole(rows)
+    assert all(row["gradient"] < 0.1 for row in rows)
+
+
+def check_whole(rows: list[dict[str, Any]]) -> None:
+    assert all(row["ms"] > 0 and row["img_s"] > 0 and row["tflop_s"] > 0 and row["off"] < 0.03 for row in rows)
     assert all(row["times_hf"] > 0 for row in rows if row["name"] != "transformers")
+    assert all(("times_peer" in row) == row["name"].startswith("igpt_fast") for row in rows)
     paths = {row["path"] for row in rows if row["name"].startswith("igpt_fast")}
     assert (paths, {row["path"] for row in rows} - paths) == ({"cpu kernels"}, {"PyTorch"})
+
+
+def test_candidates_take_turns_while_the_memory_has_room(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each is measured before the next one is made; who fails in its turn costs no other."""
+    models = importlib.import_module("whole_models")
+    case = models.Case("w", "tiny", 2, ImageGPTConfig(**models.TINY), torch.device("cpu"))
+    seen: list[str] = []
+    monkeypatch.setattr(common, "machine", dict)  # it asks git
+
+    def make(_: Any, name: str) -> Any:
+        seen.append(f"make {name}")
+        calls = iter(range(4 if name == "PyTorch" else 9))
+        return lambda: (seen.append(name), next(calls))
+
+    work = models.Work(make, lambda _: 1, lambda call, right: {"off": 0.0})
+    for fits in (True, False):
+        seen.clear()
+        monkeypatch.setattr(models.Case, "fit", lambda self, count, fits=fits: fits)
+        rows = common.Rows(None, models.NAMES)
+        models.Bench({"w": work}, rows, 2, 0.0, None).run(case, ("PyTorch", "igpt_fast"))
+        turns = ["PyTorch", "igpt_fast"] * 2
+        ready = ["make PyTorch", *["PyTorch"] * 3, "make igpt_fast", *["igpt_fast"] * 3]
+        alone = [*ready[:4], *["PyTorch"] * 2, *ready[4:], *["igpt_fast"] * 2]
+        assert seen == (ready + turns if fits else alone)
+        assert {row["name"]: row.get("error") for row in rows.rows} == {"PyTorch": "StopIteration: ", "igpt_fast": None}
 
 
 def test_on_a_gpu_nothing_of_ours_falls_back(
@@ -226,7 +272,8 @@ def test_on_a_gpu_nothing_of_ours_falls_back(
 ) -> None:
     """The network has the backend that raises where there are no kernels; a command's engine is the CUDA one."""
     bench, commands = (importlib.import_module(name) for name in ("bench_model_cuda", "bench_commands"))
-    case = bench.Case("training", "tiny", 1, ImageGPTConfig(**bench.TINY), torch.device("cuda"))
+    models = importlib.import_module("whole_models")
+    case = models.Case("training", "tiny", 1, ImageGPTConfig(**models.TINY), torch.device("cuda"))
     backends = {name: case.backend(name) for name in (*bench.EAGER, *bench.COMPILED)}
     assert backends == {name: "cuda" if name.startswith("igpt_fast") else "auto" for name in backends}
     seen: list[list[str]] = []
@@ -243,7 +290,6 @@ def test_on_a_gpu_nothing_of_ours_falls_back(
 
 
 def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = importlib.import_module("bench_model_cuda")
     network = ImageGPTForCausalImageModeling.forward
 
     def wrong(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -254,11 +300,13 @@ def test_a_wrong_network_is_refused(common: ModuleType, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(ImageGPTForCausalImageModeling, "forward", wrong)
     monkeypatch.setattr(common, "installed", lambda name: False)
-    status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "forward,training")
-    assert status == 1
-    for row in rows:
-        text = {"transformers": "transformers is not installed", bench.OURS: "Refused: its lo"}.get(row["name"])
-        assert row["ms"] > 0 if text is None else text in row["error"]
+    for script, parts in (("bench_model_cuda", "forward,score"), ("bench_train_cuda", "eager")):
+        status, rows = quick(script, tmp_path / "m.json", monkeypatch, "--only", parts)
+        assert status == 1
+        for row in rows:
+            refused = "Refused: its " + ("nats are off" if row["work"] == "score" else "lo")
+            text = {"transformers": "transformers is not installed", "igpt_fast": refused}.get(row["name"])
+            assert row["ms"] > 0 if text is None else text in row["error"]
 
 
 def test_commands(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,10 +282,10 @@ def test_results_of_an_earlier_run(check: ModuleType, tmp_path: Path, capsys: py
 def test_without_a_gpu(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "PROBE", "print('\"torch has no CUDA device\"')")
+    monkeypatch.setattr(importlib.import_module("gpu_device"), "PROBE", "print('\"torch has no CUDA device\"')")
     assert check.main(["--out", str(tmp_path / "out.json")]) == 3
     assert "torch has no CUDA device" in capsys.readouterr().err
-    monkeypatch.setattr(check, "PROBE", "import no_such_module")
+    monkeypatch.setattr(importlib.import_module("gpu_device"), "PROBE", "import no_such_module")
     assert check.main(["--out", str(tmp_path / "out.json")]) == 3
     assert "no_such_module" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
@@ -306,7 +306,7 @@ def test_the_commands_without_a_gpu(check: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.skipif(backend.unavailable("cuda") is None, reason="there is a GPU")
 def test_every_benchmark_takes_its_options(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [step.command for step in check.make_steps(device(check)) if step.command[1].startswith("benchmarks/")]
-    assert len(commands) == 9
+    assert len(commands) == 13
     for command in commands:
         monkeypatch.setattr("sys.argv", list(command[1:]))
         try:
@@ -340,7 +340,8 @@ def test_the_steps(check: ModuleType) -> None:
     assert steps[0].environment["IGPT_CUDA_ARCHS"] == "90a-real"
     assert check.Device("", (8, 9), "", 0.0, {}).architecture == "89-real"
     strict = {step.name for step in steps if step.environment.get("IGPT_FAST_BACKEND") == "cuda"}
-    assert strict == {"forward", "training", "compiled", "commands"}
+    named = {"likelihoods", "compiled", "training-compiled", "training-graphs"}
+    assert strict == {"forward", "training", "commands"} | named
     for argument in (argument for step in steps for argument in step.command):
         if argument.startswith(("tests/", "benchmarks/")):
             assert (ROOT / argument).exists(), argument

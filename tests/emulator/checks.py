@@ -19,13 +19,20 @@ def normal(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> 
 
 
 def check_norm(
-    kernels: Kernels, dtype: torch.dtype, rows: int, n: int, parts: int, fused: bool, centred: bool = False
+    kernels: Kernels,
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    parts: int,
+    fused: bool,
+    centred: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> None:
     """Forward and backward against the definition in float64, by the tolerance rule."""
     x, residual, dout, dsum = (normal(rows, n, dtype=dtype, device=kernels.device) for _ in range(4))
     # The whole-row sum of squares exceeds the largest float16, its mean does not.
     x = x * 8
-    weight = normal(n, dtype=dtype, device=kernels.device)
+    weight = normal(n, dtype=weight_dtype or dtype, device=kernels.device)
     bias = normal(n, dtype=dtype, device=kernels.device) if centred else None
     arguments = x, weight, 1e-5, residual if fused else None, dout, dsum, bias
     ours, plain = kernels.norm(*arguments, parts=parts), definition(*arguments)
@@ -38,6 +45,45 @@ def check_norm(
         assert torch.equal(ours.sum, plain.sum), "sum"
     for name in ("out", "dx", "dweight", *(["dbias"] if centred else [])):
         assert_parity(getattr(ours, name), getattr(plain, name), getattr(exact, name), name)
+
+
+def check_norm_mixed(kernels: Kernels, narrow: torch.dtype, rows: int, n: int, parts: int) -> None:
+    """A stream of float32 beside 16-bit branches, as under autocast: the bits of conversions apart."""
+    branch, dout = (normal(rows, n, dtype=narrow, device=kernels.device) for _ in range(2))
+    stream, dsum = (normal(rows, n, dtype=torch.float32, device=kernels.device, scale=8.0) for _ in range(2))
+    for weight in (normal(n, dtype=dtype, device=kernels.device) for dtype in (torch.float32, narrow)):
+        wide = weight.float()
+        total = kernels.norm_fwd(branch.float(), wide, 1e-5, stream)[1]
+        apart = kernels.norm_fwd(total, wide, 1e-5, None)[0].to(narrow)
+        for x, residual in ((branch, stream), (branch.float(), stream), (total, None)):
+            out, found = kernels.norm_fwd(x, weight, 1e-5, residual, dtype=narrow)
+            assert torch.equal(found, total), "sum"
+            assert torch.equal(out, apart), "out"
+        dx, dweight = kernels.norm_bwd(dout.float(), dsum, total, wide, 1e-5, parts)
+        found = kernels.norm_bwd(dout, dsum, total, weight, 1e-5, parts, branch=narrow)
+        assert all(map(torch.equal, found, (dx, dweight.to(weight.dtype), dx.to(narrow)))), "gradients"
+
+
+def check_norm_of_a_wide_weight(kernels: Kernels, narrow: torch.dtype, rows: int, n: int, parts: int) -> None:
+    """Of 16 bits but for the weight, by the rule; it is the rounded sum that is normalised."""
+    check_norm(kernels, narrow, rows, n, parts, True, weight_dtype=torch.float32)
+    x, weight = normal(rows, n, dtype=narrow, device=kernels.device), torch.ones(n, device=kernels.device)
+    out, total = kernels.norm_fwd(x, weight, 1e-5, x / 3)
+    assert torch.equal(out, kernels.norm_fwd(total, weight, 1e-5, None)[0])
+
+
+def check_norm_mixed_coalescing(kernels: Kernels) -> None:
+    """Whole sectors, of 16-bit tensors too: 8 bytes a thread, side by side."""
+    rows, n, narrow = 8, 1024, torch.bfloat16
+    x, weight = normal(rows, n, dtype=torch.float32, device="cpu"), normal(n, dtype=torch.float32, device="cpu")
+    with Counted(kernels) as forward:
+        kernels.norm_fwd(x.to(narrow), weight, 1e-5, x, dtype=narrow)
+    assert forward["load_sectors"] * 32 == forward["load_bytes"] == (2 + 4 + 4) * rows * n, dict(forward)
+    assert forward["store_sectors"] * 32 == forward["store_bytes"] == (4 + 2) * rows * n, dict(forward)
+    with Counted(kernels) as backward:
+        kernels.norm_bwd(x.to(narrow), x, x, weight, 1e-5, parts=2, branch=narrow)
+    assert backward["load_sectors"] * 32 == backward["load_bytes"], dict(backward)
+    assert backward["shared_conflicts"] == 0, dict(backward)
 
 
 def check_norm_range(kernels: Kernels) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from igpt_fast import backend, ops, reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
-HOPPER = -1  # in place of `rows`: the kernel for Hopper
+HOPPER = -1  # in place of `rows`: the kernels for Hopper
 
 
 @contextmanager
@@ -76,8 +76,11 @@ def heads_apart(x: Tensor) -> Tensor:
     return packed[:, :, 1].transpose(1, 2)
 
 
-def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
-    """out, lse, dq, dk, dv by the kernels, into memory that is NaN before."""
+def run(kernels: Kernels, case: Case, rows: int = 0, ten_times: int | None = None) -> list[Tensor]:
+    """out, lse, dq, dk, dv by the kernels, into memory that is NaN before.
+
+    Above 0, ``rows`` are the forward's, and both directions are those of every GPU.
+    """
     inputs = [heads_apart(x) for x in (case.q, case.k, case.v)]
     (b, h, t_q, d), t_k, device = case.q.shape, case.k.shape[2], case.q.device
     out, dq, dk, dv = (heads_apart(torch.full_like(x, torch.nan)) for x in (case.q, case.q, case.k, case.k))
@@ -89,10 +92,10 @@ def run(kernels: Kernels, case: Case, rows: int = 0) -> list[Tensor]:
     settings["key_mask_stride"] = 0 if mask is None else mask.stride(0)
     settings["device"], settings["stream"] = kernels._place()
     named = places(**dict(zip(("q", "k", "v"), inputs, strict=True)), out=out)
-    with capability(kernels, 90 if rows == HOPPER else 80):
+    with capability(kernels, ten_times or (90 if rows == HOPPER else 80)):
         kernels.module.causal_attention_fwd_cuda(**named, rows=max(rows, 0), **settings)
-    named |= places(dout=case.dout, dq=dq, dk=dk, dv=dv)
-    kernels.module.causal_attention_bwd_cuda(**named, terms=terms.data_ptr(), **settings)
+        named |= places(dout=case.dout, dq=dq, dk=dk, dv=dv) | {"terms": terms.data_ptr(), "portable": rows > 0}
+        kernels.module.causal_attention_bwd_cuda(**named, **settings)
     return [out, lse, dq, dk, dv]
 
 
@@ -143,8 +146,11 @@ def check(
 
 def check_schedules(kernels: Kernels, d: int, rows: int) -> None:
     """The same bits whatever the order of the threads."""
-    shape, mask = ((80, 460), "starts") if rows == HOPPER else ((80, 140), "both")
-    case = make(kernels.device, torch.bfloat16, d, *shape, mask, b=1, h=2)
+    if rows == HOPPER:  # rings that are filled again, and warpgroups that see no key beside others that do
+        case = make(kernels.device, torch.bfloat16, d, 330, 330, b=1)
+        case = replace(case, starts=torch.tensor([70], dtype=torch.int32))
+    else:
+        case = make(kernels.device, torch.bfloat16, d, 80, 140, "both", b=1, h=2)
     expected = None
     for order, seed in SCHEDULES:
         schedule(kernels, order, seed)
@@ -208,38 +214,43 @@ def check_skipping(kernels: Kernels) -> None:
     assert mma_of(kernels, case, 128) - mma_of(kernels, case, 64) == 2 * tile * warps - 2 * pairs * 2 * tile
 
 
-def wgmma_of(kernels: Kernels, case: Case) -> int:
-    """Products of 64 x 64 x D that the forward for Hopper makes; both products of a tile count."""
+def wgmma_of(kernels: Kernels, case: Case, rows: int = HOPPER, ten_times: int = 90) -> tuple[int, int]:
+    """Instructions of a warp, for Hopper and for every GPU, that both directions take."""
     with Counted(kernels) as counted:
-        run(kernels, case, HOPPER)
-    return counted["wgmma"]
+        run(kernels, case, rows, ten_times)
+    return counted["wgmma"], counted["mma"]
 
 
 def check_hopper_skipping(kernels: Kernels) -> None:
-    """A warpgroup multiplies the tiles of 64 keys that its 64 queries see."""
+    """A warpgroup multiplies the tiles that its 64 queries see, or that see its 64 keys."""
     for d in (64, 96, 128):
-        tile = 4 * (d // 16 + 64 // 16)  # wgmma of 64 queries, for four warps
-        tiles = lambda *ends: sum(-(-end // 64) for end in ends)  # noqa: E731
+        short, long = 4 * d // 16, 4 * 64 // 16  # wgmma of 64 x 64 x d, for four warps: sums over d, over the tile
+
+        def wanted(by_queries: int, by_keys: int, short: int = short, long: int = long) -> tuple[int, int]:
+            """In the forward and for dq, tiles of keys from the first that is shown; for dk and dv, of queries."""
+            return by_queries * (3 * short + 2 * long) + by_keys * 2 * (short + long), 0
+
         case = make("cpu", torch.bfloat16, d, 320, 320, b=1)
-        assert wgmma_of(kernels, case) == tile * tiles(64, 128, 192, 256, 320), d
-        # From the first key that is shown, whichever that is; queries before it see none.
+        assert wgmma_of(kernels, case) == wanted(1 + 2 + 3 + 4 + 5, 5 + 4 + 3 + 2 + 1), d
+        # From the first key that is shown, whichever that is; queries before it see none. The first 128 keys are a
+        # block that is not shown; the next ones are seen from query 130 on, the last warpgroup's from 256 on.
         late = replace(case, starts=torch.tensor([130], dtype=torch.int32))
-        assert wgmma_of(kernels, late) == tile * tiles(62, 126, 190), d
-        # The last warpgroup's first query is the last one.
-        assert wgmma_of(kernels, make("cpu", torch.bfloat16, d, 65, 65, b=1)) == tile * tiles(64, 65), d
+        assert wgmma_of(kernels, late) == wanted(1 + 2 + 3, 3 + 3 + 1), d
+        # The last warpgroup's first query is the last one, and so is its first key.
+        assert wgmma_of(kernels, make("cpu", torch.bfloat16, d, 65, 65, b=1)) == wanted(1 + 2, 2 + 1), d
 
 
 def check_hopper_is_chosen(kernels: Kernels) -> None:
     """Where it can run, and nowhere else."""
     case = make("cpu", torch.bfloat16, 64, 2, 3, b=2, h=2)
     for ten_times in (80, 89, 90, 100, 120):
-        with Counted(kernels) as counted, capability(kernels, ten_times):
-            launch_forward(kernels, case.q, case.k, case.v)
-        assert (counted["wgmma"] > 0) == (ten_times == 90), ten_times
-        assert (counted["mma"] > 0) == (ten_times != 90), ten_times
+        wgmma, mma = wgmma_of(kernels, case, ten_times=ten_times)
+        assert (wgmma > 0) == (ten_times == 90), ten_times
+        assert (mma > 0) == (ten_times != 90), ten_times
+    assert wgmma_of(kernels, case, rows=64)[0] == 0  # as it is asked for
     masked = replace(case, key_mask=torch.ones(2, 3, dtype=torch.bool))
-    assert wgmma_of(kernels, masked) == 0
-    assert wgmma_of(kernels, make("cpu", torch.bfloat16, 32, 2, 3)) == 0
+    assert wgmma_of(kernels, masked)[0] == 0
+    assert wgmma_of(kernels, make("cpu", torch.bfloat16, 32, 2, 3))[0] == 0
     # A stride of 0 is none that TMA takes, unless the dimension has one element.
     for b, h in ((2, 1), (1, 2), (1, 1)):
         q = case.q[:b, :h]
@@ -249,6 +260,9 @@ def check_hopper_is_chosen(kernels: Kernels) -> None:
         assert (counted["wgmma"] > 0) == (b * h == 1), (b, h)
         with capability(kernels, 90):
             assert torch.allclose(out, launch_forward(kernels, q, k.contiguous(), v.contiguous()), 1e-2, 1e-2)
+    # The same of the upstream gradient, which only the backward reads.
+    alike = replace(case, dout=case.dout[:1].expand_as(case.dout))
+    assert min(wgmma_of(kernels, alike)) > 0
 
 
 def launch_forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -301,7 +315,8 @@ def check_huge(kernels: Kernels, rows: int = 0) -> None:
         with capability(kernels, 90 if rows == HOPPER else 80):
             first = {name: named[name] for name in ("q", "k", "v", "out")}
             kernels.module.causal_attention_fwd_cuda(**places(**first), rows=0, **settings)
-        kernels.module.causal_attention_bwd_cuda(**places(**named), terms=terms.data_ptr(), **settings)
+            settings |= {"terms": terms.data_ptr(), "portable": False}
+            kernels.module.causal_attention_bwd_cuda(**places(**named), **settings)
         expected = run(kernels, case, rows)
         for i, wanted in ((3, 0), (5, 2), (6, 3), (7, 4)):
             assert torch.equal(views[i], expected[wanted]), (b, NAMES[wanted])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from checks import SCHEDULES, Counted, schedule
@@ -13,7 +15,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
-from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
+from igpt_fast.ops.attention_decode import dequantize_e4m3, quantize_e4m3
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,29 @@ class Case:
     prefix_k: Tensor | None = None
     prefix_v: Tensor | None = None
     v_scale: Tensor | None = None
+    k_scale: Tensor | None = None
 
     @property
     def scale(self) -> float:
         return float(self.q.shape[-1] ** -0.5)
 
     def op(self) -> tuple[Tensor, ...]:
-        """The output and the caches afterwards, of scaled values their scales too; the case keeps its own."""
-        caches = [t.clone() for t in (self.k_cache, self.v_cache, self.v_scale) if t is not None]
+        """The output and the caches afterwards, of scaled ones their scales too; the case keeps its own."""
+        caches = [t.clone() for t in (self.k_cache, self.v_cache, self.v_scale, self.k_scale) if t is not None]
         new, prefix = (self.q, self.k, self.v), (self.prefix_k, self.prefix_v)
-        scales = dict(zip(("v_scale",), caches[2:], strict=False))
+        scales = dict(zip(("v_scale", "k_scale"), caches[2:], strict=False))
         out = ops.attention_decode(*new, *caches[:2], self.position, self.starts, None, *prefix, **scales)
         return out, *caches
 
     def definition(self, dtype: torch.dtype) -> Tensor:
-        wide = [t.to(dtype) for t in (self.q, self.k, self.v, self.k_cache.clone())]
-        scale = None if self.v_scale is None else self.v_scale.clone()
-        values = self.v_cache.clone() if scale is not None else self.v_cache.to(dtype, copy=True)
+        new = [t.to(dtype) for t in (self.q, self.k, self.v)]
+        scales = [None if t is None else t.clone() for t in (self.v_scale, self.k_scale)]
+        caches = [
+            cache.clone() if scale is not None else cache.to(dtype, copy=True)
+            for cache, scale in zip((self.k_cache, self.v_cache), reversed(scales), strict=True)
+        ]
         prefix = [None if t is None else t.to(dtype) for t in (self.prefix_k, self.prefix_v)]
-        return reference.attention_decode(*wide, values, self.position, self.scale, self.starts, *prefix, scale)
+        return reference.attention_decode(*new, *caches, self.position, self.scale, self.starts, *prefix, *scales)
 
 
 def case(
@@ -62,13 +68,14 @@ def case(
     starts: Sequence[int] | None = None,
     prefixes: int = 0,
     prefix: int = 0,
-    scaled: bool = False,
+    scaled: int = 0,
 ) -> Case:
-    """q, k, v are views of a packed projection; the scores spread over several units. ``scaled``: values of 8 bits."""
+    """q, k, v are views of a packed projection; the scores spread over several units. ``scaled``: 1 for
+    values of 8 bits, 2 for keys as well.
+    """
     packed = torch.randn(rows, 3, heads, dim)
-    scales = None
+    scales = {}
     packed[:, :2] *= 1.5
-    q, k, v = packed.to(dtype).to(device).unbind(1)
     caches = [torch.randn(rows, heads, t_max, dim).to(dtype) for _ in range(2)]
     shared = [torch.randn(prefixes, heads, prefix, dim).to(dtype) for _ in range(2)] if prefixes else []
     first = list(starts) if starts is not None else [0] * rows
@@ -77,10 +84,12 @@ def case(
         for cache in caches:
             cache[row, :, max(at, 0) :] = torch.nan
             cache[row, :, : max(first[row] - prefix, 0)] = torch.nan
-    if scaled:  # each value's elements of a size of their own
-        caches[1], scales = quantize_values(caches[1] * torch.randn(rows, heads, t_max, 1).exp2().to(dtype))
-        packed[:, 2] *= torch.randn(rows, heads, 1).exp2()
-        q, k, v = packed.to(dtype).to(device).unbind(1)
+    for name, which in (("v_scale", 1), ("k_scale", 0))[:scaled]:  # each one's elements of a size of their own
+        sizes = torch.randn(rows, heads, t_max, 1).exp2().to(dtype)
+        caches[which], scale = quantize_e4m3(caches[which] * sizes)
+        packed[:, 1 + which] *= torch.randn(rows, heads, 1).exp2()
+        scales[name] = scale.to(device)
+    q, k, v = packed.to(dtype).to(device).unbind(1)
     for group in range(prefixes):
         n = rows // prefixes
         hidden = max(min(first[group * n : group * n + n]), 0)
@@ -92,7 +101,7 @@ def case(
         torch.tensor(position, dtype=torch.int32, device=device),
         None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device),
         *(keys.to(device) for keys in shared or (None, None) if keys is not None),
-        v_scale=None if scales is None else scales.to(device),
+        **scales,
     )
 
 
@@ -104,9 +113,12 @@ def check(made: Case) -> None:
     rows, _, t_max, _ = made.k_cache.shape
     positions = made.position.reshape(-1).expand(rows).tolist()
     before_and_new = [(made.k_cache, made.k), (made.v_cache, made.v)]
-    if made.v_scale is not None:
-        codes, scales = quantize_values(made.v)
-        before_and_new[1:] = [(made.v_cache, codes), (made.v_scale, scales)]
+    for which, scales in ((1, made.v_scale), (0, made.k_scale)):
+        if scales is not None:
+            before, new = before_and_new[which]
+            codes, scale_of_new = quantize_e4m3(new)
+            before_and_new[which] = before, codes
+            before_and_new.append((scales, scale_of_new))
     for cache, (before, new) in zip(caches, before_and_new, strict=True):
         wanted = before.clone()
         for row, at in enumerate(positions):
@@ -128,12 +140,12 @@ STARTS = [0, 1, 63, 62, 70, 64, -5]
 PREFIXES = [(3, 3, 1), (1, 2, 63), (2, 10, 65), (1, 16, 97), (1, 17, 33), (1, 35, 130)]
 
 
-def check_positions(device: str, dtype: torch.dtype, dim: int, starts: bool = False, scaled: bool = False) -> None:
+def check_positions(device: str, dtype: torch.dtype, dim: int, starts: bool = False, scaled: int = 0) -> None:
     check(case(device, dtype, dim, POSITIONS, rows=7, heads=1, starts=STARTS if starts else None, scaled=scaled))
 
 
 def check_prefix(
-    device: str, dtype: torch.dtype, dim: int, prefixes: int, rows: int, prefix: int, scaled: bool = False
+    device: str, dtype: torch.dtype, dim: int, prefixes: int, rows: int, prefix: int, scaled: int = 0
 ) -> None:
     position = [(37 * row) % 70 for row in range(rows)]
     starts = [row % 3 * (prefix + 2) // 2 for row in range(rows)]
@@ -141,7 +153,7 @@ def check_prefix(
         check(case(device, dtype, dim, position, 70, rows, 1 + prefixes % 2, some, prefixes, prefix, scaled))
 
 
-def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64, scaled: bool = False) -> None:
+def check_long(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64, scaled: int = 0) -> None:
     """Every split has a part, of one or two spans, and the last is ragged."""
     for position in (1023, 1000, 511):
         check(case(device, dtype, dim, position, t_max=1024, rows=1, heads=1, scaled=scaled))
@@ -168,17 +180,19 @@ def check_dependent(device: str) -> None:
 
 def check_outside(device: str) -> None:
     """Nothing is written, and NaN says so; with splits, a prefix and scales as well."""
-    check(case(device, torch.bfloat16, 64, [-1, 130, 5], scaled=True))
+    for scaled in (1, 2):
+        check(case(device, torch.bfloat16, 64, [-1, 130, 5], scaled=scaled))
     check(case(device, torch.bfloat16, 64, [-1, 130, 5], starts=[0, 0, 2]))
     check(case(device, torch.bfloat16, 64, [2**31 - 1, -(2**31), 0, 70], 70, 4, prefixes=2, prefix=20))
 
 
-def check_nan_stays(device: str, prefixes: int = 0, scaled: bool = False) -> None:
+def check_nan_stays(device: str, prefixes: int = 0, scaled: int = 0) -> None:
     """A NaN in one row's query, key, value, or cache is in its output and no other row's."""
     made = case(device, torch.bfloat16, 64, 70, rows=4, prefixes=prefixes, prefix=40 if prefixes else 0, scaled=scaled)
     places = [made.q[1], made.k[1], made.v[1], made.k_cache[1, :, 3], made.v_cache[1, :, 3]]
-    if made.v_scale is not None:  # of a new value one element will do
-        places += [made.v[1, :, :1], made.v_scale[1, :, 3]]
+    for new, scales in ((made.v, made.v_scale), (made.k, made.k_scale)):
+        if scales is not None:  # of a new one one element will do
+            places += [new[1, :, :1], scales[1, :, 3]]
     for poison in places:
         kept = poison.clone()
         poison.fill_(torch.nan)
@@ -222,13 +236,13 @@ def check_quantizing(device: str, dtype: torch.dtype, dim: int) -> None:
         v_scale, k_cache = torch.zeros(len(v), 1, 1, device=device), zeros[:, :, None].clone()
         position = torch.tensor(0, dtype=torch.int32, device=device)
         out = ops.attention_decode(zeros, zeros, v, k_cache, v_cache, position, v_scale=v_scale)
-        codes, scales = quantize_values(v.cpu())
+        codes, scales = quantize_e4m3(v.cpu())
         broken = ~v.isfinite().all(dim=2)
         assert torch.equal(v_scale[:, :, 0].isnan(), broken)
         assert torch.equal(v_scale[:, :, 0].nan_to_num().cpu(), scales.nan_to_num())
         assert torch.equal(v_cache[:, :, 0].view(torch.uint8).cpu(), codes.view(torch.uint8))
         assert out[broken].isnan().all()
-        kept = dequantize_values(codes, scales, dtype).to(device)[~broken]
+        kept = dequantize_e4m3(codes, scales, dtype).to(device)[~broken]
         large = kept.abs() > 2.0**-100  # torch's product has no smaller ones than 2^-126
         assert torch.equal(out[~broken][large], kept[large])
         assert ((out[~broken] - kept)[~large].abs() <= 2.0**-100).all()
@@ -335,3 +349,60 @@ def check_prefix_reads_once(kernels: Kernels) -> None:
         assert more["load_bytes"] == more["load_sectors"] * 32 == 2 * 32 * 2 * 2 * dim, more
         assert more["mma"] == 2 * 32 * 2 * 16 * dim // (16 * 8 * 16), more
         assert more["shared_requests"] == 0, more
+
+
+# How the ring runs: the device's capability and multiprocessors, where it is emulated, and whether in clusters. Two
+# multiprocessors have fewer blocks than there are parts of keys.
+RINGS = [(90, 132, False), (90, 2, True), (80, 2, False), (80, 132, True)]
+
+
+@contextmanager
+def by_ring(module: ModuleType | None, capability: int, multiprocessors: int, cluster: bool) -> Iterator[None]:
+    """``module``: the emulated one, or none on a device, which is what it is."""
+    with backend.launching(backend.Launching(ring=True, cluster=cluster)):
+        if module is None:
+            yield
+            return
+        module.set_capability(capability)
+        module.set_multiprocessors(multiprocessors)
+        try:
+            yield
+        finally:
+            module.set_capability()
+            module.set_multiprocessors()
+
+
+def check_ring_bits(kernels: Kernels) -> None:
+    """The same bits under every schedule, by either kind of copy, from a cluster and from the second kernel."""
+    for dim, scaled, prefix in ((64, 0, 0), (96, 2, 0), (64, 1, 40)):
+        made = case("cpu", torch.bfloat16, dim, 300, 320, 1, prefixes=1 if prefix else 0, prefix=prefix, scaled=scaled)
+        results = []
+        for (order, seed), capability, cluster in zip(SCHEDULES, (80, 90, 90, 90, 80), (0, 0, 1, 1, 1), strict=True):
+            schedule(kernels, order, seed)
+            with by_ring(kernels.module, capability, 132, bool(cluster)), Counted(kernels) as counted:
+                results.append(made.op()[0])
+            assert counted["launches"] == (1 if cluster else 2) + (prefix > 0)
+        assert not results[0].isnan().any()
+        assert all(torch.equal(result, results[0]) for result in results)
+    schedule(kernels, "fifo", 0)
+
+
+def check_ring_bytes(kernels: Kernels) -> None:
+    """Of 64 keys more move their own bytes and scales, asynchronously, and nothing else; no bank is asked twice."""
+    for capability, dim, scaled in [(c, d, s) for c in (80, 90) for d in (32, 64, 96, 128) for s in (0, 1, 2)]:
+        counts = []
+        for position in (64, 128):
+            made = case("cpu", torch.bfloat16, dim, position, 192, rows=1, heads=4, scaled=scaled)
+            with by_ring(kernels.module, capability, 2, True), Counted(kernels) as counted:
+                made.op()
+            counts.append(dict(counted))
+            assert counted["launches"] == 1
+        more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
+        keys, size = 4 * 64, dim * (4 - scaled)
+        bulk = keys * size if capability == 90 else 0
+        assert more["bulk_bytes"] == bulk, more
+        assert more["async_copies"] == (keys * size - bulk) // 16 + keys * scaled, more  # a scale by itself
+        if scaled == 0:
+            assert more["load_bytes"] == keys * size - bulk == 32 * more["load_sectors"], more
+        assert more["shared_conflicts"] == 0, more
+        assert more["store_bytes"] == more["barriers"] == 0, more

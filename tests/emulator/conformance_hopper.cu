@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(128) wgmma(Case p) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const uint64_t da = ptx::swizzled_operand(sa + uint32_t(k) * (kA == Major::k ? 32 : 2048), 0, 1024);
-        const uint64_t db = ptx::swizzled_operand(sb + uint32_t(k) * (kB == Major::k ? 32 : 2048), 8192, 1024);
+        const uint64_t db = ptx::further(ptx::swizzled_operand(sb, 8192, 1024), k * (kB == Major::k ? 32 : 2048));
         const bool accumulate = k > 0 || p.c != nullptr;
         if constexpr (kRegisters) {
             ptx::wgmma_rs<T, N, kB>(d, f[k], db, accumulate);

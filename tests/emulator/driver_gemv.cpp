@@ -12,10 +12,10 @@ void layer(DType dtype, int32_t rows, int32_t n_in, int32_t n_out, bool transpos
     const size_t in = size_t(n_in), out_size = size_t(n_out);
     const Memory x(size_t(rows) * in, 2), weight(in * out_size, 2), bias(out_size, 2), norm(in, 2);
     const Memory residual(size_t(rows) * out_size, 2), out(size_t(rows) * out_size, 2);
-    check(
-        igpt::cuda::gemv({driver::kHere, x.get(), weight.get(), all ? bias.get() : nullptr, all ? norm.get() : nullptr,
-                          all ? residual.get() : nullptr, out.get(), transposed ? n_in : n_out, rows, n_in, n_out,
-                          transposed, 1e-5f, all ? Activation::quick_gelu : Activation::none, dtype, false, 0, 0}));
+    check(igpt::cuda::gemv(
+        {driver::kHere, x.get(), weight.get(), all ? bias.get() : nullptr, all ? norm.get() : nullptr,
+         all ? residual.get() : nullptr, out.get(), transposed ? n_in : n_out, rows, n_in, n_out, transposed, 1e-5f,
+         all ? Activation::quick_gelu : Activation::none, dtype, igpt::cuda::Dependent::none, 0, 0}));
 }
 
 void gemv(bool brief) {

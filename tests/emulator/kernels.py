@@ -34,10 +34,14 @@ def definition(
     dsum: Tensor,
     bias: Tensor | None = None,
 ) -> Norm:
-    """reference.py in the dtype of its arguments, with torch's gradients; layer_norm with ``bias``, else rms_norm."""
+    """reference.py in the dtype of its arguments, with torch's gradients; layer_norm with ``bias``, else rms_norm.
+
+    The norm is in the dtype of ``dout``.
+    """
     total = x if residual is None else x + residual
     leaves = [t.detach().requires_grad_() for t in (total, weight, bias) if t is not None]
     out = reference.rms_norm(*leaves, eps) if bias is None else reference.layer_norm(*leaves, eps)
+    out = out.to(dout.dtype)
     dx, dweight, *dbias = torch.autograd.grad(out, leaves, dout)
     total_out = None if residual is None else total
     return Norm(out.detach(), total_out, dx if residual is None else dx + dsum, dweight, *dbias)
@@ -65,10 +69,17 @@ class Kernels:
         return out
 
     def norm_fwd(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor | None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """rms_norm, or layer_norm with ``bias``: its output, and what was normalised."""
-        out, total = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+        """rms_norm, or layer_norm with ``bias``: its output, in ``dtype``, and what was normalised."""
+        stream = x if residual is None else residual
+        out, total = torch.full_like(x, torch.nan, dtype=dtype or stream.dtype), torch.full_like(stream, torch.nan)
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
         tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": out}
         self.module.norm_fwd_cuda(
@@ -77,9 +88,10 @@ class Kernels:
             n_embd=n_embd,
             eps=eps,
             centred=bias is not None,
-            weight_dtype=DTYPES[x.dtype],
-            out_dtype=DTYPES[x.dtype],
-            dtype=DTYPES[x.dtype],
+            dtype=DTYPES[stream.dtype],
+            x_dtype=DTYPES[x.dtype],
+            weight_dtype=DTYPES[weight.dtype],
+            out_dtype=DTYPES[out.dtype],
             place=self._place(),
         )
         return out, x if residual is None else total
@@ -93,8 +105,10 @@ class Kernels:
         eps: float,
         parts: int | None = None,
         centred: bool = False,
+        branch: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
-        """dx, dweight and, ``centred``, dbias."""
+        """dx, dweight and, ``centred``, dbias; or, with the dtype of a ``branch``, its gradient."""
+        dbranch = None if branch is None else torch.full_like(x, torch.nan, dtype=branch)
         rows, n_embd = x.numel() // x.shape[-1], x.shape[-1]
         parts = self.module.norm_bwd_parts(rows) if parts is None else parts
         found = [torch.full_like(x, torch.nan), *(torch.full_like(weight, torch.nan) for _ in range(1 + centred))]
@@ -102,18 +116,19 @@ class Kernels:
         dx, dweight, dbias = (*found, None)[:3]
         tensors = {"dout": dout, "dsum": dsum, "x": x, "weight": weight, "dx": dx, "dweight": dweight, "dbias": dbias}
         self.module.norm_bwd_cuda(
-            **addresses(**tensors, partial=partial),
+            **addresses(**tensors, dbranch=dbranch, partial=partial),
             rows=rows,
             n_embd=n_embd,
             parts=parts,
             eps=eps,
             centred=centred,
-            weight_dtype=DTYPES[x.dtype],
-            out_dtype=DTYPES[x.dtype],
             dtype=DTYPES[x.dtype],
+            x_dtype=DTYPES[branch or x.dtype],
+            weight_dtype=DTYPES[weight.dtype],
+            out_dtype=DTYPES[dout.dtype],
             place=self._place(),
         )
-        return tuple(found)
+        return tuple(found) if dbranch is None else (*found, dbranch)
 
     def norm(
         self,

@@ -38,7 +38,7 @@ def huge(kernels: Kernels) -> None:
     attention.check_huge(kernels, HOPPER)
 
 
-HOPPER_FWD, LAUNCHER = "cuda/attention_fwd_hopper.cuh", "cuda/attention.cu"
+HOPPER_FWD, SHARED, LAUNCHER = "cuda/attention_fwd_hopper.cuh", "cuda/attention_hopper.cuh", "cuda/attention.cu"
 K_DONE = "        leave(at.k_empty(k_stage));\n"
 V_DONE = "        leave(at.v_empty(v_stage));\n"
 S_WAIT = "        ptx::wgmma_wait<1>();  // S is there, out goes on\n        ptx::fence_registers(flat(rows.s));\n"
@@ -83,14 +83,14 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
               "first = Keys(shape, block.batch).start / kTile * kTile;"), poison),
     (Mutation("hopper_tiles_begin_at_the_first_key", HOPPER_FWD, "work.first + j * F::kKeys, work.block",
               "j * F::kKeys, work.block"), padded),
-    (Mutation("hopper_second_panel_of_the_values", HOPPER_FWD, "F::kKeyPanel, 8 * kPanelRow);\n        ptx::wgmma_rs",
-              "F::kKeyBytes, 8 * kPanelRow);\n        ptx::wgmma_rs"), wide),
-    (Mutation("hopper_second_panel_of_the_keys", HOPPER_FWD, "k + i / 4 * F::kKeyPanel", "k + i / 4 * F::kKeyBytes"),
-     wide),
+    (Mutation("hopper_second_panel_of_the_values", SHARED, "ptx::swizzled_operand(v, F::kKeyPanel, 8",
+              "ptx::swizzled_operand(v, F::kKeyPanel * F::kPanels, 8"), wide),
+    (Mutation("hopper_second_panel_of_the_keys", SHARED, "i / 4 * F::kKeyPanel + i",
+              "i / 4 * F::kPanels * F::kKeyPanel + i"), wide),
     (Mutation("hopper_result_over_queries_in_use", HOPPER_FWD, BARRIER, ""), ("thread", "attention")),
-    (Mutation("hopper_stride_of_31_bits", HOPPER_FWD, "size == 1 ? 16 : 2 * stride",
+    (Mutation("hopper_stride_of_31_bits", SHARED, "size == 1 ? 16 : 2 * stride",
               "size == 1 ? 16 : 2 * (stride & 0x7fffffff)"), huge),
-    (Mutation("hopper_stride_of_a_single_element", HOPPER_FWD, "size == 1 ? 16 : 2 * stride",
+    (Mutation("hopper_stride_of_a_single_element", SHARED, "size == 1 ? 16 : 2 * stride",
               "size == 0 ? 16 : 2 * stride"),
      attention.check_hopper_is_chosen),
     (Mutation("hopper_takes_a_stride_of_0", LAUNCHER, "stride > 0 &&", "stride >= 0 &&"),

@@ -34,6 +34,7 @@ def shapes(transposed: bool) -> Check:
 conv, linear, options = shapes(False), shapes(True), on(lambda: checks.check_options("cpu", False))
 reach, rounding = on(lambda: checks.check_range("cpu")), on(lambda: checks.check_one_rounding("cpu"))
 shared = on(lambda: checks.check_shape("cpu", torch.bfloat16, 3, 2056, 24, False))
+slabs = on(lambda: checks.check_shape("cpu", torch.bfloat16, 1, 8232, 16, False))
 digits = on(lambda: checks.check_digits_of_the_norm("cpu"))
 dependent = on(lambda: checks.check_dependent("cpu"))
 huge, slices = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_slices("cpu"))
@@ -43,8 +44,16 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("gemv_x_not_there", GEMV,
               "        __syncthreads();\n        for (int k = slab", "        for (int k = slab"),
      ("thread", "gemv")),
+    (Mutation("gemv_slab_overwritten", GEMV,
+              "            __syncthreads();  // the one before is still being read\n", ""), ("thread", "gemv")),
+    (Mutation("gemv_factors_not_waited_for", GEMV,
+              "        ptx::cp_async_wait<0>();\n        __syncthreads();", "        __syncthreads();"), shared),
+    (Mutation("gemv_factors_not_there", GEMV,
+              "        ptx::cp_async_wait<0>();\n        __syncthreads();", "        ptx::cp_async_wait<0>();"),
+     ("thread", "gemv")),
+    (Mutation("gemv_factors_of_the_first_slab", GEMV, "ask_factors<T>(p, factors, slab, slab_end)",
+              "ask_factors<T>(p, factors, begin, begin + slab_end - slab)"), slabs),
     (Mutation("gemv_does_not_wait", GEMV, "    ptx::grid_dependency_wait();\n", ""), dependent),
-    (Mutation("gemv_slab_overwritten", GEMV, "if (slab > begin) __syncthreads();", ""), ("thread", "gemv")),
     (Mutation("gemv_x_overwritten", GEMV, "    __syncthreads();  // x has been read\n", ""), ("thread", "gemv")),
     (Mutation("gemv_sums_not_there", GEMV, "    __syncthreads();\n    // A half", "    // A half"), ("thread", "gemv")),
     (Mutation("gemv_output_not_there", GEMV, "        __syncthreads();\n        return;", "        return;"),

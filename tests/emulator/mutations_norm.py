@@ -25,6 +25,12 @@ def layer_norm(kernels: Kernels) -> None:
         checks.check_norm(kernels, dtype, rows, n, parts, fused, centred=True)
 
 
+def norm_mixed(kernels: Kernels) -> None:
+    for narrow, n in ((torch.bfloat16, 1032), (torch.float16, 72)):
+        checks.check_norm_mixed(kernels, narrow, 5, n, 2)
+        checks.check_norm_of_a_wide_weight(kernels, narrow, 5, n, 2)
+
+
 def norm_coalescing(kernels: Kernels) -> None:
     for centred in (False, True):
         checks.check_norm_coalescing(kernels, centred)
@@ -81,4 +87,18 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("norm_dbias_place", NORM, "(int64_t(gridDim.x) + blockIdx.x) * n", "int64_t(blockIdx.x) * n"),
      layer_norm),
     (Mutation("norm_second_column_sum", COLUMNS, "int64_t(blockIdx.y) * p.parts * p.n", "0"), layer_norm),
+    (Mutation("norm_mixed_half_as_bfloat16", NORM, "if (dtype == DType::bf16) return __uint_as_float",
+              "if (dtype != DType::f32) return __uint_as_float"), norm_mixed),
+    (Mutation("norm_mixed_unsettled_gradient", NORM, "        dout.settle(n, p.out_dtype);\n", ""), norm_mixed),
+    (Mutation("norm_mixed_sum_is_not_rounded", NORM, "        h.round(n, p.dtype);\n", ""), norm_mixed),
+    (Mutation("norm_mixed_no_gradient_of_the_branch", NORM, "if (p.dbranch) dout", "if (!p.dbranch) dout"), norm_mixed),
+    (Mutation("norm_mixed_wide_branch", NORM, "dout.store(p.dbranch, row, n, p.x_dtype)",
+              "dout.store(p.dbranch, row, n, p.dtype)"), ("address", "norm")),
+    (Mutation("norm_mixed_wide_out", NORM, "h.store(p.out, row, n, p.out_dtype)", "h.store(p.out, row, n, p.dtype)"),
+     ("address", "norm")),
+    (Mutation("norm_mixed_weight_of_the_stream", NORM, "dispatch_dtype(p.weight_dtype, [&]",
+              "dispatch_dtype(p.dtype, [&]"),
+     norm_mixed),
+    (Mutation("norm_mixed_strided", NORM, "const Four*>(from + start(v))", "const Four*>(from + start(v) % 512 * 2)"),
+     checks.check_norm_mixed_coalescing),
 ]  # fmt: skip

@@ -47,19 +47,27 @@ def test_parity(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int
         (64, FP16, 97, 130, ""),
         (64, BF16, 130, 130, "starts"),
         (64, BF16, 129, 521, ""),
+        (64, BF16, 330, 330, ""),
         (96, FP16, 2, 2, ""),
         (96, BF16, 65, 66, ""),
         (96, BF16, 97, 450, "starts"),
         (96, FP16, 193, 193, "starts"),
+        (96, BF16, 321, 333, ""),
         (128, BF16, 63, 63, ""),
         (128, FP16, 65, 129, ""),
         (128, BF16, 130, 520, "starts"),
         (128, BF16, 192, 256, ""),
         (128, FP16, 250, 251, ""),
+        (128, BF16, 321, 321, "starts"),
     ],
 )
 def test_parity_on_hopper(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int, t_k: int, mask: str) -> None:
     attention.check(kernels, dtype, d, t_q, t_k, mask, HOPPER)
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_batches_on_hopper(kernels: Kernels, b: int) -> None:
+    attention.check(kernels, BF16, 64, 65, 130, "starts", HOPPER, b)
 
 
 def test_a_longer_sequence(kernels: Kernels) -> None:

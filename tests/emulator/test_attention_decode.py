@@ -44,11 +44,11 @@ def test_splits(emulated: Kernels) -> None:
 
 @pytest.mark.parametrize("dim", [16, 48, 256])
 def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
-    nowhere = dict.fromkeys(("q", "k", "v"), (0, 0, 0)) | dict.fromkeys(("v_cache", "position", "place"), (0, 0))
+    nowhere = dict.fromkeys(("q", "k", "v"), (0, 0, 0))
+    nowhere |= dict.fromkeys(("k_cache", "v_cache", "position", "place"), (0, 0))
     with pytest.raises(RuntimeError, match="attention_decode: CUDA error: invalid argument"):
         emulated.module.attention_decode_cuda(
             **nowhere,
-            k_cache=0,
             starts=0,
             prefix=(0, 1, 0, 0, 0, 0),
             out=0,
@@ -57,4 +57,6 @@ def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
             scale=1.0,
             dtype=1,
             dependent=0,
+            ring=False,
+            cluster=False,
         )

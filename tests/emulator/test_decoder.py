@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import threading
-import types
-import warnings
-import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from igpt_fast.engines.choice import keep, make_decoder
 from igpt_fast.engines.cuda import decoder as cuda_decoder
 from igpt_fast.engines.cuda import step as cuda_step
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
+from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling import rules
@@ -31,11 +28,15 @@ from igpt_fast.sampling import rules
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def assert_reads(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> None:
+def assert_reads(
+    model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1, **options: Any
+) -> None:
     """As the reference does, by the rule of tolerance.py."""
     rows, capacity = len(ids) // copies, ids.shape[1]
     decoder = make_decoder(model, rows, capacity)
     assert isinstance(decoder, CudaDecoder)
+    if options:
+        decoder = CudaDecoder(model, rows, capacity, options=CudaOptions(**options))
     ours = read(decoder, ids, primer, copies)
     with backend.use_backend("reference"):
         plain = read(ReferenceDecoder(model, rows, capacity), ids, primer, copies)
@@ -51,6 +52,51 @@ def test_reads_as_the_reference(device: str, rows: int, dtype: torch.dtype, head
     """From a primer on, past the position from which attention is launched in another way."""
     model = make(device, dtype, n_head=heads)
     assert_reads(model, tokens(model.config, rows, 68).to(device), 60)
+
+
+@pytest.mark.parametrize(
+    ("rows", "copies", "parts"),
+    [(8, 1, [4, 4]), (9, 1, [5, 4]), (33, 1, [17, 16]), (1, 5, [3, 2]), (3, 3, [6, 3]), (1, 1, [1])],
+)
+def test_halves(device: str, rows: int, copies: int, parts: list[int]) -> None:
+    """Of the rows, or of the primers that they share, by kernels of few rows and by torch's products."""
+    model = make(device, n_layer=1)
+    ids = shared(rows, copies, 6, 3, model.config).to(device)
+    for gemv_rows in (0, 64):
+        assert_reads(model, ids, 3, copies, halves=True, gemv_rows=gemv_rows)
+    decoder = CudaDecoder(model, rows, 6, options=CudaOptions(halves=True))
+    read(decoder, ids, 3, copies)
+    assert decoder._step is not None
+    assert [part.images for part in decoder._step.parts] == parts
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_every_switch(device: str, rows: int) -> None:
+    """Changes nothing that can be seen but time."""
+    model = make(device, n_layer=1)
+    ids = tokens(model.config, rows, 5).to(device)
+    for name, values in {
+        "dependent": ("none", "late"),
+        "ring": (False,),
+        "cluster": (False,),
+        "drawing": (False,),
+        "gemv_rows": (0, 1),
+        "graphs": (False,),
+    }.items():
+        for value in values:
+            assert_reads(model, ids, 3, **{name: value})
+
+
+def test_when_there_are_halves() -> None:
+    """By themselves from 64 rows on, where the products are torch's."""
+    assert cuda_step.halved(CudaOptions(), 64, False)
+    assert not cuda_step.halved(CudaOptions(), 64, True)
+    assert not cuda_step.halved(CudaOptions(), 63, False)
+    assert cuda_step.halved(CudaOptions(halves=True), 2, True)
+    assert not cuda_step.halved(CudaOptions(halves=False), 999, False)
+    part = lambda *bounds: cuda_step.Part(*(slice(*pair) for pair in bounds))  # noqa: E731
+    assert cuda_step.split(12, 4, True) == [part((0, 6), (0, 2)), part((6, 12), (2, 4))]
+    assert cuda_step.split(64, 1, True) == [part((0, 32), (0, 1)), part((32, 64), (0, 1))]
 
 
 @pytest.mark.parametrize("fields", [{"activation_function": "gelu"}, {"vocab_size": 39}, {"n_inner": 24, "n_layer": 3}])
@@ -184,6 +230,43 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
         decoder.step(drawn)
 
 
+@pytest.mark.parametrize("change", ["logits", "columns", "sampling", "seed", "streams", "numbers", "step"])
+def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
+    """Where its logits have been written to, or another draw is asked for."""
+    model, results, ahead = make(device, n_layer=1), [], -1
+    context = tokens(model.config, 2, 3).to(device)
+    for drawing in (True, False):
+        decoder = CudaDecoder(model, 2, 9, options=CudaOptions(drawing=drawing))
+        streams = torch.arange(2, device=device)
+        logits, drawn = decoder.prefill(context)[:, :39], []
+        seed, sampling = 3, Sampling()
+        for t in range(7):
+            numbers = torch.full((2,), 0.5, device=device)
+            if t == 3 and change == "logits":
+                ahead = int(decoder.history[0][0, 3]) if drawing else ahead
+                logits[:, ahead] = -torch.inf
+            logits = logits[:, :5] if t == 3 and change == "columns" else logits
+            sampling = Sampling(temperature=0.0) if t == 3 and change == "sampling" else sampling
+            seed = 4 if t == 3 and change == "seed" else seed
+            streams = streams + 5 if t == 3 and change == "streams" else streams
+            given = None if t == 3 and change == "numbers" else (seed, streams)
+            drawn.append(torch.stack([part.double() for part in decoder.draw(logits, numbers, given, sampling)]))
+            if t < 6:
+                logits = (decoder.step(context[:, 0]) if t == 3 and change == "step" else decoder.step_drawn())[:, :39]
+        results.append(torch.stack(drawn))
+    assert torch.equal(*results)
+
+
+def test_weights_that_are_no_numbers(device: str) -> None:
+    """Are told, though the device draws by itself."""
+    model = make(device, n_layer=1)
+    with torch.no_grad():
+        model.transformer.wpe.weight[4] = torch.nan
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    with pytest.raises(FloatingPointError, match=r"image 0, position 4\)"):
+        generation.decode(model, context, rules.RandomStreams(5, torch.arange(2), 0, 8), Sampling())
+
+
 def test_misuse(device: str) -> None:
     model = make(device)
     decoder = CudaDecoder(model, 2, 4)
@@ -285,7 +368,7 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2.0)
     assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3]
-    monkeypatch.setattr(cuda_decoder, "KEPT_BYTES", 0)
+    monkeypatch.setattr(cuda_decoder, "most_kept", lambda device: 0)
     for _ in range(2):
         assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3, 3]
@@ -453,226 +536,3 @@ def test_the_plan_of_memory_holds() -> None:
         del decoder
         gc.collect()
         assert torch.cuda.memory_allocated() <= before + (128 << 20), "workspaces of libraries stay, caches do not"
-
-
-# ---- CUDA graphs ------------------------------------------------------------------------------------------------
-
-
-class Replayed:
-    """In place of a CUDA graph: does again what was done last before it was finished."""
-
-    done: tuple[cuda_step.CudaStep, int, Tensor] | None = None
-
-    def replay(self) -> None:
-        assert self.done is not None
-        step, limit, logits = self.done
-        logits.copy_(step._compute(limit))
-        step.position += 1
-
-    def pool(self) -> tuple[int, int]:
-        return 0, 1
-
-
-class Captures:
-    """CUDA graphs on the emulator: a captured step is one that has not been done. Notes what happens.
-
-    Attributes:
-        pools: Of each capture.
-        waits: Which stream waited for which.
-        decoders: Each one, weakly.
-        fails: Where a step of more than ``most`` rows fails, for want of memory: "before", "inside", or "at the end" of
-            its capture.
-    """
-
-    def __init__(self) -> None:
-        self.pools: list[object] = []
-        self.waits: list[tuple[str, str]] = []
-        self.decoders: list[weakref.ref[CudaDecoder]] = []
-        self.fails, self.most = "", 99
-        self._inside = False
-        self._last: tuple[cuda_step.CudaStep, int, Tensor] | None = None
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        captures, compute, init = self, cuda_step.CudaStep._compute, CudaDecoder.__init__
-
-        class Capture:
-            def __init__(self, graph: Replayed, pool: object, stream: object, capture_error_mode: str) -> None:
-                captures.pools.append(pool)
-                self.graph = graph
-
-            def __enter__(self) -> None:
-                captures._inside = True
-
-            def __exit__(self, *args: object) -> None:  # as torch's, this frame has the error
-                captures._inside = False
-                if args[1] is not None and captures.fails == "at the end":
-                    raise RuntimeError("operation failed due to a previous error during capture")
-                if args[1] is None and captures._last is not None:
-                    step, _, logits = self.graph.done = captures._last
-                    step.position -= 1
-                    logits.fill_(torch.nan)
-
-        def noted(step: cuda_step.CudaStep, limit: int) -> Tensor:
-            if step.x.shape[0] > captures.most and (captures._inside or captures.fails == "before"):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            logits = compute(step, limit)
-            captures._last = step, limit, logits
-            return logits
-
-        def made(decoder: CudaDecoder, *arguments: object, graphs: bool = True) -> None:
-            init(decoder, *arguments)  # type: ignore[arg-type]
-            decoder._options = (graphs, True)
-            captures.decoders.append(weakref.ref(decoder))
-
-        def stream(name: str) -> types.SimpleNamespace:
-            return types.SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
-
-        here, capturing = stream("here"), stream("capturing")
-        fakes = {"current_stream": lambda _: here, "CUDAGraph": Replayed, "graph": Capture}
-        fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-        monkeypatch.setattr(cuda_step, "_capture_stream", lambda _: capturing)
-        monkeypatch.setattr(cuda_step.CudaStep, "_compute", noted)
-        monkeypatch.setattr(CudaDecoder, "__init__", made)
-
-
-@pytest.fixture
-def captures(emulation, monkeypatch: pytest.MonkeyPatch) -> Captures:
-    found = Captures()
-    found.install(monkeypatch)
-    return found
-
-
-@pytest.mark.parametrize(("copies", "primer"), [(1, 60), (3, 3)])
-def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int) -> None:
-    """One for each launch of attention, of what is in fixed memory."""
-    model = make("cpu")
-    ids = shared(1, copies, 70, primer, model.config)
-    expected = read(CudaDecoder(model, 1, 70, graphs=False), ids, primer, copies)
-    results = []
-    decoder = CudaDecoder(model, 1, 70)
-    for _ in range(2):
-        results.append(read(decoder, ids, primer, copies))
-        decoder.rest()
-        decoder.start(model, 1, 70)
-    assert decoder._spare is not None
-    assert captures.pools == [None, (0, 1)], "a second start captures nothing, and graphs share a pool"
-    assert list(decoder._spare._graphs or ()) == decoder._spare._limits
-    assert all(torch.equal(result, expected) for result in results)
-
-
-@pytest.mark.parametrize("where", ["before", "inside", "at the end"])
-def test_out_of_memory_at_a_capture(captures: Captures, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is told as such, and when fewer images are tried nothing of the decoder is left, without the collector."""
-    model, left = make("cpu"), []
-    captures.fails, captures.most = where, 1
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            note = lambda *_: left.extend(decoder() for decoder in captures.decoders)  # noqa: E731
-            monkeypatch.setattr(warnings, "showwarning", note)
-            drawn = model.generate(max_new_tokens=3, do_sample=True, seed=1, num_return_sequences=2)
-    finally:
-        gc.enable()
-    assert drawn.shape == (2, 4)
-    assert left == [None]
-    assert len(captures.decoders) == 2
-    assert captures.waits == [("capturing", "here"), ("here", "capturing")] * 2  # the third batch captures nothing
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "copies"), [(1, 1), (8, 1), (33, 1), (1, 4), (2, 9)])
-def test_graphs_change_no_bit(rows: int, copies: int) -> None:
-    """Nor do dependent launches; past every limit, with a graph for each. Above 8 rows the products are cuBLAS's."""
-    model = make("cuda", n_positions=300, n_embd=128)
-    ids = shared(rows, copies, 300, 5, model.config).cuda()
-    results = []
-    for options in ({"graphs": False, "dependent": False}, {"dependent": False}, {}):
-        decoder = CudaDecoder(model, rows, 300, **options)
-        results.append(read(decoder, ids, 5, copies))
-        assert decoder._step is not None
-        graphs = decoder._step._graphs
-        assert (graphs is None) if "graphs" in options else set(graphs or ()) == set(decoder._step._limits)
-    tolerance = 0.0 if rows * copies <= cuda_step.FUSED_ROWS else 0.05 * float(results[0].std())
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0.0, atol=tolerance)
-
-
-@pytest.mark.gpu
-def test_a_thousand_replays_are_the_same() -> None:
-    """Races of dependent launches would show as bits that differ."""
-    model = make("cuda", n_positions=1024, n_embd=512, n_head=8, n_layer=4, vocab_size=513)
-    ids = tokens(model.config, 1, 1001).cuda()
-    first = read(CudaDecoder(model, 1, 1001), ids, 1)
-    assert torch.equal(read(CudaDecoder(model, 1, 1001), ids, 1), first)
-    assert torch.equal(read(CudaDecoder(model, 1, 1001, dependent=False), ids, 1), first)
-
-
-@pytest.mark.gpu
-def test_drawing_does_not_wait() -> None:
-    """torch raises where the host would wait for the device."""
-    model = make("cuda", n_positions=300, n_embd=128)
-    decoder = CudaDecoder(model, 4, 300)
-    logits = decoder.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
-    streams, numbers = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda")
-    for _ in range(2):
-        tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
-        logits = decoder.step_drawn()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(20):
-            tokens, _ = decoder.draw(logits, numbers, (3, streams), Sampling(top_k=5))
-            logits = decoder.step_drawn()
-            logits = decoder.step(tokens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert int(tokens.max()) < 40
-
-
-@pytest.mark.gpu
-def test_threads_and_streams() -> None:
-    """Decoders of one model in threads, each on a stream of its own: what each reads alone."""
-    model = make("cuda", n_embd=128)
-    ids = [tokens(model.config, 3, 70, seed=i).cuda() for i in range(4)]
-    alone = [read(CudaDecoder(model, 3, 70), part, 4) for part in ids]
-    torch.cuda.synchronize()
-    found: list[Tensor | None] = [None] * 4
-
-    def work(i: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                found[i] = read(CudaDecoder(model, 3, 70), ids[i], 4)
-            torch.cuda.current_stream().synchronize()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for got, expected in zip(found, alone, strict=True):
-        assert got is not None
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.gpu
-def test_a_failed_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("cuda")
-    decoder = CudaDecoder(model, 9, 8)
-    logits = decoder.prefill(tokens(model.config, 9, 1).cuda())
-    original = cuda_step.CudaStep._compute
-
-    def fails(self: cuda_step.CudaStep, limit: int) -> Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("lost")
-        return original(self, limit)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cuda_step.CudaStep, "_compute", fails)
-        stream = torch.cuda.current_stream()
-        with pytest.raises(RuntimeError, match="the step could not be captured in a CUDA graph: lost"):
-            decoder.step(logits.argmax(-1))
-        assert torch.cuda.current_stream() == stream
-    assert decoder.step(logits.argmax(-1)).isfinite().all()

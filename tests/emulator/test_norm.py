@@ -28,6 +28,26 @@ def test_schedules(emulated: Kernels, n: int, order: str, seed: int, centred: bo
     checks.check_norm(emulated, torch.bfloat16, 7, n, 2, True, centred)
 
 
+@pytest.mark.parametrize(("rows", "n", "parts"), checks.NORM_SHAPES)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_dtypes_of_their_own(kernels: Kernels, narrow: torch.dtype, rows: int, n: int, parts: int) -> None:
+    checks.schedule(kernels, "fifo", 0)
+    checks.check_norm_mixed(kernels, narrow, rows, n, parts)
+    checks.check_norm_of_a_wide_weight(kernels, narrow, rows, n, parts)
+
+
+@pytest.mark.parametrize(("order", "seed"), checks.SCHEDULES)
+def test_schedules_of_dtypes_of_their_own(emulated: Kernels, order: str, seed: int) -> None:
+    checks.schedule(emulated, order, seed)
+    checks.check_norm_mixed(emulated, torch.bfloat16, 7, 1032, 2)
+
+
+def test_layer_norm_has_one_dtype(kernels: Kernels) -> None:
+    x, weight = torch.zeros(1, 64, device=kernels.device), torch.ones(64, device=kernels.device)
+    with pytest.raises(RuntimeError, match="norm_fwd: CUDA error: invalid argument"):
+        kernels.norm_fwd(x, weight, 1e-5, None, weight, dtype=torch.bfloat16)
+
+
 @NORMS
 @pytest.mark.parametrize("rows", [63, 65, 1023])
 def test_many_rows(kernels: Kernels, rows: int, centred: bool) -> None:
@@ -50,6 +70,7 @@ def test_determinism(kernels: Kernels, centred: bool) -> None:
 @NORMS
 def test_coalescing(emulated: Kernels, centred: bool) -> None:
     checks.check_norm_coalescing(emulated, centred)
+    checks.check_norm_mixed_coalescing(emulated)
 
 
 @NORMS

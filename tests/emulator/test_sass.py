@@ -54,6 +54,7 @@ FAMILIES = {
     "cross_entropy_total_kernel": Family(has=(r"LDG\.E\.64",)),  # a sum and a count of each block
     "attention_fwd_kernel": ATTENTION,
     "attention_fwd_hopper_kernel": HOPPER,
+    "attention_bwd_hopper_kernel": HOPPER,
     "attention_dkv_kernel": ATTENTION,
     "attention_dq_kernel": ATTENTION,
     "attention_terms_kernel": Family(has=(LOAD16,)),
@@ -111,11 +112,17 @@ def test_quantize_does_not_contract() -> None:
                 assert not {i for i in found if i.startswith("FFMA")}, name
 
 
+def between_waits(lines: list[str]) -> list[int]:
+    """How many exponentials stand between every two waits for products."""
+    waits = [i for i, line in enumerate(lines) if line.startswith("WARPGROUP.DEPBAR")]
+    return [sum(line.startswith("MUFU.EX2") for line in lines[i:j]) for i, j in pairwise(waits)]
+
+
 def beside_products(lines: list[str]) -> list[int]:
     """How many exponentials stand between a wait for all products but the newest and the wait for that one."""
-    waits = [i for i, line in enumerate(lines) if line.startswith("WARPGROUP.DEPBAR")]
-    pairs = [(i, j) for i, j in pairwise(waits) if lines[i].endswith(" 0x1") and lines[j].endswith(" 0x0")]
-    return [sum(line.startswith("MUFU.EX2") for line in lines[i:j]) for i, j in pairs]
+    waits = [line for line in lines if line.startswith("WARPGROUP.DEPBAR")]
+    counts = zip(pairwise(waits), between_waits(lines), strict=True)
+    return [count for (one, two), count in counts if one.endswith(" 0x1") and two.endswith(" 0x0")]
 
 
 def test_softmax_runs_beside_the_products() -> None:
@@ -125,12 +132,20 @@ def test_softmax_runs_beside_the_products() -> None:
         assert beside_products(lines) == [64 * 64 // 128 + 2], name  # weights of a thread, and its rows' maxima
 
 
+def test_weights_are_formed_beside_the_products() -> None:
+    """In the backward for Hopper, between the waits for S and for dP: first before the loop, and then in it."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "attention_bwd_hopper.cu")
+    for name, lines in nvcc.code(compiled, "90a").items():
+        assert between_waits(lines)[2:] == [64 * 64 // 128, 0], name
+
+
 def test_exponentials_beside_products_are_counted() -> None:
     first, last = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     exp = "MUFU.EX2 R4, R5"
     assert beside_products([last, exp, first, exp, "FADD R1, R2, R3", exp, last, exp]) == [2]
     assert beside_products([exp, first, last, exp]) == [0]
     assert beside_products([exp, last, exp]) == []
+    assert between_waits([exp, first, exp, last, first, exp, exp, last, exp]) == [1, 0, 2]
 
 
 # Kernels that may be launched while the one before ends (launch.cuh), and what of memory they read before they wait.
@@ -138,7 +153,7 @@ DEPENDENT = {
     "attention_decode_kernel": (),
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
-    "gemv_kernel": (r"LDG\.E",),  # weight and bias
+    "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight
     "sample_kernel": (r"LDG\.E",),  # settings and stream
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
@@ -163,6 +178,16 @@ def test_dependent_kernels_wait() -> None:
                 assert early is not None, name
                 assert [line for line in early if not any(re.match(p, line) for p in DEPENDENT[family])] == [], name
     assert seen == set(DEPENDENT)
+
+
+def test_gemv_lets_the_next_begin_at_once() -> None:
+    """Before it waits, if it is told to; it has asked for the norm's weight by then, asynchronously."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "gemv.cu")
+    for name, lines in nvcc.code(compiled, "90a").items():
+        before = lines[: next(i for i, line in enumerate(lines) if line.startswith("ACQBULK"))]
+        assert sum(line.startswith("PREEXIT") for line in before) == 1, name
+        assert sum(line.startswith("PREEXIT") for line in lines) == 2, name
+        assert any(re.match(ASYNC16, line) for line in before) == (", true, " in name), name
 
 
 def test_what_comes_before_the_wait_is_found() -> None:

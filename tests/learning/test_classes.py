@@ -21,7 +21,8 @@ from igpt_fast.learning.folders import held_out, tokens_from_images
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.run import run
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.train import inputs_at, train
+from igpt_fast.learning.stepping import inputs_at
+from igpt_fast.learning.train import train
 from igpt_fast.likelihood.nats import image_nats
 
 pytestmark = pytest.mark.xdist_group("classes")  # one training for all

@@ -23,7 +23,8 @@ from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.probe import probe
 from igpt_fast.learning.run import run
 from igpt_fast.learning.settings import TrainConfig
-from igpt_fast.learning.train import inputs_at, new_model, train
+from igpt_fast.learning.stepping import inputs_at
+from igpt_fast.learning.train import new_model, train
 from igpt_fast.likelihood.masked import hide, masked_nats
 
 TINY = TrainConfig(

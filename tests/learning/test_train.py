@@ -27,7 +27,9 @@ from igpt_fast.learning.run import run
 from igpt_fast.learning.schedule import augmented, chosen_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.learning.state import Output
-from igpt_fast.learning.train import DivergedError, inputs_at, train
+from igpt_fast.learning.stepping import Stepper, inputs_at
+from igpt_fast.learning.train import train
+from igpt_fast.learning.watch import DivergedError
 from igpt_fast.likelihood.nats import image_nats, mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -203,7 +205,8 @@ def test_overwriting_costs_nothing_until_there_is_something_new(
         raise ValueError("n_layer, or the device is out of memory")
 
     if fault != "model":
-        monkeypatch.setattr(recipe, "train_step" if fault == "first step" else "check_writable", broken)
+        where = (Stepper, "step") if fault == "first step" else (recipe, "check_writable")
+        monkeypatch.setattr(*where, broken)
     with pytest.raises(ValueError, match="n_layer"):
         run(tiny, tmp_path, config, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -221,11 +224,10 @@ def test_no_directory_before_there_is_something_to_write(
     def early(*args: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    for place in ("new_model", "train_step"):
+    # Of a step a second one, which acts at once.
+    for place, name, stopped in ((recipe, "new_model", early), (Stepper, "step", lambda *_: (early(), early()))):
         with monkeypatch.context() as patch:
-            patch.setattr(recipe, place, early)
-            if place == "train_step":  # a second one, which acts at once
-                patch.setattr(recipe, place, lambda *args: (early(), early()))
+            patch.setattr(place, name, stopped)
             with pytest.raises(KeyboardInterrupt):
                 run(tiny, out, TINY)
     assert not list(tmp_path.iterdir())

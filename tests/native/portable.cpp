@@ -75,9 +75,9 @@ void elementwise(cpu::Format format) {
     auto total = array(rows * n), out = array(rows * n), dweight = array(n), dbias = array(n);
     for (bool centred : {false, true}) {
         cpu::norm_fwd({x.data(), other.data(), weight.data(), bias.data(), total.data(), out.data(), rows, n, 1e-5f,
-                       centred, format, format, format, 2});
-        cpu::norm_bwd({out.data(), other.data(), total.data(), weight.data(), out.data(), dweight.data(), dbias.data(),
-                       rows, n, 1e-5f, centred, format, format, format, 2});
+                       centred, format, format, format, format, 2});
+        cpu::norm_bwd({out.data(), other.data(), total.data(), weight.data(), out.data(), nullptr, dweight.data(),
+                       dbias.data(), rows, n, 1e-5f, centred, format, format, format, 2});
     }
     for (auto activation : {cpu::Activation::quick_gelu, cpu::Activation::gelu_tanh, cpu::Activation::gelu_erf}) {
         cpu::activation_fwd({x.data(), bias.data(), out.data(), rows, n, activation, format, 2});

@@ -9,7 +9,7 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, ops, reference
-from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
+from igpt_fast.ops.attention_decode import dequantize_e4m3, quantize_e4m3
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
 OP = "attention_decode"
@@ -41,19 +41,22 @@ def test_positions(implementation, dtype: torch.dtype, dim: int, starts: bool) -
 @pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_positions_with_scaled_values(implementation, dtype: torch.dtype, dim: int, starts: bool) -> None:
-    checks.check_positions(implementation.device, dtype, dim, starts, scaled=True)
+@pytest.mark.parametrize("scaled", [1, 2])
+def test_positions_of_8_bits(implementation, scaled: int, dtype: torch.dtype, dim: int, starts: bool) -> None:
+    checks.check_positions(implementation.device, dtype, dim, starts, scaled)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_long_cache_of_scaled_values(implementation, dim: int) -> None:
-    checks.check_long(implementation.device, torch.bfloat16, dim, scaled=True)
+@pytest.mark.parametrize("scaled", [1, 2])
+def test_long_cache_of_8_bits(implementation, scaled: int, dim: int) -> None:
+    checks.check_long(implementation.device, torch.bfloat16, dim, scaled)
 
 
 @pytest.mark.parametrize(("prefixes", "rows", "prefix"), checks.PREFIXES[1:4])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_prefix_before_scaled_values(implementation, dim: int, prefixes: int, rows: int, prefix: int) -> None:
-    checks.check_prefix(implementation.device, torch.bfloat16, dim, prefixes, rows, prefix, scaled=True)
+@pytest.mark.parametrize("scaled", [1, 2])
+def test_prefix_before_8_bits(implementation, scaled: int, dim: int, prefixes: int, rows: int, prefix: int) -> None:
+    checks.check_prefix(implementation.device, torch.bfloat16, dim, prefixes, rows, prefix, scaled)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
@@ -69,8 +72,8 @@ def test_every_value_is_quantized_as_torch_does(implementation, dtype: torch.dty
 def test_scaled_values_are_near() -> None:
     """Half a unit of 4 bits of those between an eighth of the largest and it; a scale of the largest and no other."""
     v = torch.randn(50, 64) * torch.randn(50, 1).exp()
-    codes, scales = quantize_values(v)
-    back, largest = dequantize_values(codes, scales, torch.float32), v.abs().amax(dim=1, keepdim=True)
+    codes, scales = quantize_e4m3(v)
+    back, largest = dequantize_e4m3(codes, scales, torch.float32), v.abs().amax(dim=1, keepdim=True)
     torch.testing.assert_close(back.abs().amax(dim=1, keepdim=True), largest, rtol=1e-6, atol=0.0)
     assert ((back - v).abs() <= torch.maximum(v.abs() * 2.0**-4, largest * 2.0**-10 / 448.0) * 1.001).all()
 
@@ -94,9 +97,9 @@ def test_position_outside_the_cache(implementation) -> None:
     checks.check_outside(implementation.device)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("prefixes", [0, 2])
-def test_nan_stays_in_its_row(implementation, prefixes: int, scaled: bool) -> None:
+def test_nan_stays_in_its_row(implementation, prefixes: int, scaled: int) -> None:
     checks.check_nan_stays(implementation.device, prefixes, scaled)
 
 
@@ -195,20 +198,23 @@ def test_schedules(emulation, heads_per_row: int) -> None:
         checks.check_prefix("cpu", torch.float16, 96, 2, 10, 65)
 
 
-def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False, scaled: bool = False) -> list[Tensor | None]:
+def operands(dtype: torch.dtype = torch.bfloat16, prefix: bool = False, scaled: int = 0) -> list[Tensor | None]:
     """Arguments of the registered op, without NaN."""
     made = checks.case("cpu", dtype, 32, [1, 66, 5, 9], 70, 4, starts=[0, 1, 2, 0], prefixes=2, prefix=9)
-    values, scales = made.v_cache.nan_to_num(), None
+    keys, values = made.k_cache.nan_to_num(), made.v_cache.nan_to_num()
+    scales: list[Tensor | None] = [None, None]
     if scaled:
-        values, scales = quantize_values(values)
-    tensors = made.q, made.k, made.v, made.k_cache.nan_to_num(), values, made.position, made.starts
+        values, scales[0] = quantize_e4m3(values)
+    if scaled == 2:
+        keys, scales[1] = quantize_e4m3(keys)
+    tensors = made.q, made.k, made.v, keys, values, made.position, made.starts
     shared = [made.prefix_k.nan_to_num(), made.prefix_v.nan_to_num()] if prefix else [None, None]
-    return [*tensors, *shared, scales]
+    return [*tensors, *shared, *scales]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_opcheck(emulation, prefix: bool, scaled: bool) -> None:
+def test_opcheck(emulation, prefix: bool, scaled: int) -> None:
     made = operands(prefix=prefix, scaled=scaled)
     checked = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if not scaled:  # it multiplies what is written to, as torch does not in float8
@@ -218,21 +224,21 @@ def test_opcheck(emulation, prefix: bool, scaled: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_compile(implementation, prefix: bool, scaled: bool) -> None:
+def test_compile(implementation, prefix: bool, scaled: int) -> None:
     """The caches that a compiled function is given are written to."""
     made = operands(prefix=prefix, scaled=scaled)
-    *tensors, prefix_k, prefix_v, v_scale = (None if t is None else t.to(implementation.device) for t in made)
+    *tensors, prefix_k, prefix_v, v_scale, k_scale = (None if t is None else t.to(implementation.device) for t in made)
 
-    def step(q, k, v, k_cache, v_cache, v_scale, position, starts):
-        shared = {"prefix_k": prefix_k, "prefix_v": prefix_v, "v_scale": v_scale}
+    def step(q, k, v, k_cache, v_cache, v_scale, k_scale, position, starts):
+        shared = {"prefix_k": prefix_k, "prefix_v": prefix_v, "v_scale": v_scale, "k_scale": k_scale}
         out = ops.attention_decode(2 * q, k, v, k_cache, v_cache, position, starts, **shared)
         return out + k_cache.float().sum() * 0
 
     def run(function) -> list[Tensor]:
         q, k, v, *caches, position, starts = tensors
-        caches = [None if t is None else t.clone() for t in (*caches, v_scale)]
+        caches = [None if t is None else t.clone() for t in (*caches, v_scale, k_scale)]
         out = function(q, k, v, *caches, position, starts)
         return [out, *(t.float() for t in caches if t is not None)]
 
@@ -275,7 +281,7 @@ def test_what_the_kernel_does_not_cover_goes_the_other_way(emulation) -> None:
     checks.check(checks.case("cpu", torch.bfloat16, 48, 66))
     checks.check(checks.case("cpu", torch.float64, 64, 66))
     checks.check(checks.case("cpu", torch.float32, 64, 6, 9, 4, prefixes=2, prefix=5))
-    checks.check(checks.case("cpu", torch.float32, 64, 6, 9, 4, scaled=True))
+    checks.check(checks.case("cpu", torch.float32, 64, 6, 9, 4, scaled=2))
     checks.check(checks.case("cpu", torch.bfloat16, 48, 66, scaled=True))
     assert emulation.module.counters()["launches"] == 0
 
@@ -324,6 +330,8 @@ def _misuse() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
         "scales": ({"v_scale": zeros(2, 4, 5)}, TypeError, "v_cache is torch.float32; want torch.float8"),
         "scale's shape": (eight | {"v_scale": zeros(2, 4, 6)}, ValueError, r"v_scale has .*; want \(2, 4, 5\)"),
         "scale's dtype": (eight | {"v_scale": zeros(2, 4, 5).half()}, TypeError, "v_scale is torch.float16; want .*32"),
+        "keys alone": ({"k_scale": zeros(2, 4, 5)}, ValueError, "k_scale comes with v_scale; want both, v_scale alone"),
+        "keys": (eight | dict.fromkeys(("v_scale", "k_scale"), zeros(2, 4, 5)), TypeError, "k_cache is torch.float32"),
         "scale's strides": (eight | {"v_scale": zeros(4, 2, 5).transpose(0, 1)}, ValueError, "v_scale has strides"),
         "no room": ({"k_cache": zeros(2, 4, 0, 32)}, ValueError, "k_cache has shape"),
         "two caches": ({"v_cache": zeros(2, 4, 6, 32)}, ValueError, "v_cache has shape .*; want .*, k_cache's"),

@@ -134,8 +134,10 @@ def test_what_no_kernel_covers_is_the_reference(
 ) -> None:
     """Each kind of kernel has its own bounds."""
     x, weight = torch.randn(shape).to(dtypes[0]), torch.randn(shape[-1:]).to(dtypes[1])
-    narrow = torch.float16 in dtypes or torch.float64 in dtypes
-    covered = not narrow if implementation.name == "cpu" else dtypes == (torch.float16, torch.float16)
+    if implementation.name == "cpu":
+        covered = torch.float16 not in dtypes and torch.float64 not in dtypes
+    else:
+        covered = shape == (2, 64) and torch.float64 not in dtypes
     contract.check_parity(implementation, ops.rms_norm, [x, weight], covered)
 
 
@@ -202,13 +204,13 @@ def test_one_output_of_two_is_used(implementation: Implementation, used: int) ->
 
 
 def test_autocast(implementation: Implementation) -> None:
-    """Parameters in fp32: a residual stream in fp32 runs the kernel, 16-bit activations the CPU's alone."""
+    """Parameters in fp32: a residual stream in fp32 runs the kernel, and so do 16-bit activations."""
     x, residual, weight = (t.to(implementation.device) for t in tensors((2, 64), (2, 64), (64,)))
     with torch.autocast(implementation.device, torch.bfloat16):
         with contract.launching(implementation):
             out, total = ops.rms_norm(x, weight, residual=residual)
         assert out.dtype == total.dtype == torch.float32
-        with contract.launching(implementation, some=implementation.name == "cpu"):
+        with contract.launching(implementation):
             assert ops.rms_norm(x.bfloat16(), weight).dtype == torch.bfloat16
 
 
@@ -237,6 +239,47 @@ def test_a_dtype_of_its_own(implementation: Implementation, wide: torch.dtype, d
     assert all(torch.equal(a, b) for a, b in zip(alone, wanted, strict=True))
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_a_residual_of_float32_beside_bfloat16(
+    implementation: Implementation, weight_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """A stream under autocast: the bits, and the gradients', of conversions before and afterwards."""
+    x, residual = (t.to(implementation.device) for t in tensors((1030, 72), (1030, 72)))
+    x, weight = x.bfloat16(), torch.randn(72).to(implementation.device, weight_dtype)
+    upstream = [torch.randn(1030, 72).to(implementation.device, dtype), torch.randn_like(residual)]
+
+    def fused(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, weight, residual=residual, dtype=dtype)
+
+    def apart(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, total = ops.rms_norm(x.float(), weight.float(), residual=residual)
+        return out.to(dtype), total
+
+    with contract.launching(implementation):
+        found = contract.with_gradients(fused, [x, weight, residual], upstream)
+    wanted = contract.with_gradients(apart, [x, weight, residual], upstream)
+    assert [t.dtype for t in found] == [dtype, torch.float32, torch.bfloat16, weight_dtype, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_wider_residual(implementation: Implementation, narrow: torch.dtype) -> None:
+    """By the rule, compiled, differentiated twice, as shapes alone; float16 goes the reference's way on the CPU."""
+
+    def stream(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, weight, residual=residual.to(torch.promote_types(x.dtype, torch.float32)), dtype=x.dtype)
+
+    given = [*tensors((3, 5, 64), dtype=narrow), *tensors((3, 5, 64), (64,))]
+    covered = implementation.name != "cpu" or narrow == torch.bfloat16
+    contract.check_parity(implementation, stream, given, covered)
+    contract.check_shapes_alone(implementation, stream, given)
+    if covered:
+        contract.check_compiles(implementation, stream, given)
+        contract.check_second_derivative(implementation, stream, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(emulation: Implementation, dtype: torch.dtype) -> None:
     x, weight = tensors((3, 72), (72,), dtype=dtype)
@@ -246,12 +289,26 @@ def test_opcheck(emulation: Implementation, dtype: torch.dtype) -> None:
     contract.check_opcheck(emulation, registered.add_rms_norm.default, (leaves[0], x, leaves[1], 1e-5, torch.bfloat16))
     contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, None, x, weight, 1e-5))
     contract.check_opcheck(emulation, registered.rms_norm_bwd.default, (x, x, x, weight, 1e-5))
+    wide = x.float()
+    residual = wide.clone().requires_grad_()
+    contract.check_opcheck(
+        emulation, registered.add_rms_norm.default, (leaves[0].bfloat16(), residual, leaves[1], 1e-5, torch.bfloat16)
+    )
+    contract.check_opcheck(
+        emulation, registered.add_rms_norm_bwd.default, (x, wide, wide, weight, 1e-5, torch.bfloat16)
+    )
+
+
+def test_a_branch_has_16_bits(emulation: Implementation) -> None:
+    x, weight = tensors((3, 72), (72,))
+    with pytest.raises(TypeError, match=r"rms_norm: branch is torch.float32 beside torch.float32; want 16 bits"):
+        torch.ops.igpt_fast.add_rms_norm_bwd(x, None, x, weight, 1e-5, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("residual", "error", "message"),
     [
-        (torch.zeros(2, 8).bfloat16(), TypeError, "residual is torch.bfloat16; want torch.float32, x's"),
+        (torch.zeros(2, 8).bfloat16(), TypeError, "residual is torch.bfloat16; want torch.float32, x's, or a wider"),
         (torch.zeros(1, 8), ValueError, r"residual has shape \(1, 8\); want \(2, 8\), x's"),
         (torch.zeros(2, 8).long(), TypeError, "residual is torch.int64; want a floating-point tensor"),
         (torch.zeros(2, 8, device="meta"), ValueError, "residual is on meta, others on cpu"),

@@ -16,7 +16,7 @@ from PIL import Image
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor
 from igpt_fast.image import quantize
 from igpt_fast.learning import classifiers
-from igpt_fast.learning.train import DivergedError
+from igpt_fast.learning.watch import DivergedError
 from igpt_fast.recipes import cifar10, imagenet, protocol
 
 CLUSTERS = np.array([(r, g, b) for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)], np.float32)

@@ -41,9 +41,15 @@ void norm_rows(const NormParams& p, int64_t begin, int64_t end) {
         if (p.residual) {
             const T* residual = static_cast<const T*>(p.residual) + row * p.n_embd;
             T* sum = static_cast<T*>(p.sum) + row * p.n_embd;
-            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) {
-                write(sum + i, read(x + i, part) + read(residual + i, part), part);
-            });
+            const auto add = [&](const auto* branch) {
+                sweep<2>(p.n_embd, [&](int64_t i, int, auto part) {
+                    write(sum + i, read(branch + i, part) + read(residual + i, part), part);
+                });
+            };
+            if (p.x_format == Format::bf16)
+                add(static_cast<const uint16_t*>(p.x) + row * p.n_embd);
+            else
+                add(x);
             x = sum;
         }
         const Moments m = moments(x, p.n_embd, p.eps, p.centred);
@@ -99,6 +105,10 @@ void norm_grad_rows(const NormGradParams& p, int64_t begin, int64_t end, float* 
                      [&](int64_t i, int, auto part) { write(dx + i, gradient(i, part) + read(dsum + i, part), part); });
         } else {
             sweep<2>(p.n_embd, [&](int64_t i, int, auto part) { write(dx + i, gradient(i, part), part); });
+        }
+        if (p.dbranch) {
+            uint16_t* dbranch = static_cast<uint16_t*>(p.dbranch) + row * p.n_embd;
+            sweep<2>(p.n_embd, [&](int64_t i, int, auto part) { write(dbranch + i, read(dx + i, part), part); });
         }
     }
 }

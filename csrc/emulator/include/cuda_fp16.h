@@ -10,6 +10,7 @@ struct __half {
 };
 
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 
 inline float __half2float(__half x) {
     // Exponent and fraction moved into place, and the exponents' bias, which is 112 larger, made good by a product: it

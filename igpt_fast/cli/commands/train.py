@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
-from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
 from igpt_fast.world import world
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def train(
             raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
         checks.choose_backend(backend)
         device_ = checks.choose_device(device, processes.local_rank())
+        if config.compile == REDUCE_OVERHEAD and not str(device_).startswith("cuda"):
+            raise checks.UsageError(f"--compile {REDUCE_OVERHEAD}: CUDA graphs of the steps, and --device is {device_}")
         import torch
 
         from igpt_fast.learning import run
@@ -142,6 +145,16 @@ def train(
         summary = run.run(tokens, out, config, world=together, **how)
     if together.first:
         _report(out, summary, objective, classes, json)
+
+
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """The arguments with a value behind each ``--compile``, which may stand alone, as may ``--no-compile``."""
+    found: list[str] = []
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        found += ["--compile", "False"] if word == "--no-compile" else [word]
+        if word == "--compile" and following not in ("True", "False", REDUCE_OVERHEAD):
+            found.append("True")
+    return found
 
 
 def _collectives(device: str | None) -> str:

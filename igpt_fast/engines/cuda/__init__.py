@@ -1,4 +1,5 @@
-"""The CUDA kernels' decoder (``decoder``) and the step that it captures in CUDA graphs (``step``).
+"""The CUDA kernels' decoder (``decoder``), the step that it takes (``step``), how that is captured in CUDA graphs
+(``capture``), and the switches of both (``options``).
 
 May use: engines.network, engines.decoder and engines.cache, ops, backend, and the ground.
 """

@@ -27,7 +27,8 @@ from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.objectives.starting import checksum, copy_of
-from igpt_fast.likelihood.nats import evaluating
+from igpt_fast.likelihood.nats import evaluating, float64_sum
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
@@ -187,16 +188,17 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
     Raises:
         ValueError: No images, or images without classes.
     """
-    device, sums, count = model.device, torch.zeros(3, dtype=torch.float64), 0
+    device, count = model.device, 0
+    sums = torch.zeros(())  # of the three; on the device, which is waited for in the end
     with evaluating(model):
         for tokens, labels in batches:
             if labels is None:
                 raise ValueError("class_figures: the images have no classes")
-            given = tokens.to(device), labels.to(device)
+            given = sent(tokens, device), sent(labels, device)
             classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
             right = logits.argmax(dim=1) == given[1]
             each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
-            sums += torch.stack([value.cpu().double().sum() for value in each])
+            sums = sums + torch.stack([float64_sum(value) for value in each])
             count += len(tokens)
     if not count:
         raise ValueError("class_figures: no images")

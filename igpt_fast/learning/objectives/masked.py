@@ -21,7 +21,8 @@ from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.masked import hide, masked_nats
-from igpt_fast.likelihood.nats import evaluating
+from igpt_fast.likelihood.nats import evaluating, float64_sum
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 PROBABILITY = 0.15  # of the paper
@@ -67,7 +68,7 @@ class Masked:
         return dict(vars(self))
 
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
-        return tokens, torch.rand(tokens.shape, generator=generator) < self.mask_probability
+        return tokens, sent(torch.rand(tokens.shape, generator=generator) < self.mask_probability, tokens.device)
 
     def losses(self, model: ImageGPTForCausalImageModeling, *inputs: Tensor) -> Tensor:
         tokens, mask = inputs
@@ -76,14 +77,15 @@ class Masked:
     @torch.no_grad()
     def evaluate(self, model: ImageGPTForCausalImageModeling, data: Data) -> dict[str, float]:
         """Nats of a masked pixel; the masks are those of ``fixed_masks``. None where nothing was masked."""
-        total, count = 0.0, 0
+        total: float | Tensor = 0.0  # on the device, which is waited for in the end
+        count = 0
         with evaluating(model):
             for batch, _ in data.heldout_batches():
-                tokens = batch.to(model.device)
-                mask = fixed_masks(tokens, 1, probability=self.mask_probability)[0]
-                total += float(masked_nats(model, tokens, mask).cpu().double().sum())
+                mask = fixed_masks(batch, 1, probability=self.mask_probability)[0]
+                nats = masked_nats(model, sent(batch, model.device), sent(mask, model.device))
+                total = total + float64_sum(nats)
                 count += int(mask.sum())
-        return {"heldout_masked_nats": total / count} if count else {}
+        return {"heldout_masked_nats": float(total) / count} if count else {}
 
 
 def fixed_masks(tokens: Tensor, count: int, seed: int = 0, probability: float = PROBABILITY) -> Tensor:

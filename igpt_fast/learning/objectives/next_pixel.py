@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.nats import image_nats, mean_nats
+from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
 
@@ -46,7 +47,8 @@ class NextPixel:
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         if labels is None:
             return (tokens,)
-        return tokens, labels.masked_fill(torch.rand(len(labels), generator=generator) < self.label_dropout, -1)
+        dropped = torch.rand(len(labels), generator=generator) < self.label_dropout
+        return tokens, labels.masked_fill(sent(dropped, labels.device), -1)
 
     def losses(self, model: ImageGPTForCausalImageModeling, *inputs: Tensor) -> Tensor:
         return image_nats(model, *inputs).mean(dim=1)

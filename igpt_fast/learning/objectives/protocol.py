@@ -69,7 +69,8 @@ class Objective(Protocol):
     def inputs(self, tokens: Tensor, labels: Tensor | None, generator: Generator) -> tuple[Tensor, ...]:
         """What ``losses`` takes for the (B, T) augmented images of a whole step: tensors whose first dimension is B.
 
-        Drawn from the generator alone, for the whole step, so that any number of processes can each take a part.
+        Drawn from the generator alone, of the CPU, for the whole step, so that any number of processes can each take a
+        part; on the device of the images, for which nothing may be waited (``transfer.sent``).
         """
 
     def losses(self, model: Any, *inputs: Tensor) -> Tensor:
