@@ -52,6 +52,7 @@ class Op:
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
         needs_isa: The only instruction set that has it on the CPU; empty: all have.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
+        fuses: A compiler can put its definition into one kernel with what stands beside it: ``dispatch.decomposes``.
     """
 
     native: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Op:
     covers_cpu: str = ""
     needs_isa: str = ""
     least_cpu: int = 0
+    fuses: bool = False
 
 
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
@@ -224,12 +226,13 @@ class Launching:
         dependent: Whether, on sm_90, a launch may begin before the one before has ended: ``"late"`` when all of that
             one's blocks have read what they read, ``"early"`` when they have begun. For ``gemv`` and
             ``attention_decode``, whose kernels wait before they read what launches before them have written; ``gemv``
-            reads weights and bias, and ``attention_decode`` the old keys and values, before they wait, so those must
-            not come from launches that may still be running.
+            reads weights and bias, and ``attention_decode`` by its ring the position, the starts, and the old keys
+            and values, before they wait, so those must not come from launches that may still be running. No launch
+            before the first of a step is one where that one is launched with ``"none"``.
         ring: Whether ``attention_decode`` copies the cache through a ring in shared memory, asynchronously; else it
-            goes straight into registers.
-        cluster: Whether the parts of a head's keys are put together within a cluster of blocks, on sm_90; else by a
-            kernel of its own.
+            goes straight into registers. In float32 it always does.
+        cluster: With ``ring``, whether the parts of a head's keys are put together within a cluster of blocks, on
+            sm_90; else by a kernel of its own.
     """
 
     dependent: Literal["none", "late", "early"] = "none"
@@ -248,6 +251,30 @@ def launching(how: Launching) -> Iterator[None]:
         yield
     finally:
         _launching.reset(token)
+
+
+CompiledOps = Literal["auto", "opaque", "plain"]
+_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="auto")
+
+
+@contextmanager
+def compiled_ops(how: CompiledOps) -> Iterator[None]:
+    """For a ``with`` block, in its thread: what torch.compile sees of the ops that it can fuse with their neighbours.
+
+    Args:
+        how: ``"opaque"``: the kernels, as single calls; ``"plain"``: the definitions; ``"auto"``: what is faster, which
+            ``ops.dispatch.decomposes`` says. A compiled function keeps what held when it was traced.
+    """
+    token = _compiled_ops.set(how)
+    try:
+        yield
+    finally:
+        _compiled_ops.reset(token)
+
+
+def get_compiled_ops() -> CompiledOps:
+    """The surrounding ``compiled_ops`` block's choice."""
+    return _compiled_ops.get()
 
 
 class Kernels(NamedTuple):

@@ -123,17 +123,18 @@ class Pipeline:
     def default_batch_size(
         self, dtype: str | None = None, primer: int = 0, copies: int = 1, guided: bool = False
     ) -> int:
-        """How many images are computed together: as many as the memory of a CUDA device has room for, 256 at most;
-        elsewhere as many as have their key/value caches in 1 GiB, 64 at most.
+        """How many images are computed together: as many as the memory of a CUDA device has room for; elsewhere as many
+        as have their key/value caches in 1 GiB, 64 at most.
 
         Args:
             dtype, primer, copies: As in ``engines.memory.cache_bytes``.
             guided: Whether each has a second cache, of the context without a class.
         """
-        room, most = most_images(self.model, dtype, max(primer, 1), copies), 256
-        if room is None:
-            room, most = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies), 64
-        return min(most, max(1, room // 2 if guided else room))
+        room = most_images(self.model, dtype, max(primer, 1), copies)
+        if room is not None:
+            return max(1, room // 2 if guided else room)
+        room = CACHE_BUDGET // cache_bytes(self.model, dtype, primer, copies)
+        return min(64, max(1, room // 2 if guided else room))
 
     def sample(self, n: int = 1, *, first: int = 0, **options: Unpack[Options]) -> Generation:
         """Draws images.
@@ -156,8 +157,9 @@ class Pipeline:
             cfg_scale: Scale of classifier-free guidance, see ``Guidance``; needs labels. 1 is none; above, images
                 are more like their class and less like each other, at twice the work.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
-                CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits (on a GPU, of models in
-                bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's own dtype.
+                CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with keys as well
+                (on a GPU, of models in bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's own
+                dtype.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:

@@ -118,7 +118,7 @@ struct CausalAttentionBwd : Cuda<cuda::causal_attention_bwd> {
 
 struct AttentionDecode : Cuda<cuda::attention_decode> {
     static constexpr auto fields =
-        members<P, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent> +
+        members<P, &P::starts, &P::out, &P::scale, &P::dtype, &P::dependent, &P::ring, &P::cluster> +
         together<P, &P::q, &P::q_row, &P::q_head>("q") + together<P, &P::k, &P::k_row, &P::k_head>("k") +
         together<P, &P::v, &P::v_row, &P::v_head>("v") + together<P, &P::k_cache, &P::k_scale>("k_cache") +
         together<P, &P::v_cache, &P::v_scale>("v_cache") + together<P, &P::position, &P::position_step>("position") +
@@ -168,6 +168,7 @@ void bind_cuda(py::module_& m) {
     m.def("norm_bwd_parts", &cuda::norm_bwd_parts);
     m.def("activation_bwd_parts", &cuda::activation_bwd_parts);
     m.def("cross_entropy_parts", &cuda::cross_entropy_parts);
-    m.def("attention_decode_splits", &cuda::attention_decode_splits,
+    m.def("attention_decode_splits", &cuda::attention_decode_splits, py::arg("blocks"), py::arg("keys"),
+          py::arg("device") = 0, py::arg("ring") = false, py::arg("cluster") = false,
           "Into how many parts to split a number of keys when there are so many blocks without.");
 }

@@ -25,34 +25,14 @@
 //   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
-#include <type_traits>
-
 #include "attention_decode.cuh"
-#include "e4m3.cuh"
+#include "attention_decode_vectors.cuh"
 #include "launch.cuh"
 
 namespace igpt::cuda {
 namespace {
 
 using namespace decode;
-
-// How the lanes of a group share keys, or values: 16 bytes of what is stored, T or E4M3, at a time.
-template <typename T_, typename Stored_, int kDim_, int kLanes_>
-struct Layout {
-    using T = T_;
-    using V = Vector<T>;
-    using Stored = Stored_;
-    using Codes = Vector<Stored>;
-    static constexpr bool kScaled = std::is_same_v<Stored, E4M3>;
-    static constexpr int kDim = kDim_, kLanes = kLanes_;
-    static constexpr int kGroups = kThreads / kLanes;               // keys side by side
-    static constexpr int kParts = kDim / Codes::kSize;              // vectors of a key
-    static constexpr int kTogether = kParts % kLanes == 0 ? 1 : 2;  // keys whose vectors a group's lanes share
-    static constexpr int kVectors = kTogether * kParts / kLanes;    // of a lane for these
-    static constexpr int kElements = kVectors * Codes::kSize;       // of a lane
-    static constexpr int kWhole = Codes::kSize / V::kSize;          // vectors of T for one of them
-    static_assert(kTogether * kParts % kLanes == 0);
-};
 
 // As many as share a key of so many vectors.
 constexpr int lanes_of(int vectors) { return vectors % 8 == 0 ? 8 : vectors % 4 == 0 ? 4 : 2; }
@@ -74,142 +54,6 @@ struct Shape {
     static_assert(Keys::kTogether == 1 && kUnroll % kTogether == 0);
 };
 
-template <typename T>
-__device__ __forceinline__ T* offset(T* base, int64_t elements, size_t size) {
-    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-    return static_cast<Byte*>(base) + elements * int64_t(size);
-}
-
-// A lane's part of kTogether keys or values: vectors lane, lane + kLanes, ... of them one behind the other.
-template <typename L>
-struct Cached {
-    typename L::Codes vectors[L::kVectors];
-    float scales[L::kTogether];  // where they have some
-
-    // Which of them vector i is of, and its first element there.
-    __device__ __forceinline__ static int which(int i) {
-        return L::kTogether == 1 ? 0 : (int(threadIdx.x % L::kLanes) + i * L::kLanes) / L::kParts;
-    }
-    __device__ __forceinline__ static int start(int i) {
-        const int vector = int(threadIdx.x % L::kLanes) + i * L::kLanes;
-        return (L::kTogether == 1 ? vector : vector % L::kParts) * L::Codes::kSize;
-    }
-
-    // Those at `first` and first + kGroups before `end`; zeros behind: a weight of 0 does not silence a NaN.
-    __device__ __forceinline__ void load(const void* cache, const float* all_scales, int first, int end) {
-#pragma unroll
-        for (int i = 0; i < L::kVectors; ++i) {
-            const int key = first + which(i) * L::kGroups;
-            if (L::kTogether == 1 || key < end) {
-                const void* at = offset(cache, int64_t(key) * L::kDim + start(i), sizeof(typename L::Stored));
-                vectors[i] = load_global(static_cast<const typename L::Codes*>(at));
-            } else {
-                vectors[i] = {};
-            }
-        }
-        if constexpr (L::kScaled) {
-#pragma unroll
-            for (int n = 0; n < L::kTogether; ++n) {
-                const int key = first + n * L::kGroups;
-                scales[n] = n == 0 || key < end ? load_global(all_scales + key) : 0.0f;
-            }
-        }
-    }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < L::kVectors; ++i) vectors[i] = {};
-        if constexpr (L::kScaled) {
-#pragma unroll
-            for (int n = 0; n < L::kTogether; ++n) scales[n] = 0.0f;
-        }
-    }
-    // The first, at a position of the cache.
-    __device__ __forceinline__ void store(void* cache, float* all_scales, int position) const {
-        void* row = offset(cache, int64_t(position) * L::kDim, sizeof(typename L::Stored));
-#pragma unroll
-        for (int i = 0; i < L::kVectors; ++i) {
-            void* at = offset(row, start(i), sizeof(typename L::Stored));
-            if (which(i) == 0) store_global(static_cast<typename L::Codes*>(at), vectors[i]);
-        }
-        if constexpr (L::kScaled) {
-            if (threadIdx.x % L::kLanes == 0) store_global(all_scales + position, scales[0]);
-        }
-    }
-    __device__ __forceinline__ float get(int i, int e) const {
-        if constexpr (L::kScaled) {
-            return from_e4m3(vectors[i].words[e / 4] >> 8 * (e % 4));
-        } else {
-            return to_float(vectors[i].at[e]);
-        }
-    }
-    // Of vector i, when the values' are these.
-    __device__ __forceinline__ float weight(const float* weights, int i) const {
-        if constexpr (!L::kScaled) return weights[0];
-        float weight = weights[0] * scales[0];
-        if (L::kTogether == 2 && which(i) == 1) weight = weights[L::kTogether - 1] * scales[L::kTogether - 1];
-        return weight;
-    }
-};
-
-// A query, key or value of the new position: what the lane has of the first of kTogether. The second one's vectors are
-// the same.
-template <typename L>
-struct New {
-    typename L::V vectors[L::kVectors][L::kWhole];
-
-    __device__ __forceinline__ void load(const void* row) {
-#pragma unroll
-        for (int i = 0; i < L::kVectors; ++i) {
-#pragma unroll
-            for (int n = 0; n < L::kWhole; ++n) {
-                const void* at = offset(row, Cached<L>::start(i) + n * L::V::kSize, sizeof(typename L::T));
-                vectors[i][n] = load_global(static_cast<const typename L::V*>(at));
-            }
-        }
-    }
-    __device__ __forceinline__ float get(int i, int e) const {
-        return to_float(vectors[i][e / L::V::kSize].at[e % L::V::kSize]);
-    }
-    // In every lane of the group.
-    __device__ __forceinline__ float scale() const {
-        unsigned largest = 0;  // bits of |x|, whose order is that of the numbers, then infinity, then NaN
-#pragma unroll
-        for (int i = 0; i < L::kVectors; ++i) {
-#pragma unroll
-            for (int e = 0; e < L::Codes::kSize; ++e) {
-                const unsigned size = __float_as_uint(get(i, e)) & 0x7fffffffu;
-                largest = size > largest ? size : largest;
-            }
-        }
-#pragma unroll
-        for (int lane = 1; lane < L::kLanes; lane *= 2) {
-            const unsigned other = __shfl_xor_sync(kFullMask, largest, lane);
-            largest = other > largest ? other : largest;
-        }
-        return largest < 0x7f800000u ? __uint_as_float(largest) / kLargestE4M3 : NAN;
-    }
-    // As the cache keeps it, with nothing beside it. All lanes of the warp take part.
-    __device__ __forceinline__ void keep(Cached<L>& kept) const {
-        if constexpr (L::kScaled) {
-            const float of_all = scale();
-#pragma unroll
-            for (int i = 0; i < L::kVectors; ++i) {
-                kept.vectors[i] = {};
-#pragma unroll
-                for (int e = 0; e < L::Codes::kSize; ++e) {
-                    const unsigned code = of_all == 0.0f ? 0u : to_e4m3(get(i, e) / of_all);
-                    kept.vectors[i].words[e / 4] |= code << 8 * (e % 4);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < L::kTogether; ++n) kept.scales[n] = n == 0 ? of_all : 0.0f;
-        } else {
-#pragma unroll
-            for (int i = 0; i < L::kVectors; ++i) kept.vectors[i] = vectors[i][0];
-        }
-    }
-};
-
 // The softmax of the keys that a group of lanes has seen. sums: of the lane's elements.
 template <typename S>
 struct State {
@@ -222,7 +66,12 @@ struct State {
         constexpr int kSize = S::Keys::Codes::kSize;
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < S::Keys::kElements; ++i) sum += q[i] * k.get(i / kSize, i % kSize);
+        for (int i = 0; i < S::Keys::kVectors; ++i) {
+            float numbers[kSize];
+            k.get(i, numbers);
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) sum += q[i * kSize + e] * numbers[e];
+        }
 #pragma unroll
         for (int lane = 1; lane < S::kLanes; lane *= 2) sum += __shfl_xor_sync(kFullMask, sum, lane);
         if constexpr (S::Keys::kScaled) sum *= k.scales[0];
@@ -249,8 +98,10 @@ struct State {
 #pragma unroll
             for (int i = 0; i < S::Values::kVectors; ++i) {
                 const float p = some.weight(scores + n, i);
+                float numbers[kSize];
+                some.get(i, numbers);
 #pragma unroll
-                for (int e = 0; e < kSize; ++e) sums[i * kSize + e] += p * some.get(i, e);
+                for (int e = 0; e < kSize; ++e) sums[i * kSize + e] += p * numbers[e];
             }
         }
     }
@@ -333,11 +184,11 @@ __device__ __forceinline__ void add_new(State<S>& state, const float (&q)[S::Key
     Cached<typename S::Keys> key;
     Cached<typename S::Values> values[1];
     k.keep(key);
-    v.keep(values[0]);
     float scores[S::kTogether];
 #pragma unroll
     for (int n = 0; n < S::kTogether; ++n) scores[n] = -INFINITY;
     scores[0] = State<S>::score(q, key);
+    v.keep(values[0]);
     if (threadIdx.x >= S::kLanes) return;
     key.store(caches.keys, caches.key_scales, own.position);
     values[0].store(caches.values, caches.value_scales, own.position);
@@ -382,20 +233,13 @@ __device__ __forceinline__ float merge_block(State<S>& state, Stats& stats) {
     return sum;
 }
 
-// Writes element i of a row's output.
-template <typename T>
-__device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_t row_head, int i, bool valid,
-                                          float sum, float l) {
-    const float value = !valid ? NAN : l == 0.0f ? 0.0f : sum / l;
-    store_global(static_cast<T*>(p.out) + row_head * p.dim + i, from_float<T>(value));
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(AttentionDecodeParams p) {
     using T = typename S::T;
     const unsigned row_head = blockIdx.x / unsigned(p.splits), row = row_head / unsigned(p.heads);
     const int split = int(blockIdx.x % unsigned(p.splits));
     const int64_t head = row_head % unsigned(p.heads);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();  // before every return: the next launch counts on this one having waited
     New<typename S::Keys> q, k;   // on their way while the position is
     New<typename S::Values> v;
@@ -418,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     }
     Stats stats;
     const float sum = merge_block(state, stats);
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     if (slots_of(p) == 1) {
         if (threadIdx.x < S::kDim) store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, stats.l);
         return;
@@ -427,31 +271,6 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attention_decode_kernel(
     const int slot = p.prefix_splits + split;
     if (threadIdx.x < S::kDim) store_global(slots.at(slot) + threadIdx.x, sum);
     if (threadIdx.x == 0) store_global(slots.stats + slot, stats);
-}
-
-// One block for a (row, head), one thread for an element: adds its parts up in their order.
-template <typename T>
-__global__ void __launch_bounds__(128) attention_decode_merge_kernel(AttentionDecodeParams p) {
-    const unsigned row_head = blockIdx.x, row = row_head / unsigned(p.heads);
-    ptx::grid_dependency_wait();
-    const Own own(p, row);
-    Stats all = {-INFINITY, 0.0f};
-    float sum = 0.0f;
-    if (own.valid) {
-        const Slots slots(p, row, row_head % unsigned(p.heads));
-        const int count = p.prefix_splits + own.parts;
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) all.m = fmaxf(all.m, load_global(slots.stats + slot).m);
-#pragma unroll 4  // parts on their way at once
-        for (int slot = 0; slot < count; ++slot) {
-            const Stats one = load_global(slots.stats + slot);
-            const float weight = weight_of(one.m, all.m);
-            all.l += weight * one.l;
-            sum += weight * load_global(slots.at(slot) + threadIdx.x);
-        }
-    }
-    ptx::grid_dependency_launch();
-    store_out<T>(p, row_head, int(threadIdx.x), own.valid, sum, all.l);
 }
 
 template <typename T, typename StoredKey, typename StoredValue, int kDim>
@@ -463,20 +282,13 @@ int launch_own(const AttentionDecodeParams& p, int64_t blocks) {
 
 template <typename T, typename StoredKey, typename StoredValue>
 int launch_all(const AttentionDecodeParams& p) {
-    const int64_t rows = p.rows * p.heads, blocks = rows * p.splits;
-    if (blocks > INT32_MAX || p.positions > kMostKeys || p.splits < 1) return cudaErrorInvalidValue;
-    if (p.prefix_splits > 0) {
-        const int error = launch_prefix(p);
-        if (error != cudaSuccess) return error;
-    }
+    const int64_t blocks = p.rows * p.heads * p.splits;
     int error = cudaErrorInvalidValue;
     if (p.dim == 32) error = launch_own<T, StoredKey, StoredValue, 32>(p, blocks);
     if (p.dim == 64) error = launch_own<T, StoredKey, StoredValue, 64>(p, blocks);
     if (p.dim == 96) error = launch_own<T, StoredKey, StoredValue, 96>(p, blocks);
     if (p.dim == 128) error = launch_own<T, StoredKey, StoredValue, 128>(p, blocks);
-    if (error != cudaSuccess || slots_of(p) == 1) return error;
-    return launch(attention_decode_merge_kernel<T>, unsigned(rows), unsigned(p.dim), 0, p.stream, p, 1,
-                  p.dependent != Dependent::none);
+    return error != cudaSuccess || slots_of(p) == 1 ? error : launch_merge(p);
 }
 
 }  // namespace
@@ -485,6 +297,15 @@ int attention_decode(const AttentionDecodeParams& p) {
     if (p.rows == 0 || p.heads == 0) return cudaSuccess;
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
+    if (p.rows * p.heads * p.splits > INT32_MAX || p.positions > kMostKeys || p.splits < 1) {
+        return cudaErrorInvalidValue;
+    }
+    if (p.prefix_splits > 0) {
+        const int error = launch_prefix(p);
+        if (error != cudaSuccess) return error;
+    }
+    if (p.ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
+    if (p.ring && p.dtype == DType::f16) return launch_ring_f16(p);
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
         if (!p.k_scale && !p.v_scale) return launch_all<T, T, T>(p);

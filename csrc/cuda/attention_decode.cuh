@@ -14,6 +14,7 @@ namespace igpt::cuda::decode {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kKeys = 64;                    // a block's at a time; parts of a cache are multiples of it
+constexpr int kMostClusters = 8;             // parts that the blocks of a cluster put together
 constexpr int kMostKeys = INT32_MAX - 1024;  // so that their numbers and what is added to them are ints
 
 // A part's softmax: the largest score m (times log2 e), and the sum l of 2^(score - m). m is -infinity where the part
@@ -68,7 +69,22 @@ struct Own {
     }
 };
 
+// Writes element i of a row's output.
+template <typename T>
+__device__ __forceinline__ void store_out(const AttentionDecodeParams& p, int64_t row_head, int i, bool valid,
+                                          float sum, float l) {
+    const float value = !valid ? NAN : l == 0.0f ? 0.0f : sum / l;
+    store_global(static_cast<T*>(p.out) + row_head * p.dim + i, from_float<T>(value));
+}
+
 // attention_decode_prefix.cu: fills the prefix's slots.
 int launch_prefix(const AttentionDecodeParams& p);
+
+// attention_decode_merge.cu: puts the slots together.
+int launch_merge(const AttentionDecodeParams& p);
+
+// attention_decode_ring.cuh: for the cache, by blocks that stay; puts together what it can of the slots.
+int launch_ring_bf16(const AttentionDecodeParams& p);
+int launch_ring_f16(const AttentionDecodeParams& p);
 
 }  // namespace igpt::cuda::decode

@@ -283,6 +283,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_prefix_kernel(Atten
     float* sums = dynamic_shared<float>();
     Stats* stats = reinterpret_cast<Stats*>(sums + kWarps * kRows * S::kPitch);
     const Place place(p);
+    if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();
     uint32_t q[S::kSteps][4];
     load_queries<S>(q, p, place);
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_prefix_kernel(Atten
         score_tile<S>(scores, q, tile, starts, p.scale * kLog2e, base, place.end);
         state.add(scores, tile);
     }
-    ptx::grid_dependency_launch();
+    if (p.dependent == Dependent::late) ptx::grid_dependency_launch();
     store_warp(state, sums, stats);
     __syncthreads();
     merge_block<S>(p, place, sums, stats);

@@ -1,5 +1,6 @@
 // Numbers of 8 bits, sixteen as a vector: sign, 4 bits of exponent with bias 7, 3 of fraction. No infinity; all bits
-// but the sign set is NaN; 448 is the largest. By integers alone, so on every architecture.
+// but the sign set is NaN; 448 is the largest. By integers, so on every architecture, but where an instruction reads
+// them.
 //
 // Source: OCP 8-bit Floating Point Specification, E4M3; torch.float8_e4m3fn.
 #pragma once
@@ -43,6 +44,15 @@ __device__ __forceinline__ float from_e4m3(unsigned code) {
     const unsigned size = code & 0x7fu;
     const float moved = __half2float(__ushort_as_half(static_cast<unsigned short>((code & 0x80u) << 8 | size << 7)));
     return size == kNaNE4M3 ? NAN : moved * 256.0f;
+}
+
+// The numbers of two codes, the first in the low byte.
+__device__ __forceinline__ float2 from_e4m3x2(unsigned codes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    return ptx::from_e4m3x2(codes & 0xffffu);
+#else
+    return make_float2(from_e4m3(codes), from_e4m3(codes >> 8));
+#endif
 }
 
 }  // namespace igpt::cuda

@@ -384,7 +384,7 @@ int divide_up(int a, int b) { return a / b + (a % b != 0); }
 int choose_splits(const GemvParams& p, int tiles, int chunks) {
     const int most = std::min(kSplits, kMultiprocessors * blocks_at_a_time(p.transposed) / tiles);
     int splits = 1;
-    if (most < 2 || !has_clusters(p.device)) return splits;
+    if (most < 2 || !has_clusters(gemv_kernel<__half, false, false>)) return splits;  // all are compiled alike
     for (int more = 2; more <= most; ++more) {
         if (divide_up(chunks, more * kWarps) < divide_up(chunks, splits * kWarps)) splits = more;
     }

@@ -85,6 +85,25 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 // Makes what this thread has written to shared memory visible to copies and to wgmma; a barrier may follow.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- bulk copies --------------------------------------------------------------------------------------------
+
+// Whether the code that is being compiled may use these and the barriers above: sm_90 has them, not sm_90a alone. It is
+// known to the compiler, which drops what stands behind it elsewhere.
+__device__ __forceinline__ constexpr bool has_bulk_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return true;
+#else
+    return false;
+#endif
+}
+// Begins a copy of `bytes` bytes, a multiple of 16, from global to shared memory, both aligned to 16; they count
+// towards `barrier`. One thread calls it.
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // ---- tile copies --------------------------------------------------------------------------------------------
 
 // In a kernel's Params, which is `const __grid_constant__` then.

@@ -46,41 +46,75 @@ struct DeviceGuard {
     cudaError_t error;
 };
 
-// Whether blocks can be put together in clusters.
-inline bool has_clusters([[maybe_unused]] int device) {
+// Whether a kernel's blocks can be put together in clusters, and it has its grid_dependency_wait in it: its code on the
+// current device is of PTX for sm_90 or later. What the driver makes there of older PTX is not: it would trap, or read
+// what is not written yet.
+template <typename Params>
+bool has_clusters([[maybe_unused]] void (*kernel)(Params)) {
 #ifdef __CUDACC__
-    int major = 0;
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+    cudaFuncAttributes code{};
+    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion >= 90;
+    cudaGetLastError();
+    return false;
 #else
     return true;
 #endif
 }
 
 #ifdef __CUDACC__
-// Whether a kernel's code has its grid_dependency_wait in it, as code for sm_90 and later has. What was made of older
-// PTX for such a device has not, and would read what is not written yet.
+// Lets a kernel have as much dynamic shared memory, which may be more than it has without asking.
 template <typename Params>
-bool waits(void (*kernel)(Params)) {
-    cudaFuncAttributes code{};
-    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion >= 90;
-    cudaGetLastError();
-    return false;
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    return error == cudaSuccess ? error : cudaGetLastError();  // takes it, lest the next launch report it
 }
 #endif
 
+// How many blocks of a kernel run at a time on the current device, number `device`, in whole clusters; 0 after an
+// error.
+template <typename Params>
+int resident_blocks([[maybe_unused]] void (*kernel)(Params), [[maybe_unused]] int device, unsigned threads,
+                    size_t shared_bytes, unsigned cluster) {
+#ifdef __CUDACC__
+    int count = 0, multiprocessors = 0;
+    cudaError_t error = allow_shared(kernel, shared_bytes);
+    if (error == cudaSuccess && cluster == 1) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess) {
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(threads), shared_bytes);
+        }
+        count *= multiprocessors;
+    } else if (error == cudaSuccess) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = cluster;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = cluster;
+        config.blockDim = threads;
+        config.dynamicSmemBytes = shared_bytes;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+        count *= int(cluster);
+    }
+    cudaGetLastError();
+    return error == cudaSuccess ? count : 0;
+#else
+    return emulator::resident_blocks(threads, shared_bytes, cluster);
+#endif
+}
+
 // Launches on `stream` of the current device, which a DeviceGuard has chosen. `cluster`: how many blocks, side by side
-// in x, are a cluster, up to 8; more than one only where has_clusters(). `dependent`: the kernel, which calls
+// in x, are a cluster, up to 8; more than one only where it has_clusters(). `dependent`: the kernel, which calls
 // grid_dependency_wait before it reads what launches before it have written, writes anything or returns, may begin when
 // all blocks of the launch before have called grid_dependency_launch or ended (programmatic dependent launch).
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                   const Params& params, unsigned cluster = 1, [[maybe_unused]] bool dependent = false) {
+                   const Params& params, unsigned cluster = 1, bool dependent = false) {
 #ifdef __CUDACC__
-    if (shared_bytes > 48 * 1024) {  // more than a kernel has without asking
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return cudaGetLastError();  // takes it, lest the next launch report it
-    }
+    if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2]{};
     unsigned count = 0;
     if (cluster > 1) {
@@ -89,7 +123,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
         attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
         ++count;
     }
-    if (dependent && waits(kernel)) {
+    if (dependent && has_clusters(kernel)) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[count].val.programmaticStreamSerializationAllowed = 1;
         ++count;
@@ -111,7 +145,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 #else
     static_cast<void>(stream);
     if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
-        emulator::launch(grid, block, shared_bytes, cluster, [&] { kernel(params); });
+        emulator::launch(grid, block, shared_bytes, cluster, dependent, [&] { kernel(params); });
     }
     return cudaSuccess;
 #endif

@@ -30,6 +30,10 @@ __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int by
                  "l"(__cvta_generic_to_global(src)), "r"(bytes)
                  : "memory");
 }
+// The same of 4 bytes, aligned to 4.
+__device__ __forceinline__ void cp_async4(uint32_t dst, const void* src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(__cvta_generic_to_global(src)) : "memory");
+}
 // Makes a group of this thread's copies since the last group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for this thread's groups but the N newest.
@@ -163,6 +167,16 @@ __device__ __forceinline__ V load_once(const V* p) {
                  : "l"(__cvta_generic_to_global(p)));
     return *reinterpret_cast<const V*>(&words);
 }
+
+#if __CUDA_ARCH__ >= 890
+// The numbers of two codes in e4m3, the first in the low byte: sm_89 and later. e4m3.cuh has it for all others, and for
+// the emulator.
+__device__ __forceinline__ float2 from_e4m3x2(uint32_t codes) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+    return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+#endif
 
 // A hint: the line of p will be read.
 __device__ __forceinline__ void prefetch_l2(const void* p) {

@@ -1,4 +1,4 @@
-// The scheduler: clusters of blocks one after another, their threads by turns, barriers and the warps' operations.
+// The scheduler: clusters of blocks one after another, their threads by turns.
 #include "emulator.h"
 
 #include <algorithm>
@@ -13,128 +13,34 @@
 #include <string>
 #include <vector>
 
-#include "counters.h"
-#include "fibre.h"
-#include "memory.h"
-#include "running.h"
+#include "accesses.h"
+#include "threads.h"
 
 #ifdef IGPT_ASAN
 #include <sanitizer/asan_interface.h>
 #endif
 
 namespace igpt::emulator {
+
+Cluster* cluster = nullptr;
+Block* block = nullptr;  // the running thread's
+Thread* current = nullptr;
+
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr size_t kMaxShared = 227 * 1024;
 constexpr unsigned kMaxCluster = 8;
 constexpr size_t kSharedAlignment = 1024;
 constexpr size_t kSharedOffset = kSharedBase % kSharedAlignment;
 
-// An operation that the lanes of `mask` meet in.
-struct Meeting {
-    std::string name;
-    unsigned mask;
-    Where where;
-    unsigned arrived = 0;
-    uint64_t bits[kWarpSize] = {};
-};
-
-struct Block;
-
-}  // namespace
-
-struct Thread {
-    Fibre fibre;
-    Block* block = nullptr;
-    uint3 index{};
-    int number = 0;
-    bool ended = false;
-    uint64_t cluster_arrivals = 0, cluster_waits = 0;
-    std::string waits_in;  // empty: it could run
-    Where where{};
-    std::shared_ptr<Meeting> meeting;
-    uint64_t epoch = 0;         // barriers and warp operations so far
-    uint64_t accesses[3] = {};  // since then, by kind
-
-    int warp() const { return number / kWarpSize; }
-    int lane() const { return number % kWarpSize; }
-};
-
-namespace {
-
-struct Block {
-    Block(uint3 at, dim3 size, uint64_t seed, Counters& counters) : index(at), random(seed), requests(counters) {
-        threads.resize(size_t(size.x) * size.y * size.z);
-        const size_t warps = (threads.size() + kWarpSize - 1) / kWarpSize;
-        meetings.resize(warps);
-        ready.resize(warps);
-        for (size_t i = 0; i < warps; ++i) priority.push_back(i);
-        std::shuffle(priority.begin(), priority.end(), random);
-    }
-
-    uint3 index;
-    std::vector<Thread> threads;
-    size_t live = 0;                                              // threads that have not ended
-    std::vector<std::vector<std::shared_ptr<Meeting>>> meetings;  // by warp: those that wait for lanes
-    std::vector<std::vector<Thread*>> ready;                      // by warp: the threads that could run
-    std::deque<Thread*> queue;                                    // the same, for fifo
-    std::vector<size_t> priority;                                 // the warps, for skewed
-    std::vector<Thread*> at_barrier;
-    char barrier_sync[2] = {};  // by turns: a thread that is ahead must not order memory for one that is behind
-    int barriers = 0;
-    std::mt19937_64 random;
-    Requests requests;
-    std::string error;
-    unsigned char* shared = nullptr;
-    size_t shared_bytes = 0;
-    std::map<std::type_index, std::unique_ptr<Unit>> units;
-};
-
-// Blocks that run at the same time, and their barrier. Most are a cluster of one.
-struct Cluster {
-    std::vector<std::unique_ptr<Block>> blocks;
-    size_t turn = 0;  // for fifo: the block that is next
-    std::mt19937_64 random;
-    uint64_t phases = 0;  // of the barrier, that have ended
-    size_t arrived = 0;   // threads, in this phase
-    std::vector<Thread*> waiting;
-    char sync[2] = {};  // by turns, as barrier_sync
-
-    size_t live() const {
-        size_t count = 0;
-        for (const auto& one : blocks) count += one->live;
-        return count;
-    }
-};
-
 Schedule schedule;
 uint64_t clusters_begun = 0;
 uint64_t first_block = 0, block_count = kAllBlocks;
-std::atomic<int> device_capability{80};
+std::atomic<int> device_capability{80}, device_multiprocessors{132};
 Counters total{};
 std::mutex one_launch;
 const std::function<void()>* kernel = nullptr;
-Cluster* cluster = nullptr;
-Block* block = nullptr;  // the running thread's
-Thread* current = nullptr;
 char launch_sync, grid_sync;  // the host's memory before the launch, the threads' after it
-
-std::string text(const Thread& thread) {
-    const auto triple = [](auto i) {
-        return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-    };
-    return "thread " + triple(thread.index) + " of block " + triple(blockIdx);
-}
-
-void make_ready(Thread* thread) {
-    thread->waits_in.clear();
-    if (schedule.order == Order::fifo) {
-        thread->block->queue.push_back(thread);
-    } else {
-        thread->block->ready[size_t(thread->warp())].push_back(thread);
-    }
-}
 
 void enter(Block* next) {
     block = next;
@@ -187,75 +93,6 @@ Thread* next_thread() {
     return nullptr;
 }
 
-void wait(const std::string& name, Where where) {
-    current->waits_in = name;
-    current->where = where;
-    current->fibre.suspend(false);
-}
-
-void pass(Thread* thread) {
-    ++thread->epoch;
-    std::fill(std::begin(thread->accesses), std::end(thread->accesses), 0);
-    make_ready(thread);
-}
-
-// Returns when all lanes of `mask` have called; the meeting stays valid until the thread's next one. The last one does
-// the `work`.
-Meeting& meet(const char* name, unsigned mask, uint64_t bits, Where where, bool orders, const Work* work = nullptr) {
-    const int lane = current->lane();
-    if (!(mask >> lane & 1)) fail(std::string(name) + " at " + text(where) + ": the calling lane is not in its mask");
-    auto& waiting = block->meetings[size_t(current->warp())];
-    std::shared_ptr<Meeting> meeting;
-    for (const auto& other : waiting) {
-        if (!(other->mask & mask)) continue;
-        if (other->mask != mask || other->name != name || other->where.line != where.line) {
-            fail("the lanes of a warp disagree: " + std::string(name) + " at " + text(where) + " against " +
-                 other->name + " at " + text(other->where));
-        }
-        meeting = other;
-    }
-    if (!meeting) {
-        meeting = std::make_shared<Meeting>();
-        meeting->name = name;
-        meeting->mask = mask;
-        meeting->where = where;
-        waiting.push_back(meeting);
-    }
-    meeting->arrived |= 1u << lane;
-    meeting->bits[lane] = bits;
-    current->meeting = meeting;
-    if (orders) release(meeting.get());
-    if (meeting->arrived == mask) {
-        ++total.collectives;
-        if (work) {
-            void* lanes[kWarpSize];
-            for (int i = 0; i < kWarpSize; ++i) lanes[i] = reinterpret_cast<void*>(meeting->bits[i]);
-            (*work)(lanes);
-        }
-        waiting.erase(std::find(waiting.begin(), waiting.end(), meeting));
-        Thread* first = current - lane;
-        for (int i = 0; i < kWarpSize; ++i) {
-            if (mask >> i & 1) pass(first + i);
-        }
-        meeting.reset();
-        current->fibre.suspend(false);  // the last lane queues up like the others
-    } else {
-        meeting.reset();
-        wait(name, where);
-    }
-    if (orders) acquire(current->meeting.get());
-    return *current->meeting;
-}
-
-// Ends a phase of the cluster's barrier once every thread that has not ended has arrived.
-void settle_cluster() {
-    if (cluster->arrived == 0 || cluster->arrived < cluster->live()) return;
-    ++cluster->phases;
-    cluster->arrived = 0;
-    for (Thread* thread : cluster->waiting) make_ready(thread);
-    cluster->waiting.clear();
-}
-
 // The body of every fibre.
 void run_thread() {
     current->fibre.arrive();
@@ -263,6 +100,7 @@ void run_thread() {
     (*kernel)();
     for (const auto& unit : block->units) unit.second->thread_ends();
     if (current->cluster_arrivals != current->cluster_waits) fail("a thread ends without cluster_wait");
+    if (block->live == 1) end_accesses();
     current->ended = true;
     --block->live;
     settle_cluster();
@@ -411,6 +249,22 @@ uint64_t chosen_blocks(uint64_t blocks) {
 
 }  // namespace
 
+std::string text(const Thread& thread) {
+    const auto triple = [](auto i) {
+        return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+    };
+    return "thread " + triple(thread.index) + " of block " + triple(blockIdx);
+}
+
+void make_ready(Thread* thread) {
+    thread->waits_in.clear();
+    if (schedule.order == Order::fifo) {
+        thread->block->queue.push_back(thread);
+    } else {
+        thread->block->ready[size_t(thread->warp())].push_back(thread);
+    }
+}
+
 std::string text(Where where) { return std::string(where.file) + ":" + std::to_string(where.line); }
 
 void fail(const std::string& message) {
@@ -432,10 +286,6 @@ void sleep(const std::string& name, Where where) { wait(name, where); }
 
 void wake(Thread* thread) { make_ready(thread); }
 
-void collective(const char* name, void* own, const Work& work, Where where) {
-    meet(name, 0xffffffffu, reinterpret_cast<uint64_t>(own), where, false, &work);
-}
-
 size_t shared_bytes() { return block->shared_bytes; }
 
 unsigned char* shared_at(const char* name, uint32_t address, size_t bytes, size_t alignment, Where where) {
@@ -449,6 +299,11 @@ unsigned char* shared_at(const char* name, uint32_t address, size_t bytes, size_
 
 std::unique_ptr<Unit>& unit_place(std::type_index type) { return block->units[type]; }
 
+void synchronize() {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    begin_accesses(false);
+}
+
 void set_schedule(Schedule wanted) {
     const std::lock_guard<std::mutex> lock(one_launch);
     schedule = wanted;
@@ -457,6 +312,16 @@ void set_schedule(Schedule wanted) {
 void set_capability(int ten_times) { device_capability = ten_times; }
 
 int capability() { return device_capability; }
+
+void set_multiprocessors(int count) { device_multiprocessors = count; }
+
+int multiprocessors() { return device_multiprocessors; }
+
+int resident_blocks(unsigned threads, size_t shared_bytes, unsigned cluster_size) {
+    const size_t by_shared = (kMaxShared + 1024) / (shared_bytes + 1024);
+    const unsigned each = unsigned(std::min<size_t>(2048 / threads, by_shared));
+    return int(each * unsigned(device_multiprocessors) / cluster_size * cluster_size);
+}
 
 void set_blocks(uint64_t first, uint64_t count) {
     const std::lock_guard<std::mutex> lock(one_launch);
@@ -475,9 +340,11 @@ void reset_counters() {
     total = {};
 }
 
-void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster_size, const std::function<void()>& thread) {
+void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster_size, bool dependent,
+            const std::function<void()>& thread) {
     const std::lock_guard<std::mutex> lock(one_launch);
     check_launch(grid, size, shared_bytes, cluster_size);
+    begin_accesses(dependent);
     kernel = &thread;
     gridDim = grid;
     blockDim = size;
@@ -499,48 +366,6 @@ unsigned char* dynamic_shared() { return block->shared; }
 
 int lane() { return current->lane(); }
 
-void barrier(Where where) {
-    auto& here = block->at_barrier;
-    if (!here.empty() && (here[0]->where.line != where.line || std::strcmp(here[0]->where.file, where.file) != 0)) {
-        fail("barrier divergence: __syncthreads at " + text(where) + " against " + text(here[0]->where));
-    }
-    void* sync = &block->barrier_sync[block->barriers & 1];
-    release(sync);
-    current->where = where;
-    here.push_back(current);
-    if (here.size() == block->threads.size()) {
-        ++block->barriers;
-        ++total.barriers;
-        for (Thread* thread : here) pass(thread);
-        here.clear();
-        current->fibre.suspend(false);
-    } else {
-        wait("__syncthreads", where);
-    }
-    acquire(sync);
-}
-
-void cluster_arrive(bool orders, Where where) {
-    if (current->cluster_arrivals != current->cluster_waits) fail("cluster_arrive at " + text(where) + " twice");
-    ++current->cluster_arrivals;
-    ++cluster->arrived;
-    if (orders) release(&cluster->sync[cluster->phases & 1]);
-    settle_cluster();
-}
-
-void cluster_wait(Where where) {
-    if (current->cluster_arrivals == current->cluster_waits) {
-        fail("cluster_wait at " + text(where) + " without cluster_arrive");
-    }
-    if (cluster->phases < current->cluster_arrivals) {
-        cluster->waiting.push_back(current);
-        wait("cluster_wait", where);
-    }
-    ++current->epoch;
-    std::fill(std::begin(current->accesses), std::end(current->accesses), 0);
-    acquire(&cluster->sync[current->cluster_waits++ & 1]);
-}
-
 unsigned char* cluster_shared(const void* own, size_t bytes, unsigned rank, Where where) {
     const std::string what =
         "shared memory of block " + std::to_string(rank) + " of a cluster at " + text(where) + ": ";
@@ -553,31 +378,5 @@ unsigned char* cluster_shared(const void* own, size_t bytes, unsigned rank, Wher
 }
 
 void trap(Where where) { fail("__trap at " + text(where)); }
-
-void sync_warp(unsigned mask, Where where) { meet("__syncwarp", mask, 0, where, true); }
-
-uint64_t shuffle(const char* name, unsigned mask, uint64_t bits, int source, Where where) {
-    const Meeting& meeting = meet(name, mask, bits, where, false);
-    if (source < 0 || source >= kWarpSize || !(mask >> source & 1)) {
-        fail(std::string(name) + " at " + text(where) + ": reads lane " + std::to_string(source) +
-             ", which does not take part");
-    }
-    return meeting.bits[source];
-}
-
-unsigned ballot(const char* name, unsigned mask, bool predicate, Where where) {
-    const Meeting& meeting = meet(name, mask, predicate, where, false);
-    unsigned votes = 0;
-    for (int i = 0; i < kWarpSize; ++i) votes |= unsigned(meeting.bits[i]) << i;
-    return votes;
-}
-
-void skip(Access access) { ++current->accesses[int(access)]; }
-
-void note(Access access, const void* address, size_t bytes) {
-    const uint64_t at = reinterpret_cast<uint64_t>(address);
-    if (at % bytes != 0) fail("a misaligned access of " + std::to_string(bytes) + " bytes");
-    block->requests.add(current->number, access, current->epoch, current->accesses[int(access)]++, at, bytes);
-}
 
 }  // namespace igpt::emulator

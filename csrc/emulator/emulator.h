@@ -3,10 +3,10 @@
 //
 // What it takes from a kernel it answers with an error that says which thread, and where: a barrier that not every
 // thread reaches, lanes that disagree about a warp's operation, a lane read that does not take part, misaligned
-// vectors, a launch outside the limits. Shared memory is poisoned with 0xff (NaN in every type) and ends where an
-// address sanitizer sees it; so are the stacks. Under a thread sanitizer only barriers and __syncwarp order
-// memory, so a missing one is a reported race, whatever the order of execution was. (Threads of one number in
-// every other block are one to it: a race between exactly those it does not see.)
+// vectors, a launch outside the limits, what a dependent launch does too early. Shared memory is poisoned with 0xff
+// (NaN in every type) and ends where an address sanitizer sees it; so are the stacks. Under a thread sanitizer only
+// barriers and __syncwarp order memory, so a missing one is a reported race, whatever the order of execution was.
+// (Threads of one number in every other block are one to it: a race between exactly those it does not see.)
 #pragma once
 
 #include <cuda_runtime.h>
@@ -38,6 +38,7 @@ struct Counters {
     uint64_t mma, ldmatrix, ldmatrix_wavefronts;  // of whole warps; an 8x8 matrix without conflicts is one wavefront
     uint64_t async_copies;                        // of 16 bytes; they count as a global load and a shared access too
     uint64_t tile_copies, tile_bytes;             // by TMA
+    uint64_t bulk_copies, bulk_bytes;             // of contiguous memory, likewise
     uint64_t wgmma;                               // of whole warps: four for one instruction
 };
 
@@ -46,6 +47,11 @@ void set_schedule(Schedule schedule);
 // What the device is from now on, to the launchers that look: 80 at first, 90 for one with wgmma and TMA. The emulator
 // runs what it is given, whatever this says.
 void set_capability(int ten_times);
+// And how many multiprocessors it has: 132 at first. Of sm_90, if they are asked how many blocks fit.
+void set_multiprocessors(int count);
+int multiprocessors();
+// How many blocks of such a launch run at a time, in whole clusters; of registers nothing is known.
+int resident_blocks(unsigned threads, size_t shared_bytes, unsigned cluster);
 
 // From now on launches run only these blocks, by linear index (x fastest), and those of their clusters; they are an
 // error if they have none of them.
@@ -56,8 +62,14 @@ Counters counters();
 void reset_counters();
 
 // Runs `thread` for every thread of the grid, `cluster` blocks that are side by side in x at the same time. Takes one
-// launch at a time; throws std::runtime_error.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& thread);
+// launch at a time; throws std::runtime_error. A `dependent` one is held to what grid_dependency_wait is for, as far as
+// it passes through memory.cuh and the copies of ptx.cuh: before a block has called it, it stores nothing and loads
+// nothing that a launch has written which may still run, were the launches on a device.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool dependent,
+            const std::function<void()>& thread);
+
+// All launches so far have ended, as before another kernel than ours, or at the begin of a graph.
+void synchronize();
 
 // The running block's shared memory.
 unsigned char* dynamic_shared();

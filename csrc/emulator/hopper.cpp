@@ -51,11 +51,15 @@ struct UnfencedWrites : Unit {
     std::map<int, std::vector<size_t>> places;  // by thread
 };
 
-struct TileCopies : Unit {
+// Tile and bulk copies.
+struct Copies : Unit {
     struct Pending {
+        const char* name;
         uint32_t to, barrier;
-        TensorMap map;
+        int64_t bytes;
+        TensorMap map;  // of a tile
         Tile tile;
+        const unsigned char* from;  // of a bulk copy; else null
     };
     std::vector<Pending> pending;
 
@@ -66,7 +70,7 @@ struct TileCopies : Unit {
         pending.erase(pending.begin() + std::ptrdiff_t(i));
         deliver(now);
         auto& barrier = unit<Barriers>().at[now.barrier];
-        barrier.bytes -= tile_bytes(now.map);
+        barrier.bytes -= now.bytes;
         if (barrier.missing == 0 && barrier.bytes < 0) {
             fail_block("the mbarrier at shared address " + std::to_string(now.barrier) + " gets " +
                        std::to_string(-barrier.bytes) + " bytes more than were announced");
@@ -76,14 +80,18 @@ struct TileCopies : Unit {
         return true;
     }
     std::string left() const override {
-        return pending.empty() ? "" : "the block ends without having waited for its tma_load_4d";
+        return pending.empty() ? "" : std::string("the block ends without having waited for its ") + pending[0].name;
     }
 
     static void deliver(const Pending& p) {
-        const auto& shape = p.map.shape;
         auto& by = unit<UnfencedWrites>().by;
         const auto first = by.begin() + std::ptrdiff_t((p.to - kSharedBase) / 16);
-        std::fill(first, first + std::ptrdiff_t(tile_bytes(p.map) / 16), -1);
+        std::fill(first, first + std::ptrdiff_t(p.bytes / 16), -1);
+        if (p.from) {
+            std::memcpy(dynamic_shared() + (p.to - kSharedBase), p.from, size_t(p.bytes));
+            return;
+        }
+        const auto& shape = p.map.shape;
         uint32_t offset = 0;
         for (int i3 = 0; i3 < shape.box[3]; ++i3) {
             for (int i2 = 0; i2 < shape.box[2]; ++i2) {
@@ -120,6 +128,19 @@ Barriers::Barrier& find(const char* name, uint32_t barrier, Where where) {
     const auto found = all.find(barrier);
     if (found == all.end()) fail_no_barrier(name, where);
     return found->second;
+}
+
+void check_fenced(const char* name, uint32_t barrier, Where where) {
+    if (find(name, barrier, where).fenced) return;
+    fail(std::string(name) + " at " + text(where) +
+         ": no mbarrier_fence_init has followed mbarrier_init in its thread");
+}
+
+// What this thread has done to the destination comes before what others do after the phase.
+void issue(const Copies::Pending& copy) {
+    auto& counted = unit<Barriers>().at[copy.barrier];
+    release(&counted.sync[counted.phase]);
+    unit<Copies>().pending.push_back(copy);
 }
 
 }  // namespace
@@ -218,9 +239,7 @@ unsigned char* check_tile(uint32_t to, const TensorMap* map, uint32_t barrier, W
     if (reinterpret_cast<uint64_t>(map) % 64 != 0 || !valid(map->shape, map->base)) {
         fail("tma_load_4d at " + text(where) + ": this is no tensor map of make_tensor_map, aligned to 64");
     }
-    if (!find("tma_load_4d", barrier, where).fenced) {
-        fail("tma_load_4d at " + text(where) + ": no mbarrier_fence_init has followed mbarrier_init in its thread");
-    }
+    check_fenced("tma_load_4d", barrier, where);
     const size_t alignment = map->shape.swizzle == cuda::ptx::Swizzle::none ? 128 : 1024;
     return shared_at("tma_load_4d", to, size_t(tile_bytes(*map)), alignment, where);
 }
@@ -232,12 +251,24 @@ void check_start(Tile tile, Where where) {
 }
 
 void issue_tile(uint32_t to, const TensorMap* map, uint32_t barrier, Tile tile) {
-    // What this thread has done to the destination comes before what others do after the phase.
-    auto& counted = unit<Barriers>().at[barrier];
-    release(&counted.sync[counted.phase]);
     ++counting().tile_copies;
     counting().tile_bytes += uint64_t(tile_bytes(*map));
-    unit<TileCopies>().pending.push_back({to, barrier, *map, tile});
+    issue({"tma_load_4d", to, barrier, tile_bytes(*map), *map, tile, nullptr});
+}
+
+Bulk check_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, Where where) {
+    const std::string what = "bulk_load at " + text(where) + ": ";
+    check_fenced("bulk_load", barrier, where);
+    if (bytes <= 0 || bytes % 16 != 0) fail(what + std::to_string(bytes) + " bytes, not a multiple of 16");
+    if (reinterpret_cast<uint64_t>(from) % 16 != 0) fail(what + "the source is not aligned to 16");
+    return {shared_at("bulk_load", to, size_t(bytes), 16, where), static_cast<const unsigned char*>(from), bytes};
+}
+
+void issue_bulk(const Bulk& copy, uint32_t barrier) {
+    ++counting().bulk_copies;
+    counting().bulk_bytes += uint64_t(copy.bytes);
+    const uint32_t to = kSharedBase + uint32_t(copy.to - dynamic_shared());
+    issue({"bulk_load", to, barrier, copy.bytes, {}, {}, copy.from});
 }
 
 }  // namespace igpt::emulator

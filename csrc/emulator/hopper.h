@@ -1,11 +1,10 @@
 // The emulator's half of csrc/cuda/hopper.cuh: the same functions on the host. What touches a kernel's memory stands
 // here, so that the sanitizers see it as the calling thread's doing; the rest is in hopper.cpp.
 //
-// A copied tile is NaN from its issue until it is delivered, which is when no thread can run without it; its source is
-// read then. Accumulators are NaN from the first product until they have been waited for; a product is computed at the
-// wait, from registers and shared memory as they are then. A missing
-// fence_async_shared is seen behind store_shared and cp_async16, but not behind plain stores; a missing fence_registers
-// is not.
+// What a tile or bulk copy writes is NaN from its issue until it is delivered, which is when no thread can run without
+// it; its source is read then. Accumulators are NaN from the first product until they have been waited for; a product
+// is computed at the wait, from registers and shared memory as they are then. A missing fence_async_shared is seen
+// behind store_shared and cp_async16, but not behind plain stores; a missing fence_registers is not.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,6 +51,15 @@ unsigned char* check_tile(uint32_t to, const TensorMap* map, uint32_t barrier, W
 void check_start(Tile tile, Where where);
 void issue_tile(uint32_t to, const TensorMap* map, uint32_t barrier, Tile tile);
 int64_t tile_bytes(const TensorMap& map);
+
+struct Bulk {
+    unsigned char* to;
+    const unsigned char* from;
+    int bytes;
+};
+// Checks it. The caller overwrites the destination and then calls issue_bulk.
+Bulk check_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, Where where);
+void issue_bulk(const Bulk& copy, uint32_t barrier);
 
 struct WgmmaArguments {
     uint64_t a, b;
@@ -118,6 +126,15 @@ inline void mbarrier_wait(uint32_t barrier, int parity, emulator::Where where = 
     emulator::wait_barrier(barrier, parity, where);
 }
 inline void fence_async_shared() { emulator::fence_async_shared(); }
+
+inline bool has_bulk_copies() { return emulator::capability() >= 90; }
+inline void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t barrier, emulator::Where where = {}) {
+    emulator::check_barrier("bulk_load", barrier, where);
+    const emulator::Bulk copy = emulator::check_bulk(dst, src, bytes, barrier, where);
+    emulator::touch(copy.from, copy.bytes);
+    emulator::poison(copy.to, copy.bytes);
+    emulator::issue_bulk(copy, barrier);
+}
 
 inline cudaError_t make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
     if (!emulator::valid(shape, base)) return cudaErrorInvalidValue;

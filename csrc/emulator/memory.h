@@ -1,6 +1,8 @@
 // The emulator's half of csrc/cuda/memory.cuh: alignment is checked, the access is counted, and then it happens.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -8,7 +10,7 @@ namespace igpt::emulator {
 
 enum class Access { global_load, global_store, shared };
 
-void note(Access access, const void* address, size_t bytes);
+void note(Access access, const void* address, size_t bytes, Where where = {});
 // In place of note(), in a lane that takes no part in an access of its warp: keeps its later ones beside the others'.
 void skip(Access access);
 // The running thread writes to shared memory, in the way that copies and wgmma do not see without a fence.
@@ -19,13 +21,13 @@ void wrote_shared(const void* address, size_t bytes);
 namespace igpt::cuda {
 
 template <typename V>
-inline V load_global(const V* address) {
-    emulator::note(emulator::Access::global_load, address, sizeof(V));
+inline V load_global(const V* address, emulator::Where where = {}) {
+    emulator::note(emulator::Access::global_load, address, sizeof(V), where);
     return *address;
 }
 template <typename V>
-inline void store_global(V* address, const V& value) {
-    emulator::note(emulator::Access::global_store, address, sizeof(V));
+inline void store_global(V* address, const V& value, emulator::Where where = {}) {
+    emulator::note(emulator::Access::global_store, address, sizeof(V), where);
     *address = value;
 }
 template <typename V>

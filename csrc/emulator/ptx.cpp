@@ -115,17 +115,21 @@ uint32_t shared_address(const void* p, Where where) {
     return kSharedBase + uint32_t(at - begin);
 }
 
-AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, Where where) {
+AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, int size, Where where) {
     const std::string what = "cp.async at " + text(where);
-    const AsyncCopy copy{shared_at("cp.async", to, 16, 16, where), static_cast<const unsigned char*>(from), bytes};
-    if (bytes < 0 || bytes > 16) fail(what + ": " + std::to_string(bytes) + " bytes, not 0 to 16");
-    if (reinterpret_cast<uint64_t>(from) % 16 != 0) fail(what + ": the source is not aligned to 16");
+    const size_t whole = size_t(size);
+    unsigned char* place = shared_at("cp.async", to, whole, whole, where);
+    const AsyncCopy copy{place, static_cast<const unsigned char*>(from), bytes, size};
+    if (bytes < 0 || bytes > size) fail(what + ": " + std::to_string(bytes) + " bytes, not 0 to 16");
+    if (reinterpret_cast<uint64_t>(from) % whole != 0) {
+        fail(what + ": the source is not aligned to " + std::to_string(size));
+    }
     if (bytes > 0) {
-        note(Access::global_load, from, 16);
+        note(Access::global_load, from, whole, where);
     } else {
         skip(Access::global_load);
     }
-    note(Access::shared, copy.to, 16);
+    note(Access::shared, copy.to, whole);
     ++counting().async_copies;
     unit<AsyncCopies>().threads[thread_number()].open.push_back({copy, where});
     return copy;
@@ -146,7 +150,7 @@ bool take_copy(int groups, AsyncCopy& copy) {
         }
         copy = own.groups.front().front().copy;
         own.groups.front().pop_front();
-        wrote_shared(copy.to, 16);
+        wrote_shared(copy.to, size_t(copy.size));
         return true;
     }
     return false;

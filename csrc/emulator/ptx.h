@@ -3,8 +3,8 @@
 //
 // The destination of an asynchronous copy is NaN from the issue until its thread waits for it. The source is looked at
 // when the copy is issued, and read as late as at the wait: one that has changed meanwhile shows. A thread may not end
-// before it has waited for its copies. A launch begins when the one before has ended, so that the two functions for
-// dependent launches have nothing to do; a missing grid_dependency_wait is not seen.
+// before it has waited for its copies. A launch begins when the one before has ended; what a dependent one may not do
+// before grid_dependency_wait is an error all the same (accesses.cpp).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,14 +21,17 @@
 namespace igpt::emulator {
 
 uint32_t shared_address(const void* p, Where where);
+void grid_dependency_wait();
+void grid_dependency_launch();
 
 struct AsyncCopy {
     unsigned char* to;
     const unsigned char* from;
-    int bytes;  // the rest of 16 is zero
+    int bytes;  // the rest of `size` is zero
+    int size;   // 4 or 16
 };
 // Checks and notes it; the caller does it.
-AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, Where where);
+AsyncCopy issue_copy(uint32_t to, const void* from, int bytes, int size, Where where);
 void commit_copies();
 // Gives, one by one, the copies that a wait for all but `groups` groups is for.
 bool take_copy(int groups, AsyncCopy& copy);
@@ -76,12 +79,18 @@ inline void touch(const unsigned char* from, int bytes) {
     }
     for (; i < bytes; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(from + i));
 }
-// Poisons `bytes` bytes, a multiple of 8 at a multiple of 8.
+using Half = uint32_t __attribute__((may_alias));
+// Poisons `bytes` bytes, 4 or a multiple of 8, at a multiple of 4 or 8.
 inline void poison(unsigned char* to, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 8) *reinterpret_cast<Word*>(to + i) = ~uint64_t(0);
+    if (bytes == 4) *reinterpret_cast<Half*>(to) = ~0u;
+    for (int64_t i = 0; i + 8 <= bytes; i += 8) *reinterpret_cast<Word*>(to + i) = ~uint64_t(0);
 }
-// The first `bytes` of 16 bytes, and zeros.
+// The first `bytes` of `size` bytes, and zeros.
 inline void deliver(const AsyncCopy& copy) {
+    if (copy.size == 4) {
+        *reinterpret_cast<Half*>(copy.to) = *reinterpret_cast<const Half*>(copy.from);
+        return;
+    }
     auto* to = reinterpret_cast<Word*>(copy.to);
     for (int half = 0; half < 2; ++half) {
         uint64_t word = 0;
@@ -104,9 +113,14 @@ namespace igpt::cuda::ptx {
 inline uint32_t shared_address(const void* p, emulator::Where where = {}) { return emulator::shared_address(p, where); }
 
 inline void cp_async16(uint32_t dst, const void* src, int bytes = 16, emulator::Where where = {}) {
-    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, where);
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, bytes, 16, where);
     emulator::touch(copy.from, copy.bytes);
     emulator::poison(copy.to, 16);
+}
+inline void cp_async4(uint32_t dst, const void* src, emulator::Where where = {}) {
+    const emulator::AsyncCopy copy = emulator::issue_copy(dst, src, 4, 4, where);
+    emulator::touch(copy.from, 4);
+    emulator::poison(copy.to, 4);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>
@@ -158,14 +172,14 @@ inline void store_cluster(float* own, unsigned rank, float value, emulator::Wher
 }
 
 template <typename V>
-V load_once(const V* p) {
+V load_once(const V* p, emulator::Where where = {}) {
     static_assert(sizeof(V) == 16);
-    return load_global(p);
+    return load_global(p, where);
 }
 
 inline void prefetch_l2(const void*) {}
 
-inline void grid_dependency_wait() {}
-inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() { emulator::grid_dependency_wait(); }
+inline void grid_dependency_launch() { emulator::grid_dependency_launch(); }
 
 }  // namespace igpt::cuda::ptx

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from igpt_fast import backend
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
-from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.decoder import SCALED, Decoder
 from igpt_fast.engines.network import Model
 from igpt_fast.engines.reference import ReferenceDecoder
 
@@ -40,7 +40,7 @@ def choose(model: Model, dtype: str | None = None) -> Choice:
         return Choice(CudaDecoder, None)
     if on_cpu is None:
         return Choice(CpuDecoder, None)
-    return Choice(ReferenceDecoder, on_cuda if model.device.type == "cuda" or dtype == "fp8_values" else on_cpu)
+    return Choice(ReferenceDecoder, on_cuda if model.device.type == "cuda" or dtype in SCALED else on_cpu)
 
 
 def make_decoder(model: Model, batch_size: int, capacity: int, dtype: str | None = None) -> Decoder:
@@ -48,7 +48,8 @@ def make_decoder(model: Model, batch_size: int, capacity: int, dtype: str | None
 
     Args:
         model, batch_size, capacity: See ``Decoder``.
-        dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder``, ``"fp8_values"`` as ``CudaDecoder`` has it.
+        dtype: ``None`` for the model's; ``"int8"`` as ``CpuDecoder``, ``"fp8_values"`` or ``"fp8_cache"`` as
+            ``CudaDecoder`` has it.
 
     Raises:
         BackendUnavailableError: ``dtype`` is given and nothing offers it for this model.
@@ -85,8 +86,8 @@ def forget() -> None:
 
 # Every decoder of igpt_fast.engines.choice, the faster one first: what it covers.
 DECODERS: dict[str, str] = {
-    "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' of the first two; quick_gelu, gelu,"
-    " gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; nothing around a module or in its place:"
+    "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' or 'fp8_cache' of the first two; quick_gelu,"
+    " gelu, gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; nothing around a module or in its place:"
     " hooks, wrappers, subclasses, methods, modes, autocast; five kernels a layer for 8 images at most in bf16 and"
     " fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"

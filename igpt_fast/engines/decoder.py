@@ -14,8 +14,10 @@ from igpt_fast.checks import dtype_name
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.network import Model
 
+# Dtypes with a cache of fp8 on a GPU: whether keys are cached so, and whether values are.
+SCALED = {"fp8_values": (False, True), "fp8_cache": (True, True)}
 # What a caller may ask for besides the model's own dtype.
-DTYPES = (None, "int8", "fp8_values")
+DTYPES = (None, "int8", *SCALED)
 
 
 Numbers = Tensor | Callable[[], Tensor]
@@ -49,7 +51,7 @@ class Decoder(ABC):
     Attributes:
         name: ``"reference"``, ``"cpu"`` or ``"cuda"``.
         reason: Why it is no faster one, where one was looked for.
-        dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_values"``.
+        dtype: What it computes in, such as ``"float32"``, ``"int8"`` or ``"fp8_cache"``.
     """
 
     name: str
@@ -171,5 +173,5 @@ def check_fork(n: int, position: int, forked: bool) -> None:
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError unless the dtype is one that a decoder may be asked for."""
     if dtype not in DTYPES:
-        others = " or ".join(map(repr, DTYPES[1:]))
-        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, {others}")
+        others = ", ".join(map(repr, DTYPES[1:-1]))
+        raise ValueError(f"decoder: dtype is {dtype!r}; want None, which is the model's, {others} or {DTYPES[-1]!r}")

@@ -59,7 +59,7 @@ class StepGraph:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         here, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
-        self._inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._optimizer.zero_grad(set_to_none=True)
         _capturable(self._optimizer, True)
         # So that the graph has a cuBLAS workspace in its own pool, that nobody else writes to.

@@ -21,6 +21,7 @@ OPS |= dict.fromkeys(
         covers="fp32, bf16, fp16; x and bias of one dtype; a last dimension that is a multiple of 8",
         covers_cpu="fp32, bf16; x and bias of one dtype",
         least_cpu=LEAST_CPU,
+        fuses=True,
     ),
 )
 OPS["activation"] = Op(
@@ -29,6 +30,7 @@ OPS["activation"] = Op(
     covers_cpu="the names that mean quick_gelu, gelu_tanh or gelu_erf, as those cover it; torch gelu for 'gelu' "
     "without a bias",
     least_cpu=LEAST_CPU,
+    fuses=True,
 )
 
 # transformers' ACT2FN but for "prelu" and "xielu", which have parameters of their own.

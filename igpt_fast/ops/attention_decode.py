@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import reference
-from igpt_fast.backend import OPS, Op
+from igpt_fast.backend import OPS, Kernels, Op
 from igpt_fast.ops import dispatch
 
 # Keys and values as a cache of 8 bits has them, for who reads and writes such caches; under their older names as well.
@@ -19,7 +19,7 @@ from igpt_fast.reference import quantize_values as quantize_values
 
 OPS["attention_decode"] = Op(
     native=("cuda",),
-    covers="head_dim 32, 64, 96, 128; bf16, fp16, of which cached values, or keys and values, may be fp8; fp32 without a prefix",
+    covers="head_dim 32, 64, 96, 128; bf16, fp16, whose cached values and keys may be fp8; fp32 without a prefix",
     otherwise="torch expression over the whole cache",
 )
 
@@ -82,7 +82,8 @@ def attention_decode(
     Raises:
         TypeError: A dtype that is not as above.
         ValueError: Shapes that do not fit, a cache that is not contiguous, several devices, one half of a prefix,
-            ``k_scale`` without ``v_scale``, a ``limit`` outside its range, or a tensor that wants a gradient while gradients are recorded.
+            ``k_scale`` without ``v_scale``, a ``limit`` outside its range, or a tensor that wants a gradient while
+            gradients are recorded.
         BackendUnavailableError: The chosen backend does not serve the device.
 
     Source: the attention of openai/image-gpt src/model.py ``attn`` with its ``past``.
@@ -198,6 +199,13 @@ def _prefixes(prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if k.stride() == v.stride() and k.stride(2) == k.shape[3] else (dispatch.dense(k), dispatch.dense(v))
 
 
+def count_splits(kernels: Kernels, blocks: int, keys: int, dtype: torch.dtype) -> int:
+    """Into how many parts the keys of each of so many (row, head)s are split, as ``kernels.launching`` has it."""
+    how = kernels.launching
+    ring = how.ring and dtype != torch.float32
+    return kernels.module.attention_decode_splits(blocks, keys, kernels.device, ring, how.cluster)
+
+
 def _attention_decode(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, *others: Any
 ) -> Tensor:
@@ -208,15 +216,19 @@ def _attention_decode(
         if cache.data_ptr() % 16:
             raise ValueError(f"attention_decode: {name} begins at {cache.data_ptr():#x}; want a multiple of 16 bytes")
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
+    # Read before the launch waits for those before it, among which a copy's would be.
+    copied = not position.is_contiguous() or not (starts is None or starts.is_contiguous())
+    dependent = 0 if copied else kernels.dependent
     position, starts = position.contiguous(), None if starts is None else starts.contiguous()
-    (rows, heads, t_max, dim), count = k_cache.shape, kernels.module.attention_decode_splits
-    splits, prefix_splits = count(rows * heads, limit), 0
+    rows, heads, t_max, dim = k_cache.shape
+    splits, prefix_splits = count_splits(kernels, rows * heads, limit, q.dtype), 0
     prefix: tuple[int, ...] = (0, 1, 0, 0, 0, 0)  # its length, the rows that share one, addresses and strides
     if prefix_k is not None and prefix_v is not None and rows > 0:
         prefix_k, prefix_v = _prefixes(prefix_k, prefix_v)
         length, group = prefix_k.shape[2], rows // prefix_k.shape[0]
         prefix = length, group, prefix_k.data_ptr(), prefix_v.data_ptr(), *prefix_k.stride()[:2]
-        prefix_splits = count(prefix_k.shape[0] * heads * -(-group // _ROWS), length)
+        blocks = prefix_k.shape[0] * heads * -(-group // _ROWS)
+        prefix_splits = kernels.module.attention_decode_splits(blocks, length)
     out, slots = q.new_empty((rows, heads, dim)), splits + prefix_splits
     partial = q.new_empty(rows * heads * slots * (dim + 2), dtype=torch.float32) if slots > 1 else None
     kernels.module.attention_decode_cuda(
@@ -233,7 +245,9 @@ def _attention_decode(
         shape=(rows, heads, t_max, dim),
         scale=scale,
         dtype=dispatch.DTYPES[q.dtype],
-        dependent=kernels.dependent,
+        dependent=dependent,
+        ring=kernels.launching.ring,
+        cluster=kernels.launching.cluster,
         place=kernels.place,
     )
     return out

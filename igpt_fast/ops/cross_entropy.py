@@ -16,6 +16,7 @@ OPS["cross_entropy"] = Op(
     covers="fp32, bf16, fp16; K to 65536",
     covers_cpu="fp32, bf16",
     least_cpu=4 * LEAST_CPU,  # torch's is three ops at most
+    fuses=True,
 )
 
 _TWO = torch.Size((2,))  # numbers a row that the forward keeps

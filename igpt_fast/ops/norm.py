@@ -17,12 +17,14 @@ OPS["rms_norm"] = Op(
     covers="fp32, bf16, fp16, each tensor its own; n_embd a multiple of 8 to 8192",
     covers_cpu="fp32, bf16, each tensor its own",
     least_cpu=LEAST_CPU // 2,
+    fuses=True,
 )
 OPS["layer_norm"] = Op(
     native=("cpu", "cuda"),
     covers="fp32, bf16, fp16; all of one dtype; n_embd a multiple of 8 to 8192",
     covers_cpu="fp32, bf16; weight and bias of either; in fp32 as fast as torch's layer_norm, and more exact",
     least_cpu=LEAST_CPU // 2,
+    fuses=True,
 )
 
 

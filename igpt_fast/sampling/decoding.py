@@ -81,7 +81,7 @@ def decode(
             computed of the context.
         sampling: How tokens are drawn.
         callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
-        dtype: ``None`` for the model's, ``"int8"`` or ``"fp8_values"``; see ``engines.choice``.
+        dtype: ``None`` for the model's, ``"int8"``, ``"fp8_values"`` or ``"fp8_cache"``; see ``engines.choice``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
         first: Number of the first row, for errors.

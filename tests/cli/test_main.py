@@ -205,7 +205,7 @@ def test_sample_in_fp8_values(capsys: pytest.CaptureFixture[str], tmp_path: Path
     command = ("sample", "-n", 1, "--seed", 5, "--device", "cpu", "--dtype", "fp8_values", "--out", out)
     assert "dtype 'fp8_values' is not available: the model is on cpu" in fails(capsys, 3, *command)
     assert not out.exists()
-    assert "int8, fp8_values or auto" in fails(capsys, 2, "sample", "--dtype", "fp8", "--out", out)
+    assert "int8, fp8_values, fp8_cache or auto" in fails(capsys, 2, "sample", "--dtype", "fp8", "--out", out)
 
 
 def test_complete_by_a_mask(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path) -> None:
@@ -341,7 +341,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
 def test_usage_errors_are_of_the_option(encoding: str) -> None:
     """Whatever letters a terminal has for tyro's frames."""
     for option, value, text in (
-        ("--dtype", "int3", "--dtype is 'int3'; want float32, bfloat16, float16, int8, fp8_values or auto"),
+        ("--dtype", "int3", "--dtype is 'int3'; want float32, bfloat16, float16, int8, fp8_values, fp8_cache or auto"),
         ("--temperature", "inf", "--temperature is inf; want a number in [0, 1.79769e+308]"),
         ("--nope", "1", "Unrecognized options: --nope, 1"),
     ):

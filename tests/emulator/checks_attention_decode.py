@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from checks import SCHEDULES, Counted, schedule
@@ -12,7 +14,7 @@ from kernels import Kernels
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 from igpt_fast.ops.attention_decode import dequantize_e4m3, quantize_e4m3
 
 
@@ -162,6 +164,18 @@ def check_many_blocks(device: str) -> None:
     """So many that nothing is split: the one kernel writes the output."""
     position = [row % 7 - 1 for row in range(128)]
     check(case(device, torch.bfloat16, 32, position, t_max=5, rows=128, heads=2))
+
+
+def check_dependent(device: str) -> None:
+    """It may begin before the projection has ended that makes its queries, keys and values."""
+    x, weight = torch.randn(2, 64).bfloat16().to(device), torch.randn(64, 192).bfloat16().to(device)
+    position, found = torch.tensor(3, dtype=torch.int32, device=device), []
+    for dependent in ("none", "late"):
+        caches = [torch.ones(2, 2, 8, 32, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        with backend.launching(backend.Launching(dependent=dependent)):
+            q, k, v = ops.gemv(x, weight).view(2, 3, 2, 32).unbind(1)
+            found.append(torch.stack([ops.attention_decode(q, k, v, *caches, position), k, v]))
+    assert torch.equal(*found)
 
 
 def check_outside(device: str) -> None:
@@ -335,3 +349,60 @@ def check_prefix_reads_once(kernels: Kernels) -> None:
         assert more["load_bytes"] == more["load_sectors"] * 32 == 2 * 32 * 2 * 2 * dim, more
         assert more["mma"] == 2 * 32 * 2 * 16 * dim // (16 * 8 * 16), more
         assert more["shared_requests"] == 0, more
+
+
+# How the ring runs: the device's capability and multiprocessors, where it is emulated, and whether in clusters. Two
+# multiprocessors have fewer blocks than there are parts of keys.
+RINGS = [(90, 132, False), (90, 2, True), (80, 2, False), (80, 132, True)]
+
+
+@contextmanager
+def by_ring(module: ModuleType | None, capability: int, multiprocessors: int, cluster: bool) -> Iterator[None]:
+    """``module``: the emulated one, or none on a device, which is what it is."""
+    with backend.launching(backend.Launching(ring=True, cluster=cluster)):
+        if module is None:
+            yield
+            return
+        module.set_capability(capability)
+        module.set_multiprocessors(multiprocessors)
+        try:
+            yield
+        finally:
+            module.set_capability()
+            module.set_multiprocessors()
+
+
+def check_ring_bits(kernels: Kernels) -> None:
+    """The same bits under every schedule, by either kind of copy, from a cluster and from the second kernel."""
+    for dim, scaled, prefix in ((64, 0, 0), (96, 2, 0), (64, 1, 40)):
+        made = case("cpu", torch.bfloat16, dim, 300, 320, 1, prefixes=1 if prefix else 0, prefix=prefix, scaled=scaled)
+        results = []
+        for (order, seed), capability, cluster in zip(SCHEDULES, (80, 90, 90, 90, 80), (0, 0, 1, 1, 1), strict=True):
+            schedule(kernels, order, seed)
+            with by_ring(kernels.module, capability, 132, bool(cluster)), Counted(kernels) as counted:
+                results.append(made.op()[0])
+            assert counted["launches"] == (1 if cluster else 2) + (prefix > 0)
+        assert not results[0].isnan().any()
+        assert all(torch.equal(result, results[0]) for result in results)
+    schedule(kernels, "fifo", 0)
+
+
+def check_ring_bytes(kernels: Kernels) -> None:
+    """Of 64 keys more move their own bytes and scales, asynchronously, and nothing else; no bank is asked twice."""
+    for capability, dim, scaled in [(c, d, s) for c in (80, 90) for d in (32, 64, 96, 128) for s in (0, 1, 2)]:
+        counts = []
+        for position in (64, 128):
+            made = case("cpu", torch.bfloat16, dim, position, 192, rows=1, heads=4, scaled=scaled)
+            with by_ring(kernels.module, capability, 2, True), Counted(kernels) as counted:
+                made.op()
+            counts.append(dict(counted))
+            assert counted["launches"] == 1
+        more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
+        keys, size = 4 * 64, dim * (4 - scaled)
+        bulk = keys * size if capability == 90 else 0
+        assert more["bulk_bytes"] == bulk, more
+        assert more["async_copies"] == (keys * size - bulk) // 16 + keys * scaled, more  # a scale by itself
+        if scaled == 0:
+            assert more["load_bytes"] == keys * size - bulk == 32 * more["load_sectors"], more
+        assert more["shared_conflicts"] == 0, more
+        assert more["store_bytes"] == more["barriers"] == 0, more

@@ -10,7 +10,7 @@ from kernels import Kernels
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 
 ACTIVATIONS = [None, "quick_gelu", "gelu_tanh", "gelu_erf"]
 # (rows, n_in, n_out): every number of rows that a kernel is compiled for and ones between; n_in of less than a step,
@@ -61,6 +61,16 @@ def check_options(device: str, transposed: bool) -> None:
     for activation in ACTIVATIONS:
         check(named, activation)
     check(product | {"x": 1e-3 * named["x"], "norm_weight": named["norm_weight"]}, eps=1e-3)
+
+
+def check_dependent(device: str) -> None:
+    """Of two that follow each other the second may begin before the first has ended, and reads what that writes."""
+    first, second = (operands(device, torch.bfloat16, 2, 64, 64, False) for _ in range(2))
+    found = []
+    for dependent in ("none", "late"):
+        with backend.launching(backend.Launching(dependent=dependent)):
+            found.append(ops.gemv(**second | {"x": ops.gemv(**first)}))
+    assert torch.equal(*found)
 
 
 def check_range(device: str) -> None:

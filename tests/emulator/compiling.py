@@ -145,7 +145,7 @@ class Tree:
         """The kernels, instrumented, and the emulator, which is not: what it does is not the kernels' doing."""
         emulator = [
             self.csrc / "emulator" / f"{name}.cpp"
-            for name in ("emulator", "fibre", "counters", "ptx", "record", "hopper", "wgmma")
+            for name in ("emulator", "meetings", "accesses", "fibre", "counters", "ptx", "record", "hopper", "wgmma")
         ]
         instrument = SANITIZERS.get(sanitizer, ())
         return [(path, (self.optimise(path), "-Wno-unknown-pragmas", *instrument)) for path in self.kernels()] + [

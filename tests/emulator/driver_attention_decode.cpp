@@ -1,6 +1,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "emulator.h"
 
 namespace {
 
@@ -12,6 +13,7 @@ struct Sizes {
     int64_t rows, heads, positions, group, prefix;  // group 0: no prefix
     int32_t dim, splits, prefix_splits;
     bool values8 = false, keys8 = false;  // in e4m3
+    bool ring = false, cluster = false;
 };
 
 void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const std::vector<int32_t>& from) {
@@ -64,7 +66,28 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.prefix_splits,
                                         0.1f,
                                         dtype,
-                                        false}));
+                                        igpt::cuda::Dependent::none,
+                                        s.ring,
+                                        s.cluster}));
+}
+
+// Through the ring, with few blocks that have many parts: by the copies of sm_90, in clusters too, and by those of
+// sm_80.
+void decode_by_ring(bool brief) {
+    igpt::emulator::set_multiprocessors(1);
+    for (int capability : {80, 90}) {
+        igpt::emulator::set_capability(capability);
+        const bool cluster = capability == 90;
+        for (int32_t dim : {32, 64, 96, 128}) {
+            decode(DType::bf16, {2, 3, 70, 0, 0, dim, 2, 0, false, false, true, cluster}, {69, 35}, {5, 0});
+            decode(DType::f16, {2, 3, 70, 0, 0, dim, 2, 0, true, true, true, false}, {69, 35}, {5, 0});
+            if (brief) continue;
+            decode(DType::bf16, {2, 5, 67, 0, 0, dim, 1, 0, true, false, true, false}, {-1, 66}, {});
+            decode(DType::f16, {2, 1, 300, 2, 67, dim, 2, 2, true, true, true, cluster}, {299}, {66, 90});
+        }
+    }
+    igpt::emulator::set_multiprocessors(132);
+    igpt::emulator::set_capability(80);
 }
 
 void attention_decode(bool brief) {
@@ -84,6 +107,6 @@ void attention_decode(bool brief) {
     decode(DType::bf16, {0, 2, 70, 0, 0, 64, 1, 0}, {0}, {});
 }
 
-const driver::Case added("attention_decode", attention_decode);
+const driver::Case added("attention_decode", attention_decode), ring("attention_decode_ring", decode_by_ring);
 
 }  // namespace

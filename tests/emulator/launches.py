@@ -98,19 +98,23 @@ def attention_decode(size: Size) -> None:
 
 
 def _decode(
-    size: Size, b: int, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, scaled: bool = False
+    size: Size, b: int, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, scaled: int = 0
 ) -> None:
     cache, position = (b, size.heads, T, size.head_dim), torch.zeros((), dtype=torch.int32)
     q, k, v = blank(b, 3, size.heads, size.head_dim).unbind(1)
-    v_cache = blank(*cache, dtype=torch.float8_e4m3fn if scaled else torch.bfloat16)
-    v_scale = blank(*cache[:3], dtype=torch.float32) if scaled else None
-    prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
-    ops.attention_decode(q, k, v, blank(*cache), v_cache, position, v_scale=v_scale, **prefix)
+    k_cache, v_cache = (blank(*cache, dtype=torch.float8_e4m3fn if scaled > n else torch.bfloat16) for n in (1, 0))
+    k_scale, v_scale = (blank(*cache[:3], dtype=torch.float32) if scaled > n else None for n in (1, 0))
+    others = {"prefix_k": prefix_k, "prefix_v": prefix_v, "v_scale": v_scale, "k_scale": k_scale}
+    ops.attention_decode(q, k, v, k_cache, v_cache, position, **others)
 
 
-def attention_decode_scaled(size: Size) -> None:
+def attention_decode_scaled(size: Size, scaled: int = 1) -> None:
     for b in (1, IMAGES, 8 * IMAGES):
-        _decode(size, b, scaled=True)
+        _decode(size, b, scaled=scaled)
+
+
+def attention_decode_8_bits(size: Size) -> None:
+    attention_decode_scaled(size, 2)
 
 
 def attention_decode_shared(size: Size) -> None:

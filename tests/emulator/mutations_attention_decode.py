@@ -42,15 +42,18 @@ scaled = on(
 codes = on(
     lambda: checks.check_codes("cpu", torch.bfloat16, 32), lambda: checks.check_quantizing("cpu", torch.bfloat16, 128)
 )
+dependent = on(lambda: checks.check_dependent("cpu"))
 huge, outside = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_outside("cpu"))
 reads_once = counted(checks.check_prefix_reads_once)
 THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
 
 SHARED, OWN, PREFIX = (f"cuda/attention_decode{name}" for name in (".cuh", ".cu", "_prefix.cu"))
-E4M3 = "cuda/e4m3.cuh"
+MERGE, E4M3 = "cuda/attention_decode_merge.cu", "cuda/e4m3.cuh"
 BARRIER = "    __syncthreads();\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
+    (Mutation("decode_does_not_wait", OWN, "ptx::grid_dependency_wait();  // before every", "// before every"),
+     dependent),
     (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? load_global(p.starts + row) : 0", "0"), positions),
     (Mutation("decode_sees_itself_always", SHARED, "sees_it = own_start <= position;", "sees_it = true;"), positions),
     (Mutation("decode_position_of_each_row", SHARED, "row * p.position_step", "row"), ADDRESS),
@@ -80,9 +83,9 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_score_misses_a_step", OWN, "lane < S::kLanes; lane *= 2) sum",
               "lane < S::kLanes / 2; lane *= 2) sum"), positions),
     (Mutation("decode_no_barrier", OWN, BARRIER, ""), THREAD),
-    (Mutation("decode_merge_misses_a_part", OWN, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
-    (Mutation("decode_no_nan", OWN, "!valid ? NAN :", "!valid ? 0.0f :"), outside),
-    (Mutation("decode_nothing_seen", OWN, "l == 0.0f ? 0.0f : sum / l", "sum / l"), positions),
+    (Mutation("decode_merge_misses_a_part", MERGE, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
+    (Mutation("decode_no_nan", SHARED, "!valid ? NAN :", "!valid ? 0.0f :"), outside),
+    (Mutation("decode_nothing_seen", SHARED, "l == 0.0f ? 0.0f : sum / l", "sum / l"), positions),
     (Mutation("decode_row_of_32_bits", OWN, "int64_t(row_head) * p.positions * S::kDim",
               "row_head * unsigned(p.positions) * S::kDim"), huge),
     (Mutation("decode_key_of_32_bits", OWN, "k[u].load(offset(keys, int64_t(key) *",

@@ -36,6 +36,7 @@ reach, rounding = on(lambda: checks.check_range("cpu")), on(lambda: checks.check
 shared = on(lambda: checks.check_shape("cpu", torch.bfloat16, 3, 2056, 24, False))
 slabs = on(lambda: checks.check_shape("cpu", torch.bfloat16, 1, 8232, 16, False))
 digits = on(lambda: checks.check_digits_of_the_norm("cpu"))
+dependent = on(lambda: checks.check_dependent("cpu"))
 huge, slices = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_slices("cpu"))
 
 GEMV = "cuda/gemv.cu"
@@ -52,6 +53,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
      ("thread", "gemv")),
     (Mutation("gemv_factors_of_the_first_slab", GEMV, "ask_factors<T>(p, factors, slab, slab_end)",
               "ask_factors<T>(p, factors, begin, begin + slab_end - slab)"), slabs),
+    (Mutation("gemv_does_not_wait", GEMV, "    ptx::grid_dependency_wait();\n", ""), dependent),
     (Mutation("gemv_x_overwritten", GEMV, "    __syncthreads();  // x has been read\n", ""), ("thread", "gemv")),
     (Mutation("gemv_sums_not_there", GEMV, "    __syncthreads();\n    // A half", "    // A half"), ("thread", "gemv")),
     (Mutation("gemv_output_not_there", GEMV, "        __syncthreads();\n        return;", "        return;"),

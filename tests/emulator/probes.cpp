@@ -7,6 +7,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
@@ -70,6 +71,48 @@ void every_other_float(Probe p) {
     if (threadIdx.x < 32) store_global(p.out + 2 * threadIdx.x, 1.0f);
 }
 
+// Of a dependent launch, or the one before.
+void stores(Probe p) { store_global(p.out + threadIdx.x, 1.0f); }
+void stores_late(Probe p) {
+    ptx::grid_dependency_wait();
+    store_global(p.out + threadIdx.x, 1.0f);
+}
+void loads(Probe p) {
+    load_global(p.out + threadIdx.x);
+    ptx::grid_dependency_wait();
+}
+void waits(Probe) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    ptx::grid_dependency_launch();
+}
+void hurries(Probe) {
+    ptx::grid_dependency_launch();
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+}
+void one_block_hurries(Probe) {
+    if (blockIdx.x == 0) ptx::grid_dependency_launch();
+    ptx::grid_dependency_wait();
+}
+void one_block_waits(Probe) {
+    if (blockIdx.x == 0) ptx::grid_dependency_wait();
+}
+
+// Two blocks of 32 threads.
+void run_dependent(const std::string& name, uintptr_t out, bool dependent) {
+    const std::map<std::string, void (*)(Probe)> all{
+        {"stores", stores},
+        {"stores_late", stores_late},
+        {"loads", loads},
+        {"waits", waits},
+        {"hurries", hurries},
+        {"one_block_hurries", one_block_hurries},
+        {"one_block_waits", one_block_waits},
+    };
+    launch(all.at(name), 2, 32, 0, nullptr, Probe{reinterpret_cast<float*>(out)}, 1, dependent);
+}
+
 void run(const std::string& name, uintptr_t out, unsigned threads, size_t shared_bytes) {
     const std::map<std::string, void (*)(Probe)> all{
         {"barrier_in_a_branch", barrier_in_a_branch},
@@ -120,6 +163,8 @@ void from_bfloat(uintptr_t in, uintptr_t out, int64_t n) {
 }  // namespace
 
 PYBIND11_MODULE(_probes, m) {
+    m.def("run_dependent", &run_dependent);
+    m.def("synchronize", &igpt::emulator::synchronize);
     m.def("run", &run);
     m.def("set_schedule", &set_schedule);
     m.def("to_float16", &to_half);

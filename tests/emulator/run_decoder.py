@@ -13,12 +13,13 @@ from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.cuda.options import CudaOptions
 
 # Images, dtype, what the cache is rounded to, continuations of each: the fused kernels, torch's products with more than
-# 8 rows and in float32, values of 8 bits, a primer that is shared.
+# 8 rows and in float32, values, and keys, of 8 bits, a primer that is shared.
 CASES = (
     (3, torch.bfloat16, None, 1),
     (9, torch.float16, None, 1),
     (2, torch.float32, None, 1),
     (3, torch.bfloat16, "fp8_values", 1),
+    (3, torch.bfloat16, "fp8_cache", 1),
     (2, torch.bfloat16, None, 5),
 )
 POSITIONS, PRIMER = 12, 5

@@ -57,4 +57,6 @@ def test_sizes_that_it_does_not_take(emulated: Kernels, dim: int) -> None:
             scale=1.0,
             dtype=1,
             dependent=0,
+            ring=False,
+            cluster=False,
         )

@@ -13,7 +13,7 @@ from tolerance import assert_parity, tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from igpt_fast import ImageGPTForCausalImageModeling, backend, ops, reference
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, ops, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice, memory
 from igpt_fast.engines.choice import keep, make_decoder
@@ -60,14 +60,14 @@ def test_reads_as_the_reference(device: str, rows: int, dtype: torch.dtype, head
 )
 def test_halves(device: str, rows: int, copies: int, parts: list[int]) -> None:
     """Of the rows, or of the primers that they share, by kernels of few rows and by torch's products."""
-    model = make(device)
+    model = make(device, n_layer=1)
     ids = shared(rows, copies, 6, 3, model.config).to(device)
     for gemv_rows in (0, 64):
         assert_reads(model, ids, 3, copies, halves=True, gemv_rows=gemv_rows)
     decoder = CudaDecoder(model, rows, 6, options=CudaOptions(halves=True))
     read(decoder, ids, 3, copies)
     assert decoder._step is not None
-    assert [part.count for part in decoder._step.parts] == parts
+    assert [part.images for part in decoder._step.parts] == parts
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -228,6 +228,43 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
             assert torch.equal(logits, other.step(drawn))
     with pytest.raises(ValueError, match="10 positions do not fit into capacity=9"):
         decoder.step(drawn)
+
+
+@pytest.mark.parametrize("change", ["logits", "columns", "sampling", "seed", "streams", "numbers", "step"])
+def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
+    """Where its logits have been written to, or another draw is asked for."""
+    model, results, ahead = make(device, n_layer=1), [], -1
+    context = tokens(model.config, 2, 3).to(device)
+    for drawing in (True, False):
+        decoder = CudaDecoder(model, 2, 9, options=CudaOptions(drawing=drawing))
+        streams = torch.arange(2, device=device)
+        logits, drawn = decoder.prefill(context)[:, :39], []
+        seed, sampling = 3, Sampling()
+        for t in range(7):
+            numbers = torch.full((2,), 0.5, device=device)
+            if t == 3 and change == "logits":
+                ahead = int(decoder.history[0][0, 3]) if drawing else ahead
+                logits[:, ahead] = -torch.inf
+            logits = logits[:, :5] if t == 3 and change == "columns" else logits
+            sampling = Sampling(temperature=0.0) if t == 3 and change == "sampling" else sampling
+            seed = 4 if t == 3 and change == "seed" else seed
+            streams = streams + 5 if t == 3 and change == "streams" else streams
+            given = None if t == 3 and change == "numbers" else (seed, streams)
+            drawn.append(torch.stack([part.double() for part in decoder.draw(logits, numbers, given, sampling)]))
+            if t < 6:
+                logits = (decoder.step(context[:, 0]) if t == 3 and change == "step" else decoder.step_drawn())[:, :39]
+        results.append(torch.stack(drawn))
+    assert torch.equal(*results)
+
+
+def test_weights_that_are_no_numbers(device: str) -> None:
+    """Are told, though the device draws by itself."""
+    model = make(device, n_layer=1)
+    with torch.no_grad():
+        model.transformer.wpe.weight[4] = torch.nan
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    with pytest.raises(FloatingPointError, match=r"image 0, position 4\)"):
+        generation.decode(model, context, rules.RandomStreams(5, torch.arange(2), 0, 8), Sampling())
 
 
 def test_misuse(device: str) -> None:
@@ -457,6 +494,21 @@ def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.image_bytes(model, primer=35, copies=8) < memory.image_bytes(model, primer=35)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     assert memory.most_images(model) == 0
+
+
+def test_memory_alone_bounds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """iGPT-S in bfloat16, as much as an H200 has free: far more than 256, whose caches and tokens fit."""
+    from igpt_fast import Pipeline
+
+    sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "n_positions": 1024, "vocab_size": 513}
+    with torch.device("meta"):
+        model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes)).to(torch.bfloat16)
+    as_on_a_gpu(monkeypatch, 139 << 30)
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.model = model
+    size = pipeline.default_batch_size()
+    assert 2000 < size <= 0.9 * (139 << 30) / (memory.cache_bytes(model) + 12 * 1024)
+    assert pipeline.default_batch_size(guided=True) == size // 2
 
 
 def test_continuations_take_less_memory(emulation) -> None:

@@ -1,5 +1,6 @@
 """The emulator itself: what it reports, what its schedules do, the 16-bit types, the counters."""
 
+import contextlib
 from types import ModuleType
 
 import compiling
@@ -41,6 +42,42 @@ def test_faults_are_errors(probes: ModuleType, name: str, message: str, order: s
     with pytest.raises(RuntimeError, match=message):
         run(probes, name)
     assert run(probes, "shuffles").all()  # and the next launch is not the worse for it
+
+
+# Launches one after another, of which those with a + are dependent: what the last one is told, if anything.
+EARLY = r"a load at .*probes.cpp:\d+ before grid_dependency_wait, of what a launch writes that may not have ended"
+CHAINS = [
+    ("stores +stores_late", None),
+    ("stores +stores", r"a store at .*probes.cpp:\d+ before grid_dependency_wait; thread \(\d+, 0, 0\)"),
+    ("+one_block_waits", r"ends without grid_dependency_wait; thread \(\d+, 0, 0\) of block \(1, 0, 0\)"),
+    ("one_block_waits", None),
+    ("+loads", None),
+    ("stores +loads", EARLY),
+    ("stores loads", None),
+    ("+stores_late +loads", EARLY),
+    # Between them one that waits: before it lets the next one begin, or behind, in one block or in all.
+    ("stores +waits +loads", None),
+    ("stores +hurries +loads", EARLY),
+    ("stores +hurries +hurries +loads", EARLY),
+    ("stores +hurries +waits +loads", None),
+    ("stores +one_block_hurries +loads", None),
+    ("stores hurries +loads", None),
+]
+
+
+@pytest.mark.parametrize("order", SCHEDULES)
+@pytest.mark.parametrize(("chain", "message"), CHAINS, ids=[chain for chain, _ in CHAINS])
+def test_dependent_launches_wait(probes: ModuleType, chain: str, message: str | None, order: str) -> None:
+    probes.set_schedule(order, 1)
+    probes.synchronize()
+    out = torch.zeros(64)
+    *before, last = ((name.lstrip("+"), out.data_ptr(), name.startswith("+")) for name in chain.split())
+    for launch in before:
+        probes.run_dependent(*launch)
+    with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
+        probes.run_dependent(*last)
+    probes.synchronize()
+    probes.run_dependent("loads", out.data_ptr(), True)
 
 
 @pytest.mark.parametrize(("threads", "shared_bytes"), [(0, 0), (1025, 0), (32, 227 * 1024 + 1)])

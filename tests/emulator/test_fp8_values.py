@@ -1,4 +1,4 @@
-"""The CUDA decoder with cached values of 8 bits: the whole step against the definition."""
+"""The CUDA decoder with cached values, or keys and values, of 8 bits: the whole step against the definition."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from igpt_fast.engines.choice import make_decoder
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
 from igpt_fast.engines.cuda.options import CudaOptions
+from igpt_fast.engines.decoder import SCALED
 from igpt_fast.engines.reference import ReferenceDecoder
-from igpt_fast.ops.attention_decode import dequantize_values, quantize_values
+from igpt_fast.ops.attention_decode import dequantize_e4m3, quantize_e4m3
 
-FP8 = "fp8_values"
+fp8 = pytest.mark.parametrize("fp8", SCALED)
 
 
-def rounded(v: Tensor) -> Tensor:
-    return dequantize_values(*quantize_values(v), v.dtype)
+def rounded(x: Tensor, of_8_bits: bool) -> Tensor:
+    return dequantize_e4m3(*quantize_e4m3(x), x.dtype) if of_8_bits else x
+
+
+def rounding(decoder: ReferenceDecoder, fp8: str, primer: int) -> ReferenceDecoder:
+    """The same, which from now on caches as CudaDecoder does in 8 bits, with what was read before if it is its own."""
+    cache, (keys, values) = decoder._cache, SCALED[fp8]
+    for buffer, of_8_bits in zip(cache.buffers, (keys, values), strict=True):
+        read = buffer[..., :primer, :]
+        read.copy_(rounded(read, of_8_bits))
+    update = cache.update
+    cache.update = lambda key, value, layer: update(  # type: ignore[method-assign]
+        rounded(key, keys), rounded(value, values), layer
+    )
+    return decoder
 
 
 @torch.no_grad()
-def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int = 1) -> Tensor:
-    """As ``read``, by PyTorch: values are rounded as they are cached, a primer's once it has been read, if at all."""
+def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, copies: int, fp8: str) -> Tensor:
+    """As ``read``, by PyTorch: what is cached is rounded, of a primer once it has been read, if at all."""
     decoder = ReferenceDecoder(model, len(ids) // copies, ids.shape[1])
     logits = [decoder.prefill(ids[::copies, :primer]).repeat_interleave(copies, dim=0)]
     decoder.fork(copies)
-    cache = decoder._cache
-    if copies == 1:
-        values = cache.buffers[1][..., :primer, :]
-        values.copy_(rounded(values))
-    update = cache.update
-    cache.update = lambda key, value, layer: update(key, rounded(value), layer)  # type: ignore[method-assign]
+    rounding(decoder, fp8, primer if copies == 1 else 0)
     logits += [decoder.step(column) for column in ids[:, primer:].unbind(1)]
     return torch.stack(logits, dim=1)
 
@@ -46,9 +55,14 @@ def defined(model: ImageGPTForCausalImageModeling, ids: Tensor, primer: int, cop
     ("rows", "copies", "primer", "halves"),
     [(1, 1, 60, False), (8, 1, 5, True), (9, 1, 60, False), (33, 1, 3, True), (1, 3, 9, False), (2, 8, 9, True)],
 )
-@pytest.mark.parametrize(("heads", "dtype"), [(2, torch.bfloat16), (1, torch.float16)], ids=["dim32", "dim64"])
+@pytest.mark.parametrize(
+    ("fp8", "heads", "dtype"),
+    [("fp8_values", 2, torch.bfloat16), ("fp8_cache", 1, torch.float16)],
+    ids=["values, dim32", "cache, dim64"],
+)
 def test_reads_as_defined(
     device: str,
+    fp8: str,
     rows: int,
     copies: int,
     primer: int,
@@ -58,15 +72,15 @@ def test_reads_as_defined(
 ) -> None:
     model = make(device, dtype, n_head=heads)
     ids = shared(rows, copies, primer + (3 if halves else 8), primer, model.config).to(device)
-    decoder = make_decoder(model, rows, ids.shape[1], FP8)
+    decoder = make_decoder(model, rows, ids.shape[1], fp8)
     assert isinstance(decoder, CudaDecoder)
-    assert decoder.dtype == FP8
+    assert decoder.dtype == fp8
     if halves:
-        decoder = CudaDecoder(model, rows, ids.shape[1], FP8, CudaOptions(halves=True))
+        decoder = CudaDecoder(model, rows, ids.shape[1], fp8, CudaOptions(halves=True))
     ours = read(decoder, ids, primer, copies)
     with backend.use_backend("reference"):
-        plain = defined(model, ids, primer, copies)
-        exact = defined(copy.deepcopy(model).double(), ids, primer, copies)
+        plain = defined(model, ids, primer, copies, fp8)
+        exact = defined(copy.deepcopy(model).double(), ids, primer, copies, fp8)
     assert_parity(ours, plain, exact)
     other = read(CudaDecoder(model, rows, ids.shape[1]), ids, primer, copies)
     assert torch.equal(ours[:, 0], other[:, 0])  # of the primer
@@ -75,31 +89,38 @@ def test_reads_as_defined(
 
 @torch.no_grad()
 def test_caches(device: str) -> None:
-    """In the first layer, whose values do not depend on others: those of the model's own dtype, rounded."""
+    """In the first layer, whose keys and values depend on no other: those of the model's own dtype, rounded."""
     model = make(device)
     ids = tokens(model.config, 2, 9).to(device)
     steps = []
-    for dtype in (None, FP8):
+    for dtype in (None, *SCALED):
         decoder = CudaDecoder(model, 2, 12, dtype)
         read(decoder, ids, 4)
         steps.append(decoder._step)
-    plain, scaled = steps
-    codes, scales = quantize_values(plain.values[0, :, :, :9])
-    assert torch.equal(scaled.keys[0, :, :, :9], plain.keys[0, :, :, :9])
-    assert torch.equal(scaled.values[0, :, :, :9].view(torch.uint8), codes.view(torch.uint8))
-    assert torch.equal(scaled.scales[0, :, :, :9], scales)
+    plain, values, both = steps
+    read_so_far = (0, slice(None), slice(None), slice(9))
+    for step in (values, both):
+        codes, scales = quantize_e4m3(plain.values[read_so_far])
+        assert torch.equal(step.values[read_so_far].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(step.scales[1][read_so_far], scales)
+    codes, scales = quantize_e4m3(plain.keys[read_so_far])
+    assert torch.equal(values.keys[read_so_far], plain.keys[read_so_far])
+    assert torch.equal(both.keys[read_so_far].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(both.scales[0][read_so_far], scales)
     assert plain.bytes == 2 * 2 * 12 * 64 * (2 + 2) * 1
-    assert scaled.bytes == 2 * 2 * 12 * (64 * (2 + 1) + 2 * 4)
+    assert values.bytes == 2 * 2 * 12 * (64 * (2 + 1) + 2 * 4)
+    assert both.bytes == 2 * 2 * 12 * 2 * (64 + 2 * 4)
 
 
+@fp8
 @torch.no_grad()
-def test_fork_after_steps(device: str) -> None:
+def test_fork_after_steps(device: str, fp8: str) -> None:
     """What was cached in 8 bits becomes the primer of all, in the model's dtype: as a fork of the rounded model."""
     model = make(device)
     ids = shared(1, 3, 12, 6, model.config).to(device)
     results = []
     for copies in (1, 3):
-        decoder = CudaDecoder(model, 3 // copies, 12, FP8)
+        decoder = CudaDecoder(model, 3 // copies, 12, fp8)
         logits = [read(decoder, ids[::copies, :6], 3)[:, -1].repeat_interleave(copies, dim=0)]
         decoder.fork(copies)
         assert decoder.batch_size == 3
@@ -111,13 +132,19 @@ def test_fork_after_steps(device: str) -> None:
 def test_a_step_of_the_other_kind_is_not_used(device: str) -> None:
     model = make(device)
     ids = tokens(model.config, 1, 9).to(device)
-    plain, scaled = (read(CudaDecoder(model, 1, 9, dtype), ids, 3) for dtype in (None, FP8))
-    assert torch.equal(read(CudaDecoder(model, 1, 9), ids, 3), plain)
-    assert torch.equal(read(CudaDecoder(model, 1, 9, FP8), ids, 3), scaled)
+    kinds = None, *SCALED
+    alone = [read(CudaDecoder(model, 1, 9, dtype), ids, 3) for dtype in kinds]
+    assert not any(torch.equal(alone[i], alone[i - 1]) for i in range(3))
+    decoder = CudaDecoder(model, 1, 9)
+    for dtype, want in zip(kinds, alone, strict=True):
+        decoder.rest()
+        decoder.start(model, 1, 9, dtype)
+        assert torch.equal(read(decoder, ids, 3), want)
 
 
+@fp8
 @torch.no_grad()
-def test_nan_reaches_its_image_alone(device: str) -> None:
+def test_nan_reaches_its_image_alone(device: str, fp8: str) -> None:
     """A NaN or an infinity in one colour's embedding is in every later logit of the image that has it."""
     model = make(device)
     ids = tokens(model.config, 3, 8).to(device) % 30
@@ -126,39 +153,45 @@ def test_nan_reaches_its_image_alone(device: str) -> None:
         for at in (2, 6):  # in the primer and after
             wrong = ids.clone()
             wrong[1, at] = 33
-            logits = read(CudaDecoder(model, 3, 8, FP8), wrong, 4)[:, -1]
+            logits = read(CudaDecoder(model, 3, 8, fp8), wrong, 4)[:, -1]
             assert logits.isnan().any(dim=1).tolist() == [False, True, False]
 
 
-def test_draws(device: str) -> None:
+@fp8
+def test_draws(device: str, fp8: str) -> None:
+    """The tokens that the definition of the same rule draws of the same numbers, and no others a second time."""
     model = make(device, n_positions=20)
-    drawn = model.generate(do_sample=True, seed=1, dtype=FP8, num_return_sequences=3)
-    assert torch.equal(model.generate(do_sample=True, seed=1, dtype=FP8, num_return_sequences=3), drawn)
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 3}
+    drawn = model.generate(**options, dtype=fp8)
+    assert torch.equal(model.generate(**options, dtype=fp8), drawn)
 
 
-def test_the_rule(device: str) -> None:
-    assert why_not_cuda(make(device), FP8) is None
-    reason = "the weights are float32; want bfloat16 or float16 for 'fp8_values'"
-    assert why_not_cuda(make(device, torch.float32), FP8) == reason
-    with pytest.raises(backend.BackendUnavailableError, match=f"dtype 'fp8_values' is not available: {reason}"):
-        make_decoder(make(device, torch.float32), 1, 8, FP8)
+@fp8
+def test_the_rule(device: str, fp8: str) -> None:
+    assert why_not_cuda(make(device), fp8) is None
+    reason = f"the weights are float32; want bfloat16 or float16 for '{fp8}'"
+    assert why_not_cuda(make(device, torch.float32), fp8) == reason
+    with pytest.raises(backend.BackendUnavailableError, match=f"dtype '{fp8}' is not available: {reason}"):
+        make_decoder(make(device, torch.float32), 1, 8, fp8)
 
 
-def test_it_is_never_something_else() -> None:
+@fp8
+def test_it_is_never_something_else(fp8: str) -> None:
     """Where no CUDA kernels serve, for want of a device or by choice."""
     model = make("cpu")
-    with pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not available: the model is on cpu"):
-        model.generate(dtype=FP8)
-    with pytest.raises(backend.BackendUnavailableError, match="the model's dtype or in 'int8', not in 'fp8_values'"):
-        CpuDecoder(model, 1, 8, FP8)
-    with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match="'fp8_values' is not"):
-        make_decoder(model, 1, 8, FP8)
+    with pytest.raises(backend.BackendUnavailableError, match=f"'{fp8}' is not available: the model is on cpu"):
+        model.generate(dtype=fp8)
+    with pytest.raises(backend.BackendUnavailableError, match=f"the model's dtype or in 'int8', not in '{fp8}'"):
+        CpuDecoder(model, 1, 8, fp8)
+    with backend.use_backend("reference"), pytest.raises(backend.BackendUnavailableError, match=f"'{fp8}' is not"):
+        make_decoder(model, 1, 8, fp8)
 
 
-def test_memory(emulation) -> None:
-    """Own positions have values of one byte and a scale for each head; a shared primer is as it was."""
+@pytest.mark.parametrize(("fp8", "own"), [("fp8_values", 64 * (2 + 1) + 2 * 4), ("fp8_cache", 2 * (64 + 2 * 4))])
+def test_memory(emulation, fp8: str, own: int) -> None:
+    """Own positions have one byte an element and a scale for each head; a shared primer is as it was."""
     model = make("cpu")
-    own, whole = 64 * (2 + 1) + 2 * 4, 64 * (2 + 2)
-    assert memory.cache_bytes(model, FP8) == memory.cache_bytes(model, FP8, 35) == 2 * 70 * own
-    assert memory.cache_bytes(model, FP8, 35, 5) == 2 * (35 * own + 7 * whole)
-    assert memory.image_bytes(model, FP8) < memory.image_bytes(model)
+    whole = 64 * (2 + 2)
+    assert memory.cache_bytes(model, fp8) == memory.cache_bytes(model, fp8, 35) == 2 * 70 * own
+    assert memory.cache_bytes(model, fp8, 35, 5) == 2 * (35 * own + 7 * whole)
+    assert memory.image_bytes(model, fp8) < memory.image_bytes(model)

@@ -51,6 +51,16 @@ def test_advice_is_recognised() -> None:
     assert advice(f"ptxas info    : 0 bytes gmem\n{line}\n") == [line]
 
 
+def test_launchers_ask_for_the_code_and_not_for_the_device() -> None:
+    """What older PTX becomes on a newer device lacks what that device could do. Alone: kernels for exactly sm_90a, in a
+    build that has code for it, which that device then takes.
+    """
+    asking = [path.name for path in sorted(nvcc.CUDA.iterdir()) if "ComputeCapability" in path.read_text()]
+    assert asking == ["attention.cu"]
+    before, _, after = (nvcc.CUDA / "attention.cu").read_text().partition("#if defined(IGPT_SM_90A)")
+    assert "ComputeCapability" not in before + after.partition("#else")[2]
+
+
 @pytest.mark.parametrize("end", ["kill -9 $$", "kill -INT $$", "exit 1"])
 def test_what_nvcc_did_not_finish_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     program, source = tmp_path / "nvcc", tmp_path / "cuda" / "kernel.cu"

@@ -51,7 +51,7 @@ JOBS = [
         for name in ("ddp", "fsdp")
     ),
     *(
-        {"name": f"{name}_halves", "dropout": 0.2, "bf16": True, **WAYS[name], "resume": True}
+        {"name": f"{name}_halves", "dropout": 0.2, "bf16": True, **WAYS[name], "resume": True, "late": True}
         for name in ("ddp", "fsdp")
     ),
     *({"name": f"from_one_{name}", **WAYS[name], "resume": True} for name in ("ddp", "fsdp")),
@@ -174,7 +174,7 @@ def parts(folder: Path) -> dict[tuple[Any, ...], torch.Tensor]:
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_resumed_by_as_many_it_is_bit_identical(folder: Path, way: str) -> None:
-    """With dropout, which each process draws for itself."""
+    """With dropout, which each process draws for itself; and where a part is computed as on a GPU, see ``job``."""
     names = [path.name for path in checkpoints.finished(folder / f"{way}_bits")]
     assert names == ["step-00000014"] == [path.name for path in checkpoints.finished(folder / f"{way}_halves")]
     straight, halves = (folder / f"{way}_{run}" / "checkpoint" / names[0] for run in ("bits", "halves"))

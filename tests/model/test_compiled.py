@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.cpp_extension  # with setuptools, before other code has found Python's own distutils
-from torch import nn
+from implementations import Implementation
+from tolerance import assert_parity
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from igpt_fast import ImageGPTConfig, model
+from igpt_fast import ImageGPTConfig, backend, model
 
 HEADS = ["ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"]
 # 16 x 60 is work for the CPU's kernels, which the others are not.
@@ -66,3 +68,61 @@ def test_training_with_inductor_at_two_lengths() -> None:
             call(ids, labels=ids, use_cache=False).loss.backward()
         for want, found in zip(eager.parameters(), ours.parameters(), strict=True):
             torch.testing.assert_close(found.grad, want.grad, atol=1e-5, rtol=1e-4)
+
+
+def ops_of_ours(network: nn.Module, ids: Tensor) -> set[str]:
+    """What of ``igpt_fast`` stands in the graph that a compiler is given, forward alone."""
+    found: set[str] = set()
+
+    def look(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        found.update(str(node.target) for node in graph.graph.nodes if "igpt_fast" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(network, backend=look, fullgraph=True)(ids, labels=ids, use_cache=False)
+    return {name.split(".")[1] for name in found}
+
+
+FUSED = {"rms_norm", "add_rms_norm", "quick_gelu", "cross_entropy"}
+
+
+@pytest.mark.parametrize(("how", "fused"), [("auto", True), ("plain", True), ("opaque", False)])
+def test_what_can_be_fused_is_seen_by_the_compiler(emulation: Implementation, how: Any, fused: bool) -> None:
+    """On a GPU attention alone is a call of ours; its kernels serve the definitions' neighbours."""
+    network = getattr(model, HEADS[1])(ImageGPTConfig(**{**SIZES, "n_embd": 64})).eval().bfloat16()
+    with backend.compiled_ops(how):
+        found = ops_of_ours(network, torch.randint(8, (2, 8)))
+    assert found == {"causal_attention_packed"} | (set() if fused else FUSED)
+
+
+@pytest.mark.parametrize(("how", "fused"), [("auto", True), ("opaque", False)])
+def test_on_the_cpu(native_cpu: Implementation, how: Any, fused: bool) -> None:
+    with backend.compiled_ops(how):
+        found = ops_of_ours(small(HEADS[1]), torch.randint(8, (2, 8)))
+    assert FUSED & found == (set() if fused else FUSED)
+
+
+@pytest.mark.parametrize("how", ["plain", pytest.param("opaque", marks=pytest.mark.soak)])
+def test_training_under_autocast_with_inductor(how: Any) -> None:
+    """Gradients by the rule, one graph, and nothing is compiled again for another batch."""
+    network = getattr(model, HEADS[1])(ImageGPTConfig(**{**SIZES, "n_embd": 64})).eval()
+    exact, batches = copy.deepcopy(network).double(), torch.randint(8, (4, 16, 60))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+
+    def gradients(call: Any, of: nn.Module, enabled: bool = True) -> list[Tensor]:
+        found = []
+        for ids in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = call(ids, labels=ids, use_cache=False).loss
+            found.append(torch.autograd.grad(loss, list(of.parameters())))
+        return [torch.stack(group) for group in zip(*found, strict=True)]
+
+    with backend.compiled_ops(how):
+        ours = gradients(compiled, network)
+    assert counter.frame_count == 1
+    with backend.use_backend("reference"):
+        theirs, wanted = gradients(network, network), gradients(exact, exact, enabled=False)
+    for triple, (name, _) in zip(zip(ours, theirs, wanted, strict=True), network.named_parameters(), strict=True):
+        assert_parity(*triple, name)

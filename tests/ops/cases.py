@@ -10,7 +10,7 @@ from torch import Tensor
 
 from igpt_fast import ops
 from igpt_fast.draws import Sampling
-from igpt_fast.ops.attention_decode import quantize_values
+from igpt_fast.ops.attention_decode import quantize_e4m3
 
 BF16 = torch.bfloat16
 
@@ -21,7 +21,7 @@ def _normal(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
 
 def _codes_and_scales(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
     """Values of 8 bits, as bytes: torch does hardly anything with float8."""
-    codes, scales = quantize_values(_normal(*shape, seed=seed))
+    codes, scales = quantize_e4m3(_normal(*shape, seed=seed))
     return codes.view(torch.uint8), scales
 
 
@@ -218,6 +218,23 @@ CASES = [
             q, k, v, k_cache, codes.view(torch.float8_e4m3fn), position, v_scale=v_scale
         ),
         mutated=(3, 4, 5),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_fp8_cache",
+        lambda: (
+            *(_normal(2, 2, 96, seed=i) for i in range(3)),
+            *_codes_and_scales(2, 2, 150, 96, seed=3),
+            *_codes_and_scales(2, 2, 150, 96, seed=4),
+            torch.tensor(131, dtype=torch.int32),
+        ),
+        lambda q, k, v, keys, k_scale, values, v_scale, position: ops.attention_decode(
+            *(q, k, v, keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)),
+            position,
+            v_scale=v_scale,
+            k_scale=k_scale,
+        ),
+        mutated=(3, 4, 5, 6),
     ),
     Case(
         "attention_decode",

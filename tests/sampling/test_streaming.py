@@ -423,7 +423,7 @@ def test_batches_are_planned(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
     """By what is free on a CUDA device, else by a budget."""
     assert (pipeline.default_batch_size(), pipeline.default_batch_size(guided=True)) == (64, 64)
     asked: list[tuple[object, ...]] = []
-    for room, expected in ((100, [100, 50]), (10000, [256, 256]), (1, [1, 1]), (0, [1, 1])):
+    for room, expected in ((100, [100, 50]), (10001, [10001, 5000]), (1, [1, 1]), (0, [1, 1])):
         monkeypatch.setattr(
             "igpt_fast.pipeline.most_images", lambda model, *others, room=room: (asked.append(others), room)[1]
         )

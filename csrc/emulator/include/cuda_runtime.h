@@ -89,11 +89,18 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 namespace igpt::emulator {
 int capability();
-}
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+int multiprocessors();
+}  // namespace igpt::emulator
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const int capability = igpt::emulator::capability();
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? igpt::emulator::multiprocessors()
+             : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                              : capability % 10;
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {

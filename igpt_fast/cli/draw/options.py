@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from igpt_fast.world import World
 
-ROUNDED = ("int8", "fp8_values")  # dtypes of decoders that weights are not stored in
+ROUNDED = ("int8", "fp8_values", "fp8_cache")  # dtypes of decoders that weights are not stored in
 DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
 
 
@@ -38,7 +38,8 @@ class DrawOptions:
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
-            cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, on a GPU.
+            cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, and
+            fp8_cache with keys as well, on a GPU.
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.

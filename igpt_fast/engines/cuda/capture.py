@@ -56,9 +56,9 @@ def take_place(device: torch.device, owner: object) -> Place:
     return place
 
 
-def make_workspaces(place: Place, device: torch.device, dtype: torch.dtype) -> None:
-    """Makes those that products of this thread need on a place's streams, of cuBLAS and of cuBLASLt."""
-    for stream in place.streams:
+def make_workspaces(place: Place, count: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Makes those that products of this thread need on a place's first streams, of cuBLAS and of cuBLASLt."""
+    for stream in place.streams[:count]:
         pool = contextlib.nullcontext() if place.workspaces is None else torch.cuda.use_mem_pool(place.workspaces)
         with torch.cuda.device(device), torch.cuda.stream(stream), pool:
             small = torch.zeros(16, 16, dtype=dtype, device=device)
@@ -84,16 +84,20 @@ def capture(
             return graph, result
         except RuntimeError as error:
             _end_recording(device, pool)
-            if isinstance(error.__context__, torch.OutOfMemoryError):  # after which the capture could not end
-                # A new one: the end's frame holds the other, which would hold that frame, and all would stay.
-                raise torch.OutOfMemoryError(str(error.__context__)) from None
-            raise
+            first = error.__context__  # after which the capture could not end
+            if not isinstance(first, RuntimeError):
+                raise
+            # A new one: the end's frame holds the other, which would hold that frame, and all would stay.
+            kind = torch.OutOfMemoryError if isinstance(first, torch.OutOfMemoryError) else RuntimeError
+            raise kind(str(first)) from None
+        finally:
+            first = None
 
 
 def _end_recording(device: torch.device, pool: Any) -> None:
     """What torch's ``capture_end`` does after the end, which it leaves out where that fails."""
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    end = end or torch._C._cuda_endAllocateCurrentStreamToPool  # its name in torch 2.6
+    older = "_cuda_endAllocateCurrentStreamToPool"  # its name in torch 2.6
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, older)
     with contextlib.suppress(RuntimeError):  # it was left out not
         end(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)

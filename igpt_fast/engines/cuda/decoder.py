@@ -19,12 +19,13 @@ from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.capture import Order, numerics
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
-from igpt_fast.engines.decoder import Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
+from igpt_fast.engines.decoder import SCALED, Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
 from igpt_fast.engines.network import Model, Network, why_not_head, why_not_modules
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.attention_decode import dequantize_values
+from igpt_fast.ops.attention_decode import dequantize_e4m3
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
+MOST_COLOURS = 1024  # that the kernel of ops.sample_step takes
 KEPT_SHARE = 8  # a step whose caches take more of the device's memory than one part of so many is not kept
 
 
@@ -37,9 +38,9 @@ class CudaDecoder(Decoder):
     place reaches the next step, another tensor in a parameter's place does not.
 
     ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
-    with a scale for each image, head and position; keys are not. A head's value with a NaN or an infinity becomes NaN
-    as a whole. The forward pass reads a primer with its own values, which are rounded as they come into the cache;
-    those that continuations share stay in the model's dtype.
+    with a scale for each image, head and position; ``"fp8_cache"``: and keys so as well. A head's value or key with a
+    NaN or an infinity becomes NaN as a whole. The forward pass reads a primer with its own keys and values, which are
+    rounded as they come into the cache; those that continuations share stay in the model's dtype.
 
     Args:
         model, batch_size, capacity, dtype: As of ``Decoder``.
@@ -77,11 +78,15 @@ class CudaDecoder(Decoder):
         self._step: CudaStep | None = None
         self._own = 0  # position in its caches
         self._drawn = False  # whether the step's input is what ``draw`` drew
+        self._first = 0  # tokens read before the first draw of ``history``
+        self._how: tuple[int, Sampling, int] = (0, PLAIN, 0)  # of the last draw: seed, sampling, colours
+        self._streams: Tensor | None = None  # and the numbers of its streams
+        self._ahead: tuple[Any, ...] | None = None  # the logits of which the step has drawn already
 
     def rest(self) -> int:
         """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
         step, self._spare = self._step or self._spare, None
-        self._step = self._primer = self._next = None
+        self._step = self._primer = self._next = self._streams = self.history = None
         del self.model, self._network  # the weights may go, or be others in the same place
         if step is None or step.bytes > most_kept(step.x.device):
             return 0
@@ -115,36 +120,47 @@ class CudaDecoder(Decoder):
     def draw(
         self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor]:
-        """See ``Decoder.draw``. Of streams, numbers, draw and the next step's input are one kernel: no wait, no copy by
-        the host.
+        """See ``Decoder.draw``. Of streams, ``step_drawn`` has drawn these already, if its logits came as they are, and
+        streams and sampling are those of the draw before; else numbers, draw and the next step's input are one kernel.
+        Either way there is no wait, and no copy by the host but of new settings. What is returned is of ``history``.
 
         Raises:
             ValueError: Nothing was read, or an argument out of its range.
         """
         if self._position == 0:
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
+        ahead, self._ahead = self._ahead, None
         self._drawn, self._next = False, None
         if streams is None:
             return super().draw(logits, uniform, None, sampling)
-        net = self._network
-        # The kernel wants the index on the device: where the step's own count stands, it need not come from the host.
-        index = torch.full((1,), self._position - 1, dtype=torch.int32, device=net.device)
-        if self._position >= self.capacity:  # the last token, which nobody reads
+        if self._step is None and self._position >= self.capacity:  # the last token, which nobody reads
+            index = torch.full((1,), self._position - 1, dtype=torch.int32, device=self._network.device)
             tokens, _ = ops.draw_next(logits, *streams, index, sampling)
-        else:
-            step = self._begin()
-            tokens, following = ops.draw_next(logits, *streams, index, sampling, net.wte, net.wpe)
-            assert following is not None
-            step.x.copy_(following)
-            self._drawn = True
-        return tokens, ops.cross_entropy(logits, tokens, reduction="none").neg_()
+            return tokens, ops.cross_entropy(logits, tokens, reduction="none").neg_()
+        step, (seed, numbers) = self._begin(), streams
+        how = seed, sampling, logits.shape[1]
+        if self.history is None:
+            self._first = self._position
+            most = self.capacity - self._first + 1
+            self.history = step.draws.tokens[:, :most], step.draws.logprobs[:, :most]
+        if ahead is None or ahead != _memory(logits) or how != self._how or numbers is not self._streams:
+            step.draws.set(seed, numbers, sampling, self._position - self._own, self._first - 1)
+            step.draw(logits)
+            self._how, self._streams = how, numbers
+        self._drawn = True
+        return self.history[0][:, self._position - self._first], self.history[1][:, self._position - self._first]
 
     def step_drawn(self) -> Tensor:
         """See ``Decoder.step_drawn``."""
         if not self._drawn:
             return super().step_drawn()
         self._check_room(self._position + 1)
-        return self._advance(self._begin())
+        colours = self._how[2]
+        if not self.options.drawing or colours > MOST_COLOURS:
+            colours = 0
+        logits = self._advance(self._begin(), colours)
+        self._ahead = _memory(logits[:, :colours]) if colours else None
+        return logits
 
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. In bfloat16 and float16 the primer stays in memory once, and is read once a step."""
@@ -152,12 +168,13 @@ class CudaDecoder(Decoder):
         self._forked = True
         if n > 1 and self._step is not None:  # what it has read is the primer now
             step, read = self._step, slice(self._position)
-            keys, values = step.keys[..., read, :], step.values[..., read, :]
-            if step.scales is not None:
-                values = dequantize_values(values, step.scales[..., read], keys.dtype)
+            keys, values = (
+                cache[..., read, :] if scales is None else dequantize_e4m3(cache, scales, step.x.dtype)[..., read, :]
+                for cache, scales in zip((step.keys, step.values), step.scales, strict=True)
+            )
             self._primer = keys, values
             self._step = None
-        self._drawn, self._next = False, None
+        self._drawn, self._next, self._ahead, self.history = False, None, None, None
         self.batch_size *= n
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
@@ -181,11 +198,10 @@ class CudaDecoder(Decoder):
         shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
         positions = self.capacity - (self._position if shares else 0)
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        scaled = self.dtype == "fp8_values"
-        key = (self.options, *shape, scaled, net.key(), numerics(), torch.is_inference_mode_enabled())
+        key = (self.options, *shape, self.dtype, net.key(), numerics(), torch.is_inference_mode_enabled())
         step, self._spare = self._spare if key == self._key else None, None
         if step is None:
-            step = CudaStep(net, self.batch_size, positions, primer if shares else None, scaled, self.options)
+            step = CudaStep(net, self.batch_size, positions, primer if shares else None, self.dtype, self.options)
         step.network, self._key = net, key
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
@@ -195,23 +211,29 @@ class CudaDecoder(Decoder):
         step = self._step or self._spare
         return [*(self._primer or ()), *(() if step is None else step.held())]
 
-    def _advance(self, step: CudaStep) -> Tensor:
-        logits = step.run(self._own)
+    def _advance(self, step: CudaStep, colours: int = 0) -> Tensor:
+        logits = step.run(self._own, colours)
         if step.options != self.options:  # something failed, and shall not be tried for the next images
             self.options, self._key = step.options, (step.options, *self._key[1:])
         self._failed = step.reason or self._failed
         self.reason = self._failed or self.reason
         self._own += 1
         self._position += 1
-        self._drawn, self._next = False, None
+        self._drawn, self._next, self._ahead = False, None, None
         return logits
 
     @staticmethod
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
-        """See ``Decoder.position_bytes``. Values of 8 bits have a scale for each head; a shared primer's have 16."""
+        """See ``Decoder.position_bytes``. What has 8 bits has a scale for each head; a shared primer has 16."""
         config, item = model.config, cache_dtype(model).itemsize
-        own = config.n_embd * (item + 1) + 4 * config.n_head if dtype == "fp8_values" else 2 * config.n_embd * item
+        scaled = sum(SCALED.get(dtype or "", ()))
+        own = config.n_embd * (scaled + (2 - scaled) * item) + 4 * config.n_head * scaled
         return PositionBytes(own, 2 * config.n_embd * item if model.dtype in FUSED_DTYPES else None)
+
+
+def _memory(logits: Tensor) -> tuple[Any, ...]:
+    """By which logits are known again: where they are, and how often they were written to since torch made them."""
+    return logits.data_ptr(), logits.shape, logits.stride(), 0 if logits.is_inference() else logits._version
 
 
 def most_kept(device: torch.device) -> int:
@@ -230,8 +252,8 @@ def why_not_cuda(model: Model, dtype: str | None = None) -> str | None:
     check_dtype(dtype)
     if reason := no_cuda_decoder(model.device):
         return reason
-    if dtype not in (None, "fp8_values"):
-        return f"it decodes in the model's dtype or in 'fp8_values', not in {dtype!r}"
+    if dtype is not None and dtype not in SCALED:
+        return f"it decodes in the model's dtype or in {' or '.join(map(repr, SCALED))}, not in {dtype!r}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}

@@ -177,7 +177,7 @@ def test_int8_is_asked_for_by_name() -> None:
     options = {"do_sample": True, "seed": 1, "dtype": "int8"}
     assert torch.equal(model.generate(**options), model.generate(**options))
     for name in ("int4", "float32", 8):
-        with pytest.raises(ValueError, match="want None, which is the model's, 'int8' or 'fp8_values'"):
+        with pytest.raises(ValueError, match="want None, which is the model's, 'int8', 'fp8_values' or 'fp8_cache'"):
             model.generate(dtype=name)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="dtype"):
             pipeline.sample(dtype=name)  # type: ignore[arg-type]
