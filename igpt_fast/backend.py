@@ -136,6 +136,8 @@ def unavailable(backend: str) -> str | None:
         return native_reason
     if backend == "cpu":
         return None
+    if torch.version.hip:
+        return f"this torch is a build for ROCm {torch.version.hip}, for whose devices there are no kernels"
     if not _C.has_cuda:
         return f"the compiled module has no CUDA part ({_C.cuda_status})"
     if not torch.cuda.is_available():
@@ -361,7 +363,7 @@ def no_kernels(op: str, device: torch.device) -> str | None:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
         return no_isa(op)
-    return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
+    return _too_old(device.index) if _C.has_cuda and not torch.version.hip else unavailable("cuda")
 
 
 def no_isa(op: str) -> str | None:

@@ -16,6 +16,7 @@ from torch import _C, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from igpt_fast import backend
+from igpt_fast.reference import WITHOUT_FLOAT64 as WITHOUT_FLOAT64
 
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
