@@ -33,9 +33,7 @@ def on(emulated: Kernels) -> Iterator[Kernels]:
 @rings
 @pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_positions(
-    device: str, module: ModuleType | None, dim: int, scaled: int, ring: tuple[int, int, bool]
-) -> None:
+def test_positions(device: str, module: ModuleType | None, dim: int, scaled: int, ring: tuple[int, int, bool]) -> None:
     dtype = torch.bfloat16 if ring[2] else torch.float16
     with checks.by_ring(module, *ring):
         checks.check_positions(device, dtype, dim, True, scaled)

@@ -77,7 +77,8 @@ FAMILIES = {
     ),
     "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
     "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
-    "gemv_kernel": Family(has=(LOAD16,)),
+    "gemv_kernel": Family(has=(LOAD16, TENSOR)),
+    "gemv_rows_kernel": Family(has=(LOAD16, TENSOR, ASYNC16), lacks=(r"LDG\.E\.(U8|U16|64)",)),
     "quantize_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),  # rounds after every operation, so no FFMA
     "quantize_table_kernel": Family(has=(r"LDS.*\.128", r"STG\.E\.64")),
     "quantize_lookup_kernel": VECTORS,
@@ -169,6 +170,7 @@ DEPENDENT = {
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight
+    "gemv_rows_kernel": (r"LDG",),
     "sample_kernel": (r"LDG\.E",),  # settings and stream
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
@@ -197,12 +199,12 @@ def test_dependent_kernels_wait() -> None:
 
 def test_gemv_lets_the_next_begin_at_once() -> None:
     """Before it waits, if it is told to; it has asked for the norm's weight by then, asynchronously."""
-    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "gemv.cu")
-    for name, lines in nvcc.code(compiled, "90a").items():
+    both = [compiled for compiled in nvcc.compile_all() if compiled.source.name in ("gemv.cu", "gemv_rows.cu")]
+    for name, lines in (item for compiled in both for item in nvcc.code(compiled, "90a").items()):
         before = lines[: next(i for i, line in enumerate(lines) if line.startswith("ACQBULK"))]
         assert sum(line.startswith("PREEXIT") for line in before) == 1, name
         assert sum(line.startswith("PREEXIT") for line in lines) == 2, name
-        assert any(re.match(ASYNC16, line) for line in before) == (", true, " in name), name
+        assert any(re.match(ASYNC16, line) for line in before) == (", true, " in name or "rows" in name), name
 
 
 def test_what_comes_before_the_wait_is_found() -> None:
