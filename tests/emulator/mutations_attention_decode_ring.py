@@ -18,8 +18,10 @@ def by_rings(kernels: Kernels) -> None:
 
 
 def prefixes(kernels: Kernels) -> None:
-    with backend.use_backend("auto"), backend.emulate(kernels.module), checks.by_ring(kernels.module, 90, 2, True):
-        checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
+    with backend.use_backend("auto"), backend.emulate(kernels.module):
+        for multiprocessors in (2, 132):  # few blocks, and clusters
+            with checks.by_ring(kernels.module, 90, multiprocessors, True):
+                checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
 
 
 def huge(kernels: Kernels) -> None:
