@@ -304,7 +304,7 @@ struct GemvParams : Launch {
     const void* residual;     // (rows, n_out), or null
     void* out;                // (rows, n_out)
     int64_t ld;               // a multiple of 8
-    int32_t rows;             // 0 to 8
+    int32_t rows;             // 0 to 64
     int32_t n_in, n_out;      // multiples of 8
     bool transposed;
     float eps;
