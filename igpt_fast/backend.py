@@ -255,8 +255,8 @@ def launching(how: Launching) -> Iterator[None]:
         _launching.reset(token)
 
 
-CompiledOps = Literal["auto", "opaque", "plain"]
-_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="auto")
+CompiledOps = Literal["plain", "opaque"]
+_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="plain")
 
 
 @contextmanager
@@ -264,8 +264,8 @@ def compiled_ops(how: CompiledOps) -> Iterator[None]:
     """For a ``with`` block, in its thread: what torch.compile sees of the ops that it can fuse with their neighbours.
 
     Args:
-        how: ``"opaque"``: the kernels, as single calls; ``"plain"``: the definitions; ``"auto"``: what is faster, which
-            ``ops.dispatch.decomposes`` says. A compiled function keeps what held when it was traced.
+        how: ``"plain"``: their definitions, as everywhere else; ``"opaque"``: the kernels, as single calls. A compiled
+            function keeps what held when it was traced: ``torch.compiler.reset`` lets another be made.
     """
     token = _compiled_ops.set(how)
     try:

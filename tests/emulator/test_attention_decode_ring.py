@@ -99,6 +99,6 @@ def test_splits(emulated: Kernels) -> None:
     assert [splits(blocks, 1024, cluster=True) for blocks in (1, 8, 16, 160)] == [8, 8, 8, 4]
     emulated.module.set_multiprocessors(108)
     try:
-        assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [16, 8, 5]
+        assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [8, 8, 2]
     finally:
         emulated.module.set_multiprocessors()
