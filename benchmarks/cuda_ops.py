@@ -321,7 +321,7 @@ def _decode_shared(size: Size, b: int, together: int) -> Workload:
 
 def gemv(size: Size) -> Iterator[Workload]:
     n = size.n_embd
-    for b in (1, 8):
+    for b in (1, 8, 16, 32, 64):
         yield _gemv(size, f"norm, qkv, {b}", b, n, 3 * n, norm=True)
         yield _gemv(size, f"norm, fc, quick_gelu, {b}", b, n, 4 * n, norm=True, gelu=True)
         yield _gemv(size, f"proj, residual, {b}", b, 4 * n, n, residual=True)

@@ -1,4 +1,5 @@
-// A linear layer for up to 8 rows, with the norm before it and what comes after it in one kernel.
+// A linear layer for few rows, with the norm before it and what comes after it in one kernel: up to 8 rows; more, up to
+// 64, go to gemv_rows.cu.
 //
 //   out = activation(norm(x) weight + bias) + residual,  norm(x) = x * rsqrt(mean(x^2) + eps) * norm_weight of each row
 //
@@ -25,28 +26,14 @@
 //   Bound by bytes: n_in * n_out elements of the weight.
 //
 // Source: openai/image-gpt src/model.py conv1d and norm; activations: reference.py.
-#include <algorithm>
-#include <cmath>
-
-#include "launch.cuh"
-#include "memory.cuh"
-#include "ops.h"
-#include "primitives.cuh"
-#include "ptx.cuh"
+#include "gemv.cuh"
 
 namespace igpt::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kRows = 8;      // of x, at most: mma's n
-constexpr int kColumns = 64;  // of a block
-constexpr int kChunk = 32;    // of n_in, of a warp at a time
+constexpr int kRows = 8;  // of x, at most: mma's n
 constexpr int kStep = kWarps * kChunk;
-constexpr int kSplits = 8;  // blocks of a cluster, at most
-// That clusters can count on. An H100 has 132 multiprocessors, but a cluster stays in one of 8 groups of up to 18, and
-// some may be left over in each: 256 blocks in clusters of 4 or 8, two for a multiprocessor, take two waves, 216 one.
-constexpr int kMultiprocessors = 8 * 14;
-constexpr int kPitch = kColumns + 2;              // of a row of sums: float2, and few bank conflicts
 constexpr int kInbox = kRows * kPitch;            // floats: a block's sums
 constexpr int kSums = kWarps * kRows * kColumns;  // floats: the warps'
 
@@ -61,66 +48,6 @@ constexpr int blocks_at_a_time(bool transposed) {
     return transposed ? 1 : 2;
 #endif
 }
-
-struct alignas(16) Words {
-    uint32_t at[4];
-};
-
-// Where a lane's part of the warp's next chunk is: its own eight of n_in begin at k. Of Conv1D it has the columns from
-// 8 g of the tile on, with g = lane / 4, of Linear column g of every eight.
-template <typename T, bool kTransposed>
-struct Cursor {
-    const T* at;
-    int64_t ld;
-    int k, end, columns;  // columns: of the tile that are there, a multiple of 8
-
-    __device__ __forceinline__ Cursor(const GemvParams& p, int tile, int begin, int end_) : ld(p.ld), end(end_) {
-        const int g = int(threadIdx.x) % kWarpSize / 4;
-        k = begin + int(threadIdx.x) % 4 * 8;
-        columns = p.n_out - tile;
-        at = static_cast<const T*>(p.weight);
-        // A lane whose columns are not there has others, and nobody looks at its sums.
-        at += kTransposed ? (tile + g) * ld + k : k * ld + tile + (8 * g < columns ? 8 * g : 0);
-    }
-    __device__ __forceinline__ void advance() {
-        k += kStep;
-        at += kTransposed ? kStep : kStep * ld;
-    }
-};
-
-// What a lane has of 32 of n_in by 64 columns of the weight.
-template <typename T, bool kTransposed>
-struct Chunk {
-    // Conv1D: vector i is eight columns at the lane's k number i. Linear: its eight k at column 8 i + g.
-    Words vectors[8];
-
-    __device__ __forceinline__ void load(Cursor<T, kTransposed>& from) {
-        const T* at = from.at;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            vectors[i] = from.k < from.end ? ptx::load_once(reinterpret_cast<const Words*>(at)) : Words{};
-            if (!kTransposed || 8 * (i + 1) < from.columns) at += kTransposed ? 8 * from.ld : from.ld;
-        }
-        from.advance();
-    }
-
-    // mma's A of 16 columns, number m, and the lane's own k from 4 j on. Its row g is column_of(m, 0, g), its row g + 8
-    // column_of(m, 1, g).
-    __device__ __forceinline__ void fragment(uint32_t (&a)[4], int m, int j) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (kTransposed) {
-                a[i] = vectors[2 * m + i % 2].at[2 * j + i / 2];
-            } else {  // two k, one column: halves of two vectors
-                const Words &low = vectors[4 * j + i / 2 * 2], &high = vectors[4 * j + i / 2 * 2 + 1];
-                a[i] = __byte_perm(low.at[m], high.at[m], i % 2 == 0 ? 0x5410 : 0x7632);
-            }
-        }
-    }
-    __device__ static int column_of(int m, int half, int g) {
-        return kTransposed ? 16 * m + 8 * half + g : 8 * g + 2 * m + half;
-    }
-};
 
 // x in shared memory: units of four k of a row, with the norm followed by what their rounding left. Those that a warp
 // reads at a time, first and second halves of the lanes' own k, are side by side; rows are exchanged so that lanes that
@@ -140,11 +67,6 @@ struct alignas(kNormed ? 16 : 8) Unit {
         return size_t((std::min(n_in, kSlab) + kChunk - 1) / kChunk * 2 * kSecond) * 4 * kWords;
     }
 };
-
-template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const void* tensor, int64_t at) {
-    return load_global(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(tensor) + at));
-}
 
 // The norm's factor of the warp's row.
 template <typename T>
@@ -220,20 +142,6 @@ __device__ __forceinline__ void multiply(const GemvParams& p, float (&sums)[4][4
             if constexpr (kNormed) ptx::mma_m16n8k16<T>(sums[m], a, unit.at[2], unit.at[3]);
         }
     }
-}
-
-__device__ __forceinline__ float activate(Activation activation, float x) {
-    switch (activation) {
-        case Activation::none:
-            break;
-        case Activation::quick_gelu:
-            return x / (1.0f + __expf(-1.702f * x));
-        case Activation::gelu_tanh:
-            return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-        case Activation::gelu_erf:
-            return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
-    }
-    return x;
 }
 
 // Two columns of one row, which a thread of the first block writes, and what is added to them: asked for early, since
@@ -328,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
     const int begin = split * p.share, end = min(begin + p.share, p.n_in);
     const int warp = int(threadIdx.x) / kWarpSize;
     if constexpr (kNormed) ask_factors<T>(p, factors, begin, min(begin + U::kSlab, end));
-    Cursor<T, kTransposed> cursor(p, tile, begin + warp * kChunk, end);
+    Cursor<T, kTransposed, kStep> cursor(p, tile, begin + warp * kChunk, end);
     C now, next;
     now.load(cursor);  // the weight does not come from the launch before
     next.load(cursor);
@@ -378,23 +286,11 @@ int launch_kernel(const GemvParams& p, unsigned blocks) {
     return launch(kernel, blocks, kThreads, shared, p.stream, p, unsigned(p.splits), p.dependent != Dependent::none);
 }
 
-int divide_up(int a, int b) { return a / b + (a % b != 0); }
-
-// Blocks that share n_in: as many as leave a warp the fewest chunks while all blocks run in one wave, and no more.
-int choose_splits(const GemvParams& p, int tiles, int chunks) {
-    const int most = std::min(kSplits, kMultiprocessors * blocks_at_a_time(p.transposed) / tiles);
-    int splits = 1;
-    if (most < 2 || !has_clusters(gemv_kernel<__half, false, false>)) return splits;  // all are compiled alike
-    for (int more = 2; more <= most; ++more) {
-        if (divide_up(chunks, more * kWarps) < divide_up(chunks, splits * kWarps)) splits = more;
-    }
-    return splits;
-}
-
 template <typename T>
 int launch_dtype(GemvParams p) {
     const int tiles = divide_up(p.n_out, kColumns), chunks = divide_up(p.n_in, kChunk);
-    p.splits = choose_splits(p, tiles, chunks);
+    const auto any = gemv_kernel<T, false, false>;  // all are compiled alike
+    p.splits = choose_splits(any, tiles, chunks, kWarps, blocks_at_a_time(p.transposed));
     p.share = divide_up(chunks, p.splits) * kChunk;
     const unsigned blocks = unsigned(tiles) * unsigned(p.splits);
     return p.norm_weight ? launch_kernel<T, true>(p, blocks) : launch_kernel<T, false>(p, blocks);
@@ -404,11 +300,12 @@ int launch_dtype(GemvParams p) {
 
 int gemv(const GemvParams& p) {
     if (p.rows == 0) return cudaSuccess;
-    if (p.rows < 0 || p.rows > kRows || p.n_in < 8 || p.n_in % 8 != 0 || p.n_out < 8 || p.n_out % 8 != 0) {
+    if (p.rows < 0 || p.n_in < 8 || p.n_in % 8 != 0 || p.n_out < 8 || p.n_out % 8 != 0) {
         return cudaErrorInvalidValue;
     }
     const DeviceGuard device(p.device);
     if (device.error != cudaSuccess) return device.error;
+    if (p.rows > kRows) return gemv_rows(p);
     if (p.dtype == DType::bf16) return launch_dtype<__nv_bfloat16>(p);
     if (p.dtype == DType::f16) return launch_dtype<__half>(p);
     return cudaErrorInvalidValue;

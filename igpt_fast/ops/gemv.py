@@ -13,12 +13,12 @@ from igpt_fast.ops import dispatch
 
 OPS["gemv"] = Op(
     native=("cuda",),
-    covers="1 to 8 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
+    covers="1 to 64 rows without gradient; bf16, fp16, all of one dtype; n_in and n_out multiples of 8; "
     "a weight with a contiguous dimension",
     otherwise="torch linear",
 )
 
-MAX_ROWS = 8
+MAX_ROWS = 64
 
 
 def gemv(
@@ -33,7 +33,7 @@ def gemv(
 ) -> Tensor:
     """``activation(rms_norm(x) @ weight + bias) + residual``, every part but the product optional.
 
-    One kernel where ``x`` has 1 to 8 rows, as in decoding: it reads the weight once, ``n_in n_out`` elements, which
+    One kernel where ``x`` has 1 to 64 rows, as in decoding: it reads the weight once, ``n_in n_out`` elements, which
     bound it, and does ``2 rows n_in n_out`` floating-point operations. It computes all of it in float32, the norm too,
     and rounds once, where the expression of torch's ops that runs elsewhere rounds after each of them.
 

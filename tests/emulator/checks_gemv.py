@@ -19,6 +19,17 @@ SHAPES = [
     *((1, 8, 8), (1, 512, 40), (1, 8232, 16), (1, 72, 4104), (2, 264, 24), (2, 4104, 8), (3, 520, 48), (4, 2056, 8)),
     *((5, 96, 136), (7, 1032, 24), (8, 1544, 16), (8, 3080, 8), (8, 40, 4136)),
 ]
+# The same for the kernels of up to 16, 32 and 64 rows.
+MANY = [
+    (9, 8, 8),
+    (9, 4104, 40),
+    (16, 520, 24),
+    (17, 520, 136),
+    (32, 264, 8),
+    (33, 4104, 8),
+    (63, 72, 72),
+    (64, 520, 24),
+]
 
 
 def operands(
@@ -52,9 +63,9 @@ def check_shape(device: str, dtype: torch.dtype, rows: int, n_in: int, n_out: in
     check({name: named[name] for name in ("x", "weight")})
 
 
-def check_options(device: str, transposed: bool) -> None:
+def check_options(device: str, transposed: bool, rows: int = 2) -> None:
     """Each part alone, each activation; an eps that matters."""
-    named = operands(device, torch.float16, 2, 264, 24, transposed)
+    named = operands(device, torch.float16, rows, 264, 24, transposed)
     product = {name: named[name] for name in ("x", "weight")}
     for option in ("bias", "norm_weight", "residual"):
         check(product | {option: named[option]})
@@ -65,23 +76,38 @@ def check_options(device: str, transposed: bool) -> None:
 
 def check_dependent(device: str) -> None:
     """Of two that follow each other the second may begin before the first has ended, and reads what that writes."""
-    first, second = (operands(device, torch.bfloat16, 2, 64, 64, False) for _ in range(2))
-    found = []
-    for dependent in ("none", "late"):
-        with backend.launching(backend.Launching(dependent=dependent)):
-            found.append(ops.gemv(**second | {"x": ops.gemv(**first)}))
-    assert torch.equal(*found)
+    for rows in (2, 9):
+        first, second = (operands(device, torch.bfloat16, rows, 64, 64, False) for _ in range(2))
+        found = []
+        for dependent in ("none", "late", "early"):
+            with backend.launching(backend.Launching(dependent=dependent)):
+                found.append(ops.gemv(**second | {"x": ops.gemv(**first)}))
+        assert torch.equal(found[1], found[0])
+        assert torch.equal(found[2], found[0])
 
 
-def check_range(device: str) -> None:
-    """float16 of magnitude 300, whose squares overflow, and 1e-4, whose squares are zero, through the norm."""
+def check_range(device: str, rows: int = 2) -> None:
+    """float16 of magnitude 300, whose squares overflow, and 1e-4, whose squares are zero, through the norm.
+
+    And 5e4 and 1e-7, with a norm's weight whose product with them is none of float16.
+    """
     for transposed in (False, True):
-        for value in (300.0, 1e-4):
-            x = torch.full((2, 64), value, dtype=torch.float16, device=device)
+        for value, factor in ((300.0, 1.0), (1e-4, 1.0), (5e4, 4.0), (1e-7, 0.25)):
+            x = torch.full((rows, 64), value, dtype=torch.float16, device=device)
             eye = torch.eye(64, dtype=torch.float16, device=device)
-            ones = torch.ones(64, dtype=torch.float16, device=device)
-            out = ops.gemv(x, eye.T if transposed else eye, norm_weight=ones, eps=0.0)
-            assert torch.equal(out, torch.ones_like(x)), value
+            factors = torch.full((64,), factor, dtype=torch.float16, device=device)
+            out = ops.gemv(x, eye.T if transposed else eye, norm_weight=factors, eps=0.0)
+            assert torch.equal(out, torch.full_like(x, factor)), value
+
+
+def check_rows_of_other_numbers(device: str) -> None:
+    """A row's result is the same bits whatever the number of rows, from 9 on."""
+    for transposed in (False, True):
+        named = operands(device, torch.bfloat16, 64, 520, 72, transposed)
+        want = ops.gemv(**named)
+        for rows in (9, 32, 33):
+            few = {name: tensor[:rows] if name in ("x", "residual") else tensor for name, tensor in named.items()}
+            assert torch.equal(ops.gemv(**few), want[:rows]), rows
 
 
 def check_one_rounding(device: str) -> None:
@@ -106,25 +132,25 @@ def check_digits_of_the_norm(device: str) -> None:
         assert torch.allclose(out.float(), torch.full_like(out.float(), (1 + 2.0**-11) ** -0.5 - 1), rtol=0.02), dtype
 
 
-def check_nan_stays(device: str) -> None:
+def check_nan_stays(device: str, rows: int = 3) -> None:
     """A NaN in a row of x is in that row's output and no other's; one in a column of the weight likewise."""
     for transposed in (False, True):
-        named = operands(device, torch.bfloat16, 3, 264, 24, transposed)
+        named = operands(device, torch.bfloat16, rows, 264, 24, transposed)
         named["x"][1, 5] = torch.nan
         out = ops.gemv(**named)
         assert out[1].isnan().all()
-        assert not out[[0, 2]].isnan().any()
-        named = operands(device, torch.bfloat16, 3, 264, 24, transposed)
+        assert not out[[0, *range(2, rows)]].isnan().any()
+        named = operands(device, torch.bfloat16, rows, 264, 24, transposed)
         named["weight"][7, 9] = torch.nan
         out = ops.gemv(**named)
         assert out[:, 9].isnan().all()
         assert not out[:, [*range(9), *range(10, 24)]].isnan().any()
 
 
-def check_slices(device: str) -> None:
+def check_slices(device: str, rows: int = 2) -> None:
     """Columns of a wider weight, with NaN around them, are taken as they are."""
     for transposed in (False, True):
-        named = operands(device, torch.bfloat16, 2, 264, 24, transposed)
+        named = operands(device, torch.bfloat16, rows, 264, 24, transposed)
         weight = named["weight"].T if transposed else named["weight"]
         around = torch.full((weight.shape[0], weight.shape[1] + 16), torch.nan, dtype=weight.dtype, device=device)
         around[:, 8:-8] = weight
@@ -144,13 +170,14 @@ def check_huge(device: str) -> None:
         far = memory.as_strided((rows, 16), (distance, 1))
         far.copy_(torch.randn(rows, 16))
         weight = far.T if transposed else far
-        check({"x": torch.randn(2, weight.shape[0]).bfloat16(), "weight": weight})
+        for few in (2, 9):
+            check({"x": torch.randn(few, weight.shape[0]).bfloat16(), "weight": weight})
 
 
 def check_determinism(kernels: Kernels) -> None:
     """The same bits under every schedule."""
     for transposed in (False, True):
-        for rows, n_in, n_out in [(1, 1032, 24), (6, 1544, 24)]:
+        for rows, n_in, n_out in [(1, 1032, 24), (6, 1544, 24), (9, 520, 24), (33, 520, 8)]:
             named = operands("cpu", torch.bfloat16, rows, n_in, n_out, transposed)
             results = []
             for order, seed in SCHEDULES:
@@ -178,3 +205,23 @@ def check_coalescing(kernels: Kernels) -> None:
                 assert counted["async_copies"] * 8 == factors, case
                 assert counted["load_sectors"] * 32 == counted["load_bytes"], case
                 assert counted["shared_conflicts"] <= 0.1 * counted["shared_wavefronts"], case
+
+
+def check_coalescing_of_many_rows(kernels: Kernels) -> None:
+    """Every weight moves once, in whole sectors; a tile of columns reads x once, asynchronously."""
+    for rows in (9, 32, 64):
+        for transposed in (False, True):
+            n_in, n_out = 1024, 64
+            named = operands("cpu", torch.bfloat16, rows, n_in, n_out, transposed)
+            for others in ({}, {name: named[name] for name in ("bias", "norm_weight", "residual")}):
+                with Counted(kernels) as counted:
+                    ops.gemv(named["x"], named["weight"], **others)
+                case = rows, transposed, list(others), dict(counted)
+                assert counted["launches"] == 1, case
+                copied = rows * n_in + sum(tensor.numel() for tensor in others.values())
+                # All blocks of the cluster have a bias.
+                copied += 7 * n_out if others else 0
+                assert counted["async_copies"] * 8 == copied, case
+                assert counted["load_bytes"] == 2 * (n_in * n_out + copied), case
+                assert counted["load_sectors"] * 32 == counted["load_bytes"], case
+                assert counted["shared_conflicts"] <= 0.2 * counted["shared_wavefronts"], case

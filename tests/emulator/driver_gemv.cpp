@@ -25,6 +25,8 @@ void gemv(bool brief) {
         layer(DType::f16, 1, 520, 40, transposed, false);
         layer(DType::bf16, 0, 8, 8, transposed, false);
         if (!brief || !transposed) layer(DType::bf16, 2, 8232, 16, transposed, true);  // x does not fit at once
+        for (int32_t rows : {9, 17, 33}) layer(DType::bf16, rows, rows == 33 ? 4104 : 264, 24, transposed, true);
+        layer(DType::f16, 9, 264, 8, transposed, true);
         if (brief) continue;
         layer(DType::bf16, 3, 72, 4136, transposed, true);
     }

@@ -114,6 +114,12 @@ def attention_decode_scaled(size: Size) -> None:
             _decode(size, b, scaled=scaled)
 
 
+def attention_decode_by_ring(size: Size) -> None:
+    with backend.launching(backend.Launching(ring=True, cluster=True)):
+        attention_decode(size)
+        attention_decode_scaled(size)
+
+
 def attention_decode_shared(size: Size) -> None:
     primer = (IMAGES // 8, size.heads, T // 2, size.head_dim)
     _decode(size, IMAGES, prefix_k=blank(*primer), prefix_v=blank(*primer))
@@ -121,7 +127,7 @@ def attention_decode_shared(size: Size) -> None:
 
 def gemv(size: Size) -> None:
     n = size.n_embd
-    for b in (1, 8):
+    for b in (1, 8, 16, 32, 64):
         ops.gemv(blank(b, n), blank(n, 3 * n), blank(3 * n), norm_weight=blank(n))
         ops.gemv(blank(b, n), blank(n, 4 * n), blank(4 * n), norm_weight=blank(n), activation="quick_gelu")
         ops.gemv(blank(b, 4 * n), blank(4 * n, n), blank(n), residual=blank(b, n))
@@ -153,6 +159,7 @@ BY_SIZE: dict[str, Call] = {
     "causal_attention_packed on Hopper": causal_attention_packed,
     "attention_decode": attention_decode,
     "attention_decode, fp8 values, fp8 cache": attention_decode_scaled,
+    "attention_decode, by a ring on Hopper": attention_decode_by_ring,
     "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,

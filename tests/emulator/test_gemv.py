@@ -24,6 +24,10 @@ def test_coalescing(on: Kernels) -> None:
     checks.check_coalescing(on)
 
 
+def test_coalescing_of_many_rows(on: Kernels) -> None:
+    checks.check_coalescing_of_many_rows(on)
+
+
 @pytest.mark.parametrize(
     ("n_in", "n_out", "transposed", "blocks"),
     [
@@ -46,11 +50,22 @@ def test_blocks_that_share_n_in(on: Kernels, n_in: int, n_out: int, transposed: 
     assert launched == blocks
 
 
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "blocks"), [(512, 2048, 4 * 32), (2048, 512, 8 * 8), (1536, 4608, 3 * 72), (1536, 6144, 2 * 96)]
+)
+def test_blocks_of_many_rows(on: Kernels, n_in: int, n_out: int, blocks: int) -> None:
+    for rows in (9, 64):
+        on.module.start_recording()
+        ops.gemv(torch.empty(rows, n_in).bfloat16(), torch.empty(n_in, n_out).bfloat16())
+        ((_, launched, *_),) = on.module.stop_recording()
+        assert launched == blocks
+
+
 def test_huge_weight(on: Kernels) -> None:
     checks.check_huge("cpu")
 
 
-@pytest.mark.parametrize(("rows", "n_in", "n_out", "dtype"), [(9, 8, 8, 1), (1, 12, 8, 1), (1, 8, 4, 1), (1, 8, 8, 0)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out", "dtype"), [(65, 8, 8, 1), (1, 12, 8, 1), (1, 8, 4, 1), (1, 8, 8, 0)])
 def test_sizes_that_it_does_not_take(emulated: Kernels, rows: int, n_in: int, n_out: int, dtype: int) -> None:
     with pytest.raises(RuntimeError, match="gemv: CUDA error: invalid argument"):
         emulated.module.gemv_cuda(

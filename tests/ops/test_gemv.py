@@ -29,27 +29,35 @@ def _launched(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv1d", "linear"])
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), checks.SHAPES)
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), checks.SHAPES + checks.MANY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shapes(implementation, dtype: torch.dtype, rows: int, n_in: int, n_out: int, transposed: bool) -> None:
     checks.check_shape(implementation.device, dtype, rows, n_in, n_out, transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv1d", "linear"])
-def test_options(implementation, transposed: bool) -> None:
-    checks.check_options(implementation.device, transposed)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_options(implementation, transposed: bool, rows: int) -> None:
+    checks.check_options(implementation.device, transposed, rows)
 
 
-def test_range_of_float16(implementation) -> None:
-    checks.check_range(implementation.device)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_range_of_float16(implementation, rows: int) -> None:
+    checks.check_range(implementation.device, rows)
 
 
-def test_nan_stays_in_its_row_and_column(implementation) -> None:
-    checks.check_nan_stays(implementation.device)
+@pytest.mark.parametrize("rows", [3, 17])
+def test_nan_stays_in_its_row_and_column(implementation, rows: int) -> None:
+    checks.check_nan_stays(implementation.device, rows)
 
 
-def test_slices_of_a_weight(implementation) -> None:
-    checks.check_slices(implementation.device)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_slices_of_a_weight(implementation, rows: int) -> None:
+    checks.check_slices(implementation.device, rows)
+
+
+def test_rows_of_other_numbers(emulation) -> None:
+    checks.check_rows_of_other_numbers(emulation.device)
 
 
 def test_one_rounding(emulation) -> None:
@@ -65,6 +73,7 @@ def test_schedules(emulation, order: str, seed: int) -> None:
     emulation.schedule(order, seed)
     checks.check_shape("cpu", torch.bfloat16, 7, 1032, 24, False)
     checks.check_shape("cpu", torch.bfloat16, 7, 1032, 24, True)
+    checks.check_shape("cpu", torch.bfloat16, 17, 520, 24, order == "skewed")
 
 
 def test_definition_is_its_parts() -> None:
@@ -108,8 +117,8 @@ def test_empty_batch(implementation) -> None:
 
 
 def test_many_rows(implementation) -> None:
-    """Nine rows are torch's."""
-    checks.check(checks.operands(implementation.device, torch.bfloat16, 9, 72, 24, False), "quick_gelu")
+    """65 rows are torch's."""
+    checks.check(checks.operands(implementation.device, torch.bfloat16, 65, 72, 24, False), "quick_gelu")
 
 
 def test_gradients(implementation) -> None:
