@@ -208,7 +208,8 @@ def causal_attention(size: Size) -> Iterator[Workload]:
 def attention_decode(size: Size) -> Iterator[Workload]:
     for b in size.decode:
         yield _decode(size, b)
-        yield _decode_scaled(size, b)
+        yield _decode_scaled(size, b, False)
+        yield _decode_scaled(size, b, True)
     if size.name in ("S", "tiny"):
         yield _decode_shared(size, max(size.decode), 4 if size.name == "tiny" else 8)
 
@@ -240,35 +241,46 @@ def _decode(size: Size, b: int) -> Workload:
     )
 
 
-def _decode_scaled(size: Size, b: int) -> Workload:
-    """Cached values of 8 bits. Torch has no attention of them: they are widened before."""
+def _decode_scaled(size: Size, b: int, keys_too: bool) -> Workload:
+    """Cached values, or keys as well, of 8 bits. Torch has no attention of them: they are widened before."""
     h, d, t = size.heads, size.head_dim, size.positions
+    code = torch.float8_e4m3fn
 
     def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
-        at = device, seed
-        codes, scales = reference.quantize_values(normal(b, h, t, d, at=(device, seed + 7000)))
-        caches = normal(b, h, t, d, at=at), codes.view(torch.uint8), scales
-        return *normal(b, 3, h, d, at=at).unbind(1), *caches, torch.tensor(t - 1, dtype=torch.int32, device=device)
+        caches: list[Tensor] = []
+        for scaled, offset in ((keys_too, 0), (True, 7000)):
+            cache = normal(b, h, t, d, at=(device, seed + offset))
+            codes, scales = reference.quantize_e4m3(cache)
+            caches += (codes.view(torch.uint8), scales) if scaled else (cache,)
+        new = normal(b, 3, h, d, at=(device, seed)).unbind(1)
+        return *new, torch.tensor(t - 1, dtype=torch.int32, device=device), *caches
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, kc: Tensor, codes: Tensor, scales: Tensor, position: Tensor) -> Any:
-        return ops.attention_decode(q, k, v, kc, codes.view(torch.float8_e4m3fn), position, v_scale=scales)
+    def ours(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *caches: Tensor) -> Any:
+        *keys, codes, scales = caches
+        cache, k_scale = (keys[0].view(code), keys[1]) if keys_too else (keys[0], None)
+        return ops.attention_decode(q, k, v, cache, codes.view(code), position, v_scale=scales, k_scale=k_scale)
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, kc: Tensor, codes: Tensor, scales: Tensor, position: Tensor) -> Any:
-        place = position.view(1).long()
-        new, scale = reference.quantize_values(v)
-        kc.index_copy_(2, place, k.unsqueeze(2))
-        codes.index_copy_(2, place, new.view(torch.uint8).unsqueeze(2))
+    def kept(cache: tuple[Tensor, ...], new: Tensor, place: Tensor) -> Tensor:
+        if len(cache) == 1:
+            return cache[0].index_copy_(2, place, new.unsqueeze(2))
+        codes, scales = cache
+        new_codes, scale = reference.quantize_e4m3(new)
+        codes.index_copy_(2, place, new_codes.view(torch.uint8).unsqueeze(2))
         scales.index_copy_(2, place, scale.to(scales.dtype).unsqueeze(2))
-        values = reference.dequantize_values(codes.view(torch.float8_e4m3fn), scales, q.dtype)
-        return F.scaled_dot_product_attention(q.unsqueeze(2), kc, values).squeeze(2)
+        return reference.dequantize_e4m3(codes.view(code), scales, new.dtype)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *caches: Tensor) -> Any:
+        place = position.view(1).long()
+        keys, values = kept(caches[:-2], k, place), kept(caches[-2:], v, place)
+        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values).squeeze(2)
 
     return Workload(
         op="attention_decode",
-        size=f"{size.name}, fp8 values: {b} x {h} x {t} x {d}",
+        size=f"{size.name}, fp8 {'cache' if keys_too else 'values'}: {b} x {h} x {t} x {d}",
         inputs=inputs,
         ours=ours,
         definition=plain,
-        bytes=(b * h * t * (3.0 * d + 4.0), 0.0),
+        bytes=(b * h * t * (2.0 * d + 8.0 if keys_too else 3.0 * d + 4.0), 0.0),
     )
 
 

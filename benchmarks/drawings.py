@@ -55,7 +55,12 @@ class Ours(Drawing):
         self.draws = decoder.name == "cuda"
         if device == "cuda" and not self.draws:
             raise TypeError(f"{type(decoder).__name__} does not draw on the GPU; want a decoder that does")
-        self.path = f"{decoder.name}: " + ("draw, step_drawn" if self.draws else "sample, step")
+
+    @property
+    def path(self) -> str:
+        """With what has failed since, on a GPU."""
+        how = f"{self.decoder.name}: " + ("draw, step_drawn" if self.draws else "sample, step")
+        return f"{how}; {self.decoder.reason}" if self.draws and self.decoder.reason else how
 
     def begin(self, context: Tensor) -> Tensor:
         self.streams = torch.arange(len(context), device=context.device)

@@ -88,10 +88,11 @@ SOURCES = {
 
 # The tests with the marker gpu stand here; those of models, and of transformers' tools, need packages of their own.
 GPU_TESTS = ("tests/ops", "tests/emulator")
-MODEL_TESTS, TOOL_TESTS = ("tests/model/test_outputs.py",), ("tests/hf/test_accelerate.py",)
-MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
+MODEL_TESTS = ("tests/model/test_outputs.py", "tests/learning/test_training_step.py")
+TOOL_TESTS = ("tests/hf/test_accelerate.py",)
+MODELS_NEED = ("numpy", "safetensors", "huggingface_hub", "PIL")
 TOOLS_NEED = (*MODELS_NEED, "transformers", "accelerate", "peft")
-COMMANDS_NEED = (*MODELS_NEED, "tyro", "PIL", "tqdm")
+COMMANDS_NEED = (*MODELS_NEED, "tyro", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
 DECODER_TESTS = (

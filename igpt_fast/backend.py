@@ -136,6 +136,8 @@ def unavailable(backend: str) -> str | None:
         return native_reason
     if backend == "cpu":
         return None
+    if torch.version.hip:
+        return f"this torch is a build for ROCm {torch.version.hip}, for whose devices there are no kernels"
     if not _C.has_cuda:
         return f"the compiled module has no CUDA part ({_C.cuda_status})"
     if not torch.cuda.is_available():
@@ -253,8 +255,8 @@ def launching(how: Launching) -> Iterator[None]:
         _launching.reset(token)
 
 
-CompiledOps = Literal["auto", "opaque", "plain"]
-_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="auto")
+CompiledOps = Literal["plain", "opaque"]
+_compiled_ops: ContextVar[CompiledOps] = ContextVar("igpt_fast_compiled_ops", default="plain")
 
 
 @contextmanager
@@ -262,8 +264,8 @@ def compiled_ops(how: CompiledOps) -> Iterator[None]:
     """For a ``with`` block, in its thread: what torch.compile sees of the ops that it can fuse with their neighbours.
 
     Args:
-        how: ``"opaque"``: the kernels, as single calls; ``"plain"``: the definitions; ``"auto"``: what is faster, which
-            ``ops.dispatch.decomposes`` says. A compiled function keeps what held when it was traced.
+        how: ``"plain"``: their definitions, as everywhere else; ``"opaque"``: the kernels, as single calls. A compiled
+            function keeps what held when it was traced: ``torch.compiler.reset`` lets another be made.
     """
     token = _compiled_ops.set(how)
     try:
@@ -361,7 +363,7 @@ def no_kernels(op: str, device: torch.device) -> str | None:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
         return no_isa(op)
-    return _too_old(device.index) if _C.has_cuda else unavailable("cuda")
+    return _too_old(device.index) if _C.has_cuda and not torch.version.hip else unavailable("cuda")
 
 
 def no_isa(op: str) -> str | None:

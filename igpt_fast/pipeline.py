@@ -157,9 +157,9 @@ class Pipeline:
             cfg_scale: Scale of classifier-free guidance, see ``Guidance``; needs labels. 1 is none; above, images
                 are more like their class and less like each other, at twice the work.
             dtype: ``"int8"`` draws with weights and cache rounded to 8 bits, faster and a little less exact (on the
-                CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with keys as well
-                (on a GPU, of models in bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's own
-                dtype.
+                CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with keys as
+                well (on a GPU, of models in bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's
+                own dtype.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:

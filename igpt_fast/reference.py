@@ -16,6 +16,8 @@ from torch import Tensor
 
 MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
 LARGEST_E4M3 = 448.0
+# Devices that have no float64, or may have none: what is defined in it is computed on the CPU for their tensors.
+WITHOUT_FLOAT64 = {"mps", "xpu"}
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,6 +267,8 @@ def quantize(x: Tensor, clusters: Tensor) -> Tensor:
     See ``ops.quantize``; a float dtype is evaluated in itself. Runs over the clusters, so that no (N, K) intermediate
     exists. transformers expands ``a^2 - 2ab + b^2`` instead, which rounds differently near ties.
     """
+    if x.dtype == torch.uint8 and x.device.type in WITHOUT_FLOAT64:
+        return quantize(x.cpu(), clusters.cpu()).to(x.device)
     if x.dtype == torch.uint8:
         x = x.double() / 127.5 - 1.0
     best = torch.full(x.shape[:-1], torch.inf, dtype=x.dtype, device=x.device)
@@ -360,6 +364,9 @@ def sample(
 def _draw(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_score: float
 ) -> Tensor:
+    if logits.device.type in WITHOUT_FLOAT64:
+        drawn = _draw(logits.cpu(), uniform.cpu(), temperature, top_k, top_p, min_score)
+        return drawn.to(logits.device)
     scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
         return scores.argmax(dim=-1)
@@ -442,6 +449,7 @@ def sample_step(
     are, before temperature and filters, go into column ``index - first`` of (N, T) tokens and logprobs, where there is
     one, the next input into ``embedding``; then 1 is added to ``position``.
     """
+    settings = settings.cpu()
     seed, top_k, offset, first = (int(settings[i]) for i in (0, 4, 5, 6))
     top_p, temperature, min_score = settings[1:4].view(torch.float64).tolist()
     index = position.to(torch.int64) + offset

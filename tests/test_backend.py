@@ -16,6 +16,7 @@ import igpt_fast
 from igpt_fast import backend, ops
 from igpt_fast import environment as environment_module
 from igpt_fast.engines import choice as decoders
+from igpt_fast.engines.cuda.decoder import no_cuda_decoder
 from igpt_fast.ops.dispatch import ACTIVATION_NUMBERS
 
 CPU = torch.device("cpu")
@@ -135,7 +136,7 @@ def test_why_cuda_is_not_available(
         assert found is None
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
         with backend.use_backend("cuda"):
-            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7, False)
+            assert backend.kernels("quantize", device) == (built, "cuda", 0, 7, backend.Launching())
             with pytest.raises(backend.BackendUnavailableError, match="on cpu"):
                 backend.kernels("quantize", CPU)
         runs, covers = environment_module.implementation("quantize", "cuda")
@@ -148,6 +149,21 @@ def test_why_cuda_is_not_available(
         backend.set_backend("cuda")
     if capability is not None:  # a tensor can be there: the ops run on the reference
         assert backend.kernels("quantize", device) is None
+
+
+def test_rocm_is_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its torch calls its devices "cuda", and nvcc may have been there when the module was built."""
+    monkeypatch.setattr(backend, "_C", module())
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device, reason = torch.device("cuda", 0), "this torch is a build for ROCm 7.0"
+    for op in (op for op, entry in backend.OPS.items() if "cuda" in entry.native):
+        assert backend.kernels(op, device) is None
+        assert environment_module.implementation(op, "cuda")[0] == "reference"
+    assert reason in (backend.no_kernels("attention_decode", device) or "")
+    assert reason in (no_cuda_decoder(device) or "")
+    with pytest.raises(backend.BackendUnavailableError, match=reason):
+        backend.set_backend("cuda")
 
 
 def test_without_the_module_everything_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ int dispatch_head_dim(const AttentionShape& shape, F&& f) {
     return cudaErrorInvalidValue;
 }
 
-// Whether TMA takes a tensor. The stride of a dimension with one element is never used.
+// Whether TMA takes a tensor: not an empty one. The stride of a dimension with one element is never used.
 bool has_tensor_map(const AttentionTensor& tensor, const AttentionShape& shape, int64_t positions) {
     const auto good = [](int64_t size, int64_t stride) {
-        return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 39);
+        return size == 1 || (size > 1 && stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 39);
     };
     return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && good(positions, tensor.position) &&
            good(shape.heads, tensor.head) && good(shape.batch, tensor.batch);

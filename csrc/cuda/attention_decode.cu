@@ -13,16 +13,16 @@
 //   makes the scale and all its codes NaN. So with k_scale, which comes with v_scale: K = k_scale * k_cache, the new
 //   key among them as it is kept.
 //
-//   Launch: `splits` blocks of 4 warps for every (row, head), more than one where these are few. 4 or 8 lanes have a
-//   key, 16 bytes at a time; a warp's load is contiguous, and a thread has its part of 2 or 4 keys and their values on
-//   the way at once. A vector of e4m3 has twice the elements: where a value has fewer of them than the group has lanes,
-//   these have the values of two keys at a time. Each such group of lanes has a softmax of its own, in order; they are
-//   put together by shuffles, the warps' in shared memory, the blocks' by a second kernel: no atomics, an order that
-//   depends on nothing but the position. The block whose part ends at the position takes the new key and value from
-//   registers, and nothing is read that this launch writes. Blocks beyond the position end at once. The prefix:
-//   attention_decode_prefix.cu.
+//   Launch: `splits` blocks of 4 warps for every (row, head), more than one where these are few. 2, 4 or 8 lanes have
+//   a key, 16 bytes at a time; a warp's load is contiguous, and a thread has its part of 2 or 4 keys and their values
+//   on the way at once. A vector of e4m3 has twice the elements: where a value has fewer of them than the group has
+//   lanes, these have the values of two keys at a time. Each such group of lanes has a softmax of its own, in order;
+//   they are put together by shuffles, the warps' in shared memory, the blocks' by a second kernel: no atomics, an
+//   order that depends on nothing but the position. The block whose part ends at the position takes the new key and
+//   value from registers, and nothing is read that this launch writes. Blocks beyond the position end at once. The
+//   prefix: attention_decode_prefix.cu.
 //
-//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), the values' of one byte in e4m3.
+//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), those in e4m3 of one byte.
 //
 // Source: the online softmax of Milakov & Gimelshein, 2018; its split over keys: Flash-Decoding (Dao et al., 2023).
 #include "attention_decode.cuh"
@@ -190,8 +190,12 @@ __device__ __forceinline__ void add_new(State<S>& state, const float (&q)[S::Key
     scores[0] = State<S>::score(q, key);
     v.keep(values[0]);
     if (threadIdx.x >= S::kLanes) return;
-    key.store(caches.keys, caches.key_scales, own.position);
-    values[0].store(caches.values, caches.value_scales, own.position);
+    key.store(caches.keys, own.position);
+    values[0].store(caches.values, own.position);
+    if (threadIdx.x == 0) {
+        if constexpr (S::Keys::kScaled) store_global(caches.key_scales + own.position, key.scales[0]);
+        if constexpr (S::Values::kScaled) store_global(caches.value_scales + own.position, values[0].scales[0]);
+    }
     if (own.sees_it) state.add(scores, values);
 }
 

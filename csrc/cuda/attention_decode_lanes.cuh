@@ -41,7 +41,8 @@ struct Part {
     __device__ __forceinline__ float get(int e) const {
         const V& vector = vectors[e / kSize];
         if constexpr (kScaled) {
-            return from_e4m3(vector.words[e % kSize / 4] >> 8 * (e % 4));
+            const float2 two = from_e4m3x2(vector.words[e % kSize / 4] >> 8 * (e % 4 / 2 * 2));
+            return e % 2 == 0 ? two.x : two.y;
         } else {
             return to_float(vector.at[e % kSize]);
         }

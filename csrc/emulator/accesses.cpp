@@ -76,6 +76,10 @@ void grid_dependency_launch() { block->hurried |= !block->waited; }
 
 void skip(Access access) { ++current->accesses[int(access)]; }
 
+void check_read(const void* address, size_t bytes, Where where) {
+    check(Access::global_load, reinterpret_cast<uint64_t>(address), bytes, where);
+}
+
 void note(Access access, const void* address, size_t bytes, Where where) {
     const uint64_t at = reinterpret_cast<uint64_t>(address);
     if (at % bytes != 0) fail("a misaligned access of " + std::to_string(bytes) + " bytes");

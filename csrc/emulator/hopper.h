@@ -131,6 +131,7 @@ inline bool has_bulk_copies() { return emulator::capability() >= 90; }
 inline void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t barrier, emulator::Where where = {}) {
     emulator::check_barrier("bulk_load", barrier, where);
     const emulator::Bulk copy = emulator::check_bulk(dst, src, bytes, barrier, where);
+    emulator::check_read(src, size_t(bytes), where);
     emulator::touch(copy.from, copy.bytes);
     emulator::poison(copy.to, copy.bytes);
     emulator::issue_bulk(copy, barrier);

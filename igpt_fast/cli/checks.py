@@ -56,8 +56,12 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {name!r}; want cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device is {name!r}; want cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and (device.index or not torch.backends.mps.is_available()):
+        sees = "one" if torch.backends.mps.is_available() else "none"
+        why = f"torch sees {sees}" if torch.backends.mps.is_built() else "this torch is a build without MPS"
+        raise DeviceUnavailableError(f"device {name} is not available: {why}")
     if device.type == "cuda" and device.index is None and local_rank is not None:
         device = torch.device("cuda", local_rank)
         name = f"{device} of LOCAL_RANK (--device cuda:0 lets all processes share one)"

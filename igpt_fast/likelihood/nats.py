@@ -16,6 +16,7 @@ from igpt_fast import ops
 from igpt_fast.engines.network import why_not_modules
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.ops.dispatch import WITHOUT_FLOAT64
 
 _ROWS = 8192  # pixels that go through the head together, without gradients
 # Pixels that go through the network together on the CPU, and at least so many for each thread: activations of more
@@ -76,6 +77,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
 
 
+def float64_sum(x: Tensor) -> Tensor:
+    """On the device of x, but on the CPU where that has no float64."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double().sum()
+
+
 @torch.no_grad()
 def mean_nats(
     model: ImageGPTForCausalImageModeling, batches: Iterable[tuple[Tensor, Tensor | None]], classes: bool = False
@@ -92,7 +98,7 @@ def mean_nats(
     with evaluating(model):
         for tokens, labels in batches:
             given = (sent(labels, model.device),) if classes and labels is not None else ()
-            total = total + image_nats(model, sent(tokens, model.device), *given).double().sum()
+            total = total + float64_sum(image_nats(model, sent(tokens, model.device), *given))
             count += tokens.numel()
     if not count:
         raise ValueError("mean_nats: no images")

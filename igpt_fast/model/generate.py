@@ -81,9 +81,9 @@ class GenerationMixin(GenerationSettings):
             callback: Called after every position with its number, counted from 0, and the tokens of all rows of the
                 result. Without it, rows for which memory does not suffice together are computed in parts.
             dtype: ``"int8"`` decodes with weights and cache rounded to 8 bits, faster and a little less exact (on
-                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with
-                keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None`` decodes in
-                the model's own dtype.
+                the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"``
+                with keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None``
+                decodes in the model's own dtype.
             theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:

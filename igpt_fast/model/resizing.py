@@ -33,7 +33,7 @@ def resize_positions(table: nn.Embedding, old: tuple[int, int] | None, new: tupl
 
 def nearest(new: Tensor, old: Tensor) -> Tensor:
     """(K,) the index of the old colour that is nearest to each new one; colours are (K, 3)."""
-    return torch.cdist(new.double(), old.double()).argmin(dim=1)
+    return torch.cdist(new.cpu().double(), old.cpu().double()).argmin(dim=1)
 
 
 @torch.no_grad()

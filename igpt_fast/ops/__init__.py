@@ -13,9 +13,10 @@ from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_settings, sample_step
+from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_step
 from igpt_fast.ops.sample import draw as draw
 from igpt_fast.ops.sample import draw_next as draw_next
+from igpt_fast.ops.sample import sample_settings as sample_settings
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +38,5 @@ __all__ = [
     "rms_norm",
     "sample",
     "sample_next",
-    "sample_settings",
     "sample_step",
 ]

@@ -16,6 +16,7 @@ from torch import _C, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from igpt_fast import backend
+from igpt_fast.reference import WITHOUT_FLOAT64 as WITHOUT_FLOAT64
 
 # FRAGMENT: other modules and packages may add to the namespace; the library lives as long as this module.
 library = torch.library.Library("igpt_fast", "FRAGMENT")
@@ -103,14 +104,13 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def decomposes(op: str, kind: str) -> bool:
-    """Whether torch.compile sees the definition of an op where a kernel of ``kind`` could serve it.
+def decomposes(op: str) -> bool:
+    """Whether torch.compile sees the definition of an op that has a kernel.
 
     Norms, activations and the loss are bound by bytes: in one kernel with the residual additions, biases and casts
-    beside them, which Inductor makes of their definitions, they move fewer. Attention stays a call of ours.
+    beside them, which Inductor makes of their definitions, they move fewer. On a CPU as well. Attention stays a call.
     """
-    how = backend.get_compiled_ops()
-    return backend.OPS[op].fuses and (kind == "cuda" if how == "auto" else how == "plain")
+    return backend.OPS[op].fuses and backend.get_compiled_ops() == "plain"
 
 
 def _choice_when_traced(op: str, device: torch.device) -> str | None:
@@ -119,7 +119,7 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
     The transforms inside it are on torch's own stack while it is traced.
     """
     chosen = backend.kernels(op, device)
-    return None if chosen is None or _transforming() or decomposes(op, chosen.kind) else chosen.kind
+    return None if chosen is None or _transforming() or decomposes(op) else chosen.kind
 
 
 # What torch.compiler.assume_constant_result does, which would load the compiler: 80 MB and seconds.

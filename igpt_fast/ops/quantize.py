@@ -181,7 +181,7 @@ def _vmap_quantize(
 
 
 dispatch.library.define("quantize(Tensor x, Tensor clusters) -> Tensor")
-for _key in ("CPU", "CUDA"):
+for _key in ("CPU", "CUDA", "MPS", "XPU"):  # by the definition where there is no kernel
     dispatch.library.impl("quantize", _checked_quantize, _key)
 torch.library.register_fake("igpt_fast::quantize", _fake_quantize, lib=dispatch.library)
 torch.library.register_autograd("igpt_fast::quantize", lambda ctx, grad: (None, None), lib=dispatch.library)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from igpt_fast import ops
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import keep, make_decoder
-from igpt_fast.engines.decoder import check_dtype
+from igpt_fast.engines.decoder import Decoder, check_dtype
 from igpt_fast.engines.network import Model
 from igpt_fast.locks import Lock
 from igpt_fast.sampling.rules import Guidance, RandomStreams
@@ -94,7 +94,8 @@ def decode(
         FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
-    drawn = blank(*uniforms.shape, context.device, first)
+    rows, count = uniforms.shape
+    drawn = blank(rows, count, context.device, first)
     steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance)
     with closing(steps):  # also where somebody keeps an error of the callback
         for t in steps:
@@ -163,16 +164,21 @@ def decoding(
                     drawn.tokens, drawn.logprobs = decoder.history
                 else:
                     drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
+                drawn.reason = decoder.reason  # something may have failed meanwhile
                 yield t
                 if t + 1 < steps:
                     logits = decoder.step_drawn() if free else decoder.step(token.repeat(2) if guided else token)
         except GeneratorExit:  # nobody asks for more
-            keep(decoder)
+            _leave(decoder, drawn)
             raise
-        if decoder.history is not None:  # whose memory is for the next images
-            drawn.tokens, drawn.logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
-        keep(decoder)
+        _leave(decoder, drawn)
     drawn.check(0, steps)
+
+
+def _leave(decoder: Decoder, drawn: Drawn) -> None:
+    if decoder.history is not None:  # whose memory is for the next images
+        drawn.tokens, drawn.logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
+    keep(decoder)
 
 
 def _columns(uniforms: Tensor | RandomStreams, device: torch.device) -> Callable[[int], Tensor]:

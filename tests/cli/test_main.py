@@ -15,15 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from screen import Screen
 
 from igpt_fast import backend
 from igpt_fast import environment as environment_module
 from igpt_fast.cli import main as cli
+from igpt_fast.cli.checks import choose_device
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -382,6 +385,37 @@ def test_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Pat
     assert "no run" in fails(capsys, 1, "train", "--resume", "--out", tmp_path / "run")
     left = {"photo.jpg", "text.png", "white.png", "cut.jpg", "empty", "bad.npy", "flat.npy"}
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_mps_where_torch_has_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every command takes it; where it is not there, that is 3, before anything is read or written."""
+    (tmp_path / "a.png").write_bytes(b"")
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    data, picture, out = tmp_path / "a.npy", tmp_path / "a.png", ("--out", tmp_path / "out.png")
+    commands = [
+        ("sample", *out),
+        ("complete", picture, *out),
+        ("score", picture),
+        ("features", picture, "--out", tmp_path / "f.npz"),
+        ("quantize", picture, "--out", tmp_path / "q.npy"),
+        ("probe", data),
+        ("finetune", tmp_path, data, "--out", tmp_path / "tuned"),
+        ("train", data, "--out", tmp_path / "run"),
+    ]
+    before = set(tmp_path.iterdir())
+    for built, device, why in (
+        (False, "mps", "this torch is a build without MPS"),
+        (True, "mps", "torch sees none"),
+        (True, "mps:1", "torch sees none"),
+    ):
+        with mock.patch.object(torch.backends.mps, "is_built", return_value=built):
+            for command in commands:
+                message = fails(capsys, 3, *command, "--device", device)
+                assert f"device {device} is not available: {why}" in message, command
+    assert set(tmp_path.iterdir()) == before
+    with mock.patch.object(torch.backends.mps, "is_available", return_value=True):
+        assert choose_device("mps") == torch.device("mps")
+    assert "want cpu, cuda, cuda:N or mps" in fails(capsys, 2, "sample", *out, "--device", "xpu")
 
 
 @pytest.mark.skipif(backend.unavailable("cuda") is None, reason="CUDA is available here")

@@ -317,21 +317,22 @@ def check_coalescing(kernels: Kernels) -> None:
         assert counted["shared_conflicts"] == (256 * 4 * dim // 32 if dim % 64 == 0 else 0), dict(counted)
 
 
-def check_scaled_bytes(kernels: Kernels) -> None:
-    """Of a key more move its own bytes, half as many of its value, and a scale; all in whole sectors."""
+def check_scaled_bytes(kernels: Kernels, scaled: int) -> None:
+    """Of a key more move one byte an element of what has 8 bits, two of what has not, and a scale; in whole sectors."""
     for dim in (32, 64, 96, 128):
-        counts = []
+        counts, size = [], (4 - scaled) * dim
         for position in (64, 128):
-            made = case("cpu", torch.bfloat16, dim, position, 192, rows=2, heads=128, scaled=True)
+            made = case("cpu", torch.bfloat16, dim, position, 192, rows=2, heads=128, scaled=scaled)
             with Counted(kernels) as counted:
                 made.op()
             counts.append(dict(counted))
-            assert counted["store_bytes"] == 256 * (2 * dim + dim + 4 + 2 * dim), dict(counted)
+            assert counted["store_bytes"] == 256 * (size + 4 * scaled + 2 * dim), dict(counted)
         more = {name: counts[1][name] - counts[0][name] for name in counts[0]}
-        lanes = 8 if dim % 64 == 0 else 4
-        assert more["load_bytes"] == 256 * 64 * (3 * dim + 4 * lanes), more
-        # A warp's lanes share the sector of the scales of its 4 or 8 keys.
-        assert more["load_sectors"] == 256 * 64 * (3 * dim + lanes) // 32, more
+        vectors = dim // (16 if scaled == 2 else 8)
+        lanes = next(n for n in (8, 4, 2) if vectors % n == 0)
+        assert more["load_bytes"] == 256 * 64 * (size + 4 * lanes * scaled), more
+        # A warp's lanes share the sectors of the scales of its 4, 8 or 16 keys.
+        assert more["load_sectors"] == 256 * 64 * (size + max(lanes, 4) * scaled) // 32, more
 
 
 def check_prefix_reads_once(kernels: Kernels) -> None:

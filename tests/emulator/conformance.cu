@@ -75,6 +75,17 @@ __global__ void cp_async(Case p) {
     for (int group = 1; group < 3; ++group) out[group * 64 + 63 - i] = shared[group * 64 + 63 - i];
 }
 
+// a, out: [n, 64] of 4 bytes; the other way round.
+__global__ void cp_async4(Case p) {
+    auto* shared = dynamic_shared<uint32_t>();
+    const unsigned i = threadIdx.x, first = blockIdx.x * 64;
+    ptx::cp_async4(ptx::shared_address(shared + 63 - i), static_cast<const uint32_t*>(p.a) + first + i);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    static_cast<uint32_t*>(p.out)[first + i] = shared[i];
+}
+
 // a: [n, 64] floats.
 __global__ void exp2_approx(Case p) {
     const size_t i = blockIdx.x * 64 + threadIdx.x;
@@ -135,6 +146,7 @@ const Kernel kKernels[] = {
     {"ldmatrix_x4", ldmatrix<false>, 32, 512},
     {"ldmatrix_x4_trans", ldmatrix<true>, 32, 512},
     {"cp_async", cp_async, 64, 3072},
+    {"cp_async4", cp_async4, 64, 256},
     {"exp2_approx", exp2_approx, 64, 0},
     {"pack2_bf16", pack2<__nv_bfloat16>, 64, 0},
     {"pack2_f16", pack2<__half>, 64, 0},

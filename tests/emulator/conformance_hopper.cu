@@ -77,6 +77,29 @@ __global__ void tma_load(const __grid_constant__ TileCase p) {
     }
 }
 
+// a: [n, 64] rows of 16 bytes, b: [n, 2] a first row and how many; out: [n, 65], these rows in their places among
+// zeros, and behind them the first of all, which a second copy brings.
+__global__ void bulk_load(Case p) {
+    auto* rows = dynamic_shared<uint4>();
+    const auto* a = static_cast<const uint4*>(p.a) + blockIdx.x * 64;
+    const int* span = static_cast<const int*>(p.b) + blockIdx.x * 2;
+    const uint32_t barrier = ptx::shared_address(rows + 65);
+    for (unsigned i = threadIdx.x; i < 65; i += 32) rows[i] = uint4{0, 0, 0, 0};
+    ptx::fence_async_shared();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(barrier, 1);
+        ptx::mbarrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_expect_tx(barrier, 16 * span[1] + 16);
+        ptx::bulk_load(ptx::shared_address(rows + span[0]), a + span[0], 16 * span[1], barrier);
+        ptx::bulk_load(ptx::shared_address(rows + 64), a, 16, barrier);
+    }
+    ptx::mbarrier_wait(barrier, 0);
+    for (unsigned i = threadIdx.x; i < 65; i += 32) static_cast<uint4*>(p.out)[blockIdx.x * 65 + i] = rows[i];
+}
+
 // 16-bit elements [outer, inner] from global memory to tiles of 64 columns, each with rows of 128 bytes, swizzled.
 __device__ void store_tiles(const unsigned short* from, int outer, int inner, unsigned char* to) {
     for (int i = int(threadIdx.x); i < outer * inner; i += 128) {
@@ -161,6 +184,7 @@ int launch_tma(bool swizzled, unsigned n, const Case& p) {
 
 int run(const std::string& name, int size, unsigned n, const Case& p) {
     if (name == "mbarriers") return launch(mbarriers, n, 64, 4 * 8 + 64 * 4, nullptr, p);
+    if (name == "bulk_load") return launch(bulk_load, n, 32, 65 * 16 + 8, nullptr, p);
     if (name == "tma_load" || name == "tma_load_swizzled") return launch_tma(name != "tma_load", n, p);
     if (name.rfind("bf16_", 0) == 0) return launch_wgmma<__nv_bfloat16>(name.substr(5), size, n, p);
     if (name.rfind("f16_", 0) == 0) return launch_wgmma<__half>(name.substr(4), size, n, p);

@@ -47,7 +47,7 @@ void on_hopper(DType dtype, int32_t d, int32_t t_q, int32_t t_k, bool starts) {
 void all(bool brief) {
     attention(DType::bf16, 32, 65, 66, 128, true, false);
     attention(DType::f16, 64, 66, 66, 64, false, true);
-    on_hopper(DType::bf16, 64, 322, 322, false);
+    on_hopper(DType::bf16, 64, 400, 400, true);
     on_hopper(DType::f16, 128, 130, 400, true);
     if (brief) return;
     on_hopper(DType::bf16, 96, 194, 194, true);

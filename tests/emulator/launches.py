@@ -108,13 +108,16 @@ def _decode(
     ops.attention_decode(q, k, v, k_cache, v_cache, position, **others)
 
 
-def attention_decode_scaled(size: Size, scaled: int = 1) -> None:
+def attention_decode_scaled(size: Size) -> None:
     for b in (1, IMAGES, 8 * IMAGES):
-        _decode(size, b, scaled=scaled)
+        for scaled in (1, 2):
+            _decode(size, b, scaled=scaled)
 
 
-def attention_decode_8_bits(size: Size) -> None:
-    attention_decode_scaled(size, 2)
+def attention_decode_by_ring(size: Size) -> None:
+    with backend.launching(backend.Launching(ring=True, cluster=True)):
+        attention_decode(size)
+        attention_decode_scaled(size)
 
 
 def attention_decode_shared(size: Size) -> None:
@@ -155,7 +158,8 @@ BY_SIZE: dict[str, Call] = {
     "causal_attention_packed": causal_attention_packed,
     "causal_attention_packed on Hopper": causal_attention_packed,
     "attention_decode": attention_decode,
-    "attention_decode, fp8 values": attention_decode_scaled,
+    "attention_decode, fp8 values, fp8 cache": attention_decode_scaled,
+    "attention_decode, by a ring on Hopper": attention_decode_by_ring,
     "attention_decode, shared primers": attention_decode_shared,
     "gemv": gemv,
     "sample_next": sample_next,

@@ -26,10 +26,6 @@ def wide(kernels: Kernels) -> None:
     under_schedules(kernels, 96, 330, 335)
 
 
-def schedules(kernels: Kernels) -> None:
-    attention.check_schedules(kernels, 64, HOPPER)
-
-
 def few(kernels: Kernels) -> None:
     """No tile is filled; the diagonal goes through every one."""
     attention.check(kernels, torch.bfloat16, 64, 97, 130, "starts", HOPPER)
@@ -51,11 +47,11 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("bwd_hopper_no_wait_for_own_tiles", BWD, "if (work.tiles > 0) ptx::mbarrier_wait(at.own_full(), 0);", ""),
      narrow),
     (Mutation("bwd_hopper_writes_over_own_tiles_on_their_way", BWD, "if (work.tiles > 0) ptx::mbarrier_wait(",
-              "if (begin < end) ptx::mbarrier_wait("), schedules),
+              "if (begin < end) ptx::mbarrier_wait("), ("thread", "attention")),
     (Mutation("bwd_hopper_no_wait_for_the_first_tile", BWD, "    ptx::mbarrier_wait(at.full(begin), 0);\n", ""),
      narrow),
     (Mutation("bwd_hopper_no_wait_for_the_next_tile", BWD, "if (j + 1 < end) ptx::mbarrier_wait(",
-              "if (false) ptx::mbarrier_wait("), narrow),
+              "if (j > end) ptx::mbarrier_wait("), narrow),
     (Mutation("bwd_hopper_parity_of_the_next_tile", BWD, "(j + 1) / F::kStages % 2", "0"), narrow),
     (Mutation("bwd_hopper_left_too_early", BWD, S_WAIT + LEAVE, LEAVE + S_WAIT), wide),
     (Mutation("bwd_hopper_never_left", BWD, LEAVE, ""), narrow),

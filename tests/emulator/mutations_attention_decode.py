@@ -39,6 +39,7 @@ scaled = on(
     lambda: checks.check_positions("cpu", torch.bfloat16, 64, scaled=True),
     lambda: checks.check_positions("cpu", torch.float16, 96, starts=True, scaled=True),
 )
+both = on(*(lambda dim=dim: checks.check_positions("cpu", torch.bfloat16, dim, scaled=2) for dim in (64, 96)))
 codes = on(
     lambda: checks.check_codes("cpu", torch.bfloat16, 32), lambda: checks.check_quantizing("cpu", torch.bfloat16, 128)
 )
@@ -48,7 +49,8 @@ reads_once = counted(checks.check_prefix_reads_once)
 THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
 
 SHARED, OWN, PREFIX = (f"cuda/attention_decode{name}" for name in (".cuh", ".cu", "_prefix.cu"))
-MERGE, E4M3 = "cuda/attention_decode_merge.cu", "cuda/e4m3.cuh"
+VECTORS, MERGE = "cuda/attention_decode_vectors.cuh", "cuda/attention_decode_merge.cu"
+E4M3 = "cuda/e4m3.cuh"
 BARRIER = "    __syncthreads();\n"
 MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
@@ -60,22 +62,30 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_behind_the_cache", SHARED, "position < p.positions;", "position <= p.positions;"), ADDRESS),
     (Mutation("decode_starts_without_prefix", SHARED, "start - p.prefix;", "start;"), prefixes),
     (Mutation("decode_part_too_short", SHARED, "(share + kKeys - 1) / kKeys * kKeys", "share / kKeys * kKeys"), long),
-    (Mutation("decode_writes_beside", OWN, "int64_t(own.position) * S::kDim;",
-              "int64_t(own.position / 2 * 2) * S::kDim;"), positions),
+    (Mutation("decode_writes_beside", VECTORS, "int64_t(position) * L::kDim",
+              "int64_t(position / 2 * 2) * L::kDim"), positions),
     (Mutation("decode_reads_what_it_writes", OWN, "has_new ? own.position :", "has_new ? own.position + 1 :"),
      positions),
     (Mutation("decode_last_split_has_the_key", OWN, "split == own.parts - 1;", "split == p.splits - 1;"), positions),
     (Mutation("decode_loads_two_more", OWN, "            if (key < end) {\n                k[u]",
               "            if (key < end + 2) {\n                k[u]"), positions),
-    (Mutation("decode_scaled_loads_two_more", OWN, "S::kTogether == 1 || key < end)",
-              "S::kTogether == 1 || key < end + 2)"), scaled),
-    (Mutation("decode_scale_of_the_other", OWN, "weights[S::kTogether - 1] * scales[S::kTogether - 1]",
-              "weights[S::kTogether - 1] * scales[0]"), scaled),
-    (Mutation("decode_scale_hides_infinity", OWN, "largest < 0x7f800000u ?", "largest <= 0x7f800000u ?"), codes),
-    (Mutation("decode_scale_of_nothing", OWN, "scale == 0.0f ? 0u : to_e4m3", "to_e4m3"), codes),
-    (Mutation("decode_scale_of_a_lane", OWN, "other = __shfl_xor_sync(kFullMask, largest, lane)", "other = largest"),
-     scaled),
-    (Mutation("decode_second_value_is_stored", OWN, "if (which(i) == 0) store_global", "store_global"), THREAD),
+    (Mutation("decode_scaled_loads_two_more", VECTORS, "L::kTogether == 1 || key < end)",
+              "L::kTogether == 1 || key < end + 2)"), scaled),
+    (Mutation("decode_scale_of_the_other", VECTORS, "weights[L::kTogether - 1] * scales[L::kTogether - 1]",
+              "weights[L::kTogether - 1] * scales[0]"), scaled),
+    (Mutation("decode_scale_hides_infinity", VECTORS, "largest < 0x7f800000u ?", "largest <= 0x7f800000u ?"), codes),
+    (Mutation("decode_scale_of_nothing", VECTORS, "of_all == 0.0f ? 0u : to_e4m3", "to_e4m3"), codes),
+    (Mutation("decode_scale_of_a_lane", VECTORS, "other = __shfl_xor_sync(kFullMask, largest, lane)",
+              "other = largest"), scaled),
+    (Mutation("decode_second_value_is_stored", VECTORS, "if (which(i) == 0) store_global", "store_global"), THREAD),
+    (Mutation("decode_key_scale_forgotten", OWN, "sum *= k.scales[0];", "sum *= 1.0f;"), both),
+    (Mutation("decode_key_scale_of_the_values", OWN, "? p.k_scale + first", "? p.v_scale + first"), both),
+    (Mutation("decode_scale_beside", OWN, "store_global(caches.key_scales + own.position,",
+              "store_global(caches.key_scales + own.position / 2 * 2,"), both),
+    (Mutation("decode_new_key_without_its_scale", VECTORS, "n == 0 ? of_all : 0.0f", "n == 0 ? 1.0f : 0.0f"), both),
+    (Mutation("decode_new_key_twice", OWN, "threadIdx.x >= S::kLanes) return;",
+              "threadIdx.x >= 2 * S::kLanes) return;"), both),
+    (Mutation("e4m3_first_twice", E4M3, "from_e4m3(codes >> 8)", "from_e4m3(codes)"), codes),
     (Mutation("e4m3_ties_upwards", E4M3, "0x7ffffu + (size >> 20 & 1u)", "0x80000u"), codes),
     (Mutation("e4m3_small_ones_are_normal", E4M3, "size < 0x3c800000u", "size < 0x3c000000u"), codes),
     (Mutation("e4m3_nan_is_480", E4M3, "size == kNaNE4M3 ? NAN : moved", "moved"), codes),
@@ -86,10 +96,10 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_merge_misses_a_part", MERGE, "p.prefix_splits + own.parts;", "slots_of(p) - 1;"), long),
     (Mutation("decode_no_nan", SHARED, "!valid ? NAN :", "!valid ? 0.0f :"), outside),
     (Mutation("decode_nothing_seen", SHARED, "l == 0.0f ? 0.0f : sum / l", "sum / l"), positions),
-    (Mutation("decode_row_of_32_bits", OWN, "int64_t(row_head) * p.positions * S::kDim",
-              "row_head * unsigned(p.positions) * S::kDim"), huge),
-    (Mutation("decode_key_of_32_bits", OWN, "k[u].load(offset(keys, int64_t(key) *",
-              "k[u].load(offset(keys, unsigned(key) *"), huge),
+    (Mutation("decode_row_of_32_bits", OWN, "offset(p.k_cache, first * S::kDim",
+              "offset(p.k_cache, unsigned(first) * unsigned(S::kDim)"), huge),
+    (Mutation("decode_key_of_32_bits", VECTORS, "offset(cache, int64_t(key) *",
+              "offset(cache, unsigned(key) *"), huge),
     (Mutation("decode_unsplit_needs_a_merge", OWN, "slots_of(p) == 1) {", "slots_of(p) == 0) {"), ADDRESS),
     (Mutation("decode_prefix_one_start", PREFIX, "key >= starts[e / 2]", "key >= starts[0]"), prefixes),
     (Mutation("decode_prefix_keys_swapped", PREFIX, "low_halves(v0, v1)", "low_halves(v1, v0)"), prefixes),

@@ -211,6 +211,65 @@ const std::map<std::string, void (*)(Probe)> kProbes{
     {"no_fence_of_async_copies", matmul<no_fence_of_async_copies>},
 };
 
+// 128 bytes, read by one warp.
+struct BulkProbe {
+    const unsigned char* a;
+    float* out;
+};
+enum BulkBug {
+    bulk_right,
+    unaligned_source,
+    ragged_size,
+    of_nothing,
+    unaligned_place,
+    place_past_the_end,
+    unfenced_barrier,
+    more_than_announced,
+    less_than_announced,
+    bulk_never_waited_for,
+    bulk_read_at_once,
+};
+
+template <BulkBug kBug>
+void bulk(BulkProbe p) {
+    float* values = dynamic_shared<float>();
+    const uint32_t to = ptx::shared_address(values), barrier = to + 128;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(barrier, 1);
+        if (kBug != unfenced_barrier) ptx::mbarrier_fence_init();
+        const int bytes = kBug == ragged_size ? 24 : kBug == of_nothing ? 0 : 128;
+        ptx::mbarrier_expect_tx(barrier, 128 + (kBug == less_than_announced   ? 16
+                                                : kBug == more_than_announced ? -16
+                                                                              : 0));
+        const uint32_t place = to + (kBug == unaligned_place ? 8 : kBug == place_past_the_end ? 32 : 0);
+        ptx::bulk_load(place, p.a + (kBug == unaligned_source ? 8 : 0), bytes, barrier);
+    }
+    __syncthreads();
+    if (kBug == bulk_never_waited_for) return;
+    if (kBug == bulk_read_at_once) p.out[threadIdx.x] = values[threadIdx.x];
+    ptx::mbarrier_wait(barrier, 0);
+    if (kBug != bulk_read_at_once) p.out[threadIdx.x] = values[threadIdx.x];
+}
+
+const std::map<std::string, void (*)(BulkProbe)> kBulkProbes{
+    {"bulk", bulk<bulk_right>},
+    {"unaligned_source", bulk<unaligned_source>},
+    {"ragged_size", bulk<ragged_size>},
+    {"of_nothing", bulk<of_nothing>},
+    {"unaligned_place", bulk<unaligned_place>},
+    {"place_past_the_end", bulk<place_past_the_end>},
+    {"unfenced_barrier", bulk<unfenced_barrier>},
+    {"more_than_announced", bulk<more_than_announced>},
+    {"less_than_announced", bulk<less_than_announced>},
+    {"bulk_never_waited_for", bulk<bulk_never_waited_for>},
+    {"bulk_read_at_once", bulk<bulk_read_at_once>},
+};
+
+void run_bulk(const std::string& name, uintptr_t a, uintptr_t out) {
+    const BulkProbe p{reinterpret_cast<const unsigned char*>(a), reinterpret_cast<float*>(out)};
+    launch(kBulkProbes.at(name), 1, 32, 128 + 8, nullptr, p);
+}
+
 void run(const std::string& name, uintptr_t a, uintptr_t b, uintptr_t out) {
     Probe p{{}, {}, reinterpret_cast<float*>(out)};
     const auto swizzle = ptx::Swizzle::bytes128;
@@ -244,6 +303,7 @@ int conformance(const std::string& name, int size, uintptr_t a, uintptr_t b, uin
 
 PYBIND11_MODULE(_probes_hopper, m) {
     m.def("run", &run);
+    m.def("run_bulk", &run_bulk);
     m.def("conformance", &conformance);
     m.def("tensor_map", &tensor_map);
     igpt::emulator::bind_emulator(m);

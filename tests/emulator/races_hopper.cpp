@@ -16,6 +16,7 @@ namespace {
 // `in`: [64, 64] of 16 bits.
 struct Probe {
     ptx::TensorMap map;
+    const void* in;
     float* out;  // 128 values
 };
 
@@ -46,6 +47,28 @@ void tile(Probe p) {
     }
 }
 
+// The same by bulk copies.
+enum BulkBug { bulk_right, bulk_over_one_in_use };
+template <BulkBug kBug>
+void bulk(Probe p) {
+    unsigned char* tile = aligned_shared();
+    const uint32_t to = ptx::shared_address(tile), barrier = to + 8192;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(barrier, 1);
+        ptx::mbarrier_fence_init();
+    }
+    __syncthreads();
+    for (int turn = 0; turn < 2; ++turn) {
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_expect_tx(barrier, 8192);
+            ptx::bulk_load(to, p.in, 8192, barrier);
+        }
+        ptx::mbarrier_wait(barrier, turn);
+        p.out[threadIdx.x] = float(tile[64 * threadIdx.x]);
+        if (kBug != bulk_over_one_in_use) __syncthreads();
+    }
+}
+
 // All threads write the operands of one product.
 enum ProductBug { product_right, product_without_barrier, product_overwritten };
 template <ProductBug kBug>
@@ -71,6 +94,9 @@ const std::map<std::string, void (*)(Probe)> kKernels{
     {"tile_past_the_end", tile<tile_right>},
     {"tile_over_one_in_use", tile<tile_over_one_in_use>},
     {"tile_before_barriers_are_there", tile<tile_before_barriers_are_there>},
+    {"bulk", bulk<bulk_right>},
+    {"bulk_past_the_end", bulk<bulk_right>},
+    {"bulk_over_one_in_use", bulk<bulk_over_one_in_use>},
     {"product", product<product_right>},
     {"product_without_barrier", product<product_without_barrier>},
     {"product_overwritten", product<product_overwritten>},
@@ -81,12 +107,12 @@ const std::map<std::string, void (*)(Probe)> kKernels{
 int main(int, char** argv) {
     const std::string name = argv[1];
     // posix_memalign, not a vector: the sanitizers know its end, and TMA needs 16 bytes of alignment.
-    const size_t bytes = 64 * 128 - (name == "tile_past_the_end" ? 16 : 0);
+    const size_t bytes = 64 * 128 - (name == "tile_past_the_end" || name == "bulk_past_the_end" ? 16 : 0);
     void* in = nullptr;
     if (posix_memalign(&in, 128, bytes) != 0) return 1;
     for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(in)[i] = 1;
     std::vector<float> out(128);
-    Probe p{{}, out.data()};
+    Probe p{{}, in, out.data()};
     const int error =
         ptx::make_tensor_map(&p.map, in, {{64, 64, 1, 1}, {128, 8192, 8192}, {64, 64, 1, 1}, ptx::Swizzle::bytes128});
     try {

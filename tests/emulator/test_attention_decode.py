@@ -23,8 +23,9 @@ def test_coalescing(on: Kernels) -> None:
     checks.check_coalescing(on)
 
 
-def test_bytes_of_scaled_values(on: Kernels) -> None:
-    checks.check_scaled_bytes(on)
+@pytest.mark.parametrize("scaled", [1, 2])
+def test_bytes_of_8_bits(on: Kernels, scaled: int) -> None:
+    checks.check_scaled_bytes(on, scaled)
 
 
 def test_prefix_is_read_once(on: Kernels) -> None:

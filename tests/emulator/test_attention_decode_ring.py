@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernels import Kernels
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
 rings = pytest.mark.parametrize("ring", checks.RINGS, ids=str)
@@ -33,9 +33,7 @@ def on(emulated: Kernels) -> Iterator[Kernels]:
 @rings
 @pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_positions(
-    device: str, module: ModuleType | None, dim: int, scaled: int, ring: tuple[int, int, bool]
-) -> None:
+def test_positions(device: str, module: ModuleType | None, dim: int, scaled: int, ring: tuple[int, int, bool]) -> None:
     dtype = torch.bfloat16 if ring[2] else torch.float16
     with checks.by_ring(module, *ring):
         checks.check_positions(device, dtype, dim, True, scaled)
@@ -101,6 +99,18 @@ def test_splits(emulated: Kernels) -> None:
     assert [splits(blocks, 1024, cluster=True) for blocks in (1, 8, 16, 160)] == [8, 8, 8, 4]
     emulated.module.set_multiprocessors(108)
     try:
-        assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [16, 8, 5]
+        assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [8, 8, 2]
     finally:
         emulated.module.set_multiprocessors()
+
+
+def test_what_is_read_early_may_not_be_new(on: Kernels) -> None:
+    """The key of the launch before is not an old one: a step's launches are not chained to the step's before."""
+    made = checks.case("cpu", torch.bfloat16, 64, 70)
+    caches, after = (made.k_cache.clone(), made.v_cache.clone()), made.position + 1
+    with checks.by_ring(on.module, 90, 132, False):
+        with backend.launching(backend.Launching("early", ring=True)):
+            ops.attention_decode(made.q, made.k, made.v, *caches, made.position)
+            with pytest.raises(RuntimeError, match="before grid_dependency_wait, of what a launch writes"):
+                ops.attention_decode(made.q, made.k, made.v, *caches, after)
+        ops.attention_decode(made.q, made.k, made.v, *caches, after)

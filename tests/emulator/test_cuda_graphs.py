@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import types
 import warnings
@@ -25,6 +26,8 @@ from igpt_fast.engines.cuda import capture, decoder, step
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import CudaStep
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import RandomStreams
 
 EAGER = CudaOptions(graphs=False)
 
@@ -110,10 +113,11 @@ class Captures:
             return types.SimpleNamespace(name=name, **waits)
 
         here, first, second = map(stream, ("here", "first", "second"))
+        handles = itertools.count(1)
         event = types.SimpleNamespace(record=lambda: self.say("event"))
         fakes: dict[str, Any] = {"current_stream": lambda _: here, "CUDAGraph": Replayed, "graph": Capture}
         fakes |= dict.fromkeys(("device", "stream"), lambda _: contextlib.nullcontext())
-        fakes |= {"Event": lambda: event, "graph_pool_handle": lambda: (0, 1)}
+        fakes |= {"Event": lambda: event, "graph_pool_handle": lambda: (0, next(handles))}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
@@ -132,20 +136,25 @@ def captures(emulation, monkeypatch: pytest.MonkeyPatch) -> Captures:
     return found
 
 
-@pytest.mark.parametrize(("copies", "primer"), [(1, 60), (3, 3)])
-def test_the_bookkeeping_of_graphs(captures: Captures, copies: int, primer: int) -> None:
+@pytest.mark.parametrize(("copies", "primer"), [(1, 2), (3, 3)])
+def test_the_bookkeeping_of_graphs(
+    captures: Captures, copies: int, primer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One for each launch of attention, of what is in fixed memory."""
+    monkeypatch.setattr(step, "LIMITS", (4, 99))
+    monkeypatch.setattr(step, "count_splits", lambda kernels, blocks, keys, dtype: keys)
     model = make("cpu", n_layer=1)
-    ids = shared(1, copies, 70, primer, model.config)
-    expected = read(CudaDecoder(model, 1, 70, options=EAGER), ids, primer, copies)
+    ids = shared(1, copies, 9, primer, model.config)
+    expected = read(CudaDecoder(model, 1, 9, options=EAGER), ids, primer, copies)
     results = []
-    again = CudaDecoder(model, 1, 70)
+    again = CudaDecoder(model, 1, 9)
     for _ in range(2):
         results.append(read(again, ids, primer, copies))
         again.rest()
-        again.start(model, 1, 70)
+        again.start(model, 1, 9)
     assert again._spare is not None
-    assert captures.pools == [(0, 1)] * 2, "a second start captures nothing, and graphs share a pool"
+    assert len(captures.pools) == 2
+    assert len(set(captures.pools)) == 1, "a second start captures nothing, and graphs share a pool"
     assert list(again._spare._graphs) == [(limit, 0) for limit in again._spare._limits]
     assert all(torch.equal(result, expected) for result in results)
     assert captures.said == [], "the fused kernels need no workspace, and nothing failed"
@@ -248,7 +257,7 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         found = read(again, ids, 3)
     assert torch.equal(found, expected)
     assert len(warned) == 1
-    assert len(captures.pools) == attempts
+    assert len(set(captures.pools)) == len(captures.pools) == attempts
     assert captures.said.count("_cuda_endAllocateToPool") == attempts - graphs
     assert again.options.graphs == graphs
     assert again.reason == reason
@@ -263,6 +272,17 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         again.start(model, 1, 6)
         read(again, ids[:1], 3)
     assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+
+
+def test_who_drew_is_said_with_its_reason(captures: Captures) -> None:
+    """Also where that is found out in the middle."""
+    model = make("cpu", n_layer=1)
+    captures.fails = lambda owner, inside: RuntimeError("no such attribute") if inside else None
+    context = torch.full((1, 1), model.config.sos_token_id)
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        drawn = decode(model, context, RandomStreams(5, torch.arange(1), 0, 3), Sampling())
+    assert drawn.engine == "cuda"
+    assert str(drawn.reason).startswith("without CUDA graphs")
 
 
 def test_an_error_of_the_step_itself(captures: Captures) -> None:
@@ -290,6 +310,29 @@ def test_a_place_has_one_owner(emulation, monkeypatch: pytest.MonkeyPatch) -> No
     assert capture.take_place(device, owners[1]) is one
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert capture.take_place(device, owners[1]).workspaces is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_workspaces_have_memory_of_their_own(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What products make on a place's streams comes from its pool, after all that may use it."""
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def within(name: str) -> Iterator[None]:
+        said.append(name)
+        yield
+
+    for name in ("device", "stream", "use_mem_pool"):
+        monkeypatch.setattr(torch.cuda, name, within)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    monkeypatch.setattr(torch, "addmm", lambda *_: said.append("product"))
+    place: Any = capture.Place(("first", "second"), "pool" if native else None)  # type: ignore[arg-type]
+    device: Any = torch.device("cpu")
+    for count in (1, 2):
+        said.clear()
+        capture.make_workspaces(place, count, device, torch.bfloat16)
+        each = [[name, *(["pool"] if native else []), "product"] for name in ("first", "second")[:count]]
+        assert said == [device, "synchronize", *(word for words in each for word in words)]
 
 
 def test_streams_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +369,14 @@ def flags() -> Iterator[tuple[Callable[[Any], object], Any, Any]]:
 def test_a_graph_is_of_the_settings_that_it_was_captured_under(captures: Captures) -> None:
     """Those of torch that change numbers."""
     model = make("cpu", n_layer=1)
-    ids = tokens(model.config, 2, 4)
-    again = CudaDecoder(model, 2, 4)
+    ids = tokens(model.config, 1, 2)
+    again = CudaDecoder(model, 1, 2)
 
     def captured() -> int:
         before = len(captures.pools)
-        read(again, ids, 3)
+        read(again, ids, 1)
         again.rest()
-        again.start(model, 2, 4)
+        again.start(model, 1, 2)
         return len(captures.pools) - before
 
     assert [captured(), captured()] == [1, 0]

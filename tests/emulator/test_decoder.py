@@ -257,6 +257,23 @@ def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
     assert torch.equal(*results)
 
 
+def test_what_was_left_is_not_drawn_over(device: str) -> None:
+    """Images that nobody wants to the end, by those that come after them in the same memory."""
+    model = make(device, n_layer=1)
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    drawn = generation.blank(2, 8, model.device)
+    streams = rules.RandomStreams(5, torch.arange(2), 0, 8)
+    steps = generation.decoding(drawn, model, context, streams, Sampling())
+    assert [next(steps) for _ in range(4)] == [0, 1, 2, 3]
+    before = drawn.tokens[:, :4].clone()
+    steps.close()
+    again = generation.decode(model, context, streams, Sampling())
+    other = generation.decode(model, context, rules.RandomStreams(6, torch.arange(2), 0, 8), Sampling())
+    assert not torch.equal(other.tokens[:, :4], before)
+    assert torch.equal(drawn.tokens[:, :4], before)
+    assert torch.equal(again.tokens[:, :4], before)
+
+
 def test_weights_that_are_no_numbers(device: str) -> None:
     """Are told, though the device draws by itself."""
     model = make(device, n_layer=1)

@@ -60,6 +60,16 @@ def test_mbarriers(runner: Callable[[int], Run]) -> None:
     assert torch.equal(runner(0)("mbarriers", torch.full_like(x, torch.nan), x), x.flip(2))
 
 
+def test_bulk_load(runner: Callable[[int], Run]) -> None:
+    x = conformance.words(5, 64, 4)
+    spans = [[0, 64], [63, 1], [5, 17], [8, 8], [1, 63]]
+    out = runner(0)("bulk_load", torch.full((5, 65, 4), -1, dtype=torch.int32), x, torch.tensor(spans).int())
+    for case, (first, count) in enumerate(spans):
+        rows = torch.arange(64)[:, None]
+        assert torch.equal(out[case, :64], torch.where((rows >= first) & (rows < first + count), x[case], 0))
+    assert torch.equal(out[:, 64], x[:, 0])
+
+
 def swizzled(tile: Tensor) -> Tensor:
     """(n, rows, 64) of 16 bits, rows of 128 bytes, as they are in shared memory."""
     n, rows, _ = tile.shape
@@ -216,6 +226,36 @@ def test_accumulators_are_nan_until_waited_for(probes: ModuleType, name: str) ->
         assert out.isnan().all()
 
 
+BULK_FAULTS = [
+    ("unaligned_source", f"bulk_load at {HERE_CPP}: the source is not aligned to 16"),
+    ("ragged_size", f"bulk_load at {HERE_CPP}: 24 bytes, not a multiple of 16"),
+    ("of_nothing", f"bulk_load at {HERE_CPP}: 0 bytes, not a multiple of 16"),
+    ("unaligned_place", rf"bulk_load at {HERE_CPP}: shared address \d+: not aligned to 16"),
+    ("place_past_the_end", f"bulk_load at {HERE_CPP}: shared address .*outside the block's"),
+    ("unfenced_barrier", f"bulk_load at {HERE_CPP}: no mbarrier_fence_init has followed mbarrier_init"),
+    ("more_than_announced", r"the mbarrier at shared address \d+ gets 16 bytes more than were announced"),
+    ("less_than_announced", r"the mbarrier at shared address \d+ lacks 0 of 1 arrivals and 16 bytes"),
+    ("bulk_never_waited_for", "the block ends without having waited for its bulk_load"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), BULK_FAULTS, ids=[name for name, _ in BULK_FAULTS])
+def test_faults_of_bulk_copies_are_errors(probes: ModuleType, name: str, message: str) -> None:
+    a, out = torch.ones(36), torch.zeros(32)
+    with pytest.raises(RuntimeError, match=message):
+        probes.run_bulk(name, a.data_ptr(), out.data_ptr())
+    probes.run_bulk("bulk", a.data_ptr(), out.data_ptr())
+    assert torch.equal(out, a[:32])
+
+
+def test_a_bulk_copy_is_nan_until_it_is_waited_for(probes: ModuleType) -> None:
+    for order, seed in SCHEDULES:
+        probes.set_schedule(order, seed)
+        a, out = torch.ones(36), torch.zeros(32)
+        probes.run_bulk("bulk_read_at_once", a.data_ptr(), out.data_ptr())
+        assert out.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("change", "good"),
     [
@@ -246,6 +286,10 @@ def test_tensor_maps_are_checked(probes: ModuleType, change: dict, good: bool) -
         ("thread", "product", False),
         ("thread", "product_without_barrier", True),
         ("thread", "product_overwritten", True),
+        ("thread", "bulk", False),
+        ("thread", "bulk_over_one_in_use", True),
+        ("address", "bulk", False),
+        ("address", "bulk_past_the_end", True),
         ("address", "tile", False),
         ("address", "tile_past_the_end", True),
     ],

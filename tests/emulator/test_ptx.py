@@ -82,6 +82,11 @@ def test_cp_async(run: Run) -> None:
     assert torch.equal(out, a * (torch.arange(16) < count[..., None]))
 
 
+def test_cp_async4(run: Run) -> None:
+    a = words(5, 64)
+    assert torch.equal(run("cp_async4", torch.zeros_like(a), a), a.flip(1))
+
+
 def exp2_inputs(n: int) -> Tensor:
     x = torch.randn(n, 64) * 20
     x[0, :12] = torch.tensor([0.0, -0.0, 1.0, -1.0, 127.5, 128.0, -126.0, -126.5, -150.0, 1e-40, torch.inf, -torch.inf])

@@ -5,7 +5,7 @@ with fewer stands for those with more.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import nvcc
@@ -28,6 +28,14 @@ class Family:
     lacks: tuple[str, ...] = ()
     but: str = ""  # a pattern of names: instances that only NEVER holds for
     only: str = ""  # the one architecture that it is for; for the others it is a trap
+    hopper: tuple[str, ...] = ()  # what they have for 90a in place of `before`
+    before: tuple[str, ...] = ()
+
+    def of(self, arch: str) -> "Family":
+        """What they have for one architecture."""
+        if self.only not in ("", arch):
+            return TRAP
+        return replace(self, has=self.has + (self.hopper if arch == "90a" else self.before))
 
 
 TRAP = Family(has=(r"BPT\.TRAP",), lacks=(r"STG",))
@@ -60,6 +68,13 @@ FAMILIES = {
     "attention_terms_kernel": Family(has=(LOAD16,)),
     # All of keys and values, of 8 bits too, as whole vectors; alone a position, a start, a key's scale.
     "attention_decode_kernel": Family(has=(LOAD16, STORE16), lacks=(r"LDG\.E\.(U8|U16|64)",)),
+    # The cache comes by whole tiles on Hopper, whose barriers count them, and by 16 bytes before; by registers alone
+    # the query and the new key and value.
+    "attention_decode_ring_kernel": Family(
+        has=(LOAD16, r"STG\.E\b.*\.(64|128)", r"LDS.*\.(64|128)"),
+        hopper=(r"UBLKCP", r"SYNCS\.PHASECHK"),
+        before=(ASYNC16,),
+    ),
     "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
     "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
     "gemv_kernel": Family(has=(LOAD16, TENSOR)),
@@ -93,9 +108,7 @@ def test_instructions(arch: str) -> None:
         for name, found in nvcc.instructions(compiled, arch).items():
             assert found, f"{name}: no code"
             family = FAMILIES.get(nvcc.family(name))
-            if family and family.only not in ("", arch):
-                family = TRAP
-            wrong += faults(name, found, family) if family else [f"{name} has no line in FAMILIES"]
+            wrong += faults(name, found, family.of(arch)) if family else [f"{name} has no line in FAMILIES"]
     assert not wrong, "\n".join(wrong)
 
 
@@ -152,6 +165,8 @@ def test_exponentials_beside_products_are_counted() -> None:
 # Kernels that may be launched while the one before ends (launch.cuh), and what of memory they read before they wait.
 DEPENDENT = {
     "attention_decode_kernel": (),
+    # The position and a start, of e4m3 scales; bulk copies of what is old. Neither the query nor the new key or value.
+    "attention_decode_ring_kernel": (r"LDG\.E R", r"LDGSTS\.E \[", r"LDGDEPBAR"),
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight

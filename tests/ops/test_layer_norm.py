@@ -176,3 +176,14 @@ def test_opcheck(emulation: Implementation, dtype: torch.dtype) -> None:
 def test_misuse(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="layer_norm: " + message):
         ops.layer_norm(**{"x": torch.zeros(2, 8), "weight": torch.ones(8), "bias": torch.zeros(8)} | changes)
+
+
+def test_a_wider_residual(implementation: Implementation) -> None:
+    """The sum has the residual's dtype; the CPU's kernel takes it, and the reference where CUDA's does not."""
+
+    def stream(x: torch.Tensor, residual: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ops.layer_norm(x, *parameters, residual=residual)
+
+    given = [*tensors((3, 64), dtype=torch.bfloat16), *tensors((3, 64), (64,), (64,))]
+    contract.check_shapes_alone(implementation, stream, given)
+    contract.check_parity(implementation, stream, given, covered=implementation.name == "cpu")

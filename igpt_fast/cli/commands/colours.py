@@ -37,7 +37,7 @@ def quantize(
         model: Directory or hub id whose colours and size to use; the bundled emoji model if neither is given.
         side: Edge of the images in pixels; 0 takes a single image as it is; the model's if not given.
         preview: Also write the images in their new colours, as a grid.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
         backend: auto, reference, cpu or cuda; see igpt env.
         json: Print one JSON object.
         force: Overwrite files.

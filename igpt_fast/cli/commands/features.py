@@ -59,7 +59,7 @@ def features(
         classes: The sub-directories of a directory are classes.
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         batch_size: Images that are computed together.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
         dtype: float32, bfloat16, float16 or auto (the checkpoint's), of the computation.
         backend: auto, reference, cpu or cuda; see igpt env.
         json: Print one JSON object.

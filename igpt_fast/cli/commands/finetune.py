@@ -42,7 +42,7 @@ def finetune(
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         scratch: Begin with random weights, to see what the training before is worth.
         resume: Continue an interrupted run; the settings must be the same.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.
         json: Print one JSON object.

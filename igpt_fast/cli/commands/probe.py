@@ -122,7 +122,7 @@ def probe(
         skip_unreadable: Leave out files of a directory that are not readable images, instead of failing.
         out: Write all figures to this .json file.
         plot: Draw accuracy by layer: .png, .svg or .pdf; needs matplotlib.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
         dtype: float32, bfloat16, float16 or auto (the checkpoint's), of the features' computation.
         backend: auto, reference, cpu or cuda; see igpt env.
         json: Print one JSON object.

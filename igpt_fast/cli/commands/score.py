@@ -45,7 +45,8 @@ class ScoreOptions:
         label: Class that the images are said to be of, for a model that has classes: a number, or several with commas
             between, which are repeated until every image has one.
         batch_size: Images computed together; chosen by memory if not given.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
+            LOCAL_RANK.
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in.
         backend: auto, reference, cpu or cuda; see igpt env.
     """

@@ -92,7 +92,8 @@ def train(
             interpolated, new classes begin as an image of any.
         resume: Continue an interrupted run; the settings must be the same. Bit for bit with as many processes and the
             same --parallel and --accumulate; with others, dropout draws other masks, and a line says so.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
+            LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
         backend: auto, reference, cpu or cuda; see igpt env.
         config: The run.

@@ -36,7 +36,8 @@ class DrawOptions:
             repeated until every image (every input of complete) has one.
         cfg_scale: Scale of classifier-free guidance towards the class; 1 is none, above follows it more closely.
         batch_size: Images computed together; chosen by memory if not given.
-        device: cpu, cuda or cuda:N; cuda if torch has it, if not given. Under torchrun, cuda is the GPU LOCAL_RANK.
+        device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
+            LOCAL_RANK.
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
             cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, and
             fp8_cache with keys as well, on a GPU.

@@ -16,9 +16,9 @@ Source: torch's c10/cuda/CUDAStream.h ("stream pool"), aten/src/ATen/cuda/Cublas
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +58,13 @@ def take_place(device: torch.device, owner: object) -> Place:
 
 def make_workspaces(place: Place, count: int, device: torch.device, dtype: torch.dtype) -> None:
     """Makes those that products of this thread need on a place's first streams, of cuBLAS and of cuBLASLt."""
-    for stream in place.streams[:count]:
-        pool = contextlib.nullcontext() if place.workspaces is None else torch.cuda.use_mem_pool(place.workspaces)
-        with torch.cuda.device(device), torch.cuda.stream(stream), pool:
-            small = torch.zeros(16, 16, dtype=dtype, device=device)
-            torch.addmm(small[0], small @ small, small)
+    with _lock, torch.cuda.device(device):
+        torch.cuda.synchronize()  # a graph of the place's last owner may still run, in the same workspace
+        for stream in place.streams[:count]:
+            own = place.workspaces is not None
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(place.workspaces) if own else nullcontext():
+                small = torch.zeros(16, 16, dtype=dtype, device=device)
+                torch.addmm(small[0], small @ small, small)
 
 
 def capture(
@@ -98,7 +100,7 @@ def _end_recording(device: torch.device, pool: Any) -> None:
     """What torch's ``capture_end`` does after the end, which it leaves out where that fails."""
     older = "_cuda_endAllocateCurrentStreamToPool"  # its name in torch 2.6
     end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, older)
-    with contextlib.suppress(RuntimeError):  # it was left out not
+    with suppress(RuntimeError):  # it was left out not
         end(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
 

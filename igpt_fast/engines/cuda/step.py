@@ -36,7 +36,7 @@ from igpt_fast.engines.cuda.capture import capture, make_workspaces, take_place
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.decoder import SCALED
 from igpt_fast.engines.network import Network
-from igpt_fast.ops.attention_decode import quantize_e4m3
+from igpt_fast.ops.attention_decode import count_splits, quantize_e4m3
 from igpt_fast.ops.gemv import MAX_ROWS
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -158,13 +158,20 @@ class CudaStep:
 
     def _choose_limits(self, positions: int) -> list[int]:
         """The ends of ranges of positions, one for each number of parts that a cache is split into."""
-        kernels = backend.kernels("attention_decode", self.keys.device)
+        with backend.launching(self._launching):
+            kernels = backend.kernels("attention_decode", self.keys.device)
         assert kernels is not None
-        splits, heads = kernels.module.attention_decode_splits, self.network.heads
+        blocks, dtype = [part.images * self.network.heads for part in self.parts], self.network.dtype
         by_parts: dict[tuple[int, ...], int] = {}
         for limit in (*(limit for limit in LIMITS if limit < positions), positions):
-            by_parts[tuple(splits(part.images * heads, limit) for part in self.parts)] = limit
+            by_parts[tuple(count_splits(kernels, number, limit, dtype) for number in blocks)] = limit
         return sorted(by_parts.values())
+
+    @property
+    def _launching(self) -> backend.Launching:
+        # torch's products do not take part in dependent launches.
+        dependent = self.options.dependent if self.fused else "none"
+        return backend.Launching(dependent, self.options.ring, self.options.cluster)
 
     def start(self, primer: tuple[Tensor, Tensor]) -> None:
         """Begins after a primer's (n_layer, G, H, T_p, D) keys and values: shared ones if the step has some, else in
@@ -248,17 +255,17 @@ class CudaStep:
         self.position -= 1
         self.x.copy_(x)
         if self._place is None:
-            self._place, self._pool = take_place(device, self), torch.cuda.graph_pool_handle()
+            self._place = take_place(device, self)
         if not self.fused:
             make_workspaces(self._place, len(self.parts), device, self.network.dtype)
-        side = self._place.streams[1]
-        return capture(self._place, device, self._pool, lambda: self._compute(limit, colours, side))
+        side, pool = self._place.streams[1], self._pool or torch.cuda.graph_pool_handle()
+        captured = capture(self._place, device, pool, lambda: self._compute(limit, colours, side))
+        self._pool = pool  # which torch takes again only while a graph is in it
+        return captured
 
     def _compute(self, limit: int, colours: int, side: torch.cuda.Stream | None = None) -> Tensor:
         """The step itself: of two halves, the second on the stream ``side``, if there is one."""
-        # torch's products do not take part.
-        dependent = self.options.dependent if self.fused else "none"
-        with backend.launching(backend.Launching(dependent, self.options.ring, self.options.cluster)):
+        with backend.launching(self._launching):
             if side is None or len(self.parts) == 1:
                 halves = [self._compute_part(part, limit) for part in self.parts]
             else:

@@ -27,7 +27,7 @@ from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.objectives.starting import checksum, copy_of
-from igpt_fast.likelihood.nats import evaluating
+from igpt_fast.likelihood.nats import evaluating, float64_sum
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -145,7 +145,7 @@ def fit_classifier(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor,
     found, classes = [], []
     with torch.no_grad():
         for tokens, labels in batches:
-            found.append(_hidden(model, tokens.to(model.device)).mean(dim=1).double().cpu())
+            found.append(_hidden(model, tokens.to(model.device)).mean(dim=1).cpu().double())
             classes.append(labels)
     features, labels = torch.cat(found), torch.cat(classes)  # type: ignore[arg-type]
     deviation = features.std(dim=0).clamp_min(1e-6)
@@ -189,7 +189,7 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
         ValueError: No images, or images without classes.
     """
     device, count = model.device, 0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # which is waited for in the end
+    sums = torch.zeros(())  # of the three; on the device, which is waited for in the end
     with evaluating(model):
         for tokens, labels in batches:
             if labels is None:
@@ -198,7 +198,7 @@ def class_figures(model: ImageGPTWithBothHeads, batches: Iterable[tuple[Tensor, 
             classes, nats, logits = _losses(model, *given, pixels=not model.config.bidirectional)
             right = logits.argmax(dim=1) == given[1]
             each = (right, classes, torch.zeros_like(classes) if nats is None else nats)
-            sums += torch.stack([value.double().sum() for value in each])
+            sums = sums + torch.stack([float64_sum(value) for value in each])
             count += len(tokens)
     if not count:
         raise ValueError("class_figures: no images")

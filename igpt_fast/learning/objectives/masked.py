@@ -21,7 +21,7 @@ from igpt_fast.checks import finite_number, whole_number
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.masked import hide, masked_nats
-from igpt_fast.likelihood.nats import evaluating
+from igpt_fast.likelihood.nats import evaluating, float64_sum
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -83,7 +83,7 @@ class Masked:
             for batch, _ in data.heldout_batches():
                 mask = fixed_masks(batch, 1, probability=self.mask_probability)[0]
                 nats = masked_nats(model, sent(batch, model.device), sent(mask, model.device))
-                total = total + nats.double().sum()
+                total = total + float64_sum(nats)
                 count += int(mask.sum())
         return {"heldout_masked_nats": float(total) / count} if count else {}
 
