@@ -190,8 +190,12 @@ __device__ __forceinline__ void add_new(State<S>& state, const float (&q)[S::Key
     scores[0] = State<S>::score(q, key);
     v.keep(values[0]);
     if (threadIdx.x >= S::kLanes) return;
-    key.store(caches.keys, caches.key_scales, own.position);
-    values[0].store(caches.values, caches.value_scales, own.position);
+    key.store(caches.keys, own.position);
+    values[0].store(caches.values, own.position);
+    if (threadIdx.x == 0) {
+        if constexpr (S::Keys::kScaled) store_global(caches.key_scales + own.position, key.scales[0]);
+        if constexpr (S::Values::kScaled) store_global(caches.value_scales + own.position, values[0].scales[0]);
+    }
     if (own.sees_it) state.add(scores, values);
 }
 

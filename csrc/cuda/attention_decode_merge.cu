@@ -52,6 +52,7 @@ int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool r
         const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : divide_up(264, blocks);
         return int32_t(std::min(wanted, most));
     }
+    const DeviceGuard guard(device);
     int count = 0;
     if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
     // All kernels are compiled alike.

@@ -13,11 +13,11 @@
 //   part may begin at any key. Only keys that the row sees are asked for. What stands behind them in a stage is neither
 //   read nor multiplied by a weight of 0, which would not silence a NaN.
 //
-//   4 or 8 lanes have a key and its value. Each such group of lanes has a softmax
-//   of its own, in order; they are put together by shuffles, the warps' in shared memory, the parts' by the blocks of a
-//   cluster, of which the first has all sums written into its shared memory (`cluster`, sm_90), or by
-//   attention_decode.cu's second kernel. No atomics; which block takes an item changes nothing: an output depends on
-//   the position, the row's start and the number of splits.
+//   4 or 8 lanes have a key and its value. Each such group of lanes has a softmax of its own, in order; they are put
+//   together by shuffles, the warps' in shared memory, the parts' by the blocks of a cluster, of which the first has
+//   all sums written into its shared memory (`cluster`, sm_90), or by the kernel of attention_decode_merge.cu. No
+//   atomics; which block takes an item changes nothing: an output depends on the position, the row's start and the
+//   number of splits.
 //
 //   Before grid_dependency_wait the position, the starts, and the old keys and values are read. That is right where
 //   none of them is written by a launch that may still be running: within one step no kernel writes old positions, and
@@ -25,7 +25,9 @@
 //   before has ended when it begins, and with it every launch that follows. Replays of a graph are ordered like that.
 //   Only the query and the new key and value are of this step, and everything that is written comes behind the wait.
 //
-//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head).
+//   Bound by bytes: 2 * (position + 1) * dim elements for every (row, head), those of e4m3 of one byte.
+//
+// Source: FlashInfer's multi-stage loads (Ye et al., 2025), the idea alone; cp.async.bulk, mbarrier: PTX ISA.
 #pragma once
 
 #include <algorithm>

@@ -82,16 +82,13 @@ struct Cached {
             for (int n = 0; n < L::kTogether; ++n) scales[n] = 0.0f;
         }
     }
-    // The first, at a position of the cache.
-    __device__ __forceinline__ void store(void* cache, float* all_scales, int position) const {
+    // The first, without its scale, at a position of the cache.
+    __device__ __forceinline__ void store(void* cache, int position) const {
         void* row = offset(cache, int64_t(position) * L::kDim, sizeof(typename L::Stored));
 #pragma unroll
         for (int i = 0; i < L::kVectors; ++i) {
             void* at = offset(row, start(i), sizeof(typename L::Stored));
             if (which(i) == 0) store_global(static_cast<typename L::Codes*>(at), vectors[i]);
-        }
-        if constexpr (L::kScaled) {
-            if (threadIdx.x % L::kLanes == 0) store_global(all_scales + position, scales[0]);
         }
     }
     // The numbers of vector i.

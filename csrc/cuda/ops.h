@@ -280,8 +280,8 @@ struct AttentionDecodeParams : Launch {
     int32_t prefix_splits;  // blocks for the prefix of a (row / group, head, 16 rows); 0 without
     float scale;
     DType dtype;
-    // Whether this may begin before the launches before it have ended. Without `ring` it reads nothing before they have;
-    // with it the position, the starts, and what the caches hold before the position must not come from them.
+    // Whether this may begin before the launches before it have ended. Without `ring` it reads nothing before they
+    // have; with it the position, the starts, and what the caches hold before the position must not come from them.
     Dependent dependent;
     bool ring;     // of caches of 16 bits or less: through shared memory, by blocks that stay
     bool cluster;  // with it, where the device has clusters: up to 8 splits are put together by one

@@ -245,7 +245,8 @@ def _check_step(
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] != logits.shape[0]:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{op}: tokens is {got}; want (N, T) with N = {logits.shape[0]}")
-    n, operands = (logits.shape[0],), {"settings": (settings, torch.int64, (7,))}
+    n = (logits.shape[0],)
+    operands: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {"settings": (settings, torch.int64, (7,))}
     operands |= {"streams": (streams, torch.int64, n), "position": (position, torch.int32, n)}
     operands |= {"tokens": (tokens, torch.int64, tokens.shape), "logprobs": (logprobs, torch.float32, tokens.shape)}
     if len({tensor is None for tensor in (embedding, wte, wpe)}) > 1:

@@ -94,7 +94,8 @@ def decode(
         FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
         ValueError: An unknown ``dtype``, or a context of the guidance of another shape.
     """
-    drawn = blank(*uniforms.shape, context.device, first)
+    rows, count = uniforms.shape
+    drawn = blank(rows, count, context.device, first)
     steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance)
     with closing(steps):  # also where somebody keeps an error of the callback
         for t in steps:

@@ -408,12 +408,12 @@ def test_mps_where_torch_has_it(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (True, "mps", "torch sees none"),
         (True, "mps:1", "torch sees none"),
     ):
-        with mock.patch.object(torch.backends.mps, "is_built", lambda built=built: built):
+        with mock.patch.object(torch.backends.mps, "is_built", return_value=built):
             for command in commands:
                 message = fails(capsys, 3, *command, "--device", device)
                 assert f"device {device} is not available: {why}" in message, command
     assert set(tmp_path.iterdir()) == before
-    with mock.patch.object(torch.backends.mps, "is_available", lambda: True):
+    with mock.patch.object(torch.backends.mps, "is_available", return_value=True):
         assert choose_device("mps") == torch.device("mps")
     assert "want cpu, cuda, cuda:N or mps" in fails(capsys, 2, "sample", *out, "--device", "xpu")
 

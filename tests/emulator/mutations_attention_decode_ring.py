@@ -18,8 +18,10 @@ def by_rings(kernels: Kernels) -> None:
 
 
 def prefixes(kernels: Kernels) -> None:
-    with backend.use_backend("auto"), backend.emulate(kernels.module), checks.by_ring(kernels.module, 90, 2, True):
-        checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
+    with backend.use_backend("auto"), backend.emulate(kernels.module):
+        for multiprocessors in (2, 132):  # few blocks, and clusters
+            with checks.by_ring(kernels.module, 90, multiprocessors, True):
+                checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
 
 
 def huge(kernels: Kernels) -> None:
@@ -40,8 +42,8 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("ring_scales_of_whole_tiles", RING, "if (lane < count) {", "if (lane < S::kTile) {"), ADDRESS),
     (Mutation("ring_keys_of_another_head", RING, "int64_t(ahead.row_head) * p.positions",
               "int64_t(ahead.row_head / 2 * 2) * p.positions"), by_rings),
-    (Mutation("ring_keys_of_32_bits", RING, "int64_t(ahead.row_head) * p.positions + ahead.key;",
-              "ahead.row_head * unsigned(p.positions) + unsigned(ahead.key);"), huge),
+    (Mutation("ring_keys_of_32_bits", RING, "+ first * S::K::kBytes;", "+ unsigned(first) * unsigned(S::K::kBytes);"),
+     huge),
     (Mutation("ring_waits_for_a_group_less", RING, "<S::kStages - 1>", "<S::kStages>"), by_rings),
     (Mutation("ring_lanes_do_not_meet", RING, "<S::kStages - 1>();\n        __syncwarp();", "<S::kStages - 1>();"),
      THREAD),

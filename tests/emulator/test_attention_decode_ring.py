@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernels import Kernels
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
 rings = pytest.mark.parametrize("ring", checks.RINGS, ids=str)
@@ -102,3 +102,15 @@ def test_splits(emulated: Kernels) -> None:
         assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [8, 8, 2]
     finally:
         emulated.module.set_multiprocessors()
+
+
+def test_what_is_read_early_may_not_be_new(on: Kernels) -> None:
+    """The key of the launch before is not an old one: a step's launches are not chained to the step's before."""
+    made = checks.case("cpu", torch.bfloat16, 64, 70)
+    caches, after = (made.k_cache.clone(), made.v_cache.clone()), made.position + 1
+    with checks.by_ring(on.module, 90, 132, False):
+        with backend.launching(backend.Launching("early", ring=True)):
+            ops.attention_decode(made.q, made.k, made.v, *caches, made.position)
+            with pytest.raises(RuntimeError, match="before grid_dependency_wait, of what a launch writes"):
+                ops.attention_decode(made.q, made.k, made.v, *caches, after)
+        ops.attention_decode(made.q, made.k, made.v, *caches, after)

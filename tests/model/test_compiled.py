@@ -56,6 +56,7 @@ def test_no_more_graphs_than_of_transformers(head: str, past: int, dynamic: bool
     assert graphs(small(head), dynamic, past, backend) <= 5
 
 
+@pytest.mark.soak
 def test_training_with_inductor_at_two_lengths() -> None:
     """Machine code of one graph, forward and backward."""
     eager = small(HEADS[1])
