@@ -46,6 +46,8 @@ def test_sampling_on_a_gpu(
     status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch)
     assert status == 0
     drawn, ours = "cuda: draw, step_drawn", "igpt_fast"
+    flipped = {2: ["default", "no ring", "drawing apart", "no cluster", "late", "no dependent"]}
+    flipped[9] = ["default", "no ring", "drawing apart", "late", "no dependent", "cuBLAS", "halves", "whole"]
     assert [(row["part"], row["batch"], row["name"], row["path"]) for row in rows] == [
         ("sampling", 2, ours, drawn),
         ("sampling", 2, "transformers", "multinomial, step"),
@@ -53,8 +55,8 @@ def test_sampling_on_a_gpu(
         ("sampling", 2, "PyTorch layers", "multinomial, step"),
         ("gpt-fast", 2, ours, drawn),
         ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
-        *(("steps", 2, f"{ours}, {way}", drawn) for way in ("eager", "graph", "graph, dependent")),
-        *(("steps", 9, f"{ours}, {way}", drawn) for way in ("eager", "graph")),
+        *(("steps", n, f"{ours}, {way}", drawn) for n in (2, 9) for way in ("eager", "graph", "graph, dependent")),
+        *(("ab", n, f"{ours}, {way}", drawn) for n, ways in flipped.items() for way in ways),
         ("profile", 1, ours, drawn),
     ]
     assert all(row["us"] > 0 for row in rows)
@@ -152,7 +154,7 @@ def test_steps_with_wrong_logits_have_no_time(
     monkeypatch.setattr(sampling.CudaDecoder, step, lambda self, *tokens: 1.1 * right(self, *tokens))
     status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "steps")
     assert status == 1
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(whose in row["error"] for row in rows)
 
 
@@ -167,8 +169,8 @@ def test_after_a_new_start_the_ways_are_compared_with_the_first(
     near, compared = sampling.near, []
     monkeypatch.setattr(sampling, "near", lambda *given: (compared.append(given[3:]), near(*given))[1])
     status, rows = quick("bench_sample_cuda", file, monkeypatch, "--only", "steps", "--resume")
-    assert (status, len(rows)) == (0, 5)
-    assert compared.count(("those of the first way",)) == 4
+    assert (status, len(rows)) == (0, 6)
+    assert compared.count(("those of the first way",)) == 5
 
 
 def test_a_run_goes_on_behind_what_ended_it(
@@ -387,7 +389,7 @@ def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "status", "text"),
     [
-        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, profile"),
+        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, ab, profile"),
         (["--resume", "--device", "cpu"], 2, "--resume: want --json"),
         ([], 3, "there is no GPU to measure"),
     ],
