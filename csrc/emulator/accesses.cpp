@@ -74,6 +74,10 @@ void grid_dependency_wait() { block->waited = true; }
 
 void grid_dependency_launch() { block->hurried |= !block->waited; }
 
+void note_copy(const void* from, size_t bytes, Where where) {
+    check(Access::global_load, reinterpret_cast<uint64_t>(from), bytes, where);
+}
+
 void skip(Access access) { ++current->accesses[int(access)]; }
 
 void check_read(const void* address, size_t bytes, Where where) {

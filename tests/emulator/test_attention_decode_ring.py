@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernels import Kernels
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 from igpt_fast.ops.dispatch import HEAD_DIMS
 
 rings = pytest.mark.parametrize("ring", checks.RINGS, ids=str)
@@ -102,3 +102,26 @@ def test_splits(emulated: Kernels) -> None:
         assert [splits(blocks, 1024) for blocks in (8, 64, 256)] == [8, 8, 2]
     finally:
         emulated.module.set_multiprocessors()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_keys_of_a_launch_that_may_still_run_are_not_read(emulated: Kernels, capability: int) -> None:
+    """They are read before the wait: between two steps everything has to end. By both kinds of copy."""
+    q, k, v = torch.randn(3, 1, 1, 64).bfloat16().unbind()
+    state = *torch.zeros(2, 1, 1, 128, 64).bfloat16().unbind(), torch.tensor(64, dtype=torch.int32)
+    how = backend.Launching("early", ring=True)
+    emulated.module.set_capability(capability)
+    try:
+        with backend.use_backend("auto"), backend.emulate(emulated.module), backend.launching(how):
+            for ended in (True, False):
+                emulated.module.synchronize()
+                ops.attention_decode(q, k, v, *state)
+                state[2].add_(1)
+                if ended:
+                    emulated.module.synchronize()
+                    ops.attention_decode(q, k, v, *state)
+                    continue
+                with pytest.raises(RuntimeError, match="a load at .* before grid_dependency_wait, of what"):
+                    ops.attention_decode(q, k, v, *state)
+    finally:
+        emulated.module.set_capability()
