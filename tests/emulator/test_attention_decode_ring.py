@@ -121,7 +121,7 @@ def test_keys_of_a_launch_that_may_still_run_are_not_read(emulated: Kernels, cap
                     emulated.module.synchronize()
                     ops.attention_decode(q, k, v, *state)
                     continue
-                with pytest.raises(RuntimeError, match="a load at .* before grid_dependency_wait, of what"):
+                with pytest.raises(RuntimeError, match=r"a load at .* before grid_dependency_wait, of what"):
                     ops.attention_decode(q, k, v, *state)
     finally:
         emulated.module.set_capability()
