@@ -24,11 +24,6 @@ def prefixes(kernels: Kernels) -> None:
                 checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
 
 
-def ahead(kernels: Kernels) -> None:
-    with backend.use_backend("auto"), backend.emulate(kernels.module):
-        checks.check_ring_ahead(kernels)
-
-
 def huge(kernels: Kernels) -> None:
     with backend.use_backend("auto"), backend.emulate(kernels.module), checks.by_ring(kernels.module, 90, 132, False):
         checks.check_huge("cpu")
@@ -58,7 +53,6 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
      by_rings),
     (Mutation("ring_sums_over_sums_in_use", RING, "__syncthreads();  // those of the item before have been read", ""),
      THREAD),
-    (Mutation("ring_one_inbox", RING, "turn % 2 * p.splits", "turn % 1 * p.splits"), ahead),
     (Mutation("ring_inbox_without_the_prefix", RING, "own.valid ? p.prefix_splits + own.parts : 0", "own.parts"),
      prefixes),
     (Mutation("ring_reads_behind_a_tile", LANES, "V::kBytes, key < count)",
