@@ -388,6 +388,15 @@ def check_ring_bits(kernels: Kernels) -> None:
     schedule(kernels, "fifo", 0)
 
 
+def check_ring_ahead(kernels: Kernels) -> None:
+    """Two clusters with several (row, head)s each, whose last block is as far ahead as it can be."""
+    for order in ("skewed", "random"):
+        schedule(kernels, order, 1)
+        with by_ring(kernels.module, 90, 2, True):
+            check_positions("cpu", torch.bfloat16, 64, True)
+    schedule(kernels, "fifo", 0)
+
+
 def check_ring_bytes(kernels: Kernels) -> None:
     """Of 64 keys more move their own bytes and scales, asynchronously, and nothing else; no bank is asked twice."""
     for capability, dim, scaled in [(c, d, s) for c in (80, 90) for d in (32, 64, 96, 128) for s in (0, 1, 2)]:
