@@ -319,7 +319,7 @@ def check_coalescing(kernels: Kernels) -> None:
 
 def check_scaled_bytes(kernels: Kernels, scaled: int) -> None:
     """Of a key more move one byte an element of what has 8 bits, two of what has not, and a scale; in whole sectors."""
-    for dim in (32, 64, 96, 128):
+    for dim in (64, 96, 128):
         counts, size = [], (4 - scaled) * dim
         for position in (64, 128):
             made = case("cpu", torch.bfloat16, dim, position, 192, rows=2, heads=128, scaled=scaled)
