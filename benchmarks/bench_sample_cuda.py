@@ -24,8 +24,8 @@ Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine
 the time in which the bytes of weights and cache stream at the bandwidth that a copy was measured to have, over the
 row's. ``times``: our row over this peer's, or over the default's. ``off``: relative root mean square of the logits to
 float32. ``interleaved``: whether all ways had room in memory together, and took turns. ``at``: which tokens are drawn,
-where they are not those in the middle. ``error``: why a row has no time; the others are measured all the same. Every row is in the file as soon
-as it is known. ``--quick``: a tiny model and a few tokens, which says nothing about speed.
+where they are not those in the middle. ``error``: why a row has no time; the others are measured all the same. Every
+row is in the file as soon as it is known. ``--quick``: a tiny model and a few tokens, which says nothing about speed.
 """
 
 from __future__ import annotations
