@@ -240,14 +240,16 @@ def test_which_images_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Graphs:
-    """In place of CUDA's: a capture notes what was computed in it, and a replay computes that again."""
+    """In place of CUDA's: a capture notes what was computed in it, and a replay computes that again. It cannot end
+    where something has failed in it, but for a mistake, of which CUDA knows nothing."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: BaseException | None = None) -> None:
         self.fails, self.inside, self.stream = fails, False, "here"
         self.ran: list[tuple[str, list[float], bool]] = []
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=True)
         self.compute: Callable[[], None] = lambda: None
         self.renewed: list[torch.device] = []
+        self.said: list[str] = []
 
         def stream(name: str) -> types.SimpleNamespace:
             return types.SimpleNamespace(name=name, wait_stream=lambda other: None)
@@ -257,8 +259,15 @@ class Graphs:
         fakes |= {"CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: self.compute())}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        fakes = {"graph_pool_handle": lambda: (0, 7), "empty_cache": lambda: self.said.append("empty")}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(graphs, "_renew_generator", self.renewed.append)
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        for name in ("end", "release"):
+            true = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[name]
+            note = lambda _, pool, name=name: self.said.append(f"{name} {pool}")  # noqa: E731
+            monkeypatch.setattr(torch._C, true, note, raising=False)
         self.step = StepGraph(self.run, self.optimizer, CPU)
 
     @contextlib.contextmanager
@@ -270,16 +279,18 @@ class Graphs:
             self.stream = before
 
     @contextlib.contextmanager
-    def capturing(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def capturing(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.inside, self.stream = True, stream.name
         try:
             yield
         finally:
             self.inside, self.stream = False, "here"
+            if self.fails is not None and not isinstance(self.fails, ValueError):
+                raise RuntimeError("capture_end")
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
-        if self.inside and self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        if self.inside and self.fails is not None:
+            raise self.fails
 
         def note(how: str) -> None:
             capturable = self.optimizer.param_groups[0]["capturable"]
@@ -294,8 +305,10 @@ class Graphs:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_bookkeeping_of_a_graph(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """The first steps on a stream of their own, then one capture and replays of each step's inputs; or one warning."""
-    made = Graphs(monkeypatch, fails)
+    """The first steps on a stream of their own, then one capture and replays of each step's inputs; or one warning, and
+    its memory is given back."""
+    why = "operation not permitted when stream is capturing"
+    made = Graphs(monkeypatch, RuntimeError(f"{why}\nand more") if fails else None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for i in range(WARM + 3):
@@ -303,10 +316,22 @@ def test_the_bookkeeping_of_a_graph(monkeypatch: pytest.MonkeyPatch, fails: bool
     after = ["aside" if fails else "replayed"] * 3
     assert made.ran == [(how, [2 * i, 3], False) for i, how in enumerate(["aside"] * WARM + after)]
     assert [str(warning.message).split(": ") for warning in said] == (
-        [["the step could not be captured in a CUDA graph, it is launched kernel by kernel",
-          "operation not permitted when stream is capturing"]] if fails else []
-    )  # fmt: skip
+        [["the step could not be captured in a CUDA graph, it is launched kernel by kernel", why]] if fails else []
+    )
     assert made.renewed == [CPU] * fails
+    assert made.said == ["end (0, 7)", "release (0, 7)", "empty"] * fails
+
+
+@pytest.mark.parametrize("fails", [ValueError("no gradient"), KeyboardInterrupt()])
+def test_what_is_no_failure_of_a_capture(monkeypatch: pytest.MonkeyPatch, fails: BaseException) -> None:
+    """Goes on its way, Ctrl-C also where the capture cannot end; and the generator draws."""
+    made = Graphs(monkeypatch, fails)
+    for _ in range(WARM):
+        made.step((torch.ones(2),))
+    with pytest.raises(type(fails)):
+        made.step((torch.ones(2),))
+    assert made.renewed == [CPU]
+    assert not made.optimizer.param_groups[0]["capturable"]
 
 
 class Recorded(TorchDispatchMode):
@@ -337,7 +362,7 @@ def test_a_graph_of_the_step_changes_no_bit(kind: str, monkeypatch: pytest.Monke
     graph: list[Recorded] = []
 
     @contextlib.contextmanager
-    def capturing(_: Any, **__: Any) -> Iterator[None]:
+    def capturing(*_: Any, **__: Any) -> Iterator[None]:
         before, drawn = [value.clone() for value in whole(graphed)], torch.get_rng_state()
         with Recorded() as recorded:
             yield
@@ -352,7 +377,7 @@ def test_a_graph_of_the_step_changes_no_bit(kind: str, monkeypatch: pytest.Monke
         counts = [moments["step"] for moments in made.state.optimizer.state.values()]
         return [*made.state.tensors().values(), *watched, *counts]
 
-    Graphs(monkeypatch, False)
+    Graphs(monkeypatch)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: graph[0].replay()))
     with backend.use_backend("reference"):
@@ -409,6 +434,15 @@ def test_reduce_overhead_wants_a_gpu_for_itself(tmp_path: Path, capsys: pytest.C
     with pytest.warns(RuntimeWarning, match="only for one process; goes on with torch.compile"):
         assert not captures(config, gpu, several)  # type: ignore[arg-type]
     assert not captures(dataclasses.replace(TINY, compile=True), gpu, several)  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch's own calls ask for; of one without, it is the current one's."""
+    monkeypatch.setattr(Team, "_wrapped", lambda _: torch.nn.Module())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name, number in (("cuda", 3), ("cuda:1", 1)):
+        team = Team(torch.nn.Module(), torch.device(name), NextPixel(), TINY, Execution(), World())
+        assert team.device == torch.device("cuda", number)
 
 
 def test_compile_alone_or_with_a_mode() -> None:

@@ -54,6 +54,13 @@ def tensors(stepper: Stepper) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in stepper.state.tensors().items()}
 
 
+def pools() -> set[tuple[int, int]]:
+    """Whose memory torch's allocator holds: (0, 0) is everybody's, others are those of graphs."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_step_does_not_wait(graph: bool) -> None:
     """torch raises where the host would."""
@@ -139,8 +146,10 @@ def test_a_capture_that_fails_leaves_a_run_that_goes_on(monkeypatch: pytest.Monk
     plain = made(False)
     for _ in range(WARM):
         stepper.step()
+    before = pools()
     with pytest.warns(RuntimeWarning, match="could not be captured in a CUDA graph"):
         stepper.step()
+    assert pools() == before, "what the capture allocated is given back"
     for _ in range(4):
         stepper.step()
     for _ in range(8):
