@@ -18,6 +18,8 @@ from igpt_fast.learning.state import TrainState
 from igpt_fast.learning.watch import DivergedError, Watch
 from igpt_fast.world import World
 
+_AHEAD = 2  # steps that a GPU may have before it, so that it has work while the host prepares the next
+
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig, captured: bool = False) -> torch.optim.AdamW:
     """AdamW(0.9, 0.95) of what learns; weight decay on matrices only. ``captured``: with its learning rate on the
@@ -70,8 +72,9 @@ def captures(config: TrainConfig, device: torch.device, world: World) -> bool:
 
 
 class Stepper:
-    """Makes the steps of a run. On a GPU nothing in a step waits for the device: what it was is asked for by
-    ``figures``, and until then no step after one that is not finite changes anything.
+    """Makes the steps of a run. On a GPU nothing in a step waits for the device, but for the step before the last, or
+    Ctrl-C would wait for all that were launched: what a step was is asked for by ``figures``, and until then none after
+    one that is not finite changes anything.
 
     Args:
         state: Advanced in place.
@@ -84,6 +87,8 @@ class Stepper:
     def __init__(self, state: TrainState, data: Data, config: TrainConfig, objective: Objective, team: Team) -> None:
         self.state, self.config, self.objective, self.team = state, config, objective, team
         self._data = nearby(data, team.device)
+        self._event = torch.cuda.Event if team.device.type == "cuda" else None
+        self._launched: list[torch.cuda.Event] = []  # the ends of steps that nobody has waited for
         self.watch = Watch(team.device, team.world.size > 1, state.step)
         self._rates = [group["lr"] for group in state.optimizer.param_groups if isinstance(group["lr"], Tensor)]
         self._run = StepGraph(self._compute, state.optimizer, team.device) if self._rates else self._compute
@@ -97,10 +102,15 @@ class Stepper:
             DivergedError: Where that is known at once, see ``figures``.
         """
         step, config = self.state.step, self.config
+        if len(self._launched) == _AHEAD:
+            self._launched.pop(0).synchronize()
         seed(mix(config.seed, self.team.stream, step), self.team.device)  # dropout
         inputs = inputs_at(step, self._data, config, self.objective)
         self._set_rate(learning_rate(step, config))
         self._run(inputs)
+        if self._event is not None:
+            self._launched.append(self._event())
+            self._launched[-1].record()
         self.state.step = step + 1
 
     def _set_rate(self, rate: float) -> None:

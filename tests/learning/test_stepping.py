@@ -117,6 +117,22 @@ def test_a_step_is_what_it_says(kind: str, is_late: bool) -> None:
     assert_same(tensors(ours.state), tensors(TrainState(model, optimizer, 6, {}, "")))
 
 
+def test_a_device_has_two_steps_before_it_at_the_most() -> None:
+    """So that Ctrl-C waits for no more."""
+    ours, said = stepper(True), []
+
+    def event() -> types.SimpleNamespace:
+        number = ours.state.step
+        note = {key: lambda key=key: said.append((key, number)) for key in ("record", "synchronize")}
+        return types.SimpleNamespace(**note)
+
+    ours._event = event  # type: ignore[assignment]
+    for _ in range(5):
+        ours.step()
+    two = [("record", 0), ("record", 1)]
+    assert said == two + [each for i in range(3) for each in (("synchronize", i), ("record", i + 2))]
+
+
 class Waiting(TorchDispatchMode):
     """Fails where the host asks for a value of a tensor."""
 
