@@ -86,7 +86,9 @@ class Stepper:
 
     def __init__(self, state: TrainState, data: Data, config: TrainConfig, objective: Objective, team: Team) -> None:
         self.state, self.config, self.objective, self.team = state, config, objective, team
-        self._data = nearby(data, team.device)
+        learning = [p for group in state.optimizer.param_groups for p in group["params"]]
+        wanted = 12 * sum(p.numel() for p in learning)  # bytes of gradients and moments, float32
+        self._data = nearby(data, team.device, (config.steps - state.step) * config.batch_size, wanted)
         self._event = torch.cuda.Event if team.device.type == "cuda" else None
         self._launched: list[torch.cuda.Event] = []  # the ends of steps that nobody has waited for
         self.watch = Watch(team.device, team.world.size > 1, state.step)

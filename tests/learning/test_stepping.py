@@ -239,17 +239,28 @@ def test_images_that_stay_on_the_device(vocabulary: int, dtype: torch.dtype, mon
 
 
 def test_which_images_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = [24 * (16 + 8) * 4]  # bytes, of which a quarter may be taken: 24 images of a byte a pixel, with labels
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 1 << 40))
+    # Bytes, of which 100 are wanted, and a quarter of others may be taken: 24 images of a byte a pixel, with labels.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (24 * (16 + 8) * 4 + 100, 1 << 40))
     monkeypatch.setattr(resident, "Resident", lambda data, device: (data, device))
     data, gpu = images(), torch.device("cuda")
     for each in (data, Part(data, None, 0.0, 0)):
-        assert resident.nearby(each, CPU) is each
-        assert resident.nearby(each, gpu) == (each, gpu)
+        assert resident.nearby(each, CPU, 24, 100) is each
+        assert resident.nearby(each, gpu, 24, 100) == (each, gpu)
+        assert resident.nearby(each, gpu, 23, 100) is each  # the run takes fewer
+        assert resident.nearby(each, gpu, 24, 101) is each
     data.ready = False  # pictures have to be read first
-    assert resident.nearby(data, gpu) is data
-    free[0] -= 1
-    assert resident.nearby(images(), gpu) != (images(), gpu)
+    assert resident.nearby(data, gpu, 24, 100) is data
+
+
+def test_what_a_run_says_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it will take so many from where it is, and its gradients and moments so much memory."""
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(stepping, "nearby", lambda data, device, *rest: (seen.append(rest), data)[1])
+    ours = stepper(False)
+    ours.state.step = 5
+    Stepper(ours.state, ours._data, TINY, ours.objective, ours.team)
+    bytes_ = 12 * sum(p.numel() for p in ours.state.model.parameters())
+    assert seen == [(80, bytes_), (60, bytes_)]
 
 
 # ---- The graph of a step ------------------------------------------------------------------------------------
