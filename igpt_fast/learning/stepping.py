@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from igpt_fast.learning.graphs import StepGraph
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.resident import nearby
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
-from igpt_fast.learning.settings import REDUCE_OVERHEAD, TrainConfig
+from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
 from igpt_fast.learning.state import TrainState
 from igpt_fast.learning.watch import DivergedError, Watch
 from igpt_fast.world import World
@@ -51,19 +52,24 @@ def inputs_at(step: int, data: Data, config: TrainConfig, objective: Objective) 
     return objective.inputs(tokens, labels, generator_at(4, step, config))
 
 
-def captures(config: TrainConfig, device: torch.device, world: World) -> bool:
+def captures(config: TrainConfig, device: torch.device, world: World, execution: Execution) -> bool:
     """Whether steps are one CUDA graph each.
 
     Warns: RuntimeWarning: It was asked for, and several processes have collective operations in their steps.
 
     Raises:
-        ValueError: It was asked for where there are none.
+        ValueError: It was asked for where there are none, or with activations that are computed again with dropout.
     """
     if config.compile != REDUCE_OVERHEAD:
         return False
     if device.type != "cuda":
         raise ValueError(
             f"compile is {REDUCE_OVERHEAD!r}, a CUDA graph of each step, and the device {device}; want True"
+        )
+    if execution.checkpointing and config.dropout:
+        raise ValueError(
+            f"compile is {REDUCE_OVERHEAD!r}, with checkpointing and dropout, whose state the host puts back for the"
+            " second time, and a CUDA graph has no host; want compile True, no checkpointing or dropout 0"
         )
     if world.size > 1:
         said = f"compile {REDUCE_OVERHEAD}: only for one process; goes on with torch.compile and without CUDA graphs"
@@ -116,8 +122,10 @@ class Stepper:
         self.state.step = step + 1
 
     def _set_rate(self, rate: float) -> None:
-        for tensor in self._rates[:1]:  # all groups have the same one
+        for tensor in self._rates:
             tensor.fill_(rate)
+        if self.team.device.type == "cuda":  # rounded as those are, so that a graph changes no bit
+            rate = float(np.float32(rate))
         for group in self.state.optimizer.param_groups if not self._rates else ():
             group["lr"] = rate
 

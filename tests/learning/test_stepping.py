@@ -444,6 +444,22 @@ def test_the_learning_rate_of_a_graph_is_in_its_memory(tmp_path: Path, monkeypat
     train(data, tmp_path, TINY, resume=True)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_learning_rate_is_the_same_number_with_a_graph_and_without(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: that of the graph is in float32. Each group's, also where they do not share it."""
+    monkeypatch.setattr(stepping, "StepGraph", lambda *_: None)
+    ours = stepper(True, captured=captured)
+    groups = ours.state.optimizer.param_groups
+    if captured:
+        groups[1]["lr"] = groups[1]["lr"].clone()
+        ours = Stepper(ours.state, ours._data, TINY, ours.objective, ours.team)
+    ours.team.device = torch.device("cuda")
+    ours._set_rate(0.1)
+    assert [float(group["lr"]) for group in groups] == [float(np.float32(0.1))] * 2
+
+
 def test_reduce_overhead_wants_a_gpu_for_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(TINY, compile=REDUCE_OVERHEAD)
     with pytest.raises(ValueError, match="compile is 'reduce-overhead', a CUDA graph of each step, and the device cpu"):
@@ -457,10 +473,15 @@ def test_reduce_overhead_wants_a_gpu_for_itself(tmp_path: Path, capsys: pytest.C
         "igpt train: --compile reduce-overhead: CUDA graphs of the steps, and --device is cpu\n"
     )
     gpu, several = torch.device("cuda"), types.SimpleNamespace(size=2)
-    assert captures(config, gpu, World())
+    one, again = Execution(), Execution(checkpointing=True)
+    assert captures(config, gpu, World(), one)
+    assert captures(dataclasses.replace(config, dropout=0.0), gpu, World(), again)
+    with pytest.raises(ValueError, match=r"reduce-overhead', with checkpointing and dropout, .*want compile True"):
+        captures(config, gpu, World(), again)
+    assert not captures(dataclasses.replace(TINY, compile=True), gpu, World(), again)
     with pytest.warns(RuntimeWarning, match="only for one process; goes on with torch.compile"):
-        assert not captures(config, gpu, several)  # type: ignore[arg-type]
-    assert not captures(dataclasses.replace(TINY, compile=True), gpu, several)  # type: ignore[arg-type]
+        assert not captures(config, gpu, several, one)  # type: ignore[arg-type]
+    assert not captures(dataclasses.replace(TINY, compile=True), gpu, several, one)  # type: ignore[arg-type]
 
 
 def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,15 +37,11 @@ def images() -> TokenData:
 
 
 def made(graph: bool) -> Stepper:
-    """With its learning rate on the device in either case: a number would be rounded otherwise."""
     objective, device = NextPixel(0.5), torch.device("cuda")
     model = new_model(images(), CONFIG, objective).train()
     team = Team(model, device, objective, CONFIG, Execution(accumulate=2), World())
-    stepper = Stepper(
-        TrainState(model, optimizer_for(model, CONFIG, True), 0, {}, ""), images(), CONFIG, objective, team
-    )
-    if not graph:
-        stepper._run = stepper._compute
+    state = TrainState(model, optimizer_for(model, CONFIG, graph), 0, {}, "")
+    stepper = Stepper(state, images(), CONFIG, objective, team)
     assert isinstance(stepper._data, Resident)
     return stepper
 
