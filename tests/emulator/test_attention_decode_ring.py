@@ -67,6 +67,10 @@ def test_the_same_bits(on: Kernels) -> None:
     checks.check_ring_bits(on)
 
 
+def test_blocks_of_a_cluster_that_are_ahead(on: Kernels) -> None:
+    checks.check_ring_ahead(on)
+
+
 def test_bytes(on: Kernels) -> None:
     checks.check_ring_bytes(on)
 
