@@ -288,7 +288,7 @@ struct Inbox {
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, kBlocks) attention_decode_ring_kernel(AttentionDecodeParams p) {
-    if (!ptx::has_bulk_copies()) return;  // it is not launched, see has_ring, and there is no code of it
+    if (!ptx::has_bulk_copies()) return __trap();  // see has_ring; there is no code of it then
     if (p.cluster) ptx::cluster_arrive_relaxed();
     if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     Ring<S> ring(p);

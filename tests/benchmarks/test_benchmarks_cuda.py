@@ -46,8 +46,9 @@ def test_sampling_on_a_gpu(
     status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch)
     assert status == 0
     drawn, ours = "cuda: draw, step_drawn", "igpt_fast"
-    flipped = {2: ["default", "no ring", "drawing apart", "no cluster", "late", "no dependent"]}
-    flipped[9] = ["default", "no ring", "drawing apart", "late", "no dependent", "cuBLAS", "halves", "whole"]
+    one = ["default", "no ring", "drawing apart", "no cluster", "late", "no dependent"]
+    nine = ["default", "no ring", "drawing apart", "late", "no dependent", "cuBLAS", "halves", "whole"]
+    nine += ["halves, no ring", "whole, no ring"]
     assert [(row["part"], row["batch"], row["name"], row["path"]) for row in rows] == [
         ("sampling", 2, ours, drawn),
         ("sampling", 2, "transformers", "multinomial, step"),
@@ -56,11 +57,17 @@ def test_sampling_on_a_gpu(
         ("gpt-fast", 2, ours, drawn),
         ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
         *(("steps", n, f"{ours}, {way}", drawn) for n in (2, 9) for way in ("eager", "graph", "graph, dependent")),
-        *(("ab", n, f"{ours}, {way}", drawn) for n, ways in flipped.items() for way in ways),
+        *(("ab", 1, f"{ours}, {way}", drawn) for way in one * 3),
+        *(("ab", 9, f"{ours}, {way}", drawn) for way in nine),
         ("profile", 1, ours, drawn),
     ]
     assert all(row["us"] > 0 for row in rows)
     assert all(row["times"] > 0 for row in rows[:6] if row["name"] != ours)
+    assert [row.get("at") for row in rows if row["part"] == "ab"] == [
+        at for at, count in ((None, 6), ("first", 6), ("last", 6), (None, 10)) for _ in range(count)
+    ]
+    flipped = [row for row in rows if row["part"] == "ab" and not row["name"].endswith("default")]
+    assert all(row["times"] > 0 and row["interleaved"] for row in flipped)
     assert all(row["off"] < 0.03 for row in rows[:6])
     assert rows[-1]["kernels"]
     assert emulation.module.counters()["launches"] > 100
