@@ -137,7 +137,7 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[1].std()))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])
 @torch.no_grad()
