@@ -16,10 +16,11 @@ expression in bfloat16, and one unit of rounding. What is right is the expert's,
 
 ``path``: whose kernels ran; of ours on a GPU the CUDA ones, or an op raises. ``ms``: of a batch, the median over turns;
 ``img_s``, ``tflop_s`` (of multiplications, the half of attention that is not masked); ``of_ceiling``: that over what a
-large product in bfloat16 was measured to do; ``memory_gib``: the most that it allocated, weights
-included; ``times_hf``: as many times faster than transformers, ``times_peer``: than the fastest of the others; ``off``:
-relative error; ``prepared_s``: seconds until the first result was checked, compiling among them; ``error``: why a row
-has no time. Every row is in the file as soon as it is known.
+large product in bfloat16 was measured to do; ``memory_gib``: the most that it allocated, weights included;
+``times_hf``: as many times faster than transformers, ``times_peer``: than the fastest of the others, in the same part;
+``interleaved``: whether all candidates had room in memory together, and took turns; ``off``: relative error;
+``prepared_s``: seconds until the first result was checked, compiling among them; ``error``: why a row has no time.
+Every row is in the file as soon as it is known.
 
 ``--quick``: a tiny model, two turns; where the device is no GPU, torch.compile traces and compiles nothing.
 """

@@ -22,9 +22,10 @@ Drawn are the tokens around the middle of an image, in turns: a token's time gro
 Columns: ``path``: how it drew; on a GPU nothing of ours is timed but the engine's own ``draw`` and ``step_drawn``.
 ``us``: microseconds a token of the whole batch. ``img_s``: images a second at an image's tokens each. ``of_kv_limit``:
 the time in which the bytes of weights and cache stream at the bandwidth that a copy was measured to have, over the
-row's. ``times``: our row over this peer's. ``off``: relative root mean square of the logits to float32. ``error``: why
-a row has no time; the others are measured all the same. Every row is in the file as soon as it is known. ``--quick``: a
-tiny model and a few tokens, which says nothing about speed.
+row's. ``times``: our row over this peer's, or over the default's. ``off``: relative root mean square of the logits to
+float32. ``interleaved``: whether all ways had room in memory together, and took turns. ``at``: which tokens are drawn,
+where they are not those in the middle. ``error``: why a row has no time; the others are measured all the same. Every
+row is in the file as soon as it is known. ``--quick``: a tiny model and a few tokens, which says nothing about speed.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.memory import most_images
 from igpt_fast.engines.reference import ReferenceDecoder
 
-COLUMNS = ("part", "model", "batch", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
-COLUMNS += ("off", "error")
-NAMES = ("part", "model", "batch", "name")  # by which a row is known
+COLUMNS = ("part", "model", "batch", "at", "name", "path", "us", "us_spread", "img_s", "of_kv_limit", "times")
+COLUMNS += ("interleaved", "off", "error")
+NAMES = ("part", "model", "batch", "at", "name")  # by which a row is known
 OURS, DEFAULT = "igpt_fast", ", default"
 DTYPE = torch.bfloat16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
@@ -143,9 +144,12 @@ def make_model(config: ImageGPTConfig, device: str) -> ImageGPTForCausalImageMod
     return model.eval().requires_grad_(False).to(DTYPE)
 
 
-def make_context(run: Run, config: ImageGPTConfig, batch: int) -> Tensor:
-    """(B, T) tokens, SOS first, after which the timed ones lie around the middle."""
-    length = config.n_positions // 2 - run.warm - run.turns * run.tokens // 2
+def make_context(run: Run, config: ImageGPTConfig, batch: int, at: str | None = None) -> Tensor:
+    """(B, T) tokens, SOS first, after which the timed ones lie around the middle, or are the first or last ones."""
+    timed = run.turns * run.tokens
+    length = {"first": 2, "last": config.n_positions - run.warm - timed}.get(
+        at or "", config.n_positions // 2 - run.warm - timed // 2
+    )
     generator = torch.Generator(run.device).manual_seed(1)
     context = torch.randint(config.n_colours, (batch, length), generator=generator, device=run.device)
     context[:, 0] = config.sos_token_id
@@ -229,11 +233,13 @@ def _sampling(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 def bench_steps(run: Run, part: str) -> None:
     """The engine against itself: kernel by kernel, in graphs, with dependent launches; or with a switch flipped."""
     for name, config, batch in run.each(part):
-        row = {"part": part, "model": name, "batch": batch}
-        group = row | {"name": f"{OURS} and others"}  # where what they share fails
-        if not run.rows.has(group):
-            run.rows.attempt(group, functools.partial(_steps, run, row, config))
-        tidy()
+        # What is best for few keys need not be for many, where one image has to fill the device.
+        for at in (None, "first", "last") if part == "ab" and batch == 1 else (None,):
+            row = {"part": part, "model": name, "batch": batch} | ({"at": at} if at else {})
+            group = row | {"name": f"{OURS} and others"}  # where what they share fails
+            if not run.rows.has(group):
+                run.rows.attempt(group, functools.partial(_steps, run, row, config))
+            tidy()
 
 
 def variants(batch: int) -> dict[str, CudaOptions]:
@@ -253,6 +259,8 @@ def switches(batch: int) -> dict[str, CudaOptions]:
         flipped["cuBLAS"] = {"gemv_rows": FEW_ROWS}
     if batch > FEW_ROWS:
         flipped |= {"halves": {"halves": True}, "whole": {"halves": False}}
+        # Blocks that stay leave no room for another's products beside them.
+        flipped |= {f"{name}, no ring": flipped[name] | {"ring": False} for name in ("halves", "whole")}
     return {"default": plain} | {name: replace(plain, **one) for name, one in flipped.items()}
 
 
@@ -270,13 +278,14 @@ def makers_of(run: Run, part: str, model: ImageGPTForCausalImageModeling, batch:
 
 def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
     batch, model = row["batch"], make_model(config, run.device)
-    context = make_context(run, config, batch)
+    context = make_context(run, config, batch, row.get("at"))
     room = most_images(model, primer=context.shape[1])
     every = makers_of(run, row["part"], model, batch)
     makers = {name: make for name, make in every.items() if not run.rows.has(row | {"name": name})}
     together = room is None or (len(makers) + 1) * batch <= room
     want, limit = right(model, some(context)) if makers else (context, 0.0)
-    timed = [r["name"] for r in run.rows.rows if row.items() <= r.items() and "error" not in r]
+    same = [r for r in run.rows.rows if row.items() <= r.items() and row.get("at") == r.get("at")]
+    timed = [r["name"] for r in same if "error" not in r]
     seen: list[Tensor] = []
     if timed and makers:  # before this program was started anew
         seen.append(every[timed[0]]().begin(context).float())
@@ -293,10 +302,10 @@ def _steps(run: Run, row: dict[str, Any], config: ImageGPTConfig) -> None:
 
     def measure(drawings: dict[str, Drawing]) -> None:
         for name, spent in turns(run, row, drawings).items():
-            found = {"path": drawings[name].path} | spent | rates(run, config, batch, spent["us"])
-            default = [
-                r["us"] for r in run.rows.rows if DEFAULT in r["name"] and row.items() <= r.items() and "us" in r
-            ]
+            found = {"path": drawings[name].path, "interleaved": together} | spent
+            found |= rates(run, config, batch, spent["us"])
+            same = [r for r in run.rows.rows if row.get("at") == r.get("at") and row.items() <= r.items() and "us" in r]
+            default = [r["us"] for r in same if r["name"].endswith(DEFAULT)]
             run.rows.add(row | {"name": name} | found | ({"times": spent["us"] / default[0]} if default else {}))
 
     drawings: dict[str, Drawing] = {}
@@ -431,7 +440,7 @@ def main() -> int:
     models = {name: ImageGPTConfig(**PRESETS[name.lower()]) for name in ("S", "M", "L")}
     run = Run(options.device, models, BATCHES, turns=5, tokens=12, call=12, warm=10, bandwidth=bandwidth, rows=rows)
     if options.quick:
-        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "ab": (2, 9), "profile": (1,)}
+        few = {"sampling": (2,), "gpt-fast": (2,), "steps": (2, 9), "ab": (1, 9), "profile": (1,)}
         tiny = {"models": {"tiny": ImageGPTConfig(**TINY)}, "batches": {p: {"tiny": few[p]} for p in PARTS}}
         run = replace(run, **tiny, turns=2, tokens=2, call=6, warm=3)
     with torch.no_grad():

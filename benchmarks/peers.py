@@ -194,14 +194,14 @@ class GptFast(ExpertDecoder):
         for cache in (cache for layer in self.caches for cache in layer):
             mark_static_address(cache)
         self._token = compiled(self._run_token, expert.wte.device, mode="reduce-overhead")
-        self._skips = _graphs_skipped()
+        self._skips = graphs_skipped()
 
     @property
     def path(self) -> str:
         """What a token is, now that some have been drawn."""
         if not self.expert.wte.is_cuda:
             return "one traced call a token"
-        return f"one compiled call a token, {'no' if _graphs_skipped() > self._skips else 'in a'} CUDA graph"
+        return f"one compiled call a token, {'no' if graphs_skipped() > self._skips else 'in a'} CUDA graph"
 
     def _run_token(self, tokens: Tensor, where: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._run(tokens, where, mask, 0)
@@ -225,7 +225,7 @@ def compiled(function: Callable[..., Any], device: torch.device, mode: str = "de
     return torch.compile(function, fullgraph=True, dynamic=False, **how)
 
 
-def _graphs_skipped() -> int:
+def graphs_skipped() -> int:
     """How often Inductor has compiled something without the CUDA graph that was asked for."""
     from torch._dynamo.utils import counters
 

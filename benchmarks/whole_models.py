@@ -23,13 +23,29 @@ from torch import Tensor
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
 from igpt_fast.config import PRESETS
 
-NAMES = ("work", "model", "batch", "name")  # by which a row is known
-COLUMNS = ("work", "model", "batch", "name", "path", "ms", "ms_spread", "img_s", "tflop_s", "of_ceiling", "memory_gib")
-COLUMNS += ("times_hf", "times_peer", "off", "prepared_s", "error")
+NAMES = ("part", "work", "model", "batch", "name")  # by which a row is known
+COLUMNS = (
+    "part",
+    "work",
+    "model",
+    "batch",
+    "name",
+    "path",
+    "ms",
+    "ms_spread",
+    "img_s",
+    "tflop_s",
+    "of_ceiling",
+    "memory_gib",
+)
+COLUMNS += ("times_hf", "times_peer", "interleaved", "off", "prepared_s", "error")
 OURS, SUFFIX = "igpt_fast", ", compiled"
-TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 41}
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 36, "vocab_size": 41}
+MODELS: dict[str, dict[str, Any]] = {name: PRESETS[name.lower()] for name in ("S", "M", "L")}
+MODELS["bundled"] = {"n_layer": 8, "n_embd": 192, "n_head": 3, "n_positions": 256, "vocab_size": 513}
 DTYPE = torch.bfloat16
-BYTES = {"training": 16}  # of a parameter: its value, gradient and moments in float32; else of DTYPE
+BYTES = {"training": 16, "loop": 16}  # of a parameter: its value, gradient and moments in float32; else of DTYPE
+ROOM = 0.65  # of the memory, for all candidates' parameters; the rest is for one's activations
 
 
 @dataclass(frozen=True)
@@ -41,18 +57,21 @@ class Work:
         right: case -> what is right.
         check: (call, what is right) -> errors; raises Refused.
         passes: Forward passes that its multiplications are worth.
+        learns: Whether candidates compute gradients.
     """
 
     make: Callable[..., Any]
     right: Callable[..., Any]
     check: Callable[..., dict[str, float]]
     passes: float = 1.0
+    learns: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """A work at one size, on a device: what everybody's result is compared with, and how."""
+    """A work at one size, on a device, in one part of a program: what everybody's result is compared with, and how."""
 
+    part: str
     work: str
     model: str
     batch: int
@@ -61,7 +80,7 @@ class Case:
 
     @property
     def row(self) -> dict[str, Any]:
-        return {"work": self.work, "model": self.model, "batch": self.batch}
+        return {"part": self.part, "work": self.work, "model": self.model, "batch": self.batch}
 
     @functools.cached_property
     def tokens(self) -> Tensor:
@@ -94,11 +113,11 @@ class Case:
         return peers.compiled(function, self.device, mode) if SUFFIX in name else function
 
     def fit(self, count: int) -> bool:
-        """Whether so many candidates leave half of the memory to their activations."""
+        """Whether so many candidates have room together."""
         if self.device.type != "cuda":
             return True
         bytes_each = BYTES.get(self.work, DTYPE.itemsize) * weights(self.config)
-        return 2 * count * bytes_each <= torch.cuda.get_device_properties(self.device).total_memory
+        return count * bytes_each <= ROOM * torch.cuda.get_device_properties(self.device).total_memory
 
 
 def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
@@ -158,8 +177,7 @@ class Bench:
             return
         work = self.works[case.work]
         torch.compiler.reset()  # the case before; the next one would count as one more recompilation
-        grad = torch.enable_grad if case.work == "training" else torch.no_grad
-        with grad():
+        with torch.enable_grad() if work.learns else torch.no_grad():
             common.say(f"{case.work}: {case.model}, batch {case.batch}; what is right")
             right = self.rows.attempt(shared, lambda: work.right(case))
             together = case.fit(len(makers))
@@ -169,7 +187,7 @@ class Bench:
                 common.say(f"{case.work}: {case.model}, batch {case.batch}; {name}")
                 found = self._attempt(case, name, functools.partial(self._prepare, case, name, right))
                 if found is not None:
-                    ready[name] = found
+                    ready[name] = found[0], found[1] | {"interleaved": together}
                 if not together:
                     self._measure(case, ready)
                     ready.clear()
@@ -187,8 +205,9 @@ class Bench:
         start, call = time.perf_counter(), work.make(case, name)
         found = {"path": case.path(name)} | work.check(call, right)
         found["prepared_s"] = round(time.perf_counter() - start, 2)
-        for _ in range(2):  # allocates, and makes the optimizer's state
-            call()
+        if case.device.type == "cuda":  # that of making and checking it is none of the pass's
+            torch.cuda.reset_peak_memory_stats(case.device)
+        _seconds(case, call, 2)  # allocates, and makes the optimizer's state
         if case.device.type == "cuda":
             found["memory_gib"] = (torch.cuda.max_memory_allocated(case.device) - before) / 2**30
         return call, found | {"calls": max(1, min(100, round(self.seconds / _seconds(case, call, 1))))}
@@ -225,11 +244,16 @@ class Bench:
 
 def _seconds(case: Case, call: Callable[[], Any], count: int) -> float:
     """Of some calls, the device's work included."""
+
+    def wait() -> None:
+        if case.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
     begun = time.perf_counter()
     for _ in range(count):
         call()
-    if case.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - begun
 
 
@@ -246,22 +270,25 @@ def program(
         works: Name -> what is done.
         parts: Part of ``--only`` -> (works, candidates), the strongest rivals before ours.
         batches: Work -> model -> images of a batch.
+
+    Returns:
+        The exit status.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = common.device_options(parser, tuple(parts))
     device = torch.device(options.device)
     ceiling = tensor_ceiling(device) if device.type == "cuda" else None
     rows = common.Rows(options.json, NAMES, options.resume, tensor_tflop_s=ceiling)
-    models = {name: ImageGPTConfig(**PRESETS[name.lower()], **NO_DROPOUT) for name in ("S", "M", "L")}
+    models = {name: ImageGPTConfig(**sizes, **NO_DROPOUT) for name, sizes in MODELS.items()}
     bench = Bench(works, rows, 5, 0.3, ceiling)
     if options.quick:
         models, bench = {"tiny": ImageGPTConfig(**TINY, **NO_DROPOUT)}, Bench(works, rows, 2, 0.0, ceiling)
         batches = {work: {"tiny": 2} for work in works}
     for part in options.only:
         some, names = parts[part]
-        for name, config in models.items():
-            for work in some:
-                bench.run(Case(work, name, batches[work][name], config, device), names)
+        for work in some:
+            for name, batch in batches[work].items():
+                bench.run(Case(part, work, name, batch, models[name], device), names)
     print(common.table(rows.rows, COLUMNS))
     return rows.status(OURS)
 

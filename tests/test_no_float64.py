@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_models import small_pipeline
+from small_models import small, small_pipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from igpt_fast import Pipeline, backend, reference
+from igpt_fast.learning.data import TokenData
+from igpt_fast.learning.objectives.classification import ImageGPTWithBothHeads, class_figures
+from igpt_fast.learning.objectives.masked import Masked
 from igpt_fast.likelihood.nats import mean_nats
 
 DEVICE = torch.device("meta")
@@ -116,6 +120,20 @@ def test_means_and_losses(pipelines: tuple[Pipeline, Pipeline], without_float64:
         gradients.append(model.transformer.h[0].mlp.c_fc.weight.grad.cpu())
     assert means[0] == pytest.approx(means[1], rel=1e-6)
     torch.testing.assert_close(*gradients)
+
+
+def test_figures_of_held_out_images(without_float64: None) -> None:
+    """Of classes and of masked pixels, as a run has them."""
+    sizes = {"vocab_size": 7, "n_positions": 16, "n_embd": 32}
+    tokens, labels, figures = torch.randint(0, 6, (5, 16)), torch.arange(5) % 3, []
+    data = TokenData(tokens, np.zeros((6, 3), np.float32), torch.arange(5) > 1)
+    for move in (False, True):
+        classes, masked = small(head=ImageGPTWithBothHeads, num_labels=3, **sizes), small(bidirectional=True, **sizes)
+        for model in (classes, masked) if move else ():
+            moved(model)
+        figures.append(class_figures(classes, [(tokens, labels)]) | Masked(0.5).evaluate(masked, data))
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6)
+    assert figures[0].keys() == {"accuracy", "class_loss", "nats", "heldout_masked_nats"}
 
 
 def test_colours(without_float64: None) -> None:

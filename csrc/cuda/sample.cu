@@ -49,19 +49,10 @@ struct Shared {
     alignas(4) uint8_t kept[kThreads * kOwn];
 };
 
-// What is drawn by: of the launch, or what stands on the device.
-struct Settings {
-    uint64_t seed;
-    double top_p;
-    float temperature, min_score;
-    int top_k;
-    int64_t offset, first;
-};
-
-__device__ __forceinline__ Settings settings_of(const SampleParams& p) {
-    if (!p.settings) return {p.seed, p.top_p, p.temperature, p.min_score, p.top_k, 0, 0};
-    const SampleSettings& s = *p.settings;
-    return {s.seed, s.top_p, float(s.temperature), float(s.min_score), int(s.top_k), int(s.offset), int(s.first)};
+// What is drawn by: of the launch, or what stands on the device. Read where it is used: registers are few.
+template <typename T, typename M>
+__device__ __forceinline__ T setting(const SampleParams& p, T of_launch, M SampleSettings::* member) {
+    return p.settings ? T(p.settings->*member) : of_launch;
 }
 
 __device__ __forceinline__ int first_id() { return int(threadIdx.x) * kOwn; }
@@ -235,21 +226,24 @@ __device__ __forceinline__ int block_count(const double (&cumulative)[kOwn], dou
 
 // There is a barrier in it, unless the peak is no number.
 template <int kThreads>
-__device__ __forceinline__ int draw(const Settings& by, const float (&x)[kOwn], float peak, int k, float uniform,
-                                    Shared<kThreads>& shared) {
+__device__ __forceinline__ int draw(const SampleParams& p, const float (&x)[kOwn], float peak, float temperature,
+                                    float uniform, Shared<kThreads>& shared) {
     if (!(fabsf(peak) < INFINITY)) return 0;  // the whole block
     float score[kOwn], weight[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) score[i] = (x[i] - peak) / by.temperature;
-    if (by.top_k > 0 && by.top_k < k) keep_top_k(score, by.top_k, shared);
+    for (int i = 0; i < kOwn; ++i) score[i] = (x[i] - peak) / temperature;
+    const int top_k = setting(p, p.top_k, &SampleSettings::top_k);
+    if (top_k > 0 && top_k < p.k) keep_top_k(score, top_k, shared);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) weight[i] = expf(score[i]);
-    if (by.top_p < 1.0) keep_top_p(weight, by.top_p, shared);
+    const double top_p = setting(p, p.top_p, &SampleSettings::top_p);
+    if (top_p < 1.0) keep_top_p(weight, top_p, shared);
+    const float min_score = setting(p, p.min_score, &SampleSettings::min_score);
     double cumulative[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) cumulative[i] = score[i] < by.min_score ? 0.0 : double(weight[i]);
+    for (int i = 0; i < kOwn; ++i) cumulative[i] = score[i] < min_score ? 0.0 : double(weight[i]);
     const double total = block_cumulate<kThreads>(cumulative, shared.sums);
-    return min(block_count(cumulative, double(uniform) * total, shared), k - 1);
+    return min(block_count(cumulative, double(uniform) * total, shared), p.k - 1);
 }
 
 // embedding = wte + wpe, or zeros where there is no next position. All of the block.
@@ -305,11 +299,13 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     Shared<kThreads>& shared = *dynamic_shared<Shared<kThreads>>();
     const int64_t row = blockIdx.x;
-    const Settings by = settings_of(p);
+    const float temperature = setting(p, p.temperature, &SampleSettings::temperature);
+    const uint64_t seed = setting(p, p.seed, &SampleSettings::seed);
+    const int offset = setting(p, 0, &SampleSettings::offset);
     const int64_t stream = p.streams ? p.streams[row] : 0;
     ptx::grid_dependency_wait();
     const int64_t position = p.position ? int64_t(load_global(p.position + p.position_stride * row)) : 0;
-    const int64_t index = position + by.offset, next = index + 1;
+    const int64_t index = position + offset, next = index + 1;
     const bool inside = next >= 0 && next < p.n_positions;
     float x[kOwn];
     load_logits(p, x);
@@ -318,13 +314,13 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
         const char* from = static_cast<const char*>(p.wpe) + next * bytes;
         for (int at = 128 * int(threadIdx.x); at < bytes; at += 128 * kThreads) ptx::prefetch_l2(from + at);
     }
-    const bool greedy = by.temperature == 0.0f;
+    const bool greedy = temperature == 0.0f;
     float peak = 0.0f;
     if (!greedy || p.logprobs) peak = block_max(x, shared);
     if (p.logprobs) add_exponentials(x, peak, shared);
-    const float uniform = p.uniform ? p.uniform[row] : philox_uniform(by.seed, stream, int32_t(index));
-    const int token = greedy ? block_argmax(x, p.k, shared) : draw(by, x, peak, p.k, uniform, shared);
-    write_drawn(p, x, peak, token, p.settings ? index - by.first : 0, shared);
+    const float uniform = p.uniform ? p.uniform[row] : philox_uniform(seed, stream, int32_t(index));
+    const int token = greedy ? block_argmax(x, p.k, shared) : draw(p, x, peak, temperature, uniform, shared);
+    write_drawn(p, x, peak, token, p.settings ? index - int(p.settings->first) : 0, shared);
     if (p.embedding) write_next<kThreads>(p, token, inside ? next : 0, inside);
     if (p.advance && threadIdx.x == 0) store_global(p.position + row, int32_t(uint32_t(position) + 1));
 }

@@ -46,7 +46,7 @@ Places unfinished;          // written by launches that may not have ended when 
 Places written;             // by it
 
 void check(Access access, uint64_t address, size_t bytes, Where where) {
-    if (!is_dependent || block->waited || access == Access::shared) return;
+    if (!is_dependent || current->waited || access == Access::shared) return;
     if (access == Access::global_store) fail("a store at " + text(where) + " before grid_dependency_wait");
     if (unfinished.have(address, bytes)) {
         fail("a load at " + text(where) +
@@ -70,9 +70,13 @@ void end_accesses() {
     if (is_dependent && !block->waited) fail("a block of a dependent launch ends without grid_dependency_wait");
 }
 
-void grid_dependency_wait() { block->waited = true; }
+void grid_dependency_wait() { block->waited = current->waited = true; }
 
-void grid_dependency_launch() { block->hurried |= !block->waited; }
+void grid_dependency_launch() { block->hurried |= !current->waited; }
+
+void note_copy(const void* from, size_t bytes, Where where) {
+    check(Access::global_load, reinterpret_cast<uint64_t>(from), bytes, where);
+}
 
 void skip(Access access) { ++current->accesses[int(access)]; }
 

@@ -63,8 +63,9 @@ void reset_counters();
 
 // Runs `thread` for every thread of the grid, `cluster` blocks that are side by side in x at the same time. Takes one
 // launch at a time; throws std::runtime_error. A `dependent` one is held to what grid_dependency_wait is for, as far as
-// it passes through memory.cuh and the copies of ptx.cuh: before a block has called it, it stores nothing and loads
-// nothing that a launch has written which may still run, were the launches on a device.
+// it passes through memory.cuh and the copies of ptx.cuh: before a thread has called it, or met one at __syncthreads
+// that has, it stores nothing and loads nothing that a launch has written which may still run, were the launches on a
+// device.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool dependent,
             const std::function<void()>& thread);
 

@@ -261,6 +261,7 @@ Bulk check_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, Wher
     check_fenced("bulk_load", barrier, where);
     if (bytes <= 0 || bytes % 16 != 0) fail(what + std::to_string(bytes) + " bytes, not a multiple of 16");
     if (reinterpret_cast<uint64_t>(from) % 16 != 0) fail(what + "the source is not aligned to 16");
+    note_copy(from, size_t(bytes), where);
     return {shared_at("bulk_load", to, size_t(bytes), 16, where), static_cast<const unsigned char*>(from), bytes};
 }
 

@@ -93,7 +93,11 @@ void barrier(Where where) {
     if (here.size() == block->threads.size()) {
         ++block->barriers;
         ++counting().barriers;
-        for (Thread* thread : here) pass(thread);
+        const bool waited = std::any_of(here.begin(), here.end(), [](const Thread* thread) { return thread->waited; });
+        for (Thread* thread : here) {
+            thread->waited = waited;
+            pass(thread);
+        }
         here.clear();
         current->fibre.suspend(false);
     } else {

@@ -13,6 +13,8 @@ enum class Access { global_load, global_store, shared };
 void note(Access access, const void* address, size_t bytes, Where where = {});
 // Of `bytes` bytes that a copy reads: no more than whether they may be read yet.
 void check_read(const void* address, size_t bytes, Where where);
+// A load by the hardware beside the threads: like note() but that it is not counted.
+void note_copy(const void* from, size_t bytes, Where where);
 // In place of note(), in a lane that takes no part in an access of its warp: keeps its later ones beside the others'.
 void skip(Access access);
 // The running thread writes to shared memory, in the way that copies and wgmma do not see without a fence.

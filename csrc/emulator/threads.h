@@ -36,6 +36,7 @@ struct Thread {
     uint3 index{};
     int number = 0;
     bool ended = false;
+    bool waited = false;  // for the launch before: grid_dependency_wait, or a barrier with a thread that had
     uint64_t cluster_arrivals = 0, cluster_waits = 0;
     std::string waits_in;  // empty: it could run
     Where where{};
@@ -69,7 +70,7 @@ struct Block {
     int barriers = 0;
     std::mt19937_64 random;
     Requests requests;
-    bool waited = false;   // for the launch before: grid_dependency_wait
+    bool waited = false;   // one of them has called grid_dependency_wait
     bool hurried = false;  // let the next launch begin before it had waited
     std::string error;
     unsigned char* shared = nullptr;

@@ -88,7 +88,7 @@ def forget() -> None:
 DECODERS: dict[str, str] = {
     "cuda": "for CUDA models in bf16, fp16 or fp32, and dtype='fp8_values' or 'fp8_cache' of the first two; quick_gelu,"
     " gelu, gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; nothing around a module or in its"
-    " place: hooks, wrappers, subclasses, methods, modes, autocast; five kernels a layer for 8 images at most in bf16"
+    " place: hooks, wrappers, subclasses, methods, modes, autocast; five kernels a layer for 64 images at most in bf16"
     " and fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
     " n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place",

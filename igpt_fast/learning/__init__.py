@@ -12,6 +12,6 @@ that a run reads as it goes.
 ``extraction``: what it makes of images, as features; ``features``: that as a transformer of scikit-learn;
 ``feature_files``: those of ``feature_sources`` in a file.
 ``probe``: what can be read off them, by ``classifiers`` and the ``attentive`` one, told as a ``probe_result``.
-May use: pipeline, likelihood, model, image, checkpoint, ops, world, and the ground; alone imports scikit-learn beside
-image.
+May use: pipeline, likelihood, model, engines (captures in CUDA graphs), image, checkpoint, ops, world, and the ground;
+alone imports scikit-learn beside image.
 """

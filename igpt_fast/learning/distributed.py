@@ -73,6 +73,8 @@ class Team:
                 f" process{'es' if world.size > 1 else ''} and --accumulate {execution.accumulate}"
             )
         self.model, self.world, self.config, self._accumulate = model, world, config, execution.accumulate
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.stop: Callable[[], bool] = lambda: False  # whether this process has been asked to stop
         self.stopped = False  # whether one has, as all know

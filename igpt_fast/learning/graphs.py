@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from igpt_fast.engines.cuda.capture import Place, capture
 from igpt_fast.files import first_line
 from igpt_fast.likelihood.transfer import sent
 
@@ -28,7 +29,7 @@ class StepGraph:
     Args:
         compute: The step; what it reads besides its inputs, and what it writes, stays where it is.
         optimizer: Its own, with a learning rate on the device.
-        device: A GPU.
+        device: A GPU, with its number.
     """
 
     def __init__(
@@ -58,31 +59,31 @@ class StepGraph:
         self._graph.replay()
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        here, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._optimizer.zero_grad(set_to_none=True)
         _capturable(self._optimizer, True)
         # So that the graph has a cuBLAS workspace in its own pool, that nobody else writes to.
         torch._C._cuda_clearCublasWorkspaces()
+        place, pool, why = Place((self._stream, self._stream), None), torch.cuda.graph_pool_handle(), ""
         try:
-            # The outer stream: torch does not put it back where the end of a capture fails.
-            with torch.cuda.device(self._device), torch.cuda.stream(here):
-                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                    self._compute(self._inputs)
-            self._graph = graph
-        except RuntimeError as error:
+            self._graph, _ = capture(place, self._device, pool, lambda: self._compute(self._inputs))
+        except BaseException as error:
             self._failed, self._inputs = True, ()
             self._optimizer.zero_grad(set_to_none=True)
             _renew_generator(self._device)
-            why = first_line(error.__context__ or error)  # a failure inside makes the end of the capture fail as well
+            if not isinstance(error, RuntimeError):
+                raise
+            why = first_line(error)
+        finally:
+            _capturable(self._optimizer, False)
+            torch._C._cuda_clearCublasWorkspaces()
+        if self._failed:  # the error is gone, and with it what was computed: the pool's memory is free
+            torch.cuda.empty_cache()
             warnings.warn(
                 f"the step could not be captured in a CUDA graph, it is launched kernel by kernel: {why}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        finally:
-            _capturable(self._optimizer, False)
-            torch._C._cuda_clearCublasWorkspaces()
 
 
 def _capturable(optimizer: torch.optim.Optimizer, value: bool) -> None:
@@ -93,7 +94,6 @@ def _capturable(optimizer: torch.optim.Optimizer, value: bool) -> None:
 
 def _renew_generator(device: torch.device) -> None:
     """A capture that fails leaves the GPU's generator refusing to draw outside of one; its seed is kept."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator, fresh = torch.cuda.default_generators[index], torch.Generator(device)
+    generator, fresh = torch.cuda.default_generators[device.index], torch.Generator(device)
     fresh.manual_seed(generator.initial_seed())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())

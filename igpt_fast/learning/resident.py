@@ -17,7 +17,7 @@ from igpt_fast.learning.data import narrow_dtype
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.likelihood.transfer import sent
 
-SHARE = 0.25  # of the GPU's free memory, when the run begins, that the images may take
+SHARE = 0.25  # of the GPU's memory that is free when the run begins, and stays so, that the images may take
 _AT_ONCE = 4096  # images that are widened together on their way
 
 
@@ -47,10 +47,16 @@ class Resident:
         return self.tokens[places].long(), None if self.labels is None else self.labels[places]
 
 
-def nearby(data: Data, device: torch.device) -> Any:
-    """The data, on the device where that is a GPU with enough free memory and their tokens are at hand."""
-    if device.type != "cuda" or not getattr(data, "ready", False):
+def nearby(data: Data, device: torch.device, images: int, wanted: int) -> Any:
+    """The data, on the device where that is a GPU with enough free memory and their tokens are at hand.
+
+    Args:
+        data, device: See ``Resident``.
+        images: How many will be asked for, one after the other; to read more than these beforehand would take longer.
+        wanted: Bytes of the free memory that others will take.
+    """
+    if device.type != "cuda" or not getattr(data, "ready", False) or data.n_train > images:
         return data
     image = data.height * data.width * narrow_dtype(data.vocabulary).itemsize + (8 if data.n_classes else 0)
     free, _ = torch.cuda.mem_get_info(device)
-    return Resident(data, device) if data.n_train * image <= SHARE * free else data
+    return Resident(data, device) if data.n_train * image <= SHARE * (free - wanted) else data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,12 @@ from igpt_fast.learning.graphs import StepGraph
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.resident import nearby
 from igpt_fast.learning.schedule import augmented, chosen_at, generator_at, learning_rate, mix
-from igpt_fast.learning.settings import REDUCE_OVERHEAD, TrainConfig
+from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
 from igpt_fast.learning.state import TrainState
 from igpt_fast.learning.watch import DivergedError, Watch
 from igpt_fast.world import World
+
+_AHEAD = 2  # steps that a GPU may have before it, so that it has work while the host prepares the next
 
 
 def optimizer_for(model: torch.nn.Module, config: TrainConfig, captured: bool = False) -> torch.optim.AdamW:
@@ -49,19 +52,24 @@ def inputs_at(step: int, data: Data, config: TrainConfig, objective: Objective) 
     return objective.inputs(tokens, labels, generator_at(4, step, config))
 
 
-def captures(config: TrainConfig, device: torch.device, world: World) -> bool:
+def captures(config: TrainConfig, device: torch.device, world: World, execution: Execution) -> bool:
     """Whether steps are one CUDA graph each.
 
     Warns: RuntimeWarning: It was asked for, and several processes have collective operations in their steps.
 
     Raises:
-        ValueError: It was asked for where there are none.
+        ValueError: It was asked for where there are none, or with activations that are computed again with dropout.
     """
     if config.compile != REDUCE_OVERHEAD:
         return False
     if device.type != "cuda":
         raise ValueError(
             f"compile is {REDUCE_OVERHEAD!r}, a CUDA graph of each step, and the device {device}; want True"
+        )
+    if execution.checkpointing and config.dropout:
+        raise ValueError(
+            f"compile is {REDUCE_OVERHEAD!r}, with checkpointing and dropout, whose state the host puts back for the"
+            " second time, and a CUDA graph has no host; want compile True, no checkpointing or dropout 0"
         )
     if world.size > 1:
         said = f"compile {REDUCE_OVERHEAD}: only for one process; goes on with torch.compile and without CUDA graphs"
@@ -70,8 +78,9 @@ def captures(config: TrainConfig, device: torch.device, world: World) -> bool:
 
 
 class Stepper:
-    """Makes the steps of a run. On a GPU nothing in a step waits for the device: what it was is asked for by
-    ``figures``, and until then no step after one that is not finite changes anything.
+    """Makes the steps of a run. On a GPU nothing in a step waits for the device, but for the step before the last, or
+    Ctrl-C would wait for all that were launched: what a step was is asked for by ``figures``, and until then none after
+    one that is not finite changes anything.
 
     Args:
         state: Advanced in place.
@@ -83,7 +92,11 @@ class Stepper:
 
     def __init__(self, state: TrainState, data: Data, config: TrainConfig, objective: Objective, team: Team) -> None:
         self.state, self.config, self.objective, self.team = state, config, objective, team
-        self._data = nearby(data, team.device)
+        learning = [p for group in state.optimizer.param_groups for p in group["params"]]
+        wanted = 12 * sum(p.numel() for p in learning)  # bytes of gradients and moments, float32
+        self._data = nearby(data, team.device, (config.steps - state.step) * config.batch_size, wanted)
+        self._event = torch.cuda.Event if team.device.type == "cuda" else None
+        self._launched: list[torch.cuda.Event] = []  # the ends of steps that nobody has waited for
         self.watch = Watch(team.device, team.world.size > 1, state.step)
         self._rates = [group["lr"] for group in state.optimizer.param_groups if isinstance(group["lr"], Tensor)]
         self._run = StepGraph(self._compute, state.optimizer, team.device) if self._rates else self._compute
@@ -97,15 +110,22 @@ class Stepper:
             DivergedError: Where that is known at once, see ``figures``.
         """
         step, config = self.state.step, self.config
+        if len(self._launched) == _AHEAD:
+            self._launched.pop(0).synchronize()
         seed(mix(config.seed, self.team.stream, step), self.team.device)  # dropout
         inputs = inputs_at(step, self._data, config, self.objective)
         self._set_rate(learning_rate(step, config))
         self._run(inputs)
+        if self._event is not None:
+            self._launched.append(self._event())
+            self._launched[-1].record()
         self.state.step = step + 1
 
     def _set_rate(self, rate: float) -> None:
-        for tensor in self._rates[:1]:  # all groups have the same one
+        for tensor in self._rates:
             tensor.fill_(rate)
+        if self.team.device.type == "cuda":  # rounded as those are, so that a graph changes no bit
+            rate = float(np.float32(rate))
         for group in self.state.optimizer.param_groups if not self._rates else ():
             group["lr"] = rate
 

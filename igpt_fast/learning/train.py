@@ -103,7 +103,8 @@ def train(
         OSError: ``out`` cannot be made or written to, or not any more; what was saved last is there.
         PeerGoneError: Another process is gone; what was saved last is there.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged; fewer images in
-            a batch than processes; processes that were given different things; ``reduce-overhead`` without a GPU.
+            a batch than processes; processes that were given different things; ``reduce-overhead`` without
+            a GPU, or with activations that are computed again with dropout.
     """
     objective = objective or NextPixel(config.label_dropout)
     return _train(
@@ -141,7 +142,7 @@ def _train(
     identity = same_run(config, data, objective)
     check_same(world, f"{identity} {execution}")
     device = torch.device(device)
-    captured = captures(config, device, world)
+    captured = captures(config, device, world, execution)
     with own_generators(device), world.watched():
         model = new_model(data, config, objective)
         meter = Meter(model, device, config.batch_size, world.size, config.bf16)

@@ -70,22 +70,32 @@ def score_tokens(
     nats = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     scores = Scores(nats, tokens, processor, list(names), model_hash(model), labels)
     batches = Batches(len(tokens), 1, batch_size or default_batch_size(model))
+    coming: list[tuple[int, int, Arriving]] = []
     done = 0
 
-    def work(start: int, stop: int, _: int) -> Iterator[tuple[int, Arriving]]:
+    def work(start: int, stop: int, _: int) -> Iterator[None]:
         given = None if labels is None else sent(labels[start:stop], model.device)
-        yield stop, Arriving(image_nats(model, sent(tokens[start:stop], model.device), given))
+        coming.append((start, stop, Arriving(image_nats(model, sent(tokens[start:stop], model.device), given))))
+        yield
+
+    def take() -> None:
+        nonlocal done
+        start, stop, part = coming[0]
+        nats[start:stop] = part.get()
+        _check_finite(scores, start, stop)
+        done = stop
+        del coming[0]
 
     try:
         with evaluating(model), torch.inference_mode():
-            for stop, part in one_ahead(batches.run(work), model.device):
-                nats[done:stop] = part.get()
-                _check_finite(scores, done, stop)
-                done = stop
+            for _ in one_ahead(batches.run(work), model.device):
+                take()
                 if progress is not None:
                     progress(done, len(tokens))
     except KeyboardInterrupt as error:
         with delayed_interrupt():  # a second one, or a third
+            while coming:  # what the device has been given already
+                take()
             raise InterruptedScoring(_first(scores, done)) from error
     return scores
 

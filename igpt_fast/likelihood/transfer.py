@@ -14,8 +14,8 @@ _MOST_PINNED = 1 << 28  # bytes of one tensor: more takes its time in any case, 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device: to a GPU from pinned memory, so that the host goes on before it has arrived."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _MOST_PINNED:
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # of others the copy would wait
     return tensor.to(device)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from implementations import Implementation
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +46,9 @@ def test_sampling_on_a_gpu(
     status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch)
     assert status == 0
     drawn, ours = "cuda: draw, step_drawn", "igpt_fast"
+    one = ["default", "no ring", "drawing apart", "no cluster", "late", "no dependent"]
+    nine = ["default", "no ring", "drawing apart", "late", "no dependent", "cuBLAS", "halves", "whole"]
+    nine += ["halves, no ring", "whole, no ring"]
     assert [(row["part"], row["batch"], row["name"], row["path"]) for row in rows] == [
         ("sampling", 2, ours, drawn),
         ("sampling", 2, "transformers", "multinomial, step"),
@@ -53,12 +56,18 @@ def test_sampling_on_a_gpu(
         ("sampling", 2, "PyTorch layers", "multinomial, step"),
         ("gpt-fast", 2, ours, drawn),
         ("gpt-fast", 2, "gpt-fast form", "one traced call a token"),
-        *(("steps", 2, f"{ours}, {way}", drawn) for way in ("eager", "graph", "graph, dependent")),
-        *(("steps", 9, f"{ours}, {way}", drawn) for way in ("eager", "graph")),
+        *(("steps", n, f"{ours}, {way}", drawn) for n in (2, 9) for way in ("eager", "graph", "graph, dependent")),
+        *(("ab", 1, f"{ours}, {way}", drawn) for way in one * 3),
+        *(("ab", 9, f"{ours}, {way}", drawn) for way in nine),
         ("profile", 1, ours, drawn),
     ]
     assert all(row["us"] > 0 for row in rows)
     assert all(row["times"] > 0 for row in rows[:6] if row["name"] != ours)
+    assert [row.get("at") for row in rows if row["part"] == "ab"] == [
+        at for at, count in ((None, 6), ("first", 6), ("last", 6), (None, 10)) for _ in range(count)
+    ]
+    flipped = [row for row in rows if row["part"] == "ab" and not row["name"].endswith("default")]
+    assert all(row["times"] > 0 and row["interleaved"] for row in flipped)
     assert all(row["off"] < 0.03 for row in rows[:6])
     assert rows[-1]["kernels"]
     assert emulation.module.counters()["launches"] > 100
@@ -152,7 +161,7 @@ def test_steps_with_wrong_logits_have_no_time(
     monkeypatch.setattr(sampling.CudaDecoder, step, lambda self, *tokens: 1.1 * right(self, *tokens))
     status, rows = quick("bench_sample_cuda", tmp_path / "s.json", monkeypatch, "--only", "steps")
     assert status == 1
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(whose in row["error"] for row in rows)
 
 
@@ -167,8 +176,8 @@ def test_after_a_new_start_the_ways_are_compared_with_the_first(
     near, compared = sampling.near, []
     monkeypatch.setattr(sampling, "near", lambda *given: (compared.append(given[3:]), near(*given))[1])
     status, rows = quick("bench_sample_cuda", file, monkeypatch, "--only", "steps", "--resume")
-    assert (status, len(rows)) == (0, 5)
-    assert compared.count(("those of the first way",)) == 4
+    assert (status, len(rows)) == (0, 6)
+    assert compared.count(("those of the first way",)) == 5
 
 
 def test_a_run_goes_on_behind_what_ended_it(
@@ -209,27 +218,41 @@ def test_the_network_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: p
     status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, "--only", "compiled")
     assert status == 0
     everybody = ["transformers", "PyTorch", "igpt_fast"]
-    compiled = ["transformers", *(f"{name}, compiled" for name in everybody)]
-    more = ("--resume", "--only", "forward,score,features")
+    more = ("--resume", "--only", "score,features")
     status, rows = quick("bench_model_cuda", tmp_path / "m.json", monkeypatch, *more)
     assert status == 0
     assert [(row["work"], row["name"]) for row in rows] == [
-        *(("forward", name) for name in compiled),
-        *(("forward", name) for name in everybody[1:]),
+        *(("forward", name) for name in ("transformers", *(f"{name}, compiled" for name in everybody))),
         *((work, name) for work in ("score", "features") for name in everybody),
     ]
     check_whole(rows)
 
 
-def test_training_on_a_gpu(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, rows = quick("bench_train_cuda", tmp_path / "m.json", monkeypatch, "--only", "eager,graphs")
+def test_training_on_a_gpu(
+    common: ModuleType, peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each candidate is compiled by itself, one of ours with ops that the compiler does not look into."""
+    seen: list[str] = []
+
+    def see(graph: Any, _: Any) -> Any:
+        seen.append(backend.get_compiled_ops())
+        return graph
+
+    compiled = lambda function, *_: torch.compile(function, backend=see, fullgraph=True, dynamic=False)  # noqa: E731
+    monkeypatch.setattr(peers, "compiled", compiled)
+    status, rows = quick("bench_train_cuda", tmp_path / "m.json", monkeypatch, "--only", "eager,opaque,graphs,loop")
     assert status == 0
-    assert [row["name"] for row in rows] == [
-        *("transformers", "PyTorch", "igpt_fast"),
-        *(f"{name}, compiled, graphs" for name in ("PyTorch", "igpt_fast")),
+    assert [(row["part"], row["name"]) for row in rows] == [
+        *(("eager", name) for name in ("transformers", "PyTorch", "igpt_fast")),
+        *(("opaque", f"igpt_fast, compiled{how}") for how in ("", ", opaque")),
+        ("graphs", "transformers"),
+        *(("graphs", f"{name}, compiled, graphs") for name in ("PyTorch", "igpt_fast")),
+        *(("loop", name) for name in ("PyTorch", "igpt_fast", "igpt_fast, graph")),
     ]
-    check_whole(rows)
-    assert all(row["gradient"] < 0.1 for row in rows)
+    assert seen == ["plain", "opaque", "plain", "plain"]
+    check_whole([row for row in rows if row["part"] in ("eager", "graphs")])
+    assert all(row["off"] < 0.03 and row["ms"] > 0 and row["interleaved"] for row in rows)
+    assert all(row["gradient"] < 0.1 for row in rows if row["part"] != "loop")
 
 
 def check_whole(rows: list[dict[str, Any]]) -> None:
@@ -245,7 +268,7 @@ def test_candidates_take_turns_while_the_memory_has_room(
 ) -> None:
     """Else each is measured before the next one is made; who fails in its turn costs no other."""
     models = importlib.import_module("whole_models")
-    case = models.Case("w", "tiny", 2, ImageGPTConfig(**models.TINY), torch.device("cpu"))
+    case = models.Case("p", "w", "tiny", 2, ImageGPTConfig(**models.TINY), torch.device("cpu"))
     seen: list[str] = []
     monkeypatch.setattr(common, "machine", dict)  # it asks git
 
@@ -273,7 +296,7 @@ def test_on_a_gpu_nothing_of_ours_falls_back(
     """The network has the backend that raises where there are no kernels; a command's engine is the CUDA one."""
     bench, commands = (importlib.import_module(name) for name in ("bench_model_cuda", "bench_commands"))
     models = importlib.import_module("whole_models")
-    case = models.Case("training", "tiny", 1, ImageGPTConfig(**models.TINY), torch.device("cuda"))
+    case = models.Case("eager", "training", "tiny", 1, ImageGPTConfig(**models.TINY), torch.device("cuda"))
     backends = {name: case.backend(name) for name in (*bench.EAGER, *bench.COMPILED)}
     assert backends == {name: "cuda" if name.startswith("igpt_fast") else "auto" for name in backends}
     seen: list[list[str]] = []
@@ -373,7 +396,7 @@ def test_rows_are_there_as_they_come(common: ModuleType, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "status", "text"),
     [
-        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, profile"),
+        (["--only", "sampling,no"], 2, "no part no; there are sampling, gpt-fast, steps, ab, profile"),
         (["--resume", "--device", "cpu"], 2, "--resume: want --json"),
         ([], 3, "there is no GPU to measure"),
     ],

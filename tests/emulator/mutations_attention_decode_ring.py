@@ -53,7 +53,6 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
      by_rings),
     (Mutation("ring_sums_over_sums_in_use", RING, "__syncthreads();  // those of the item before have been read", ""),
      THREAD),
-    (Mutation("ring_one_inbox", RING, "turn % 2 * p.splits", "0 * p.splits"), THREAD),
     (Mutation("ring_inbox_without_the_prefix", RING, "own.valid ? p.prefix_splits + own.parts : 0", "own.parts"),
      prefixes),
     (Mutation("ring_reads_behind_a_tile", LANES, "V::kBytes, key < count)",

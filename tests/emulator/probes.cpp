@@ -95,6 +95,15 @@ void one_block_hurries(Probe) {
     if (blockIdx.x == 0) ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();
 }
+void one_thread_waits(Probe p) {
+    if (threadIdx.x == 7) ptx::grid_dependency_wait();
+    store_global(p.out + threadIdx.x, 1.0f);
+}
+void one_thread_waits_for_all(Probe p) {
+    if (threadIdx.x == 7) ptx::grid_dependency_wait();
+    __syncthreads();
+    store_global(p.out + threadIdx.x, 1.0f);
+}
 void one_block_waits(Probe) {
     if (blockIdx.x == 0) ptx::grid_dependency_wait();
 }
@@ -109,6 +118,8 @@ void run_dependent(const std::string& name, uintptr_t out, bool dependent) {
         {"hurries", hurries},
         {"one_block_hurries", one_block_hurries},
         {"one_block_waits", one_block_waits},
+        {"one_thread_waits", one_thread_waits},
+        {"one_thread_waits_for_all", one_thread_waits_for_all},
     };
     launch(all.at(name), 2, 32, 0, nullptr, Probe{reinterpret_cast<float*>(out)}, 1, dependent);
 }

@@ -13,7 +13,7 @@ from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.cuda.options import CudaOptions
 
 # Images, dtype, what the cache is rounded to, continuations of each: the fused kernels, torch's products with more than
-# 8 rows and in float32, values, and keys, of 8 bits, a primer that is shared.
+# FEW rows and in float32, values, and keys, of 8 bits, a primer that is shared.
 CASES = (
     (3, torch.bfloat16, None, 1),
     (9, torch.float16, None, 1),
@@ -22,7 +22,7 @@ CASES = (
     (3, torch.bfloat16, "fp8_cache", 1),
     (2, torch.bfloat16, None, 5),
 )
-POSITIONS, PRIMER = 12, 5
+POSITIONS, PRIMER, FEW = 12, 5, 8
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def draw(device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies
     torch.manual_seed(0)
     config = ImageGPTConfig(n_layer=2, n_embd=64, n_head=2, n_positions=POSITIONS, vocab_size=41)
     model = ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(device, dtype)
-    decoder = CudaDecoder(model, rows, POSITIONS, rounded, options=CudaOptions(graphs=False))
+    decoder = CudaDecoder(model, rows, POSITIONS, rounded, options=CudaOptions(graphs=False, gemv_rows=FEW))
     primer = torch.randint(config.n_colours, (rows, PRIMER), generator=torch.Generator().manual_seed(1))
     logits = decoder.prefill(primer.to(device)).repeat_interleave(copies, dim=0)
     decoder.fork(copies)

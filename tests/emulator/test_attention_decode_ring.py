@@ -67,6 +67,10 @@ def test_the_same_bits(on: Kernels) -> None:
     checks.check_ring_bits(on)
 
 
+def test_blocks_of_a_cluster_that_are_ahead(on: Kernels) -> None:
+    checks.check_ring_ahead(on)
+
+
 def test_bytes(on: Kernels) -> None:
     checks.check_ring_bytes(on)
 
@@ -104,13 +108,22 @@ def test_splits(emulated: Kernels) -> None:
         emulated.module.set_multiprocessors()
 
 
-def test_what_is_read_early_may_not_be_new(on: Kernels) -> None:
-    """The key of the launch before is not an old one: a step's launches are not chained to the step's before."""
-    made = checks.case("cpu", torch.bfloat16, 64, 70)
-    caches, after = (made.k_cache.clone(), made.v_cache.clone()), made.position + 1
-    with checks.by_ring(on.module, 90, 132, False):
-        with backend.launching(backend.Launching("early", ring=True)):
-            ops.attention_decode(made.q, made.k, made.v, *caches, made.position)
-            with pytest.raises(RuntimeError, match="before grid_dependency_wait, of what a launch writes"):
-                ops.attention_decode(made.q, made.k, made.v, *caches, after)
-        ops.attention_decode(made.q, made.k, made.v, *caches, after)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_keys_of_a_launch_that_may_still_run_are_not_read(emulated: Kernels, capability: int) -> None:
+    """They are read before the wait: between two steps everything has to end. By both kinds of copy."""
+    new = torch.randn(3, 1, 1, 64).bfloat16().unbind()
+    state = *torch.zeros(2, 1, 1, 128, 64).bfloat16().unbind(), torch.tensor(64, dtype=torch.int32)
+    how = backend.Launching("early", ring=True)
+    emulated.module.set_capability(capability)
+    try:
+        with backend.use_backend("auto"), backend.emulate(emulated.module), backend.launching(how):
+            emulated.module.synchronize()
+            ops.attention_decode(*new, *state)
+            state[2].add_(1)
+            emulated.module.synchronize()
+            ops.attention_decode(*new, *state)
+            state[2].add_(1)
+            with pytest.raises(RuntimeError, match=r"a load at .* before grid_dependency_wait, of what"):
+                ops.attention_decode(*new, *state)
+    finally:
+        emulated.module.set_capability()

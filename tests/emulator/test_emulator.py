@@ -51,6 +51,8 @@ CHAINS = [
     ("stores +stores", r"a store at .*probes.cpp:\d+ before grid_dependency_wait; thread \(\d+, 0, 0\)"),
     ("+one_block_waits", r"ends without grid_dependency_wait; thread \(\d+, 0, 0\) of block \(1, 0, 0\)"),
     ("one_block_waits", None),
+    ("+one_thread_waits", r"a store at .*probes.cpp:\d+ before grid_dependency_wait; thread \(\d+, 0, 0\)"),
+    ("+one_thread_waits_for_all", None),
     ("+loads", None),
     ("stores +loads", EARLY),
     ("stores loads", None),

@@ -1,9 +1,16 @@
 """All kernels under the address, undefined-behaviour and thread sanitizers, as a program of their own."""
 
+import re
+
 import compiling
 import pytest
 
-OPS = sorted(path.stem.removeprefix("driver_") for path in compiling.HERE.glob("driver_*.cpp"))
+OPS = sorted(
+    name
+    for path in compiling.HERE.glob("driver_*.cpp")
+    for cases in re.findall(r"^const driver::Case .*", path.read_text("utf-8"), re.MULTILINE)
+    for name in re.findall(r'\w+\("(\w+)"', cases)
+)
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

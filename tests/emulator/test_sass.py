@@ -132,6 +132,15 @@ def between_waits(lines: list[str]) -> list[int]:
     return [sum(line.startswith("MUFU.EX2") for line in lines[i:j]) for i, j in pairwise(waits)]
 
 
+def test_codes_of_8_bits_are_read_by_their_instruction() -> None:
+    """Where there is one; by integers they take more instructions than a byte of memory leaves time for."""
+    (compiled,) = (compiled for compiled in nvcc.compile_all() if compiled.source.name == "attention_decode.cu")
+    for arch in ("89", "90a"):
+        scaled = [found for name, found in nvcc.instructions(compiled, arch).items() if "E4M3" in name]
+        assert len(scaled) == 16
+        assert all(found.get("F2FP.F16.E4M3.UNPACK_B", 0) >= 16 for found in scaled)
+
+
 def beside_products(lines: list[str]) -> list[int]:
     """How many exponentials stand between a wait for all products but the newest and the wait for that one."""
     waits = [line for line in lines if line.startswith("WARPGROUP.DEPBAR")]

@@ -117,6 +117,22 @@ def test_a_step_is_what_it_says(kind: str, is_late: bool) -> None:
     assert_same(tensors(ours.state), tensors(TrainState(model, optimizer, 6, {}, "")))
 
 
+def test_a_device_has_two_steps_before_it_at_the_most() -> None:
+    """So that Ctrl-C waits for no more."""
+    ours, said = stepper(True), []
+
+    def event() -> types.SimpleNamespace:
+        number = ours.state.step
+        note = {key: lambda key=key: said.append((key, number)) for key in ("record", "synchronize")}
+        return types.SimpleNamespace(**note)
+
+    ours._event = event  # type: ignore[assignment]
+    for _ in range(5):
+        ours.step()
+    two = [("record", 0), ("record", 1)]
+    assert said == two + [each for i in range(3) for each in (("synchronize", i), ("record", i + 2))]
+
+
 class Waiting(TorchDispatchMode):
     """Fails where the host asks for a value of a tensor."""
 
@@ -223,31 +239,44 @@ def test_images_that_stay_on_the_device(vocabulary: int, dtype: torch.dtype, mon
 
 
 def test_which_images_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = [24 * (16 + 8) * 4]  # bytes, of which a quarter may be taken: 24 images of a byte a pixel, with labels
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 1 << 40))
+    # Bytes, of which 100 are wanted, and a quarter of others may be taken: 24 images of a byte a pixel, with labels.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (24 * (16 + 8) * 4 + 100, 1 << 40))
     monkeypatch.setattr(resident, "Resident", lambda data, device: (data, device))
     data, gpu = images(), torch.device("cuda")
     for each in (data, Part(data, None, 0.0, 0)):
-        assert resident.nearby(each, CPU) is each
-        assert resident.nearby(each, gpu) == (each, gpu)
+        assert resident.nearby(each, CPU, 24, 100) is each
+        assert resident.nearby(each, gpu, 24, 100) == (each, gpu)
+        assert resident.nearby(each, gpu, 23, 100) is each  # the run takes fewer
+        assert resident.nearby(each, gpu, 24, 101) is each
     data.ready = False  # pictures have to be read first
-    assert resident.nearby(data, gpu) is data
-    free[0] -= 1
-    assert resident.nearby(images(), gpu) != (images(), gpu)
+    assert resident.nearby(data, gpu, 24, 100) is data
+
+
+def test_what_a_run_says_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it will take so many from where it is, and its gradients and moments so much memory."""
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(stepping, "nearby", lambda data, device, *rest: (seen.append(rest), data)[1])
+    ours = stepper(False)
+    ours.state.step = 5
+    Stepper(ours.state, ours._data, TINY, ours.objective, ours.team)
+    bytes_ = 12 * sum(p.numel() for p in ours.state.model.parameters())
+    assert seen == [(80, bytes_), (60, bytes_)]
 
 
 # ---- The graph of a step ------------------------------------------------------------------------------------
 
 
 class Graphs:
-    """In place of CUDA's: a capture notes what was computed in it, and a replay computes that again."""
+    """In place of CUDA's: a capture notes what was computed in it, and a replay computes that again. It cannot end
+    where something has failed in it, but for a mistake, of which CUDA knows nothing."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: BaseException | None = None) -> None:
         self.fails, self.inside, self.stream = fails, False, "here"
         self.ran: list[tuple[str, list[float], bool]] = []
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=True)
         self.compute: Callable[[], None] = lambda: None
         self.renewed: list[torch.device] = []
+        self.said: list[str] = []
 
         def stream(name: str) -> types.SimpleNamespace:
             return types.SimpleNamespace(name=name, wait_stream=lambda other: None)
@@ -257,8 +286,15 @@ class Graphs:
         fakes |= {"CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: self.compute())}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        fakes = {"graph_pool_handle": lambda: (0, 7), "empty_cache": lambda: self.said.append("empty")}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(graphs, "_renew_generator", self.renewed.append)
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        for name in ("end", "release"):
+            true = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[name]
+            note = lambda _, pool, name=name: self.said.append(f"{name} {pool}")  # noqa: E731
+            monkeypatch.setattr(torch._C, true, note, raising=False)
         self.step = StepGraph(self.run, self.optimizer, CPU)
 
     @contextlib.contextmanager
@@ -270,16 +306,18 @@ class Graphs:
             self.stream = before
 
     @contextlib.contextmanager
-    def capturing(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def capturing(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.inside, self.stream = True, stream.name
         try:
             yield
         finally:
             self.inside, self.stream = False, "here"
+            if self.fails is not None and not isinstance(self.fails, ValueError):
+                raise RuntimeError("capture_end")
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
-        if self.inside and self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        if self.inside and self.fails is not None:
+            raise self.fails
 
         def note(how: str) -> None:
             capturable = self.optimizer.param_groups[0]["capturable"]
@@ -294,8 +332,10 @@ class Graphs:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_bookkeeping_of_a_graph(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """The first steps on a stream of their own, then one capture and replays of each step's inputs; or one warning."""
-    made = Graphs(monkeypatch, fails)
+    """The first steps on a stream of their own, then one capture and replays of each step's inputs; or one warning, and
+    its memory is given back."""
+    why = "operation not permitted when stream is capturing"
+    made = Graphs(monkeypatch, RuntimeError(f"{why}\nand more") if fails else None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for i in range(WARM + 3):
@@ -303,10 +343,22 @@ def test_the_bookkeeping_of_a_graph(monkeypatch: pytest.MonkeyPatch, fails: bool
     after = ["aside" if fails else "replayed"] * 3
     assert made.ran == [(how, [2 * i, 3], False) for i, how in enumerate(["aside"] * WARM + after)]
     assert [str(warning.message).split(": ") for warning in said] == (
-        [["the step could not be captured in a CUDA graph, it is launched kernel by kernel",
-          "operation not permitted when stream is capturing"]] if fails else []
-    )  # fmt: skip
+        [["the step could not be captured in a CUDA graph, it is launched kernel by kernel", why]] if fails else []
+    )
     assert made.renewed == [CPU] * fails
+    assert made.said == ["end (0, 7)", "release (0, 7)", "empty"] * fails
+
+
+@pytest.mark.parametrize("fails", [ValueError("no gradient"), KeyboardInterrupt()])
+def test_what_is_no_failure_of_a_capture(monkeypatch: pytest.MonkeyPatch, fails: BaseException) -> None:
+    """Goes on its way, Ctrl-C also where the capture cannot end; and the generator draws."""
+    made = Graphs(monkeypatch, fails)
+    for _ in range(WARM):
+        made.step((torch.ones(2),))
+    with pytest.raises(type(fails)):
+        made.step((torch.ones(2),))
+    assert made.renewed == [CPU]
+    assert not made.optimizer.param_groups[0]["capturable"]
 
 
 class Recorded(TorchDispatchMode):
@@ -337,7 +389,7 @@ def test_a_graph_of_the_step_changes_no_bit(kind: str, monkeypatch: pytest.Monke
     graph: list[Recorded] = []
 
     @contextlib.contextmanager
-    def capturing(_: Any, **__: Any) -> Iterator[None]:
+    def capturing(*_: Any, **__: Any) -> Iterator[None]:
         before, drawn = [value.clone() for value in whole(graphed)], torch.get_rng_state()
         with Recorded() as recorded:
             yield
@@ -352,7 +404,7 @@ def test_a_graph_of_the_step_changes_no_bit(kind: str, monkeypatch: pytest.Monke
         counts = [moments["step"] for moments in made.state.optimizer.state.values()]
         return [*made.state.tensors().values(), *watched, *counts]
 
-    Graphs(monkeypatch, False)
+    Graphs(monkeypatch)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: graph[0].replay()))
     with backend.use_backend("reference"):
@@ -392,6 +444,22 @@ def test_the_learning_rate_of_a_graph_is_in_its_memory(tmp_path: Path, monkeypat
     train(data, tmp_path, TINY, resume=True)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_learning_rate_is_the_same_number_with_a_graph_and_without(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: that of the graph is in float32. Each group's, also where they do not share it."""
+    monkeypatch.setattr(stepping, "StepGraph", lambda *_: None)
+    ours = stepper(True, captured=captured)
+    groups = ours.state.optimizer.param_groups
+    if captured:
+        groups[1]["lr"] = groups[1]["lr"].clone()
+        ours = Stepper(ours.state, ours._data, TINY, ours.objective, ours.team)
+    ours.team.device = torch.device("cuda")
+    ours._set_rate(0.1)
+    assert [float(group["lr"]) for group in groups] == [float(np.float32(0.1))] * 2
+
+
 def test_reduce_overhead_wants_a_gpu_for_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(TINY, compile=REDUCE_OVERHEAD)
     with pytest.raises(ValueError, match="compile is 'reduce-overhead', a CUDA graph of each step, and the device cpu"):
@@ -405,10 +473,24 @@ def test_reduce_overhead_wants_a_gpu_for_itself(tmp_path: Path, capsys: pytest.C
         "igpt train: --compile reduce-overhead: CUDA graphs of the steps, and --device is cpu\n"
     )
     gpu, several = torch.device("cuda"), types.SimpleNamespace(size=2)
-    assert captures(config, gpu, World())
+    one, again = Execution(), Execution(checkpointing=True)
+    assert captures(config, gpu, World(), one)
+    assert captures(dataclasses.replace(config, dropout=0.0), gpu, World(), again)
+    with pytest.raises(ValueError, match=r"reduce-overhead', with checkpointing and dropout, .*want compile True"):
+        captures(config, gpu, World(), again)
+    assert not captures(dataclasses.replace(TINY, compile=True), gpu, World(), again)
     with pytest.warns(RuntimeWarning, match="only for one process; goes on with torch.compile"):
-        assert not captures(config, gpu, several)  # type: ignore[arg-type]
-    assert not captures(dataclasses.replace(TINY, compile=True), gpu, several)  # type: ignore[arg-type]
+        assert not captures(config, gpu, several, one)  # type: ignore[arg-type]
+    assert not captures(dataclasses.replace(TINY, compile=True), gpu, several, one)  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch's own calls ask for; of one without, it is the current one's."""
+    monkeypatch.setattr(Team, "_wrapped", lambda _: torch.nn.Module())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name, number in (("cuda", 3), ("cuda:1", 1)):
+        team = Team(torch.nn.Module(), torch.device(name), NextPixel(), TINY, Execution(), World())
+        assert team.device == torch.device("cuda", number)
 
 
 def test_compile_alone_or_with_a_mode() -> None:

@@ -37,21 +37,24 @@ def images() -> TokenData:
 
 
 def made(graph: bool) -> Stepper:
-    """With its learning rate on the device in either case: a number would be rounded otherwise."""
     objective, device = NextPixel(0.5), torch.device("cuda")
     model = new_model(images(), CONFIG, objective).train()
     team = Team(model, device, objective, CONFIG, Execution(accumulate=2), World())
-    stepper = Stepper(
-        TrainState(model, optimizer_for(model, CONFIG, True), 0, {}, ""), images(), CONFIG, objective, team
-    )
-    if not graph:
-        stepper._run = stepper._compute
+    state = TrainState(model, optimizer_for(model, CONFIG, graph), 0, {}, "")
+    stepper = Stepper(state, images(), CONFIG, objective, team)
     assert isinstance(stepper._data, Resident)
     return stepper
 
 
 def tensors(stepper: Stepper) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in stepper.state.tensors().items()}
+
+
+def pools() -> set[tuple[int, int]]:
+    """Whose memory torch's allocator holds: (0, 0) is everybody's, others are those of graphs."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -139,8 +142,10 @@ def test_a_capture_that_fails_leaves_a_run_that_goes_on(monkeypatch: pytest.Monk
     plain = made(False)
     for _ in range(WARM):
         stepper.step()
+    before = pools()
     with pytest.warns(RuntimeWarning, match="could not be captured in a CUDA graph"):
         stepper.step()
+    assert pools() == before, "what the capture allocated is given back"
     for _ in range(4):
         stepper.step()
     for _ in range(8):

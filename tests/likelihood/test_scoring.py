@@ -14,6 +14,7 @@ from igpt_fast import Pipeline, Scores
 from igpt_fast.likelihood import scoring
 from igpt_fast.likelihood.nats import image_nats, mean_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, model_hash
+from igpt_fast.likelihood.transfer import one_ahead
 from igpt_fast.sampling.results import NotFiniteError
 
 HEIGHT, WIDTH, COLOURS = 4, 5, 16
@@ -134,19 +135,33 @@ def test_logits_that_are_not_finite_are_an_error(tokens: torch.Tensor) -> None:
     assert caught.value.partial is None
 
 
-def test_ctrl_c_keeps_what_is_finished(pipeline: Pipeline, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("computing", [False, True])
+def test_ctrl_c_keeps_what_is_finished(
+    pipeline: Pipeline, tokens: torch.Tensor, ahead: bool, computing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a GPU has begun: where there is one, it is a batch ahead."""
     whole = pipeline.score_tokens(tokens)
 
     def stop(done: int, _: int) -> None:
-        if done == 4:
+        if done == 4 and not computing:
             raise KeyboardInterrupt
 
+    def interrupted(model: Any, some: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        if computing and torch.equal(some, tokens[4:6]):
+            raise KeyboardInterrupt
+        return image_nats(model, some, labels)
+
+    monkeypatch.setattr(scoring, "image_nats", interrupted)
+    if ahead:
+        monkeypatch.setattr(scoring, "one_ahead", lambda items, _: one_ahead(items, torch.device("cuda")))
     with pytest.raises(InterruptedScoring) as caught:
         pipeline.score_tokens(tokens, batch_size=2, progress=stop)
     partial = caught.value.partial
     assert partial is not None
-    torch.testing.assert_close(partial.nats, whole.nats[:4])
-    assert partial.names == ["0", "1", "2", "3"]
+    count = 6 if ahead and not computing else 4
+    torch.testing.assert_close(partial.nats, whole.nats[:count])
+    assert partial.names == [str(i) for i in range(count)]
 
 
 def test_where_memory_does_not_suffice_there_are_fewer_at_a_time(

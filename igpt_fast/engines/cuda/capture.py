@@ -19,13 +19,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from igpt_fast import backend
 from igpt_fast.locks import Lock
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -67,12 +69,11 @@ def make_workspaces(place: Place, count: int, device: torch.device, dtype: torch
                 torch.addmm(small[0], small @ small, small)
 
 
-def capture(
-    place: Place, device: torch.device, pool: Any, compute: Callable[[], Tensor]
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(place: Place, device: torch.device, pool: Any, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """What ``compute`` launches, as a graph, and what it returns; the graph's memory is in ``pool``.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C, also where the capture could not end after it.
         torch.OutOfMemoryError: Memory does not suffice.
         RuntimeError: Anything else of CUDA's; the streams and the allocator are as before.
     """
@@ -87,6 +88,8 @@ def capture(
         except RuntimeError as error:
             _end_recording(device, pool)
             first = error.__context__  # after which the capture could not end
+            if isinstance(first, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             if not isinstance(first, RuntimeError):
                 raise
             # A new one: the end's frame holds the other, which would hold that frame, and all would stay.
