@@ -301,11 +301,21 @@ def test_a_place_has_one_owner(emulation, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(capture, "_places", {})
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: address)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    current: list[object] = []
+
+    @contextlib.contextmanager
+    def guard(device: object) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: types.SimpleNamespace(device=current[-1]))
     device, owners = torch.device("cpu"), [torch.nn.Module() for _ in range(3)]
     one, two = (capture.take_place(device, owner) for owner in owners[:2])
     assert len({*one.streams, *two.streams}) == 4
     assert one.workspaces is not two.workspaces
+    assert one.workspaces.device == two.workspaces.device == device
     del owners[0]
     assert capture.take_place(device, owners[1]) is one
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")

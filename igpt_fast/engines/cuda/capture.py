@@ -38,7 +38,8 @@ class Place(NamedTuple):
 
 
 _lock = Lock()  # one capture at a time: torch can do no more
-# Device -> places that nobody has. There are as many as steps were ever captured side by side.
+# Device -> places that nobody has. There are as many as steps were ever captured side by side, and they are never given
+# back: a stream's workspaces outlive it in torch's table.
 _places: dict[torch.device, list[Place]] = {}
 
 
@@ -51,9 +52,10 @@ def take_place(device: torch.device, owner: object) -> Place:
         kernels = backend.kernels("attention_decode", device)
         assert kernels is not None
         make = kernels.module.make_stream
-        first, second = (torch.cuda.ExternalStream(make(kernels.device), device) for _ in range(2))
         native = torch.cuda.get_allocator_backend() == "native"
-        place = Place((first, second), torch.cuda.MemPool() if native else None)
+        with torch.cuda.device(device):  # a pool is of the device that is the current one when it is made
+            first, second = (torch.cuda.ExternalStream(make(kernels.device), device) for _ in range(2))
+            place = Place((first, second), torch.cuda.MemPool() if native else None)
     weakref.finalize(owner, free.append, place)
     return place
 
