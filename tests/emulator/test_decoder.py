@@ -274,6 +274,18 @@ def test_what_was_left_is_not_drawn_over(device: str) -> None:
     assert torch.equal(again.tokens[:, :4], before)
 
 
+def test_what_a_callback_keeps_is_its_own(device: str) -> None:
+    """Other images come in the same memory."""
+    model, kept = make(device, n_layer=1), []
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    draw = lambda seed, note=None: generation.decode(  # noqa: E731
+        model, context, rules.RandomStreams(seed, torch.arange(2), 0, 8), Sampling(), note
+    )
+    drawn = draw(5, lambda _, column: kept.append(column))
+    assert not torch.equal(draw(6).tokens, drawn.tokens)
+    assert torch.equal(torch.stack(kept, dim=1), drawn.tokens)
+
+
 def test_weights_that_are_no_numbers(device: str) -> None:
     """Are told, though the device draws by itself."""
     model = make(device, n_layer=1)
