@@ -156,7 +156,7 @@ def decoding(
             for t in range(steps):
                 logits = logits[:, : model.config.n_colours]
                 if free:
-                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling)
+                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling, as_they_came=True)
                 else:
                     column = known[:, t] if known is not None and some[t] else None
                     token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])

@@ -165,7 +165,8 @@ def drawn_by(found: CudaDecoder, context: Tensor, seed: int, settings: Sampling,
     streams = torch.arange(len(context), device=context.device)
     logits = found.prefill(context)
     for t in range(count):
-        found.draw(logits[:, :39], lambda: 1 / 0, (seed, streams), settings)  # type: ignore[arg-type, return-value]
+        unused: Any = lambda: 1 / 0  # noqa: E731
+        found.draw(logits[:, :39], unused, (seed, streams), settings, as_they_came=True)
         if t + 1 < count:
             logits = found.step_drawn()
     assert found.history is not None
@@ -484,13 +485,13 @@ def test_drawing_does_not_wait() -> None:
     logits = found.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
     streams, numbers = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda")
     for _ in range(2):
-        drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5))
+        drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5), as_they_came=True)
         logits = found.step_drawn()
     logits = found.step(drawn)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5))
+            drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5), as_they_came=True)
             logits = found.step_drawn()
             logits = found.step(drawn)
     finally:
