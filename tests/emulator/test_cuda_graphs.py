@@ -297,6 +297,40 @@ def test_an_error_of_the_step_itself(captures: Captures) -> None:
         read(CudaDecoder(model, 2, 6), tokens(model.config, 2, 6), 3)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("join", [False, True])
+def test_what_came_first_is_told(
+    captures: Captures, error: type[BaseException], join: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that halves could not be joined after it, nor that the capture could not end."""
+    parts, original = itertools.count(), CudaStep._compute_part
+
+    def fails(*arguments: Any) -> Tensor:
+        if next(parts) == (3 if join else 2):  # the first two are of the run before
+            raise error("first")
+        return original(*arguments)
+
+    def cannot(_: object) -> None:
+        raise RuntimeError("cannot join")
+
+    monkeypatch.setattr(CudaStep, "_compute_part", fails)
+    monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", cannot)
+    captures.at_the_end = True
+    with pytest.raises(error):
+        read(CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3)
+
+
+def test_what_was_handled_before_is_no_cause(captures: Captures) -> None:
+    """A decoder that is tried again where an error of the first is being handled."""
+    model, ids = make("cpu", torch.float32), torch.ones(2, 6).long()
+    captures.fails = lambda owner, inside: RuntimeError("no such attribute") if inside else None
+    try:
+        raise torch.OutOfMemoryError
+    except torch.OutOfMemoryError:
+        with pytest.warns(RuntimeWarning, match="without CUDA graphs.*no such attribute"):
+            read(CudaDecoder(model, 2, 6), ids, 3)
+
+
 def test_a_place_has_one_owner(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its streams are made for it, and go to another when the owner is gone."""
     monkeypatch.setattr(capture, "_places", {})
