@@ -120,7 +120,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("gemv_rows_misses_a_block", ROWS, "s < p.splits; ++s", "s < p.splits - (p.splits > 2); ++s"), many),
     (Mutation("gemv_rows_of_another_block", ROWS, "unsigned(row / rows)", "unsigned(row / rows) ^ 1u"), many),
     (Mutation("gemv_rows_squares_of_a_slab", ROWS,
-              "first ? sum : load_shared(shared.squares + row) + sum", "sum"), many),
+              ": load_shared(shared.squares + row) + sum", ": load_shared(shared.squares + row)"), many),
     (Mutation("gemv_rows_tiles_together", ROWS, "(first + i / kPairs) * kTile", "i / kPairs * kTile"), many),
     (Mutation("gemv_rows_x_beyond_the_end", ROWS, "p.n_in + begin + k, begin + k < end", "p.n_in + begin + k, true"),
      ("address", "gemv")),

@@ -45,7 +45,8 @@ def draw(
     streams, drawn = torch.arange(rows * copies, device=device), []
     unused = torch.zeros(rows * copies, device=device)  # numbers, which the decoder makes by itself
     for position in range(PRIMER, POSITIONS):
-        drawn.append(decoder.draw(logits, unused, (0, streams), Sampling(top_k=20))[0])
+        token, _ = decoder.draw(logits, unused, (0, streams), Sampling(top_k=20), as_they_came=True)
+        drawn.append(token)
         if position + 1 < POSITIONS:
             logits = decoder.step_drawn()
     return torch.stack(drawn, dim=1)
