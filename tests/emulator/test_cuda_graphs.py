@@ -317,7 +317,9 @@ def test_what_came_first_is_told(
     monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", cannot)
     captures.at_the_end = True
     with pytest.raises(error):
-        read(CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3)
+        read(
+            CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3
+        )
 
 
 def test_what_was_handled_before_is_no_cause(captures: Captures) -> None:
