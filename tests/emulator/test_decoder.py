@@ -137,6 +137,22 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[1].std()))
 
 
+@torch.no_grad()
+def test_a_fork_follows_the_steps_before(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose values it reads, on a stream that may be another."""
+    decoder = CudaDecoder(make(device), 1, 12, "fp8_values")
+    decoder.prefill(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    decoder.step(torch.zeros(1, dtype=torch.int64, device=device))
+    said, dequantize = [], cuda_decoder.dequantize_e4m3
+    held = [decoder._step.keys.data_ptr(), decoder._step.values.data_ptr()]
+    monkeypatch.setattr(decoder._order, "follow", lambda _, held: said.append([part.data_ptr() for part in held()]))
+    noted = lambda *arguments: (said.append("read"), dequantize(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(cuda_decoder, "dequantize_e4m3", noted)
+    decoder.fork(2)
+    assert set(held) <= set(said[0])
+    assert said[1:] == ["read"]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])

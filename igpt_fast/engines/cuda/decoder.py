@@ -173,6 +173,7 @@ class CudaDecoder(Decoder):
         check_fork(n, self._position, self._forked)
         self._forked = True
         if n > 1 and self._step is not None:  # what it has read is the primer now
+            self._order.follow(self._network.device, self._held)
             step, read = self._step, slice(self._position)
             keys, values = (
                 cache[..., read, :] if scales is None else dequantize_e4m3(cache, scales, step.x.dtype)[..., read, :]
