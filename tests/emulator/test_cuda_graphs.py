@@ -19,7 +19,7 @@ from decoding import make, read, shared
 from tolerance import tokens
 from torch import Tensor
 
-from igpt_fast import backend, ops
+from igpt_fast import backend, environment, ops
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice
 from igpt_fast.engines.cuda import capture, decoder, step
@@ -102,7 +102,7 @@ class Captures:
 
         def made(self: CudaDecoder, *arguments: Any, options: CudaOptions = CudaOptions()) -> None:  # noqa: B008
             init(self, *arguments)
-            self.options = options
+            self.options = replace(options, **capture.failed.get(self.model.device, ({}, None))[0])
             captures.decoders.append(weakref.ref(self))
 
         def stream(name: str) -> types.SimpleNamespace:
@@ -124,6 +124,8 @@ class Captures:
             monkeypatch.setattr(torch._C, name, lambda *_, name=name: self.say(name), raising=False)
         place = types.SimpleNamespace(streams=(first, second))
         monkeypatch.setattr(step, "take_place", lambda device, owner: place)
+        monkeypatch.setattr(capture, "failed", {})
+        monkeypatch.setattr(decoder, "failed", capture.failed)
         monkeypatch.setattr(step, "make_workspaces", lambda *_: self.say("workspaces"))
         monkeypatch.setattr(CudaStep, "_compute", noted)
         monkeypatch.setattr(CudaDecoder, "__init__", made)
@@ -272,7 +274,22 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         assert again.reason == reason, "of the images that came after it, too"
         again.start(model, 1, 6)
         read(again, ids[:1], 3)
-    assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+        assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+        other = CudaDecoder(model, 2, 6)
+        assert torch.equal(read(other, ids, 3), expected)
+    assert len(captures.pools) == attempts + 2 * graphs, "nor by another decoder"
+    assert (other.options, other.reason) == (again.options, reason)
+
+
+def test_what_failed_is_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr(environment, "no_cuda_decoder", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setitem(
+        capture.failed, torch.device("cuda", 1), ({"graphs": False}, "without CUDA graphs, as it failed")
+    )
+    runs, reason = environment._engine("cuda", "for some", lambda: None)
+    assert (runs, reason) == ("native", "without CUDA graphs, as it failed; for some")
 
 
 def test_who_drew_is_said_with_its_reason(captures: Captures) -> None:
@@ -295,6 +312,7 @@ def test_an_error_of_the_step_itself(captures: Captures) -> None:
     captures.fails = lambda owner, inside: RuntimeError("of its own")
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"), pytest.raises(RuntimeError, match="of its own"):
         read(CudaDecoder(model, 2, 6), tokens(model.config, 2, 6), 3)
+    assert capture.failed == {}, "it says nothing of captures"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
@@ -317,7 +335,9 @@ def test_what_came_first_is_told(
     monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", cannot)
     captures.at_the_end = True
     with pytest.raises(error):
-        read(CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3)
+        read(
+            CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3
+        )
 
 
 def test_what_was_handled_before_is_no_cause(captures: Captures) -> None:
@@ -686,8 +706,10 @@ def test_a_capture_that_fails_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(logits, expected)
     assert "without CUDA graphs" in str(found.reason)
     assert torch.cuda.current_stream() == stream
+    assert found._network.device in capture.failed
     del found
     gc.collect()
+    capture.failed.clear()
     for _ in range(2):
         found = CudaDecoder(model, 9, 8)
         assert torch.equal(read(found, ids, 3), expected)

@@ -16,7 +16,7 @@ from torch import Tensor
 from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.cuda.capture import Order, numerics
+from igpt_fast.engines.cuda.capture import Order, failed, numerics
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
 from igpt_fast.engines.decoder import SCALED, Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
@@ -62,7 +62,6 @@ class CudaDecoder(Decoder):
     ) -> None:
         self.options = options if model.device.type == "cuda" else replace(options, graphs=False)
         self._order = Order()
-        self._failed: str | None = None  # why its options are no longer those that were asked for
         self._spare: CudaStep | None = None  # of images before, and what it is for
         self._key: Any = None
         super().__init__(model, batch_size, capacity, dtype)
@@ -73,6 +72,9 @@ class CudaDecoder(Decoder):
         """
         self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
+        # Why its options are no longer those that were asked for.
+        left_out, self._failed = failed.get(model.device, ({}, None))
+        self.options = replace(self.options, **left_out)
         self._position = 0  # tokens read
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
@@ -220,7 +222,11 @@ class CudaDecoder(Decoder):
 
     def _advance(self, step: CudaStep, colours: int = 0) -> Tensor:
         logits = step.run(self._own, colours)
-        if step.options != self.options:  # something failed, and shall not be tried for the next images
+        if step.options != self.options and step.reason is not None:  # it failed, and others shall not try it again
+            changed = {name: getattr(step.options, name) for name in ("dependent", "graphs")}
+            changed = {name: value for name, value in changed.items() if value != getattr(self.options, name)}
+            device = self._network.device
+            failed[device] = failed.get(device, ({}, ""))[0] | changed, step.reason
             self.options, self._key = step.options, (step.options, *self._key[1:])
         self._failed = step.reason or self._failed
         self.reason = self._failed or self.reason
