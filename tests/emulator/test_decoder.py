@@ -417,6 +417,8 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
     assert made == [3]
     again(model, ids, 5)
     assert made == [3, 3]  # without a primer to share
+    again(model, ids, 5)
+    assert made == [3, 3]
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert torch.equal(again(model, ids, 5, 3), 2 * first)
@@ -428,6 +430,18 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
         assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3, 3]
     assert choice.kept_bytes(model) == 0
+
+
+@pytest.mark.parametrize(("copies", "rows", "length"), [(3, 2, 12), (3, 1, 13), (1, 2, 12), (1, 1, 13)])
+def test_a_step_that_cannot_serve_goes_first(device: str, copies: int, rows: int, length: int) -> None:
+    """Before the next images' memory is taken, not after what they have read."""
+    model = make(device)
+    again(model, shared(1, copies, 12, 5, model.config).to(device), 5, copies)
+    decoder = make_decoder(model, 1, 12)
+    assert isinstance(decoder, CudaDecoder)
+    assert decoder._spare is not None
+    decoder.start(model, rows, length)
+    assert decoder._spare is None
 
 
 def test_what_is_kept_has_one_owner(device: str, made: list[int]) -> None:

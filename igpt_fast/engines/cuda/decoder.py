@@ -75,6 +75,8 @@ class CudaDecoder(Decoder):
         # Why its options are no longer those that were asked for.
         left_out, self._failed = failed.get(model.device, ({}, None))
         self.options = replace(self.options, **left_out)
+        if self._spare is not None and not self._may_serve():
+            self._spare = None  # before the images' memory is taken
         self._position = 0  # tokens read
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
@@ -207,7 +209,7 @@ class CudaDecoder(Decoder):
         shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
         positions = self.capacity - (self._position if shares else 0)
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        key = (self.options, *shape, self.dtype, net.key(), numerics(), torch.is_inference_mode_enabled())
+        key = (*self._settings(), *shape)
         step, self._spare = self._spare if key == self._key else None, None
         if step is None:
             step = CudaStep(net, self.batch_size, positions, primer if shares else None, self.dtype, self.options)
@@ -215,6 +217,17 @@ class CudaDecoder(Decoder):
         step.start(primer)
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
         return step
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a step is for, besides its sizes."""
+        return self.options, self.dtype, self._network.key(), numerics()
+
+    def _may_serve(self) -> bool:
+        """Whether the spare step may be that of the next images, whose primer and continuations are yet to come."""
+        *settings, rows, positions, primer = self._key
+        images = rows if primer is None else primer[1]
+        capacity = positions + (0 if primer is None else primer[3])
+        return tuple(settings) == self._settings() and capacity == self.capacity and images % self.batch_size == 0
 
     def _held(self) -> list[Tensor]:
         step = self._step or self._spare
