@@ -432,6 +432,28 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
     assert choice.kept_bytes(model) == 0
 
 
+@pytest.mark.parametrize(("copies", "steps"), [(1, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize("dtype", [None, "fp8_cache"])
+def test_a_step_is_used_in_inference_mode_and_outside(
+    device: str, made: list[int], copies: int, steps: int, dtype: str | None
+) -> None:
+    """Whichever was first, also of a primer that was read in steps."""
+    model, results = make(device, n_layer=1), []
+    ids = shared(1, copies, 12, 5 + steps, model.config).to(device)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            decoder = make_decoder(model, 1, 12, dtype)
+            decoder.prefill(ids[:1, :5])
+            for t in range(5, 5 + steps):
+                decoder.step(ids[:1, t])
+            decoder.fork(copies)
+            results.append(torch.stack([decoder.step(ids[:, t]) for t in range(5 + steps, 12)]))
+            keep(decoder)
+    assert made == ([1, 3, 1, 3, 1, 3] if steps else [copies])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize(("copies", "rows", "length"), [(3, 2, 12), (3, 1, 13), (1, 2, 12), (1, 1, 13)])
 def test_a_step_that_cannot_serve_goes_first(device: str, copies: int, rows: int, length: int) -> None:
     """Before the next images' memory is taken, not after what they have read."""

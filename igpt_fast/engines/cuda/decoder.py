@@ -172,6 +172,8 @@ class CudaDecoder(Decoder):
         self._ahead = colours > 0
         return logits
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. In bfloat16 and float16 the primer stays in memory once, and is read once a step."""
         check_fork(n, self._position, self._forked)
@@ -191,7 +193,9 @@ class CudaDecoder(Decoder):
     def _read_primer(self, tokens: Tensor) -> Tensor:
         net, (batch, length) = self._network, tokens.shape
         self._order.follow(net.device, self._held)
-        cache = StaticCache(len(net.layers), batch, net.heads, length, net.head_dim, dtype=net.dtype, device=net.device)
+        sizes = len(net.layers), batch, net.heads, length, net.head_dim
+        with torch.inference_mode(False):  # a step may have it, which serves other images outside of the mode
+            cache = StaticCache(*sizes, dtype=net.dtype, device=net.device)
         with torch.no_grad():
             hidden = self.model.transformer(tokens, past_key_values=cache, use_cache=True).last_hidden_state
             logits = self.model.lm_head(hidden[:, -1])
