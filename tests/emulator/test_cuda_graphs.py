@@ -488,16 +488,17 @@ def test_graphs_change_no_bit(rows: int, copies: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8])
-def test_graphs_draw_what_is_drawn_without(rows: int) -> None:
-    """Bit for bit, for seeds and settings that one graph takes in turn."""
+@pytest.mark.parametrize(("rows", "halves"), [(1, "auto"), (8, "auto"), (33, True), (66, "auto")])
+def test_graphs_draw_what_is_drawn_without(rows: int, halves: Any) -> None:
+    """Bit for bit, for seeds and settings that one graph takes in turn; torch's products are those of a graph, too."""
     model = make("cuda", n_positions=300, n_embd=128)
     context = tokens(model.config, rows, 5).cuda()
-    plain = CudaOptions(graphs=False, dependent="none", drawing=False)
-    again, other = (CudaDecoder(model, rows, 300, options=options) for options in (CudaOptions(), plain))
+    ours, fused = CudaOptions(halves=halves), rows <= CudaOptions().gemv_rows
+    plain = replace(ours, drawing=False, **({"graphs": False, "dependent": "none"} if fused else {}))
+    again, other = (CudaDecoder(model, rows, 300, options=options) for options in (ours, plain))
     for seed, settings in ((1 << 63, Sampling()), (2, Sampling(0.8, 9, 0.9)), (2, Sampling(temperature=0.0))):
         found, expected = (drawn_by(one, context, seed, settings, 296) for one in (again, other))
-        assert again.options == CudaOptions(), again.reason
+        assert again.options == ours, again.reason
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         for one in (again, other):
@@ -556,23 +557,28 @@ def test_drawing_does_not_wait() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 66])
 def test_threads_and_streams(rows: int) -> None:
-    """Decoders of one model in threads, each on a stream of its own: what each reads alone."""
+    """Decoders of one model in threads, each on a stream of its own: what each reads and draws alone."""
     model = make("cuda", n_embd=128)
     ids = [tokens(model.config, rows, 70, seed=i).cuda() for i in range(4)]
-    alone = [read(CudaDecoder(model, rows, 70), part, 4) for part in ids]
+
+    def both(i: int) -> tuple[Tensor, ...]:
+        logits = read(CudaDecoder(model, rows, 70), ids[i], 4)
+        return logits, *drawn_by(CudaDecoder(model, rows, 70), ids[i][:, :4], i, Sampling(), 66)
+
+    alone = [both(i) for i in range(4)]
     torch.cuda.synchronize()
-    found: list[Tensor | None] = [None] * 4
+    found: list[tuple[Tensor, ...]] = [()] * 4
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
-                found[i] = read(CudaDecoder(model, rows, 70), ids[i], 4)
+                found[i] = both(i)
             torch.cuda.current_stream().synchronize()
 
     in_threads(*(lambda i=i: work(i) for i in range(4)))
     for got, expected in zip(found, alone, strict=True):
-        assert got is not None
-        assert torch.equal(got, expected)
+        assert len(got) == 3
+        assert all(map(torch.equal, got, expected))
 
 
 def in_threads(*work: Callable[[], None]) -> None:
@@ -603,6 +609,29 @@ def test_steps_on_several_streams(rows: int) -> None:
     junk = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
     torch.cuda.synchronize()
     assert torch.equal(torch.stack(logits, dim=1), expected), len(junk)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 66])
+def test_draws_on_several_streams(rows: int) -> None:
+    """One decoder, each token of it on another stream than the last."""
+    model = make("cuda", n_embd=128)
+    context, numbers = tokens(model.config, rows, 4).cuda(), torch.arange(rows, device="cuda")
+    expected = drawn_by(CudaDecoder(model, rows, 70), context, 3, Sampling(), 66)
+    unused: Any = lambda: 1 / 0  # noqa: E731
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = CudaDecoder(model, rows, 70)
+    logits = found.prefill(context)
+    for t in range(66):
+        with torch.cuda.stream(streams[t % 3]):
+            torch.cuda._sleep(100_000)  # the next one would be far ahead
+            found.draw(logits[:, :39], unused, (3, numbers), Sampling(), as_they_came=True)
+            logits = found.step_drawn()
+    torch.cuda.synchronize()
+    assert found.history is not None
+    assert torch.equal(found.history[0][:, :66], expected[0][:, :66])
+    assert torch.equal(found.history[1][:, :66], expected[1][:, :66])
 
 
 @pytest.mark.gpu
