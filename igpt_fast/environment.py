@@ -15,6 +15,7 @@ import igpt_fast
 from igpt_fast import backend
 from igpt_fast.engines.choice import DECODERS, FORWARDS
 from igpt_fast.engines.cpu.weights import no_native_decoder, no_native_forward
+from igpt_fast.engines.cuda.capture import failed
 from igpt_fast.engines.cuda.decoder import no_cuda_decoder
 
 
@@ -53,8 +54,12 @@ def _engine(name: str, covers: str, no_native: Callable[[], str | None]) -> tupl
     if name in _PLAIN:
         return _PLAIN[name], covers
     if name == "cuda":
-        reason = backend.unavailable("cuda") or no_cuda_decoder(torch.device("cuda", torch.cuda.current_device()))
-        return ("none", reason) if reason is not None else ("native", covers)
+        if reason := backend.unavailable("cuda"):
+            return "none", reason
+        device = torch.device("cuda", torch.cuda.current_device())
+        if reason := no_cuda_decoder(device):
+            return "none", reason
+        return "native", f"{failed[device][1]}; {covers}" if device in failed else covers
     if reason := no_native():
         return "none", reason
     assert backend._C is not None

@@ -46,9 +46,20 @@ def most_images(model: Model, dtype: str | None = None, primer: int = 1, copies:
         return None
     free, _ = torch.cuda.mem_get_info(model.device)
     free += kept_bytes(model)
-    # What torch holds without using it is free for it, though it may be in pieces.
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free += _idle(model.device)
     return max(0, int(0.9 * free - WORKSPACE_BYTES)) // image_bytes(model, dtype, primer, copies)
+
+
+def _idle(device: torch.device) -> int:
+    """What torch holds without using it, which is free for it, though it may be in pieces; that in a pool of graphs is
+    free for these alone.
+    """
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.get_allocator_backend() == "native":
+        for segment in torch.cuda.memory_snapshot():
+            if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0):
+                idle -= segment["total_size"] - segment["allocated_size"]
+    return idle
 
 
 def image_bytes(model: Model, dtype: str | None = None, primer: int = 1, copies: int = 1) -> int:
@@ -59,4 +70,6 @@ def image_bytes(model: Model, dtype: str | None = None, primer: int = 1, copies:
     position = item * (10 * config.n_embd + 2 * config.inner) + 16 * config.vocab_size
     # What was read is there twice for a moment: as it was read, and where the images keep it.
     read = 2 * config.n_layer * config.n_embd * item + position
-    return cache_bytes(model, dtype, primer, copies) + position + -(-primer * read // copies)
+    # Tokens and log-probabilities: the caller's, the decoder's, and the copy of these at the end.
+    drawn = 3 * (8 + 4) * config.n_positions
+    return cache_bytes(model, dtype, primer, copies) + position + drawn + -(-primer * read // copies)

@@ -19,7 +19,7 @@ from decoding import make, read, shared
 from tolerance import tokens
 from torch import Tensor
 
-from igpt_fast import backend, ops
+from igpt_fast import backend, environment, ops
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice
 from igpt_fast.engines.cuda import capture, decoder, step
@@ -102,7 +102,7 @@ class Captures:
 
         def made(self: CudaDecoder, *arguments: Any, options: CudaOptions = CudaOptions()) -> None:  # noqa: B008
             init(self, *arguments)
-            self.options = options
+            self.options = replace(options, **capture.failed.get(self.model.device, ({}, None))[0])
             captures.decoders.append(weakref.ref(self))
 
         def stream(name: str) -> types.SimpleNamespace:
@@ -124,6 +124,8 @@ class Captures:
             monkeypatch.setattr(torch._C, name, lambda *_, name=name: self.say(name), raising=False)
         place = types.SimpleNamespace(streams=(first, second))
         monkeypatch.setattr(step, "take_place", lambda device, owner: place)
+        monkeypatch.setattr(capture, "failed", {})
+        monkeypatch.setattr(decoder, "failed", capture.failed)
         monkeypatch.setattr(step, "make_workspaces", lambda *_: self.say("workspaces"))
         monkeypatch.setattr(CudaStep, "_compute", noted)
         monkeypatch.setattr(CudaDecoder, "__init__", made)
@@ -272,7 +274,22 @@ def test_a_failed_capture(captures: Captures, case: str, at_the_end: bool) -> No
         assert again.reason == reason, "of the images that came after it, too"
         again.start(model, 1, 6)
         read(again, ids[:1], 3)
-    assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+        assert len(captures.pools) == attempts + graphs, "what failed is not tried for other sizes"
+        other = CudaDecoder(model, 2, 6)
+        assert torch.equal(read(other, ids, 3), expected)
+    assert len(captures.pools) == attempts + 2 * graphs, "nor by another decoder"
+    assert (other.options, other.reason) == (again.options, reason)
+
+
+def test_what_failed_is_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "unavailable", lambda _: None)
+    monkeypatch.setattr(environment, "no_cuda_decoder", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setitem(
+        capture.failed, torch.device("cuda", 1), ({"graphs": False}, "without CUDA graphs, as it failed")
+    )
+    runs, reason = environment._engine("cuda", "for some", lambda: None)
+    assert (runs, reason) == ("native", "without CUDA graphs, as it failed; for some")
 
 
 def test_who_drew_is_said_with_its_reason(captures: Captures) -> None:
@@ -295,6 +312,7 @@ def test_an_error_of_the_step_itself(captures: Captures) -> None:
     captures.fails = lambda owner, inside: RuntimeError("of its own")
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"), pytest.raises(RuntimeError, match="of its own"):
         read(CudaDecoder(model, 2, 6), tokens(model.config, 2, 6), 3)
+    assert capture.failed == {}, "it says nothing of captures"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
@@ -470,16 +488,17 @@ def test_graphs_change_no_bit(rows: int, copies: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8])
-def test_graphs_draw_what_is_drawn_without(rows: int) -> None:
-    """Bit for bit, for seeds and settings that one graph takes in turn."""
+@pytest.mark.parametrize(("rows", "halves"), [(1, "auto"), (8, "auto"), (33, True), (66, "auto")])
+def test_graphs_draw_what_is_drawn_without(rows: int, halves: Any) -> None:
+    """Bit for bit, for seeds and settings that one graph takes in turn; torch's products are those of a graph, too."""
     model = make("cuda", n_positions=300, n_embd=128)
     context = tokens(model.config, rows, 5).cuda()
-    plain = CudaOptions(graphs=False, dependent="none", drawing=False)
-    again, other = (CudaDecoder(model, rows, 300, options=options) for options in (CudaOptions(), plain))
+    ours, fused = CudaOptions(halves=halves), rows <= CudaOptions().gemv_rows
+    plain = replace(ours, drawing=False, **({"graphs": False, "dependent": "none"} if fused else {}))
+    again, other = (CudaDecoder(model, rows, 300, options=options) for options in (ours, plain))
     for seed, settings in ((1 << 63, Sampling()), (2, Sampling(0.8, 9, 0.9)), (2, Sampling(temperature=0.0))):
         found, expected = (drawn_by(one, context, seed, settings, 296) for one in (again, other))
-        assert again.options == CudaOptions(), again.reason
+        assert again.options == ours, again.reason
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         for one in (again, other):
@@ -538,23 +557,28 @@ def test_drawing_does_not_wait() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 66])
 def test_threads_and_streams(rows: int) -> None:
-    """Decoders of one model in threads, each on a stream of its own: what each reads alone."""
+    """Decoders of one model in threads, each on a stream of its own: what each reads and draws alone."""
     model = make("cuda", n_embd=128)
     ids = [tokens(model.config, rows, 70, seed=i).cuda() for i in range(4)]
-    alone = [read(CudaDecoder(model, rows, 70), part, 4) for part in ids]
+
+    def both(i: int) -> tuple[Tensor, ...]:
+        logits = read(CudaDecoder(model, rows, 70), ids[i], 4)
+        return logits, *drawn_by(CudaDecoder(model, rows, 70), ids[i][:, :4], i, Sampling(), 66)
+
+    alone = [both(i) for i in range(4)]
     torch.cuda.synchronize()
-    found: list[Tensor | None] = [None] * 4
+    found: list[tuple[Tensor, ...]] = [()] * 4
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
-                found[i] = read(CudaDecoder(model, rows, 70), ids[i], 4)
+                found[i] = both(i)
             torch.cuda.current_stream().synchronize()
 
     in_threads(*(lambda i=i: work(i) for i in range(4)))
     for got, expected in zip(found, alone, strict=True):
-        assert got is not None
-        assert torch.equal(got, expected)
+        assert len(got) == 3
+        assert all(map(torch.equal, got, expected))
 
 
 def in_threads(*work: Callable[[], None]) -> None:
@@ -585,6 +609,29 @@ def test_steps_on_several_streams(rows: int) -> None:
     junk = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
     torch.cuda.synchronize()
     assert torch.equal(torch.stack(logits, dim=1), expected), len(junk)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 66])
+def test_draws_on_several_streams(rows: int) -> None:
+    """One decoder, each token of it on another stream than the last."""
+    model = make("cuda", n_embd=128)
+    context, numbers = tokens(model.config, rows, 4).cuda(), torch.arange(rows, device="cuda")
+    expected = drawn_by(CudaDecoder(model, rows, 70), context, 3, Sampling(), 66)
+    unused: Any = lambda: 1 / 0  # noqa: E731
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = CudaDecoder(model, rows, 70)
+    logits = found.prefill(context)
+    for t in range(66):
+        with torch.cuda.stream(streams[t % 3]):
+            torch.cuda._sleep(100_000)  # the next one would be far ahead
+            found.draw(logits[:, :39], unused, (3, numbers), Sampling(), as_they_came=True)
+            logits = found.step_drawn()
+    torch.cuda.synchronize()
+    assert found.history is not None
+    assert torch.equal(found.history[0][:, :66], expected[0][:, :66])
+    assert torch.equal(found.history[1][:, :66], expected[1][:, :66])
 
 
 @pytest.mark.gpu
@@ -688,8 +735,10 @@ def test_a_capture_that_fails_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(logits, expected)
     assert "without CUDA graphs" in str(found.reason)
     assert torch.cuda.current_stream() == stream
+    assert found._network.device in capture.failed
     del found
     gc.collect()
+    capture.failed.clear()
     for _ in range(2):
         found = CudaDecoder(model, 9, 8)
         assert torch.equal(read(found, ids, 3), expected)

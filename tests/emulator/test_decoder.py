@@ -137,6 +137,22 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[1].std()))
 
 
+@torch.no_grad()
+def test_a_fork_follows_the_steps_before(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose values it reads, on a stream that may be another."""
+    decoder = CudaDecoder(make(device), 1, 12, "fp8_values")
+    decoder.prefill(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    decoder.step(torch.zeros(1, dtype=torch.int64, device=device))
+    said, dequantize = [], cuda_decoder.dequantize_e4m3
+    held = [decoder._step.keys.data_ptr(), decoder._step.values.data_ptr()]
+    monkeypatch.setattr(decoder._order, "follow", lambda _, held: said.append([part.data_ptr() for part in held()]))
+    noted = lambda *arguments: (said.append("read"), dequantize(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(cuda_decoder, "dequantize_e4m3", noted)
+    decoder.fork(2)
+    assert set(held) <= set(said[0])
+    assert said[1:] == ["read"]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])
@@ -401,6 +417,8 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
     assert made == [3]
     again(model, ids, 5)
     assert made == [3, 3]  # without a primer to share
+    again(model, ids, 5)
+    assert made == [3, 3]
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert torch.equal(again(model, ids, 5, 3), 2 * first)
@@ -412,6 +430,40 @@ def test_a_step_is_used_again(device: str, made: list[int], monkeypatch: pytest.
         assert torch.equal(again(model, ids, 5, 3), 4 * first)
     assert made == [3, 3, 3, 3, 3]
     assert choice.kept_bytes(model) == 0
+
+
+@pytest.mark.parametrize(("copies", "steps"), [(1, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize("dtype", [None, "fp8_cache"])
+def test_a_step_is_used_in_inference_mode_and_outside(
+    device: str, made: list[int], copies: int, steps: int, dtype: str | None
+) -> None:
+    """Whichever was first, also of a primer that was read in steps."""
+    model, results = make(device, n_layer=1), []
+    ids = shared(1, copies, 12, 5 + steps, model.config).to(device)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            decoder = make_decoder(model, 1, 12, dtype)
+            decoder.prefill(ids[:1, :5])
+            for t in range(5, 5 + steps):
+                decoder.step(ids[:1, t])
+            decoder.fork(copies)
+            results.append(torch.stack([decoder.step(ids[:, t]) for t in range(5 + steps, 12)]))
+            keep(decoder)
+    assert made == ([1, 3, 1, 3, 1, 3] if steps else [copies])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("copies", "rows", "length"), [(3, 2, 12), (3, 1, 13), (1, 2, 12), (1, 1, 13)])
+def test_a_step_that_cannot_serve_goes_first(device: str, copies: int, rows: int, length: int) -> None:
+    """Before the next images' memory is taken, not after what they have read."""
+    model = make(device)
+    again(model, shared(1, copies, 12, 5, model.config).to(device), 5, copies)
+    decoder = make_decoder(model, 1, 12)
+    assert isinstance(decoder, CudaDecoder)
+    assert decoder._spare is not None
+    decoder.start(model, rows, length)
+    assert decoder._spare is None
 
 
 def test_what_is_kept_has_one_owner(device: str, made: list[int]) -> None:
@@ -435,6 +487,10 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, free: int) -> None:
     patch.setattr(ImageGPTForCausalImageModeling, "device", torch.device("cuda", 0))
     for name, value in (("mem_get_info", (free, 1 << 31)), ("memory_reserved", 1 << 20), ("memory_allocated", 0)):
         patch.setattr(torch.cuda, name, lambda _, value=value: value)
+    segment = {"device": 0, "segment_pool_id": (0, 0), "total_size": 1 << 20, "allocated_size": 1 << 18}
+    graphs = segment | {"segment_pool_id": (0, 3)}
+    patch.setattr(torch.cuda, "memory_snapshot", lambda: [segment, graphs, graphs | {"device": 1}])
+    patch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
 
 
 def test_a_step_is_used_again_by_a_pipeline(emulation, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,9 +583,11 @@ def test_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("cpu")
     assert memory.most_images(model) is None
     as_on_a_gpu(monkeypatch, 1 << 30)
-    room = int(0.9 * ((1 << 30) + (1 << 20))) - memory.WORKSPACE_BYTES
+    graphs = (1 << 20) - (1 << 18)  # what idles in their pool is no other's
+    room = int(0.9 * ((1 << 30) + (1 << 20) - graphs)) - memory.WORKSPACE_BYTES
     assert memory.most_images(model) == room // memory.image_bytes(model)
-    assert memory.image_bytes(model) > memory.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
+    assert memory.image_bytes(model) > memory.cache_bytes(model) + 36 * 70
+    assert memory.cache_bytes(model) == 2 * 2 * 70 * 64 * 2
     assert memory.image_bytes(model, primer=35, copies=8) < memory.image_bytes(model, primer=35)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     assert memory.most_images(model) == 0

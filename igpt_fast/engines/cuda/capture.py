@@ -43,6 +43,9 @@ _lock = Lock()  # one capture at a time: torch can do no more
 # back: a stream's workspaces outlive it in torch's table.
 _places: dict[torch.device, list[Place]] = {}
 
+# Device -> what decoders go on without since a capture on it failed, as fields of ``CudaOptions``, and why.
+failed: dict[torch.device, tuple[dict[str, Any], str]] = {}
+
 
 def take_place(device: torch.device, owner: object) -> Place:
     """A place, which goes to another when its owner is gone: a capture waits for all that the device does."""

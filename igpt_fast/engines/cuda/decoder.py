@@ -16,7 +16,7 @@ from torch import Tensor
 from igpt_fast import backend, ops
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
-from igpt_fast.engines.cuda.capture import Order, numerics
+from igpt_fast.engines.cuda.capture import Order, failed, numerics
 from igpt_fast.engines.cuda.options import CudaOptions
 from igpt_fast.engines.cuda.step import FUSED_DTYPES, CudaStep
 from igpt_fast.engines.decoder import SCALED, Decoder, Numbers, PositionBytes, cache_dtype, check_dtype, check_fork
@@ -63,7 +63,6 @@ class CudaDecoder(Decoder):
     ) -> None:
         self.options = options if model.device.type == "cuda" else replace(options, graphs=False)
         self._order = Order()
-        self._failed: str | None = None  # why its options are no longer those that were asked for
         self._spare: CudaStep | None = None  # of images before, and what it is for
         self._key: Any = None
         super().__init__(model, batch_size, capacity, dtype)
@@ -74,6 +73,11 @@ class CudaDecoder(Decoder):
         """
         self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
+        # Why its options are no longer those that were asked for.
+        left_out, self._failed = failed.get(model.device, ({}, None))
+        self.options = replace(self.options, **left_out)
+        if self._spare is not None and not self._may_serve():
+            self._spare = None  # before the images' memory is taken
         self._position = 0  # tokens read
         self._primer: tuple[Tensor, Tensor] | None = None  # what was read before the first step
         self._step: CudaStep | None = None
@@ -169,11 +173,14 @@ class CudaDecoder(Decoder):
         self._ahead = colours > 0
         return logits
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. In bfloat16 and float16 the primer stays in memory once, and is read once a step."""
         check_fork(n, self._position, self._forked)
         self._forked = True
         if n > 1 and self._step is not None:  # what it has read is the primer now
+            self._order.follow(self._network.device, self._held)
             step, read = self._step, slice(self._position)
             keys, values = (
                 cache[..., read, :] if scales is None else dequantize_e4m3(cache, scales, step.x.dtype)[..., read, :]
@@ -187,7 +194,9 @@ class CudaDecoder(Decoder):
     def _read_primer(self, tokens: Tensor) -> Tensor:
         net, (batch, length) = self._network, tokens.shape
         self._order.follow(net.device, self._held)
-        cache = StaticCache(len(net.layers), batch, net.heads, length, net.head_dim, dtype=net.dtype, device=net.device)
+        sizes = len(net.layers), batch, net.heads, length, net.head_dim
+        with torch.inference_mode(False):  # a step may have it, which serves other images outside of the mode
+            cache = StaticCache(*sizes, dtype=net.dtype, device=net.device)
         with torch.no_grad():
             hidden = self.model.transformer(tokens, past_key_values=cache, use_cache=True).last_hidden_state
             logits = self.model.lm_head(hidden[:, -1])
@@ -205,7 +214,7 @@ class CudaDecoder(Decoder):
         shares = self.batch_size > primer[0].shape[1] and net.dtype in FUSED_DTYPES
         positions = self.capacity - (self._position if shares else 0)
         shape = (self.batch_size, positions, primer[0].shape if shares else None)
-        key = (self.options, *shape, self.dtype, net.key(), numerics(), torch.is_inference_mode_enabled())
+        key = (*self._settings(), *shape)
         step, self._spare = self._spare if key == self._key else None, None
         if step is None:
             step = CudaStep(net, self.batch_size, positions, primer if shares else None, self.dtype, self.options)
@@ -214,13 +223,28 @@ class CudaDecoder(Decoder):
         self._step, self._primer, self._own = step, None, 0 if shares else self._position
         return step
 
+    def _settings(self) -> tuple[Any, ...]:
+        """What a step is for, besides its sizes."""
+        return self.options, self.dtype, self._network.key(), numerics()
+
+    def _may_serve(self) -> bool:
+        """Whether the spare step may be that of the next images, whose primer and continuations are yet to come."""
+        *settings, rows, positions, primer = self._key
+        images = rows if primer is None else primer[1]
+        capacity = positions + (0 if primer is None else primer[3])
+        return tuple(settings) == self._settings() and capacity == self.capacity and images % self.batch_size == 0
+
     def _held(self) -> list[Tensor]:
         step = self._step or self._spare
         return [*(self._primer or ()), *(() if step is None else step.held())]
 
     def _advance(self, step: CudaStep, colours: int = 0) -> Tensor:
         logits = step.run(self._own, colours)
-        if step.options != self.options:  # something failed, and shall not be tried for the next images
+        if step.options != self.options and step.reason is not None:  # it failed, and others shall not try it again
+            changed = {name: getattr(step.options, name) for name in ("dependent", "graphs")}
+            changed = {name: value for name, value in changed.items() if value != getattr(self.options, name)}
+            device = self._network.device
+            failed[device] = failed.get(device, ({}, ""))[0] | changed, step.reason
             self.options, self._key = step.options, (step.options, *self._key[1:])
         self._failed = step.reason or self._failed
         self.reason = self._failed or self.reason

@@ -122,6 +122,8 @@ class CudaStep:
         reason: Why it does without what ``options`` ask for, once something failed.
     """
 
+    @torch.inference_mode(False)  # what it has is written to within that mode and outside
+    @torch.no_grad()
     def __init__(
         self,
         network: Network,
@@ -249,6 +251,8 @@ class CudaStep:
             self.options, without = replace(self.options, graphs=False), "CUDA graphs"
         self.reason = f"without {without}, as the step could not be captured: {error}"
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, limit: int, colours: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         device, x = self.keys.device, self.x.clone()
         self._compute(limit, colours)  # loads all kernels; writes what the first replay writes
