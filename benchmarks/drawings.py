@@ -70,7 +70,7 @@ class Ours(Drawing):
 
     def token(self) -> Tensor:
         if self.draws:
-            drawn, _ = self.decoder.draw(self.logits, self.unused, (SEED, self.streams))
+            drawn, _ = self.decoder.draw(self.logits, self.unused, (SEED, self.streams), as_they_came=True)
             self.logits = self.decoder.step_drawn()
         else:
             drawn = ops.sample(self.logits, self._uniform())

@@ -115,7 +115,13 @@ class Decoder(ABC):
         """
 
     def draw(
-        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self,
+        logits: Tensor,
+        uniform: Numbers,
+        streams: tuple[int, Tensor] | None = None,
+        sampling: Sampling = PLAIN,
+        *,
+        as_they_came: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Draws the tokens that follow, which ``step_drawn`` reads.
 
@@ -126,6 +132,8 @@ class Decoder(ABC):
                 ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
                 make the numbers by itself, on its device, and leave ``uniform`` alone.
             sampling: How they are drawn.
+            as_they_came: The logits are those that came last, or their first columns, and nobody has written to them:
+                a decoder may have drawn of them already.
 
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.

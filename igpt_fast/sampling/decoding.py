@@ -80,7 +80,7 @@ def decode(
             an engine that draws by itself does; the n continuations of the first row come first. They share what is
             computed of the context.
         sampling: How tokens are drawn.
-        callback: Called after every position with its number, counted from 0, and its (B n,) tokens.
+        callback: Called after every position with its number, counted from 0, and its (B n,) tokens, its own to keep.
         dtype: ``None`` for the model's, ``"int8"``, ``"fp8_values"`` or ``"fp8_cache"``; see ``engines.choice``.
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
@@ -100,7 +100,7 @@ def decode(
     with closing(steps):  # also where somebody keeps an error of the callback
         for t in steps:
             if callback is not None:
-                callback(t, drawn.tokens[:, t])
+                callback(t, drawn.tokens[:, t].clone())  # else of memory that a decoder keeps for the next images
     return drawn
 
 
@@ -156,7 +156,7 @@ def decoding(
             for t in range(steps):
                 logits = logits[:, : model.config.n_colours]
                 if free:
-                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling)
+                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling, as_they_came=True)
                 else:
                     column = known[:, t] if known is not None and some[t] else None
                     token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])

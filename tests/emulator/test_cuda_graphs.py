@@ -165,7 +165,8 @@ def drawn_by(found: CudaDecoder, context: Tensor, seed: int, settings: Sampling,
     streams = torch.arange(len(context), device=context.device)
     logits = found.prefill(context)
     for t in range(count):
-        found.draw(logits[:, :39], lambda: 1 / 0, (seed, streams), settings)  # type: ignore[arg-type, return-value]
+        unused: Any = lambda: 1 / 0  # noqa: E731
+        found.draw(logits[:, :39], unused, (seed, streams), settings, as_they_came=True)
         if t + 1 < count:
             logits = found.step_drawn()
     assert found.history is not None
@@ -296,16 +297,62 @@ def test_an_error_of_the_step_itself(captures: Captures) -> None:
         read(CudaDecoder(model, 2, 6), tokens(model.config, 2, 6), 3)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("join", [False, True])
+def test_what_came_first_is_told(
+    captures: Captures, error: type[BaseException], join: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that halves could not be joined after it, nor that the capture could not end."""
+    parts, original = itertools.count(), CudaStep._compute_part
+
+    def fails(*arguments: Any) -> Tensor:
+        if next(parts) == (3 if join else 2):  # the first two are of the run before
+            raise error("first")
+        return original(*arguments)
+
+    def cannot(_: object) -> None:
+        raise RuntimeError("cannot join")
+
+    monkeypatch.setattr(CudaStep, "_compute_part", fails)
+    monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", cannot)
+    captures.at_the_end = True
+    with pytest.raises(error):
+        read(
+            CudaDecoder(make("cpu", torch.float32), 4, 6, options=CudaOptions(halves=True)), torch.ones(4, 6).long(), 3
+        )
+
+
+def test_what_was_handled_before_is_no_cause(captures: Captures) -> None:
+    """A decoder that is tried again where an error of the first is being handled."""
+    model, ids = make("cpu", torch.float32), torch.ones(2, 6).long()
+    captures.fails = lambda owner, inside: RuntimeError("no such attribute") if inside else None
+    try:
+        raise torch.OutOfMemoryError
+    except torch.OutOfMemoryError:
+        with pytest.warns(RuntimeWarning, match="without CUDA graphs.*no such attribute"):
+            read(CudaDecoder(model, 2, 6), ids, 3)
+
+
 def test_a_place_has_one_owner(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its streams are made for it, and go to another when the owner is gone."""
     monkeypatch.setattr(capture, "_places", {})
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: address)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    current: list[object] = []
+
+    @contextlib.contextmanager
+    def guard(device: object) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: types.SimpleNamespace(device=current[-1]))
     device, owners = torch.device("cpu"), [torch.nn.Module() for _ in range(3)]
     one, two = (capture.take_place(device, owner) for owner in owners[:2])
     assert len({*one.streams, *two.streams}) == 4
     assert one.workspaces is not two.workspaces
+    assert one.workspaces.device == two.workspaces.device == device
     del owners[0]
     assert capture.take_place(device, owners[1]) is one
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
@@ -474,13 +521,13 @@ def test_drawing_does_not_wait() -> None:
     logits = found.prefill(torch.full((4, 1), model.config.sos_token_id, device="cuda"))
     streams, numbers = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda")
     for _ in range(2):
-        drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5))
+        drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5), as_they_came=True)
         logits = found.step_drawn()
     logits = found.step(drawn)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5))
+            drawn, _ = found.draw(logits, numbers, (3, streams), Sampling(top_k=5), as_they_came=True)
             logits = found.step_drawn()
             logits = found.step(drawn)
     finally:

@@ -137,7 +137,7 @@ def test_fork_after_steps(device: str, copies: int) -> None:
     torch.testing.assert_close(*results, rtol=0.0, atol=0.05 * float(results[1].std()))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [2, 1], ids=["dim32", "dim64"])
 @torch.no_grad()
@@ -218,7 +218,9 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
     other.fork(copies)
     for position in range(4, length + 1):
         uniform = reference.uniform(seed, streams.cpu(), position - 1, 1)[:, 0].to(device)
-        drawn, logprobs = decoder.draw(logits[:, :37], torch.zeros_like(uniform), (seed, streams), Sampling(**settings))
+        drawn, logprobs = decoder.draw(
+            logits[:, :37], torch.zeros_like(uniform), (seed, streams), Sampling(**settings), as_they_came=True
+        )
         assert torch.equal(drawn, reference.sample(logits[:, :37], uniform, **settings))
         expected = torch.log_softmax(logits[:, :37].float(), dim=-1).gather(1, drawn[:, None])[:, 0]
         torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-5)
@@ -230,9 +232,15 @@ def test_draws_on_the_device(device: str, settings: dict[str, float], copies: in
         decoder.step(drawn)
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", ["logits", "columns", "sampling", "seed", "streams", "numbers", "step"])
-def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
-    """Where its logits have been written to, or another draw is asked for."""
+def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str, inference: bool) -> None:
+    """Where its logits have been written to, also where torch does not count that, or another draw is asked for."""
+    with torch.inference_mode(inference):
+        assert_draws_again(device, change)
+
+
+def assert_draws_again(device: str, change: str) -> None:
     model, results, ahead = make(device, n_layer=1), [], -1
     context = tokens(model.config, 2, 3).to(device)
     for drawing in (True, False):
@@ -250,7 +258,9 @@ def test_what_was_drawn_ahead_is_drawn_again(device: str, change: str) -> None:
             seed = 4 if t == 3 and change == "seed" else seed
             streams = streams + 5 if t == 3 and change == "streams" else streams
             given = None if t == 3 and change == "numbers" else (seed, streams)
-            drawn.append(torch.stack([part.double() for part in decoder.draw(logits, numbers, given, sampling)]))
+            as_they_came = t != 3 or change != "logits"
+            both = decoder.draw(logits, numbers, given, sampling, as_they_came=as_they_came)
+            drawn.append(torch.stack([part.double() for part in both]))
             if t < 6:
                 logits = (decoder.step(context[:, 0]) if t == 3 and change == "step" else decoder.step_drawn())[:, :39]
         results.append(torch.stack(drawn))
@@ -272,6 +282,18 @@ def test_what_was_left_is_not_drawn_over(device: str) -> None:
     assert not torch.equal(other.tokens[:, :4], before)
     assert torch.equal(drawn.tokens[:, :4], before)
     assert torch.equal(again.tokens[:, :4], before)
+
+
+def test_what_a_callback_keeps_is_its_own(device: str) -> None:
+    """Other images come in the same memory."""
+    model, kept = make(device, n_layer=1), []
+    context = torch.full((2, 1), model.config.sos_token_id, device=device)
+    draw = lambda seed, note=None: generation.decode(  # noqa: E731
+        model, context, rules.RandomStreams(seed, torch.arange(2), 0, 8), Sampling(), note
+    )
+    drawn = draw(5, lambda _, column: kept.append(column))
+    assert not torch.equal(draw(6).tokens, drawn.tokens)
+    assert torch.equal(torch.stack(kept, dim=1), drawn.tokens)
 
 
 def test_weights_that_are_no_numbers(device: str) -> None:

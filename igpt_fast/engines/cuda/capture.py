@@ -16,6 +16,7 @@ Source: torch's c10/cuda/CUDAStream.h ("stream pool"), aten/src/ATen/cuda/Cublas
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
@@ -38,7 +39,8 @@ class Place(NamedTuple):
 
 
 _lock = Lock()  # one capture at a time: torch can do no more
-# Device -> places that nobody has. There are as many as steps were ever captured side by side.
+# Device -> places that nobody has. There are as many as steps were ever captured side by side, and they are never given
+# back: a stream's workspaces outlive it in torch's table.
 _places: dict[torch.device, list[Place]] = {}
 
 
@@ -51,9 +53,10 @@ def take_place(device: torch.device, owner: object) -> Place:
         kernels = backend.kernels("attention_decode", device)
         assert kernels is not None
         make = kernels.module.make_stream
-        first, second = (torch.cuda.ExternalStream(make(kernels.device), device) for _ in range(2))
         native = torch.cuda.get_allocator_backend() == "native"
-        place = Place((first, second), torch.cuda.MemPool() if native else None)
+        with torch.cuda.device(device):  # a pool is of the device that is the current one when it is made
+            first, second = (torch.cuda.ExternalStream(make(kernels.device), device) for _ in range(2))
+            place = Place((first, second), torch.cuda.MemPool() if native else None)
     weakref.finalize(owner, free.append, place)
     return place
 
@@ -73,11 +76,12 @@ def capture(place: Place, device: torch.device, pool: Any, compute: Callable[[],
     """What ``compute`` launches, as a graph, and what it returns; the graph's memory is in ``pool``.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, also where the capture could not end after it.
         torch.OutOfMemoryError: Memory does not suffice.
         RuntimeError: Anything else of CUDA's; the streams and the allocator are as before.
+        BaseException: Another one of ``compute``'s, such as Ctrl-C's, also where the capture could not end after it.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, outside = torch.cuda.CUDAGraph(), sys.exc_info()[1]
+    first: BaseException | None = None
     # The outer stream: torch does not put it back where the end of a capture fails.
     with _lock, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
@@ -87,11 +91,15 @@ def capture(place: Place, device: torch.device, pool: Any, compute: Callable[[],
             return graph, result
         except RuntimeError as error:
             _end_recording(device, pool)
-            first = error.__context__  # after which the capture could not end
+            first = error  # after which neither halves could be joined nor the capture end
+            while first.__context__ not in (None, outside) and not first.__suppress_context__:
+                first = first.__context__
+            if first is error:
+                raise
             if isinstance(first, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             if not isinstance(first, RuntimeError):
-                raise
+                raise first from None
             # A new one: the end's frame holds the other, which would hold that frame, and all would stay.
             kind = torch.OutOfMemoryError if isinstance(first, torch.OutOfMemoryError) else RuntimeError
             raise kind(str(first)) from None

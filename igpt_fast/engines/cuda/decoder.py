@@ -35,7 +35,8 @@ class CudaDecoder(Decoder):
     Few images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused around
     them. A primer is read by the model's forward pass. Continuations that ``fork`` makes share its keys and
     values in bfloat16 and float16; in float32 each has a copy. Weights are read where the model has them: a change in
-    place reaches the next step, another tensor in a parameter's place does not.
+    place reaches the next step, another tensor in a parameter's place does not. An image's logits are equal up to
+    rounding between batch sizes, which choose the kernels and the order of their sums.
 
     ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
     with a scale for each image, head and position; ``"fp8_cache"``: and keys so as well. A head's value or key with a
@@ -81,7 +82,7 @@ class CudaDecoder(Decoder):
         self._first = 0  # tokens read before the first draw of ``history``
         self._how: tuple[int, Sampling, int] = (0, PLAIN, 0)  # of the last draw: seed, sampling, colours
         self._streams: Tensor | None = None  # and the numbers of its streams
-        self._ahead: tuple[Any, ...] | None = None  # the logits of which the step has drawn already
+        self._ahead = False  # whether the step has drawn of its logits already, as ``_how`` says
 
     def rest(self) -> int:
         """See ``Decoder.rest``. A step with large caches is not kept: capturing is little beside its work."""
@@ -118,9 +119,15 @@ class CudaDecoder(Decoder):
         return self._advance(step).clone()
 
     def draw(
-        self, logits: Tensor, uniform: Numbers, streams: tuple[int, Tensor] | None = None, sampling: Sampling = PLAIN
+        self,
+        logits: Tensor,
+        uniform: Numbers,
+        streams: tuple[int, Tensor] | None = None,
+        sampling: Sampling = PLAIN,
+        *,
+        as_they_came: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See ``Decoder.draw``. Of streams, ``step_drawn`` has drawn these already, if its logits came as they are, and
+        """See ``Decoder.draw``. Of streams, ``step_drawn`` has drawn these already, if its logits are as they came, and
         streams and sampling are those of the draw before; else numbers, draw and the next step's input are one kernel.
         Either way there is no wait, and no copy by the host but of new settings. What is returned is of ``history``.
 
@@ -129,7 +136,7 @@ class CudaDecoder(Decoder):
         """
         if self._position == 0:
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead = self._ahead and as_they_came, False
         self._drawn, self._next = False, None
         if streams is None:
             return super().draw(logits, uniform, None, sampling)
@@ -143,7 +150,7 @@ class CudaDecoder(Decoder):
             self._first = self._position
             most = self.capacity - self._first + 1
             self.history = step.draws.tokens[:, :most], step.draws.logprobs[:, :most]
-        if ahead is None or ahead != _memory(logits) or how != self._how or numbers is not self._streams:
+        if not ahead or how != self._how or numbers is not self._streams:
             step.draws.set(seed, numbers, sampling, self._position - self._own, self._first - 1)
             step.draw(logits)
             self._how, self._streams = how, numbers
@@ -159,7 +166,7 @@ class CudaDecoder(Decoder):
         if not self.options.drawing or colours > MOST_COLOURS:
             colours = 0
         logits = self._advance(self._begin(), colours)
-        self._ahead = _memory(logits[:, :colours]) if colours else None
+        self._ahead = colours > 0
         return logits
 
     def fork(self, n: int) -> None:
@@ -174,7 +181,7 @@ class CudaDecoder(Decoder):
             )
             self._primer = keys, values
             self._step = None
-        self._drawn, self._next, self._ahead, self.history = False, None, None, None
+        self._drawn, self._next, self._ahead, self.history = False, None, False, None
         self.batch_size *= n
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
@@ -219,7 +226,7 @@ class CudaDecoder(Decoder):
         self.reason = self._failed or self.reason
         self._own += 1
         self._position += 1
-        self._drawn, self._next, self._ahead = False, None, None
+        self._drawn, self._next, self._ahead = False, None, False
         return logits
 
     @staticmethod
@@ -229,11 +236,6 @@ class CudaDecoder(Decoder):
         scaled = sum(SCALED.get(dtype or "", ()))
         own = config.n_embd * (scaled + (2 - scaled) * item) + 4 * config.n_head * scaled
         return PositionBytes(own, 2 * config.n_embd * item if model.dtype in FUSED_DTYPES else None)
-
-
-def _memory(logits: Tensor) -> tuple[Any, ...]:
-    """By which logits are known again: where they are, and how often they were written to since torch made them."""
-    return logits.data_ptr(), logits.shape, logits.stride(), 0 if logits.is_inference() else logits._version
 
 
 def most_kept(device: torch.device) -> int:

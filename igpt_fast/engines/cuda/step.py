@@ -280,8 +280,8 @@ class CudaStep:
     def _compute_halves(self, limit: int, side: torch.cuda.Stream) -> list[Tensor]:
         here, begun = torch.cuda.current_stream(self.keys.device), torch.cuda.Event()
         first = self._compute_part(self.parts[0], limit, begun)
-        side.wait_event(begun)
         try:
+            side.wait_event(begun)
             with torch.cuda.stream(side):
                 return [first, self._compute_part(self.parts[1], limit)]
         finally:
