@@ -159,6 +159,33 @@ def test_weights_are_formed_beside_the_products() -> None:
         assert between_waits(lines)[2:] == [64 * 64 // 128, 0], name
 
 
+def hopper_code() -> dict[str, list[str]]:
+    """Kernel of attention for Hopper, forward and backward -> its instructions."""
+    sources = ("attention_fwd_hopper.cu", "attention_bwd_hopper.cu")
+    found = [nvcc.code(compiled, "90a") for compiled in nvcc.compile_all() if compiled.source.name in sources]
+    return {name: lines for kernels in found for name, lines in kernels.items()}
+
+
+def test_registers_are_divided() -> None:
+    """In attention for Hopper: what the warpgroups that compute have, and the one that loads."""
+    for name, lines in hopper_code().items():
+        found = [int(line.split()[-1], 16) for line in lines if line.startswith("USETMAXREG")]
+        two_groups = "HopperBwd<128" in name or ", true>" in name
+        wanted = [] if "HopperFwd<64>" in name else [240, 24] if two_groups else [160, 32]
+        assert found == wanted, name
+
+
+def test_own_tiles_are_in_registers() -> None:
+    """In the backward for Hopper with a head dimension of 64: A of S, and for dk and dv of dP, is none in memory."""
+    for name, lines in hopper_code().items():
+        if "HopperBwd" in name:
+            scores = [line for line in lines if line.startswith("HGMMA.64x64x16") and ".tnspB" not in line]
+            held = [line for line in scores if re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line)]
+            share = 0 if "HopperBwd<64," not in name else 2 if ", true>" in name else 1
+            assert scores, name
+            assert 2 * len(held) == share * len(scores), name
+
+
 def test_exponentials_beside_products_are_counted() -> None:
     first, last = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     exp = "MUFU.EX2 R4, R5"
