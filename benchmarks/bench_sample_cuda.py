@@ -12,7 +12,7 @@ Drawn are the tokens around the middle of an image, in turns: a token's time gro
   the ops: an error of at most twice that of the plain expression in the same dtype, and one unit of rounding. The
   tokens that our engine draws are checked against those of the definition, from the same numbers, and the logits
   behind them as the others.
-- ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 8
+- ``steps``: the CUDA engine launched kernel by kernel, in CUDA graphs, and with dependent launches in them (up to 64
   rows, whose kernels have them); the logits of all are compared with each other, and of some rows with float32.
 - ``ab``, or ``--ab`` for it alone: the CUDA engine as it is by default, in turns with itself with one switch of
   ``CudaOptions`` flipped, each that has a meaning for the rows; ``times`` over 1: the default is faster. Checked as

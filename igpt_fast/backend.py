@@ -231,10 +231,10 @@ class Launching:
             reads weights and bias, and ``attention_decode`` by its ring the position, the starts, and the old keys
             and values, before they wait, so those must not come from launches that may still be running. No launch
             before the first of a step is one where that one is launched with ``"none"``.
-        ring: Whether ``attention_decode`` copies the cache through a ring in shared memory, asynchronously; else it
-            goes straight into registers. In float32 it always does.
+        ring: Whether ``attention_decode`` copies the cache through a ring in shared memory, asynchronously, on sm_90
+            and later; else it goes straight into registers. In float32 it always does.
         cluster: With ``ring``, whether the parts of a head's keys are put together within a cluster of blocks, on
-            sm_90; else by a kernel of its own.
+            sm_90, where one has room; else by a kernel of its own.
     """
 
     dependent: Literal["none", "late", "early"] = "none"

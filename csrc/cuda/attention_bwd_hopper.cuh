@@ -47,6 +47,8 @@ struct HopperBwd {
     // A warpgroup leaves the block's tiles before its own ones at once, in the first turn of the ring, and its last one
     // and those behind it never: their places are not filled again.
     static_assert(kGroups <= kStages);
+    static_assert(registers_suffice(kThreads, kGroups, kRegisters, kLoaderRegisters));
+    static_assert(kShared <= kMaxShared);
 };
 
 struct HopperBwdArgs {

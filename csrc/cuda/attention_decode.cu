@@ -308,8 +308,9 @@ int attention_decode(const AttentionDecodeParams& p) {
         const int error = launch_prefix(p);
         if (error != cudaSuccess) return error;
     }
-    if (p.ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
-    if (p.ring && p.dtype == DType::f16) return launch_ring_f16(p);
+    const bool ring = p.ring && has_ring();
+    if (ring && p.dtype == DType::bf16) return launch_ring_bf16(p);
+    if (ring && p.dtype == DType::f16) return launch_ring_f16(p);
     return dispatch_dtype(p.dtype, [&](auto t) -> int {
         using T = decltype(t);
         if (!p.k_scale && !p.v_scale) return launch_all<T, T, T>(p);

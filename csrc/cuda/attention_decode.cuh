@@ -56,8 +56,8 @@ struct Own {
     bool sees_it;  // the new key is visible
 
     __device__ __forceinline__ Own(const AttentionDecodeParams& p, int64_t row) {
-        position = load_global(p.position + row * p.position_step);
-        start = p.starts ? load_global(p.starts + row) : 0;
+        position = ptx::load_past_l1(p.position + row * p.position_step);
+        start = p.starts ? ptx::load_past_l1(p.starts + row) : 0;
         valid = position >= 0 && position < p.positions;
         const int64_t own_start = start - p.prefix;
         sees_it = own_start <= position;
@@ -84,6 +84,7 @@ int launch_prefix(const AttentionDecodeParams& p);
 int launch_merge(const AttentionDecodeParams& p);
 
 // attention_decode_ring.cuh: for the cache, by blocks that stay; puts together what it can of the slots.
+bool has_ring();  // whether the current device runs them
 int launch_ring_bf16(const AttentionDecodeParams& p);
 int launch_ring_f16(const AttentionDecodeParams& p);
 

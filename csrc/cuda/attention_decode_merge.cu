@@ -45,27 +45,29 @@ int decode::launch_merge(const AttentionDecodeParams& p) {
     });
 }
 
+// All kernels are compiled alike.
+bool decode::has_ring() { return has_clusters(attention_decode_merge_kernel<float>); }
+
 int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster) {
     const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t most = keys < kKeys ? 1 : divide_up(keys, kKeys);
-    if (!ring) {
+    const DeviceGuard guard(device);
+    if (!ring || !has_ring()) {
         const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : divide_up(264, blocks);
         return int32_t(std::min(wanted, most));
     }
-    const DeviceGuard guard(device);
     int count = 0;
     if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
-    // All kernels are compiled alike.
-    const bool clusters = cluster && has_clusters(attention_decode_merge_kernel<float>);
-    const int64_t wide = clusters ? kMostClusters : 2 * int64_t(count);
+    const int64_t wide = cluster ? kMostClusters : 2 * int64_t(count);
     int64_t best = 1;
     double fullest = 0.0;  // how much of the multiprocessors' time they have work, in spans of kKeys
-    for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; ++splits) {
+    // Of a cluster, a power of two: a group of multiprocessors, 16 or 18, is filled by those.
+    for (int64_t splits = 1; splits <= std::min(most, wide) && fullest < 0.9; splits += cluster ? splits : 1) {
         const int64_t spans = divide_up(most, splits), parts = divide_up(most, spans);
         const int64_t time = divide_up(std::max<int64_t>(blocks, 1) * parts, count) * spans;
         const double full = double(std::max<int64_t>(blocks, 1) * most) / double(time * count);
         if (full <= fullest) continue;
-        best = parts;
+        best = cluster ? splits : parts;
         fullest = full;
     }
     return int32_t(best);

@@ -1,21 +1,22 @@
 // attention_decode through a ring of asynchronous copies: what attention_decode.cu computes, for caches of 16 bits and
-// of e4m3, by blocks that stay.
+// of e4m3, by blocks that stay. For sm_90 and later: below it every lane would have to ask for its own 16 bytes, as it
+// does straight into registers in attention_decode.cu, which has them sooner and takes no shared memory.
 //
 //   A work item is a part of a (row, head)'s keys: (row * heads + head) * splits + split. As many blocks as run at a
 //   time take items blockIdx.x, blockIdx.x + gridDim.x, ... Of an item's keys its block's 4 warps take tiles of 16 (8
-//   of 128 dimensions) by turns. A warp has a ring of stages in shared memory for itself: a tile's keys and values,
-//   which are contiguous. It waits for a stage, takes its tile in, and asks for the tile that comes a ring later into
-//   the same place: of this item, the next one, or the one after. So loads do not stop where an item ends, and no warp
-//   waits for another but to put an item's sums together.
+//   of 96 or 128 dimensions) by turns. A warp has a ring of stages in shared memory for itself: a tile's keys and
+//   values, which are contiguous. It waits for a stage, takes its tile in, and asks for the tile that comes a ring
+//   later into the same place: of this item, the next one, or the one after. So loads do not stop where an item ends,
+//   and no warp waits for another but to put an item's sums together.
 //
-//   Copies: on sm_90 one lane asks for whole tiles (cp.async.bulk, counted by a barrier of the stage), below it every
-//   lane for its 16 bytes (cp.async, groups of the lane). Scales of e4m3 come by cp.async on both: 4 bytes each, for a
-//   part may begin at any key. Only keys that the row sees are asked for. What stands behind them in a stage is neither
-//   read nor multiplied by a weight of 0, which would not silence a NaN.
+//   Copies: one lane asks for whole tiles (cp.async.bulk, counted by a barrier of the stage). Scales of e4m3 come by
+//   cp.async, 4 bytes each, for a part may begin at any key: they go through L1, so that none is asked for before
+//   grid_dependency_wait. Only keys that the row sees are asked for. What stands behind them in a stage is neither read
+//   nor multiplied by a weight of 0, which would not silence a NaN.
 //
 //   4 or 8 lanes have a key and its value. Each such group of lanes has a softmax of its own, in order; they are put
 //   together by shuffles, the warps' in shared memory, the parts' by the blocks of a cluster, of which the first has
-//   all sums written into its shared memory (`cluster`, sm_90), or by the kernel of attention_decode_merge.cu. No
+//   all sums written into its shared memory (`cluster`), or by the kernel of attention_decode_merge.cu. No
 //   atomics; which block takes an item changes nothing: an output depends on the position, the row's start and the
 //   number of splits.
 //
@@ -38,7 +39,9 @@
 
 namespace igpt::cuda::decode {
 
-constexpr int kRingBytes = 72 * 1024;  // of a block, so that a multiprocessor of sm_90 has three
+constexpr int kRingBytes = 64 * 1024;                               // of a block
+constexpr int kBlocks = 3;                                          // of a multiprocessor of sm_90, at least
+constexpr int kReserved = 1024, kMultiprocessorBytes = 228 * 1024;  // of shared memory: of a block, and in all
 
 template <typename T_, typename StoredK, typename StoredV, int kDim_>
 struct RingShape {
@@ -48,7 +51,7 @@ struct RingShape {
     using K = Part<StoredK, kDim, kLanes>;
     using V = Part<StoredV, kDim, kLanes>;
     static constexpr int kGroups = kWarpSize / kLanes;  // keys side by side
-    static constexpr int kTile = kDim == 128 ? 8 : 16;  // keys of a stage
+    static constexpr int kTile = kDim > 64 ? 8 : 16;    // keys of a stage
     static constexpr int kUnroll = kTile / kGroups;     // of a group
     static constexpr int kStride = kWarps * kTile;      // keys from a warp's tile to its next one
     static constexpr int kKeys = 0, kValues = kTile * K::kBytes, kKeyScales = kValues + kTile * V::kBytes;
@@ -60,6 +63,7 @@ struct RingShape {
     static constexpr size_t kInbox = kSums + kWarps * (kDim + 2) * sizeof(float);
     // The first block of a cluster has the blocks' sums of this item and of the one before.
     static constexpr size_t shared(int splits) { return kInbox + size_t(2) * splits * (kDim + 2) * sizeof(float); }
+    static_assert(kBlocks * (shared(kMostClusters) + kReserved) <= kMultiprocessorBytes);
     static_assert(kTile % kGroups == 0 && decode::kKeys % kStride == 0 && kStages >= 2 && kStage % 32 == 0);
 };
 
@@ -105,6 +109,7 @@ struct Way {
 // A warp's stages, and the tile that is asked for next.
 template <typename S>
 struct Ring {
+    static constexpr bool kScaled = S::K::kScaled || S::V::kScaled;
     unsigned char* stages;
     uint32_t barriers;  // one for a stage
     Way<S> ahead;
@@ -115,7 +120,6 @@ struct Ring {
         unsigned char* shared = dynamic_shared<unsigned char>();
         stages = shared + warp * S::kStages * S::kStage;
         barriers = ptx::shared_address(shared + S::kBarriers) + uint32_t(warp * S::kStages) * 8;
-        if (!ptx::has_bulk_copies()) return;
         if (threadIdx.x % kWarpSize == 0) {
             for (uint32_t i = 0; i < S::kStages; ++i) ptx::mbarrier_init(barriers + 8 * i, 1);
             ptx::mbarrier_fence_init();
@@ -124,8 +128,8 @@ struct Ring {
     }
     __device__ __forceinline__ const unsigned char* now() const { return stages + stage * S::kStage; }
 
-    // Asks for the next tile into the stage that is the turn's, which nobody reads any more.
-    __device__ __forceinline__ void fill(const AttentionDecodeParams& p) {
+    // Asks for the next tile, or its scales, or both, into the stage that is the turn's, which nobody reads any more.
+    __device__ __forceinline__ void fill(const AttentionDecodeParams& p, bool tile = true, bool scales = true) {
         while (!ahead.over(p) && ahead.key >= ahead.end) ahead.go_on(p);
         if (!ahead.over(p)) {
             const int64_t first = int64_t(ahead.row_head) * p.positions + ahead.key;
@@ -133,27 +137,30 @@ struct Ring {
             const auto* values = static_cast<const unsigned char*>(p.v_cache) + first * S::V::kBytes;
             const uint32_t to = ptx::shared_address(now());
             const int count = ahead.count(), lane = int(threadIdx.x) % kWarpSize;
-            if (!ptx::has_bulk_copies()) {
-                copy(to + S::kKeys, keys, count * S::K::kBytes);
-                copy(to + S::kValues, values, count * S::V::kBytes);
-            } else if (lane == 0) {
+            if (tile && lane == 0) {
                 const uint32_t barrier = barriers + 8 * uint32_t(stage);
                 ptx::mbarrier_expect_tx(barrier, count * (S::K::kBytes + S::V::kBytes));
                 ptx::bulk_load(to + S::kKeys, keys, count * S::K::kBytes, barrier);
                 ptx::bulk_load(to + S::kValues, values, count * S::V::kBytes, barrier);
             }
-            if (lane < count) {
+            if (scales && lane < count) {
                 if (S::K::kScaled) ptx::cp_async4(to + S::kKeyScales + 4 * lane, p.k_scale + first + lane);
                 if (S::V::kScaled) ptx::cp_async4(to + S::kValueScales + 4 * lane, p.v_scale + first + lane);
             }
             ahead.key += S::kStride;
         }
-        if (by_groups()) ptx::cp_async_commit();  // one a stage, be it empty: they are counted
+        if (kScaled && scales) ptx::cp_async_commit();  // one a stage, be it empty: they are counted
+    }
+    // All stages, from the block's first item on.
+    __device__ __forceinline__ void fill_all(const AttentionDecodeParams& p, const Way<S>& from, bool tile) {
+        ahead = from;
+        for (stage = 0; stage < S::kStages; ++stage) fill(p, tile, !tile);
+        stage = 0;
     }
     // The stage of the turn has its tile, for every lane.
     __device__ __forceinline__ void wait() const {
-        if (ptx::has_bulk_copies()) ptx::mbarrier_wait(barriers + 8 * uint32_t(stage), parity);
-        if (!by_groups()) return;
+        ptx::mbarrier_wait(barriers + 8 * uint32_t(stage), parity);
+        if (!kScaled) return;
         ptx::cp_async_wait<S::kStages - 1>();
         __syncwarp();
     }
@@ -161,16 +168,6 @@ struct Ring {
         if (++stage < S::kStages) return;
         stage = 0;
         parity ^= 1;
-    }
-
-  private:
-    __device__ __forceinline__ static bool by_groups() {
-        return !ptx::has_bulk_copies() || S::K::kScaled || S::V::kScaled;
-    }
-    __device__ __forceinline__ static void copy(uint32_t to, const unsigned char* from, int bytes) {
-        for (int at = int(threadIdx.x) % kWarpSize * 16; at < bytes; at += kWarpSize * 16) {
-            ptx::cp_async16(to + at, from + at);
-        }
     }
 };
 
@@ -290,17 +287,15 @@ struct Inbox {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 3) attention_decode_ring_kernel(AttentionDecodeParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) attention_decode_ring_kernel(AttentionDecodeParams p) {
+    if (!ptx::has_bulk_copies()) return __trap();  // see has_ring; there is no code of it then
     if (p.cluster) ptx::cluster_arrive_relaxed();
     if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     Ring<S> ring(p);
     Way<S> way = ring.ahead;
-    for (int i = 0; i < S::kStages; ++i) {
-        ring.fill(p);
-        ring.turn();
-    }
-    ring.parity = 0;
+    ring.fill_all(p, way, true);
     ptx::grid_dependency_wait();
+    if (ring.kScaled) ring.fill_all(p, way, false);
     if (p.cluster) ptx::cluster_wait();  // all blocks have begun
     for (int turn = 0; !way.over(p); way.go_on(p), ++turn) {
         const int64_t row = way.row_head / unsigned(p.heads), head = way.row_head % unsigned(p.heads);
@@ -343,11 +338,12 @@ __global__ void __launch_bounds__(kThreads, 3) attention_decode_ring_kernel(Atte
 template <typename S>
 int launch_ring(AttentionDecodeParams p) {
     const auto kernel = attention_decode_ring_kernel<S>;
-    p.cluster = p.cluster && p.splits > 1 && p.splits <= kMostClusters && has_clusters(kernel);
+    p.cluster = p.cluster && p.splits > 1 && p.splits <= kMostClusters &&
+                resident_blocks(kernel, p.device, kThreads, S::shared(p.splits), unsigned(p.splits)) >= p.splits;
     const unsigned cluster = p.cluster ? unsigned(p.splits) : 1;
     const size_t shared = p.cluster ? S::shared(p.splits) : S::kInbox;
     const int resident = resident_blocks(kernel, p.device, kThreads, shared, cluster);
-    if (resident < int(cluster)) return cudaErrorInvalidValue;
+    if (resident == 0) return cudaErrorInvalidValue;
     const auto blocks = unsigned(std::min<int64_t>(p.rows * p.heads * p.splits, resident));
     const int error = launch(kernel, blocks, kThreads, shared, p.stream, p, cluster, p.dependent != Dependent::none);
     return error != cudaSuccess || p.cluster || slots_of(p) == 1 ? error : launch_merge(p);

@@ -38,6 +38,8 @@ struct HopperFwd {
     // A warpgroup has no use for the block's last tiles, and leaves neither them nor its own last one: their places are
     // not filled again.
     static_assert((kGroups - 1) * kTile <= (kStages - 1) * kKeys);
+    static_assert(!kLoader || registers_suffice(kThreads, kGroups, kRegisters, kLoaderRegisters));
+    static_assert(kShared <= kMaxShared);
 };
 
 struct HopperFwdArgs {

@@ -13,6 +13,13 @@ namespace igpt::cuda::attention {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kPanelRow = 128;      // bytes
+constexpr int kMaxShared = 227 * 1024;
+
+// Whether warpgroups that compute and one that loads find as many registers as a launch of `threads` is given: without
+// them a warpgroup waits for ever.
+constexpr bool registers_suffice(int threads, int groups, int registers, int loader_registers) {
+    return kGroupThreads * (groups * registers + loader_registers) <= threads * (65536 / threads / 8 * 8);
+}
 
 template <typename F>
 __device__ __forceinline__ void load_panels(uint32_t to, int panel, const ptx::TensorMap* map, uint32_t barrier,

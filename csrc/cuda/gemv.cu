@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_a_time(kTransposed)) gemv_
     float* scratch = inbox + p.splits * kInbox;  // x, then the warps' sums
     U* x = reinterpret_cast<U*>(scratch);
     const int tile = int(blockIdx.x) / p.splits * kColumns, split = int(blockIdx.x) % p.splits;
-    const int begin = split * p.share, end = min(begin + p.share, p.n_in);
+    const int begin = begin_of(p, split), end = min(begin_of(p, split + 1), p.n_in);
     const int warp = int(threadIdx.x) / kWarpSize;
     if constexpr (kNormed) ask_factors<T>(p, factors, begin, min(begin + U::kSlab, end));
     Cursor<T, kTransposed, kStep> cursor(p, tile, begin + warp * kChunk, end);

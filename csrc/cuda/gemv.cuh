@@ -104,13 +104,18 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
 
 inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
 
+// Where the part of n_in begins that a block has, p.share at most: whole chunks, and some for each.
+__device__ __forceinline__ int begin_of(const GemvParams& p, int split) {
+    return (p.n_in + kChunk - 1) / kChunk * split / p.splits * kChunk;
+}
+
 // Blocks of `warps` that share n_in, of which a multiprocessor has `at_a_time`: as many as leave a warp the fewest
-// chunks while all blocks run in one wave, and no more.
+// chunks while all blocks run in one wave, and no more: a power of two, which fills the groups of multiprocessors.
 inline int choose_splits(void (*kernel)(GemvParams), int tiles, int chunks, int warps, int at_a_time) {
     const int most = std::min(kSplits, kMultiprocessors * at_a_time / tiles);
     int splits = 1;
     if (most < 2 || !has_clusters(kernel)) return splits;
-    for (int more = 2; more <= most; ++more) {
+    for (int more = 2; more <= most; more *= 2) {
         if (divide_up(chunks, more * warps) < divide_up(chunks, splits * warps)) splits = more;
     }
     return splits;

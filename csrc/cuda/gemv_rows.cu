@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_rows_kernel(GemvParams p) {
     if (p.dependent == Dependent::early) ptx::grid_dependency_launch();
     auto& shared = *dynamic_shared<Shared<T, kTiles>>();
     const int tile = int(blockIdx.x) / p.splits * kColumns, split = int(blockIdx.x) % p.splits;
-    const int begin = split * p.share, end = min(begin + p.share, p.n_in);
+    const int begin = begin_of(p, split), end = min(begin_of(p, split + 1), p.n_in);
     const int rows = rows_of_a_block(kTiles, p.splits), warp = int(threadIdx.x) / kWarpSize;
     const int lane = int(threadIdx.x) % kWarpSize;
     constexpr int kSlab = Shared<T, kTiles>::kSlab;

@@ -8,6 +8,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #ifndef __CUDACC__
 #include "../emulator/emulator.h"
@@ -46,30 +49,67 @@ struct DeviceGuard {
     cudaError_t error;
 };
 
+#ifdef __CUDACC__
+// What `find` says of a key, which names a kernel and a device: asked until it is not 0, and then known to all threads,
+// so that a launch asks the runtime nothing.
+template <typename Key, typename Find>
+int remembered(const Key& key, const Find& find) {
+    static std::mutex mutex;
+    static std::map<Key, int> known;  // for each `find`
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto at = known.find(key);
+    if (at != known.end()) return at->second;
+    const int found = find();
+    if (found != 0) known.emplace(key, found);
+    return found;
+}
+
+// Lets a kernel have as much dynamic shared memory as a block can have on the current device: no launch asks for its
+// own share, which another thread's launch could lower again. With `dependent` the multiprocessors' memory goes to that
+// rather than to L1, since they move the border only when they are idle: a launch that wants another one than the
+// launch before could not begin beside it.
+template <typename Params>
+cudaError_t prepare(void (*kernel)(Params), size_t bytes, bool dependent) {
+    if (bytes <= 48 * 1024 && !dependent) return cudaSuccess;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const int done = remembered(std::make_tuple(kernel, device, dependent), [&] {
+        int most = 0;
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (error == cudaSuccess) {
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        }
+        if (error == cudaSuccess && dependent) {
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
+        }
+        return int(error == cudaSuccess);
+    });
+    if (done == 0) cudaGetLastError();  // takes it, lest the next launch report it
+    return error;
+}
+#endif
+
 // Whether a kernel's blocks can be put together in clusters, and it has its grid_dependency_wait in it: its code on the
 // current device is of PTX for sm_90 or later. What the driver makes there of older PTX is not: it would trap, or read
 // what is not written yet.
 template <typename Params>
 bool has_clusters([[maybe_unused]] void (*kernel)(Params)) {
 #ifdef __CUDACC__
-    cudaFuncAttributes code{};
-    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion >= 90;
-    cudaGetLastError();
-    return false;
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    const int version = remembered(std::make_tuple(kernel, device), [&] {
+        cudaFuncAttributes code{};
+        if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion;
+        cudaGetLastError();
+        return 0;
+    });
+    return version >= 90;
 #else
-    return true;
+    return emulator::capability() >= 90;
 #endif
 }
-
-#ifdef __CUDACC__
-// Lets a kernel have as much dynamic shared memory, which may be more than it has without asking.
-template <typename Params>
-cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-    return error == cudaSuccess ? error : cudaGetLastError();  // takes it, lest the next launch report it
-}
-#endif
 
 // How many blocks of a kernel run at a time on the current device, number `device`, in whole clusters; 0 after an
 // error.
@@ -77,30 +117,32 @@ template <typename Params>
 int resident_blocks([[maybe_unused]] void (*kernel)(Params), [[maybe_unused]] int device, unsigned threads,
                     size_t shared_bytes, unsigned cluster) {
 #ifdef __CUDACC__
-    int count = 0, multiprocessors = 0;
-    cudaError_t error = allow_shared(kernel, shared_bytes);
-    if (error == cudaSuccess && cluster == 1) {
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error == cudaSuccess) {
-            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(threads), shared_bytes);
+    return remembered(std::make_tuple(kernel, device, threads, shared_bytes, cluster), [&] {
+        int count = 0, multiprocessors = 0;
+        cudaError_t error = prepare(kernel, shared_bytes, true);
+        if (error == cudaSuccess && cluster == 1) {
+            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+            if (error == cudaSuccess) {
+                error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(threads), shared_bytes);
+            }
+            count *= multiprocessors;
+        } else if (error == cudaSuccess) {
+            cudaLaunchAttribute attribute{};
+            attribute.id = cudaLaunchAttributeClusterDimension;
+            attribute.val.clusterDim.x = cluster;
+            attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+            cudaLaunchConfig_t config{};
+            config.gridDim = cluster;
+            config.blockDim = threads;
+            config.dynamicSmemBytes = shared_bytes;
+            config.attrs = &attribute;
+            config.numAttrs = 1;
+            error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+            count *= int(cluster);
         }
-        count *= multiprocessors;
-    } else if (error == cudaSuccess) {
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = cluster;
-        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = cluster;
-        config.blockDim = threads;
-        config.dynamicSmemBytes = shared_bytes;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-        count *= int(cluster);
-    }
-    cudaGetLastError();
-    return error == cudaSuccess ? count : 0;
+        cudaGetLastError();
+        return error == cudaSuccess ? count : 0;
+    });
 #else
     return emulator::resident_blocks(threads, shared_bytes, cluster);
 #endif
@@ -114,7 +156,7 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params, unsigned cluster = 1, bool dependent = false) {
 #ifdef __CUDACC__
-    if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return error;
+    if (const cudaError_t error = prepare(kernel, shared_bytes, dependent); error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2]{};
     unsigned count = 0;
     if (cluster > 1) {
@@ -145,7 +187,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 #else
     static_cast<void>(stream);
     if (!emulator::record(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) {
-        emulator::launch(grid, block, shared_bytes, cluster, dependent, [&] { kernel(params); });
+        emulator::launch(grid, block, shared_bytes, cluster, dependent && has_clusters(kernel),
+                         [&] { kernel(params); });
     }
     return cudaSuccess;
 #endif

@@ -168,6 +168,14 @@ __device__ __forceinline__ V load_once(const V* p) {
     return *reinterpret_cast<const V*>(&words);
 }
 
+// What a launch that has ended wrote, past L1: which may hold what was there before, for a launch that has begun
+// beside another one.
+__device__ __forceinline__ int load_past_l1(const int* p) {
+    int value;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory");
+    return value;
+}
+
 #if __CUDA_ARCH__ >= 890
 // The numbers of two codes in e4m3, the first in the low byte: sm_89 and later. e4m3.cuh has it for all others, and for
 // the emulator.

@@ -4,8 +4,7 @@
 //   weight = exp(score), fp32;  top-p keeps the shortest run, from the heaviest down (the lower id first on ties),
 //     whose weight reaches top_p of the total;  min-p keeps the scores not below min_score = log(min_p)
 //   token = first id at which the cumulative weight exceeds uniform * total;  temperature 0: the largest logit
-//   logprob = (logit - max) - log(sum exp(logit - max)) of the token, whatever is drawn from; NaN where a logit is not
-//   a
+//   logprob = (logit - max) - log(sum exp(logit - max)) of the token, whatever is drawn from; NaN where a logit is no
 //     number or infinite
 //   embedding = wte[token] + wpe[index + 1], index = position + offset; with `advance`, position += 1
 //
@@ -52,7 +51,7 @@ struct Shared {
 // What is drawn by: of the launch, or what stands on the device. Read where it is used: registers are few.
 template <typename T, typename M>
 __device__ __forceinline__ T setting(const SampleParams& p, T of_launch, M SampleSettings::* member) {
-    return p.settings ? T(p.settings->*member) : of_launch;
+    return p.settings ? T(load_global(&(p.settings->*member))) : of_launch;
 }
 
 __device__ __forceinline__ int first_id() { return int(threadIdx.x) * kOwn; }
@@ -302,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     const float temperature = setting(p, p.temperature, &SampleSettings::temperature);
     const uint64_t seed = setting(p, p.seed, &SampleSettings::seed);
     const int offset = setting(p, 0, &SampleSettings::offset);
-    const int64_t stream = p.streams ? p.streams[row] : 0;
+    const int64_t stream = p.streams ? load_global(p.streams + row) : 0;
     ptx::grid_dependency_wait();
     const int64_t position = p.position ? int64_t(load_global(p.position + p.position_stride * row)) : 0;
     const int64_t index = position + offset, next = index + 1;
@@ -318,9 +317,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     float peak = 0.0f;
     if (!greedy || p.logprobs) peak = block_max(x, shared);
     if (p.logprobs) add_exponentials(x, peak, shared);
-    const float uniform = p.uniform ? p.uniform[row] : philox_uniform(seed, stream, int32_t(index));
+    const float uniform = p.uniform ? load_global(p.uniform + row) : philox_uniform(seed, stream, int32_t(index));
     const int token = greedy ? block_argmax(x, p.k, shared) : draw(p, x, peak, temperature, uniform, shared);
-    write_drawn(p, x, peak, token, p.settings ? index - int(p.settings->first) : 0, shared);
+    write_drawn(p, x, peak, token, p.settings ? index - setting(p, 0, &SampleSettings::first) : 0, shared);
     if (p.embedding) write_next<kThreads>(p, token, inside ? next : 0, inside);
     if (p.advance && threadIdx.x == 0) store_global(p.position + row, int32_t(uint32_t(position) + 1));
 }

@@ -177,6 +177,8 @@ V load_once(const V* p, emulator::Where where = {}) {
     return load_global(p, where);
 }
 
+inline int load_past_l1(const int* p, emulator::Where where = {}) { return load_global(p, where); }
+
 inline void prefetch_l2(const void*) {}
 
 inline void grid_dependency_wait() { emulator::grid_dependency_wait(); }

@@ -78,7 +78,8 @@ def sample_next(
     """``sample`` with numbers of its own, and the input of the step that reads the drawn tokens, in one launch.
 
     The number of row i is ``reference.uniform(seed, streams[i], position, 1)``: it depends on the seed, the image and
-    the position alone, so the images do not depend on the batch. ``position`` and ``streams`` are read on the device
+    the position alone, so the images do not depend on the batch, but for the rounding of the logits, which the model's
+    kernels choose by its size. ``position`` and ``streams`` are read on the device
     and nothing waits for the host: a captured CUDA graph draws the next token when it is replayed with another
     ``position`` in the same memory. The other settings are the graph's.
 

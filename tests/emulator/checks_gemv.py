@@ -224,4 +224,4 @@ def check_coalescing_of_many_rows(kernels: Kernels) -> None:
                 assert counted["async_copies"] * 8 == copied, case
                 assert counted["load_bytes"] == 2 * (n_in * n_out + copied), case
                 assert counted["load_sectors"] * 32 == counted["load_bytes"], case
-                assert counted["shared_conflicts"] <= 0.2 * counted["shared_wavefronts"], case
+                assert counted["shared_conflicts"] <= 0.1 * counted["shared_wavefronts"], case

@@ -188,6 +188,23 @@ def check_step(kernels: Kernels, dtype: torch.dtype) -> None:
         assert_parity(logprobs.cpu()[written], *of_drawn)
 
 
+def check_dependent(kernels: Kernels) -> None:
+    """It may begin before the launch has ended that makes its logits, and reads its settings before that has."""
+    x, weight = torch.randn(2, 64).bfloat16().to(kernels.device), torch.randn(64, 72).bfloat16().to(kernels.device)
+    drawn = []
+    kernels.module.set_capability(90)
+    for dependent in ("none", "late", "early"):
+        tokens, position = torch.full((2, 1), -1), torch.zeros(2, dtype=torch.int32)
+        state = [t.to(kernels.device) for t in (torch.arange(2), position, tokens, tokens.float())]
+        buffer = ops.sample_settings(7, Sampling(0.9, 20, 0.95)).to(kernels.device)
+        with serving(kernels), backend.launching(backend.Launching(dependent)):
+            ops.sample_step(ops.gemv(x, weight), buffer, *state)
+        drawn.append(torch.stack([state[2], state[3].double()]))
+    kernels.module.set_capability()
+    assert torch.equal(drawn[1], drawn[0])
+    assert torch.equal(drawn[2], drawn[0])
+
+
 def check_step_edges(kernels: Kernels) -> None:
     """A row whose logits are no distribution has a log-probability that is NaN, whatever is drawn by."""
     inf, nan = torch.inf, torch.nan
@@ -266,9 +283,9 @@ def check_accesses(kernels: Kernels) -> None:
         tables = wte.to(dtype), wpe.to(dtype)
         with Counted(kernels) as counted, serving(kernels):
             ops.sample_next(logits.to(dtype), 0, torch.arange(n), position, wte=tables[0], wpe=tables[1])
-        # Every warp reads the position.
-        assert counted["load_bytes"] == n * (k + 2 * n_embd) * size + n * 128 * 4, dict(counted)
-        assert counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size + n * 4 * 32, dict(counted)
+        # Every warp reads the position and the stream.
+        assert counted["load_bytes"] == n * (k + 2 * n_embd) * size + n * 128 * (4 + 8), dict(counted)
+        assert counted["load_sectors"] * 32 == n * (k + 2 * n_embd) * size + n * 4 * 2 * 32, dict(counted)
         assert counted["store_bytes"] == counted["store_sectors"] * 32 == n * n_embd * size, dict(counted)
         assert counted["shared_conflicts"] == 0, dict(counted)
         assert counted["barriers"] == 3 * n, dict(counted)

@@ -24,10 +24,12 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the CUDA kernels serve: emulated on the CPU, without graphs, or on a GPU."""
+    """Where the CUDA kernels serve: emulated on the CPU, as of sm_90 but without graphs, or on a GPU."""
     if request.param == "emulated":
-        request.getfixturevalue("emulation")
+        module = request.getfixturevalue("emulation").module
+        module.set_capability(90)
         yield "cpu"
+        module.set_capability()
     else:
         with backend.use_backend("auto"):
             yield "cuda"

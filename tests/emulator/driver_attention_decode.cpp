@@ -71,20 +71,16 @@ void decode(DType dtype, const Sizes& s, const std::vector<int32_t>& at, const s
                                         s.cluster}));
 }
 
-// Through the ring, with few blocks that have many parts: by the copies of sm_90, in clusters too, and by those of
-// sm_80.
+// Through the ring, with few blocks that have many parts, in clusters too.
 void decode_by_ring(bool brief) {
     igpt::emulator::set_multiprocessors(1);
-    for (int capability : {80, 90}) {
-        igpt::emulator::set_capability(capability);
-        const bool cluster = capability == 90;
-        for (int32_t dim : {32, 64, 96, 128}) {
-            decode(DType::bf16, {2, 3, 70, 0, 0, dim, 2, 0, false, false, true, cluster}, {69, 35}, {5, 0});
-            decode(DType::f16, {2, 3, 70, 0, 0, dim, 2, 0, true, true, true, false}, {69, 35}, {5, 0});
-            if (brief) continue;
-            decode(DType::bf16, {2, 5, 67, 0, 0, dim, 1, 0, true, false, true, false}, {-1, 66}, {});
-            decode(DType::f16, {2, 1, 300, 2, 67, dim, 2, 2, true, true, true, cluster}, {299}, {66, 90});
-        }
+    igpt::emulator::set_capability(90);
+    for (int32_t dim : {32, 64, 96, 128}) {
+        decode(DType::bf16, {2, 3, 70, 0, 0, dim, 2, 0, false, false, true, true}, {69, 35}, {5, 0});
+        decode(DType::f16, {2, 3, 70, 0, 0, dim, 2, 0, true, true, true, false}, {69, 35}, {5, 0});
+        if (brief) continue;
+        decode(DType::bf16, {2, 5, 67, 0, 0, dim, 1, 0, true, false, true, false}, {-1, 66}, {});
+        decode(DType::f16, {2, 1, 300, 2, 67, dim, 2, 2, true, true, true, true}, {299}, {66, 90});
     }
     igpt::emulator::set_multiprocessors(132);
     igpt::emulator::set_capability(80);

@@ -1,4 +1,5 @@
 #include "driver.h"
+#include "emulator.h"
 
 namespace {
 
@@ -19,6 +20,7 @@ void layer(DType dtype, int32_t rows, int32_t n_in, int32_t n_out, bool transpos
 }
 
 void gemv(bool brief) {
+    igpt::emulator::set_capability(90);  // clusters
     for (bool transposed : {false, true}) {
         for (int32_t rows : {1, 2, 3, 7}) layer(DType::bf16, rows, 8, 24, transposed, true);
         layer(DType::f16, 8, 1544, 24, transposed, true);
@@ -30,6 +32,7 @@ void gemv(bool brief) {
         if (brief) continue;
         layer(DType::bf16, 3, 72, 4136, transposed, true);
     }
+    igpt::emulator::set_capability(80);
 }
 
 const driver::Case added("gemv", gemv);

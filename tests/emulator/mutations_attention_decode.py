@@ -14,6 +14,7 @@ def on(*parts: Callable[[], None]) -> Check:
     """A check that runs the op on the kernels."""
 
     def check(kernels: Kernels) -> None:
+        kernels.module.set_capability(90)  # clusters and dependent launches
         with backend.use_backend("auto"), backend.emulate(kernels.module):
             for part in parts:
                 part()
@@ -44,6 +45,7 @@ codes = on(
     lambda: checks.check_codes("cpu", torch.bfloat16, 32), lambda: checks.check_quantizing("cpu", torch.bfloat16, 128)
 )
 dependent = on(lambda: checks.check_dependent("cpu"))
+parts_dependent = on(lambda: checks.check_dependent("cpu", 300))
 huge, outside = on(lambda: checks.check_huge("cpu")), on(lambda: checks.check_outside("cpu"))
 reads_once = counted(checks.check_prefix_reads_once)
 THREAD, ADDRESS = ("thread", "attention_decode"), ("address", "attention_decode")
@@ -56,6 +58,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_minus_infinity", SHARED, "m == -INFINITY ? 0.0f : m;", "m;"), positions),
     (Mutation("decode_does_not_wait", OWN, "ptx::grid_dependency_wait();  // before every", "// before every"),
      dependent),
+    (Mutation("decode_merge_does_not_wait", MERGE, "    ptx::grid_dependency_wait();\n", ""), parts_dependent),
     (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? load_global(p.starts + row) : 0", "0"), positions),
     (Mutation("decode_sees_itself_always", SHARED, "sees_it = own_start <= position;", "sees_it = true;"), positions),
     (Mutation("decode_position_of_each_row", SHARED, "row * p.position_step", "row"), ADDRESS),

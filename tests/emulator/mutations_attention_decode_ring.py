@@ -1,5 +1,7 @@
 """Known ways to be wrong in attention_decode's ring; see test_mutations.py."""
 
+from collections.abc import Callable
+
 import checks_attention_decode as checks
 import torch
 from compiling import Check, Mutation
@@ -20,13 +22,26 @@ def by_rings(kernels: Kernels) -> None:
 def prefixes(kernels: Kernels) -> None:
     with backend.use_backend("auto"), backend.emulate(kernels.module):
         for multiprocessors in (2, 132):  # few blocks, and clusters
-            with checks.by_ring(kernels.module, 90, multiprocessors, True):
+            with checks.by_ring(kernels.module, multiprocessors, True):
                 checks.check_prefix("cpu", torch.bfloat16, 64, 2, 10, 65)
 
 
 def huge(kernels: Kernels) -> None:
-    with backend.use_backend("auto"), backend.emulate(kernels.module), checks.by_ring(kernels.module, 90, 132, False):
+    with backend.use_backend("auto"), backend.emulate(kernels.module), checks.by_ring(kernels.module, 132, False):
         checks.check_huge("cpu")
+
+
+def served(check: Callable[[Kernels], None]) -> Check:
+    def on(kernels: Kernels) -> None:
+        with backend.use_backend("auto"), backend.emulate(kernels.module):
+            check(kernels)
+
+    return on
+
+
+def dependent(kernels: Kernels) -> None:
+    with checks.by_ring(kernels.module, 132, False):
+        checks.check_dependent("cpu")
 
 
 THREAD, ADDRESS = ("thread", "attention_decode_ring"), ("address", "attention_decode_ring")
@@ -45,6 +60,13 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("ring_keys_of_32_bits", RING, "+ first * S::K::kBytes;", "+ unsigned(first) * unsigned(S::K::kBytes);"),
      huge),
     (Mutation("ring_waits_for_a_group_less", RING, "<S::kStages - 1>", "<S::kStages>"), by_rings),
+    (Mutation("ring_does_not_wait", RING, "    ptx::grid_dependency_wait();\n", ""), served(dependent)),
+    (Mutation("ring_scales_before_the_wait", RING, "fill(p, tile, !tile)", "fill(p, tile, tile)"),
+     served(checks.check_scales_in_time)),
+    (Mutation("ring_below_sm_90", "cuda/attention_decode.cu", "p.ring && has_ring()", "p.ring"),
+     served(checks.check_without_ring)),
+    (Mutation("ring_cluster_without_room", RING, "unsigned(p.splits)) >= p.splits", "unsigned(p.splits)) >= 0"),
+     served(checks.check_cluster_without_room)),
     (Mutation("ring_lanes_do_not_meet", RING, "<S::kStages - 1>();\n        __syncwarp();", "<S::kStages - 1>();"),
      THREAD),
     (Mutation("ring_position_of_the_first_row", RING, "if (p.position_step || p.starts) own", "if (p.starts) own"),

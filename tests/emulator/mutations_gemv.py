@@ -14,6 +14,7 @@ def on(*parts: Callable[[], None]) -> Check:
     """A check that runs the op on the kernels."""
 
     def check(kernels: Kernels) -> None:
+        kernels.module.set_capability(90)  # clusters and dependent launches
         with backend.use_backend("auto"), backend.emulate(kernels.module):
             for part in parts:
                 part()
@@ -22,6 +23,7 @@ def on(*parts: Callable[[], None]) -> Check:
 
 
 def coalescing(kernels: Kernels) -> None:
+    kernels.module.set_capability(90)
     with backend.use_backend("auto"), backend.emulate(kernels.module):
         checks.check_coalescing(kernels)
 
@@ -44,6 +46,7 @@ wide, reach_of_many = on(lambda: checks.check_options("cpu", True, 9)), on(lambd
 
 
 def coalescing_of_many(kernels: Kernels) -> None:
+    kernels.module.set_capability(90)
     with backend.use_backend("auto"), backend.emulate(kernels.module):
         checks.check_coalescing_of_many_rows(kernels)
 
@@ -113,10 +116,11 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("gemv_rows_block_not_begun", ROWS,
               "    if (!outbox.alone) ptx::cluster_wait();  // all blocks have begun\n", ""), many),
     (Mutation("gemv_rows_does_not_wait", ROWS, "    ptx::grid_dependency_wait();\n", ""), dependent),
+    (Mutation("gemv_chunks_left_over", COMMON, "* split / p.splits * kChunk", "/ p.splits * split * kChunk"), many),
     (Mutation("gemv_rows_misses_a_block", ROWS, "s < p.splits; ++s", "s < p.splits - (p.splits > 2); ++s"), many),
     (Mutation("gemv_rows_of_another_block", ROWS, "unsigned(row / rows)", "unsigned(row / rows) ^ 1u"), many),
     (Mutation("gemv_rows_squares_of_a_slab", ROWS,
-              "first ? sum : load_shared(shared.squares + row) + sum", "sum"), many),
+              ": load_shared(shared.squares + row) + sum", ": load_shared(shared.squares + row)"), many),
     (Mutation("gemv_rows_tiles_together", ROWS, "(first + i / kPairs) * kTile", "i / kPairs * kTile"), many),
     (Mutation("gemv_rows_x_beyond_the_end", ROWS, "p.n_in + begin + k, begin + k < end", "p.n_in + begin + k, true"),
      ("address", "gemv")),

@@ -44,6 +44,8 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("sample_position", SAMPLE, "next = index + 1;", "next = index;"), next_step),
     (Mutation("sample_positions", SAMPLE, "p.position_stride * row", "0 * row"), next_step),
     (Mutation("sample_last_position", SAMPLE, "next < p.n_positions", "next <= p.n_positions"), ("address", "sample")),
+    (Mutation("sample_does_not_wait", SAMPLE, "    ptx::grid_dependency_wait();\n", ""), checks_sample.check_dependent),
+    (Mutation("sample_stream_of_the_first_row", SAMPLE, "p.streams + row", "p.streams"), checks_sample.check_numbers),
     (Mutation("sample_logprob_temperature", SAMPLE, "double(expf(x[i] - peak))",
               "double(expf((x[i] - peak) / 0.8f))"), step),
     (Mutation("sample_logprob_logit", SAMPLE, "first_id() + i == token ? x[i]",

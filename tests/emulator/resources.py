@@ -91,7 +91,7 @@ def launches(module: ModuleType, table: dict[str, Kernels]) -> dict[str, list[di
             name = names[address]
             row: dict[str, Any] = {"kernel": name, "blocks": blocks, "threads": threads, "shared": shared}
             for arch, has in every[name][1].items():
-                if "hopper" in name and arch != "90a":  # a trap
+                if ("hopper" in name or "decode_ring" in name) and arch != "90a":  # a trap
                     continue
                 at_a_time = blocks_per_multiprocessor(arch, has.registers, has.shared + shared, threads)
                 row[arch] = f"{at_a_time} blocks, {at_a_time * -(-threads // 32)}/{MULTIPROCESSORS[arch].warps} warps"

@@ -4,6 +4,7 @@ compute-sanitizer --tool memcheck python tests/emulator/run_decoder.py
 """
 
 import sys
+from typing import Any
 
 import torch
 
@@ -12,26 +13,32 @@ from igpt_fast.draws import Sampling
 from igpt_fast.engines.cuda.decoder import CudaDecoder
 from igpt_fast.engines.cuda.options import CudaOptions
 
-# Images, dtype, what the cache is rounded to, continuations of each: the fused kernels, torch's products with more than
-# FEW rows and in float32, values, and keys, of 8 bits, a primer that is shared.
+# Images, dtype, what the cache is rounded to, continuations of each, options: the fused kernels, of up to 8, 16 and 64
+# rows, torch's products, in float32 too, two halves, values, and keys, of 8 bits, a primer that is shared.
 CASES = (
-    (3, torch.bfloat16, None, 1),
-    (9, torch.float16, None, 1),
-    (2, torch.float32, None, 1),
-    (3, torch.bfloat16, "fp8_values", 1),
-    (3, torch.bfloat16, "fp8_cache", 1),
-    (2, torch.bfloat16, None, 5),
+    (3, torch.bfloat16, None, 1, {}),
+    (9, torch.float16, None, 1, {}),
+    (33, torch.bfloat16, None, 1, {}),
+    (9, torch.float16, None, 1, {"gemv_rows": 0}),
+    (9, torch.bfloat16, None, 1, {"halves": True}),
+    (9, torch.bfloat16, None, 1, {"halves": True, "gemv_rows": 0}),
+    (2, torch.float32, None, 1, {}),
+    (3, torch.bfloat16, "fp8_values", 1, {}),
+    (3, torch.bfloat16, "fp8_cache", 1, {}),
+    (2, torch.bfloat16, None, 5, {}),
 )
-POSITIONS, PRIMER, FEW = 12, 5, 8
+POSITIONS, PRIMER = 12, 5
 
 
 @torch.no_grad()
-def draw(device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies: int) -> torch.Tensor:
+def draw(
+    device: str, rows: int, dtype: torch.dtype, rounded: str | None, copies: int, options: dict[str, Any]
+) -> torch.Tensor:
     """(rows copies, POSITIONS - PRIMER) tokens."""
     torch.manual_seed(0)
     config = ImageGPTConfig(n_layer=2, n_embd=64, n_head=2, n_positions=POSITIONS, vocab_size=41)
     model = ImageGPTForCausalImageModeling(config).eval().requires_grad_(False).to(device, dtype)
-    decoder = CudaDecoder(model, rows, POSITIONS, rounded, options=CudaOptions(graphs=False, gemv_rows=FEW))
+    decoder = CudaDecoder(model, rows, POSITIONS, rounded, options=CudaOptions(graphs=False, **options))
     primer = torch.randint(config.n_colours, (rows, PRIMER), generator=torch.Generator().manual_seed(1))
     logits = decoder.prefill(primer.to(device)).repeat_interleave(copies, dim=0)
     decoder.fork(copies)

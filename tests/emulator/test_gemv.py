@@ -10,10 +10,12 @@ from igpt_fast import backend, ops
 
 @pytest.fixture
 def on(emulated: Kernels):
-    """The emulated kernels serve the op."""
+    """The emulated kernels serve the op, on a device with clusters."""
     checks.schedule(emulated, "fifo", 0)
+    emulated.module.set_capability(90)
     with backend.use_backend("auto"), backend.emulate(emulated.module):
         yield emulated
+    emulated.module.set_capability()
 
 
 def test_determinism(on: Kernels) -> None:
@@ -31,8 +33,8 @@ def test_coalescing_of_many_rows(on: Kernels) -> None:
 @pytest.mark.parametrize(
     ("n_in", "n_out", "transposed", "blocks"),
     [
-        (1024, 4096, False, 2 * 64),  # four would be more than run at once, three leave a warp as many chunks as two
-        (1536, 4608, False, 3 * 72),
+        (1024, 4096, False, 2 * 64),  # four would be more than run at once
+        (1536, 4608, False, 2 * 72),
         (1536, 6144, False, 2 * 96),
         (2048, 512, False, 8 * 8),
         (512, 2048, False, 2 * 32),  # a warp has one chunk
@@ -51,7 +53,7 @@ def test_blocks_that_share_n_in(on: Kernels, n_in: int, n_out: int, transposed: 
 
 
 @pytest.mark.parametrize(
-    ("n_in", "n_out", "blocks"), [(512, 2048, 4 * 32), (2048, 512, 8 * 8), (1536, 4608, 3 * 72), (1536, 6144, 2 * 96)]
+    ("n_in", "n_out", "blocks"), [(512, 2048, 4 * 32), (2048, 512, 8 * 8), (1536, 4608, 2 * 72), (1536, 6144, 2 * 96)]
 )
 def test_blocks_of_many_rows(on: Kernels, n_in: int, n_out: int, blocks: int) -> None:
     for rows in (9, 64):
@@ -59,6 +61,15 @@ def test_blocks_of_many_rows(on: Kernels, n_in: int, n_out: int, blocks: int) ->
         ops.gemv(torch.empty(rows, n_in).bfloat16(), torch.empty(n_in, n_out).bfloat16())
         ((_, launched, *_),) = on.module.stop_recording()
         assert launched == blocks
+
+
+def test_no_clusters_below_sm_90(on: Kernels) -> None:
+    on.module.set_capability(80)
+    for rows in (1, 9):
+        on.module.start_recording()
+        ops.gemv(torch.empty(rows, 2048).bfloat16(), torch.empty(2048, 512).bfloat16())
+        ((_, launched, *_),) = on.module.stop_recording()
+        assert launched == 8
 
 
 def test_huge_weight(on: Kernels) -> None:

@@ -52,7 +52,13 @@ def test_check(kernels: Kernels, check) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [checks_sample.check_schedules, checks_sample.check_accesses, checks_sample.check_far_rows]
+    "check",
+    [
+        checks_sample.check_schedules,
+        checks_sample.check_accesses,
+        checks_sample.check_far_rows,
+        checks_sample.check_dependent,
+    ],
 )
 def test_emulated_check(emulated: Kernels, check) -> None:
     checks.schedule(emulated, "fifo", 0)

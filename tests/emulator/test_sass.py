@@ -5,7 +5,7 @@ with fewer stands for those with more.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import nvcc
@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest
 
 LOAD16, STORE16 = r"LDG\.E\b.*\.128", r"STG\.E\b.*\.128"
 TENSOR = r"HMMA\.16816\.F32"  # m16n8k16, sums in float32
+POSITION = r"LDG\.E\.STRONG\.GPU R"  # past L1
 ASYNC16 = r"LDGSTS\.E\b.*\.128"  # cp.async of 16 bytes
 NEVER = {r"LDL": "memory of its own", r"STL": "memory of its own", r"(ATOM|ATOMG|RED)\b.*\.F(16|32|64)": "not in order"}
 
@@ -28,14 +29,10 @@ class Family:
     lacks: tuple[str, ...] = ()
     but: str = ""  # a pattern of names: instances that only NEVER holds for
     only: str = ""  # the one architecture that it is for; for the others it is a trap
-    hopper: tuple[str, ...] = ()  # what they have for 90a in place of `before`
-    before: tuple[str, ...] = ()
 
     def of(self, arch: str) -> "Family":
         """What they have for one architecture."""
-        if self.only not in ("", arch):
-            return TRAP
-        return replace(self, has=self.has + (self.hopper if arch == "90a" else self.before))
+        return self if self.only in ("", arch) else TRAP
 
 
 TRAP = Family(has=(r"BPT\.TRAP",), lacks=(r"STG",))
@@ -68,12 +65,12 @@ FAMILIES = {
     "attention_terms_kernel": Family(has=(LOAD16,)),
     # All of keys and values, of 8 bits too, as whole vectors; alone a position, a start, a key's scale.
     "attention_decode_kernel": Family(has=(LOAD16, STORE16), lacks=(r"LDG\.E\.(U8|U16|64)",)),
-    # The cache comes by whole tiles on Hopper, whose barriers count them, and by 16 bytes before; by registers alone
-    # the query and the new key and value.
+    # The cache comes by whole tiles, which barriers count; by registers alone the query and the new key and value, and,
+    # past L1, the position.
     "attention_decode_ring_kernel": Family(
-        has=(LOAD16, r"STG\.E\b.*\.(64|128)", r"LDS.*\.(64|128)"),
-        hopper=(r"UBLKCP", r"SYNCS\.PHASECHK"),
-        before=(ASYNC16,),
+        has=(LOAD16, r"STG\.E\b.*\.(64|128)", r"LDS.*\.(64|128)", POSITION, r"UBLKCP", r"SYNCS\.PHASECHK"),
+        lacks=(ASYNC16,),
+        only="90a",
     ),
     "attention_decode_prefix_kernel": Family(has=(LOAD16, TENSOR)),
     "attention_decode_merge_kernel": Family(has=(r"LDG\.E",)),  # a warp reads 128 bytes of a part
@@ -174,8 +171,8 @@ def test_exponentials_beside_products_are_counted() -> None:
 # Kernels that may be launched while the one before ends (launch.cuh), and what of memory they read before they wait.
 DEPENDENT = {
     "attention_decode_kernel": (),
-    # The position and a start, of e4m3 scales; bulk copies of what is old. Neither the query nor the new key or value.
-    "attention_decode_ring_kernel": (r"LDG\.E R", r"LDGSTS\.E \[", r"LDGDEPBAR"),
+    # The position and a start; bulk copies of what is old. Neither scales nor the query nor the new key or value.
+    "attention_decode_ring_kernel": (POSITION,),
     "attention_decode_prefix_kernel": (),
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight

@@ -15,6 +15,7 @@ from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.distributed import Team
 from igpt_fast.learning.extraction import collect
 from igpt_fast.learning.graphs import WARM
+from igpt_fast.learning.objectives.masked import Masked
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.resident import Resident
 from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
@@ -28,26 +29,31 @@ from igpt_fast.world import World
 
 pytestmark = pytest.mark.gpu
 CONFIG = TrainConfig(2, 64, 2, steps=100, batch_size=8, lr=1e-3, warmup_steps=3, dropout=0.2)
+KINDS = ["classes", "masked", "host"]
 
 
-def images() -> TokenData:
+def images(classes: bool = True) -> TokenData:
     tokens = torch.randint(0, 6, (64, 64), generator=torch.Generator().manual_seed(1))
     clusters = np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)
-    return TokenData(tokens, clusters, torch.arange(64) % 5 == 0, labels=torch.arange(64) % 3)
+    return TokenData(tokens, clusters, torch.arange(64) % 5 == 0, labels=torch.arange(64) % 3 if classes else None)
 
 
-def made(graph: bool) -> Stepper:
-    objective, device = NextPixel(0.5), torch.device("cuda")
-    model = new_model(images(), CONFIG, objective).train()
-    team = Team(model, device, objective, CONFIG, Execution(accumulate=2), World())
-    state = TrainState(model, optimizer_for(model, CONFIG, graph), 0, {}, "")
-    stepper = Stepper(state, images(), CONFIG, objective, team)
-    assert isinstance(stepper._data, Resident)
+def made(graph: bool, kind: str = "classes") -> Stepper:
+    """``host``: with batches that come from there; ``compiled``: by torch.compile."""
+    config = dataclasses.replace(CONFIG, compile=kind == "compiled")
+    data, objective = images(kind != "masked"), Masked() if kind == "masked" else NextPixel(0.5)
+    data.ready = kind != "host"
+    model = new_model(data, config, objective).train()
+    team = Team(model, torch.device("cuda"), objective, config, Execution(accumulate=2), World())
+    stepper = Stepper(TrainState(model, optimizer_for(model, config, graph), 0, {}, ""), data, config, objective, team)
+    assert isinstance(stepper._data, Resident) == data.ready
     return stepper
 
 
 def tensors(stepper: Stepper) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in stepper.state.tensors().items()}
+    state = stepper.state
+    counts = {f"step.{i}": moments["step"] for i, moments in enumerate(state.optimizer.state.values())}
+    return {name: value.clone() for name, value in (state.tensors() | counts).items()}
 
 
 def pools() -> set[tuple[int, int]]:
@@ -57,10 +63,11 @@ def pools() -> set[tuple[int, int]]:
     return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_step_does_not_wait(graph: bool) -> None:
+def test_a_step_does_not_wait(graph: bool, kind: str) -> None:
     """torch raises where the host would."""
-    stepper = made(graph)
+    stepper = made(graph, kind)
     for _ in range(6):  # kernels, workspaces, pinned memory, and the capture
         stepper.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -69,7 +76,7 @@ def test_a_step_does_not_wait(graph: bool) -> None:
             stepper.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert stepper.figures(16)["nats"] > 0.0
+    assert stepper.figures(16)[stepper.objective.figure] > 0.0
 
 
 def test_scoring_and_features_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +100,12 @@ def test_scoring_and_features_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(found[0][0], torch.cat([image_nats(model, *part) for part in parts]).cpu())
 
 
-def test_a_graph_of_the_step_changes_no_bit(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "compiled"])
+def test_a_graph_of_the_step_changes_no_bit(kind: str, recwarn: pytest.WarningsRecorder) -> None:
     """With dropout, whose numbers a replay draws anew."""
     records, states = [], []
     for graph in (False, True):
-        stepper = made(graph)
+        stepper = made(graph, kind)
         for _ in range(12):
             stepper.step()
         records.append(stepper.figures(12))
@@ -113,15 +121,14 @@ def test_a_step_that_is_not_finite_is_skipped(graph: bool) -> None:
     for _ in range(6):
         stepper.step()
     stepper.figures(6)
-    weight = stepper.state.model.lm_head.weight
-    with torch.no_grad():
-        kept = weight[0, 0].clone()
-        weight[0, 0] = torch.nan
-        before = tensors(stepper)
-        stepper.step()
-        weight[0, 0] = kept
-        stepper.step()
-        weight[0, 0] = torch.nan
+    weight = stepper.state.model.lm_head.weight.data
+    kept = weight[0, 0].clone()
+    weight[0, 0] = torch.nan
+    before = tensors(stepper)
+    stepper.step()
+    weight[0, 0] = kept
+    stepper.step()
+    weight[0, 0] = torch.nan
     with pytest.raises(DivergedError, match="step 7: the loss is nan"):
         stepper.figures(8)
     assert stepper.state.step == 6
@@ -145,7 +152,7 @@ def test_a_capture_that_fails_leaves_a_run_that_goes_on(monkeypatch: pytest.Monk
     before = pools()
     with pytest.warns(RuntimeWarning, match="could not be captured in a CUDA graph"):
         stepper.step()
-    assert pools() == before, "what the capture allocated is given back"
+    assert pools() <= before, "what the capture allocated is given back"
     for _ in range(4):
         stepper.step()
     for _ in range(8):

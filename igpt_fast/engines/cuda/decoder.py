@@ -35,7 +35,8 @@ class CudaDecoder(Decoder):
     Few images in bfloat16 or float16: five kernels a layer. More, and float32: torch's products, the rest fused around
     them. A primer is read by the model's forward pass. Continuations that ``fork`` makes share its keys and
     values in bfloat16 and float16; in float32 each has a copy. Weights are read where the model has them: a change in
-    place reaches the next step, another tensor in a parameter's place does not.
+    place reaches the next step, another tensor in a parameter's place does not. An image's logits are equal up to
+    rounding between batch sizes, which choose the kernels and the order of their sums.
 
     ``"fp8_values"``: as in the model's dtype, bfloat16 or float16, but that values are cached in 8 bits, float8_e4m3fn
     with a scale for each image, head and position; ``"fp8_cache"``: and keys so as well. A head's value or key with a
