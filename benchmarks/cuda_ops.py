@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from peers import SDPA, forced
 from torch import Tensor
-from workloads import Function, Workload
+from workloads import OURS, Function, Workload
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 
 BF16 = torch.bfloat16
 
@@ -189,6 +189,10 @@ def causal_attention(size: Size) -> Iterator[Workload]:
     def ours(packed: Tensor) -> Tensor:
         return ops.causal_attention_packed(packed.view(b, t, 3, h, d)).transpose(1, 2)
 
+    def portable(packed: Tensor) -> Tensor:
+        with backend.launching(backend.Launching(portable_attention=True)):
+            return ours(packed)
+
     def attend(packed: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*split(packed), is_causal=True)
 
@@ -199,7 +203,11 @@ def causal_attention(size: Size) -> Iterator[Workload]:
         inputs=inputs,
         ours=ours,
         definition=lambda packed: reference.causal_attention(*split(packed), scale=d**-0.5)[0],
-        peers={"SDPA": attend, **{name: forced(backend, attend) for name, backend in SDPA.items()}},
+        peers={
+            f"{OURS}, portable": portable,
+            "SDPA": attend,
+            **{name: forced(kind, attend) for name, kind in SDPA.items()},
+        },
         differentiable=1,
         flops=(products, 2.5 * products),
     )

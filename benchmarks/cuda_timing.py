@@ -176,7 +176,7 @@ def bench(workload: Workload, device: torch.device, ceilings: Ceilings) -> list[
                     wrong[name] = f"not captured: {type(failure).__name__}: {str(failure).strip()[:200]}"
                     common.check_context(name, wrong[name])
         times = interleave(graphs) if graphs else {}
-        peers = [time["us"] for name, time in times.items() if name != OURS]
+        peers = [time["us"] for name, time in times.items() if not name.startswith(OURS)]
         for name in everybody(workload):
             row = {"op": workload.op, "pass": direction, "size": workload.size, "name": name, "cold": cold}
             if name in wrong:

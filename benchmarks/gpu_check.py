@@ -55,13 +55,14 @@ SECONDS = {
     "sampling": 60,
     "steps": 70,
     "profile": 15,
-    "gpt-fast": 85,
+    "gpt-fast": 75,
     "forward": 20,
+    "attention-tests": 20,
     "training": 50,
-    "decoder-tests": 45,
+    "decoder-tests": 40,
     "decoder-memcheck": 20,
     "decoder-racecheck": 20,
-    "commands": 35,
+    "commands": 30,
 }
 SECONDS_IF_CHANGED = {
     "conformance": 60,
@@ -103,6 +104,8 @@ DECODER_TESTS = (
     "tests/ops/test_gemv.py",
     "tests/ops/test_sample.py",
 )
+# The kernels that training stands on most, before its figures.
+ATTENTION_TESTS = ("-k", "hopper or only_hidden or poison", "tests/emulator/test_attention.py")
 DETERMINISM = "thousand"  # in the names of its tests
 
 
@@ -371,6 +374,7 @@ def make_steps(device: Device) -> list[Step]:
         bench("profile", "benchmarks/bench_sample_cuda.py --only profile", no_models),
         bench("gpt-fast", "benchmarks/bench_sample_cuda.py --only gpt-fast", no_models),
         bench("forward", "benchmarks/bench_model_cuda.py --only forward", no_models, strict),
+        step("attention-tests", _pytest(*ATTENTION_TESTS), **look),
         bench("training", "benchmarks/bench_train_cuda.py --only eager", no_models, strict),
         step("decoder-tests", _pytest("-k", f"not {DETERMINISM}", *DECODER_TESTS), **look),
         sanitize("decoder-memcheck", "tests/emulator/run_decoder.py", no_models),

@@ -31,7 +31,7 @@ class Workload:
         ours: The op.
         definition: The same in plain PyTorch, called also with float64 in place of the floating-point inputs. It is
             timed as "torch eager".
-        peers: Name -> others who do it.
+        peers: Name -> others who do it; those whose names begin with ``OURS`` are other ways of ours.
         differentiable: How many of the inputs, from the first on, gradients are taken for; 0: forward alone.
         bytes: Moved at least, forward and backward; 0 where arithmetic is the limit.
         flops: Done at least, forward and backward; 0 where memory is the limit.

@@ -222,7 +222,7 @@ def keep_choice(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Launching:
-    """How the kernels of a decode step are launched on a CUDA device: what a benchmark compares.
+    """How kernels are launched on a CUDA device, those of a decode step and of attention: what a benchmark compares.
 
     Attributes:
         dependent: Whether, on sm_90, a launch may begin before the one before has ended: ``"late"`` when all of that
@@ -235,11 +235,14 @@ class Launching:
             and later; else it goes straight into registers. In float32 it always does.
         cluster: With ``ring``, whether the parts of a head's keys are put together within a cluster of blocks, on
             sm_90, where one has room; else by a kernel of its own.
+        portable_attention: Whether ``causal_attention`` takes the kernels that every GPU runs, forward and backward,
+            also where those for Hopper could. The backward keeps its forward's choice, but where it is compiled.
     """
 
     dependent: Literal["none", "late", "early"] = "none"
     ring: bool = False
     cluster: bool = False
+    portable_attention: bool = False
 
 
 _launching: ContextVar[Launching] = ContextVar("igpt_fast_launching", default=Launching())  # noqa: B039 - frozen
@@ -247,12 +250,17 @@ _launching: ContextVar[Launching] = ContextVar("igpt_fast_launching", default=La
 
 @contextmanager
 def launching(how: Launching) -> Iterator[None]:
-    """For a ``with`` block, in its thread: how kernels of a decode step are launched."""
+    """For a ``with`` block, in its thread: how kernels are launched."""
     token = _launching.set(how)
     try:
         yield
     finally:
         _launching.reset(token)
+
+
+def get_launching() -> Launching:
+    """The surrounding ``launching`` block's choice."""
+    return _launching.get()
 
 
 CompiledOps = Literal["plain", "opaque"]
@@ -339,7 +347,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
     if chosen == "reference":
         return None
     if _emulated is not None and device.type == "cpu" and "cuda" in OPS[op].native:
-        return Kernels(_emulated, "cuda", 0, 0, _launching.get())
+        return Kernels(_emulated, "cuda", 0, 0, get_launching())
     if chosen not in ("auto", device.type):
         raise BackendUnavailableError(f"{op}: backend {chosen!r} is chosen, but the tensor is on {device}")
     reason = no_kernels(op, device)
@@ -352,7 +360,7 @@ def kernels(op: str, device: torch.device, forced: bool = False) -> Kernels | No
         return Kernels(_C, "cpu", 0, 0)
     # Not torch.cuda.current_stream, which makes an object of it each time: this is on the way of every call.
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return Kernels(_C, "cuda", device.index, stream, _launching.get())
+    return Kernels(_C, "cuda", device.index, stream, get_launching())
 
 
 def no_kernels(op: str, device: torch.device) -> str | None:

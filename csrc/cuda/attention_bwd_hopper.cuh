@@ -14,7 +14,8 @@
 //   registers too: a product of two operands of 64 rows in shared memory takes all that this can be read of.
 //   Tiles of queries begin with the first one that is shown any of the block's keys, tiles of keys with the first one
 //   that is shown: what reaches no result, be it NaN, is not copied, and rows of the own side whose sums are not asked
-//   for, as hidden keys, spoil none but their own. What is left to mask is the diagonal.
+//   for, as hidden keys, spoil none but their own. What is left to mask is the diagonal. A warpgroup whose keys are all
+//   hidden, beside one with shown keys, multiplies the tiles of the block for nothing.
 //   Bound by the tensor cores: 7 products of T_q T_k D multiply-adds a head, half of it causal; of the exponentials,
 //   2 T_q T_k, a multiprocessor does 16 a clock, which takes 0.5 to 0.67 of the time of the products at D of 64.
 //

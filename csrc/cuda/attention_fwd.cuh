@@ -180,7 +180,7 @@ int forward(const AttentionFwdParams& params) {
     const AttentionShape& shape = params.shape;
     constexpr int64_t kFull = 264;  // two blocks for each of an H100's SMs
     const bool fills = tiles_of(shape.t_q, 2 * kTile) * shape.batch * shape.heads >= kFull;
-    const int rows = params.rows != 0 ? params.rows : D < 128 && fills ? 2 * kTile : kTile;
+    const int rows = params.rows > 0 ? params.rows : D < 128 && fills ? 2 * kTile : kTile;
     if (rows == kTile) return launch_forward<D, 1>(params);
     if constexpr (D < 128) {
         if (rows == 2 * kTile) return launch_forward<D, 2>(params);

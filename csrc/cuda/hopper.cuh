@@ -41,6 +41,7 @@ struct TensorShape {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <type_traits>
 
 namespace igpt::cuda::ptx {
@@ -109,15 +110,26 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
 // In a kernel's Params, which is `const __grid_constant__` then.
 using TensorMap = CUtensorMap;
 
-// On the host. There is no such function in the runtime, and linking the driver's library would tie the build to it.
+// The driver's function that makes one, asked for until it is found. There is none in the runtime, and linking the
+// driver's library would tie the build to it.
+inline cudaError_t find_encode(void** encode) {
+    static std::atomic<void*> known = nullptr;
+    *encode = known.load(std::memory_order_relaxed);
+    if (*encode != nullptr) return cudaSuccess;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", encode, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess || *encode == nullptr) return cudaErrorNotSupported;
+    known.store(*encode, std::memory_order_relaxed);
+    return cudaSuccess;
+}
+
+// On the host.
 inline cudaError_t make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess || found == nullptr) return cudaErrorNotSupported;
+    if (const cudaError_t error = find_encode(&found)) return error;
     cuuint64_t sizes[4], strides[3];
     cuuint32_t box[4], ones[4];
     for (int i = 0; i < 4; ++i) {

@@ -236,7 +236,7 @@ struct AttentionFwdParams {
     AttentionTensor q, k, v, out;
     float* lse;  // (B, H, T_q): log of the sum of exponentials, -infinity where no key is shown
     // Queries of a block, 64 or, with a head_dim below 128, 128. 0: whichever suits the sizes, or the kernel for Hopper
-    // where that can run (attention_fwd_hopper.cuh).
+    // where that can run (attention_fwd_hopper.cuh); -1: whichever suits the sizes of those that every GPU runs.
     int32_t rows;
 };
 

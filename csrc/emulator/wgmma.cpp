@@ -116,7 +116,8 @@ uint32_t first_row() { return uint32_t(thread_number() / 32 % 4) * 16; }
 
 void begin(const WgmmaArguments& own, void* const* lanes, Where where) {
     auto& warp = own_warp();
-    if (!warp.fenced) fail("wgmma at " + text(where) + ": no wgmma_fence since the start, or the last wgmma_wait");
+    if (!warp.fenced)
+        fail("wgmma at " + text(where) + ": no wgmma_fence since the start, or the last wgmma_commit or wgmma_wait");
     Product product{};
     product.arguments = own;
     product.where = where;
@@ -228,6 +229,7 @@ void wgmma_commit(Where where) {
     const Work work = [&](void* const*) {
         take_step("wgmma_commit at " + text(where));
         auto& warp = own_warp();
+        warp.fenced = false;  // each group of products has its own
         warp.groups.push_back(warp.open);
         warp.open = 0;
     };

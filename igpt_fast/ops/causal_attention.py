@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_fast import reference
+from igpt_fast import backend, reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.ops import dispatch
 
@@ -327,10 +327,10 @@ def _launch(
     else:
         arguments |= {"dtype": dispatch.DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
         if direction == "fwd":
-            function(**arguments, rows=0)
+            function(**arguments, rows=-1 if kernels.launching.portable_attention else 0)
         else:
             terms = torch.empty((b, h, t_q, 2), dtype=torch.float32, device=q.device)
-            function(**arguments, terms=terms.data_ptr(), portable=False)
+            function(**arguments, terms=terms.data_ptr(), portable=kernels.launching.portable_attention)
     del kept
 
 
@@ -400,6 +400,7 @@ def _fake_causal_attention_packed_bwd(dout: Tensor, qkv: Tensor, *_: Any) -> Ten
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keeps what was multiplied, the masks, the output and lse, which has no gradient of its own."""
     *tensors, key_mask, starts, ctx.scale = inputs
+    ctx.launching = backend.get_launching()  # torch may run the backward in a thread of its own
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output, key_mask, starts)
@@ -412,7 +413,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
     if torch.is_grad_enabled():
         define = partial(reference.causal_attention, scale=ctx.scale, key_mask=key_mask, starts=starts)
         return *dispatch.differentiate(lambda *qkv: define(*qkv)[0], tuple(tensors), dout), None, None, None
-    gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
+    with backend.launching(ctx.launching):
+        gradients = torch.ops.igpt_fast.causal_attention_bwd(dout, *tensors, out, lse, key_mask, starts, ctx.scale)
     return *gradients, None, None, None
 
 
@@ -427,7 +429,8 @@ def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor
             return out.transpose(1, 2)
 
         return *dispatch.differentiate(defined, (qkv,), dout), None, None, None
-    dqkv = torch.ops.igpt_fast.causal_attention_packed_bwd(dout, qkv, out, lse, key_mask, starts, ctx.scale)
+    with backend.launching(ctx.launching):
+        dqkv = torch.ops.igpt_fast.causal_attention_packed_bwd(dout, qkv, out, lse, key_mask, starts, ctx.scale)
     return dqkv, None, None, None
 
 

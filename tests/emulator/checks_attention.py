@@ -127,10 +127,18 @@ def define(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def check(
-    kernels: Kernels, dtype: torch.dtype, d: int, t_q: int, t_k: int, mask: str = "", rows: int = 0, b: int = 2
+    kernels: Kernels,
+    dtype: torch.dtype,
+    d: int,
+    t_q: int,
+    t_k: int,
+    mask: str = "",
+    rows: int = 0,
+    b: int = 2,
+    h: int = 1,
 ) -> None:
     """Output, lse and gradients against the definition in float64, by the tolerance rule."""
-    case = make(kernels.device, dtype, d, t_q, t_k, mask, b)
+    case = make(kernels.device, dtype, d, t_q, t_k, mask, b, h)
     ours, plain, exact = run(kernels, case, rows), define(case, dtype), define(case, torch.float64)
     nothing = exact[1] == -torch.inf  # a query without a key
     assert torch.equal(ours[1] == -torch.inf, nothing), "lse"
@@ -292,6 +300,36 @@ def check_order(kernels: Kernels, rows: int = 64) -> None:
     assert lse[:group].isnan().all()
     assert not lse[group:].isnan().any()
     assert not out[group:].isnan().any()
+
+
+def check_order_of_the_backward(kernels: Kernels) -> None:
+    """The same for Hopper: blocks around the end of the last group's first tile, of 128 keys or from the last on of 128
+    queries, belong to its last pairs and, for the next tile, to its first ones."""
+    pairs, t, d, count = 501, 129, 128, 4
+    group = pairs // 2 + 1
+    assert group < (24 << 20) // (t * d * 4) < pairs
+    q, like = eighths(pairs, 1, t, d).bfloat16(), torch.full((pairs, 1, t, d), torch.nan, dtype=torch.bfloat16)
+    dq, dk, dv = like, like.clone(), like.clone()
+    # Of the queries' terms the chosen blocks write some alone, of pairs in the first group.
+    lse, terms = torch.zeros(pairs, 1, t), torch.zeros(pairs, 1, t, 2)
+    settings = arguments((pairs, 1, t, t, d), 0.01, q.dtype) | {"portable": False}
+    settings |= {"lse": lse.data_ptr(), "terms": terms.data_ptr()}
+    kernels.module.set_blocks(pairs + group - count, 2 * count)
+    try:
+        with capability(kernels, 90):
+            tensors = places(q=q, k=q, v=q, out=q, dout=q, dq=dq, dk=dk, dv=dv)
+            kernels.module.causal_attention_bwd_cuda(**tensors, **settings)
+    finally:
+        kernels.module.set_blocks()
+    first = torch.zeros(pairs, t, dtype=torch.bool)  # rows that are written, where the first tile begins at row 0
+    first[pairs - count :, :128] = True
+    first[group : group + count, 128:] = True
+    last = torch.zeros_like(first)
+    last[pairs - count :, 128:] = True
+    last[group : group + count, :128] = True
+    for name, x, written in (("dq", dq, last), ("dk", dk, first), ("dv", dv, first)):
+        assert torch.equal(x[:, 0].isfinite().all(-1), written), name
+        assert torch.equal(x[:, 0].isnan().all(-1), ~written), name
 
 
 def check_huge(kernels: Kernels, rows: int = 0) -> None:

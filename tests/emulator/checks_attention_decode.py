@@ -19,6 +19,8 @@ from torch import Tensor
 from igpt_fast import backend, ops, reference
 from igpt_fast.ops.attention_decode import dequantize_e4m3, quantize_e4m3
 
+OP = sys.modules["igpt_fast.ops.attention_decode"]  # the module, which the op hides
+
 
 @dataclass(frozen=True)
 class Case:
@@ -386,8 +388,7 @@ def check_without_ring(kernels: Kernels) -> None:
 
 def check_cluster_without_room(kernels: Kernels) -> None:
     """A multiprocessor with three blocks has no cluster of four: the second kernel puts the parts together."""
-    op = sys.modules["igpt_fast.ops.attention_decode"]
-    with by_ring(kernels.module, 1, True), patch.object(op, "count_splits", lambda *_: 4), Counted(kernels) as counted:
+    with by_ring(kernels.module, 1, True), patch.object(OP, "count_splits", lambda *_: 4), Counted(kernels) as counted:
         check(case("cpu", torch.bfloat16, 64, 250, 256, rows=2))
     assert counted["launches"] == 2, dict(counted)
 
@@ -419,10 +420,10 @@ def check_ring_bits(kernels: Kernels) -> None:
 
 
 def check_ring_ahead(kernels: Kernels) -> None:
-    """Two clusters with several (row, head)s each, whose last block is as far ahead as it can be."""
-    for order in ("skewed", "random"):
+    """Three clusters with several (row, head)s each, or one with all, whose last block is as far ahead as it can be."""
+    for order, splits in (("skewed", 2), ("random", 4)):
         schedule(kernels, order, 1)
-        with by_ring(kernels.module, 90, 2, True):
+        with by_ring(kernels.module, 2, True), patch.object(OP, "count_splits", lambda *_, splits=splits: splits):
             check_positions("cpu", torch.bfloat16, 64, True)
     schedule(kernels, "fifo", 0)
 

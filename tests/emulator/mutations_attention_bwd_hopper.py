@@ -32,6 +32,16 @@ def few(kernels: Kernels) -> None:
     attention.check(kernels, torch.bfloat16, 64, 128, 129, "", HOPPER)
 
 
+def full(kernels: Kernels) -> None:
+    """Two whole panels, and no registers for own tiles, nor for dv beside dS."""
+    under_schedules(kernels, 128, 330, 335)
+
+
+def heads(kernels: Kernels) -> None:
+    """Heads of a packed projection beside those of an upstream gradient that is not."""
+    attention.check(kernels, torch.bfloat16, 64, 65, 66, "", HOPPER, h=3)
+
+
 def poison(kernels: Kernels) -> None:
     attention.check_poison(kernels, HOPPER)
 
@@ -109,6 +119,18 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("bwd_hopper_result_over_rows_in_use", BWD, BARRIER, ""), ("thread", "attention")),
     (Mutation("bwd_hopper_dv_is_scaled", BWD, "one[r][i] = is_shown ? 1.0f", "one[r][i] = is_shown ? shape.scale"),
      few),
+    (Mutation("bwd_hopper_dp_of_full_tiles_read_too_early", BWD, "ptx::wgmma_wait<F::kDvGoesOn>();",
+              "ptx::wgmma_wait<1>();"), full),
+    (Mutation("bwd_hopper_dp_of_the_first_own_tile", BWD, "begin_scores<T, F>(dp, own + F::kBytes, y)",
+              "begin_scores<T, F>(dp, own, y)"), full),
+    (Mutation("bwd_hopper_second_own_tile_is_not_loaded", BWD, "    sums.second.load();\n", ""), narrow),
+    (Mutation("bwd_hopper_stores_into_the_first_head", BWD, "head_of<T>(tensor, block.batch, block.head)",
+              "head_of<T>(tensor, block.batch, 0)"), heads),
+    (Mutation("bwd_hopper_heads_of_dout_as_those_of_q", BWD, "make_map(&args.dout, params.dout,",
+              "make_map(&args.dout, {params.dout.data, params.dout.batch, params.q.head, params.dout.position},"),
+     heads),
+    (Mutation("bwd_hopper_one_group_of_pairs", BWD, "make_order(shape, tiles_of(rows, F::kRows), others * F::D * 4)",
+              "make_order(shape, tiles_of(rows, F::kRows), others)"), attention.check_order_of_the_backward),
     (Mutation("bwd_hopper_takes_any_dout", LAUNCHER, "has_tensor_map(p.dout, p.shape, p.shape.t_q) &&", ""),
      attention.check_hopper_is_chosen),
     (Mutation("bwd_hopper_where_others_are_asked_for", LAUNCHER, "!p.portable &&", ""),

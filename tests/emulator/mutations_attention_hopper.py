@@ -87,6 +87,8 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
               "ptx::swizzled_operand(v, F::kKeyPanel * F::kPanels, 8"), wide),
     (Mutation("hopper_second_panel_of_the_keys", SHARED, "i / 4 * F::kKeyPanel + i",
               "i / 4 * F::kPanels * F::kKeyPanel + i"), wide),
+    (Mutation("hopper_weights_are_not_fenced", SHARED, "ptx::fence_registers(p[i]);\n    ptx::wgmma_fence();\n",
+              "ptx::fence_registers(p[i]);\n"), narrow),
     (Mutation("hopper_result_over_queries_in_use", HOPPER_FWD, BARRIER, ""), ("thread", "attention")),
     (Mutation("hopper_stride_of_31_bits", SHARED, "size == 1 ? 16 : 2 * stride",
               "size == 1 ? 16 : 2 * (stride & 0x7fffffff)"), huge),

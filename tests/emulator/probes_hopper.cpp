@@ -40,6 +40,7 @@ enum Bug {
     tile_over_one_in_use,
     no_wgmma_wait,
     no_wgmma_fence,
+    no_fence_of_second_group,
     no_commit,
     announces_too_few,
     announces_too_many,
@@ -112,6 +113,7 @@ void multiply_step(float (&d)[32], uint32_t tiles, bool first) {
         uint32_t step = kBug == wrong_step ? 64 * k % 128 : 32 * k;
         if (kBug == lanes_disagree && threadIdx.x % 2) step = 0;
         if (kBug == warps_disagree && warp == 2) step = 0;
+        if (kBug == no_fence_of_second_group && k == 2) ptx::wgmma_commit();
         const uint64_t a = operand<kBug>(tiles + step, 0), b = operand<none>(tiles + kTile + 2048 * k, 8192);
         if (kBug == wrong_major) {
             ptx::wgmma_ss<bf16, 64, Major::k, Major::k>(d, a, operand<none>(tiles + kTile + 32 * k, 0), !first || k);
@@ -183,6 +185,7 @@ const std::map<std::string, void (*)(Probe)> kProbes{
     {"tile_over_one_in_use", matmul<tile_over_one_in_use>},
     {"no_wgmma_wait", matmul<no_wgmma_wait>},
     {"no_wgmma_fence", matmul<no_wgmma_fence>},
+    {"no_fence_of_second_group", matmul<no_fence_of_second_group>},
     {"no_commit", matmul<no_commit>},
     {"announces_too_few", matmul<announces_too_few>},
     {"announces_too_many", matmul<announces_too_many>},

@@ -65,9 +65,10 @@ def test_parity_on_hopper(kernels: Kernels, d: int, dtype: torch.dtype, t_q: int
     attention.check(kernels, dtype, d, t_q, t_k, mask, HOPPER)
 
 
-@pytest.mark.parametrize("b", [1, 3])
-def test_batches_on_hopper(kernels: Kernels, b: int) -> None:
-    attention.check(kernels, BF16, 64, 65, 130, "starts", HOPPER, b)
+@pytest.mark.parametrize(("b", "h", "d", "t_q", "t_k"), [(1, 1, 64, 65, 130), (3, 1, 64, 65, 130), (2, 3, 64, 130, 130),
+                                                         (2, 3, 96, 193, 193)])  # fmt: skip
+def test_batches_and_heads_on_hopper(kernels: Kernels, b: int, h: int, d: int, t_q: int, t_k: int) -> None:
+    attention.check(kernels, BF16, d, t_q, t_k, "starts", HOPPER, b, h)
 
 
 def test_a_longer_sequence(kernels: Kernels) -> None:
@@ -133,6 +134,10 @@ def test_hopper_is_chosen(emulated: Kernels) -> None:
 @pytest.mark.parametrize("rows", [64, HOPPER])
 def test_order_of_the_blocks(emulated: Kernels, rows: int) -> None:
     attention.check_order(emulated, rows)
+
+
+def test_order_of_the_backward_on_hopper(emulated: Kernels) -> None:
+    attention.check_order_of_the_backward(emulated)
 
 
 @pytest.mark.parametrize("rows", [0, HOPPER])

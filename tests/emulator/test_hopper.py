@@ -154,6 +154,7 @@ def test_matmul(probes: ModuleType) -> None:
 HERE_CPP = r".*probes_hopper.cpp:\d+"
 FAULTS = [
     ("no_wgmma_fence", f"wgmma at {HERE_CPP}: no wgmma_fence since the start"),
+    ("no_fence_of_second_group", f"wgmma at {HERE_CPP}: no wgmma_fence since the start, or the last wgmma_commit"),
     ("announces_too_few", r"the mbarrier at shared address \d+ gets 2 bytes more than were announced"),
     ("announces_too_many", r"the mbarrier at shared address \d+ lacks 0 of 1 arrivals and 2 bytes"),
     ("no_fence_of_barriers", f"tma_load_4d at {HERE_CPP}: no mbarrier_fence_init has followed mbarrier_init"),

@@ -1,14 +1,16 @@
 """The emulator's record of launches, and by it: which kernels the cases of the GPU checks reach."""
 
 import itertools
+import re
 import shutil
+from collections.abc import Iterable
 from types import ModuleType
 
 import nvcc
 import pytest
 import resources
 import torch
-from cases import CASES
+from cases import CASES, Case
 from implementations import Implementation
 from run_cases import MORE
 
@@ -40,19 +42,38 @@ def families(module: ModuleType) -> set[str]:
     return {nvcc.family(name) for name in resources.symbols(module).values() if nvcc.family(name).endswith("_kernel")}
 
 
+def reached_by(module: ModuleType, case: Case, capability: int) -> set[str]:
+    """The kernels that a case launches on such a device."""
+    names = resources.symbols(module)
+    module.set_capability(capability)
+    module.start_recording()
+    try:
+        case.run(case.on("cpu"))
+    finally:
+        launches = module.stop_recording()
+        module.set_capability()
+    assert launches, f"{case.name} launches nothing"
+    return {names[kernel] for kernel, *_ in launches}
+
+
 def test_the_cases_reach_every_kernel(emulation: Implementation) -> None:
     """What compute-sanitizer watches on a GPU, tests/ops/run_cases.py, leaves no kernel out."""
     module = emulation.module
     assert module is not None
-    names, reached = resources.symbols(module), set()
+    reached: set[str] = set()
     for case, capability in itertools.product((*CASES, *MORE), (80, 90)):
-        module.set_capability(capability)
-        module.start_recording()
-        try:
-            case.run(case.on("cpu"))
-        finally:
-            launches = module.stop_recording()
-            module.set_capability(80)
-        assert launches, f"{case.name} launches nothing"
-        reached |= {nvcc.family(names[kernel]) for kernel, *_ in launches}
+        reached |= {nvcc.family(name) for name in reached_by(module, case, capability)}
     assert families(module) - reached == set()
+
+
+def test_the_cases_reach_hopper_at_every_head_dimension(emulation: Implementation) -> None:
+    """On such a device they launch attention's kernels for it, of every size that there is, in one dtype at least."""
+    module = emulation.module
+    assert module is not None
+
+    def sizes(names: Iterable[str]) -> set[str]:
+        return {size for name in names if "hopper_kernel<" in name for size in re.findall(r"Hopper\w+<.*?>", name)}
+
+    found = [reached_by(module, case, 90) for case in CASES if case.op.startswith("causal_attention")]
+    assert len(wanted := sizes(resources.symbols(module).values())) == 9, wanted
+    assert sizes(itertools.chain(*found)) == wanted

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest
 
 LOAD16, STORE16 = r"LDG\.E\b.*\.128", r"STG\.E\b.*\.128"
 TENSOR = r"HMMA\.16816\.F32"  # m16n8k16, sums in float32
-POSITION = r"LDG\.E\.STRONG\.GPU R"  # past L1
+POSITION = r"LDG\.E\.STRONG\.GPU( |$)"  # past L1
 ASYNC16 = r"LDGSTS\.E\b.*\.128"  # cp.async of 16 bytes
 NEVER = {r"LDL": "memory of its own", r"STL": "memory of its own", r"(ATOM|ATOMG|RED)\b.*\.F(16|32|64)": "not in order"}
 

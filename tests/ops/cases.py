@@ -149,6 +149,24 @@ CASES = [
         ops.causal_attention_packed,
         1,
     ),
+    # Without a key_mask, as Hopper's kernels want it, whose rings of four tiles of 64 rows are filled again.
+    Case(
+        "causal_attention",
+        "causal_attention_long",
+        lambda: (
+            *(_normal(2, 2, t, 64, seed=i) for i, t in enumerate((260, 270, 270))),
+            torch.tensor([0, 9], dtype=torch.int32),
+        ),
+        lambda q, k, v, starts: ops.causal_attention(q, k, v, starts=starts)[0],
+        3,
+    ),
+    Case(
+        "causal_attention_packed",
+        "causal_attention_packed_long",
+        lambda: (_normal(1, 260, 3, 1, 128),),
+        ops.causal_attention_packed,
+        1,
+    ),
     Case(
         "dequantize",
         "dequantize",

@@ -160,6 +160,28 @@ def test_backward_in_another_thread(implementation: Implementation) -> None:
     contract.check_backward_keeps_the_choice(implementation, attending_packed(), [make_packed()])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_portable_attention(emulation: Implementation, packed: bool) -> None:
+    """The kernels that every GPU runs, where those for Hopper could; behind the block in the backward too."""
+    call, inputs = (attending_packed(), [make_packed(d=64)]) if packed else (attending(), make(d=64))
+    counted = []
+    emulation.module.set_capability(90)
+    try:
+        for how in (backend.Launching(), backend.Launching(portable_attention=True)):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            for part in ("forward", "backward"):
+                emulation.module.reset_counters()
+                if part == "forward":
+                    with backend.launching(how):
+                        out = call(*leaves)
+                else:
+                    out.backward(torch.ones_like(out))
+                counted.append([emulation.module.counters()[name] > 0 for name in ("wgmma", "mma")])
+    finally:
+        emulation.module.set_capability()
+    assert counted == [[True, False]] * 2 + [[False, True]] * 2
+
+
 def test_shapes_alone(implementation: Implementation) -> None:
     contract.check_shapes_alone(implementation, attending(), make(5, 9))
     contract.check_shapes_alone(implementation, attending_packed(), [make_packed()])
