@@ -129,7 +129,7 @@ class Decoder(ABC):
             logits: (B, K) of the next position, from ``prefill``, ``step`` or ``step_drawn``, or their first columns.
             uniform: (B,) float32 in [0, 1), or what makes them when it is called.
             streams: What ``uniform`` is made of, where it is: a seed and (B,) int64 numbers of streams, as
-                ``ops.draw_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
+                ``ops.sample_next`` takes them, the token's index being the tokens read so far less SOS. A decoder may
                 make the numbers by itself, on its device, and leave ``uniform`` alone.
             sampling: How they are drawn.
             as_they_came: The logits are those that came last, or their first columns, and nobody has written to them:

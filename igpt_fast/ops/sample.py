@@ -105,19 +105,7 @@ def sample_next(
 
     Source: see ``reference.sample_next``.
     """
-    return draw_next(logits, seed, streams, position, Sampling(temperature, top_k, top_p, min_p), wte, wpe)
-
-
-def draw_next(
-    logits: Tensor,
-    seed: int,
-    streams: Tensor,
-    position: Tensor,
-    sampling: Sampling,
-    wte: Tensor | None = None,
-    wpe: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``sample_next`` with its settings as one, which are checked already."""
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     _check_next(logits, seed, streams, position, wte, wpe)
     logits = logits.detach()
     wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()

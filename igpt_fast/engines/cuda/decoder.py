@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_fast import backend, ops
+from igpt_fast import backend
 from igpt_fast.draws import PLAIN, Sampling
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.cuda.capture import Order, failed, numerics
@@ -142,12 +142,9 @@ class CudaDecoder(Decoder):
             raise ValueError("decoder: nothing has been read after which to draw; call prefill first")
         ahead, self._ahead = self._ahead and as_they_came, False
         self._drawn, self._next = False, None
-        if streams is None:
+        alone = self._step is None and self._position >= self.capacity  # the only token, which no step reads
+        if streams is None or alone:
             return super().draw(logits, uniform, None, sampling)
-        if self._step is None and self._position >= self.capacity:  # the last token, which nobody reads
-            index = torch.full((1,), self._position - 1, dtype=torch.int32, device=self._network.device)
-            tokens, _ = ops.draw_next(logits, *streams, index, sampling)
-            return tokens, ops.cross_entropy(logits, tokens, reduction="none").neg_()
         step, (seed, numbers) = self._begin(), streams
         how = seed, sampling, logits.shape[1]
         if self.history is None:
