@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igpt_fast import ops
+from igpt_fast import backend, ops
 from igpt_fast.draws import Sampling
 from igpt_fast.ops.attention_decode import quantize_e4m3
 
@@ -33,6 +33,15 @@ def _hidden(b: int, t: int) -> tuple[Tensor, Tensor]:
 def _step(*tensors: Tensor) -> tuple[Tensor, ...]:
     ops.sample_step(*tensors)
     return ()
+
+
+def _by_ring(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, k_scale: Tensor, values: Tensor, v_scale: Tensor, position: Tensor
+) -> Tensor:
+    """attention_decode with its keys in parts, which a cluster puts together."""
+    caches = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+    with backend.launching(backend.Launching(ring=True, cluster=True)):
+        return ops.attention_decode(q, k, v, *caches, position, v_scale=v_scale, k_scale=k_scale)
 
 
 def _pixels(n: int) -> Tensor:
@@ -274,6 +283,26 @@ CASES = [
         "gemv",
         "gemv",
         lambda: (_normal(3, 264), _normal(264, 72, seed=1), _normal(72, seed=2), _normal(264, seed=3)),
+        lambda x, weight, bias, norm_weight: ops.gemv(
+            x, weight, bias, norm_weight=norm_weight, activation="quick_gelu"
+        ),
+    ),
+    Case(
+        "attention_decode",
+        "attention_decode_ring",
+        lambda: (
+            *(_normal(1, 2, 64, seed=i) for i in range(3)),
+            *_codes_and_scales(1, 2, 150, 64, seed=3),
+            *_codes_and_scales(1, 2, 150, 64, seed=4),
+            torch.tensor(131, dtype=torch.int32),
+        ),
+        _by_ring,
+        mutated=(3, 4, 5, 6),
+    ),
+    Case(
+        "gemv",
+        "gemv_rows",
+        lambda: (_normal(12, 264), _normal(264, 72, seed=1), _normal(72, seed=2), _normal(264, seed=3)),
         lambda x, weight, bias, norm_weight: ops.gemv(
             x, weight, bias, norm_weight=norm_weight, activation="quick_gelu"
         ),
