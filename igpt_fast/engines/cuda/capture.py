@@ -95,8 +95,8 @@ def capture(place: Place, device: torch.device, pool: Any, compute: Callable[[],
         except RuntimeError as error:
             _end_recording(device, pool)
             first = error  # after which neither halves could be joined nor the capture end
-            while first.__context__ not in (None, outside) and not first.__suppress_context__:
-                first = first.__context__
+            while (before := first.__context__) is not None and before is not outside and not first.__suppress_context__:
+                first = before
             if first is error:
                 raise
             if isinstance(first, KeyboardInterrupt):
