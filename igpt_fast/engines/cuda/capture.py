@@ -95,8 +95,10 @@ def capture(place: Place, device: torch.device, pool: Any, compute: Callable[[],
         except RuntimeError as error:
             _end_recording(device, pool)
             first = error  # after which neither halves could be joined nor the capture end
-            while (before := first.__context__) is not None and before is not outside and not first.__suppress_context__:
-                first = before
+            while (earlier := first.__context__) is not None and earlier is not outside:
+                if first.__suppress_context__:
+                    break
+                first = earlier
             if first is error:
                 raise
             if isinstance(first, KeyboardInterrupt):
