@@ -74,7 +74,8 @@ class CudaDecoder(Decoder):
         self._start(model, batch_size, capacity, dtype, why_not_cuda(model, dtype))
         self._network = Network(model)
         # Why its options are no longer those that were asked for.
-        left_out, self._failed = failed.get(model.device, ({}, None))
+        left_out, reason = failed.get(model.device, ({}, None))
+        self._failed: str | None = reason
         self.options = replace(self.options, **left_out)
         if self._spare is not None and not self._may_serve():
             self._spare = None  # before the images' memory is taken
