@@ -36,7 +36,6 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from bench_score import transformers_nats
 from torch import Tensor
 from whole_models import DTYPE, OURS, SUFFIX, Case, Work, close, limit_of, program, transformers_model
 
@@ -82,7 +81,7 @@ def score(case: Case, name: str) -> Callable[[], Tensor]:
     if name == "PyTorch":
         return functools.partial(expert_nats, peers.Expert(model), tokens)
     if name == "transformers":
-        return functools.partial(transformers_nats, transformers_model(model), tokens)
+        return functools.partial(peers.transformers_nats, transformers_model(model), tokens)
     return functools.partial(image_nats, model, tokens)
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import common
 import peers
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import Pipeline
@@ -35,19 +34,13 @@ MOST_ERROR = {"float32": 1e-4, "bfloat16": 2.0}  # of a pixel, in nats
 MOST_MEAN_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def transformers_nats(model: Any, tokens: Tensor) -> Tensor:
-    sos = torch.full_like(tokens[:, :1], model.config.vocab_size - 1)
-    logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-
-
 def bench(tokens: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of a batch."""
     runs: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for dtype in ("float32", "bfloat16"):
         model = Pipeline.from_pretrained(device="cpu", dtype=dtype).model
         theirs = peers.transformers_model(model)
-        runs[dtype, "transformers"] = lambda theirs=theirs: transformers_nats(theirs, tokens)
+        runs[dtype, "transformers"] = lambda theirs=theirs: peers.transformers_nats(theirs, tokens)
         runs[dtype, "igpt_fast"] = lambda model=model: image_nats(model, tokens)
     want = runs["float32", "transformers"]()
     errors = {}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
@@ -34,7 +34,6 @@ from torch import Tensor
 from whole_models import OURS, SUFFIX, Case, Work, program, transformers_model
 
 from igpt_fast import backend
-from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.distributed import Team
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
@@ -43,6 +42,9 @@ from igpt_fast.learning.stepping import Stepper, inputs_at, optimizer_for
 from igpt_fast.learning.train import new_model
 from igpt_fast.likelihood.nats import image_nats
 from igpt_fast.world import World
+
+if TYPE_CHECKING:
+    from igpt_fast.learning.data import TokenData
 
 GRAPHS, OPAQUE, GRAPH = f"{SUFFIX}, graphs", f"{SUFFIX}, opaque", f"{OURS}, graph"
 EAGER = ("transformers", "PyTorch", OURS)
@@ -120,6 +122,8 @@ def settings(case: Case, name: str) -> TrainConfig:
 
 def images(case: Case) -> TokenData:
     """Four batches of random images."""
+    from igpt_fast.learning.data import TokenData  # wants pillow, which the other parts do without
+
     colours, generator = case.config.n_colours, torch.Generator().manual_seed(1)
     tokens = torch.randint(0, colours, (4 * case.batch, case.config.n_positions), generator=generator)
     clusters = np.random.default_rng(0).uniform(-1, 1, (colours, 3)).astype(np.float32)

@@ -89,11 +89,12 @@ SOURCES = {
 
 # The tests with the marker gpu stand here; those of models, and of transformers' tools, need packages of their own.
 GPU_TESTS = ("tests/ops", "tests/emulator")
-MODEL_TESTS = ("tests/model/test_outputs.py", "tests/learning/test_training_step.py")
+MODEL_TESTS, LEARNING_TESTS = ("tests/model/test_outputs.py",), ("tests/learning/test_training_step.py",)
 TOOL_TESTS = ("tests/hf/test_accelerate.py",)
-MODELS_NEED = ("numpy", "safetensors", "huggingface_hub", "PIL")
+MODELS_NEED = ("numpy", "safetensors", "huggingface_hub")
+LEARNING_NEEDS = (*MODELS_NEED, "PIL")
 TOOLS_NEED = (*MODELS_NEED, "transformers", "accelerate", "peft")
-COMMANDS_NEED = (*MODELS_NEED, "tyro", "tqdm")
+COMMANDS_NEED = (*LEARNING_NEEDS, "tyro", "tqdm")
 CONFORMANCE = ("tests/emulator/test_ptx.py", "tests/emulator/test_hopper.py")
 # Of the engine that draws and its kernels: few seconds, and most of what goes wrong.
 DECODER_TESTS = (
@@ -328,7 +329,8 @@ def _pytest(*arguments: str) -> list[str]:
 
 def tests_left_out() -> dict[str, str]:
     """Tests whose packages are not here, and what they need."""
-    missing = {names: _missing(*needs) for names, needs in ((MODEL_TESTS, MODELS_NEED), (TOOL_TESTS, TOOLS_NEED))}
+    needs = {MODEL_TESTS: MODELS_NEED, LEARNING_TESTS: LEARNING_NEEDS, TOOL_TESTS: TOOLS_NEED}
+    missing = {names: _missing(*packages) for names, packages in needs.items()}
     return {name: f"needs {', '.join(lacks)}" for names, lacks in missing.items() if lacks for name in names}
 
 
@@ -341,7 +343,7 @@ def make_steps(device: Device) -> list[Step]:
     install = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(SITE), "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *install, "-C", f"build-dir={WORK / 'objects'}", "--upgrade"]
     without, left_out = _missing(*MODELS_NEED), tests_left_out()
-    tests = [*GPU_TESTS, *(name for name in MODEL_TESTS + TOOL_TESTS if name not in left_out)]
+    tests = [*GPU_TESTS, *(name for name in MODEL_TESTS + LEARNING_TESTS + TOOL_TESTS if name not in left_out)]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     # Every tensor is an allocation of its own, so that its end is a border that memcheck sees.
     watched = modules | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

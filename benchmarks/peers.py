@@ -128,6 +128,13 @@ def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
     return theirs.to(model.dtype).train(model.training)
 
 
+def transformers_nats(model: Any, tokens: Tensor) -> Tensor:
+    """(B, T) nats of (B, T) tokens, as a user of transformers gets them: SOS in front, all logits, torch's loss."""
+    sos = torch.full_like(tokens[:, :1], model.config.vocab_size - 1)
+    logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+
 class ExpertDecoder:
     """``Expert`` on a static cache.
 

@@ -393,8 +393,9 @@ def below(names: set[str], paths: tuple[str, ...]) -> set[str]:
 @COLLECTED
 def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
     everywhere = collect((), "tests")
-    assert below(everywhere, (*check.GPU_TESTS, *check.MODEL_TESTS, *check.TOOL_TESTS)) == everywhere
-    for path in (*check.GPU_TESTS, *check.MODEL_TESTS, *check.TOOL_TESTS, *check.CONFORMANCE, *check.DECODER_TESTS):
+    apart = (*check.MODEL_TESTS, *check.LEARNING_TESTS, *check.TOOL_TESTS)
+    assert below(everywhere, (*check.GPU_TESTS, *apart)) == everywhere
+    for path in (*check.GPU_TESTS, *apart, *check.CONFORMANCE, *check.DECODER_TESTS):
         assert below(everywhere, (path,)), path
     assert {name for name in everywhere if check.DETERMINISM in name}
 
@@ -407,3 +408,5 @@ def test_gpu_tests_of_ops_need_torch_and_pytest_alone(check: ModuleType) -> None
 @COLLECTED
 def test_gpu_tests_of_models_need_no_extra(check: ModuleType) -> None:
     assert collect(OPTIONAL, *check.MODEL_TESTS) == below(collect((), "tests"), check.MODEL_TESTS)
+    without = tuple(name for name in OPTIONAL if name not in check.LEARNING_NEEDS)
+    assert collect(without, *check.LEARNING_TESTS) == below(collect((), "tests"), check.LEARNING_TESTS)

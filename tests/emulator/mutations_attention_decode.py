@@ -59,7 +59,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("decode_does_not_wait", OWN, "ptx::grid_dependency_wait();  // before every", "// before every"),
      dependent),
     (Mutation("decode_merge_does_not_wait", MERGE, "    ptx::grid_dependency_wait();\n", ""), parts_dependent),
-    (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? load_global(p.starts + row) : 0", "0"), positions),
+    (Mutation("decode_starts_of_no_row", SHARED, "p.starts ? ptx::load_past_l1(p.starts + row) : 0", "0"), positions),
     (Mutation("decode_sees_itself_always", SHARED, "sees_it = own_start <= position;", "sees_it = true;"), positions),
     (Mutation("decode_position_of_each_row", SHARED, "row * p.position_step", "row"), ADDRESS),
     (Mutation("decode_behind_the_cache", SHARED, "position < p.positions;", "position <= p.positions;"), ADDRESS),

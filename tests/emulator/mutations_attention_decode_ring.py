@@ -54,7 +54,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
      by_rings),
     (Mutation("ring_scale_of_another", RING, "p.v_scale + first + lane", "p.v_scale + first + lane / 2"), by_rings),
     (Mutation("ring_key_scale_of_the_value", RING, "p.k_scale + first + lane", "p.v_scale + first + lane"), by_rings),
-    (Mutation("ring_scales_of_whole_tiles", RING, "if (lane < count) {", "if (lane < S::kTile) {"), ADDRESS),
+    (Mutation("ring_scales_of_whole_tiles", RING, "scales && lane < count", "scales && lane < S::kTile"), ADDRESS),
     (Mutation("ring_keys_of_another_head", RING, "int64_t(ahead.row_head) * p.positions",
               "int64_t(ahead.row_head / 2 * 2) * p.positions"), by_rings),
     (Mutation("ring_keys_of_32_bits", RING, "+ first * S::K::kBytes;", "+ unsigned(first) * unsigned(S::K::kBytes);"),

@@ -55,7 +55,7 @@ MUTATIONS: list[tuple[Mutation, Check]] = [
     (Mutation("sample_logprob_greedy", SAMPLE, "if (!greedy || p.logprobs) peak", "if (!greedy) peak"),
      checks_sample.check_step_edges),
     (Mutation("sample_offset", SAMPLE, "index = position + offset, next", "index = position + 0 * offset, next"), step),
-    (Mutation("sample_column", SAMPLE, "index - int(p.settings->first) : 0", "index : 0"), step),
+    (Mutation("sample_column", SAMPLE, "index - setting(p, 0, &SampleSettings::first) : 0", "index : 0"), step),
     (Mutation("sample_column_end", SAMPLE, "column >= p.columns", "column > p.columns"), step),
     (Mutation("sample_columns", SAMPLE, "int64_t(blockIdx.x) * p.columns", "int64_t(blockIdx.x)"), step),
     (Mutation("sample_advance", SAMPLE, "store_global(p.position + row,", "store_global(p.position,"), step),

@@ -26,6 +26,12 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
+def test_every_mutation_has_its_place() -> None:
+    """Once in the sources, as they are now."""
+    for mutation, _ in MUTATIONS:
+        mutation.apply((compiling.ROOT / "csrc" / mutation.file).read_text("utf-8"))
+
+
 @pytest.mark.mutation
 @pytest.mark.parametrize(("mutation", "check"), MUTATIONS, ids=[mutation.name for mutation, _ in MUTATIONS])
 def test_is_found(mutation: Mutation, check: Check) -> None:
