@@ -25,6 +25,7 @@ import torch
 from igpt_fast.learning import train as recipe
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.objectives.next_pixel import NextPixel
+from igpt_fast.learning.schedule import chosen_at, learning_rate
 from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.likelihood.nats import image_nats
 
@@ -41,14 +42,14 @@ def plain_loop(data: TokenData, config: TrainConfig) -> Iterator[float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     for step in range(config.steps):
-        tokens, _ = data.train_batch(recipe.chosen_at(step, data.n_train, config))
+        tokens, _ = data.train_batch(chosen_at(step, data.n_train, config))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             loss = image_nats(model, tokens).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step, config)
+            group["lr"] = learning_rate(step, config)
         optimizer.step()
         yield loss.item()
 

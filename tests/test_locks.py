@@ -10,7 +10,7 @@ import pytest
 
 from igpt_fast import locks
 from igpt_fast.engines.cpu import weights
-from igpt_fast.engines.cuda import step
+from igpt_fast.engines.cuda import capture
 from igpt_fast.ops import colour_table
 from igpt_fast.sampling import decoding
 
@@ -19,7 +19,7 @@ threaded = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarn
 
 
 def test_every_lock_of_the_package_is_one() -> None:
-    for lock in (weights._lock, step._capturing, decoding._users_lock, colour_table.ColourTables()._lock):
+    for lock in (weights._lock, capture._lock, decoding._users_lock, colour_table.ColourTables()._lock):
         assert isinstance(lock, locks.Lock)
 
 

@@ -178,6 +178,7 @@ PYBIND11_MODULE(_probes, m) {
     m.def("synchronize", &igpt::emulator::synchronize);
     m.def("run", &run);
     m.def("set_schedule", &set_schedule);
+    m.def("set_capability", &igpt::emulator::set_capability, pybind11::arg("ten_times") = 80);
     m.def("to_float16", &to_half);
     m.def("to_bfloat16", &to_bfloat);
     m.def("from_float16", &from_half);

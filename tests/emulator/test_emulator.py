@@ -1,6 +1,7 @@
 """The emulator itself: what it reports, what its schedules do, the 16-bit types, the counters."""
 
 import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import compiling
@@ -67,9 +68,24 @@ CHAINS = [
 ]
 
 
+@pytest.fixture
+def hopper(probes: ModuleType) -> Iterator[ModuleType]:
+    """The probes on a device that has dependent launches."""
+    probes.set_capability(90)
+    yield probes
+    probes.set_capability()
+
+
+def test_below_sm_90_no_launch_is_dependent(probes: ModuleType) -> None:
+    out = torch.zeros(64)
+    probes.run_dependent("stores", out.data_ptr(), False)
+    probes.run_dependent("loads", out.data_ptr(), True)
+
+
 @pytest.mark.parametrize("order", SCHEDULES)
 @pytest.mark.parametrize(("chain", "message"), CHAINS, ids=[chain for chain, _ in CHAINS])
-def test_dependent_launches_wait(probes: ModuleType, chain: str, message: str | None, order: str) -> None:
+def test_dependent_launches_wait(hopper: ModuleType, chain: str, message: str | None, order: str) -> None:
+    probes = hopper
     probes.set_schedule(order, 1)
     probes.synchronize()
     out = torch.zeros(64)

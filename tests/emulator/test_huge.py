@@ -40,7 +40,7 @@ def test_rms_norm(emulated: Kernels) -> None:
     with last_blocks(emulated, rows, 4):
         given = addresses(x=x, residual=None, weight=weight, bias=None, sum=None, out=out)
         emulated.module.norm_fwd_cuda(
-            **given, rows=rows, n_embd=n, eps=1e-5, centred=False, weight_dtype=1, out_dtype=1, **BF16
+            **given, rows=rows, n_embd=n, eps=1e-5, centred=False, x_dtype=1, weight_dtype=1, out_dtype=1, **BF16
         )
     exact = reference.rms_norm(x[-4:].double(), weight.double(), 1e-5)
     assert torch.allclose(out[-4:].double(), exact, rtol=1e-2, atol=1e-6)

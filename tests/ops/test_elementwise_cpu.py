@@ -161,7 +161,8 @@ def test_no_row_is_touched_but_its_own(cpu: Implementation) -> None:
         rows = memory[1:33].copy_(torch.randn(32, n))
         module, weight = backend._C, torch.randn(n)
         places = {"x": rows.data_ptr(), "bias": 0, "out": out[1:].data_ptr(), "rows": 32, "dtype": 0, "place": 1}
-        settings = {"residual": 0, "sum": 0, "eps": 1e-5, "centred": False, "weight_dtype": 0, "out_dtype": 0}
+        settings = {"residual": 0, "sum": 0, "eps": 1e-5, "centred": False, "x_dtype": 0}
+        settings |= {"weight_dtype": 0, "out_dtype": 0}
         module.norm_fwd_cpu(**places, **settings, weight=weight.data_ptr(), n_embd=n)
         assert torch.allclose(out[1:33], reference.rms_norm(rows, weight, 1e-5), atol=1e-6)
         assert (out[[0, 33]] == 7.0).all()
