@@ -51,11 +51,10 @@ bool decode::has_ring() { return has_clusters(attention_decode_merge_kernel<floa
 int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster) {
     const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t most = keys < kKeys ? 1 : divide_up(keys, kKeys);
+    const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : divide_up(264, blocks);
+    if (!ring) return int32_t(std::min(wanted, most));
     const DeviceGuard guard(device);
-    if (!ring || !has_ring()) {
-        const int64_t wanted = blocks >= 256 || blocks < 1 ? 1 : divide_up(264, blocks);
-        return int32_t(std::min(wanted, most));
-    }
+    if (guard.error != cudaSuccess || !has_ring()) return int32_t(std::min(wanted, most));
     int count = 0;
     if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
     const int64_t wide = cluster ? kMostClusters : 2 * int64_t(count);

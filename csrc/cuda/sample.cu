@@ -298,11 +298,12 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     Shared<kThreads>& shared = *dynamic_shared<Shared<kThreads>>();
     const int64_t row = blockIdx.x;
+    // Before all: settings and streams change between replays, and L1 may hold the old ones.
+    ptx::grid_dependency_wait();
     const float temperature = setting(p, p.temperature, &SampleSettings::temperature);
     const uint64_t seed = setting(p, p.seed, &SampleSettings::seed);
     const int offset = setting(p, 0, &SampleSettings::offset);
     const int64_t stream = p.streams ? load_global(p.streams + row) : 0;
-    ptx::grid_dependency_wait();
     const int64_t position = p.position ? int64_t(load_global(p.position + p.position_stride * row)) : 0;
     const int64_t index = position + offset, next = index + 1;
     const bool inside = next >= 0 && next < p.n_positions;

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from igpt_fast import backend
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
+from igpt_fast.engines.cuda.capture import failed
 from igpt_fast.engines.cuda.decoder import CudaDecoder, why_not_cuda
 from igpt_fast.engines.decoder import SCALED, Decoder
 from igpt_fast.engines.network import Model
@@ -80,8 +81,9 @@ def kept_bytes(model: Model) -> int:
 
 
 def forget() -> None:
-    """Drops what is kept for all models' next images: memory does not suffice."""
+    """Drops what is kept for all models' next images, and what failed, perhaps by it: memory does not suffice."""
     _kept.clear()
+    failed.clear()
 
 
 # Every decoder of igpt_fast.engines.choice, the faster one first: what it covers.

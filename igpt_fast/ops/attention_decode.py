@@ -228,7 +228,7 @@ def _attention_decode(
         length, group = prefix_k.shape[2], rows // prefix_k.shape[0]
         prefix = length, group, prefix_k.data_ptr(), prefix_v.data_ptr(), *prefix_k.stride()[:2]
         blocks = prefix_k.shape[0] * heads * -(-group // _ROWS)
-        prefix_splits = kernels.module.attention_decode_splits(blocks, length)
+        prefix_splits = kernels.module.attention_decode_splits(blocks, length, kernels.device)
     out, slots = q.new_empty((rows, heads, dim)), splits + prefix_splits
     partial = q.new_empty(rows * heads * slots * (dim + 2), dtype=torch.float32) if slots > 1 else None
     kernels.module.attention_decode_cuda(

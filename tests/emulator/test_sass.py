@@ -204,7 +204,7 @@ DEPENDENT = {
     "attention_decode_merge_kernel": (),
     "gemv_kernel": (r"LDG",),  # weight, bias, the norm's weight
     "gemv_rows_kernel": (r"LDG",),
-    "sample_kernel": (r"LDG\.E",),  # settings and stream
+    "sample_kernel": (),
 }
 MEMORY = (r"LDG", r"STG", r"ATOM", r"RED", r"LD\b", r"ST\b", r"EXIT")
 

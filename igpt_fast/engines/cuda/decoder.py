@@ -242,7 +242,8 @@ class CudaDecoder(Decoder):
             changed = {name: getattr(step.options, name) for name in ("dependent", "graphs")}
             changed = {name: value for name, value in changed.items() if value != getattr(self.options, name)}
             device = self._network.device
-            failed[device] = failed.get(device, ({}, ""))[0] | changed, step.reason
+            if "memory" not in step.reason and "ALLOC_FAILED" not in step.reason:  # which there may be the next time
+                failed[device] = failed.get(device, ({}, ""))[0] | changed, step.reason
             self.options, self._key = step.options, (step.options, *self._key[1:])
         self._failed = step.reason or self._failed
         self.reason = self._failed or self.reason
