@@ -381,7 +381,8 @@ def _draw(
         before = ordered.cumsum(dim=-1) - ordered
         kept = before < top_p * ordered.sum(dim=-1, keepdim=True)
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
-    weights = weights.masked_fill(scores < min_score, 0.0)
+    if min_score > -math.inf:
+        weights = weights.masked_fill(scores < min_score, 0.0)
     cumulative = weights.cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
