@@ -283,14 +283,14 @@ struct AttentionDecodeParams : Launch {
     // Whether this may begin before the launches before it have ended. Without `ring` it reads nothing before they
     // have; with it the position, the starts, and what the caches hold before the position must not come from them.
     Dependent dependent;
-    bool ring;     // of caches of 16 bits or less: through shared memory, by blocks that stay
+    bool ring;     // of caches of 16 bits or less, in code for sm_90: through shared memory, by blocks that stay
     bool cluster;  // with it, where the device has clusters: up to 8 splits are put together by one
 };
 
 int attention_decode(const AttentionDecodeParams& params);
 
 // Into how many parts the keys of each of `blocks` (row, head)s are split, no part below 64 keys.
-//   Without `ring`: so that about two blocks for each of 132 multiprocessors are at work.
+//   Without `ring`, and below sm_90: so that about two blocks for each of 132 multiprocessors are at work.
 //   With it: as few as load the device's multiprocessors evenly, nine tenths of them if that can be; with `cluster`
 //   no more than a cluster has blocks, where the device has clusters.
 int32_t attention_decode_splits(int64_t blocks, int64_t keys, int device, bool ring, bool cluster);
