@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from igpt_fast.engines.cuda.capture import Place, capture
+from igpt_fast.engines.cuda.capture import Place, capture, own_stream
 from igpt_fast.files import first_line
 from igpt_fast.likelihood.transfer import sent
 
@@ -36,7 +36,7 @@ class StepGraph:
         self, compute: Callable[[tuple[Tensor, ...]], None], optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
         self._compute, self._optimizer, self._device = compute, optimizer, device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)  # else what another thread launches could become part of the graph
         self._inputs: tuple[Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm, self._failed = 0, False

@@ -47,18 +47,23 @@ _places: dict[torch.device, list[Place]] = {}
 failed: dict[torch.device, tuple[dict[str, Any], str]] = {}
 
 
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has, of the compiled module, which never destroys it; without its kernels torch's."""
+    kernels = backend.kernels("attention_decode", device)
+    if kernels is None:
+        return torch.cuda.Stream(device)
+    return torch.cuda.ExternalStream(kernels.module.make_stream(kernels.device), device)
+
+
 def take_place(device: torch.device, owner: object) -> Place:
     """A place, which goes to another when its owner is gone: a capture waits for all that the device does."""
     free = _places.setdefault(device, [])
     try:
         place = free.pop()
     except IndexError:
-        kernels = backend.kernels("attention_decode", device)
-        assert kernels is not None
-        make = kernels.module.make_stream
         native = torch.cuda.get_allocator_backend() == "native"
         with torch.cuda.device(device):  # a pool is of the device that is the current one when it is made
-            first, second = (torch.cuda.ExternalStream(make(kernels.device), device) for _ in range(2))
+            first, second = (own_stream(device) for _ in range(2))
             place = Place((first, second), torch.cuda.MemPool() if native else None)
     weakref.finalize(owner, free.append, place)
     return place
