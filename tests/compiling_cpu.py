@@ -133,7 +133,9 @@ def build(
             add(name, *flags)
         elif not program:
             info = f"-I{configured() / 'include'}"
-            as_they_are.append((plain.csrc / name, (*flags, *python_flags(), info)))
+            # With classes of its own, also in a process that has imported the module as it was installed.
+            apart = '-DPYBIND11_BUILD_ABI="_of_a_test"'
+            as_they_are.append((plain.csrc / name, (*flags, *python_flags(), info, apart)))
     for extra in [program] * bool(program) + ["gomp"] * (sanitizer == "thread"):
         add(NATIVE / f"{extra}.cpp")
     objects = plain.objects(as_they_are) + changed.objects(touched)
