@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from typing import Any
 
 import common
 import torch
+
+from igpt_fast.__main__ import sleep_soon
 
 COLUMNS = ("batch", "dtype", "work", "threads", "images_s", "spread", "share", "rounds")
 WORKS = ("draw", "score", "train")
@@ -68,11 +71,13 @@ def serve(work: str, batch: int, dtype: str, threads: int) -> None:
 @contextlib.contextmanager
 def started(works: tuple[str, ...], batch: int, dtype: str, threads: int) -> Iterator[list[Any]]:
     found: list[subprocess.Popen[str]] = []
+    environment = dict(os.environ)
+    sleep_soon(environment)  # as `igpt` does
     try:
         for work in works:
             words = [__file__, "--serve", work, "--batch", str(batch), "--dtype", dtype, "--threads", str(threads)]
             pipe = subprocess.PIPE
-            found.append(subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe, text=True))
+            found.append(subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe, text=True, env=environment))
         for process in found:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
@@ -123,7 +128,9 @@ def bench(batch: int, dtype: str, options: argparse.Namespace) -> list[dict[str,
     rows = []
     for works, threads in settings:
         sums = [sum(each) for each in got[works, threads]]
-        shares = [sum(rate / alone[work] for work, rate in zip(works, each, strict=True)) for each in got[works, threads]]
+        shares = [
+            sum(rate / alone[work] for work, rate in zip(works, each, strict=True)) for each in got[works, threads]
+        ]
         row = {"batch": batch, "dtype": dtype, "work": " + ".join(works), "threads": threads, "rounds": len(sums)}
         row |= {"images_s": statistics.median(sums), "spread": max(sums) - min(sums)}
         rows.append(row | {"share": statistics.median(shares)})

@@ -1,10 +1,21 @@
 """``python -m igpt_fast``, and the start of the ``igpt`` command: Ctrl-C counts from the first import on."""
 
+import os
 import sys
+from collections.abc import MutableMapping
+
+
+def sleep_soon(environment: MutableMapping[str, str]) -> None:
+    """OpenMP's threads sleep after some 100 microseconds without work, not after milliseconds, which they take from other
+    processes; libgomp reads it when torch is imported. What the user has set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = "2000"
 
 
 def main() -> int:
     """Runs the command line of this process; returns the exit code."""
+    sleep_soon(os.environ)
     try:
         from igpt_fast.cli import main as cli
 
