@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -71,13 +70,12 @@ def serve(work: str, batch: int, dtype: str, threads: int) -> None:
 @contextlib.contextmanager
 def started(works: tuple[str, ...], batch: int, dtype: str, threads: int) -> Iterator[list[Any]]:
     found: list[subprocess.Popen[str]] = []
-    environment = dict(os.environ)
-    sleep_soon(environment)  # as `igpt` does
+    sleep_soon()  # as `igpt` does
     try:
         for work in works:
             words = [__file__, "--serve", work, "--batch", str(batch), "--dtype", dtype, "--threads", str(threads)]
             pipe = subprocess.PIPE
-            found.append(subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe, text=True, env=environment))
+            found.append(subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe, text=True))
         for process in found:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":

@@ -2,20 +2,19 @@
 
 import os
 import sys
-from collections.abc import MutableMapping
 
 
-def sleep_soon(environment: MutableMapping[str, str]) -> None:
-    """OpenMP's threads sleep after some 100 microseconds without work, not after milliseconds, which they take from other
-    processes; libgomp reads it when torch is imported. What the user has set stays.
+def sleep_soon() -> None:
+    """OpenMP's threads sleep after some 100 microseconds without work, not after milliseconds, which they take from
+    other processes; libgomp reads it when torch is imported. What the user has set stays.
     """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
-        environment["GOMP_SPINCOUNT"] = "2000"
+    if os.environ.get("GOMP_SPINCOUNT") is None and os.environ.get("OMP_WAIT_POLICY") is None:
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def main() -> int:
     """Runs the command line of this process; returns the exit code."""
-    sleep_soon(os.environ)
+    sleep_soon()
     try:
         from igpt_fast.cli import main as cli
 
