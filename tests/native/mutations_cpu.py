@@ -253,7 +253,7 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_decoder_rewind", DECODER, "for (p.position = first; p.position < end; ++p.position)", "for (p.position = end; p.position < end; ++p.position)"), going_back),  # noqa: E501
     Known(Mutation("cpu_decoder_meet", DECODER, MET, MET.replace("\n        meet();", "")), "decoder"),
     Known(Mutation("cpu_decoder_own_heads", DECODER, "if (!own_heads_) meet();", ""), "decoder"),
-    Known(Mutation("cpu_barrier_order", "cpu/barrier.h", "generation_.store(now + 1, std::memory_order_release)", "generation_.store(now + 1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_barrier_order", "cpu/barrier.h", "generation_.store(now + 1, std::memory_order_seq_cst)", "generation_.store(now + 1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
     Known(Mutation("cpu_partial_shared", "cpu/elementwise.cpp", "float* sums = sums_.get() + block * width_;", "float* sums = sums_.get();"), "elementwise"),  # noqa: E501
     Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
     Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501
