@@ -97,7 +97,7 @@ def build(
     sanitizer: str = "",
     program: str = "",
 ) -> Path:
-    """The module ``_C`` without CUDA, or a program of tests/native.
+    """The module ``_C`` without CUDA, or a program of tests/native; regions have the threads that are asked for.
 
     Args:
         levels: The instruction sets it has, of isa/*.cpp, all taken for supported; the last is chosen.
@@ -124,6 +124,8 @@ def build(
         if name == "cpu/isa/choice.cpp":
             every = ",".join(f"{{&{level}_ops,true}}" for level in levels)
             add(NATIVE / "choice.cpp", *flags, f"-DIGPT_LEVELS={every}")
+        elif name == "cpu/threads.cpp":
+            add(NATIVE / "asked.cpp", *flags)
         elif name.startswith("cpu/isa/"):
             level = Path(name).stem
             if level in {"generic", *levels}:

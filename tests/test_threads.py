@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling_cpu
 import pytest
 import torch
 from small_models import small
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
 from igpt_fast.__main__ import sleep_soon
+from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 
@@ -87,14 +89,77 @@ def test_the_affinity_mask() -> None:
 
 @needs_cpu
 def test_any_number_of_threads_gives_the_same_bits() -> None:
+    """Here no more than there are processors; see the next test."""
     model = small()
+    half = small(torch.bfloat16)
     tokens = torch.randint(model.config.vocab_size - 1, (2, 12), generator=torch.Generator().manual_seed(0))
-    found = []
+    pixels = torch.rand(9000, 3) * 2 - 1
+    found: list[list[torch.Tensor]] = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         decoder = CpuDecoder(model, 2, 12)
-        found.append(torch.stack([decoder.step(column) for column in tokens.unbind(1)]))
-    assert all(torch.equal(each, found[0]) for each in found)
+        numbers = [decoder.step(column) for column in tokens.unbind(1)]
+        if forwards.why_not(half.transformer, tokens) is None:
+            numbers.append(half.transformer(tokens).last_hidden_state)
+        numbers.append(ops.quantize(pixels, pixels[:300]))
+        x = pixels.T.contiguous().requires_grad_()
+        numbers += torch.autograd.grad(ops.rms_norm(x, torch.ones(9000)).sum(), x)
+        found.append(numbers)
+    assert all(all(map(torch.equal, each, found[0])) for each in found)
+
+
+@needs_cpu
+@pytest.mark.skipif(bool(compiling_cpu.software_tiles_unavailable()), reason=compiling_cpu.software_tiles_unavailable())
+def test_more_threads_than_processors() -> None:
+    """Modules that are built for tests have as many as are asked for: this file's test, and those of the engines."""
+    folder = ROOT / "tests"
+    named = [f"{__file__}::test_any_number_of_threads_gives_the_same_bits"]
+    named.append(f"{folder / 'engines/cpu/test_decoder.py'}::test_more_threads_than_cores")
+    command = [sys.executable, str(folder / "run_software_tiles.py"), *named]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "2 passed" in done.stdout
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", ["OMP_THREAD_LIMIT", "OMP_DYNAMIC"])
+def test_a_region_with_fewer_threads_than_asked(name: str) -> None:
+    value = "1" if name == "OMP_THREAD_LIMIT" else "true"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "any_number"]
+    environment = {**os.environ, name: value}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 passed" in done.stdout
+
+
+@needs_cpu
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system does not say who waits")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor has one thread")
+def test_regions_give_way_to_other_processes() -> None:
+    processors = len(os.sched_getaffinity(0))
+    if backend._C.cpu_limits()[1]:  # type: ignore[union-attr]
+        pytest.skip("a quota holds the others back as well")
+    code = (
+        "import time, torch; from igpt_fast import backend; from small_models import small\n"
+        "from igpt_fast.engines.cpu.decoder import CpuDecoder\n"
+        f"torch.set_num_threads({processors}); model = small(); tokens = torch.tensor([3])\n"
+        "end = time.monotonic() + 60\n"
+        f"while backend._C.cpu_threads({processors}) > 1 and time.monotonic() < end:\n"
+        "    decoder = CpuDecoder(model, 1, 64)\n"
+        "    for _ in range(64): decoder.step(tokens)\n"
+        f"print(backend._C.cpu_threads({processors}))"
+    )
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * processors)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True, cwd=ROOT / "tests"
+        )
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.parametrize("name", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])

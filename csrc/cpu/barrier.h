@@ -18,6 +18,10 @@ namespace igpt::cpu {
 // Spins for some microseconds, as sleeping and waking costs more than the work between two meetings; then sleeps, as
 // the one that is waited for has more to do or, where other processes run too, waits for the processor that this one
 // would spin on.
+//
+// It cannot hang as long as every thread of the region calls wait with the number that the region has, as often as the
+// others: nothing in a region throws or returns early, and the last to arrive waits for nobody. A sleeper that the last
+// one has not seen has seen the new generation, as both look after they have written; the futex compares once more.
 class Barrier {
   public:
     void wait(int threads) {

@@ -1,5 +1,5 @@
 // threads CASE: what csrc/cpu shares between threads, for the thread sanitizer; every case on three of them, more than
-// there may be processors. It looks at no result: the tests of the op do.
+// there may be processors (asked.cpp). It looks at no result: the tests of the op do.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
