@@ -44,7 +44,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("activations") =
         py::dict("none"_a = int(Activation::none), "quick_gelu"_a = int(Activation::quick_gelu),
                  "gelu_tanh"_a = int(Activation::gelu_tanh), "gelu_erf"_a = int(Activation::gelu_erf));
-    m.def("cpu_threads", igpt::cpu::usable_threads, "wanted"_a);
     m.def(
         "cpu_limits",
         [](const std::string& root) {

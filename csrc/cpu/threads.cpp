@@ -1,19 +1,9 @@
-// How many OpenMP threads a region may have: what is asked for, the processors that may run them, and fewer while
-// others want those too.
-//
-// A team waits for its slowest thread. Where that waits for a processor, because another process runs there, the others
-// wait with it, by OpenMP's way spinning for milliseconds, and two processes together do a fraction of what one does.
-// So each thread of a region looks now and then how long it was ready to run and did not (Linux's schedstat). Where
-// that was a tenth of the time, regions have half as many threads, down to one, which has nobody to wait for. After a
-// time, longer after each attempt that fails, they have twice as many again. No result depends on the number of
-// threads.
+// How many OpenMP threads a region may have: what is asked for, and no more than the processors that may run them.
 #include "threads.h"
 
 #include <pthread.h>
 #ifdef __linux__
-#include <fcntl.h>
 #include <sched.h>
-#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -21,23 +11,16 @@
 #include <chrono>
 #include <climits>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
 
 #include "ops.h"
-#include "region.h"
 
 namespace igpt::cpu {
 namespace {
 
-constexpr int64_t kMillisecond = 1000000;
-constexpr int64_t kLook = 5 * kMillisecond;          // between two looks of a thread
-constexpr int64_t kStale = 200 * kMillisecond;       // a look before that says nothing about the regions since
-constexpr int64_t kFirstPause = 100 * kMillisecond;  // with fewer threads; doubled up to kLastPause
-constexpr int64_t kLastPause = 3200 * kMillisecond;
-constexpr int64_t kLimits = 500 * kMillisecond;  // the mask and the quota may change
+constexpr int64_t kLimits = 500000000;  // nanoseconds between two looks at mask and quota, which may change
 
 std::atomic<bool> forked{false};
 
@@ -48,45 +31,6 @@ const int registered = pthread_atfork(nullptr, nullptr, in_child);
 int64_t now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
-}
-
-// Nanoseconds that the calling thread has been ready to run and did not; -1: the system does not say.
-int64_t delayed() {
-#ifdef __linux__
-    const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
-    if (file < 0) return -1;
-    char text[96];
-    const ssize_t size = read(file, text, sizeof text - 1);
-    close(file);
-    long long ran = 0, waited = 0;
-    text[std::max<ssize_t>(size, 0)] = 0;
-    return std::sscanf(text, "%lld %lld", &ran, &waited) == 2 ? waited : -1;
-#else
-    return -1;
-#endif
-}
-
-// What the threads of all regions know together.
-std::atomic<int> halvings{0};
-std::atomic<int64_t> changed{0}, rest{kFirstPause};
-
-// The processors are wanted by others: fewer threads, for longer where the last attempt with more came to nothing.
-void give_way(int64_t time, int count) {
-    int64_t last = changed.load(std::memory_order_relaxed);
-    if (count < 2 || time - last < kLook || !changed.compare_exchange_strong(last, time)) return;
-    const int64_t before = rest.load(std::memory_order_relaxed);
-    rest.store(time - last > kStale ? kFirstPause : std::min(2 * before, kLastPause), std::memory_order_relaxed);
-    halvings.store(std::min(halvings.load(std::memory_order_relaxed) + 1, 16), std::memory_order_relaxed);
-}
-
-int allowed(int threads) {
-    const int halved = halvings.load(std::memory_order_relaxed);
-    if (halved == 0) return threads;
-    const int64_t time = now();
-    int64_t last = changed.load(std::memory_order_relaxed);
-    if (time - last > rest.load(std::memory_order_relaxed) && changed.compare_exchange_strong(last, time))
-        halvings.store(std::max(halved - 1, 0), std::memory_order_relaxed);
-    return std::max(1, threads >> std::min(halvings.load(std::memory_order_relaxed), 16));
 }
 
 int processors() {
@@ -152,17 +96,7 @@ Limits thread_limits(const std::string& root) { return {mask(), quota(root)}; }
 
 int usable_threads(int wanted) {
     if (wanted < 2 || registered != 0 || forked.load(std::memory_order_relaxed)) return 1;
-    return allowed(std::min(wanted, processors()));
-}
-
-void look_around(int count) {
-    static thread_local int64_t looked = 0, before = -1;
-    const int64_t time = now(), passed = time - looked;
-    if (passed < kLook) return;
-    const int64_t waited = delayed();
-    if (passed < kStale && before >= 0 && waited >= 0 && 10 * (waited - before) > passed) give_way(time, count);
-    looked = time;
-    before = waited;
+    return std::min(wanted, processors());
 }
 
 }  // namespace igpt::cpu

@@ -1,5 +1,5 @@
 // In place of csrc/cpu/threads.cpp, for tests: every region has the threads that are asked for, however few processors
-// there are and whoever else wants them; but for a forked child, as there.
+// there are; but for a forked child, as there.
 #include "cpu/threads.h"
 
 #include <pthread.h>
@@ -7,7 +7,6 @@
 #include <atomic>
 
 #include "cpu/ops.h"
-#include "cpu/region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -19,6 +18,5 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true);
 
 Limits thread_limits(const std::string&) { return {0, 0}; }
 int usable_threads(int wanted) { return wanted < 1 || registered != 0 || forked.load() ? 1 : wanted; }
-void look_around(int) {}
 
 }  // namespace igpt::cpu
