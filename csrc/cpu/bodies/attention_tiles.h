@@ -176,8 +176,6 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 }
 
-inline __m512i to_bf16(__m512 first, __m512 second) { return __m512i(_mm512_cvtne2ps_pbh(second, first)); }
-
 // The lanes below n.
 inline __mmask16 lanes_below(int64_t n) {
     return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1 << n) - 1);

@@ -94,7 +94,7 @@ inline void gemm_with(const GemmParams& p, const Y& y) {
                         zero_tiles();
                     else
                         load_tiles(parts, 32);
-                    const uint16_t* x = p.x + (row / 16 * steps + k) * kTileSize;
+                    const uint16_t* x = static_cast<const uint16_t*>(p.x) + (row / 16 * steps + k) * kTileSize;
                     const bool back = ((p.first + row) % p.positions & kRows) != 0;
                     const Walk w{x,
                                  x + steps * kTileSize,
@@ -127,7 +127,9 @@ struct ToPlain {
     static constexpr int64_t kLines = 1;
     const GemmParams& p;
 
-    char* place(int64_t row, int64_t column) const { return reinterpret_cast<char*>(p.plain + row * p.width + column); }
+    char* place(int64_t row, int64_t column) const {
+        return static_cast<char*>(p.plain) + 2 * (row * p.width + column);
+    }
     static void write(char* y, Vec a, Vec b) { _mm512_store_si512(y, to_bf16(a, b)); }
 };
 
@@ -153,7 +155,7 @@ struct ToTiles {
 
     char* place(int64_t row, int64_t column) const {
         const int64_t tile = row / 16 * (p.width / 32) + (column - p.first_output) / 32;
-        return reinterpret_cast<char*>(p.tiles + tile * kTileSize + row % 16 * 32);
+        return static_cast<char*>(p.tiles) + 2 * (tile * kTileSize + row % 16 * 32);
     }
     static void write(char* y, Vec a, Vec b) { _mm512_store_si512(y, to_bf16(Activation(a), Activation(b))); }
 };

@@ -67,5 +67,12 @@ inline Vec exp(Vec x) {
     return floats(add_ints(bits(p), shift_left<23>(bits(shifted))));
 }
 
+// Two registers, one after the other; in bf16 a denormal may become zero.
+template <class T, class V>
+inline void write_two(T* p, V a, V b) {
+    write(p, a, Whole{});
+    write(p + kLanes, b, Whole{});
+}
+
 }  // namespace
 }  // namespace igpt::cpu
