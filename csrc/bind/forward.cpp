@@ -24,7 +24,6 @@ void* memory(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 void bind_forward(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def("has_cpu_forward", [] { return cpu::ops().forward[1].gemm != nullptr; });
     py::class_<cpu::Forward>(m, "Forward")
         .def(py::init([](std::shared_ptr<cpu::DecoderWeights> weights) {
                  return std::make_unique<cpu::Forward>(std::move(weights));

@@ -72,7 +72,8 @@ struct HeadsParams {
     uint8_t* flawed;
     int64_t flawed_stride;
     // Copies of k and v as a cache has them, rows of D; null: none are asked for. `seen` of the positions are there.
-    void *keys, *values;  // of the format of the weights
+    void *keys, *values;
+    Format cache;  // theirs: fp32 or bf16
     int64_t cache_stride, seen;
 };
 

@@ -25,6 +25,17 @@ inline int64_t along_line(int64_t i) {
     constexpr int64_t line = 64 / int64_t(sizeof(E));
     return i / line * 16 * line + i % line;
 }
+// Columns i and following of a row, two registers.
+template <class E>
+inline void put_two(E* line, int64_t i, Vec a, Vec b) {
+    if constexpr (2 * kLanes * sizeof(E) <= 64) {
+        write_two(line + along_line<E>(i), a, b);
+    } else {
+        write(line + along_line<E>(i), a, Whole{});
+        write(line + along_line<E>(i + kLanes), b, Whole{});
+    }
+}
+
 inline int64_t along_residual(int64_t i) { return i / 32 * kRows * 32 + i % 32; }
 
 void embed_row(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual) {
@@ -54,12 +65,7 @@ void norm_tiles(const NormTiles& p) {
                 const int64_t at = i + j * kLanes;
                 y[j] = at < p.n ? load(x + along_residual(at)) * scale * load(p.weight + at) : zero();
             }
-            if constexpr (2 * kLanes * sizeof(E) <= 64) {
-                write_two(to + along_line<E>(i), y[0], y[1]);
-            } else {
-                write(to + along_line<E>(i), y[0], Whole{});
-                write(to + along_line<E>(i + kLanes), y[1], Whole{});
-            }
+            put_two(to, i, y[0], y[1]);
         }
     }
 }
