@@ -93,8 +93,9 @@ template <class Kind, int R, int C>
     });
 }
 
+// Flat: sums that a call could see would be kept in memory.
 template <class Kind, int R, int C>
-void run_block(const Block& p) {
+[[gnu::flatten]] void run_block(const Block& p) {
     constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2;
     Vec acc[R][C];
     repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = zero(); }); });
