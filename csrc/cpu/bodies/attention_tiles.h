@@ -20,9 +20,6 @@ constexpr int64_t kTileSize = 512;  // elements of a bf16 tile
 
 constexpr float kLn2 = 0.693147181f;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The positions of one head, as they lie in a tensor. `hidden`: of each, 0 or minus infinity; null: none is.
 struct Rows16 {
     const uint16_t* data;

@@ -13,6 +13,7 @@ namespace igpt::cpu {
 namespace {
 
 constexpr int64_t kBlockDepth = 1024, kStripRows = 16;
+constexpr int64_t kChain = 256;  // fp32 sums of so many are added up by themselves: the fewer, the less is rounded away
 
 // Where y goes, two registers beside each other, and what it is made of x W + bias.
 template <class E>
@@ -56,29 +57,30 @@ inline void finish_strip(const GemmParams& p, const float* sums, int64_t row, in
 template <class Kind, class To>
 inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
     constexpr int64_t line = kLineBytes * Kind::step / Kind::bytes, lines_bytes = kStripRows * kLineBytes;
+    constexpr int64_t chain = Kind::step == 1 ? kChain : kBlockDepth;
     const Matrix& m = *p.matrix;
     const char* weights = m.data + (n / kTile * m.k + p.from) / Kind::step * kGroupBytes + n % kTile * 4;
     const int64_t strip_bytes = padded(p.depth, 32) / line * lines_bytes;
     alignas(64) float one[kStripRows * kTile];
-    for (int64_t k = 0; k < p.depth; k += kBlockDepth) {
-        const int64_t depth = p.depth - k < kBlockDepth ? p.depth - k : kBlockDepth;
-        const bool all = depth == p.depth, last = k + depth == p.depth;
+    for (int64_t from = 0; from < p.depth; from += kBlockDepth) {
+        const int64_t to = least(from + kBlockDepth, p.depth);
         for (int64_t row = 0; row < p.rows; row += kStripRows) {
-            const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes + k / line * lines_bytes;
-            float* sums = all ? one : p.scratch + row * kTile;
-            run_blocks<Kind>(
-                {x, kLineBytes, lines_bytes, weights + k / Kind::step * kGroupBytes, depth, sums, kTile, k == 0},
-                kStripRows, columns / kLanes);
-            if (last) finish_strip<To>(p, sums, row, n, columns);
+            const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes;
+            float* sums = p.depth <= kBlockDepth ? one : p.scratch + row * kTile;
+            for (int64_t k = from; k < to; k += chain)
+                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes,
+                                  weights + k / Kind::step * kGroupBytes, least(chain, to - k), sums, kTile, k == 0},
+                                 kStripRows, columns / kLanes);
+            if (to == p.depth) finish_strip<To>(p, sums, row, n, columns);
         }
     }
 }
 
 template <class Kind, class To>
 inline void gemm_to(const GemmParams& p) {
-    const int64_t end = p.end < p.matrix->n ? p.end : p.matrix->n;
+    const int64_t end = least(p.end, p.matrix->n);
     for (int64_t n = p.begin; n < end;) {
-        const int64_t left = kTile - n % kTile, columns = left < end - n ? left : end - n;
+        const int64_t columns = least(kTile - n % kTile, end - n);
         gemm_tile<Kind, To>(p, n, columns);
         n += columns;
     }

@@ -40,6 +40,7 @@ template <class E>
 void causal_attention_plain(const AttentionBlocksParams& p) {
     const int64_t d = p.head_dim, wide = padded(d, 32);
     const E *q = static_cast<const E*>(p.q), *k = static_cast<const E*>(p.k), *v = static_cast<const E*>(p.v);
+
     static thread_local double s[1 << 16];
     for (int64_t t = p.begin * kRows; t < p.end * kRows; ++t) {
         double top = -1e300;
