@@ -1,19 +1,18 @@
-"""The compiled module's forward pass: equal to the layers by the rule of tolerance.py, whatever the sizes, threads, batch
-and instruction set; what is not finite stays where it is; a change of the weights is seen; what it is not for goes to
-PyTorch.
+"""The compiled module's forward pass: equal to the layers by the rule of tolerance.py, whatever the sizes, threads,
+batch and instruction set; what is not finite stays where it is; a change of the weights is seen; what it is not for
+goes to PyTorch.
 """
 
 import copy
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Thread
 
 import pytest
 import small_models
 import torch
-from implementations import ISAS
 from small_models import ids
 from tolerance import assert_parity
 from torch import Tensor, nn
@@ -35,20 +34,6 @@ if backend._C is None:
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
 small = functools.partial(small_models.small, torch.bfloat16)
-
-
-# The bodies of avx512_vnni are those of avx512.
-LEVELS = [(isa, dtype) for isa in ISAS if isa != "avx512_vnni" for dtype in (torch.float32, torch.bfloat16)]
-
-
-@pytest.fixture(params=LEVELS, ids=[f"{isa}-{str(dtype)[6:]}" for isa, dtype in LEVELS])
-def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Of a model, for each of the tables of kernels that this machine runs."""
-    assert backend._C is not None
-    isa, before = request.param[0], backend._C.cpu_isa()
-    assert backend._C.select_cpu_isa(isa)
-    yield request.param[1]
-    assert backend._C.select_cpu_isa(before)
 
 
 def body(model: nn.Module) -> ImageGPTModel:
