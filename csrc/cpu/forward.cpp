@@ -216,6 +216,7 @@ class ForwardWorker {
         h.flawed_stride = positions_ / kRows;
         h.flawed = s_.flawed + local * heads * h.flawed_stride + t / kRows;
         h.seen = std::min(kRows, p_.length - t);
+        h.cache = Format::bf16;
         if (p_.keys) {
             h.cache_stride = p_.length * d;
             const int64_t to = ((i * p_.batch + first_ + local) * heads * p_.length + t) * d;

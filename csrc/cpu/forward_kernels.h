@@ -57,9 +57,9 @@ struct MeanParams {
 
 // kRows positions of a sequence, from row-major q, k, v of each head, one after the other, to what attention reads.
 struct HeadsParams {
-    const uint16_t* qkv;  // (kRows, ld)
+    const void* qkv;  // (kRows, ld)
     int64_t ld, head_dim, heads;
-    uint16_t *q, *k, *v;  // where head 0's of these positions go
+    void *q, *k, *v;      // where head 0's of these positions go
     int64_t head_stride;  // from head to head, of q, k and v
     // Of each position and 32 of D: where a value is not finite. Such a value is zero in v, as 0 times it is not, and
     // would reach positions before it; `flaw` says that these positions have one.
@@ -68,19 +68,20 @@ struct HeadsParams {
     uint8_t* flawed;
     int64_t flawed_stride;
     // Copies of k and v as a cache has them, rows of D; null: none are asked for. `seen` of the positions are there.
-    uint16_t *keys, *values;
+    void *keys, *values;
+    Format cache;  // theirs: fp32 or bf16
     int64_t cache_stride, seen;
 };
 
 // The queries of the blocks begin .. end - 1, kRows each, of one head, to tiles.
 struct AttentionBlocksParams {
-    const uint16_t *q, *k, *v;
+    const void *q, *k, *v;
     const uint32_t* flaws;
     const uint8_t* flawed;
     int64_t head_dim;
     float scale;  // greater than 0
     int64_t begin, end;
-    uint16_t* tiles;        // the sequence's first row
+    void* tiles;            // the sequence's first row
     int64_t column, width;  // the head's first column; of all heads, rounded up to 32
     int64_t columns;        // of all heads: what lies behind is zeroed
 };
