@@ -17,8 +17,7 @@ from igpt_fast.ops import dispatch
 OPS["causal_attention"] = Op(
     native=("cpu", "cuda"),
     covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-    covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-    needs_isa="amx",
+    covers_cpu="fp32, bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
     otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
     "another scale",
 )
@@ -26,7 +25,6 @@ OPS["causal_attention_packed"] = Op(
     native=("cpu", "cuda"),
     covers="what causal_attention's does",
     covers_cpu="what causal_attention's does",
-    needs_isa="amx",
     otherwise="causal_attention of the three parts",
 )
 
@@ -322,10 +320,11 @@ def _launch(
     tensors = {name: _readable(x) for name, x in read.items()} | written
     sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": read["k"].shape[2], "head_dim": d, "scale": scale}
     arguments = {name: _place(x) for name, x in tensors.items()} | sizes | hidden | {"lse": lse.data_ptr()}
+    arguments["dtype"] = dispatch.DTYPES[q.dtype]
     if kernels.kind == "cpu":
         function(**arguments, place=kernels.place)
     else:
-        arguments |= {"dtype": dispatch.DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
+        arguments |= {"device": kernels.device, "stream": kernels.stream}
         if direction == "fwd":
             function(**arguments, rows=-1 if kernels.launching.portable_attention else 0)
         else:
