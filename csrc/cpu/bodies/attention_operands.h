@@ -30,9 +30,6 @@ constexpr int64_t kLine = 16 * kWord<E>;
 template <class E>
 constexpr int64_t kTileOf = 16 * kLine<E>;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Where element i of row r is: among tiles of C whose rows have `width` columns, and among lines of k.
 inline float* sum_at(const float* tiles, int64_t width, int64_t r, int64_t i) {
     return const_cast<float*>(tiles) + (r / 16 * (width / 16) + i / 16) * kTileSums + r % 16 * 16 + i % 16;

@@ -1,93 +1,16 @@
-// The rest of the forward pass by tiles, the body: embedding, norm, q, k and v of each head, attention. Layouts:
-// forward_kernels.h.
+// q, k and v of each head, and their attention, in the forward pass, the body. Layouts: forward_kernels.h.
 //
-// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kSpan at a time, with a
+// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kKeyBlock at a time, with a
 // running maximum and sum. The maxima of all 32 rows come before their exponentials, so that a row waits for no
-// other's. Bound by the exponentials: some 12 vector instructions for 16 scores, twice the time of their tiles.
+// other's. By tiles it is bound by the exponentials, some 12 vector instructions for a register of scores, twice the
+// time of their tiles; without, by the products.
 #pragma once
 
 #include "../forward_kernels.h"
 #include "attention_fwd.h"
-#include "attention_tiles.h"
 
 namespace igpt::cpu {
 namespace {
-
-template <class E>
-constexpr int64_t kSpan = sizeof(E) == 2 ? 256 : 128;  // keys
-
-inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
-
-// ---- Rows ---------------------------------------------------------------------------------------------------
-
-inline float* residual_at(const float* residual, int64_t width, int64_t row) {
-    return const_cast<float*>(residual) + row / kRows * kRows * width + row % kRows * 32;
-}
-
-inline uint16_t* tiles_at(const uint16_t* tiles, int64_t width, int64_t row) {
-    return const_cast<uint16_t*>(tiles) + row / 16 * 16 * width + row % 16 * 32;
-}
-
-void embed_row(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual) {
-    float* to = residual_at(residual, width, row);
-    for (int64_t i = 0; i < width; i += 16) {
-        const bool there = a != nullptr && i < n;
-        store(to + i / 32 * kRows * 32 + i % 32, there ? load(a + i) + load(b + i) : zero());
-    }
-}
-
-void norm_tiles(const NormTiles& p) {
-    for (int64_t row = p.first; row < p.first + p.count; ++row) {
-        const float* x = residual_at(p.residual, p.width, row);
-        uint16_t* to = tiles_at(p.tiles, p.width, row);
-        Vec even = zero(), odd = zero();
-        for (int64_t i = 0; i < p.width; i += 32) {
-            const Vec a = load(x + i * kRows), b = i + 16 < p.n ? load(x + i * kRows + 16) : zero();
-            even = fma(a, a, even);
-            odd = fma(b, b, odd);
-        }
-        const Vec scale = set1(1.0f / __builtin_sqrtf(reduce_add(even + odd) / float(p.n) + p.eps));
-        for (int64_t i = 0; i < p.width; i += 32) {
-            const Vec a = load(x + i * kRows) * scale * load(p.weight + i);
-            const Vec b = i + 16 < p.n ? load(x + i * kRows + 16) * scale * load(p.weight + i + 16) : zero();
-            _mm512_store_si512(to + i * 16, to_bf16(a, b));
-        }
-    }
-}
-
-void residual_row(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out) {
-    const float* x = residual_at(residual, width, row);
-    for (int64_t i = 0; i < n; i += 32)
-        _mm512_mask_storeu_epi16(out + i, first_of_32(n - i), to_bf16(load(x + i * kRows), load(x + i * kRows + 16)));
-}
-
-void tiles_row(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out) {
-    const uint16_t* x = tiles_at(tiles, width, row);
-    for (int64_t i = 0; i < n; i += 32) _mm512_mask_storeu_epi16(out + i, first_of_32(n - i), load_ints(x + i * 16));
-}
-
-// `row_at` gives where the 32 columns of a row begin.
-template <class RowAt>
-inline void mean_rows(const MeanParams& p, RowAt row_at) {
-    Vec left = zero(), right = zero();
-    for (int64_t row = p.first; row < p.first + p.count; ++row) {
-        const auto* x = row_at(row);
-        left = left + read(x, Whole());
-        right = right + read(x + 16, Whole());
-    }
-    const Vec count = set1(float(p.count));
-    const __mmask32 there = first_of_32(p.n - p.column);
-    _mm512_mask_storeu_ps(p.out + p.column, __mmask16(there), left / count);
-    _mm512_mask_storeu_ps(p.out + p.column + 16, __mmask16(there >> 16), right / count);
-}
-
-void mean_residual(const float* residual, const MeanParams& p) {
-    mean_rows(p, [&](int64_t row) { return residual_at(residual, p.width, row) + p.column * kRows; });
-}
-
-void mean_tiles(const uint16_t* tiles, const MeanParams& p) {
-    mean_rows(p, [&](int64_t row) { return tiles_at(tiles, p.width, row) + p.column * 16; });
-}
 
 // ---- q, k, v ------------------------------------------------------------------------------------------------
 
@@ -153,7 +76,7 @@ void pack_heads(const HeadsParams& p) {
 // 32 queries of one head at work.
 template <class E>
 struct Queries {
-    static constexpr int64_t span = kSpan<E>;
+    static constexpr int64_t span = kKeyBlock<E>;
     alignas(64) float scores[kRows * span];
     alignas(64) E other[sizeof(E) == 4 ? 16 : kRows * span];
     alignas(64) float out[kRows * max_head_dim];

@@ -7,6 +7,8 @@
 #include "attention_decode_prefix.h"
 #include "attention_fwd.h"
 #include "cross_entropy.h"
+#include "gemm.h"
+#include "heads.h"
 #include "norm.h"
 #include "quantize.h"
 
@@ -19,28 +21,33 @@ constexpr DecoderKernels decoder_kernels{kLanes, kTile,    Int8::step,       pac
 constexpr ElementwiseKernels elementwise_kernels = {
     widen, narrow, add, norm_fwd, norm_bwd, activation_fwd, activation_bwd, cross_entropy_fwd, cross_entropy_bwd};
 
-template <class By, class S>
-constexpr CausalAttentionKernels attention_kernels{
-    causal_fwd<By, S>, causal_bwd<By, S>, bytes_of<FwdScratch<typename By::Element>>,
-    bytes_of<BwdScratch<typename By::Element>>};
+// The forward pass, of weights of W.
+template <class Kind, class W, class E = typename Kind::Input>
+constexpr ForwardKernels forward_kernels{sizeof(E) == 4 ? Format::fp32 : Format::bf16,
+                                         gemm<Kind>,
+                                         norm_tiles<E>,
+                                         embed_row,
+                                         residual_row<W>,
+                                         tiles_row<E, W>,
+                                         mean_residual,
+                                         mean_tiles<E>,
+                                         pack_heads<E>,
+                                         causal_attention_blocks<ByBlocks<E>>};
 
-// What bf16 is multiplied as without tiles.
-constexpr auto operands_of_bf16() {
-    if constexpr (kPairs)
-        return uint16_t{};
-    else
-        return float{};
-}
-using Bf16Blocks = ByBlocks<decltype(operands_of_bf16())>;
+// Of tensors of S.
+template <class By, class S>
+constexpr CausalAttentionKernels attention_kernels{causal_fwd<By, S>, causal_bwd<By, S>,
+                                                   bytes_of<FwdScratch<typename By::Element>>,
+                                                   bytes_of<BwdScratch<typename By::Element>>};
 
 constexpr Ops make_ops(const char* isa) {
     return {isa,
             quantize_u8,
             quantize_f32,
             decoder_kernels,
-            {attention_kernels<ByBlocks<float>, float>, attention_kernels<Bf16Blocks, uint16_t>},
+            {attention_kernels<ByBlocks<float>, float>, attention_kernels<ByBlocks<KindOfBf16::Input>, uint16_t>},
             elementwise_kernels,
-            {}};
+            {forward_kernels<Single, float>, forward_kernels<KindOfBf16, uint16_t>}};
 }
 
 }  // namespace

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "attention_decode_prefix_tiles.h"
-#include "gemm.h"
-#include "heads.h"
+#include "gemm_tiles.h"
 #include "table.h"
 
 namespace igpt::cpu {
@@ -15,8 +14,16 @@ constexpr Ops make_ops_with_tiles(const char* isa) {
     ops.decoder.linear = linear_by_tiles;
     ops.decoder.attention_decode_prefix = attention_decode_prefix_by_tiles;
     ops.causal_attention[int(Format::bf16)] = attention_kernels<ByTiles, uint16_t>;
-    ops.forward = {gemm,          norm_tiles, embed_row,  residual_row,           tiles_row,
-                   mean_residual, mean_tiles, pack_heads<uint16_t>, causal_attention_blocks<ByTiles>};
+    ops.forward[int(Format::bf16)] = {Format::bf16,
+                                      gemm_by_tiles,
+                                      norm_tiles<uint16_t>,
+                                      embed_row,
+                                      residual_row<uint16_t>,
+                                      tiles_row<uint16_t, uint16_t>,
+                                      mean_residual,
+                                      mean_tiles<uint16_t>,
+                                      pack_heads<uint16_t>,
+                                      causal_attention_blocks<ByTiles>};
     return ops;
 }
 

@@ -17,8 +17,6 @@ from igpt_fast.engines.cpu.forward import Taken
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
-if not backend._C.has_cpu_forward():
-    pytest.skip("no tiles (AMX)", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
 small = functools.partial(small_models.small, torch.bfloat16, head=ImageGPTModel, n_layer=3)

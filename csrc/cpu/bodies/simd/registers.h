@@ -14,6 +14,9 @@ struct Part {
     int count;  // the first lanes, fewer than kLanes; the others are zero when read and not written
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <bool Value>
 struct Flag {
     static constexpr bool value = Value;
