@@ -1,8 +1,9 @@
 // q, k and v of each head, and their attention, in the forward pass, the body. Layouts: forward_kernels.h.
 //
-// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kSpan at a time, with a
+// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kKeyBlock at a time, with a
 // running maximum and sum. The maxima of all 32 rows come before their exponentials, so that a row waits for no
-// other's. Bound by the exponentials: some 12 vector instructions for 16 scores, twice the time of their tiles.
+// other's. By tiles it is bound by the exponentials, some 12 vector instructions for a register of scores, twice the
+// time of their tiles; without, by the products.
 #pragma once
 
 #include "../forward_kernels.h"
@@ -10,9 +11,6 @@
 
 namespace igpt::cpu {
 namespace {
-
-template <class E>
-constexpr int64_t kSpan = sizeof(E) == 2 ? 256 : 128;  // keys
 
 // ---- q, k, v ------------------------------------------------------------------------------------------------
 
@@ -79,7 +77,7 @@ void pack_heads(const HeadsParams& p) {
 // 32 queries of one head at work.
 template <class E>
 struct Queries {
-    static constexpr int64_t span = kSpan<E>;
+    static constexpr int64_t span = kKeyBlock<E>;
     alignas(64) float scores[kRows * span];
     alignas(64) E other[sizeof(E) == 4 ? 16 : kRows * span];
     alignas(64) float out[kRows * max_head_dim];

@@ -21,6 +21,7 @@ constexpr DecoderKernels decoder_kernels{kLanes, kTile,    Int8::step,       pac
 constexpr ElementwiseKernels elementwise_kernels = {
     widen, narrow, add, norm_fwd, norm_bwd, activation_fwd, activation_bwd, cross_entropy_fwd, cross_entropy_bwd};
 
+// Of tensors of S.
 template <class By, class S>
 constexpr CausalAttentionKernels attention_kernels{causal_fwd<By, S>, causal_bwd<By, S>,
                                                    bytes_of<FwdScratch<typename By::Element>>,

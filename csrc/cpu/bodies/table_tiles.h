@@ -3,7 +3,6 @@
 
 #include "attention_decode_prefix_tiles.h"
 #include "gemm_tiles.h"
-#include "heads.h"
 #include "table.h"
 
 namespace igpt::cpu {
