@@ -213,7 +213,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
     ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
     ("block", "p.first ? acc[r][c] : load(sums", "true ? acc[r][c] : load(sums"),
-    ("gemm", "const bool with_bias = p.from == 0;", "const bool with_bias = true;"),
+    ("gemm", "left = with_bias ? load(bias) : zero()", "left = load(bias)"),
     ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
     ("gemm", "store(x + kLanes, load(x + kLanes) + b);", "store(x + kLanes, b);"),
     ("rows", "reduce_add(sums[0] + sums[1])", "reduce_add(sums[0])"),
