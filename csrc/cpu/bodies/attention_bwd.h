@@ -119,9 +119,9 @@ inline void weigh_key(const BwdScratch<E>& s, int64_t strip, int64_t r, int64_t 
         for (int j = 0; j < 2; ++j) {
             const int64_t at = i + j * kLanes;
             const Vec query = set1(float(at - n)) + load(kCount);
-            const Vec x = fma(load(sum_at(s.scores, kQueryBlock, r, at)), scale, zero() - load(lse + at));
+            const Vec weight = weigh<E>(load(sum_at(s.scores, kQueryBlock, r, at)), scale, load(lse + at));
             const Vec difference = load(sum_at(dweights, kQueryBlock, r, at)) - load(delta + at);
-            weights[j] = drop_below(power<E>(x), query, first);
+            weights[j] = drop_below(weight, query, first);
             gradients[j] = drop_below(weights[j] * difference, query, first);
         }
         for (int j = 0; j < 2 && fine; ++j) {

@@ -57,11 +57,11 @@ inline void weigh_row(const FwdScratch<E>& s, int64_t r, int64_t n, int64_t visi
     }
     const float before = s.largest[r], here = reduce_max(max(even, odd)) * scale;
     const float now = here > before ? here : before, base = now == -__builtin_inff() ? 0.0f : now;
-    const Vec offset = set1(-base), factor = set1(scale);
+    const Vec less = set1(base), factor = set1(scale);
     Vec total = zero();
     for (int64_t i = 0; i < n; i += 2 * kLanes) {
-        const Vec a = power<E>(fma(load(at(i)), factor, offset));
-        const Vec b = power<E>(fma(load(at(i + kLanes)), factor, offset));
+        const Vec a = weigh<E>(load(at(i)), factor, less);
+        const Vec b = weigh<E>(load(at(i + kLanes)), factor, less);
         total = total + (a + b);
         if constexpr (fine) {
             store(at(i), a);

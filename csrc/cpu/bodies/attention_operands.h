@@ -39,6 +39,14 @@ inline Vec power(Vec x) {
     else
         return exp2(x);
 }
+// Of scores times a scale, less an exponent. That one is made of such a product, rounded: the largest has to meet it.
+template <class E>
+inline Vec weigh(Vec scores, Vec scale, Vec less) {
+    if constexpr (sizeof(E) == 4)
+        return power<E>(scores * scale - less);
+    else
+        return power<E>(fma(scores, scale, zero() - less));
+}
 
 // Where element i of row r is: among tiles of C whose rows have `width` columns, and among lines of k.
 inline float* sum_at(const float* tiles, int64_t width, int64_t r, int64_t i) {

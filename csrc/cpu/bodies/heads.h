@@ -125,11 +125,11 @@ inline void weigh_rows(int64_t count, float scale, Queries<E>& s) {
     constexpr bool fine = sizeof(E) == 4;
     const Vec factor = set1(scale);
     for (int64_t r = 0; r < kRows; ++r) {
-        const Vec offset = set1(-s.top[r]);
+        const Vec less = set1(s.top[r]);
         Vec even = load(s.sums + r * kLanes), odd = zero();
         for (int64_t t = 0; t < count; t += 2 * kLanes) {
-            const Vec a = power<E>(fma(load(s.score(r, t)), factor, offset));
-            const Vec b = power<E>(fma(load(s.score(r, t + kLanes)), factor, offset));
+            const Vec a = weigh<E>(load(s.score(r, t)), factor, less);
+            const Vec b = weigh<E>(load(s.score(r, t + kLanes)), factor, less);
             even = even + a;
             odd = odd + b;
             if constexpr (fine) {
