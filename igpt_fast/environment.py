@@ -38,8 +38,6 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
         return "reference", reason
     assert backend._C is not None
     if device_type == "cpu":
-        if reason := backend.no_isa(op):
-            return entry.otherwise, reason
         least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
         return f"native ({backend._C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""
     return "native", f"for {entry.covers}"

@@ -27,7 +27,7 @@ struct BwdScratch : Carve {
     const int64_t d, queries, all_keys;
     E *const q_columns = take<E>(queries * d), *const dout_columns = take<E>(queries * d);
     E *const q_groups = take<E>(queries * d), *const dout_groups = take<E>(queries * d);
-    float* const lse = take<float>(queries);  // in powers of 2, infinite for a query that sees nothing or is none
+    float* const lse = take<float>(queries);  // as exponents, infinite for a query that sees nothing or is none
     float* const delta = take<float>(queries);
     float* const dq = take<float>(queries * d);  // tile (query / 32, i / 16, half of the strip): dQ^T
     float* const hidden = take<float>(all_keys);
@@ -73,7 +73,7 @@ inline void prepare_queries(const CausalAttentionGradParams& p, const BwdScratch
         Vec sum = zero();
         for (int64_t i = 0; i < d; i += kLanes * kWord<S>) sum = add_dot(dout, out, t, i, sum);
         const bool sees = t < count && lse[t] != -__builtin_inff();
-        s.lse[t] = sees ? lse[t] * kLog2e : __builtin_inff();
+        s.lse[t] = sees ? lse[t] * kExponent<E> : __builtin_inff();
         s.delta[t] = sees ? reduce_add(sum) : 0.0f;
     }
     for (int64_t i = 0; i < s.queries * d; i += kLanes) store(s.dq + i, zero());
@@ -119,9 +119,9 @@ inline void weigh_key(const BwdScratch<E>& s, int64_t strip, int64_t r, int64_t 
         for (int j = 0; j < 2; ++j) {
             const int64_t at = i + j * kLanes;
             const Vec query = set1(float(at - n)) + load(kCount);
-            const Vec x = fma(load(sum_at(s.scores, kQueryBlock, r, at)), scale, zero() - load(lse + at));
+            const Vec weight = weigh<E>(load(sum_at(s.scores, kQueryBlock, r, at)), scale, load(lse + at));
             const Vec difference = load(sum_at(dweights, kQueryBlock, r, at)) - load(delta + at);
-            weights[j] = drop_below(exp2<fine>(x), query, first);
+            weights[j] = drop_below(weight, query, first);
             gradients[j] = drop_below(weights[j] * difference, query, first);
         }
         for (int j = 0; j < 2 && fine; ++j) {
@@ -219,16 +219,17 @@ inline void write_queries(const CausalAttentionGradParams& p, const BwdScratch<E
 
 template <class By, class S>
 void causal_bwd(const CausalAttentionGradParams& p, int64_t head, char* memory) {
+    using E = typename By::Element;
     const CausalAttentionParams& of = p.of;
     const int64_t b = head / of.heads, h = head % of.heads, d = of.head_dim;
     [[maybe_unused]] const typename By::Session session;
-    const BwdScratch<typename By::Element> s(of, memory);
+    const BwdScratch<E> s(of, memory);
     const float* hidden = hidden_keys(of, b, s.hidden);
     prepare_queries<S>(p, s, b, h);
     const auto keys = rows_of<S>(of.k, b, h, of.t_k, d, hidden), values = rows_of<S>(of.v, b, h, of.t_k, d, hidden);
     for (int64_t first = 0; first < of.t_k; first += kKeyRows) {
         const KeyBlock k{of.t_k - of.t_q, first, least(kKeyRows, padded(of.t_k - first, kStrip)), hidden,
-                         of.scale * kLog2e};
+                         of.scale * kExponent<E>};
         for (int64_t i = 0; i < kKeyRows * d; i += kLanes) store(s.dk + i, zero()), store(s.dv + i, zero());
         if (first + k.rows > first_strip(of, b)) {
             prepare_keys(keys, values, first, k.rows, s);

@@ -26,7 +26,7 @@ struct FwdScratch : Carve {
     float* const scores = take<float>(kStrip * kKeyBlock<E>);
     E* const weights = sizeof(E) == 4 ? reinterpret_cast<E*>(scores) : take<E>(kStrip * kKeyBlock<E>);
     float* const out = take<float>(kStrip * d);  // to be divided by `sum`
-    float* const largest = take<float>(kStrip);  // of each query, in powers of 2
+    float* const largest = take<float>(kStrip);  // of each query, as exponents
     float* const sum = take<float>(kStrip);
 
     FwdScratch(const CausalAttentionParams& p, char* memory)
@@ -57,11 +57,11 @@ inline void weigh_row(const FwdScratch<E>& s, int64_t r, int64_t n, int64_t visi
     }
     const float before = s.largest[r], here = reduce_max(max(even, odd)) * scale;
     const float now = here > before ? here : before, base = now == -__builtin_inff() ? 0.0f : now;
-    const Vec offset = set1(-base), factor = set1(scale);
+    const Vec less = set1(base), factor = set1(scale);
     Vec total = zero();
     for (int64_t i = 0; i < n; i += 2 * kLanes) {
-        const Vec a = exp2<fine>(fma(load(at(i)), factor, offset));
-        const Vec b = exp2<fine>(fma(load(at(i + kLanes)), factor, offset));
+        const Vec a = weigh<E>(load(at(i)), factor, less);
+        const Vec b = weigh<E>(load(at(i + kLanes)), factor, less);
         total = total + (a + b);
         if constexpr (fine) {
             store(at(i), a);
@@ -70,7 +70,7 @@ inline void weigh_row(const FwdScratch<E>& s, int64_t r, int64_t n, int64_t visi
             write_two(line_at(s.weights, width, r, i), a, b);
         }
     }
-    const Vec keep = exp2<fine>(set1(before - base));
+    const Vec keep = power<E>(set1(before - base));
     s.largest[r] = now;
     s.sum[r] = s.sum[r] * reduce_max(keep) + reduce_add(total);
     if (now == before) return;
@@ -84,11 +84,12 @@ inline void weigh_row(const FwdScratch<E>& s, int64_t r, int64_t n, int64_t visi
 template <class S, class E>
 inline void finish_queries(const CausalAttentionParams& p, const FwdScratch<E>& s, int64_t b, int64_t h, int64_t q0,
                            int64_t rows) {
+    constexpr float unit = sizeof(E) == 4 ? 1.0f : 0.693147181f;  // what an exponent is in powers of e
     S* out = head_of<S>(p.out, b, h) + q0 * p.out.row;
     float* lse = p.lse + (b * p.heads + h) * p.t_q + q0;
     for (int64_t r = 0; r < rows; ++r) {
         const float sum = s.sum[r];
-        lse[r] = sum == 0.0f ? -__builtin_inff() : s.largest[r] * kLn2 + __builtin_logf(sum);
+        lse[r] = sum == 0.0f ? -__builtin_inff() : s.largest[r] * unit + __builtin_logf(sum);
         write_row(s.out, p.head_dim, r, set1(sum == 0.0f ? 0.0f : 1.0f / sum), out + r * p.out.row);
     }
 }
@@ -115,7 +116,7 @@ void causal_fwd(const CausalAttentionParams& p, int64_t head, int64_t first, int
             By::multiply({s.q, 16 * bytes, s.keys + k0 * d, kTileBytes, 16 * bytes, d / kLine<E>, n / 16, s.scores,
                           16 * width, true});
             for (int64_t r = 0; r < rows; ++r)
-                weigh_row(s, r, n, q0 + r + past + 1 - k0, hidden ? hidden + k0 : nullptr, p.scale * kLog2e);
+                weigh_row(s, r, n, q0 + r + past + 1 - k0, hidden ? hidden + k0 : nullptr, p.scale * kExponent<E>);
             By::multiply({s.weights, 16 * width * int64_t(sizeof(E)), s.values + k0 * d, d / 16 * kTileBytes,
                           kTileBytes, n / kLine<E>, d / 16, s.out, 16 * d, false});
         }

@@ -20,7 +20,6 @@ namespace {
 constexpr int64_t kStrip = 32;  // positions at a time: two tiles
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileSums = 256;  // of a tile of C
-constexpr float kLn2 = 0.693147181f;
 alignas(64) constexpr float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <class E>
@@ -29,6 +28,25 @@ template <class E>
 constexpr int64_t kLine = 16 * kWord<E>;
 template <class E>
 constexpr int64_t kTileOf = 16 * kLine<E>;
+
+// Scores as exponents: of e where products are fp32, whose rounding their error has to match, else of 2, by this factor.
+template <class E>
+constexpr float kExponent = sizeof(E) == 4 ? 1.0f : kLog2e;
+template <class E>
+inline Vec power(Vec x) {
+    if constexpr (sizeof(E) == 4)
+        return exp_down(x);
+    else
+        return exp2(x);
+}
+// Of scores times a scale, less an exponent. That one is made of such a product, rounded: the largest has to meet it.
+template <class E>
+inline Vec weigh(Vec scores, Vec scale, Vec less) {
+    if constexpr (sizeof(E) == 4)
+        return power<E>(scores * scale - less);
+    else
+        return power<E>(fma(scores, scale, zero() - less));
+}
 
 // Where element i of row r is: among tiles of C whose rows have `width` columns, and among lines of k.
 inline float* sum_at(const float* tiles, int64_t width, int64_t r, int64_t i) {

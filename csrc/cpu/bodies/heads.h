@@ -98,7 +98,7 @@ inline void hide_later(int64_t count, Queries<E>& s) {
         }
 }
 
-// The new maxima of all rows, in powers of 2, and what the sums and outputs until now are to be multiplied by.
+// The new maxima of all rows, as exponents, and what the sums and outputs until now are to be multiplied by.
 template <class E>
 inline void raise_tops(int64_t count, float scale, int64_t wide, bool first, Queries<E>& s) {
     for (int64_t r = 0; r < kRows; ++r) {
@@ -111,7 +111,7 @@ inline void raise_tops(int64_t count, float scale, int64_t wide, bool first, Que
         const float now = here > before || first ? here : before;
         s.top[r] = now;
         if (first || now == before) continue;
-        const Vec keep = exp2<sizeof(E) == 4>(set1(before - now));
+        const Vec keep = power<E>(set1(before - now));
         store(s.sums + r * kLanes, load(s.sums + r * kLanes) * keep);
         for (int64_t i = 0; i < wide; i += kLanes) {
             float* out = sum_at(s.out, wide, r, i);
@@ -125,11 +125,11 @@ inline void weigh_rows(int64_t count, float scale, Queries<E>& s) {
     constexpr bool fine = sizeof(E) == 4;
     const Vec factor = set1(scale);
     for (int64_t r = 0; r < kRows; ++r) {
-        const Vec offset = set1(-s.top[r]);
+        const Vec less = set1(s.top[r]);
         Vec even = load(s.sums + r * kLanes), odd = zero();
         for (int64_t t = 0; t < count; t += 2 * kLanes) {
-            const Vec a = exp2<fine>(fma(load(s.score(r, t)), factor, offset));
-            const Vec b = exp2<fine>(fma(load(s.score(r, t + kLanes)), factor, offset));
+            const Vec a = weigh<E>(load(s.score(r, t)), factor, less);
+            const Vec b = weigh<E>(load(s.score(r, t + kLanes)), factor, less);
             even = even + a;
             odd = odd + b;
             if constexpr (fine) {
@@ -178,7 +178,7 @@ void causal_attention_blocks(const AttentionBlocksParams& p) {
     [[maybe_unused]] const typename By::Session session;
     const int64_t wide = padded(p.head_dim, 32), bytes = int64_t(sizeof(E)) * wide;
     const auto *q = static_cast<const E*>(p.q), *k = static_cast<const E*>(p.k), *v = static_cast<const E*>(p.v);
-    const float scale = p.scale * kLog2e;
+    const float scale = p.scale * kExponent<E>;
     Queries<E> s;
     bool flawed = false;
     for (int64_t block = 0; block < p.begin; ++block) flawed |= p.flawed[block] != 0;
