@@ -227,7 +227,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("attention_fwd", "if (now == before) return;", "return;"),
     ("attention_bwd", "s.delta[t] = sees ? reduce_add(sum) : 0.0f;", "s.delta[t] = 0.0f;"),
     ("attention_bwd", "write_rows<S>(s.dk, d, set1(of.scale)", "write_rows<S>(s.dk, d, set1(1.0f)"),
-    ("attention_bwd", "weights[j] = drop_below(exp2<fine>(x), query, first);", "weights[j] = exp2<fine>(x);"),
+    ("attention_bwd", "weights[j] = drop_below(weight, query, first);", "weights[j] = weight;"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),

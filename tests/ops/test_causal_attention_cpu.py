@@ -35,9 +35,7 @@ def test_lengths(native_cpu: Implementation, dtype: torch.dtype, t_q: int, t_k: 
     contract.check_parity(native_cpu, attending(), make(t_q, t_k, d, dtype))
 
 
-@pytest.mark.parametrize(
-    ("t_q", "t_k"), [(31, 31), (97, 97), (127, 128), (129, 160), (255, 255), (500, 555)]
-)
+@pytest.mark.parametrize(("t_q", "t_k"), [(31, 31), (97, 97), (127, 128), (129, 160), (255, 255), (500, 555)])
 def test_more_lengths(native_cpu: Implementation, dtype: torch.dtype, t_q: int, t_k: int) -> None:
     contract.check_parity(native_cpu, attending(), make(t_q, t_k, 64, dtype))
 
