@@ -50,7 +50,6 @@ class Op:
         covers: What the native implementation on a CUDA device takes; the rest goes the other way.
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
-        needs_isa: The only instruction set that has it on the CPU; empty: all have.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
         fuses: A compiler can put its definition into one kernel with what stands beside it: ``dispatch.decomposes``.
     """
@@ -59,7 +58,6 @@ class Op:
     covers: str = ""
     otherwise: str = "torch expression"
     covers_cpu: str = ""
-    needs_isa: str = ""
     least_cpu: int = 0
     fuses: bool = False
 
@@ -370,15 +368,8 @@ def no_kernels(op: str, device: torch.device) -> str | None:
     if device.type not in OPS[op].native:
         return f"there is no kernel for tensors on {device}"
     if device.type != "cuda":
-        return no_isa(op)
+        return None
     return _too_old(device.index) if _C.has_cuda and not torch.version.hip else unavailable("cuda")
-
-
-def no_isa(op: str) -> str | None:
-    """Why the chosen instruction set has no kernel of an op on the CPU."""
-    assert _C is not None
-    needed = OPS[op].needs_isa
-    return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
 
 
 def show_config() -> None:

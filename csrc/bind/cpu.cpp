@@ -81,7 +81,7 @@ struct CausalAttentionFwd : Cpu<cpu::causal_attention_fwd> {
     static constexpr auto fields =
         members<P, &P::q, &P::k, &P::v, &P::out, &P::lse, &P::starts, &P::key_mask, &P::key_mask_stride, &P::batch,
                 &P::heads, &P::t_q, &P::t_k, &P::head_dim, &P::scale> +
-        place<P>;
+        dtype_and_place<P>;
 };
 
 struct CausalAttentionBwd : Cpu<cpu::causal_attention_bwd> {
@@ -89,7 +89,7 @@ struct CausalAttentionBwd : Cpu<cpu::causal_attention_bwd> {
         members<P, &P::dout, &P::dq, &P::dk, &P::dv> +
         members_of<P, &P::of, &Of::q, &Of::k, &Of::v, &Of::out, &Of::lse, &Of::starts, &Of::key_mask,
                    &Of::key_mask_stride, &Of::batch, &Of::heads, &Of::t_q, &Of::t_k, &Of::head_dim, &Of::scale> +
-        named<P, &P::of, &Of::threads>("place");
+        named<P, &P::of, &Of::format>("dtype") + named<P, &P::of, &Of::threads>("place");
 };
 
 }  // namespace

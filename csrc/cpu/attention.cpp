@@ -1,6 +1,7 @@
 // Causal attention, the drivers: memory, threads, and the kernels of the chosen instruction set.
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "arena.h"
 #include "ops.h"
@@ -33,16 +34,16 @@ void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
     });
 }
 
-const CausalAttentionKernels& kernels_here() {
-    const CausalAttentionKernels& kernels = ops().causal_attention;
-    if (kernels.fwd == nullptr) throw std::logic_error("causal_attention: no kernel for this instruction set");
-    return kernels;
+const CausalAttentionKernels& kernels_for(Format format) {
+    if (format != Format::fp32 && format != Format::bf16)
+        throw std::invalid_argument("causal_attention: format " + std::to_string(int(format)) + "; want fp32 or bf16");
+    return ops().causal_attention[int(format)];
 }
 
 }  // namespace
 
 void causal_attention_fwd(const CausalAttentionParams& p) {
-    const CausalAttentionKernels& kernels = kernels_here();
+    const CausalAttentionKernels& kernels = kernels_for(p.format);
     const int64_t heads = p.batch * p.heads;
     if (heads <= 0 || p.t_q <= 0) return;
     // Few heads are cut into shares of their queries, so that there is work for all threads.
@@ -57,7 +58,7 @@ void causal_attention_fwd(const CausalAttentionParams& p) {
 }
 
 void causal_attention_bwd(const CausalAttentionGradParams& p) {
-    const CausalAttentionKernels& kernels = kernels_here();
+    const CausalAttentionKernels& kernels = kernels_for(p.of.format);
     const int64_t heads = p.of.batch * p.of.heads;
     if (heads <= 0 || p.of.t_k <= 0) return;
     share_out(heads, p.of.threads, kernels.bwd_scratch(p.of),

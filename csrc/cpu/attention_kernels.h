@@ -1,21 +1,23 @@
-// Causal attention over whole sequences, bf16, forward and backward: what an op hands to its driver.
+// Causal attention over whole sequences, fp32 and bf16, forward and backward: what an op hands to its driver.
 //
 //   S = scale q k^T, minus infinity for a hidden key;  out = softmax(S) v;  lse = log(sum of exp(S)), which is minus
 //   infinity, and out zero, for a query that is shown no key. Query i is position i + t_k - t_q and is shown the keys
 //   up to its own, not those before `starts` nor those where `key_mask` is 0.
 //
-// Kernels exist where there are tiles (AMX). A head is the unit of work: the results of a head do not depend on the
-// number of threads.
+// Of bf16, products take bf16 where the instruction set multiplies pairs of them, or tiles; else fp32 takes their
+// place. A head is the unit of work: the results of a head do not depend on the number of threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "format.h"
+
 namespace igpt::cpu {
 
-// (B, H, T, D) bf16: element (b, h, t, i) is data[b batch + h head + t row + i].
+// (B, H, T, D): element (b, h, t, i) is data[b batch + h head + t row + i].
 struct AttentionTensor {
-    uint16_t* data;
+    void* data;
     int64_t batch, head, row;
 };
 
@@ -28,6 +30,7 @@ struct CausalAttentionParams {
     int64_t batch, heads, t_q, t_k;
     int64_t head_dim;  // a multiple of 32, at most kMaxWidth
     float scale;       // greater than 0
+    Format format;     // of all tensors: fp32 or bf16
     int32_t threads;
 };
 
@@ -38,7 +41,7 @@ struct CausalAttentionGradParams {
 
 constexpr int64_t kMaxWidth = 128;
 
-// One thread's work on head `head` of B H, with `scratch` on a line of the cache; null where there are no tiles.
+// One thread's work on head `head` of B H, with `scratch` on a line of the cache.
 struct CausalAttentionKernels {
     // The queries first .. end - 1; `first` is a multiple of 32.
     void (*fwd)(const CausalAttentionParams&, int64_t head, int64_t first, int64_t end, char* scratch);
@@ -48,7 +51,7 @@ struct CausalAttentionKernels {
     int64_t (*bwd_scratch)(const CausalAttentionParams&);
 };
 
-// The drivers. They throw std::bad_alloc, and std::logic_error where the chosen instruction set has no kernels.
+// The drivers. They throw std::bad_alloc, and std::invalid_argument for another format.
 void causal_attention_fwd(const CausalAttentionParams& params);
 void causal_attention_bwd(const CausalAttentionGradParams& params);
 

@@ -21,9 +21,9 @@ struct Ops {
     int64_t (*quantize_u8)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     int64_t (*quantize_f32)(const QuantizeParams&, QuantizeCells&, int64_t begin, int64_t end);
     DecoderKernels decoder;
-    CausalAttentionKernels causal_attention;
+    CausalAttentionKernels causal_attention[2];  // by Format: fp32, bf16
     ElementwiseKernels elementwise;
-    ForwardKernels forward;
+    ForwardKernels forward[2];  // by the format of the weights: fp32, bf16
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.

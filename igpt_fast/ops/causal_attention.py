@@ -17,8 +17,7 @@ from igpt_fast.ops import dispatch
 OPS["causal_attention"] = Op(
     native=("cpu", "cuda"),
     covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-    covers_cpu="bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-    needs_isa="amx",
+    covers_cpu="fp32, bf16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
     otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
     "another scale",
 )
@@ -26,7 +25,6 @@ OPS["causal_attention_packed"] = Op(
     native=("cpu", "cuda"),
     covers="what causal_attention's does",
     covers_cpu="what causal_attention's does",
-    needs_isa="amx",
     otherwise="causal_attention of the three parts",
 )
 
@@ -52,8 +50,8 @@ def causal_attention(
 
     The kernels take bf16 and, on a GPU, fp16 (fp32 under autocast, which casts as it does for torch's own attention),
     head dimensions of 32, 64, 96 and 128, a ``scale`` of 2^-126 or above, no dropout, no ``upcast``, and return no
-    weights; on the CPU they need its tile unit (AMX). The rest is torch's attention, or the definition. A kernel reads
-    q, k and v where they are, as long as their last dimension is contiguous and every row aligned to 16 bytes, and its
+    weights; on the CPU they take bf16 and fp32. The rest is torch's attention, or the definition. A kernel reads q, k
+    and v where they are, as long as their last dimension is contiguous and every row aligned to 16 bytes, and its
     output has the memory of a contiguous (B, T_q, H, D), so that the transposition that puts heads side by side is
     free. Its gradients are the same bits at every run.
 
@@ -224,14 +222,15 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Tensor) -> bool:
     """Whether a kernel takes it; the rule is in ``OPS`` in words."""
-    dtype = dispatch.autocast_dtype(x)
-    low = dtype in (torch.bfloat16, torch.float16)
-    if not (
-        low and x.shape[-1] in dispatch.HEAD_DIMS and dropout_p == 0.0 and dispatch.LEAST_SCALE <= scale < math.inf
-    ):
+    if not (x.shape[-1] in dispatch.HEAD_DIMS and dropout_p == 0.0 and dispatch.LEAST_SCALE <= scale < math.inf):
         return False
-    kind = dispatch.kernel_kind(op, x, *others)
-    return kind == "cuda" or (kind == "cpu" and dtype == torch.bfloat16)
+    return dispatch.autocast_dtype(x) in _dtypes(dispatch.kernel_kind(op, x, *others))
+
+
+def _dtypes(kind: str | None) -> tuple[torch.dtype, ...]:
+    """What kernels of a kind take."""
+    own = {"cuda": torch.float16, "cpu": torch.float32}
+    return () if kind is None else (torch.bfloat16, own[kind])
 
 
 def _check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
@@ -322,10 +321,11 @@ def _launch(
     tensors = {name: _readable(x) for name, x in read.items()} | written
     sizes = {"batch": b, "heads": h, "t_q": t_q, "t_k": read["k"].shape[2], "head_dim": d, "scale": scale}
     arguments = {name: _place(x) for name, x in tensors.items()} | sizes | hidden | {"lse": lse.data_ptr()}
+    arguments["dtype"] = dispatch.DTYPES[q.dtype]
     if kernels.kind == "cpu":
         function(**arguments, place=kernels.place)
     else:
-        arguments |= {"dtype": dispatch.DTYPES[q.dtype], "device": kernels.device, "stream": kernels.stream}
+        arguments |= {"device": kernels.device, "stream": kernels.stream}
         if direction == "fwd":
             function(**arguments, rows=-1 if kernels.launching.portable_attention else 0)
         else:
@@ -437,9 +437,7 @@ def _differentiate_packed(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor
 def _check_scores(op: str, x: Tensor, rank: int, t_k: int, *masks_and_scale: Any) -> None:
     """What forward and backward ask of the queries, or all three, of the masks and the scale."""
     key_mask, starts, scale = masks_and_scale
-    kind = dispatch.native_kind(x)
-    covered = x.dtype == torch.bfloat16 or (kind == "cuda" and x.dtype == torch.float16)
-    covered = covered and x.ndim == rank and x.shape[-1] in dispatch.HEAD_DIMS
+    covered = x.dtype in _dtypes(dispatch.native_kind(x)) and x.ndim == rank and x.shape[-1] in dispatch.HEAD_DIMS
     dispatch.check_covered(op, covered and dispatch.LEAST_SCALE <= scale < math.inf, x)
     _check_masks(op, x, t_k, key_mask, starts)
 

@@ -11,14 +11,17 @@ import torch
 from implementations import Implementation, isas_of
 from torch import Tensor
 
-from igpt_fast import backend, environment, ops
+from igpt_fast import environment, ops
 
-BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(not isas_of("causal_attention"), reason="no kernel for this processor")
+FP32, BF16 = torch.float32, torch.bfloat16
+pytestmark = [
+    pytest.mark.parametrize("native_cpu", isas_of("causal_attention"), indirect=True),
+    pytest.mark.parametrize("dtype", [FP32, BF16]),
+]
 
 
-def make(t_q: int, t_k: int, d: int, b: int = 2, h: int = 2) -> list[Tensor]:
-    return [torch.randn(b, h, t, d).to(BF16) for t in (t_q, t_k, t_k)]
+def make(t_q: int, t_k: int, d: int, dtype: torch.dtype, b: int = 2, h: int = 2) -> list[Tensor]:
+    return [torch.randn(b, h, t, d).to(dtype) for t in (t_q, t_k, t_k)]
 
 
 def attending(starts: Tensor | None = None, key_mask: Tensor | None = None) -> Callable[..., Tensor]:
@@ -26,28 +29,41 @@ def attending(starts: Tensor | None = None, key_mask: Tensor | None = None) -> C
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128])
-@pytest.mark.parametrize(
-    ("t_q", "t_k"),
-    [(31, 31), (33, 33), (64, 95), (97, 97), (129, 160), (1, 257), (255, 255), (257, 300), (2, 513), (500, 555)],
-)
-def test_lengths(native_cpu: Implementation, t_q: int, t_k: int, d: int) -> None:
-    """Around strips of 32, keys by 64 and 256, queries by 128; a last query that is alone."""
-    contract.check_parity(native_cpu, attending(), make(t_q, t_k, d))
+@pytest.mark.parametrize(("t_q", "t_k"), [(33, 33), (64, 95), (257, 300)])
+def test_lengths(native_cpu: Implementation, dtype: torch.dtype, t_q: int, t_k: int, d: int) -> None:
+    """Around strips of 32, keys by 64, 128 and 256, queries by 128; heads."""
+    contract.check_parity(native_cpu, attending(), make(t_q, t_k, d, dtype))
+
+
+@pytest.mark.parametrize(("t_q", "t_k"), [(31, 31), (97, 97), (127, 128), (129, 160), (255, 255), (500, 555)])
+def test_more_lengths(native_cpu: Implementation, dtype: torch.dtype, t_q: int, t_k: int) -> None:
+    contract.check_parity(native_cpu, attending(), make(t_q, t_k, 64, dtype))
+
+
+@pytest.mark.parametrize(("t_q", "t_k"), [(1, 1), (1, 257), (2, 513)])
+def test_few_queries(native_cpu: Implementation, dtype: torch.dtype, t_q: int, t_k: int) -> None:
+    """As if they were the last of more: torch sums up a single query's scores in another way than those of many."""
+    q, k, v = make(t_k, t_k, 64, dtype)
+    few = q[:, :, t_k - t_q :]
+    with contract.launching(native_cpu):
+        assert torch.equal(attending()(few, k, v), attending()(q, k, v)[:, :, t_k - t_q :])
+    if dtype == BF16 and t_k > 1:
+        contract.check_parity(native_cpu, attending(), [few, k, v])
 
 
 @pytest.mark.parametrize("t", [1023, 1024])
-def test_whole_images(native_cpu: Implementation, t: int) -> None:
+def test_whole_images(native_cpu: Implementation, dtype: torch.dtype, t: int) -> None:
     contract.check_parity(
-        native_cpu, lambda qkv: ops.causal_attention_packed(qkv), [torch.randn(1, t, 3, 2, 64).to(BF16)]
+        native_cpu, lambda qkv: ops.causal_attention_packed(qkv), [torch.randn(1, t, 3, 2, 64).to(dtype)]
     )
 
 
 @pytest.mark.parametrize("starts", [[0, 1], [31, 32], [64, 256], [257, 299], [300, 1000], [-5, 290]])
 @pytest.mark.parametrize("keys", [False, True])
-def test_hidden_keys(native_cpu: Implementation, starts: list[int], keys: bool) -> None:
+def test_hidden_keys(native_cpu: Implementation, dtype: torch.dtype, starts: list[int], keys: bool) -> None:
     """Whole strips and blocks of them, all of them; queries that see none are zero and have no gradient."""
     key_mask = torch.rand(2, 300).lt(0.7) if keys else None
-    q, k, v = make(270, 300, 64)
+    q, k, v = make(270, 300, 64, dtype)
     first = torch.tensor(starts, dtype=torch.int32)
     contract.check_parity(native_cpu, attending(first, key_mask), [q, k, v])
     out = attending(first, key_mask)(q, k, v)
@@ -58,8 +74,8 @@ def test_hidden_keys(native_cpu: Implementation, starts: list[int], keys: bool) 
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_what_is_hidden_reaches_nothing(native_cpu: Implementation, poison: float) -> None:
-    q, k, v = make(140, 150, 32)
+def test_what_is_hidden_reaches_nothing(native_cpu: Implementation, dtype: torch.dtype, poison: float) -> None:
+    q, k, v = make(140, 150, 32, dtype)
     upstream = torch.randn_like(q)
     key_mask, starts = torch.rand(2, 150).lt(0.8), torch.tensor([0, 70], dtype=torch.int32)
     hidden = ~(key_mask & (torch.arange(150) >= starts[:, None]))[:, None, :, None]
@@ -73,9 +89,9 @@ def test_what_is_hidden_reaches_nothing(native_cpu: Implementation, poison: floa
     assert not found[1][2][hidden.expand_as(k)].any()
 
 
-def test_a_nan_stays_with_its_query_and_those_after_it(native_cpu: Implementation) -> None:
+def test_a_nan_stays_with_its_query_and_those_after_it(native_cpu: Implementation, dtype: torch.dtype) -> None:
     """Of a query: in its own row. Of a key: not before its position's strip."""
-    q, k, v = make(100, 100, 32, b=1, h=1)
+    q, k, v = make(100, 100, 32, dtype, b=1, h=1)
     q[0, 0, 40], k[0, 0, 70] = math.nan, math.nan
     with contract.launching(native_cpu):
         out = attending()(q, k, v)[0, 0]
@@ -86,16 +102,16 @@ def test_a_nan_stays_with_its_query_and_those_after_it(native_cpu: Implementatio
     assert bad[70:].all()
 
 
-def test_memory_around_and_between_is_left_alone(native_cpu: Implementation) -> None:
+def test_memory_around_and_between_is_left_alone(native_cpu: Implementation, dtype: torch.dtype) -> None:
     """The tensors lie in larger ones of NaN: nothing of those is read into a result, and nothing is written there."""
     b, h, t, d = 2, 3, 45, 64
     for packed in (False, True):
-        wide = torch.full((b, t + 2, 3, h + 1, d + 32), math.nan, dtype=BF16)
+        wide = torch.full((b, t + 2, 3, h + 1, d + 32), math.nan, dtype=dtype)
         inside = wide[:, 1:-1, :, :h, :d]
         inside.copy_(torch.randn(b, t, 3, h, d))
         tensors = [inside] if packed else list(inside.permute(2, 0, 3, 1, 4))
         op = ops.causal_attention_packed if packed else attending()
-        upstream = torch.randn(b, t, h, d).to(BF16) if packed else torch.randn(b, h, t, d).to(BF16)
+        upstream = torch.randn(b, t, h, d).to(dtype) if packed else torch.randn(b, h, t, d).to(dtype)
         before = wide.clone()
         with contract.launching(native_cpu):
             found = contract.with_gradients(op, tensors, [upstream])
@@ -106,9 +122,9 @@ def test_memory_around_and_between_is_left_alone(native_cpu: Implementation) -> 
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, heads: int) -> None:
+def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, dtype: torch.dtype, heads: int) -> None:
     """One head's queries are shared out among the threads; more of them than cores too."""
-    tensors, before = make(600, 700, 64, b=1, h=heads), torch.get_num_threads()
+    tensors, before = make(600, 700, 64, dtype, b=1, h=heads), torch.get_num_threads()
     upstream = torch.randn_like(tensors[0])
     found = []
     try:
@@ -121,19 +137,15 @@ def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, he
     assert all(torch.equal(a, b) for result in found[1:] for a, b in zip(result, found[0], strict=True))
 
 
-def test_sharp_and_flat_softmax(native_cpu: Implementation) -> None:
+def test_sharp_and_flat_softmax(native_cpu: Implementation, dtype: torch.dtype) -> None:
     """Scores of hundreds, whose weights leave float32's range, and all alike."""
-    q, k, v = make(80, 80, 64)
+    q, k, v = make(80, 80, 64, dtype)
     contract.check_parity(native_cpu, attending(), [q * 12, k * 12, v])
     contract.check_parity(native_cpu, attending(), [q * 0, k, v])
 
 
-def test_other_instruction_sets_say_why(native_cpu: Implementation) -> None:
-    isas = [isa for isa, _ in backend._C.cpu_isas() if isa != "amx"]  # type: ignore[union-attr]
-    assert environment.implementation("causal_attention", "cpu")[0] == "native (amx)"
-    assert native_cpu.module.select_cpu_isa(isas[0])
-    runs, reason = environment.implementation("causal_attention", "cpu")
-    assert "scaled_dot_product" in runs
-    assert reason == f"its kernel needs amx, and {isas[0]} is in use"
+def test_every_instruction_set_serves(native_cpu: Implementation, dtype: torch.dtype) -> None:
+    for op in ("causal_attention", "causal_attention_packed"):
+        assert environment.implementation(op, "cpu")[0] == f"native ({native_cpu.module.cpu_isa()})"
     with contract.launching(native_cpu, some=False):
-        attending()(*make(5, 5, 32))
+        attending()(*make(5, 5, 32, torch.float16))

@@ -1,11 +1,8 @@
 // The table of a machine with tiles (AMX): theirs, and all else as the others have it.
 #pragma once
 
-#include "attention_bwd.h"
 #include "attention_decode_prefix_tiles.h"
-#include "attention_fwd.h"
-#include "gemm.h"
-#include "heads.h"
+#include "gemm_tiles.h"
 #include "table.h"
 
 namespace igpt::cpu {
@@ -16,9 +13,8 @@ constexpr Ops make_ops_with_tiles(const char* isa) {
     ops.decoder.split = split_by_tiles;
     ops.decoder.linear = linear_by_tiles;
     ops.decoder.attention_decode_prefix = attention_decode_prefix_by_tiles;
-    ops.causal_attention = {causal_fwd, causal_bwd, bytes_of<FwdScratch>, bytes_of<BwdScratch>};
-    ops.forward = {gemm,          norm_tiles, embed_row,  residual_row,           tiles_row,
-                   mean_residual, mean_tiles, pack_heads, causal_attention_blocks};
+    ops.causal_attention[int(Format::bf16)] = attention_kernels<ByTiles, uint16_t>;
+    ops.forward[int(Format::bf16)] = forward_kernels<ByTiles, uint16_t>(gemm_by_tiles);
     return ops;
 }
 

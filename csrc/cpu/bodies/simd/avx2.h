@@ -8,6 +8,7 @@ using Vec = __m256;
 using Ints = __m256i;
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 2;  // 2 rows x 4 registers, 16 there are
+constexpr int kBlockRows = 6, kBlockRegisters = 2;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
@@ -67,6 +68,34 @@ inline void write(uint16_t* p, Vec v, Whole) {
 }
 inline Vec drop_below(Vec v, Vec x, Vec limit) { return _mm256_and_ps(v, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ)); }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_LT_OQ)); }
+
+inline Vec above_floor(Vec x) {
+    x = max(set1(-127.0f), x);
+    return x - _mm256_floor_ps(x);
+}
+inline Vec times_power(Vec p, Vec x) {
+    const Ints n = _mm256_cvtps_epi32(_mm256_floor_ps(max(set1(-127.0f), x)));
+    return drop_below(floats(add_ints(bits(p), shift_left<23>(n))), x, set1(-126.0f));
+}
+
+inline void transpose(Ints (&r)[8]) {
+    Ints t[8];
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
 
 constexpr bool kPairs = false, kBytes = false;
 

@@ -8,6 +8,7 @@ using Vec = __m512;
 using Ints = __m512i;
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 4;  // rows that a product has in registers: 4 rows x 4 registers, 32 there are
+constexpr int kBlockRows = 6, kBlockRegisters = 4;  // and one of many rows (block.h)
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -39,6 +40,40 @@ inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 inline Vec bf16_odd(Ints v) { return floats(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000)))); }
 inline Vec load_bytes(const char* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// x - floor(x), 0 for an infinity; p 2^floor(x), 0 far down.
+inline Vec above_floor(Vec x) { return _mm512_reduce_ps(x, 1); }
+inline Vec times_power(Vec p, Vec x) { return _mm512_scalef_ps(p, x); }
+
+inline void transpose(Ints (&r)[16]) {
+    Ints t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+inline void interleave(Ints a, Ints b, Ints& first, Ints& second) {
+    const Ints low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                      36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    first = _mm512_permutex2var_epi16(a, low, b);
+    second = _mm512_permutex2var_epi16(a, _mm512_add_epi16(low, _mm512_set1_epi16(16)), b);
 }
 
 inline __mmask16 mask(Part part) { return __mmask16((1u << part.count) - 1); }
@@ -89,6 +124,8 @@ inline Vec add_pairs(Vec acc, const uint16_t* pair, Ints w) {
     __builtin_memcpy(&both, pair, 4);
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(both), (__m512bh)w);
 }
+inline Ints to_bf16(Vec first, Vec second) { return Ints(_mm512_cvtne2ps_pbh(second, first)); }
+inline void write_two(uint16_t* p, Vec a, Vec b) { _mm512_storeu_si512(p, to_bf16(a, b)); }
 inline void halve_row(const float* x, int64_t n, uint16_t* half) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);

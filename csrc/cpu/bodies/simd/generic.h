@@ -9,6 +9,7 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Unsigned __attribute__((vector_size(16)));  // whose sums and shifts may overflow
 constexpr int kLanes = 4;
 constexpr int kMaxRows = 2;
+constexpr int kBlockRows = 4, kBlockRegisters = 2;
 
 inline Vec load(const float* p) {
     Vec v;
@@ -76,6 +77,20 @@ inline void write(uint16_t* p, Vec v, Whole) {
 }
 inline Vec drop_below(Vec v, Vec x, Vec limit) { return floats(bits(v) & ~(x < limit)); }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return pick(x < zero(), a, b); }
+
+inline Vec floor_near(Vec x) {  // for |x| below 2^22
+    const Vec large = set1(12582912.0f), n = (x + large) - large;
+    return n - pick(n > x, set1(1.0f), zero());
+}
+inline Vec above_floor(Vec x) {
+    x = max(set1(-127.0f), x);
+    return x - floor_near(x);
+}
+inline Vec times_power(Vec p, Vec x) {
+    const Vec near = max(set1(-127.0f), x), n = floor_near(near) + set1(12582912.0f);
+    const Vec y = floats(add_ints(bits(p), shift_left<23>(bits(n))));
+    return drop_below(near * zero() + y, x, set1(-126.0f));  // any NaN stays one
+}
 
 constexpr bool kPairs = false, kBytes = false;
 

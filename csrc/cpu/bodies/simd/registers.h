@@ -14,6 +14,9 @@ struct Part {
     int count;  // the first lanes, fewer than kLanes; the others are zero when read and not written
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <bool Value>
 struct Flag {
     static constexpr bool value = Value;
@@ -65,6 +68,53 @@ inline Vec exp(Vec x) {
     p = fma(p, r, set1(1.0f));
     p = fma(p, r, set1(1.0f));
     return floats(add_ints(bits(p), shift_left<23>(bits(shifted))));
+}
+
+// 2^x and e^x, 0 far down, where x is minus infinity too; NaN stays. Relative errors below 3e-6 and 2e-7.
+inline Vec exp2(Vec x) {
+    const Vec f = above_floor(x);
+    Vec p = fma(f, set1(0.013534161f), set1(0.052011475f));
+    p = fma(p, f, set1(0.241442749f));
+    p = fma(p, f, set1(0.693003836f));
+    return times_power(fma(p, f, set1(1.000002593f)), x);
+}
+inline Vec exp_down(Vec x) {
+    x = max(set1(-110.0f), x);
+    const Vec above = fma(x, set1(kLog2e), set1(0.5f)), n = above - above_floor(above);
+    const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));  // |r| <= 0.347
+    Vec p = fma(r, set1(0.00138144556f), set1(0.00836878549f));
+    p = fma(p, r, set1(0.0416683964f));
+    p = fma(p, r, set1(0.166665196f));
+    p = fma(p, r, set1(0.499999940f));
+    p = fma(p, r, set1(1.0f));
+    return times_power(fma(p, r, set1(1.0f)), n);
+}
+
+// By way of arrays, where the machine has nothing better: those are no templates and go before these.
+// kLanes x kLanes of 32 bits, in place.
+template <class I>
+inline void transpose(I (&r)[kLanes]) {
+    int32_t from[kLanes][kLanes], to[kLanes][kLanes];
+    __builtin_memcpy(from, r, sizeof from);
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
+    __builtin_memcpy(r, to, sizeof to);
+}
+// 16 bits of a and of b by turns: those of the first half of either, and of the second.
+template <class I>
+inline void interleave(I a, I b, I& first, I& second) {
+    uint16_t from[2][2 * kLanes], to[2][2 * kLanes];
+    __builtin_memcpy(from[0], &a, sizeof a);
+    __builtin_memcpy(from[1], &b, sizeof b);
+    for (int i = 0; i < 4 * kLanes; ++i) to[i / (2 * kLanes)][i % (2 * kLanes)] = from[i % 2][i / 2];
+    __builtin_memcpy(&first, to[0], sizeof first);
+    __builtin_memcpy(&second, to[1], sizeof second);
+}
+// Two registers, one after the other; in bf16 a denormal may become zero.
+template <class T, class V>
+inline void write_two(T* p, V a, V b) {
+    write(p, a, Whole{});
+    write(p + kLanes, b, Whole{});
 }
 
 }  // namespace
