@@ -142,15 +142,17 @@ def sums(cpu: Implementation) -> None:
 
 def passes(cpu: Implementation) -> None:
     """Whole forward passes; a length beyond the keys that attention takes at a time, and a depth beyond a walk."""
-    for fields, length in (({}, 33), ({"n_positions": 300, "n_embd": 80}, 300), ({"activation_function": "gelu"}, 5)):
-        model = small(BF16, **fields)
-        tokens = ids(model, 2, length)
-        with torch.no_grad():
-            assert forwards.why_not(model.transformer, tokens) is None
-            found = model(tokens, output_hidden_states=True, use_cache=False)
-        with backend.use_backend("reference"):
-            exact, plain = exact_and_plain(model, tokens)
-        assert_parity(found.logits, plain, exact)
+    sizes = ({}, 33), ({"n_positions": 300, "n_embd": 80, "n_inner": 1048}, 300), ({"activation_function": "gelu"}, 5)
+    for fields, length in sizes:
+        for dtype in (BF16, FP32):
+            model = small(dtype, **fields)
+            tokens = ids(model, 2, length)
+            with torch.no_grad():
+                assert forwards.why_not(model.transformer, tokens) is None
+                found = model(tokens, output_hidden_states=True, use_cache=False)
+            with backend.use_backend("reference"):
+                exact, plain = exact_and_plain(model, tokens)
+            assert_parity(found.logits, plain, exact)
 
 
 def attention(cpu: Implementation) -> None:
@@ -163,10 +165,10 @@ def attention(cpu: Implementation) -> None:
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
-    "attention_decode_prefix": forks,
+    "attention_decode_prefix": forks, "block": passes, "gemm": passes, "rows": passes, "heads": passes,
+    "attention_fwd": attention, "attention_bwd": attention,
 }  # fmt: skip
-TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm": passes, "heads": passes,
-         "attention_fwd": attention, "attention_bwd": attention}  # fmt: skip
+TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
 DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders}
 CHANGES: list[tuple[str, str, str]] = [
     ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
@@ -204,19 +206,28 @@ CHANGES: list[tuple[str, str, str]] = [
     ("product_tiles", "inputs += p.tiles_step;", ""),
     ("product_tiles", "zero_tile<c>();", ";"),
     ("attention_decode_prefix_tiles", "high, high + 64, sizeof", "high, high, sizeof"),
-    ("gemm", "const bool with_bias = this->p.from == 0;", "const bool with_bias = false;"),
-    ("gemm", "r < pairs ? load_ints", "r < pairs - 1 ? load_ints"),
-    ("gemm", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
-    ("gemm", "set1(-1.702f)", "set1(-1.5f)"),
-    ("heads", "~uint32_t(0) >> (31 - r)", "~uint32_t(0) >> (30 - r)"),
-    ("heads", "reduce_add(even + odd) / float(p.n)", "reduce_add(even) / float(p.n)"),
-    ("heads", "store(s.sums + r * 16, even + odd);", "store(s.sums + r * 16, even);"),
-    ("attention_fwd", "n, q0 + r + past + 1 - k0,", "n, q0 + r + past + 2 - k0,"),
-    ("attention_fwd", "s.sum[r] * _mm512_cvtss_f32(keep) + reduce_add(total)", "s.sum[r] + reduce_add(total)"),
+    ("gemm_tiles", "const bool with_bias = this->p.from == 0;", "const bool with_bias = false;"),
+    ("gemm_tiles", "r < pairs ? load_ints", "r < pairs - 1 ? load_ints"),
+    ("gemm_tiles", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
+    ("gemm_tiles", "set1(-1.702f)", "set1(-1.5f)"),
+    ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
+    ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
+    ("block", "p.first ? acc[r][c] : load(sums", "true ? acc[r][c] : load(sums"),
+    ("gemm", "left = with_bias ? load(bias) : zero()", "left = load(bias)"),
+    ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
+    ("gemm", "store(x + kLanes, load(x + kLanes) + b);", "store(x + kLanes, b);"),
+    ("rows", "reduce_add(sums[0] + sums[1])", "reduce_add(sums[0])"),
+    ("rows", "* scale * load(p.weight + at)", "* scale * load(p.weight + i)"),
+    ("rows", "load(a + i) + load(b + i) : zero()", "load(a + i) : zero()"),
+    ("heads", "hide_from(r + 1 - t, load(at))", "hide_from(r + 2 - t, load(at))"),
+    ("heads", "store(s.sums + r * kLanes, load(s.sums + r * kLanes) * keep);", ""),
+    ("heads", "store(s.sums + r * kLanes, even + odd);", "store(s.sums + r * kLanes, even);"),
+    ("attention_fwd", "hide_from(visible - i, load(at(i)))", "hide_from(visible + 1 - i, load(at(i)))"),
+    ("attention_fwd", "s.sum[r] * reduce_max(keep) + reduce_add(total)", "s.sum[r] + reduce_add(total)"),
     ("attention_fwd", "if (now == before) return;", "return;"),
     ("attention_bwd", "s.delta[t] = sees ? reduce_add(sum) : 0.0f;", "s.delta[t] = 0.0f;"),
-    ("attention_bwd", "write_rows(s.dk, d, set1(of.scale)", "write_rows(s.dk, d, set1(1.0f)"),
-    ("attention_bwd", "~lanes_below(from - i)", "~lanes_below(from + 1 - i)"),
+    ("attention_bwd", "write_rows<S>(s.dk, d, set1(of.scale)", "write_rows<S>(s.dk, d, set1(1.0f)"),
+    ("attention_bwd", "weights[j] = drop_below(exp2<fine>(x), query, first);", "weights[j] = exp2<fine>(x);"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),

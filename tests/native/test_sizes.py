@@ -156,14 +156,11 @@ def test_decoder(isa: str, examples: Callable[[int], Any]) -> None:
 
 @torch.no_grad()
 def test_forward(isa: str, examples: Callable[[int], Any]) -> None:
-    if not backend._C.has_cpu_forward():
-        pytest.skip(f"{isa}: no forward pass")
-
     @examples(5)
-    @given(networks(), st.integers(1, 5), st.integers(1, 80), st.integers(1, 3))
-    def check(fields: dict[str, Any], batch: int, length: int, threads: int) -> None:
+    @given(networks(), st.sampled_from([FP32, BF16]), st.integers(1, 5), st.integers(1, 80), st.integers(1, 3))
+    def check(fields: dict[str, Any], dtype: torch.dtype, batch: int, length: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        lucky(lambda seed: whole(small(BF16, seed, **fields), batch, length))
+        lucky(lambda seed: whole(small(dtype, seed, **fields), batch, length))
 
     def whole(model: Any, batch: int, length: int) -> None:
         tokens = ids(model, batch, length)

@@ -120,27 +120,28 @@ void decoder() {
 // Few rows, which a team of all threads shares, and many, of which each has its own.
 void forward() {
     constexpr int64_t length = 70;
-    const auto all = weights(cpu::Format::bf16, 3, length);
-    const cpu::Forward forward(all);
-    for (int64_t batch : {1, 8}) {
-        const std::vector<int64_t> tokens(size_t(batch * length), 3), taken { 0, 1, 2 };
-        std::vector<uint16_t> last(size_t(2 * batch * length * 96)), states(3 * last.size());
-        std::vector<uint16_t> keys(2 * last.size()), values(2 * last.size());
-        std::vector<float> means(size_t(3 * batch * 2 * 96));
-        cpu::ForwardParams p{};
-        p.tokens = tokens.data();
-        p.batch = batch;
-        p.length = length;
-        p.layers = 2;
-        p.last = last.data();
-        p.keys = keys.data();
-        p.values = values.data();
-        p.taken = taken.data();
-        p.takes = 3;
-        p.states = states.data();
-        p.bands = 2;
-        p.means = means.data();
-        forward.run(p, kThreads);
+    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16}) {
+        const cpu::Forward forward(weights(format, 3, length));
+        for (int64_t batch : {1, 8}) {
+            const std::vector<int64_t> tokens(size_t(batch * length), 3), taken { 0, 1, 2 };
+            std::vector<float> last(size_t(2 * batch * length * 96)), states(3 * last.size());
+            std::vector<float> keys(2 * last.size()), values(2 * last.size());
+            std::vector<float> means(size_t(3 * batch * 2 * 96));
+            cpu::ForwardParams p{};
+            p.tokens = tokens.data();
+            p.batch = batch;
+            p.length = length;
+            p.layers = 2;
+            p.last = last.data();
+            p.keys = keys.data();
+            p.values = values.data();
+            p.taken = taken.data();
+            p.takes = 3;
+            p.states = states.data();
+            p.bands = 2;
+            p.means = means.data();
+            forward.run(p, kThreads);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 // q, k and v of each head, and their attention, in the forward pass, the body. Layouts: forward_kernels.h.
 //
-// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kKeyBlock at a time, with a
-// running maximum and sum. The maxima of all 32 rows come before their exponentials, so that a row waits for no
+// Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kKeyBlock at a time, with
+// a running maximum and sum. The maxima of all 32 rows come before their exponentials, so that a row waits for no
 // other's. By tiles it is bound by the exponentials, some 12 vector instructions for a register of scores, twice the
 // time of their tiles; without, by the products.
 #pragma once
