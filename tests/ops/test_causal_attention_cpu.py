@@ -150,8 +150,6 @@ def test_sharp_and_flat_softmax(native_cpu: Implementation, dtype: torch.dtype) 
 def test_few_queries_are_torchs(
     native_cpu: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native_cpu: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
     least = {FP32: 128, BF16: 32}[dtype]
     for name in ("causal_attention", "causal_attention_packed"):
         monkeypatch.setitem(backend.OPS, name, dataclasses.replace(backend.OPS[name], least_queries_cpu=LEAST_QUERIES))
