@@ -85,7 +85,7 @@ def native_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip(backend.native_reason)
     module, before = CountedModule(backend._C), backend._C.cpu_isa()
     monkeypatch.setattr(backend, "_C", module)
-    every_size = {name: dataclasses.replace(op, least_cpu=0) for name, op in backend.OPS.items()}
+    every_size = {name: dataclasses.replace(op, least_cpu=0, least_queries_cpu=0) for name, op in backend.OPS.items()}
     monkeypatch.setattr(backend, "OPS", every_size)
     assert module.select_cpu_isa(getattr(request, "param", None) or ISAS[-1])
     with backend.use_backend("auto"):

@@ -127,11 +127,15 @@ _choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _derivatives._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _little_when_traced(op: str, tensor: Tensor) -> bool:
-    """A size that the graph leaves open may be any: the kernel serves it, and no guard asks for another graph."""
+def surely(little: bool) -> bool:
+    """Whether a size is below what a kernel serves.
+
+    A size that a traced graph leaves open may be any: the kernel serves it, and no guard asks for another graph.
+    """
+    if not torch.compiler.is_compiling():
+        return little
     from torch.fx.experimental import symbolic_shapes  # a compiler has loaded it
 
-    little = tensor.numel() < backend.OPS[op].least_cpu
     # Up to torch 2.7 compilers do not know the function, nor is its neighbour there: a guard.
     known = hasattr(symbolic_shapes, "has_static_value")
     return symbolic_shapes.statically_known_true(little) if known else little
@@ -166,7 +170,9 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     device = tensors[0].device
     if torch.compiler.is_compiling():
         kind = _choice_when_traced(op, device)
-        return None if kind is None or exporting() or (kind == "cpu" and _little_when_traced(op, tensors[0])) else kind
+        if kind is None or exporting():
+            return None
+        return None if kind == "cpu" and surely(tensors[0].numel() < backend.OPS[op].least_cpu) else kind
     chosen = backend.kernels(op, device)
     if chosen is None or _transforming() or _C._get_tracing_state() is not None:
         return None

@@ -113,7 +113,9 @@ def main(kind: str, seed: int, calls: int) -> None:
     if kind == "emulated":
         backend._emulated = compiling.emulated()
     else:
-        backend.OPS.update({name: dataclasses.replace(op, least_cpu=0) for name, op in backend.OPS.items()})
+        backend.OPS.update(
+            {name: dataclasses.replace(op, least_cpu=0, least_queries_cpu=0) for name, op in backend.OPS.items()}
+        )
     recorded = Recorded()
     for case in CASES:
         with recorded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -11,9 +12,11 @@ import torch
 from implementations import Implementation, isas_of
 from torch import Tensor
 
-from igpt_fast import environment, ops
+from igpt_fast import backend, environment, ops
+from igpt_fast.ops.causal_attention import LEAST_QUERIES
 
 FP32, BF16 = torch.float32, torch.bfloat16
+REGISTERED = torch.ops.igpt_fast
 pytestmark = [
     pytest.mark.parametrize("native_cpu", isas_of("causal_attention"), indirect=True),
     pytest.mark.parametrize("dtype", [FP32, BF16]),
@@ -142,6 +145,32 @@ def test_sharp_and_flat_softmax(native_cpu: Implementation, dtype: torch.dtype) 
     q, k, v = make(80, 80, 64, dtype)
     contract.check_parity(native_cpu, attending(), [q * 12, k * 12, v])
     contract.check_parity(native_cpu, attending(), [q * 0, k, v])
+
+
+def test_few_queries_are_torchs(
+    native_cpu: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = {FP32: 128, BF16: 32}[dtype]
+    for name in ("causal_attention", "causal_attention_packed"):
+        monkeypatch.setitem(backend.OPS, name, dataclasses.replace(backend.OPS[name], least_queries_cpu=LEAST_QUERIES))
+    for t in (least - 1, least):
+        for op, tensors in (
+            (attending(), make(t, 200, 32, dtype)),
+            (ops.causal_attention_packed, [torch.randn(1, t, 3, 2, 32).to(dtype)]),
+        ):
+            with contract.launching(native_cpu, t == least):
+                op(*tensors)
+
+
+def test_opcheck(native_cpu: Implementation, dtype: torch.dtype) -> None:
+    q, k, v = make(3, 40, 32, dtype)
+    qkv = torch.randn(2, 5, 3, 2, 32).to(dtype)
+    masks = torch.rand(2, 40).lt(0.8), torch.tensor([0, 3], dtype=torch.int32), 0.2
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, qkv)]
+    contract.check_opcheck(native_cpu, REGISTERED.causal_attention.default, (*leaves[:3], *masks))
+    contract.check_opcheck(native_cpu, REGISTERED.causal_attention_packed.default, (leaves[3], None, None, 0.2))
+    out, lse = REGISTERED.causal_attention(q, k, v, *masks)
+    contract.check_opcheck(native_cpu, REGISTERED.causal_attention_bwd.default, (out, q, k, v, out, lse, *masks))
 
 
 def test_every_instruction_set_serves(native_cpu: Implementation, dtype: torch.dtype) -> None:

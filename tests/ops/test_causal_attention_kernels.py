@@ -258,7 +258,6 @@ def test_autocast(implementation: Implementation) -> None:
 @pytest.mark.parametrize(
     ("tensors", "options"),
     [
-        (make(dtype=torch.float32), {}),
         (make(d=48), {}),
         (make(), {"upcast": True}),
         (make(), {"need_weights": True}),
@@ -271,6 +270,11 @@ def test_what_no_kernel_covers_is_the_reference(
     implementation: Implementation, tensors: list[Tensor], options: dict[str, Any]
 ) -> None:
     contract.check_parity(implementation, attending(**options), tensors, covered=False)
+
+
+def test_float32_has_kernels_on_a_cpu_alone(implementation: Implementation) -> None:
+    with contract.launching(implementation, implementation.name == "cpu"):
+        ops.causal_attention(*(x.to(implementation.device) for x in make(dtype=torch.float32)))
 
 
 def test_an_infinite_scale_is_torchs(implementation: Implementation) -> None:

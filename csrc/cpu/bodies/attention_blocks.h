@@ -1,7 +1,8 @@
 // The products of attention without tiles. Layouts: attention_operands.h.
 //
-// A block of C, R rows of P tiles, stays in registers along a few lines of k, whose sum is then added to C: long sums are made
-// of short ones, in the order of k. Bound by multiply-adds: a word of k takes R + P 16 / kLanes loads for R P 16 / kLanes of them.
+// A block of C, R rows of P tiles, stays in registers along a few lines of k, whose sum is then added to C: long sums
+// are made of short ones, in the order of k. Bound by multiply-adds: a word of k takes R + P 16 / kLanes loads for
+// R P 16 / kLanes of them.
 #pragma once
 
 #include "attention_operands.h"

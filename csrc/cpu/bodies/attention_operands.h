@@ -29,7 +29,8 @@ constexpr int64_t kLine = 16 * kWord<E>;
 template <class E>
 constexpr int64_t kTileOf = 16 * kLine<E>;
 
-// Scores as exponents: of e where products are fp32, whose rounding their error has to match, else of 2, by this factor.
+// Scores as exponents: of e where products are fp32, whose rounding their error has to match, else of 2, by this
+// factor.
 template <class E>
 constexpr float kExponent = sizeof(E) == 4 ? 1.0f : kLog2e;
 template <class E>
