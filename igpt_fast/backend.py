@@ -38,7 +38,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 MIN_CUDA_CAPABILITY = (8, 0)
 
 # The number of the interface of _C that this package speaks; csrc/bind/module.cpp has its twin.
-INTERFACE = 11
+INTERFACE = 12
 
 
 @dataclass(frozen=True)
@@ -379,6 +379,21 @@ def no_isa(op: str) -> str | None:
     assert _C is not None
     needed = OPS[op].needs_isa
     return None if needed in ("", _C.cpu_isa()) else f"its kernel needs {needed}, and {_C.cpu_isa()} is in use"
+
+
+def no_products(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why products of numbers of a dtype on a device are computed in float32; ``None`` where they are not.
+
+    On a CPU that does not multiply such numbers torch's products of them take up to forty times as long. The
+    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16.
+    """
+    if device.type != "cpu":
+        return None
+    if dtype == torch.float16:
+        return "no instruction set here multiplies float16"
+    if dtype != torch.bfloat16 or _C is None or _C.cpu_bf16_products():
+        return None
+    return f"the instruction set {_C.cpu_isa()!r} does not multiply bfloat16"
 
 
 def show_config() -> None:

@@ -16,7 +16,7 @@ using namespace py::literals;
 namespace {
 
 // Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {
     igpt::cpu::Isa all[8];
@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
                  "gelu_tanh"_a = int(Activation::gelu_tanh), "gelu_erf"_a = int(Activation::gelu_erf));
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
+    m.def("cpu_bf16_products", [] { return igpt::cpu::ops().bf16_products; });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });
     bind_decoder(m);
     bind_cpu(m);

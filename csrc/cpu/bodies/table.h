@@ -18,7 +18,7 @@ constexpr ElementwiseKernels elementwise_kernels = {
     widen, narrow, add, norm_fwd, norm_bwd, activation_fwd, activation_bwd, cross_entropy_fwd, cross_entropy_bwd};
 
 constexpr Ops make_ops(const char* isa) {
-    return {isa, quantize_u8, quantize_f32, decoder_kernels, {}, elementwise_kernels, {}};
+    return {isa, quantize_u8, quantize_f32, decoder_kernels, {}, elementwise_kernels, {}, kPairs};
 }
 
 }  // namespace

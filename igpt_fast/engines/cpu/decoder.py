@@ -19,6 +19,7 @@ class CpuDecoder(Decoder):
     them during a decoder's life does not reach it. Activations and logits are float32, whatever the weights are:
 
     - float32: the model's own numbers.
+    - float16: packed wider, in float32, as are keys and values: the numbers of that model in float32.
     - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
       where they meet weights, on processors that multiply bfloat16.
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
@@ -72,7 +73,8 @@ class CpuDecoder(Decoder):
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
         """See ``Decoder.position_bytes``. In int8 each head has two scales and a sum."""
         config = model.config
-        own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else Decoder.position_bytes(model, dtype).own
+        own = Decoder.position_bytes(model, dtype).own * (2 if model.dtype == torch.float16 else 1)
+        own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else own
         return PositionBytes(own, own)
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
@@ -108,7 +110,6 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    taken = {torch.float32, torch.bfloat16} if dtype is None else {torch.float32, torch.bfloat16, torch.float16}
-    if len(dtypes) != 1 or dtypes - taken:
-        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
+    if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32, bfloat16 or float16"
     return why_not_shape(model.config) or why_not_modules(model) or why_not_head(model)
