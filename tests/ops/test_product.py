@@ -18,7 +18,11 @@ from igpt_fast.ops import dispatch
 pytestmark = pytest.mark.skipif(
     backend._C is None or sys.platform != "linux", reason="instruction sets are chosen by name on x86-64"
 )
-WITHOUT = [name for name, has in dict(backend._C.cpu_isas() if backend._C else {}).items() if has and name in ("generic", "avx2")]
+WITHOUT = [
+    name
+    for name, has in dict(backend._C.cpu_isas() if backend._C else {}).items()
+    if has and name in ("generic", "avx2")
+]
 LOW = [torch.bfloat16, torch.float16]
 
 
