@@ -23,7 +23,7 @@ struct Ops {
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
     ElementwiseKernels elementwise;
-    ForwardKernels forward;
+    ForwardKernels forward[2];  // by the format of the weights: fp32, bf16
     bool bf16_products;  // whether the processor multiplies bf16: where not, products of such numbers are in fp32
 };
 

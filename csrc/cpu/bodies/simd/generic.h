@@ -9,6 +9,7 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Unsigned __attribute__((vector_size(16)));  // whose sums and shifts may overflow
 constexpr int kLanes = 4;
 constexpr int kMaxRows = 2;
+constexpr int kBlockRows = 4, kBlockRegisters = 2;
 
 inline Vec load(const float* p) {
     Vec v;
