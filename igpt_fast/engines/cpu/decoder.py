@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import backend
+from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
 from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
@@ -81,10 +83,16 @@ class CpuDecoder(Decoder):
         """At the speed of a forward pass: the model's keys and values become the cache's."""
         threads = torch.get_num_threads()
         batch, heads, dim, _ = self._decoder.sizes
+        body, head = self.model.transformer, self.model.lm_head.weight
         with torch.no_grad():
-            output = self.model.transformer(tokens, use_cache=True, return_dict=True)
-            logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
-        for layer, (keys, values) in enumerate(output.past_key_values):
+            states = forwards.run(body, tokens, cache=True, rounded=False)
+            if states is None:
+                output = body(tokens, use_cache=True, return_dict=True)
+                last, cached = output.last_hidden_state, output.past_key_values
+            else:
+                last, cached = states.last, zip(states.keys, states.values, strict=True)
+            logits = F.linear(last[:, -1].float(), head.float())
+        for layer, (keys, values) in enumerate(cached):
             pair = keys.float().contiguous(), values.float().contiguous()
             shape = torch.Size((batch, heads, tokens.shape[1], dim))
             if pair[0].shape != shape or pair[1].shape != shape:

@@ -447,3 +447,17 @@ def test_float16_is_that_model_in_float32(isa: str) -> None:
     uniform = torch.rand(2, 20)
     drawn = [decode(model, tokens[:, :1], uniform, Sampling()).tokens for model in (half, single)]
     assert torch.equal(*drawn)
+
+
+def test_a_float16_primer_is_read_in_float32(isa: str) -> None:
+    """Nothing of it is rounded to float16 on the way to the cache; a forward pass alone is, in the end."""
+    half = small(torch.float16)
+    single = copy.deepcopy(half).float()
+    tokens = ids(half, 2, 30)
+    decoders = CpuDecoder(half, 2, 40), CpuDecoder(single, 2, 40)
+    assert torch.equal(*(decoder.prefill(tokens) for decoder in decoders))
+    assert torch.equal(*(decoder.step(tokens[:, 0]) for decoder in decoders))
+    with torch.no_grad():
+        got, want = (model.transformer(tokens, use_cache=True) for model in (half, single))
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state.half())
+    assert torch.equal(list(got.past_key_values)[1][0], list(want.past_key_values)[1][0].half())
