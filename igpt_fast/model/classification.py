@@ -34,7 +34,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         config = self.config
         self.num_labels = config.num_labels
         self.transformer = ImageGPTModel(config)
-        self.score = Head(config.n_embd, config.num_labels)
+        self.score: nn.Linear = Head(config.n_embd, config.num_labels)
         nn.init.normal_(self.score.weight, 0.0, config.initializer_range)
 
     def forward(

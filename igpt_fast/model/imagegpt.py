@@ -333,7 +333,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.transformer = ImageGPTModel(config)
-        self.lm_head = Head(config.n_embd, config.vocab_size - 1)
+        self.lm_head: nn.Linear = Head(config.n_embd, config.vocab_size - 1)
         nn.init.normal_(self.lm_head.weight, 0.0, config.initializer_range)
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -90,7 +90,9 @@ class CpuDecoder(Decoder):
                 output = body(tokens, use_cache=True, return_dict=True)
                 last, cached = output.last_hidden_state, output.past_key_values
             else:
-                last, cached = states.last, zip(states.keys, states.values, strict=True)
+                last, keys, values = states.last, states.keys, states.values
+                assert last is not None and keys is not None and values is not None  # noqa: PT018
+                cached = zip(keys, values, strict=True)
             logits = F.linear(last[:, -1].float(), head.float())
         for layer, (keys, values) in enumerate(cached):
             pair = keys.float().contiguous(), values.float().contiguous()

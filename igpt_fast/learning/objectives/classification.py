@@ -43,7 +43,7 @@ class ImageGPTWithBothHeads(ImageGPTForCausalImageModeling):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         self.num_labels = self.config.num_labels
-        self.score = Head(self.config.n_embd, self.config.num_labels)
+        self.score: nn.Linear = Head(self.config.n_embd, self.config.num_labels)
         nn.init.normal_(self.score.weight, 0.0, self.config.initializer_range)
 
     @classmethod
