@@ -374,6 +374,21 @@ def no_kernels(op: str, device: torch.device) -> str | None:
     return _too_old(device.index) if _C.has_cuda and not torch.version.hip else unavailable("cuda")
 
 
+def no_products(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why products of numbers of a dtype on a device are computed in float32; ``None`` where they are not.
+
+    On a CPU that does not multiply such numbers torch's products of them take up to forty times as long. The
+    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16.
+    """
+    if device.type != "cpu":
+        return None
+    if dtype == torch.float16:
+        return "no instruction set here multiplies float16"
+    if dtype != torch.bfloat16 or _C is None or _C.cpu_bf16_products():
+        return None
+    return f"the instruction set {_C.cpu_isa()!r} does not multiply bfloat16"
+
+
 def show_config() -> None:
     """``igpt_fast.show_config``, by the name under which it is imported from here."""
     igpt_fast.show_config()

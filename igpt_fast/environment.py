@@ -64,6 +64,12 @@ def _engine(name: str, covers: str, no_native: Callable[[], str | None]) -> tupl
     return f"native ({backend._C.cpu_isa()})", covers
 
 
+def _products(name: str) -> tuple[str, str]:
+    """What products of numbers of a dtype are computed in on the CPU, and why."""
+    reason = backend.no_products(getattr(torch, name), torch.device("cpu"))
+    return ("float32", reason) if reason else (name, "")
+
+
 def _row(live: tuple[str, str]) -> dict[str, str]:
     return {"runs": live[0], "reason": live[1]}
 
@@ -99,6 +105,7 @@ def config() -> dict[str, Any]:
         "isa": {"compiled": dict(native.cpu_isas()), "live": native.cpu_isa()}
         if native
         else {"compiled": {}, "live": None},
+        "products": {name: _row(_products(name)) for name in ("bfloat16", "float16")},
         "backend": backend.get_backend(),
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := backend.unavailable(name))},
         "ops": {op: {device: _row(implementation(op, device)) for device in ("cpu", "cuda")} for op in backend.OPS},
@@ -120,6 +127,7 @@ def format_config(report: dict[str, Any]) -> str:
         lines.append(f"device     {device['name']}: {device['processor']} ({rest})")
     isas = [name if has else f"{name} (not on this processor)" for name, has in report["isa"]["compiled"].items()]
     lines.append(f"isa        {report['isa']['live'] or 'none'} of {', '.join(isas) or 'none'}")
+    lines += [f"products   of {name:<9} cpu: in {_line(live)}" for name, live in report["products"].items()]
     lines.append(f"backend    {report['backend']}")
     lines += [f"           {name} is not available: {reason}" for name, reason in report["unavailable"].items()]
     wide = 1 + max(map(len, [*report["ops"], *report["decoders"], *report["forwards"]]))

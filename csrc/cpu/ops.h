@@ -24,6 +24,7 @@ struct Ops {
     CausalAttentionKernels causal_attention[2];  // by Format: fp32, bf16
     ElementwiseKernels elementwise;
     ForwardKernels forward[2];  // by the format of the weights: fp32, bf16
+    bool bf16_products;  // whether the processor multiplies bf16: where not, products of such numbers are in fp32
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.

@@ -92,14 +92,14 @@ DECODERS: dict[str, str] = {
     " gelu, gelu_new; head_dim 32, 64, 96, 128; n_embd and n_inner multiples of 8; nothing around a module or in its"
     " place: hooks, wrappers, subclasses, methods, modes, autocast; five kernels a layer for 64 images at most in bf16"
     " and fp16, else torch's products with the rest fused; CUDA graphs",
-    "cpu": "for CPU models in fp32 or bf16, and dtype='int8'; quick_gelu, gelu, gelu_new; n_embd a multiple of 16,"
-    " n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place",
+    "cpu": "for CPU models in fp32, bf16 or fp16 (packed wider, in fp32), and dtype='int8'; quick_gelu, gelu, gelu_new;"
+    " n_embd a multiple of 16, n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place",
     "reference": "for everything else that is causal: it calls the model, and with it whatever is around it",
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
-    "cpu": "for CPU models in fp32 or bf16 and eval mode, without gradient, as the decoder covers them; token ids"
-    " alone: no mask, cache to extend, embeddings, positions or attention weights; sequences of 8 positions or more, or"
-    " 8 of them at most; no compiling or transforms",
+    "cpu": "for CPU models in fp32, bf16 or fp16 (computed in fp32) and eval mode, without gradient, as the decoder"
+    " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; sequences of"
+    " 8 positions or more, or 8 of them at most; no compiling or transforms",
     "torch": "for everything else",
 }

@@ -113,7 +113,11 @@ def _served(modules: Any, model: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     """The modules that have, or could have, a class of ours, and transformers' class of each."""
     kinds = modules.SERVED.items()
     kinds = {**{ours: theirs for theirs, ours in kinds}, **{theirs: theirs for theirs, _ in kinds}}
-    return ((module, kinds[type(module)]) for module in model.modules() if type(module) in kinds)
+    drawing = modules.theirs.ImageGPTForCausalImageModeling
+    heads = [module.lm_head for module in model.modules() if isinstance(module, drawing)]
+    for module in model.modules():
+        if type(module) in kinds and (type(module) is not nn.Linear or any(module is head for head in heads)):
+            yield module, kinds[type(module)]
 
 
 def _why_left(modules: Any, kind: type, module: Any) -> str | None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as NetworkOutput
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions as ModelOutput
 from transformers.models.imagegpt import modeling_imagegpt as theirs
-from transformers.pytorch_utils import Conv1D
+from transformers.pytorch_utils import Conv1D as TheirConv1D
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from igpt_fast import ops
@@ -27,6 +27,8 @@ from igpt_fast.engines.network import plain, why_not_modules
 from igpt_fast.hf.cache import DecoderCache
 from igpt_fast.hf.twins import model_twin, network_twin
 from igpt_fast.model import ImageGPTModel as OurNetwork
+from igpt_fast.model.layers import Conv1D as OurConv1D
+from igpt_fast.model.layers import Head
 from igpt_fast.ops.activation import KERNELS
 
 # The class of an activation -> the name of what it computes.
@@ -115,6 +117,24 @@ class ImageGPTAttention(theirs.ImageGPTAttention):
             k, v = layer_past.update(k, v, self.layer_idx)  # (B, H, T_past + T, D)
             out = ops.causal_attention(q, k, v, self.scale, None, dropout_p, upcast)[0].transpose(1, 2)
         return self.resid_dropout(self.c_proj(out.flatten(2))), None  # (B, T, n_embd)
+
+
+@plain
+class Conv1D(TheirConv1D):
+    """As our own: its products in float32 where the processor multiplies no bfloat16."""
+
+    @signed_as(TheirConv1D.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        return OurConv1D.forward(self, x)  # type: ignore[arg-type]
+
+
+@plain
+class Linear(nn.Linear):
+    """As our own head."""
+
+    @signed_as(nn.Linear.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return Head.forward(self, input)  # type: ignore[arg-type]
 
 
 @plain
@@ -325,6 +345,9 @@ def patched(kind: type) -> bool:
     return bool(forward.__module__ != kind.__module__)
 
 
-for _kind in (theirs.ImageGPTBlock, Conv1D, *ACTIVATIONS):
+SERVED |= {TheirConv1D: Conv1D, nn.Linear: Linear}  # of these the heads of models alone
+
+
+for _kind in (theirs.ImageGPTBlock, TheirConv1D, *ACTIVATIONS):
     if not patched(_kind):
         plain(_kind)

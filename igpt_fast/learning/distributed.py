@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from igpt_fast.files import listed
 from igpt_fast.learning.objectives.protocol import Data, Objective
-from igpt_fast.learning.settings import Execution, TrainConfig
+from igpt_fast.learning.settings import Execution, FinetuneConfig, TrainConfig
 from igpt_fast.likelihood.transfer import sent
+from igpt_fast.ops.dispatch import multiplies
 from igpt_fast.world import World
 
 
@@ -73,6 +74,7 @@ class Team:
                 f" process{'es' if world.size > 1 else ''} and --accumulate {execution.accumulate}"
             )
         self.model, self.world, self.config, self._accumulate = model, world, config, execution.accumulate
+        self._bf16 = autocasts(config, device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -128,7 +130,7 @@ class Team:
         micro = [tensor[part.start : part.stop].tensor_split(self._accumulate) for tensor in inputs]
         for i in range(self._accumulate):
             with self._syncing(i + 1 == self._accumulate):
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
                     losses = self._module(*(sent(parts[i], self.device) for parts in micro))
                     loss = losses.sum() / size
                 (loss * self.world.size).backward()  # of several, DDP and FSDP take the mean
@@ -184,6 +186,11 @@ class Team:
         model = self._learner.objective.model(self.model.config)
         model.load_state_dict(state)
         return model
+
+
+def autocasts(config: TrainConfig | FinetuneConfig, device: torch.device) -> bool:
+    """Whether the run's products are in bfloat16: it asks for that, and the device multiplies such numbers."""
+    return config.bf16 and multiplies(torch.bfloat16, device)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TrainConfig:
         label_dropout: With classes: probability that an image is learned without its class, which is what guidance
             compares with.
         seed: Of the initial weights, the batches, the augmentation and the dropout.
-        bf16: Precision: autocast to bfloat16, or train in float32 throughout.
+        bf16: Precision: autocast to bfloat16 where the device multiplies it (igpt env), or train in float32 throughout.
         compile: Speed: run the network as it is, compile it with torch.compile (alone: True), or on a GPU, by one
             process, capture each step in a CUDA graph as well (reduce-overhead): for small networks.
         eval_every: Steps between two evaluations of the held-out images.
@@ -122,7 +122,7 @@ class FinetuneConfig:
         flip: Augmentation: mirror half of the training images, or not; not for digits and letters.
         shift: Largest shift of a training image along each axis, in pixels; the border repeats.
         seed: Of the choice of images, the batches, the augmentation and the dropout.
-        bf16: Precision: autocast to bfloat16, or float32 throughout.
+        bf16: Precision: autocast to bfloat16 where the device multiplies it (igpt env), or float32 throughout.
         eval_every: Steps between two evaluations of the images for validation.
         save_every: Steps between two checkpoints.
 

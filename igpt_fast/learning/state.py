@@ -39,10 +39,12 @@ def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str,
     return {"config": settings, "data": data.fingerprint()}
 
 
-def computed_by(world: World, execution: Execution) -> str:
-    """What must agree as well for a continuation to be bit-identical; with dropout, another draws other masks."""
+def computed_by(world: World, execution: Execution, precision: str = "") -> str:
+    """What must agree as well for a continuation to be bit-identical; with dropout, another draws other masks.
+    ``precision``: where it is not what the run asks for.
+    """
     count = f"{world.size} processes ({execution.parallel})" if world.size > 1 else "1 process"
-    return f"{count}, --accumulate {execution.accumulate}"
+    return f"{count}, --accumulate {execution.accumulate}{precision}"
 
 
 @dataclass

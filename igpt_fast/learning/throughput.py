@@ -54,12 +54,13 @@ class Meter:
         device: Where it is trained.
         batch_size: Images of a step, of all processes together.
         processes: How many there are.
-        bf16: Whether products are in bfloat16, which the peak is of.
+        bf16: Whether products are in bfloat16, which the peak is of; else in float32.
     """
 
     def __init__(self, model: Any, device: torch.device, batch_size: int, processes: int, bf16: bool) -> None:
         self._device, self._batch, self._processes = device, batch_size, processes
         self._pixels, self._operations = model.config.n_positions, image_operations(model)
+        self._precision = "bfloat16" if bf16 else "float32"
         self._peak = peak_operations(device) if bf16 else None
         self._seconds = self._images = 0.0
 
@@ -72,13 +73,14 @@ class Meter:
         self._seconds += time.perf_counter() - start
         self._images += self._batch
 
-    def figures(self) -> dict[str, float | int | None]:
+    def figures(self) -> dict[str, float | int | str | None]:
         """``mfu`` is ``None`` where the device's peak is not known, and in float32."""
         rate = self._images / self._seconds if self._seconds else 0.0
         self._seconds = self._images = 0.0
         operations = rate * self._operations
         return {
             "world_size": self._processes,
+            "precision": self._precision,
             "images_per_second": round(rate, 2),
             "tokens_per_second": round(rate * self._pixels, 1),
             "flops_per_second": operations,

@@ -23,7 +23,7 @@ import torch
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.files import check_writable
 from igpt_fast.interrupts import delayed_interrupt
-from igpt_fast.learning.distributed import Team, check_same
+from igpt_fast.learning.distributed import Team, autocasts, check_same
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.objectives.protocol import Data, Objective
 from igpt_fast.learning.settings import Execution, TrainConfig
@@ -145,9 +145,11 @@ def _train(
     captured = captures(config, device, world, execution)
     with own_generators(device), world.watched():
         model = new_model(data, config, objective)
-        meter = Meter(model, device, config.batch_size, world.size, config.bf16)
+        bf16 = autocasts(config, device)
+        meter = Meter(model, device, config.batch_size, world.size, bf16)
         team = Team(model, device, objective, config, execution, world)
-        state = TrainState(model, optimizer_for(model, config, captured), 0, identity, computed_by(world, execution))
+        computed = computed_by(world, execution, "" if bf16 == config.bf16 else ", float32")
+        state = TrainState(model, optimizer_for(model, config, captured), 0, identity, computed)
         output = Output(out, outdated, world, execution.tensorboard)
         clock = time.monotonic() - (output.load(state) if resume else 0.0)
         end = config.steps if stop_after is None else min(stop_after, config.steps)

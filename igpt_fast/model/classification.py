@@ -12,6 +12,7 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.network import whole
 from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel, mask_of_keys
+from igpt_fast.model.layers import Head
 from igpt_fast.model.outputs import ImageClassificationOutput
 
 
@@ -33,7 +34,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         config = self.config
         self.num_labels = config.num_labels
         self.transformer = ImageGPTModel(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.score: nn.Linear = Head(config.n_embd, config.num_labels)
         nn.init.normal_(self.score.weight, 0.0, config.initializer_range)
 
     def forward(

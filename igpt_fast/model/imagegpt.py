@@ -23,7 +23,7 @@ from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
 from igpt_fast.engines.network import plain, whole
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.intermediates import IntermediatesMixin
-from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
+from igpt_fast.model.layers import Conv1D, Head, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput
 from igpt_fast.model.resizing import resize_positions
 from igpt_fast.model.trainable import TrainableMixin
@@ -333,7 +333,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.transformer = ImageGPTModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
+        self.lm_head: nn.Linear = Head(config.n_embd, config.vocab_size - 1)
         nn.init.normal_(self.lm_head.weight, 0.0, config.initializer_range)
 
     def get_output_embeddings(self) -> nn.Linear:

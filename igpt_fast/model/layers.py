@@ -6,6 +6,7 @@ import functools
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +15,7 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
 from igpt_fast.engines.encoder_cache import encoder_states, keep_encoder_states
 from igpt_fast.engines.network import plain
-from igpt_fast.ops.dispatch import autocast_dtype
+from igpt_fast.ops.dispatch import autocast_dtype, product
 
 
 @plain
@@ -56,8 +57,23 @@ class Conv1D(nn.Module):
         return f"Conv1D(nf={self.nf}, nx={self.nx})"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)  # (B T, n_out)
-        return y.view(*x.shape[:-1], self.weight.shape[1])  # (B, T, n_out)
+        return product(_conv1d, x, self.weight, self.bias)  # (B, T, n_out)
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # (B T, n_out)
+    return y.view(*x.shape[:-1], weight.shape[1])  # (B, T, n_out)
+
+
+@plain
+class Head(nn.Linear):
+    """A linear layer without bias from states to logits, as others of this package's products: ``dispatch.product``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(F.linear, input, self.weight, self.bias)  # (..., out_features)
 
 
 @plain
@@ -137,7 +153,8 @@ class ImageGPTAttention(nn.Module):
                     " use igpt_fast.StaticCache or igpt_fast.DynamicCache"
                 )
         if written_out:
-            out, weights = self._written_out(q, k, v, attention_mask, causal=not self.bidirectional)
+            causal = not self.bidirectional
+            out, weights = product(self._written_out, q, k, v, mask=attention_mask, causal=causal)
         else:  # (B, H, T, D) and, where they are wanted, (B, H, T, T_past + T)
             attend = ops.full_attention if self.bidirectional else ops.causal_attention
             out, weights = attend(q, k, v, self.scale, attention_mask, dropout_p, self.upcast, output_attentions)
@@ -160,7 +177,8 @@ class ImageGPTAttention(nn.Module):
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D) each
             kept = (k, v)
             keep_encoder_states(cache, k, v, self.layer_idx)
-        out, weights = self._written_out(q, kept[0], kept[1], mask, causal=False)  # (B, H, T, D), (B, H, T, S)
+        k, v = kept
+        out, weights = product(self._written_out, q, k, v, mask=mask, causal=False)  # (B, H, T, D), (B, H, T, S)
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).reshape(b, t, d))), weights
 
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,9 @@ def causal_attention(
     if starts is not None:
         key_mask = reference.shown_keys(starts, k.shape[2], key_mask)
     if need_weights or upcast:
-        return reference.causal_attention(q, k, v, scale, key_mask, dropout_p, upcast)
-    return _by_torch(q, k, v, scale, key_mask, dropout_p), None
+        how = {"scale": scale, "key_mask": key_mask, "dropout_p": dropout_p, "upcast": upcast}
+        return dispatch.product(reference.causal_attention, q, k, v, **how)
+    return dispatch.product(_by_torch, q, k, v, scale=scale, key_mask=key_mask, dropout_p=dropout_p), None
 
 
 def full_attention(
@@ -122,9 +123,11 @@ def full_attention(
     _check_masks("full_attention", q, k.shape[2], key_mask, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if need_weights or upcast:
-        out, weights = reference.full_attention(q, k, v, scale, key_mask, dropout_p, upcast)
+        how = {"scale": scale, "key_mask": key_mask, "dropout_p": dropout_p, "upcast": upcast}
+        out, weights = dispatch.product(reference.full_attention, q, k, v, **how)
         return out, weights if need_weights else None
-    return _by_torch(q, k, v, scale, key_mask, dropout_p, causal=False), None
+    how = {"scale": scale, "key_mask": key_mask, "dropout_p": dropout_p, "causal": False}
+    return dispatch.product(_by_torch, q, k, v, **how), None
 
 
 def causal_attention_packed(

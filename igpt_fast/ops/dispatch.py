@@ -24,6 +24,8 @@ library = torch.library.Library("igpt_fast", "FRAGMENT")
 # As csrc/cuda/ops.h numbers them, and csrc/cpu/format.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NARROW = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 ACTIVATION_NUMBERS = {None: -1, "quick_gelu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 HEAD_DIMS = (32, 64, 96, 128)  # that attention's kernels take
 # Of scores: a normal float32, for smaller ones are flushed to zero. Hidden scores are minus infinity, of which 0 times
@@ -125,6 +127,7 @@ def _choice_when_traced(op: str, device: torch.device) -> str | None:
 # What torch.compiler.assume_constant_result does, which would load the compiler: 80 MB and seconds.
 _choice_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _derivatives._dynamo_marked_constant = True  # type: ignore[attr-defined]
+backend.no_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def surely(little: bool) -> bool:
@@ -143,6 +146,13 @@ def surely(little: bool) -> bool:
 
 # From torch 2.7 on.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _as_defined() -> bool:
+    return backend.get_backend() == "reference"
+
+
+_as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exporting() -> bool:
@@ -179,7 +189,7 @@ def kernel_kind(op: str, *tensors: Tensor) -> str | None:
     if chosen.kind == "cpu" and tensors[0].numel() < backend.OPS[op].least_cpu:
         return None
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor) or tensor.layout != torch.strided:
+        if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
             return None
     return chosen.kind
 
@@ -243,6 +253,34 @@ def check_operand(
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; want {tuple(shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, others on {x.device}; want one device")
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of numbers of a dtype are made in it on a device; else in float32: ``backend.no_products``."""
+    return backend.no_products(dtype, device) is None
+
+
+def product(function: Function, *operands: Tensor | None, **keywords: Any) -> Any:
+    """``function(*operands, **keywords)``, a tensor or a tuple of some, computed in float32 and rounded once where the
+    operands, or what autocast makes of them, are what ``multiplies`` does not know. Not on the reference backend, nor
+    where a graph is written down that runs elsewhere, nor for operands that are no plain tensors or of several dtypes
+    without autocast, which is ``function``'s to refuse.
+    """
+    first = operands[0]
+    assert first is not None
+    narrow = autocast_dtype(first)
+    if narrow not in _NARROW or multiplies(narrow, first.device) or _as_defined() or exporting():
+        return function(*operands, **keywords)
+    given = [tensor for tensor in operands if tensor is not None]
+    if any(type(tensor) not in _PLAIN for tensor in given):
+        return function(*operands, **keywords)
+    casting = torch.is_autocast_enabled(first.device.type)
+    if not casting and any(tensor.dtype != first.dtype for tensor in given):
+        return function(*operands, **keywords)
+    with torch.autocast(first.device.type, enabled=False):
+        wide = (None if tensor is None else tensor.float() for tensor in operands)
+        result = function(*wide, **keywords)
+        return tuple(part.to(narrow) for part in result) if isinstance(result, tuple) else result.to(narrow)
 
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)

@@ -53,7 +53,8 @@ constexpr Ops make_ops(const char* isa) {
             {attention_kernels<ByBlocks<float>, float>, attention_kernels<Bf16Blocks, uint16_t>},
             elementwise_kernels,
             {forward_kernels<ByBlocks<float>, float>(gemm<Single>),
-             forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16>)}};
+             forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16>)},
+            kPairs};
 }
 
 }  // namespace

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_fast import backend
+from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
 from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
@@ -19,6 +21,7 @@ class CpuDecoder(Decoder):
     them during a decoder's life does not reach it. Activations and logits are float32, whatever the weights are:
 
     - float32: the model's own numbers.
+    - float16: packed wider, in float32, as are keys and values: the numbers of that model in float32.
     - bfloat16: the model's weights; keys and values are rounded to bfloat16. With several images, so are activations
       where they meet weights, on processors that multiply bfloat16.
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
@@ -72,17 +75,26 @@ class CpuDecoder(Decoder):
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
         """See ``Decoder.position_bytes``. In int8 each head has two scales and a sum."""
         config = model.config
-        own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else Decoder.position_bytes(model, dtype).own
+        own = Decoder.position_bytes(model, dtype).own * (2 if model.dtype == torch.float16 else 1)
+        own = 2 * config.n_embd + 12 * config.n_head if dtype == "int8" else own
         return PositionBytes(own, own)
 
     def _read_primer(self, tokens: Tensor) -> Tensor:
         """At the speed of a forward pass: the model's keys and values become the cache's."""
         threads = torch.get_num_threads()
         batch, heads, dim, _ = self._decoder.sizes
+        body, head = self.model.transformer, self.model.lm_head.weight
         with torch.no_grad():
-            output = self.model.transformer(tokens, use_cache=True, return_dict=True)
-            logits = self.model.lm_head(output.last_hidden_state[:, -1]).float()
-        for layer, (keys, values) in enumerate(output.past_key_values):
+            states = forwards.run(body, tokens, cache=True, rounded=False)
+            if states is None:
+                output = body(tokens, use_cache=True, return_dict=True)
+                last, cached = output.last_hidden_state, output.past_key_values
+            else:
+                last, keys, values = states.last, states.keys, states.values
+                assert last is not None and keys is not None and values is not None  # noqa: PT018
+                cached = zip(keys, values, strict=True)
+            logits = F.linear(last[:, -1].float(), head.float())
+        for layer, (keys, values) in enumerate(cached):
             pair = keys.float().contiguous(), values.float().contiguous()
             shape = torch.Size((batch, heads, tokens.shape[1], dim))
             if pair[0].shape != shape or pair[1].shape != shape:
@@ -108,7 +120,6 @@ def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    taken = {torch.float32, torch.bfloat16} if dtype is None else {torch.float32, torch.bfloat16, torch.float16}
-    if len(dtypes) != 1 or dtypes - taken:
-        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32 or all bfloat16"
+    if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+        return f"the weights are {', '.join(sorted(map(str, dtypes)))}; want all float32, bfloat16 or float16"
     return why_not_shape(model.config) or why_not_modules(model) or why_not_head(model)

@@ -1,8 +1,8 @@
 """The forward pass of a whole network in one call of the compiled module, and where it is offered.
 
 ``ImageGPTModel.forward`` asks ``run`` first; where that gives ``None``, the PyTorch layers run. ``why_not`` is the
-rule: the network must be what this package makes of its configuration, in float32 or bfloat16 on the CPU, with nothing
-that only torch sees: gradients, hooks, autocast, transforms, tracing, compiling.
+rule: the network must be what this package makes of its configuration, in float32, bfloat16 or float16 (packed in
+float32) on the CPU, with nothing that only torch sees: gradients, hooks, autocast, transforms, tracing, compiling.
 
 The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
 have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
@@ -53,17 +53,20 @@ class States(NamedTuple):
     values: Tensor | None
 
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Packed weights -> the forward pass on them, with the activations that it keeps for the next.
 _passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: bool = False) -> States | None:
+def run(
+    model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: bool = False, rounded: bool = True
+) -> States | None:
     """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
 
     Args:
         taken: What else than the last states of the whole network; where it stops early there is no ``cache``.
+        rounded: In the model's dtype, float16 too, of which the module has packed and computed all in float32.
 
     Raises:
         IndexError: A token is not in the vocabulary.
@@ -78,7 +81,8 @@ def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: b
     batch, length = tokens.shape
     taken = taken or Taken([], config.n_layer)
     # The module writes to these addresses: not of the default dtype, nor on the default device.
-    empty: Any = functools.partial(torch.empty, dtype=model.dtype, device="cpu")
+    dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
+    empty: Any = functools.partial(torch.empty, dtype=dtype, device="cpu")
     single: Any = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
     last = empty(batch, length, config.n_embd) if taken.last else None
     states = empty(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
@@ -94,7 +98,11 @@ def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: b
         _passes[weights] = backend._C.Forward(weights)
     asked = {"layers": taken.run, "taken": taken.layers, "normed": taken.normed, "bands": max(1, taken.bands)}
     _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **asked, **places, threads=threads)
-    return States(last, means if states is None else states, keys, values)
+    found = States(last, means if states is None else states, keys, values)
+    if dtype == model.dtype or not rounded:
+        return found
+    narrow = States(*(None if tensor is None else tensor.to(model.dtype) for tensor in found))
+    return narrow if means is None else narrow._replace(taken=means)
 
 
 def why_not(model: Body, tokens: Tensor | None) -> str | None:
@@ -118,7 +126,7 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
         return reason
     weights = found.each()
     if any(weight.dtype != weights[0].dtype for weight in weights) or weights[0].dtype not in _DTYPES:
-        return "the weights are not all float32, or all bfloat16"
+        return "the weights are not all float32, all bfloat16 or all float16"
     if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
     return None

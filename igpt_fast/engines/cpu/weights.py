@@ -5,7 +5,7 @@ Kept beside the model, not in it: copies, pickles and state dicts know nothing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,12 @@ _lock = Lock()
 
 
 def packed(
-    model: Any, purpose: Hashable, settings: Hashable, pack: Callable[[], Any], others: dict[str, Tensor]
+    model: Any,
+    purpose: Hashable,
+    settings: Hashable,
+    pack: Callable[[], Any],
+    weights: Sequence[Tensor],
+    others: Sequence[Tensor],
 ) -> Any:
     """The result of ``pack()``, kept for the next call.
 
@@ -40,15 +45,16 @@ def packed(
     or shared memory, and reading weights takes a tenth of the time of packing them.
 
     Args:
-        model: Whose parameters are packed, on the CPU.
+        model: Beside which the result is kept.
         purpose: One result is kept for each.
         settings: What else the result depends on, besides the parameters and the instruction set.
         pack: Makes it; called by one thread at a time.
+        weights: The parameters, on the CPU.
         others: What is packed with the parameters. A result with more serves where there are none.
     """
     assert backend._C is not None
     with _lock:
-        source = (settings, backend._C.cpu_isa(), _contents(dict(model.named_parameters(remove_duplicate=False))))
+        source = (settings, backend._C.cpu_isa(), _contents(weights))
         more = _contents(others)
         results = _kept.setdefault(model, {})
         old = results.pop(purpose, None)
@@ -59,25 +65,24 @@ def packed(
         return old.result
 
 
-def _contents(tensors: dict[str, Tensor]) -> Hashable:
-    """A number of 64 bits for each tensor, its layout, and its name."""
+def _contents(tensors: Sequence[Tensor]) -> Hashable:
+    """A number of 64 bits for each tensor, and its layout."""
     assert backend._C is not None
-    found = [(name, tensor.detach()) for name, tensor in tensors.items()]
-    sums = backend._C.checksums([(tensor.data_ptr(), _span(tensor)) for _, tensor in found], torch.get_num_threads())
-    layouts = [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in found]
+    sums = backend._C.checksums([(tensor.data_ptr(), _span(tensor)) for tensor in tensors], torch.get_num_threads())
+    layouts = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
     return tuple(zip(layouts, sums, strict=True))
 
 
 def _span(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
 
-# As csrc/cpu/format.h numbers them.
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+# As csrc/cpu/format.h numbers them. Nothing multiplies float16: float32 holds it without loss.
+_FORMATS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 1, "int8": 2}
 
 
 def why_not_shape(config: ImageGPTConfig) -> str | None:
@@ -97,20 +102,25 @@ def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
 
     One that was made with a head serves where none is wanted, so decoders and the forward pass share it.
     """
-    scales = tuple(block.attn.scale for block in body.h)
-    settings = repr((sorted(body.config.to_dict().items(), key=repr), scales))
-    others = {} if head is None else {"head": head}
-    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), others)
+    settings = (tuple(_settings(body.config).items()), *(block.attn.scale for block in body.h))
+    others = [] if head is None else [head.detach()]
+    weights = [weight.detach() for weight in Weights.of(body).each()]
+    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), weights, others)
+
+
+def _settings(config: ImageGPTConfig) -> dict[str, Any]:
+    """All that a copy has of a configuration."""
+    sizes = {"layers": config.n_layer, "embd": config.n_embd, "heads": config.n_head, "inner": config.inner}
+    sizes |= {"positions": config.n_positions, "vocab": config.vocab_size}
+    activation = ACTIVATION_NUMBERS[KERNELS[config.activation_function]]
+    return {**sizes, "eps": config.layer_norm_epsilon, "activation": activation}
 
 
 def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     """The compiled module's copy of a network's weights, and of a head's where there is one."""
     assert backend._C is not None
-    config, threads, found = body.config, torch.get_num_threads(), Weights.of(body)
-    sizes = {"layers": config.n_layer, "embd": config.n_embd, "heads": config.n_head, "inner": config.inner}
-    sizes |= {"positions": config.n_positions, "vocab": config.vocab_size, "format": _FORMATS[dtype]}
-    activation = ACTIVATION_NUMBERS[KERNELS[config.activation_function]]
-    weights = backend._C.DecoderWeights(**sizes, eps=config.layer_norm_epsilon, activation=activation)
+    threads, found = torch.get_num_threads(), Weights.of(body)
+    weights = backend._C.DecoderWeights(**_settings(body.config), format=_FORMATS[dtype])
     kept: list[Tensor] = []  # temporary copies, until the module has read them
 
     def vector(parameter: Tensor) -> int:

@@ -30,6 +30,7 @@ from igpt_fast.learning.objectives.starting import checksum, copy_of
 from igpt_fast.likelihood.nats import evaluating, float64_sum
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
+from igpt_fast.model.layers import Head
 
 
 class ImageGPTWithBothHeads(ImageGPTForCausalImageModeling):
@@ -42,7 +43,7 @@ class ImageGPTWithBothHeads(ImageGPTForCausalImageModeling):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         self.num_labels = self.config.num_labels
-        self.score = nn.Linear(self.config.n_embd, self.config.num_labels, bias=False)
+        self.score: nn.Linear = Head(self.config.n_embd, self.config.num_labels)
         nn.init.normal_(self.score.weight, 0.0, self.config.initializer_range)
 
     @classmethod

@@ -2,6 +2,7 @@
 positions; its precision; its limits; what it does beside other threads, after a fork and where it is not for.
 """
 
+import copy
 import os
 import signal
 import sys
@@ -312,7 +313,6 @@ def mixed(model: ImageGPTForCausalImageModeling) -> None:
         ({}, lambda model: setattr(model.transformer.ln_f, "eps", 1e-3), "a norm or an activation"),
         ({}, lambda model: setattr(model.transformer.h[0].attn, "n_head", 4), "heads"),
         ({}, lambda model: setattr(model.transformer.h[0].attn, "scale", 1e-39), "scale of the scores"),
-        ({}, lambda model: model.half(), "torch.float16"),
         ({}, lambda model: model.double(), "torch.float64"),
         ({}, lambda model: model.to("meta"), "meta"),
     ],
@@ -431,3 +431,33 @@ def test_its_memory_is_given_back() -> None:
     for _ in range(6):
         CpuDecoder(model, 1, 8).step(torch.zeros(1, dtype=torch.int64))
     assert resident() - before < 40 << 20  # one set of weights has 38 MB
+
+
+def test_float16_is_that_model_in_float32(isa: str) -> None:
+    """Packed wider: the same bits, drawn on the engine, and cached as wide."""
+    half = small(torch.float16)
+    single = copy.deepcopy(half).float()
+    tokens = ids(half, 2, 12)
+    assert make_decoder(half, 2, 20).name == "cpu"
+    got = stepped(CpuDecoder(half, 2, 20), tokens)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, stepped(CpuDecoder(single, 2, 20), tokens))
+    assert CpuDecoder.position_bytes(half, None) == CpuDecoder.position_bytes(single, None)
+    assert CpuDecoder.position_bytes(half, "int8") == CpuDecoder.position_bytes(single, "int8")
+    uniform = torch.rand(2, 20)
+    drawn = [decode(model, tokens[:, :1], uniform, Sampling()).tokens for model in (half, single)]
+    assert torch.equal(*drawn)
+
+
+def test_a_float16_primer_is_read_in_float32(isa: str) -> None:
+    """Nothing of it is rounded to float16 on the way to the cache; a forward pass alone is, in the end."""
+    half = small(torch.float16)
+    single = copy.deepcopy(half).float()
+    tokens = ids(half, 2, 30)
+    decoders = CpuDecoder(half, 2, 40), CpuDecoder(single, 2, 40)
+    assert torch.equal(*(decoder.prefill(tokens) for decoder in decoders))
+    assert torch.equal(*(decoder.step(tokens[:, 0]) for decoder in decoders))
+    with torch.no_grad():
+        got, want = (model.transformer(tokens, use_cache=True) for model in (half, single))
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state.half())
+    assert torch.equal(list(got.past_key_values)[1][0], list(want.past_key_values)[1][0].half())

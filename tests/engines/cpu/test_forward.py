@@ -46,8 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     run = forwards.run
 
-    def watched(*args: object) -> object:
-        states = run(*args)
+    def watched(*args: object, **keywords: object) -> object:
+        states = run(*args, **keywords)
         seen.append(states is not None)
         return states
 

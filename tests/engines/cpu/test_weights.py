@@ -151,9 +151,9 @@ def test_it_goes_with_the_model_and_with_what_it_was_made_of() -> None:
             made.append(ref(self))
 
     model = small()
-    packed_module.packed(model, "test", 0, Result, {})
-    packed_module.packed(model, "test", 1, lambda: (gc.collect(), made[0]() is None, Result()), {})
-    assert packed_module.packed(model, "test", 1, Result, {})[1]  # the old one was gone before the new one came
+    packed_module.packed(model, "test", 0, Result, [], [])
+    packed_module.packed(model, "test", 1, lambda: (gc.collect(), made[0]() is None, Result()), [], [])
+    assert packed_module.packed(model, "test", 1, Result, [], [])[1]  # the old one was gone before the new one came
     gone = made[1]
     del model
     gc.collect()
@@ -168,7 +168,7 @@ def test_several_threads_pack_once() -> None:
         return object()
 
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: packed_module.packed(model, "test", 0, pack, {}), range(32)))
+        results = list(pool.map(lambda _: packed_module.packed(model, "test", 0, pack, [], []), range(32)))
     assert len(calls) == 1
     assert all(result is results[0] for result in results)
 

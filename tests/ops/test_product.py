@@ -1,0 +1,145 @@
+"""Products of numbers that the processor does not multiply: computed in float32, rounded once, and said by igpt env."""
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import ids, small
+from tolerance import assert_parity
+from torch import Tensor
+
+from igpt_fast import backend, environment, ops, reference
+from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.ops import dispatch
+
+pytestmark = pytest.mark.skipif(
+    backend._C is None or sys.platform != "linux", reason="instruction sets are chosen by name on x86-64"
+)
+WITHOUT = [
+    name
+    for name, has in dict(backend._C.cpu_isas() if backend._C else {}).items()
+    if has and name in ("generic", "avx2")
+]
+LOW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=WITHOUT)
+def without(request: pytest.FixtureRequest) -> str:
+    """An instruction set without products of bfloat16."""
+    assert backend._C is not None
+    before = backend._C.cpu_isa()
+    assert backend._C.select_cpu_isa(request.param)
+    yield request.param
+    backend._C.select_cpu_isa(before)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes that torch's products get."""
+    found: list[torch.dtype] = []
+
+    def watch(module: object, name: str) -> None:
+        function = getattr(module, name)
+
+        def watched(*tensors: Tensor, **keywords: object) -> Tensor:
+            found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tensors[0].dtype)
+            return function(*tensors, **keywords)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module, name in ((torch, "addmm"), (F, "linear"), (F, "scaled_dot_product_attention")):
+        watch(module, name)
+    return found
+
+
+def test_which_do(isa: str) -> None:
+    pairs = "bf16" in isa or isa == "amx"
+    assert backend._C is not None
+    assert backend._C.cpu_bf16_products() == pairs
+    cpu = torch.device("cpu")
+    assert (backend.no_products(torch.bfloat16, cpu) is None) == pairs
+    assert backend.no_products(torch.float16, cpu) == "no instruction set here multiplies float16"
+    for dtype in (torch.float32, torch.float64):
+        assert backend.no_products(dtype, cpu) is None
+    assert backend.no_products(torch.bfloat16, torch.device("cuda", 0)) is None
+    want = {"runs": "bfloat16", "reason": ""}
+    if not pairs:
+        want = {"runs": "float32", "reason": f"the instruction set {isa!r} does not multiply bfloat16"}
+    report = environment.config()
+    assert report["products"]["bfloat16"] == want
+    line = f"in {want['runs']}" + f" [{want['reason']}]" * (not pairs)
+    assert f"products   of bfloat16  cpu: {line}\n" in environment.format_config(report)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounded_once(without: str, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 24), (12, 24), (12,)))
+    want = F.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    assert torch.equal(dispatch.product(F.linear, x, weight, bias), want)
+    with torch.autocast("cpu", dtype):
+        got = dispatch.product(F.linear, x.float(), weight.float(), None)
+    assert torch.equal(got, F.linear(x.float(), weight.float()).to(dtype))
+    with pytest.raises(RuntimeError, match="dtype"):
+        dispatch.product(F.linear, x, weight.float(), None)
+    q, k, v = torch.randn(3, 1, 2, 6, 40).to(dtype)
+    wide = reference.causal_attention(q.float(), k.float(), v.float(), 0.1)
+    for got, part in zip(ops.causal_attention(q, k, v, 0.1, need_weights=True), wide, strict=True):
+        assert torch.equal(got, part.to(dtype))
+
+
+def run(model: Any, tokens: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """Logits and gradients."""
+    model.zero_grad()
+    out = model(tokens, labels=tokens, attention_mask=mask, use_cache=False)
+    out.loss.backward()
+    return [out.logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("how", ["plain", "autocast", "masked"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_model(without: str, seen: list[torch.dtype], dtype: torch.dtype, how: str) -> None:
+    """No product of torch's is in the dtype of the weights, forward or backward; results have it still."""
+    model = small(torch.float32 if how == "autocast" else dtype)
+    tokens = ids(model, 2, 9) % 16
+    mask = torch.ones_like(tokens) if how == "masked" else None
+    with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+        with backend.use_backend("reference"):
+            plain = run(model, tokens, mask)
+        seen.clear()
+        got = run(model, tokens, mask)
+    assert set(seen) == {torch.float32}
+    exact = run(copy.deepcopy(model).double(), tokens, mask)
+    assert got[0].dtype == dtype
+    assert all(x.dtype == model.dtype for x in got[1:])
+    for names in zip(got, plain, exact, strict=True):
+        assert_parity(*names)
+
+
+def test_compiled(without: str) -> None:
+    x, weight = torch.randn(5, 24).bfloat16(), torch.randn(12, 24).bfloat16()
+    compiled = torch.compile(lambda x, y: dispatch.product(F.linear, x, y), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), dispatch.product(F.linear, x, weight))
+    torch.compiler.reset()
+
+
+def test_the_reference_and_exports_stay_as_defined(without: str, seen: list[torch.dtype]) -> None:
+    model = small(torch.bfloat16)
+    tokens = ids(model, 1, 9)
+    with backend.use_backend("reference"), torch.no_grad():
+        model(tokens)
+    assert set(seen) == {torch.bfloat16}
+    graph = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False).graph
+    assert "aten.linear.default" in str(graph)
+    assert "autocast" not in str(graph)
+
+
+def test_float32_is_left_alone(isa: str, seen: list[torch.dtype]) -> None:
+    model = small()
+    with torch.no_grad():
+        if forwards.why_not(model.transformer, ids(model, 1, 9)) is None:
+            model.transformer.h[0].register_forward_hook(lambda *_: None)  # its layers run
+        model(ids(model, 1, 9))
+    assert set(seen) == {torch.float32}
