@@ -1,7 +1,8 @@
-"""Runs the tests that it is given, of the compiled CPU engines, where the processor has no tiles (AMX).
+"""Runs the tests that it is given, of the compiled CPU engines, where the processor has no tiles (AMX), and those of AVX-VNNI where
+it has AVX-512's instead.
 
-csrc/cpu is compiled as it is but for its tile unit, which tests/native/tiles.h stands for by AVX-512's products, and
-the choice of an instruction set; the tests meet the module that this gives as ``igpt_fast._C``.
+csrc/cpu is compiled as it is but for its tile unit, which tests/native/tiles.h stands for by AVX-512's products, the
+encoding of AVX-VNNI's (tests/native/avx_vnni.h), and the choice of an instruction set; the tests meet the module that this gives as ``igpt_fast._C``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compiling import CACHE, Tree, alone, link, load, python_flags  # noqa: E402
 EVERY = ("-O2", "-fno-math-errno", "-fopenmp", "-DIGPT_X86")
 AVX512 = ("f", "bw", "dq", "vl", "vnni", "bf16")
 TILES = ("-mfma", "-mprefer-vector-width=512", "-fno-exceptions", *(f"-mavx512{part}" for part in AVX512))
+VNNI = ("-mavx2", "-mfma", "-mavxvnni", "-fno-exceptions", "-include", str(ROOT / "tests" / "native" / "avx_vnni.h"))
 INFO = """#define IGPT_VERSION "{version}"
 #define IGPT_COMPILER "the tests'"
 #define IGPT_OPENMP_STATUS "yes"
@@ -41,7 +43,7 @@ def build() -> Path:
         assert version is not None
         (tree.csrc / "build_info.h").write_text(INFO.format(version=version[1]), "utf-8")
         cpu, bind = tree.csrc / "cpu", tree.csrc / "bind"
-        isa = {"choice.cpp": (), "generic.cpp": ("-fno-exceptions",), "amx.cpp": TILES}
+        isa = {"choice.cpp": (), "generic.cpp": ("-fno-exceptions",), "avx_vnni.cpp": VNNI, "amx.cpp": TILES}
         sources = [(path, EVERY) for path in sorted(cpu.glob("*.cpp"))]
         sources += [(cpu / "isa" / name, (*EVERY, *flags)) for name, flags in isa.items()]
         names = ("module", "cpu", "decoder", "forward")

@@ -77,7 +77,7 @@ inline void write(uint16_t* p, Vec v, Whole) {
 inline Vec drop_below(Vec v, Vec x, Vec limit) { return floats(bits(v) & ~(x < limit)); }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return pick(x < zero(), a, b); }
 
-constexpr bool kPairs = false, kBytes = false;
+constexpr bool kPairs = false, kBytes = false, kWords = false;
 
 }  // namespace
 }  // namespace igpt::cpu
