@@ -71,15 +71,15 @@ inline void each_group(const Piece& p, int64_t groups, Group group) {
 }
 
 template <int R, int C>
-inline void begin(const Piece& p, Vec (&acc)[R][C], int half = 0) {
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = p.first ? zero() : load(p.sums + (2 * r + half) * p.width + c * kLanes);
+[[gnu::always_inline]] inline void begin(const Piece& p, Vec (&acc)[R][C]) {
+    each<R>([&](auto r) {
+        each<C>([&](auto c) { acc[r][c] = p.first ? zero() : load(p.sums + 2 * r * p.width + c * kLanes); });
+    });
 }
 
 template <int R, int C>
-inline void finish(const Piece& p, const Vec (&acc)[R][C], int half = 0) {
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(p.sums + (2 * r + half) * p.width + c * kLanes, acc[r][c]);
+[[gnu::always_inline]] inline void finish(const Piece& p, const Vec (&acc)[R][C]) {
+    each<R>([&](auto r) { each<C>([&](auto c) { store(p.sums + 2 * r * p.width + c * kLanes, acc[r][c]); }); });
 }
 
 // Two groups as one, so that they fill two chains.
@@ -105,23 +105,29 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
     finish(p, even);
 }
 
-// The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group.
+// The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group. Flat: sums
+// that a call could see would be kept in memory.
 struct Fp32 {
     static constexpr bool tiled = false, splits = false;
     static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
     // One set of sums, whatever the rows: a sequence has the same bits in every batch. The chains of the registers
     // beside each other are enough for one row, which waits for memory.
     template <int R, int C>
-    static void run(const Piece& p) {
+    [[gnu::flatten]] static void run(const Piece& p) {
         Vec acc[R][C];
         begin(p, acc);
         each_group(paired(p), p.count / 2, [&](const char* w, const char* far, int64_t g) {
-            for (int k = 0; k < 2; ++k)
-                for (int c = 0; c < C; ++c) {
+            each<2>([&](auto k) {
+                Vec v[C];
+                each<C>([&](auto c) {
                     prefetch(far + k * p.far_step + c * bytes);
-                    const Vec v = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
-                    for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
-                }
+                    v[c] = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
+                });
+                each<R>([&](auto r) {
+                    const Vec x = set1(p.x[r * p.ld + 2 * g + k]);
+                    each<C>([&](auto c) { acc[r][c] = fma(v[c], x, acc[r][c]); });
+                });
+            });
         });
         finish(p, acc);
     }
@@ -146,17 +152,21 @@ struct Bf16 {
             widen<R, C>(p);
     }
     template <int R, int C>
-    static void widen(const Piece& p) {
+    [[gnu::flatten]] static void widen(const Piece& p) {
         two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
-            for (int c = 0; c < C; ++c) {
-                prefetch(far + c * bytes);
-                const Ints v = load_ints(w + c * bytes);
-                const Vec v0 = bf16_even(v), v1 = bf16_odd(v);
-                for (int r = 0; r < R; ++r) {
-                    even[r][c] = fma(v0, set1(p.x[r * p.ld + 2 * g]), even[r][c]);
-                    odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g + 1]), odd[r][c]);
-                }
-            }
+            each<C>([&](auto c) { prefetch(far + c * bytes); });
+            each<2>([&](auto k) {
+                auto& acc = k ? odd : even;
+                Vec v[C];
+                each<C>([&](auto c) {
+                    const Ints both = load_ints(w + c * bytes);
+                    v[c] = k ? bf16_odd(both) : bf16_even(both);
+                });
+                each<R>([&](auto r) {
+                    const Vec x = set1(p.x[r * p.ld + 2 * g + k]);
+                    each<C>([&](auto c) { acc[r][c] = fma(v[c], x, acc[r][c]); });
+                });
+            });
         });
     }
 };
@@ -245,19 +255,19 @@ struct Int8Words {
     static constexpr bool tiled = false, splits = true;
     static constexpr int step = 2, bytes = 2 * kLanes, max_rows = kMaxRows;
     template <int R, int C>
-    static void run(const Piece& p) {
+    [[gnu::flatten]] static void run(const Piece& p) {
         Ints acc[R][C] = {};
         each_group(p, p.count / 2, [&](const auto* w, const char* far, int64_t g) {
             prefetch(far);
-            for (int c = 0; c < C; ++c) {
-                const Ints v = load_words(w + c * bytes);
-                for (int r = 0; r < R; ++r) acc[r][c] = add_words(acc[r][c], p.half + r * p.ld + 2 * g, v);
-            }
+            Ints v[C];
+            each<C>([&](auto c) { v[c] = load_words(w + c * bytes); });
+            each<R>([&](auto r) {
+                each<C>([&](auto c) { acc[r][c] = add_words(acc[r][c], p.half + r * p.ld + 2 * g, v[c]); });
+            });
         });
         Vec sums[R][C];
         begin(p, sums);
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c) sums[r][c] += to_floats(acc[r][c]);
+        each<R>([&](auto r) { each<C>([&](auto c) { sums[r][c] += to_floats(acc[r][c]); }); });
         finish(p, sums);
     }
     // x as 16-bit integers, zeros up to a whole register; returns the scale, NaN when something in x is not finite.
@@ -299,7 +309,7 @@ using Int8 = decltype(int8_format());
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMostSums = 24;  // of 32 registers
 #else
-constexpr int kMostSums = 12;  // of 16
+constexpr int kMostSums = 8;  // of 16, unless two registers share a row's inputs
 #endif
 
 // A piece of any number of registers up to 4, and of those two by two where its rows leave no more.

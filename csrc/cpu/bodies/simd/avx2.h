@@ -7,7 +7,7 @@ namespace {
 using Vec = __m256;
 using Ints = __m256i;
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 6;  // 3 rows x 4 registers, or 6 x 2
+constexpr int kMaxRows = 6;  // 2 rows x 4 registers, or 6 x 2, 16 there are
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
