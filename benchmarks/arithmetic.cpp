@@ -46,6 +46,29 @@ __attribute__((target("avx512f"))) void fma_512(long rounds) {
     }
 }
 
+// Products of bf16 pairs and of fours of bytes, by their names; zeros, whose products take as long.
+#define SUM(i) auto s##i = x;
+#define PAIRS(i) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(s##i) : "v"(x));
+#define BYTES(i) asm volatile("vpdpbusd %1, %1, %0" : "+v"(s##i) : "v"(x));
+#define BYTES_VEX(i) asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(s##i) : "x"(x));
+#define PRODUCTS(NAME, TARGET, ZERO, MULTIPLY)               \
+    __attribute__((target(TARGET))) void NAME(long rounds) { \
+        auto x = ZERO();                                     \
+        TWELVE(SUM)                                          \
+        for (long round = 0; round < rounds; ++round) {      \
+            TWELVE(MULTIPLY)                                 \
+        }                                                    \
+    }
+PRODUCTS(pairs_512, "avx512f", _mm512_setzero_si512, PAIRS)
+PRODUCTS(bytes_512, "avx512f", _mm512_setzero_si512, BYTES)
+PRODUCTS(bytes_256, "avx512f,avx512vl", _mm256_setzero_si256, BYTES)
+PRODUCTS(bytes_vex, "avx2", _mm256_setzero_si256, BYTES_VEX)
+
+bool have_avx_vnni() {
+    unsigned a, b, c, d;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 struct alignas(64) Layout {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -99,6 +122,14 @@ Unit find(int number) {
             return {have_tiles(), 4 * 16 * 16 * 32 * 2., tiles_bf16};
         case 3:
             return {have_tiles(), 4 * 16 * 16 * 64 * 2., tiles_int8};
+        case 4:
+            return {bool(__builtin_cpu_supports("avx512bf16")), 12 * 32 * 2., pairs_512};
+        case 5:
+            return {bool(__builtin_cpu_supports("avx512vnni")), 12 * 64 * 2., bytes_512};
+        case 6:
+            if (have_avx_vnni()) return {true, 12 * 32 * 2., bytes_vex};
+            return {__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"), 12 * 32 * 2.,
+                    bytes_256};
         default:
             return {};
     }
@@ -106,7 +137,7 @@ Unit find(int number) {
 
 }  // namespace
 
-// Runs `rounds` rounds of a unit (0: 256-bit FMA, 1: 512-bit FMA, 2: tiles of bf16, 3: tiles of int8) in each of
+// Runs `rounds` rounds of a unit (UNITS of ceilings.py, from 0) in each of
 // `threads` threads. Returns the operations done, 0 where the processor has no such unit.
 extern "C" double multiply(int unit, long rounds, int threads) {
     const Unit found = find(unit);

@@ -315,7 +315,8 @@ def main() -> None:
         options.batch = [1]
     if options.dry_run:
         config, options.rounds, options.steps, options.position = ImageGPTConfig(**TINY), 1, 2, [32]
-    measured = limits.measure(options.threads, (80, 160, 320), 0.01 if options.dry_run else 0.15)
+    seconds = 0.01 if options.dry_run else 0.15
+    measured = limits.measure(options.threads, (80, 160, 320), seconds)
     limits.report(measured)
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
@@ -326,6 +327,8 @@ def main() -> None:
                 rows += bench_images(config, batch, steps, measured, options)
     rows += bench_memory(config, options)
     print(common.table(rows, COLUMNS))
+    if not options.dry_run:
+        measured.check_steady(limits.measure(options.threads, (80, 160, 320), seconds))
     if options.json:
         common.write(options.json, rows, ceilings=limits.report(measured))
 

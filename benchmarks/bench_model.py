@@ -88,13 +88,13 @@ def forwards(config: ImageGPTConfig, tokens: Tensor, options: argparse.Namespace
         call = peers.compile_frozen(model) if compiled else model
         return lambda: call(tokens)
 
-    def openvino() -> Run:
+    def openvino(dtype: str) -> Run:
         import openvino as ov
 
         model = ov.convert_model(
             peers.Expert(make_model(config, "float32")), example_input=tokens, input=[list(tokens.shape)]
         )
-        request = peers.compile_openvino(model, "bfloat16").create_infer_request()
+        request = peers.compile_openvino(model, dtype).create_infer_request()
         return lambda: torch.from_numpy(request.infer([tokens.numpy()])[0])
 
     for dtype in DTYPES:
@@ -105,8 +105,8 @@ def forwards(config: ImageGPTConfig, tokens: Tensor, options: argparse.Namespace
             found[dtype, "PyTorch, compiled"] = lambda dtype=dtype: expert(dtype, True)
         found[dtype, "igpt_fast, PyTorch"] = lambda dtype=dtype: ours(dtype, "reference")
         found[dtype, "igpt_fast"] = lambda dtype=dtype: ours(dtype, "auto")
-    if options.openvino:
-        found["bfloat16", "OpenVINO"] = openvino
+        if options.openvino:
+            found[dtype, "OpenVINO"] = lambda dtype=dtype: openvino(dtype)
     return found
 
 
@@ -278,7 +278,8 @@ def main() -> None:
         options.batch, options.rounds = [1], 3
     if options.dry_run:
         config, options.rounds = ImageGPTConfig(**TINY), 1
-    measured = limits.measure(options.threads, (80, 160, 320), 0.01 if options.dry_run else 0.15)
+    seconds = 0.01 if options.dry_run else 0.15
+    measured = limits.measure(options.threads, (80, 160, 320), seconds)
     limits.report(measured)
     rows: list[dict[str, Any]] = []
     if "forward" in options.work:
@@ -288,6 +289,8 @@ def main() -> None:
     if "train" in options.work:
         rows += bench_train(config, options.train_batch, measured, options)
     print(common.table(rows, COLUMNS))
+    if not options.dry_run:
+        measured.check_steady(limits.measure(options.threads, (80, 160, 320), seconds))
     if options.json:
         common.write(options.json, rows, ceilings=limits.report(measured))
 

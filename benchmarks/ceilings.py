@@ -20,7 +20,10 @@ from pathlib import Path
 import common
 import torch
 
-UNITS = ("avx2_fma", "avx512_fma", "amx_bf16", "amx_int8")
+# As arithmetic.cpp numbers them; the fastest unit of a dtype is its peak, and without any the fastest FMA is.
+UNITS = ("avx2_fma", "avx512_fma", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "vnni_256")
+PRODUCTS = {"bfloat16": ("amx_bf16", "avx512_bf16"), "int8": ("amx_int8", "avx512_vnni", "vnni_256")}
+STEADY = 0.8  # of what the ceilings were before a run they still are behind it
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,25 @@ class Ceilings:
     def peak(self, dtype: str) -> float:
         """TFLOP/s of the fastest unit for products of a dtype."""
         fma = max(self.tflop_s["avx512_fma"], self.tflop_s["avx2_fma"])
-        return {"bfloat16": self.tflop_s["amx_bf16"], "int8": self.tflop_s["amx_int8"]}.get(dtype) or fma
+        return max((self.tflop_s[unit] for unit in PRODUCTS.get(dtype, ())), default=0.0) or fma
+
+    def check_steady(self, again: Ceilings) -> None:
+        """Compares with the ceilings behind the run: another job on the machine makes times of no use.
+
+        Raises:
+            SystemExit: They have moved, either way: the other job may have been there at the beginning alone.
+        """
+        before, after = self._rates(), again._rates()
+        for name, rate in before.items():
+            if rate and not STEADY <= after[name] / rate <= 1 / STEADY:
+                raise SystemExit(
+                    f"the machine's ceilings moved during the run, {name} from {rate:.3g} to {after[name]:.3g}: "
+                    "another job is on it; nothing was written, run again when it has ended"
+                )
+
+    def _rates(self) -> dict[str, float]:
+        rates = {f"GB/s of reading {size} MB": rate for size, rate in self.read_gb_s.items()}
+        return rates | {f"TFLOP/s of {name}": rate for name, rate in self.tflop_s.items()}
 
     def limit_ms(self, work: Work, dtype: str) -> float | None:
         """Milliseconds under which a work cannot come: the longer of reading and multiplying, then copying."""

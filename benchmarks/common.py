@@ -37,10 +37,19 @@ def say(text: str) -> None:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
+# What holds the peers' libraries to the instruction set that IGPT_FAST_ISA chooses: oneDNN, torch's own kernels, MKL.
+LIMITS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+
+
 def tune_allocator() -> None:
-    """Starts the program anew with an allocator that keeps its memory, for everybody who is measured."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    """Starts the program anew with an allocator that keeps its memory, for everybody who is measured, and with nobody
+    beyond the instruction set that is asked for."""
+    wanted = ALLOCATOR | LIMITS.get(os.environ.get("IGPT_FAST_ISA", ""), {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 def plain_allocator() -> dict[str, str]:
@@ -125,6 +134,7 @@ def machine() -> dict[str, Any]:
     return {
         "commit": commit(),
         "processor": report["devices"][0]["processor"],
+        "family_model": _family_model(),
         "cores": os.cpu_count(),
         "isa": report["isa"]["live"],
         "device": device["processor"] if device["name"] != "cpu" else None,
@@ -133,6 +143,15 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def _family_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's, such as "25, 17", which tell generations apart that have one name; ``None`` where none are."""
+    if not cpuinfo.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in cpuinfo.read_text("utf-8").splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in lines.items()}
+    return f"{found['cpu family']}, {found['model']}" if "cpu family" in found else None
 
 
 def _peers() -> dict[str, str]:

@@ -134,10 +134,23 @@ def test_the_allocator_is_set_once(common: ModuleType, monkeypatch: pytest.Monke
     common.tune_allocator()
     assert not started
     assert not common.plain_allocator().keys() & common.ALLOCATOR.keys()
+    monkeypatch.setenv("IGPT_FAST_ISA", "avx2")  # the peers are held to it as well
+    common.tune_allocator()
+    assert started.pop()[2].items() >= common.LIMITS["avx2"].items()
+
+
+def test_the_processors_family(common: ModuleType, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    assert common._family_model(cpuinfo) is None
+    cpuinfo.write_text("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n")
+    assert common._family_model(cpuinfo) == "26, 2"
+    cpuinfo.write_text("processor\t: 0\nCPU part\t: 0xd40\n")
+    assert common._family_model(cpuinfo) is None
 
 
 def test_the_limit(limits: ModuleType) -> None:
-    units = {"avx2_fma": 0.25, "avx512_fma": 0.5, "amx_bf16": 8.0, "amx_int8": 16.0}
+    none = dict.fromkeys(limits.UNITS, 0.0)
+    units = none | {"avx2_fma": 0.25, "avx512_fma": 0.5, "amx_bf16": 8.0, "amx_int8": 16.0, "avx512_bf16": 1.0}
     ceilings = limits.Ceilings(2, {80: 50.0, 160: 40.0, 320: 30.0}, 20.0, units)
     assert [ceilings.read(size) for size in (1e6, 119e6, 121e6, 5e9)] == [50.0, 50.0, 40.0, 30.0]
     assert [ceilings.peak(dtype) for dtype in ("float32", "bfloat16", "int8")] == [0.5, 8.0, 16.0]
@@ -145,12 +158,23 @@ def test_the_limit(limits: ModuleType) -> None:
     assert ceilings.limit_ms(work, "bfloat16") == pytest.approx(4)
     assert ceilings.limit_ms(work, "float32") == pytest.approx(32)
     assert ceilings.limit_ms(limits.Work(flops=16e9, copied=20e6), "bfloat16") == pytest.approx(3)
-    plain = limits.Ceilings(
-        2, {80: 50.0}, 20.0, {"avx2_fma": 0.25, "avx512_fma": 0.0, "amx_bf16": 0.0, "amx_int8": 0.0}
-    )
-    assert plain.peak("bfloat16") == 0.25  # bf16 is multiplied as float32
-    nothing = limits.Ceilings(2, {80: 50.0}, 20.0, dict.fromkeys(limits.UNITS, 0.0))
+    plain = limits.Ceilings(2, {80: 50.0}, 20.0, none | {"avx2_fma": 0.25, "vnni_256": 1.0})
+    assert [plain.peak(dtype) for dtype in ("bfloat16", "int8")] == [0.25, 1.0]  # bf16 is multiplied as float32
+    zen = limits.Ceilings(2, {80: 50.0}, 20.0, none | {"avx512_fma": 0.5, "avx512_bf16": 1.0, "avx512_vnni": 2.0})
+    assert [zen.peak(dtype) for dtype in ("float32", "bfloat16", "int8")] == [0.5, 1.0, 2.0]
+    nothing = limits.Ceilings(2, {80: 50.0}, 20.0, none)
     assert nothing.limit_ms(work, "float32") is None
+
+
+def test_ceilings_that_move_refuse_the_run(limits: ModuleType) -> None:
+    def ceilings(read: float, fma: float) -> Any:
+        return limits.Ceilings(2, {80: read}, 20.0, dict.fromkeys(limits.UNITS, 0.0) | {"avx2_fma": fma})
+
+    ceilings(50.0, 0.25).check_steady(ceilings(45.0, 0.27))
+    with pytest.raises(SystemExit, match=r"GB/s of reading 80 MB from 50 to 30: another job"):
+        ceilings(50.0, 0.25).check_steady(ceilings(30.0, 0.25))
+    with pytest.raises(SystemExit, match=r"TFLOP/s of avx2_fma from 0\.1 to 0\.25"):
+        ceilings(50.0, 0.1).check_steady(ceilings(50.0, 0.25))
 
 
 @needs_compiler
@@ -160,7 +184,16 @@ def test_ceilings_are_measured(limits: ModuleType) -> None:
     assert all(rate > 0.1 for rate in (*found.read_gb_s.values(), found.copy_gb_s))
     assert found.tflop_s.keys() == set(limits.UNITS)
     isas = dict(backend._C.cpu_isas()) if backend._C is not None else {}
-    for isa, unit in (("avx2", "avx2_fma"), ("avx512", "avx512_fma"), ("amx", "amx_bf16"), ("amx", "amx_int8")):
+    for isa, unit in (
+        ("avx2", "avx2_fma"),
+        ("avx_vnni", "vnni_256"),
+        ("avx512", "avx512_fma"),
+        ("avx512_vnni", "avx512_vnni"),
+        ("avx512_vnni", "vnni_256"),
+        ("avx512_bf16", "avx512_bf16"),
+        ("amx", "amx_bf16"),
+        ("amx", "amx_int8"),
+    ):
         if isas.get(isa):
             assert found.tflop_s[unit] > 0.001
 
