@@ -34,6 +34,8 @@ struct Flag {
 #include "avx512.h"
 #elif defined(__AVX2__)
 #include "avx2.h"
+#elif defined(IGPT_NEON)
+#include "neon.h"
 #else
 #include "generic.h"
 #endif
