@@ -8,6 +8,7 @@ using Vec = __m256;
 using Ints = __m256i;
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 2;  // 2 rows x 4 registers, 16 there are
+constexpr int kBlockRows = 6, kBlockRegisters = 2;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }

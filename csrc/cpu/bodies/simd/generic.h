@@ -7,6 +7,7 @@ namespace igpt::cpu {
 namespace {
 
 constexpr int kMaxRows = 2;
+constexpr int kBlockRows = 4, kBlockRegisters = 2;
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec pick(Ints mask, Vec a, Vec b) { return floats((mask & bits(a)) | (~mask & bits(b))); }

@@ -1,0 +1,138 @@
+// sums (rows x registers) (+)= x w: the one kernel of products of many rows, whatever the numbers and the machine.
+//
+// w is packed as decoder_kernels.h has it, [n / tile][k / step][tile][step], and is read group by group along k; a
+// group is one k (fp32) or two (bf16). x lies in lines of 64 bytes along k: row r, line l at x + r row_bytes + l
+// line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles (row_bytes 64, line_bytes
+// 1024) as well.
+//
+// R x C sums stay in registers all along k, and each is added up in one order, that of k, whatever R and C: results do
+// not depend on the rows beside them. Bound by multiply-adds: for each group R C of them, with R + C loads. Weights are
+// read once for R rows: from the second cache if depth x tile numbers do not fit into the first.
+#pragma once
+
+#include "../decoder_kernels.h"
+#include "simd/registers.h"
+
+namespace igpt::cpu {
+namespace {
+
+constexpr int64_t kLineBytes = 64, kGroupBytes = 4 * kTile;
+
+// Rows times registers of one packed tile.
+struct Block {
+    const char* x;
+    int64_t row_bytes, line_bytes;
+    const char* w;  // the first register's, kGroupBytes from group to group
+    int64_t depth;  // of k, a multiple of `step`
+    float* sums;    // (rows, ld)
+    int64_t ld;
+    bool first;  // the sums are written, else added to what is there
+};
+
+// f(0) to f(N - 1), as constants: what they index is in registers from the beginning.
+template <int I>
+struct Index {
+    static constexpr int value = I;
+    constexpr operator int() const { return I; }
+};
+template <int N, class F>
+[[gnu::always_inline]] inline void repeat(F&& f) {
+    if constexpr (N > 0) {
+        repeat<N - 1>(f);
+        f(Index<N - 1>());
+    }
+}
+
+// The kinds: `step` of k are a group, whose inputs take `bytes`, and which is multiplied in `parts`: so much of the
+// weights is in registers at a time. `weights` reads a register of a part, `add` multiplies one with a row's inputs.
+struct Single {  // fp32 with fp32
+    static constexpr int step = 1, bytes = 4, parts = 1;
+    static Vec weights(const char* w, int) { return load(reinterpret_cast<const float*>(w)); }
+    static Vec inputs(const char* x, int) { return set1(*reinterpret_cast<const float*>(x)); }
+    static Vec add(Vec sum, Vec x, Vec w) { return fma(w, x, sum); }
+};
+
+struct Wide {  // fp32 with bf16, which becomes fp32 on the way
+    static constexpr int step = 2, bytes = 8, parts = 2;
+    static Vec weights(const char* w, int part) { return part == 0 ? bf16_even(load_ints(w)) : bf16_odd(load_ints(w)); }
+    static Vec inputs(const char* x, int part) { return set1(reinterpret_cast<const float*>(x)[part]); }
+    static Vec add(Vec sum, Vec x, Vec w) { return fma(w, x, sum); }
+};
+
+struct Pairs {  // bf16 with bf16, where kPairs
+    static constexpr int step = 2, bytes = 4, parts = 1;
+    static Ints weights(const char* w, int) { return load_ints(w); }
+    static const uint16_t* inputs(const char* x, int) { return reinterpret_cast<const uint16_t*>(x); }
+    template <class V>
+    static V add(V sum, const uint16_t* x, Ints w) {
+        return add_pairs(sum, x, w);
+    }
+};
+
+template <class Kind, int R, int C>
+[[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w, Vec (&acc)[R][C]) {
+    repeat<Kind::parts>([&](auto part) {
+        decltype(Kind::weights(w, 0)) v[C];
+        repeat<C>([&](auto c) { v[c] = Kind::weights(w + 4 * c * kLanes, part); });
+        repeat<R>([&](auto r) {
+            const auto a = Kind::inputs(x + r * row_bytes, part);
+            repeat<C>([&](auto c) { acc[r][c] = Kind::add(acc[r][c], a, v[c]); });
+        });
+    });
+}
+
+template <class Kind, int R, int C>
+void run_block(const Block& p) {
+    constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2;
+    Vec acc[R][C];
+    repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = zero(); }); });
+    const char *x = p.x, *w = p.w;
+    int64_t left = p.depth / Kind::step;
+    for (; left >= groups; left -= groups, x += p.line_bytes)
+        for (int64_t g = 0; g < groups; g += unrolled, w += unrolled * kGroupBytes) {
+            add_group<Kind>(x + g * Kind::bytes, p.row_bytes, w, acc);
+            add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + kGroupBytes, acc);
+        }
+    for (; left > 0; --left, x += Kind::bytes, w += kGroupBytes) add_group<Kind>(x, p.row_bytes, w, acc);
+    repeat<R>([&](auto r) {
+        float* sums = p.sums + r * p.ld;
+        repeat<C>([&](auto c) { store(sums + c * kLanes, p.first ? acc[r][c] : load(sums + c * kLanes) + acc[r][c]); });
+    });
+}
+
+template <class Kind, int C, int R = kBlockRows>
+inline void run_block_of(const Block& p, int64_t rows) {
+    if (rows == R) return run_block<Kind, R, C>(p);
+    if constexpr (R > 1) run_block_of<Kind, C, R - 1>(p, rows);
+}
+
+template <class Kind, int C>
+inline void run_blocks_of(Block p, int64_t rows) {
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const char* x = p.x;
+    float* sums = p.sums;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = rows * b / blocks;
+        p.x = x + first * p.row_bytes;
+        p.sums = sums + first * p.ld;
+        run_block_of<Kind, C>(p, rows * (b + 1) / blocks - first);
+    }
+}
+
+// Any number of rows, and of a tile's registers, in blocks: all rows with some registers, and then with the next.
+template <class Kind>
+void run_blocks(Block p, int64_t rows, int64_t registers) {
+    const auto with = [&](auto c) {
+        run_blocks_of<Kind, decltype(c)::value>(p, rows);
+        p.w += 4 * c * kLanes;
+        p.sums += c * kLanes;
+        registers -= c;
+    };
+    while (registers >= kBlockRegisters) with(Index<kBlockRegisters>());
+    if constexpr (kBlockRegisters > 2)
+        if (registers >= 2) with(Index<2>());
+    if (registers > 0) with(Index<1>());
+}
+
+}  // namespace
+}  // namespace igpt::cpu
