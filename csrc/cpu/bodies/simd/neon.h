@@ -9,7 +9,8 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr int kMaxRows = 4;  // 4 rows x 4 registers
+constexpr int kMaxRows = 4;  // 4 rows x 4 registers, 32 there are
+constexpr int kBlockRows = 4, kBlockRegisters = 4;
 
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec abs(Vec a) { return vabsq_f32(a); }
