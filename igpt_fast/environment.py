@@ -14,7 +14,7 @@ import torch
 import igpt_fast
 from igpt_fast import backend
 from igpt_fast.engines.choice import DECODERS, FORWARDS
-from igpt_fast.engines.cpu.weights import no_native_decoder, no_native_forward
+from igpt_fast.engines.cpu.weights import no_native_decoder
 from igpt_fast.engines.cuda.capture import failed
 from igpt_fast.engines.cuda.decoder import no_cuda_decoder
 
@@ -105,7 +105,7 @@ def config() -> dict[str, Any]:
         "unavailable": {name: reason for name in ("cpu", "cuda") if (reason := backend.unavailable(name))},
         "ops": {op: {device: _row(implementation(op, device)) for device in ("cpu", "cuda")} for op in backend.OPS},
         "decoders": {name: _row(_engine(name, covers, no_native_decoder)) for name, covers in DECODERS.items()},
-        "forwards": {name: _row(_engine(name, covers, no_native_forward)) for name, covers in FORWARDS.items()},
+        "forwards": {name: _row(_engine(name, covers, no_native_decoder)) for name, covers in FORWARDS.items()},
     }
 
 

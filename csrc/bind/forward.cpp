@@ -18,13 +18,12 @@ namespace {
 
 namespace cpu = igpt::cpu;
 
-uint16_t* halves(uintptr_t address) { return reinterpret_cast<uint16_t*>(address); }
+void* memory(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 }  // namespace
 
 void bind_forward(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def("has_cpu_forward", [] { return cpu::ops().forward.gemm != nullptr; });
     py::class_<cpu::Forward>(m, "Forward")
         .def(py::init([](std::shared_ptr<cpu::DecoderWeights> weights) {
                  return std::make_unique<cpu::Forward>(std::move(weights));
@@ -40,13 +39,13 @@ void bind_forward(py::module_& m) {
                 p.batch = batch;
                 p.length = length;
                 p.layers = layers;
-                p.last = halves(last);
-                p.keys = halves(keys);
-                p.values = halves(values);
+                p.last = memory(last);
+                p.keys = memory(keys);
+                p.values = memory(values);
                 p.taken = taken.data();
                 p.takes = int64_t(taken.size());
                 p.normed = normed;
-                p.states = halves(states);
+                p.states = memory(states);
                 p.bands = bands;
                 p.means = reinterpret_cast<float*>(means);
                 self.run(p, threads);

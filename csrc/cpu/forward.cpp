@@ -29,34 +29,41 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr int64_t kSpan = 512 * 512;  // numbers: of a span's activations, and of a slice of `inner`
+constexpr int64_t kSpan = 512 << 10;  // bytes: of a span's activations, and of a slice of `inner`
 constexpr int64_t kSlice = 512;       // outputs of fc, inputs of fc_proj, at a time
 constexpr int64_t kTeamRows = 128;    // of a team at least, before there is a second one
 constexpr int64_t kMostRows = 2048;
 
 // Rows of a span: fewer of wide ones.
-int64_t span_rows(const DecoderShape& s) {
-    return std::max(kRows, std::min<int64_t>(512, kSpan / s.embd / kRows * kRows));
+int64_t span_rows(const DecoderShape& s, Format activations) {
+    const int64_t bytes = kSlice * format_bytes(activations);
+    return std::max(kRows, std::min(kSpan / bytes, kSpan * kSlice / bytes / s.embd / kRows * kRows));
+}
+
+// Where number `index` of an array of a format is.
+char* at(void* numbers, Format format, int64_t index) {
+    return static_cast<char*>(numbers) + index * format_bytes(format);
 }
 
 }  // namespace
 
 // Activations of some sequences.
 struct Forward::Space {
-    Space(const DecoderShape& s, int64_t rows_, int threads_)
+    Space(const DecoderShape& s, Format activations, int64_t rows_, int threads_)
         : rows(rows_), threads(threads_), inner(size_t(threads)), qkv(size_t(threads)), sums(size_t(threads)) {
         const int64_t embd = padded(s.embd, 32), qkv_width = padded(3 * s.embd, 32);
-        const int64_t dim = padded(s.head_dim(), 32), span = std::min(rows, span_rows(s)), heads = rows * s.heads;
+        const int64_t dim = padded(s.head_dim(), 32), heads = rows * s.heads, bytes = format_bytes(activations);
+        const int64_t span = std::min(rows, span_rows(s, activations));
         arena = Arena::of([&](Arena& block) {
             x = block.take<float>(rows * embd);
-            normed = block.take<uint16_t>(rows * embd);
-            mixed = block.take<uint16_t>(rows * embd);
-            for (uint16_t** packed : {&q, &k, &v}) *packed = block.take<uint16_t>(heads * dim);
+            normed = block.take<char>(rows * embd * bytes);
+            mixed = block.take<char>(rows * embd * bytes);
+            for (char** packed : {&q, &k, &v}) *packed = block.take<char>(heads * dim * bytes);
             flaws = block.take<uint32_t>(heads * dim / 32);
             flawed = block.take<uint8_t>(heads / kRows);
             for (size_t t = 0; t < inner.size(); ++t) {
-                inner[t] = block.take<uint16_t>(span * kSlice);
-                qkv[t] = block.take<uint16_t>(span * qkv_width);
+                inner[t] = block.take<char>(span * kSlice * bytes);
+                qkv[t] = block.take<char>(span * qkv_width * bytes);
                 sums[t] = block.take<float>(span * 64);
             }
         });
@@ -66,11 +73,11 @@ struct Forward::Space {
     const int threads;
     Arena arena;
     float* x;
-    uint16_t *normed, *mixed, *q, *k, *v;
+    char *normed, *mixed, *q, *k, *v;
     uint32_t* flaws;
     uint8_t* flawed;
-    std::vector<uint16_t*> inner, qkv;  // of each team
-    std::vector<float*> sums;           // of each thread
+    std::vector<char*> inner, qkv;  // of each team
+    std::vector<float*> sums;       // of each thread
 };
 
 // One thread's part of a forward pass of `count` sequences from `first` on.
@@ -88,7 +95,7 @@ class ForwardWorker {
           positions_(padded(params.length, kRows)),
           embd_(padded(w_.shape.embd, 32)),
           dim_(padded(w_.shape.head_dim(), 32)),
-          span_(span_rows(w_.shape)) {}
+          span_(span_rows(w_.shape, kernels_.activations)) {}
 
     void run(int64_t first, int64_t sequences) {
         first_ = first;
@@ -131,6 +138,8 @@ class ForwardWorker {
 
     void meet_team() { barriers_[1 + team_].wait(int(members_)); }
 
+    char* activation(char* numbers, int64_t index) const { return at(numbers, kernels_.activations, index); }
+
     // This member's part of a span, in whole blocks.
     Range share(Range rows) const {
         const Range blocks = part((rows.end - rows.begin) / kRows, member_, members_);
@@ -163,7 +172,7 @@ class ForwardWorker {
     }
 
     // This member's outputs, of `n` from `first` on.
-    GemmParams gemm(const Matrix& m, const uint16_t* x, Range rows, int64_t n, Then then, const Matrix& next,
+    GemmParams gemm(const Matrix& m, const char* x, Range rows, int64_t n, Then then, const Matrix& next,
                     int64_t first = 0) const {
         GemmParams g{};
         g.matrix = &m;
@@ -190,16 +199,18 @@ class ForwardWorker {
         norm(l.norm_1, rows);
         take_states(i, rows);
         meet_team();
-        GemmParams g = gemm(l.qkv, s_.normed + rows.begin * embd_, rows, 3 * w_.shape.embd, Then::store, l.proj);
+        GemmParams g =
+            gemm(l.qkv, activation(s_.normed, rows.begin * embd_), rows, 3 * w_.shape.embd, Then::store, l.proj);
         g.plain = s_.qkv[size_t(team_)];
         kernels_.gemm(g);
         meet_team();
         const Range own = share(rows);
-        for (int64_t row = own.begin; row < own.end; row += kRows) pack(i, row, g.plain + (row - rows.begin) * g.width);
+        for (int64_t row = own.begin; row < own.end; row += kRows)
+            pack(i, row, activation(s_.qkv[size_t(team_)], (row - rows.begin) * g.width));
         meet_team();  // before the next span's
     }
 
-    void pack(int64_t i, int64_t row, const uint16_t* qkv) const {
+    void pack(int64_t i, int64_t row, const char* qkv) const {
         const int64_t local = row / positions_, t = row % positions_, heads = w_.shape.heads, d = w_.shape.head_dim();
         HeadsParams h{};
         h.qkv = qkv;
@@ -207,20 +218,21 @@ class ForwardWorker {
         h.head_dim = d;
         h.heads = heads;
         h.head_stride = positions_ * dim_;
-        const int64_t at = local * heads * h.head_stride + t * dim_;
-        h.q = s_.q + at;
-        h.k = s_.k + at;
-        h.v = s_.v + at;
+        const int64_t first = local * heads * h.head_stride + t * dim_;
+        h.q = activation(s_.q, first);
+        h.k = activation(s_.k, first);
+        h.v = activation(s_.v, first);
         h.flaw_stride = h.head_stride / 32;
-        h.flaws = s_.flaws + at / 32;
+        h.flaws = s_.flaws + first / 32;
         h.flawed_stride = positions_ / kRows;
         h.flawed = s_.flawed + local * heads * h.flawed_stride + t / kRows;
         h.seen = std::min(kRows, p_.length - t);
+        h.cache = w_.shape.format;
         if (p_.keys) {
             h.cache_stride = p_.length * d;
             const int64_t to = ((i * p_.batch + first_ + local) * heads * p_.length + t) * d;
-            h.keys = p_.keys + to;
-            h.values = p_.values + to;
+            h.keys = at(p_.keys, w_.shape.format, to);
+            h.values = at(p_.values, w_.shape.format, to);
         }
         kernels_.pack_heads(h);
     }
@@ -239,18 +251,18 @@ class ForwardWorker {
         for (int64_t u = 0; u < units; ++u) {
             const Range own{begin_in(index_, u), begin_in(index_ + 1, u)};
             if (own.begin >= own.end) continue;
-            const int64_t at = u * positions_ * dim_;
+            const int64_t first = u * positions_ * dim_;
             AttentionBlocksParams a{};
-            a.q = s_.q + at;
-            a.k = s_.k + at;
-            a.v = s_.v + at;
-            a.flaws = s_.flaws + at / 32;
+            a.q = activation(s_.q, first);
+            a.k = activation(s_.k, first);
+            a.v = activation(s_.v, first);
+            a.flaws = s_.flaws + first / 32;
             a.flawed = s_.flawed + u * blocks;
             a.head_dim = w_.shape.head_dim();
             a.scale = w_.layer(i).scale;
             a.begin = own.begin;
             a.end = own.end;
-            a.tiles = s_.mixed + u / heads * positions_ * embd_;
+            a.tiles = activation(s_.mixed, u / heads * positions_ * embd_);
             a.column = u % heads * a.head_dim;
             a.width = embd_;
             a.columns = w_.shape.embd;
@@ -260,24 +272,25 @@ class ForwardWorker {
 
     void mlp(int64_t i, Range rows) {
         const DecoderWeights::Layer& l = w_.layer(i);
-        const uint16_t* normed = s_.normed + rows.begin * embd_;
-        uint16_t* inner = s_.inner[size_t(team_)];
-        kernels_.gemm(gemm(l.proj, s_.mixed + rows.begin * embd_, rows, w_.shape.embd, Then::add, l.fc));
+        const char* normed = activation(s_.normed, rows.begin * embd_);
+        char* inner = s_.inner[size_t(team_)];
+        kernels_.gemm(gemm(l.proj, activation(s_.mixed, rows.begin * embd_), rows, w_.shape.embd, Then::add, l.fc));
         meet_team();
         norm(l.norm_2, rows);
         meet_team();
+        const int64_t bytes = format_bytes(w_.shape.format);
         const Matrix& after = i + 1 < w_.shape.layers ? w_.layer(i + 1).qkv : w_.layer(0).qkv;
         for (int64_t from = 0; from < w_.shape.inner; from += kSlice) {
             const int64_t count = std::min(kSlice, w_.shape.inner - from), to = from + kSlice;
             GemmParams g = gemm(l.fc, normed, rows, count, w_.shape.activation, l.fc_proj, from);
             g.tiles = inner;
-            g.next += from * 128;
+            g.next += from * w_.kernels.tile * bytes;
             kernels_.gemm(g);
             meet_team();
             g = gemm(l.fc_proj, inner, rows, w_.shape.embd, Then::add, to < w_.shape.inner ? l.fc : after);
             g.from = from;
             g.depth = count;
-            if (to < w_.shape.inner) g.next += to * l.fc.k * 2;
+            if (to < w_.shape.inner) g.next += to * l.fc.k * bytes;
             kernels_.gemm(g);
             meet_team();
         }
@@ -291,10 +304,11 @@ class ForwardWorker {
 
     // Behind `layers` layers, of this member's rows, which the norm that comes next has been applied to.
     void take_states(int64_t layers, Range rows) const {
-        const int64_t n = w_.shape.embd, at = p_.states == nullptr ? -1 : place(layers);
-        if (at < 0) return;
+        const int64_t n = w_.shape.embd, which = p_.states == nullptr ? -1 : place(layers);
+        if (which < 0) return;
         each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
-            uint16_t* out = p_.states + ((at * p_.batch + sequence) * p_.length + t) * n;
+            const int64_t to = ((which * p_.batch + sequence) * p_.length + t) * n;
+            char* out = at(p_.states, w_.shape.format, to);
             p_.normed ? kernels_.tiles_row(s_.normed, n, embd_, row, out)
                       : kernels_.residual_row(s_.x, n, embd_, row, out);
         });
@@ -302,8 +316,8 @@ class ForwardWorker {
 
     // Of all rows, this thread's share of the bands and columns.
     void take_means(int64_t layers) const {
-        const int64_t at = p_.means == nullptr ? -1 : place(layers), columns = embd_ / 32;
-        if (at < 0) return;
+        const int64_t which = p_.means == nullptr ? -1 : place(layers), columns = embd_ / 32;
+        if (which < 0) return;
         const Range own = part(sequences_ * p_.bands * columns, index_, count_);
         for (int64_t unit = own.begin; unit < own.end; ++unit) {
             const int64_t sequence = unit / columns / p_.bands, band = unit / columns % p_.bands;
@@ -313,7 +327,7 @@ class ForwardWorker {
             m.count = p_.length / p_.bands;
             m.first = sequence * positions_ + band * m.count;
             m.column = unit % columns * 32;
-            m.out = p_.means + ((at * p_.batch + first_ + sequence) * p_.bands + band) * m.n;
+            m.out = p_.means + ((which * p_.batch + first_ + sequence) * p_.bands + band) * m.n;
             p_.normed ? kernels_.mean_tiles(s_.normed, m) : kernels_.mean_residual(s_.x, m);
         }
     }
@@ -329,7 +343,7 @@ class ForwardWorker {
         const int64_t n = w_.shape.embd;
         norm(w_.norm(), rows);
         each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
-            kernels_.tiles_row(s_.normed, n, embd_, row, p_.last + (sequence * p_.length + t) * n);
+            kernels_.tiles_row(s_.normed, n, embd_, row, at(p_.last, w_.shape.format, (sequence * p_.length + t) * n));
         });
     }
 
@@ -344,10 +358,19 @@ class ForwardWorker {
     int64_t first_ = 0, sequences_ = 0, members_ = 1, team_ = 0, member_ = 0;
 };
 
+namespace {
+
+const ForwardKernels& kernels_for(const DecoderWeights& w) {
+    const Format format = w.shape.format;
+    if ((format != Format::fp32 && format != Format::bf16) || w.kernels.tile != ops().decoder.tile)
+        throw std::invalid_argument("forward: want weights of fp32 or bf16, packed for the chosen instruction set");
+    return ops().forward[int(format)];
+}
+
+}  // namespace
+
 Forward::Forward(std::shared_ptr<const DecoderWeights> weights)
-    : weights_(std::move(weights)), kernels_(ops().forward) {
-    if (kernels_.gemm == nullptr || weights_->shape.format != Format::bf16 || weights_->kernels.tile != 64)
-        throw std::invalid_argument("forward: want bf16 weights that are packed for an instruction set with tiles");
+    : weights_(std::move(weights)), kernels_(kernels_for(*weights_)) {
     for (int64_t i = 0; i < weights_->shape.layers; ++i)
         if (!(weights_->layer(i).scale > 0.0f))
             throw std::invalid_argument("forward: a scale of scores is not positive");
@@ -359,7 +382,7 @@ std::unique_ptr<Forward::Space> Forward::take(int64_t rows, int threads) const {
     std::unique_ptr<Space> space(spare_.exchange(nullptr));
     if (space && space->rows >= rows && space->threads >= threads) return space;
     space.reset();
-    return std::make_unique<Space>(weights_->shape, rows, threads);
+    return std::make_unique<Space>(weights_->shape, kernels_.activations, rows, threads);
 }
 
 void Forward::run(const ForwardParams& params, int threads) const {

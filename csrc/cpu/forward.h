@@ -1,4 +1,4 @@
-// The whole forward pass of a model by tiles: tokens to the last hidden state, for a batch of sequences in one call.
+// The whole forward pass of a model: tokens to the last hidden state, for a batch of sequences in one call.
 #pragma once
 
 #include <atomic>
@@ -12,22 +12,22 @@ struct ForwardParams {
     const int64_t* tokens;  // (batch, length)
     int64_t batch, length;  // both 1 or more, length at most the model's positions
     int64_t layers;         // that run, the first ones; 0: the embedding alone
-    // bf16, any of them null: (batch, length, embd), behind these layers and the final norm; and, both or neither,
-    // (layers, batch, heads, length, head_dim).
-    uint16_t *last, *keys, *values;
+    // Of the format of the weights, any of them null: (batch, length, embd), behind these layers and the final norm;
+    // and, both or neither, (layers, batch, heads, length, head_dim).
+    void *last, *keys, *values;
     // What is taken on the way: where so many layers lie behind, ascending, at most `layers`; either the residual, or
     // as the norm that comes next gives it, which is the next layer's first one or the final one.
     const int64_t* taken;
     int64_t takes;
     bool normed;
-    uint16_t* states;  // bf16 (takes, batch, length, embd), or null
-    int64_t bands;     // of so many equal parts of a sequence the means, which divide `length`; without `means`: 1
-    float* means;      // (takes, batch, bands, embd), or null
+    void* states;   // likewise (takes, batch, length, embd), or null
+    int64_t bands;  // of so many equal parts of a sequence the means, which divide `length`; without `means`: 1
+    float* means;   // (takes, batch, bands, embd), or null
 };
 
 class Forward {
   public:
-    // Throws std::invalid_argument unless the weights are bf16 and packed for an instruction set with tiles.
+    // Throws std::invalid_argument unless the weights are fp32 or bf16 and packed for the chosen instruction set.
     explicit Forward(std::shared_ptr<const DecoderWeights> weights);
     ~Forward();
 

@@ -1,15 +1,19 @@
-// The forward pass's kernels: what the driver (forward.cpp) asks of an instruction set with tiles. Included by ops.h;
-// layouts stand here. All are bf16 but for the residual, which is fp32.
+// The forward pass's kernels: what the driver (forward.cpp) asks of an instruction set. Included by ops.h; layouts
+// stand here.
+//
+// There is a table for each format of the weights. Its activations (normed rows, q, k and v, and what a product reads)
+// are bf16 where bf16 weights are multiplied in pairs or tiles, else fp32; the residual is fp32; the states that a pass
+// gives have the format of the weights. A word is 4 bytes: a number of fp32, or two of bf16 that follow each other.
 //
 // Rows are positions of sequences, each padded to a multiple of kRows; k and n are inputs and outputs of a product.
-//   tiles     (rows, k): [rows / 16][k / 32][16][32], what a product reads and the next one's input is written as
+//   tiles     (rows, k): [rows / 16][k / 16 words][16][16 words], what a product reads and the next one's input is
 //   residual  (rows, n): [rows / 32][n / 32][32][32]
-//   weights   (n, k):    [n / 64][k / 2][64][2], the decoder's (decoder_kernels.h)
-// k and n are rounded up to 32; what is beyond is zero in all that a product reads, so that it adds nothing.
-// Of a head, D rounded up to 32:
-//   queries   (t, d):    [t / 16][d / 32][16][32]
-//   keys      (t, d):    [t / 16][d / 32][16 pairs of d][16 positions][2]
-//   values    (t, d):    [t / 32][d / 16][16 pairs of positions][16 of d][2]
+//   weights   (n, k):    [n / tile][k / step][tile][step], the decoder's (decoder_kernels.h)
+// k and n are rounded up to 32; what is beyond is zero in tiles, so that it adds nothing.
+// Of a head, D rounded up to 32, tiles of 1 KB:
+//   queries   (t, d):    [t / 16][d / 16 words][16][16 words]
+//   keys      (t, d):    [t / 16][d / 16 words][16 words of d][16 positions]
+//   values    (t, d):    [t / 16 words][d / 16][16 words of positions][16 of d]
 #pragma once
 
 #include <cstdint>
@@ -24,7 +28,7 @@ constexpr int64_t kRows = 32;  // of a block: two tiles
 // inputs from .. from + depth - 1: x has these. `from` is a multiple of 32, and the bias comes with the first.
 struct GemmParams {
     const Matrix* matrix;
-    const uint16_t* x;  // tiles
+    const void* x;  // tiles
     int64_t rows;
     int64_t first, positions;  // the first row's number; rows of a sequence: what decides the order of sums
     int64_t begin, end;
@@ -32,8 +36,8 @@ struct GemmParams {
     Then then;
     // Where y goes: Then::add adds it to `residual`; Then::store writes `plain`; activations write `tiles`.
     float* residual;
-    uint16_t* plain;  // (rows, width)
-    uint16_t* tiles;  // of the outputs from `first_output` on
+    void* plain;  // (rows, width)
+    void* tiles;  // of the outputs from `first_output` on
     int64_t first_output;
     int64_t width;     // of y, or of these, rounded up to 32
     float* scratch;    // (rows, 64)
@@ -47,7 +51,7 @@ struct NormTiles {
     int64_t n, width;
     float eps;
     int64_t first, count;
-    uint16_t* tiles;  // of the same rows as `residual`
+    void* tiles;  // of the same rows as `residual`
 };
 
 struct MeanParams {
@@ -57,10 +61,10 @@ struct MeanParams {
 
 // kRows positions of a sequence, from row-major q, k, v of each head, one after the other, to what attention reads.
 struct HeadsParams {
-    const uint16_t* qkv;  // (kRows, ld)
+    const void* qkv;  // (kRows, ld)
     int64_t ld, head_dim, heads;
-    uint16_t *q, *k, *v;  // where head 0's of these positions go
-    int64_t head_stride;  // from head to head, of q, k and v
+    void *q, *k, *v;      // where head 0's of these positions go
+    int64_t head_stride;  // from head to head, of q, k and v; numbers
     // Of each position and 32 of D: where a value is not finite. Such a value is zero in v, as 0 times it is not, and
     // would reach positions before it; `flaw` says that these positions have one.
     uint32_t* flaws;      // (heads, ..): head 0's
@@ -68,36 +72,37 @@ struct HeadsParams {
     uint8_t* flawed;
     int64_t flawed_stride;
     // Copies of k and v as a cache has them, rows of D; null: none are asked for. `seen` of the positions are there.
-    uint16_t *keys, *values;
+    void *keys, *values;
+    Format cache;  // theirs: fp32 or bf16
     int64_t cache_stride, seen;
 };
 
 // The queries of the blocks begin .. end - 1, kRows each, of one head, to tiles.
 struct AttentionBlocksParams {
-    const uint16_t *q, *k, *v;
+    const void *q, *k, *v;
     const uint32_t* flaws;
     const uint8_t* flawed;
     int64_t head_dim;
     float scale;  // greater than 0
     int64_t begin, end;
-    uint16_t* tiles;        // the sequence's first row
+    void* tiles;            // the sequence's first row
     int64_t column, width;  // the head's first column; of all heads, rounded up to 32
     int64_t columns;        // of all heads: what lies behind is zeroed
 };
 
-// Null where there are no tiles.
 struct ForwardKernels {
+    Format activations;
     void (*gemm)(const GemmParams&);
     void (*norm)(const NormTiles&);
     // residual = a + b in row `row`, n columns; a null: zero.
     void (*embed)(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual);
-    // Row `row` of a residual, and of tiles, as n numbers.
-    void (*residual_row)(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out);
-    void (*tiles_row)(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out);
+    // Row `row` of a residual, and of tiles, as n numbers of the format of the weights.
+    void (*residual_row)(const float* residual, int64_t n, int64_t width, int64_t row, void* out);
+    void (*tiles_row)(const void* tiles, int64_t n, int64_t width, int64_t row, void* out);
     // The mean of rows first .. first + count - 1 of a residual, and of tiles, for the columns column .. column + 31 of
     // n; summed row by row.
     void (*mean_residual)(const float* residual, const MeanParams&);
-    void (*mean_tiles)(const uint16_t* tiles, const MeanParams&);
+    void (*mean_tiles)(const void* tiles, const MeanParams&);
     void (*pack_heads)(const HeadsParams&);
     void (*causal_attention)(const AttentionBlocksParams&);
 };

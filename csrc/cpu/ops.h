@@ -23,7 +23,7 @@ struct Ops {
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention;
     ElementwiseKernels elementwise;
-    ForwardKernels forward;
+    ForwardKernels forward[2];  // by the format of the weights: fp32, bf16
 };
 
 // The tables that were compiled in. `supported` asks the processor and the operating system.

@@ -98,8 +98,8 @@ DECODERS: dict[str, str] = {
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
-    "cpu": "for CPU models in bf16 and eval mode, without gradient, as the decoder covers them; token ids alone: no"
-    " mask, cache to extend, embeddings, positions or attention weights; sequences of 8 positions or more, or 8 of them"
+    "cpu": "for CPU models in fp32 or bf16 and eval mode, without gradient, as the decoder covers them; token ids alone:"
+    " no mask, cache to extend, embeddings, positions or attention weights; sequences of 8 positions or more, or 8 of them"
     " at most; no compiling or transforms",
     "torch": "for everything else",
 }

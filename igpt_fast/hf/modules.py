@@ -188,7 +188,7 @@ def _whole_forward(
 
 def forward_twin(network: ImageGPTModel, tokens: Tensor, around: bool = True) -> OurNetwork | str:
     """Ours, where the compiled module makes its forward pass of these tokens; or why it does not."""
-    if reason := forwards.no_native_forward():
+    if reason := forwards.no_native_decoder():
         return reason
     if network.training:
         return "the network is in training mode"

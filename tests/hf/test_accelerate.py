@@ -447,12 +447,12 @@ def test_nothing_stays_when_the_model_goes() -> None:
 def test_the_whole_forward_pass_in_one_call(
     name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the processor has no tiles, PyTorch's layers stand in for the compiled pass."""
+    """Where there is no compiled module, PyTorch's layers stand in for its pass."""
     forwards, calls = modules.forwards, []
     run = forwards.run
-    if forwards.no_native_forward():
+    if forwards.no_native_decoder():
         run = lambda *a: None  # noqa: E731
-        monkeypatch.setattr(forwards, "no_native_forward", lambda: None)
+        monkeypatch.setattr(forwards, "no_native_decoder", lambda: None)
         monkeypatch.setattr(forwards, "why_not", lambda network, tokens: None)
     monkeypatch.setattr(forwards, "run", lambda *a: calls.append(a) or run(*a))
     plain, fast = (model.to(torch.bfloat16) for model in both(name))

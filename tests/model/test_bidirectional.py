@@ -161,7 +161,7 @@ def test_nor_does_that_of_cuda(emulation: Any) -> None:
 
 
 def test_the_forward_pass_declines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "no_native_forward", lambda: None)
+    monkeypatch.setattr(forward, "no_native_decoder", lambda: None)
     model = bert(torch.bfloat16, n_embd=64).requires_grad_(False)
     assert forward.why_not(model.transformer, ids(model, 1, 9)) == "attention is bidirectional"
     model.config.bidirectional = False

@@ -20,9 +20,6 @@ constexpr int64_t kTileSize = 512;  // elements of a bf16 tile
 
 constexpr float kLn2 = 0.693147181f;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The positions of one head, as they lie in a tensor. `hidden`: of each, 0 or minus infinity; null: none is.
 struct Rows16 {
     const uint16_t* data;
@@ -175,8 +172,6 @@ inline __m512 exp2(__m512 x) {
     p = fma(p, f, set1(1.000002593f));
     return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 }
-
-inline __m512i to_bf16(__m512 first, __m512 second) { return __m512i(_mm512_cvtne2ps_pbh(second, first)); }
 
 // The lanes below n.
 inline __mmask16 lanes_below(int64_t n) {

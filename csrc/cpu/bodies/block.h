@@ -46,13 +46,15 @@ template <int N, class F>
 // The kinds: `step` of k are a group, whose inputs take `bytes`, and which is multiplied in `parts`: so much of the
 // weights is in registers at a time. `weights` reads a register of a part, `add` multiplies one with a row's inputs.
 struct Single {  // fp32 with fp32
+    using Input = float;
     static constexpr int step = 1, bytes = 4, parts = 1;
     static Vec weights(const char* w, int) { return load(reinterpret_cast<const float*>(w)); }
     static Vec inputs(const char* x, int) { return set1(*reinterpret_cast<const float*>(x)); }
     static Vec add(Vec sum, Vec x, Vec w) { return fma(w, x, sum); }
 };
 
-struct Wide {  // fp32 with bf16, which becomes fp32 on the way
+struct Widened {  // fp32 with bf16, which becomes fp32 on the way
+    using Input = float;
     static constexpr int step = 2, bytes = 8, parts = 2;
     static Vec weights(const char* w, int part) { return part == 0 ? bf16_even(load_ints(w)) : bf16_odd(load_ints(w)); }
     static Vec inputs(const char* x, int part) { return set1(reinterpret_cast<const float*>(x)[part]); }
@@ -60,6 +62,7 @@ struct Wide {  // fp32 with bf16, which becomes fp32 on the way
 };
 
 struct Pairs {  // bf16 with bf16, where kPairs
+    using Input = uint16_t;
     static constexpr int step = 2, bytes = 4, parts = 1;
     static Ints weights(const char* w, int) { return load_ints(w); }
     static const uint16_t* inputs(const char* x, int) { return reinterpret_cast<const uint16_t*>(x); }
@@ -68,6 +71,15 @@ struct Pairs {  // bf16 with bf16, where kPairs
         return add_pairs(sum, x, w);
     }
 };
+
+// What bf16 weights are multiplied as.
+constexpr auto kind_of_bf16() {
+    if constexpr (kPairs)
+        return Pairs{};
+    else
+        return Widened{};
+}
+using KindOfBf16 = decltype(kind_of_bf16());
 
 template <class Kind, int R, int C>
 [[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w, Vec (&acc)[R][C]) {
@@ -81,8 +93,9 @@ template <class Kind, int R, int C>
     });
 }
 
+// Flat: sums that a call could see would be kept in memory.
 template <class Kind, int R, int C>
-void run_block(const Block& p) {
+[[gnu::flatten]] void run_block(const Block& p) {
     constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2;
     Vec acc[R][C];
     repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = zero(); }); });

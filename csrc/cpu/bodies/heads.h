@@ -1,5 +1,4 @@
-// The rest of the forward pass by tiles, the body: embedding, norm, q, k and v of each head, attention. Layouts:
-// forward_kernels.h.
+// q, k and v of each head, and their attention, in the forward pass by tiles, the body. Layouts: forward_kernels.h.
 //
 // Attention is FlashAttention (Dao et al., arXiv 2205.14135): 32 queries walk over the keys, kSpan at a time, with a
 // running maximum and sum. The maxima of all 32 rows come before their exponentials, so that a row waits for no
@@ -8,6 +7,7 @@
 
 #include "../forward_kernels.h"
 #include "attention_tiles.h"
+#include "rows.h"
 
 namespace igpt::cpu {
 namespace {
@@ -15,77 +15,6 @@ namespace {
 constexpr int64_t kSpan = 256;  // keys
 
 inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
-
-// ---- Rows ---------------------------------------------------------------------------------------------------
-
-inline float* residual_at(const float* residual, int64_t width, int64_t row) {
-    return const_cast<float*>(residual) + row / kRows * kRows * width + row % kRows * 32;
-}
-
-inline uint16_t* tiles_at(const uint16_t* tiles, int64_t width, int64_t row) {
-    return const_cast<uint16_t*>(tiles) + row / 16 * 16 * width + row % 16 * 32;
-}
-
-void embed_row(const float* a, const float* b, int64_t n, int64_t width, int64_t row, float* residual) {
-    float* to = residual_at(residual, width, row);
-    for (int64_t i = 0; i < width; i += 16) {
-        const bool there = a != nullptr && i < n;
-        store(to + i / 32 * kRows * 32 + i % 32, there ? load(a + i) + load(b + i) : zero());
-    }
-}
-
-void norm_tiles(const NormTiles& p) {
-    for (int64_t row = p.first; row < p.first + p.count; ++row) {
-        const float* x = residual_at(p.residual, p.width, row);
-        uint16_t* to = tiles_at(p.tiles, p.width, row);
-        Vec even = zero(), odd = zero();
-        for (int64_t i = 0; i < p.width; i += 32) {
-            const Vec a = load(x + i * kRows), b = i + 16 < p.n ? load(x + i * kRows + 16) : zero();
-            even = fma(a, a, even);
-            odd = fma(b, b, odd);
-        }
-        const Vec scale = set1(1.0f / __builtin_sqrtf(reduce_add(even + odd) / float(p.n) + p.eps));
-        for (int64_t i = 0; i < p.width; i += 32) {
-            const Vec a = load(x + i * kRows) * scale * load(p.weight + i);
-            const Vec b = i + 16 < p.n ? load(x + i * kRows + 16) * scale * load(p.weight + i + 16) : zero();
-            _mm512_store_si512(to + i * 16, to_bf16(a, b));
-        }
-    }
-}
-
-void residual_row(const float* residual, int64_t n, int64_t width, int64_t row, uint16_t* out) {
-    const float* x = residual_at(residual, width, row);
-    for (int64_t i = 0; i < n; i += 32)
-        _mm512_mask_storeu_epi16(out + i, first_of_32(n - i), to_bf16(load(x + i * kRows), load(x + i * kRows + 16)));
-}
-
-void tiles_row(const uint16_t* tiles, int64_t n, int64_t width, int64_t row, uint16_t* out) {
-    const uint16_t* x = tiles_at(tiles, width, row);
-    for (int64_t i = 0; i < n; i += 32) _mm512_mask_storeu_epi16(out + i, first_of_32(n - i), load_ints(x + i * 16));
-}
-
-// `row_at` gives where the 32 columns of a row begin.
-template <class RowAt>
-inline void mean_rows(const MeanParams& p, RowAt row_at) {
-    Vec left = zero(), right = zero();
-    for (int64_t row = p.first; row < p.first + p.count; ++row) {
-        const auto* x = row_at(row);
-        left = left + read(x, Whole());
-        right = right + read(x + 16, Whole());
-    }
-    const Vec count = set1(float(p.count));
-    const __mmask32 there = first_of_32(p.n - p.column);
-    _mm512_mask_storeu_ps(p.out + p.column, __mmask16(there), left / count);
-    _mm512_mask_storeu_ps(p.out + p.column + 16, __mmask16(there >> 16), right / count);
-}
-
-void mean_residual(const float* residual, const MeanParams& p) {
-    mean_rows(p, [&](int64_t row) { return residual_at(residual, p.width, row) + p.column * kRows; });
-}
-
-void mean_tiles(const uint16_t* tiles, const MeanParams& p) {
-    mean_rows(p, [&](int64_t row) { return tiles_at(tiles, p.width, row) + p.column * 16; });
-}
 
 // ---- q, k, v ------------------------------------------------------------------------------------------------
 
@@ -101,7 +30,8 @@ inline __m512i finite(__m512i v, uint32_t& flaw) {
 inline void pack_slice(const HeadsParams& p, const uint16_t* from, int64_t head, int64_t i) {
     const int64_t d = p.head_dim, wide = padded(d, 32), at = head * p.head_stride;
     const __mmask32 there = first_of_32(d - i);
-    uint16_t *q = p.q + at, *k = p.k + at, *v = p.v + at;
+    uint16_t *q = static_cast<uint16_t*>(p.q) + at, *k = static_cast<uint16_t*>(p.k) + at;
+    uint16_t* v = static_cast<uint16_t*>(p.v) + at;
     uint32_t* flaws = p.flaws + head * p.flaw_stride + i / 32;
     uint32_t any = 0;
     for (int64_t t = 0; t < kRows; t += 16) {
@@ -132,13 +62,13 @@ inline void pack_slice(const HeadsParams& p, const uint16_t* from, int64_t head,
 void pack_heads(const HeadsParams& p) {
     const int64_t d = p.head_dim;
     for (int64_t head = 0; head < p.heads; ++head) {
-        const uint16_t* from = p.qkv + head * 3 * d;
+        const uint16_t* from = static_cast<const uint16_t*>(p.qkv) + head * 3 * d;
         p.flawed[head * p.flawed_stride] = 0;
         for (int64_t i = 0; i < d; i += 32) pack_slice(p, from, head, i);
         for (int64_t t = 0; p.keys != nullptr && t < p.seen; ++t) {
             const int64_t to = head * p.cache_stride + t * d;
-            __builtin_memcpy(p.keys + to, from + t * p.ld + d, size_t(d) * 2);
-            __builtin_memcpy(p.values + to, from + t * p.ld + 2 * d, size_t(d) * 2);
+            __builtin_memcpy(static_cast<uint16_t*>(p.keys) + to, from + t * p.ld + d, size_t(d) * 2);
+            __builtin_memcpy(static_cast<uint16_t*>(p.values) + to, from + t * p.ld + 2 * d, size_t(d) * 2);
         }
     }
 }
@@ -216,7 +146,7 @@ inline void spread_flaws(const AttentionBlocksParams& p, int64_t block, int64_t 
 inline void finish_block(const AttentionBlocksParams& p, int64_t block, int64_t wide, const Queries& s) {
     for (int64_t r = 0; r < kRows; ++r) {
         const Vec inverse = set1(1.0f / reduce_add(load(s.sums + r * 16)));
-        uint16_t* to = tiles_at(p.tiles, p.width, block * kRows + r);
+        uint16_t* to = tiles_at<uint16_t>(p.tiles, p.width, block * kRows + r);
         alignas(64) uint16_t row[max_head_dim];
         for (int64_t i = 0; i < wide; i += 32) {
             const float* from = s.out + r * wide + i;
@@ -241,6 +171,8 @@ void causal_attention_blocks(const AttentionBlocksParams& p) {
     const Tiles tiles;
     const int64_t wide = padded(p.head_dim, 32);
     const float scale = p.scale * kLog2e;
+    const auto *q = static_cast<const uint16_t*>(p.q), *k = static_cast<const uint16_t*>(p.k),
+               *v = static_cast<const uint16_t*>(p.v);
     Queries s;
     bool flawed = false;
     for (int64_t block = 0; block < p.begin; ++block) flawed |= p.flawed[block] != 0;
@@ -251,12 +183,11 @@ void causal_attention_blocks(const AttentionBlocksParams& p) {
         for (int64_t i = 0; i < kRows * 16; i += 16) store(s.sums + i, zero());
         for (int64_t from = 0; from < keys; from += kSpan) {
             const int64_t count = least(kSpan, keys - from);
-            multiply_columns(p.q + block * kRows * wide, kTileSize, 32, wide, p.k + from * wide, count, s.scores,
-                             kSpan);
+            multiply_columns(q + block * kRows * wide, kTileSize, 32, wide, k + from * wide, count, s.scores, kSpan);
             if (from + count == keys) hide_later(count, s);
             raise_tops(count, scale, wide, from == 0, s);
             weigh_rows(count, scale, s);
-            accumulate_pairs(s.weights, kSpan, p.v + from * wide, count, wide, s.out);
+            accumulate_pairs(s.weights, kSpan, v + from * wide, count, wide, s.out);
         }
         if (flawed) spread_flaws(p, block, wide, s);
         finish_block(p, block, wide, s);

@@ -4,7 +4,7 @@
 #include "attention_bwd.h"
 #include "attention_decode_prefix_tiles.h"
 #include "attention_fwd.h"
-#include "gemm.h"
+#include "gemm_tiles.h"
 #include "heads.h"
 #include "table.h"
 
@@ -17,8 +17,16 @@ constexpr Ops make_ops_with_tiles(const char* isa) {
     ops.decoder.linear = linear_by_tiles;
     ops.decoder.attention_decode_prefix = attention_decode_prefix_by_tiles;
     ops.causal_attention = {causal_fwd, causal_bwd, bytes_of<FwdScratch>, bytes_of<BwdScratch>};
-    ops.forward = {gemm,          norm_tiles, embed_row,  residual_row,           tiles_row,
-                   mean_residual, mean_tiles, pack_heads, causal_attention_blocks};
+    ops.forward[int(Format::bf16)] = {Format::bf16,
+                                      gemm_by_tiles,
+                                      norm_tiles<uint16_t>,
+                                      embed_row,
+                                      residual_row<uint16_t>,
+                                      tiles_row<uint16_t, uint16_t>,
+                                      mean_residual,
+                                      mean_tiles<uint16_t>,
+                                      pack_heads,
+                                      causal_attention_blocks};
     return ops;
 }
 

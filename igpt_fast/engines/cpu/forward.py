@@ -1,8 +1,8 @@
 """The forward pass of a whole network in one call of the compiled module, and where it is offered.
 
 ``ImageGPTModel.forward`` asks ``run`` first; where that gives ``None``, the PyTorch layers run. ``why_not`` is the
-rule: the network must be what this package makes of its configuration, in bf16 on the CPU, with nothing that only torch
-sees: gradients, hooks, autocast, transforms, tracing, compiling.
+rule: the network must be what this package makes of its configuration, in float32 or bfloat16 on the CPU, with nothing
+that only torch sees: gradients, hooks, autocast, transforms, tracing, compiling.
 
 The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
 have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import backend
-from igpt_fast.engines.cpu.weights import no_native_forward, packed_weights, why_not_shape
+from igpt_fast.engines.cpu.weights import no_native_decoder, packed_weights, why_not_shape
 from igpt_fast.engines.network import Body, Weights, why_not_modules, why_not_settings
 from igpt_fast.ops.dispatch import address, is_plain
 
@@ -44,7 +44,7 @@ class Taken(NamedTuple):
 class States(NamedTuple):
     """What a forward pass gives, where it was asked for: ``last`` (B, T, n_embd) behind ``ln_f``, of the layers that
     have run; ``taken``, (states, B, T, n_embd), or float32 (states, B, bands, n_embd); ``keys`` and ``values``,
-    (n_layer, B, H, T, D). All but means are bf16.
+    (n_layer, B, H, T, D). All but means are of the model's dtype.
     """
 
     last: Tensor | None
@@ -52,6 +52,8 @@ class States(NamedTuple):
     keys: Tensor | None
     values: Tensor | None
 
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 # Packed weights -> the forward pass on them, with the activations that it keeps for the next.
 _passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -76,13 +78,13 @@ def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: b
     batch, length = tokens.shape
     taken = taken or Taken([], config.n_layer)
     # The module writes to these addresses: not of the default dtype, nor on the default device.
-    half: Any = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
+    empty: Any = functools.partial(torch.empty, dtype=model.dtype, device="cpu")
     single: Any = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
-    last = half(batch, length, config.n_embd) if taken.last else None
-    states = half(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
+    last = empty(batch, length, config.n_embd) if taken.last else None
+    states = empty(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
     means = single(len(taken.layers), batch, taken.bands, config.n_embd) if taken.bands else None
     heads = (config.n_layer, batch, config.n_head, length, config.head_dim)
-    keys, values = (half(heads), half(heads)) if cache else (None, None)
+    keys, values = (empty(heads), empty(heads)) if cache else (None, None)
     written = {"last": last, "states": states, "means": means, "keys": keys, "values": values}
     places = {name: address(tensor) for name, tensor in written.items()}
     threads = torch.get_num_threads()
@@ -97,7 +99,7 @@ def run(model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: b
 
 def why_not(model: Body, tokens: Tensor | None) -> str | None:
     """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
-    if reason := no_native_forward():
+    if reason := no_native_decoder():
         return reason
     if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
         return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
@@ -115,8 +117,8 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
     if reason := why_not_settings(model, found):
         return reason
     weights = found.each()
-    if any(weight.dtype != torch.bfloat16 for weight in weights):
-        return "the weights are not all bfloat16"
+    if any(weight.dtype != weights[0].dtype for weight in weights) or weights[0].dtype not in _DTYPES:
+        return "the weights are not all float32, or all bfloat16"
     if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
     return None

@@ -133,14 +133,6 @@ def _pack(body: Body, head: Tensor | None, dtype: str | torch.dtype) -> Any:
     return weights
 
 
-def no_native_forward() -> str | None:
-    """Why the compiled module's forward pass serves no model on the CPU; ``None`` when it does."""
-    if reason := no_native_decoder():
-        return reason
-    assert backend._C is not None
-    return None if backend._C.has_cpu_forward() else f"the instruction set {backend._C.cpu_isa()!r} has no tiles (AMX)"
-
-
 def no_native_decoder() -> str | None:
     """Why the compiled module's decoder serves no model on the CPU; ``None`` when it does."""
     if reason := backend.unavailable("cpu"):

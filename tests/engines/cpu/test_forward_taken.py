@@ -17,11 +17,9 @@ from igpt_fast.engines.cpu.forward import Taken
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
-if not backend._C.has_cpu_forward():
-    pytest.skip("no tiles (AMX)", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
-small = functools.partial(small_models.small, torch.bfloat16, head=ImageGPTModel, n_layer=3)
+small = functools.partial(small_models.small, head=ImageGPTModel, n_layer=3)
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +61,8 @@ CONFIGS = {"plain": {}, "wide": {"n_embd": 144, "n_inner": 56}, "narrow": {"n_em
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-def test_agrees_with_the_layers(fields: dict[str, Any], norm: bool, calls: list[bool]) -> None:
-    model = small(**fields)
+def test_agrees_with_the_layers(fields: dict[str, Any], norm: bool, dtype: torch.dtype, calls: list[bool]) -> None:
+    model = small(dtype, **fields)
     for batch, length, bands in ((1, 80, 5), (2, 33, 3), (3, 32, 1), (2, 70, 70)):
         tokens = ids(model, batch, length)
         assert_right(model, tokens, calls, norm=norm, bands=bands)
@@ -75,7 +73,7 @@ def test_agrees_with_the_layers(fields: dict[str, Any], norm: bool, calls: list[
 @pytest.mark.parametrize("indices", [[], [0], [1], [2], [0, 1]])
 def test_stops_where_it_is_told_to(indices: list[int], norm: bool, calls: list[bool]) -> None:
     """With the last states of what has run, which have another norm; and the same numbers as of a whole pass."""
-    model = small()
+    model = small(torch.bfloat16)
     tokens = ids(model, 2, 40)
     for arguments in ({"bands": 4}, {"pool": None}):
         assert_right(model, tokens, calls, norm=norm, indices=indices, **arguments)
@@ -85,10 +83,10 @@ def test_stops_where_it_is_told_to(indices: list[int], norm: bool, calls: list[b
         assert all(torch.equal(a, b) for a, b in zip(stopped, want, strict=True))
 
 
-def test_threads_and_batches_do_not_change_the_result(calls: list[bool]) -> None:
+def test_threads_and_batches_do_not_change_the_result(dtype: torch.dtype, calls: list[bool]) -> None:
     """Bit by bit: teams of threads, more threads than there are columns, batches in several turns."""
     for fields, batch, length in (({}, 1, 20), ({}, 3, 70), ({"n_positions": 1000}, 3, 1000)):
-        model = small(**fields)
+        model = small(dtype, **fields)
         tokens = ids(model, batch, length)
         for arguments in ({"bands": 10}, {"norm": False}, {"pool": None}, {"indices": [0]}):
             want = everything(model, tokens, **arguments)
@@ -102,9 +100,9 @@ def test_threads_and_batches_do_not_change_the_result(calls: list[bool]) -> None
     assert all(calls)
 
 
-def test_means_are_of_their_own_positions(calls: list[bool]) -> None:
+def test_means_are_of_their_own_positions(dtype: torch.dtype, calls: list[bool]) -> None:
     """What is no number reaches the bands that see it, of its own sequence."""
-    model = small(vocab_size=18)
+    model = small(dtype, vocab_size=18)
     tokens = ids(model, 3, 40) % 17
     want = model.forward_intermediates(tokens, bands=4)
     tokens[1, 13] = 17
@@ -118,7 +116,7 @@ def test_means_are_of_their_own_positions(calls: list[bool]) -> None:
 
 
 def test_nothing_but_what_is_asked_for_is_written() -> None:
-    model = small()
+    model = small(torch.bfloat16)
     tokens = ids(model, 2, 40)
     states = forwards.run(model, tokens, Taken([1], 1, True, 4, False))
     assert states is not None
@@ -129,12 +127,12 @@ def test_nothing_but_what_is_asked_for_is_written() -> None:
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_is_not_that_of_means(dtype: torch.dtype) -> None:
-    model = small()
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_that_of_means(default: torch.dtype) -> None:
+    model = small(torch.bfloat16)
     tokens = ids(model, 2, 40)
     want = forwards.run(model, tokens, Taken([1], 2, True, 4, False))
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(default)
     try:
         got = forwards.run(model, tokens, Taken([1], 2, True, 4, False))
     finally:
@@ -146,7 +144,7 @@ def test_the_default_dtype_is_not_that_of_means(dtype: torch.dtype) -> None:
 
 @pytest.mark.clock
 def test_a_layer_costs_its_part_of_the_pass() -> None:
-    model = small(n_layer=8, n_embd=256, n_head=4, n_positions=128)
+    model = small(torch.bfloat16, n_layer=8, n_embd=256, n_head=4, n_positions=128)
     tokens = ids(model, 4, 128)
 
     def seconds(call: Any) -> float:
@@ -177,7 +175,7 @@ def test_a_layer_costs_its_part_of_the_pass() -> None:
     ids=str,
 )
 def test_sizes_that_it_refuses(changed: dict[str, Any], message: str) -> None:
-    model = small()
+    model = small(torch.bfloat16)
     tokens, means = ids(model, 1, 40), torch.zeros(1, 1, 4, 48)
     model(tokens)
     native = forwards._passes[forwards.packed_weights(model, None, None)]

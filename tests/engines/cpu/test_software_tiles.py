@@ -25,7 +25,7 @@ BY_TILES = ("engines/cpu/test_forward.py", "engines/cpu/test_forward_taken.py", 
 @pytest.mark.parametrize("name", [*BY_TILES, "ops/test_causal_attention_cpu.py"])
 def test_as_by_tiles(name: str) -> None:
     # What these tests say of other processes, of clocks and of compiling for torch is no matter of tiles.
-    others = "not without_tiles and not transforms"
+    others = "not transforms"
     command = [sys.executable, run_software_tiles.__file__, "-k", others, "-m", "not clock", "-rs", TESTS / name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)

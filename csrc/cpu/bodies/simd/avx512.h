@@ -90,6 +90,8 @@ inline Vec add_pairs(Vec acc, const uint16_t* pair, Ints w) {
     __builtin_memcpy(&both, pair, 4);
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(both), (__m512bh)w);
 }
+inline Ints to_bf16(Vec first, Vec second) { return Ints(_mm512_cvtne2ps_pbh(second, first)); }
+inline void write_two(uint16_t* p, Vec a, Vec b) { _mm512_storeu_si512(p, to_bf16(a, b)); }
 inline void halve_row(const float* x, int64_t n, uint16_t* half) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const __mmask16 mask = n - i < kLanes ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);

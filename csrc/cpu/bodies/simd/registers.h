@@ -14,6 +14,9 @@ struct Part {
     int count;  // the first lanes, fewer than kLanes; the others are zero when read and not written
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <bool Value>
 struct Flag {
     static constexpr bool value = Value;
@@ -67,6 +70,13 @@ inline Vec exp(Vec x) {
     p = fma(p, r, set1(1.0f));
     p = fma(p, r, set1(1.0f));
     return floats(add_ints(bits(p), shift_left<23>(bits(shifted))));
+}
+
+// Two registers, one after the other; in bf16 a denormal may become zero.
+template <class T, class V>
+inline void write_two(T* p, V a, V b) {
+    write(p, a, Whole{});
+    write(p + kLanes, b, Whole{});
 }
 
 }  // namespace
