@@ -29,7 +29,17 @@ NEEDED = {
 }
 DEBIAN = ("--arch=arm64", "--variant=minbase", "--include=python3,libgomp1,libpython3.11-dev", "bookworm")
 # Torch 2.8 is the last whose wheel on PyPI for AArch64 has no CUDA and takes 100 MB.
-TORCH = ("torch==2.8.0", "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec")
+TORCH = (
+    "torch==2.8.0",
+    "filelock",
+    "typing_extensions",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+    "fsspec",
+)
 OTHERS = ("numpy<2.4", "pytest!=9.2.0", "hypothesis", "pillow", "safetensors", "huggingface_hub", "tqdm", "tyro")
 # The newest of a processor's levels is what its tests run on; those that are marked so run on all that it has.
 TESTS = {
@@ -82,7 +92,7 @@ def build() -> Path:
     import pybind11
 
     headers = TREE / "usr" / "include"
-    flags = f"-isystem {headers / 'aarch64-linux-gnu'}"
+    flags = f"-idirafter {headers}"
     definitions = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": "aarch64",

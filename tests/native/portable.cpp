@@ -1,7 +1,7 @@
 // What tests/test_aarch64.py runs on a level: colours to clusters, the elementwise ops, and a model of two layers that
-// reads a primer, forks and goes on, in every format. Prints a number a line behind what it belongs to, the same on every
-// processor up to rounding. Without an argument: the names of the levels that this processor has.
-// With a second argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
+// reads a primer, forks and goes on, in every format. Prints a number a line behind what it belongs to, the same on
+// every processor up to rounding. Without an argument: the names of the levels that this processor has. With a second
+// argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
