@@ -9,7 +9,6 @@ this machine's. Arguments are pytest's, in place of the tests below.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +39,7 @@ TORCH = (
     "markupsafe",
     "fsspec",
 )
-OTHERS = ("numpy<2.4", "pytest!=9.2.0", "hypothesis", "pillow", "safetensors", "huggingface_hub", "tqdm", "tyro")
+OTHERS = ("numpy<2.4", "pytest!=9.2.0", "hypothesis", "pillow", "safetensors", "huggingface_hub", "tqdm", "tyro", "scipy")
 # The newest of a processor's levels is what its tests run on; those that are marked so run on all that it has.
 TESTS = {
     "max": ("tests/ops/test_quantize.py", "tests/ops/test_elementwise_cpu.py", "tests/engines/cpu"),
@@ -139,13 +138,13 @@ def inside(path: Path, arguments: list[str]) -> int:
     import importlib.util
 
     import pytest
-    import torch  # whose OpenMP is the one that runs
+    import torch  # noqa: F401 # whose OpenMP is the one that runs
 
     import igpt_fast
 
-    assert re.match(r"2\.", torch.__version__)
     spec = importlib.util.spec_from_file_location("igpt_fast._C", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     igpt_fast._C = sys.modules["igpt_fast._C"] = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]
     spec.loader.exec_module(sys.modules["igpt_fast._C"])
     return int(pytest.main(["-p", "no:cacheprovider", "-q", *arguments]))

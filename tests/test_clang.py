@@ -1,4 +1,4 @@
-"""All of csrc/cpu compiles with clang++ without a warning, with and without OpenMP's pragmas, for x86-64 and AArch64."""
+"""All of csrc/cpu compiles with clang++ without a warning, without OpenMP, for x86-64 and for AArch64."""
 
 import re
 import shutil

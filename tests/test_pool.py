@@ -1,4 +1,4 @@
-"""The threads that csrc/cpu has of its own where the compiler has no OpenMP, under the thread sanitizer where it works."""
+"""The threads that csrc/cpu has of its own where the compiler has no OpenMP; also under the thread sanitizer."""
 
 import shutil
 import subprocess
