@@ -102,7 +102,7 @@ def build(
     Args:
         levels: The instruction sets it has, of isa/*.cpp, all taken for supported; the last is chosen.
         mutation: A change of a source, for the last level and for the drivers; what it touches is not optimised.
-        software_tiles: The level amx runs by tests/native/tiles.h.
+        software_tiles: The level amx runs by tests/native/tiles.h, and avx_vnni by tests/native/avx_vnni.h.
         sanitizer: A key of ``SANITIZERS``; with "thread", tests/native/gomp.cpp stands for OpenMP's library.
         program: The stem of a source in tests/native that has a main.
     """
@@ -128,6 +128,8 @@ def build(
             level = Path(name).stem
             if level in {"generic", *levels}:
                 here = [flag for flag in flags if not (software_tiles and flag.startswith("-mamx"))]
+                if software_tiles and level == "avx_vnni":
+                    here += ["-include", str(NATIVE / "avx_vnni.h")]
                 add(name, *here, may_change=level == levels[-1])
         elif name.startswith("cpu/"):
             add(name, *flags)

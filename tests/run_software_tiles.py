@@ -1,7 +1,8 @@
-"""Runs the tests that it is given, of the compiled CPU engines, where the processor has no tiles (AMX).
+"""Runs the tests that it is given, of the compiled CPU engines, where the processor has no tiles (AMX) or no AVX-VNNI.
 
-csrc/cpu is compiled as it is but for its tile unit, which tests/native/tiles.h stands for by AVX-512's products, and
-the choice of an instruction set; the tests meet the module that this gives as ``igpt_fast._C``.
+csrc/cpu is compiled as it is but for its tile unit, which tests/native/tiles.h stands for by AVX-512's products,
+AVX-VNNI's product, for which tests/native/avx_vnni.h has AVX-512's encoding, and the choice of an instruction set; the
+tests meet the module that this gives as ``igpt_fast._C``.
 """
 
 from __future__ import annotations
@@ -18,5 +19,5 @@ if __name__ == "__main__":
     import pytest
     import torch  # noqa: F401 # whose OpenMP is the one that runs
 
-    sys.modules["igpt_fast._C"] = load(build(("generic", "amx"), software_tiles=True), "_C")
+    sys.modules["igpt_fast._C"] = load(build(("generic", "avx_vnni", "amx"), software_tiles=True), "_C")
     sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))

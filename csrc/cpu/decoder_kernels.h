@@ -31,14 +31,14 @@ struct Matrix {
 };
 
 // The inputs of a product, one row for a sequence. Where the instruction set multiplies bytes, int8 weights meet
-// each row as 15 bits: x = scale (128 (high - 128) + low).
+// each row as 15 bits: x = scale (128 (high - 128) + low); where it multiplies 16-bit integers, x = scale half.
 struct Rows {
     const float* x;
     int64_t ld;  // from row to row, of all four
     int64_t count;
     uint8_t* high;
     uint8_t* low;
-    uint16_t* half;  // bf16, where the instruction set multiplies them
+    uint16_t* half;  // bf16, where the instruction set multiplies them; int8 weights: 16-bit integers, the same
     float* scale;    // (count,)
     // Several rows, where there are tiles: groups of 64 bytes along k, [k / 32][row][32] of bf16 and
     // [k / 64][row][2][64] of high and low halves.
@@ -98,7 +98,7 @@ constexpr int64_t value_rows = 4;
 struct DecoderKernels {
     int64_t lanes;      // of a register
     int64_t tile;       // outputs of a packed tile
-    int64_t int8_step;  // 4: int8 weights are multiplied as bytes; 1: they become fp32
+    int64_t int8_step;  // 4: int8 weights are multiplied as bytes; 2: as 16-bit integers; 1: they become fp32
     void (*pack)(const PackParams& params);
     // out[i] = x[i] weight[i] / sqrt(mean(x^2) + eps)
     void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);

@@ -35,6 +35,7 @@ struct Isa {
 extern const Ops generic_ops;
 #ifdef IGPT_X86
 extern const Ops avx2_ops;
+extern const Ops avx_vnni_ops;
 extern const Ops avx512_ops;
 extern const Ops avx512_vnni_ops;
 extern const Ops avx512_bf16_ops;

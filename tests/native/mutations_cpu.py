@@ -187,9 +187,9 @@ CHANGES: list[tuple[str, str, str]] = [
     ("quantize_search", "index[v] = d < best[v] ? at : index[v];", "index[v] = d > best[v] ? index[v] : at;"),
     ("quantize_search", "(r * r + g * g) + b * b", "r * r + g * g"),
     ("quantize_search", "best[v] = min(d, best[v]);", "best[v] = d;"),
-    ("product", "for (int k = 0; k < 2; ++k)\n", "for (int k = 0; k < 1; ++k)\n"),
+    ("product", "(w + k * p.stride) + c * kLanes", "(w) + c * kLanes"),
     ("product", "if (R == 1)\n", "if (R == 2)\n"),
-    ("product", "odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g + 1])", "odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g])"),  # noqa: E501
+    ("product", "k ? bf16_odd(both) : bf16_even(both)", "bf16_even(both)"),
     ("linear", "return load(y) + v;", "return v;"),
     ("linear", "if (m.bias) v = v + load(m.bias + n);", ""),
     ("linear", "load(x + i) * scale * load(weight + i)", "load(x + i) * scale"),
@@ -241,9 +241,18 @@ def known(stem: str, old: str, new: str, number: int) -> Known:
     return Known(mutation, long_contexts if "sofar.total" in old or "from == 0" in old else BODIES[stem])
 
 
+# Of products of 16-bit integers, on the level that the twin of AVX-VNNI runs.
+WORDS = [
+    ("simd/avx2", "_mm_packs_epi32(", "_mm_packus_epi32("),
+    ("product", "p.half + r * p.ld + 2 * g, v[c]", "p.half + 2 * g, v[c]"),
+    ("product", "p.sums += 2 * kLanes;", ""),
+    ("linear", "p.rows->scale[r]", "p.rows->scale[0]"),
+]
 DECODER, FORWARD = "cpu/decoder.cpp", "cpu/forward.cpp"
 MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
 MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
+    *(Known(Mutation(f"cpu_words_{i}", f"cpu/bodies/{stem}.h", old, new), decoders, "avx_vnni", True)
+      for i, (stem, old, new) in enumerate(WORDS)),
     Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
     Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
     Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501

@@ -29,11 +29,6 @@ class Tiles {
     Tiles& operator=(const Tiles&) = delete;
 };
 
-template <int N>
-struct Number {
-    constexpr operator int() const { return N; }
-};
-
 template <int T>
 inline unsigned char* tile() {
     static_assert(T >= 0 && T < 8);

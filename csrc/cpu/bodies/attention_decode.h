@@ -101,6 +101,7 @@ struct SplitRows {
     alignas(64) float x[N][kKeys];
     alignas(64) uint8_t high[N][kKeys];
     alignas(64) uint8_t low[N][kKeys];
+    alignas(64) uint16_t half[N][kKeys];
     float scale[N];
 };
 static_assert(max_head_dim <= kKeys);
@@ -113,7 +114,10 @@ struct Split : F {
     static constexpr int64_t most_rows = N;
     template <bool Signed>
     static void split(Inputs& rows, int64_t r, int64_t n) {
-        if constexpr (F::splits) rows.scale[r] = F::template split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
+        if constexpr (F::splits && F::step == 2)
+            rows.scale[r] = F::split_row(rows.x[r], n, rows.half[r]);
+        else if constexpr (F::splits)
+            rows.scale[r] = F::template split_row<Signed>(rows.x[r], n, rows.high[r], rows.low[r]);
     }
 };
 
@@ -132,6 +136,7 @@ inline void multiply_rows(const char* weights, ptrdiff_t stride, int64_t count, 
         piece.x = x.x[row];
         piece.high = x.high[row];
         piece.low = x.low[row];
+        piece.half = x.half[row];
         piece.ld = here == 1 ? 0 : kKeys;
         piece.sums = sums + 2 * row * kTile;
         piece.width = kTile;

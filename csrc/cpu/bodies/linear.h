@@ -9,6 +9,8 @@ namespace igpt::cpu {
 namespace {
 
 constexpr int64_t kDepth = 512;  // of k, a multiple of 64
+// What Int8Words adds up.
+static_assert(kDepth * 127 * 32768 <= INT32_MAX);
 
 void split(const Rows& rows, int64_t k, Format format) {
     if (format == Format::int8) Int8::split_rows(rows, k);

@@ -7,11 +7,12 @@
 // bf16 becomes fp32 by a shift (the even one of a pair) or a mask (the odd one); where there is a product of bf16
 // pairs, several rows are rounded to bf16 and take that. int8 weights become fp32, or, where there is a byte product
 // (VNNI, SDOT), meet the inputs as two halves of 14 or 15 bits: sums are exact in 32 bits up to k = 2^16, and only the
-// weights' rounding is felt.
+// weights' rounding is felt. Where 16-bit integers are multiplied in pairs (AVX2 and later), the weights are
+// widened to them, which as many inputs share as there are rows, and meet inputs of 15 bits and a sign.
 #pragma once
 
 #include "../decoder_kernels.h"
-#include "simd/registers.h"
+#include "simd/lanes.h"
 
 namespace igpt::cpu {
 namespace {
@@ -76,15 +77,15 @@ inline void each_group(const Piece& p, int64_t groups, Group group) {
 }
 
 template <int R, int C>
-inline void begin(const Piece& p, Vec (&acc)[R][C], int half = 0) {
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = p.first ? zero() : load(p.sums + (2 * r + half) * p.width + c * kLanes);
+[[gnu::always_inline]] inline void begin(const Piece& p, Vec (&acc)[R][C]) {
+    each<R>([&](auto r) {
+        each<C>([&](auto c) { acc[r][c] = p.first ? zero() : load(p.sums + 2 * r * p.width + c * kLanes); });
+    });
 }
 
 template <int R, int C>
-inline void finish(const Piece& p, const Vec (&acc)[R][C], int half = 0) {
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(p.sums + (2 * r + half) * p.width + c * kLanes, acc[r][c]);
+[[gnu::always_inline]] inline void finish(const Piece& p, const Vec (&acc)[R][C]) {
+    each<R>([&](auto r) { each<C>([&](auto c) { store(p.sums + 2 * r * p.width + c * kLanes, acc[r][c]); }); });
 }
 
 // Two groups as one, so that they fill two chains.
@@ -110,23 +111,29 @@ inline void two_chains(const Piece& p, int64_t groups, Group group) {
     finish(p, even);
 }
 
-// The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group.
+// The formats. `run` is a piece with R rows and C registers; `bytes`, of a register's weights of one group. Flat: sums
+// that a call could see would be kept in memory.
 struct Fp32 {
     static constexpr bool tiled = false, splits = false;
     static constexpr int step = 1, bytes = 4 * kLanes, max_rows = kMaxRows;
     // One set of sums, whatever the rows: a sequence has the same bits in every batch. The chains of the registers
     // beside each other are enough for one row, which waits for memory.
     template <int R, int C>
-    static void run(const Piece& p) {
+    [[gnu::flatten]] static void run(const Piece& p) {
         Vec acc[R][C];
         begin(p, acc);
         each_group(paired(p), p.count / 2, [&](const char* w, const char* far, int64_t g) {
-            for (int k = 0; k < 2; ++k)
-                for (int c = 0; c < C; ++c) {
+            each<2>([&](auto k) {
+                Vec v[C];
+                each<C>([&](auto c) {
                     prefetch_register<bytes>(far + k * p.far_step, c);
-                    const Vec v = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
-                    for (int r = 0; r < R; ++r) acc[r][c] = fma(v, set1(p.x[r * p.ld + 2 * g + k]), acc[r][c]);
-                }
+                    v[c] = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
+                });
+                each<R>([&](auto r) {
+                    const Vec x = set1(p.x[r * p.ld + 2 * g + k]);
+                    each<C>([&](auto c) { acc[r][c] = fma(v[c], x, acc[r][c]); });
+                });
+            });
         });
         finish(p, acc);
     }
@@ -151,17 +158,21 @@ struct Bf16 {
             widen<R, C>(p);
     }
     template <int R, int C>
-    static void widen(const Piece& p) {
+    [[gnu::flatten]] static void widen(const Piece& p) {
         two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
-            for (int c = 0; c < C; ++c) {
-                prefetch_register<bytes>(far, c);
-                const Ints v = load_ints(w + c * bytes);
-                const Vec v0 = bf16_even(v), v1 = bf16_odd(v);
-                for (int r = 0; r < R; ++r) {
-                    even[r][c] = fma(v0, set1(p.x[r * p.ld + 2 * g]), even[r][c]);
-                    odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g + 1]), odd[r][c]);
-                }
-            }
+            each<C>([&](auto c) { prefetch_register<bytes>(far, c); });
+            each<2>([&](auto k) {
+                auto& acc = k ? odd : even;
+                Vec v[C];
+                each<C>([&](auto c) {
+                    const Ints both = load_ints(w + c * bytes);
+                    v[c] = k ? bf16_odd(both) : bf16_even(both);
+                });
+                each<R>([&](auto r) {
+                    const Vec x = set1(p.x[r * p.ld + 2 * g + k]);
+                    each<C>([&](auto c) { acc[r][c] = fma(v[c], x, acc[r][c]); });
+                });
+            });
         });
     }
 };
@@ -245,34 +256,86 @@ struct Int8Floats {
     }
 };
 
+// Sums are exact over a piece, which is short enough for 32 bits, and fp32 from one to the next.
+struct Int8Words {
+    static constexpr bool tiled = false, splits = true;
+    static constexpr int step = 2, bytes = 2 * kLanes, max_rows = kMaxRows;
+    template <int R, int C>
+    [[gnu::flatten]] static void run(const Piece& p) {
+        Ints acc[R][C] = {};
+        each_group(p, p.count / 2, [&](const auto* w, const char* far, int64_t g) {
+            prefetch(far);
+            Ints v[C];
+            each<C>([&](auto c) { v[c] = load_words(w + c * bytes); });
+            each<R>([&](auto r) {
+                each<C>([&](auto c) { acc[r][c] = add_words(acc[r][c], p.half + r * p.ld + 2 * g, v[c]); });
+            });
+        });
+        Vec sums[R][C];
+        begin(p, sums);
+        each<R>([&](auto r) { each<C>([&](auto c) { sums[r][c] += to_floats(acc[r][c]); }); });
+        finish(p, sums);
+    }
+    // x as 16-bit integers, zeros up to a whole register; returns the scale, NaN when something in x is not finite.
+    template <class T>
+    static float split_row(const T* x, int64_t n, uint16_t* words) {
+        Vec most = zero(), poison = zero();
+        sweep<1>(n, [&](int64_t i, int, auto part) {
+            const Vec v = read(x + i, part);
+            most = max(most, abs(v));
+            poison = fma(v, zero(), poison);
+        });
+        const float scale = reduce_max(most) / 32767.0f;
+        // Numbers so small that their steps have no inverse are zero.
+        const Vec inverse = set1(scale > 1e-37f ? 1.0f / scale : 0.0f);
+        sweep<1>(n, [&](int64_t i, int, auto part) { store_words(words + i, read(x + i, part) * inverse); });
+        return scale + reduce_add(poison);
+    }
+    template <class T>
+    static Vec whole(const T* sums, const T*, const int32_t*) {
+        return load(sums);
+    }
+    template <class R>
+    static void split_rows(const R& rows, int64_t k) {
+        for (int64_t r = 0; r < rows.count; ++r)
+            rows.scale[r] = split_row(rows.x + r * rows.ld, k, rows.half + r * rows.ld);
+    }
+};
+
 constexpr auto int8_format() {
     if constexpr (kBytes)
         return Int8Bytes{};
+    else if constexpr (kWords)
+        return Int8Words{};
     else
         return Int8Floats{};
 }
 using Int8 = decltype(int8_format());
 
-// A piece of any number of registers up to 4.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostSums = 24;  // of 32 registers
+#else
+constexpr int kMostSums = 8;  // of 16, unless two registers share a row's inputs
+#endif
+
+// A piece of any number of registers up to 4, and of those two by two where its rows leave no more.
 template <class F, int R>
 inline void run_columns(Piece p, int registers) {
-    if (registers == 4) return F::template run<R, 4>(p);
-    if (registers & 2) {
+    if constexpr (F::tiled || R * 4 <= kMostSums)
+        if (registers == 4) return F::template run<R, 4>(p);
+    for (; registers >= 2; registers -= 2) {
         F::template run<R, 2>(p);
         p.weights += 2 * F::bytes;
+        p.far += 2 * F::bytes;
         p.sums += 2 * kLanes;
     }
-    if (registers & 1) F::template run<R, 1>(p);
+    if (registers == 1) F::template run<R, 1>(p);
 }
 
-template <class F>
+template <class F, int R = F::max_rows>
 inline void run_rows(const Piece& p, int64_t rows, int registers) {
-    if (rows == 1) return run_columns<F, 1>(p, registers);
-    if (rows == 2) return run_columns<F, 2>(p, registers);
-    if constexpr (F::max_rows > 2)
-        if (rows == 3) return run_columns<F, 3>(p, registers);
-    if constexpr (F::max_rows > 3)
-        if (rows == 4) return run_columns<F, 4>(p, registers);
+    if (rows == R) return run_columns<F, R>(p, registers);
+    if constexpr (R > 1) run_rows<F, R - 1>(p, rows, registers);
 }
 
 }  // namespace

@@ -13,15 +13,6 @@ namespace {
 
 constexpr bool tiled(int64_t rows, Format format) { return rows > 1 && format != Format::fp32; }
 
-// Calls f(Number) for 0 .. C - 1.
-template <int C, class F>
-inline void each_column(F&& f) {
-    if constexpr (C > 0) {
-        each_column<C - 1>(f);
-        f(Number<C - 1>());
-    }
-}
-
 template <int Step, int RowBytes>
 struct Tiled {
     static constexpr bool tiled = true, splits = Step == 4;
@@ -40,7 +31,7 @@ struct Tiled {
     // Tile c += inputs (tile 4) x weights of column c, while what comes later is prefetched.
     template <int C>
     static void multiply_columns(const char* w, ptrdiff_t stride, const char* far, ptrdiff_t far_step) {
-        each_column<C>([&](auto column) {
+        each<C>([&](auto column) {
             constexpr int weights = 5 + column % 2;
             for (int i = 0; i < 16; ++i) prefetch(far + i * far_step + column * bytes);
             load_tile<weights>(w + column * bytes, stride);
@@ -53,7 +44,7 @@ struct Tiled {
 
     template <int R, int C>
     static void run(const Piece& p) {
-        each_column<C>([&](auto c) {
+        each<C>([&](auto c) {
             if (p.first)
                 zero_tile<c>();
             else
@@ -78,7 +69,7 @@ struct Tiled {
             load_tile<4>(inputs, 64);
             multiply_columns<C>(weights, C * bytes, weights, 0);
         }
-        each_column<C>([&](auto c) { store_tile<c>(p.sums + c * kLanes, sums_bytes(p)); });
+        each<C>([&](auto c) { store_tile<c>(p.sums + c * kLanes, sums_bytes(p)); });
     }
 };
 

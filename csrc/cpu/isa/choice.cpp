@@ -2,8 +2,10 @@
 #include <atomic>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,6 +21,13 @@ namespace igpt::cpu {
 namespace {
 
 #ifdef IGPT_X86
+// Whether the processor has VNNI's products in registers of 256 bits without AVX-512; not every compiler's own question
+// knows these.
+bool have_avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 // Whether the processor multiplies tiles of bf16 and int8, the operating system saves them, and the kernel lets this
 // process use them: tiles are a state that has to be asked for, once in a process.
 bool have_amx() {
@@ -79,7 +88,9 @@ int isas(Isa* out) {
     out[n++] = {&generic_ops, true};
 #ifdef IGPT_X86
     __builtin_cpu_init();  // its answers for AVX include the state that the operating system saves (xgetbv)
-    out[n++] = {&avx2_ops, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    out[n++] = {&avx2_ops, avx2};
+    out[n++] = {&avx_vnni_ops, avx2 && have_avx_vnni()};
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     out[n++] = {&avx512_ops, avx512};

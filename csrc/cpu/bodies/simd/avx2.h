@@ -1,4 +1,4 @@
-// AVX2 and FMA: registers of 8 lanes.
+// AVX2 and FMA: registers of 8 lanes; AVX-VNNI where the file may use it.
 #pragma once
 
 namespace igpt::cpu {
@@ -7,7 +7,7 @@ namespace {
 using Vec = __m256;
 using Ints = __m256i;
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 2;  // 2 rows x 4 registers, 16 there are
+constexpr int kMaxRows = 6;  // 2 rows x 4 registers, or 6 x 2, 16 there are
 constexpr int kBlockRows = 6, kBlockRegisters = 2;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -69,7 +69,27 @@ inline void write(uint16_t* p, Vec v, Whole) {
 inline Vec drop_below(Vec v, Vec x, Vec limit) { return _mm256_and_ps(v, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ)); }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_LT_OQ)); }
 
-constexpr bool kPairs = false, kBytes = false;
+constexpr bool kPairs = false, kBytes = false, kWords = true;
+
+// acc + the sum of a pair of 16-bit integers times the pairs of w.
+inline Ints add_words(Ints acc, const uint16_t* pair, Ints w) {
+    int32_t both;
+    __builtin_memcpy(&both, pair, 4);
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(acc, _mm256_set1_epi32(both), w);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_set1_epi32(both), w));
+#endif
+}
+inline Ints load_words(const char* bytes) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+inline void store_words(uint16_t* to, Vec v) {
+    const Ints n = _mm256_cvtps_epi32(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+}
+inline Vec to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 
 }  // namespace
 }  // namespace igpt::cpu

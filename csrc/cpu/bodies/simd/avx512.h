@@ -104,7 +104,7 @@ constexpr bool kPairs = false;
 #endif
 
 #if defined(__AVX512VNNI__)
-constexpr bool kBytes = true;
+constexpr bool kBytes = true, kWords = false;
 // acc + the sum of four unsigned bytes times the fours of w.
 inline Ints add_bytes(Ints acc, const uint8_t* four, Ints w) {
     int32_t word;
@@ -145,7 +145,20 @@ inline float split_bytes(Flag<Signed>, const float* x, int64_t n, uint8_t* high,
     return scale + reduce_add(poison);
 }
 #else
-constexpr bool kBytes = false;
+constexpr bool kBytes = false, kWords = true;
+// acc + the sum of a pair of 16-bit integers times the pairs of w.
+inline Ints add_words(Ints acc, const uint16_t* pair, Ints w) {
+    int32_t both;
+    __builtin_memcpy(&both, pair, 4);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_set1_epi32(both), w));
+}
+inline Ints load_words(const char* bytes) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+}
+inline void store_words(uint16_t* to, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+inline Vec to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 #endif
 
 }  // namespace

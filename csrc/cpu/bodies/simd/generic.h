@@ -51,7 +51,7 @@ inline void write(uint16_t* p, Vec v, Whole) {
 }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return pick(x < zero(), a, b); }
 
-constexpr bool kPairs = false, kBytes = false;
+constexpr bool kPairs = false, kBytes = false, kWords = false;
 
 }  // namespace
 }  // namespace igpt::cpu

@@ -14,10 +14,14 @@ constexpr int kBlockRows = 4, kBlockRegisters = 4;
 
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec abs(Vec a) { return vabsq_f32(a); }
-inline Vec load_bytes(const char* p) {
-    int32_t word;
+// Four bytes in the first lane of a register for vectors, past those for integers.
+inline float32x2_t load_word(const void* p) {
+    float word;
     __builtin_memcpy(&word, p, 4);
-    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word)));
+    return vset_lane_f32(word, float32x2_t{}, 0);
+}
+inline Vec load_bytes(const char* p) {
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_f32(load_word(p)));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 inline float reduce_add(Vec v) { return vaddvq_f32(v); }
@@ -76,10 +80,7 @@ inline Ints to_bf16(Vec first, Vec second) {
 }
 // acc + the sum of a pair of bf16 times the pairs of w.
 inline Vec add_pairs(Vec acc, const uint16_t* pair, Ints w) {
-    float both;
-    __builtin_memcpy(&both, pair, 4);
-    const float32x2_t lanes = vset_lane_f32(both, float32x2_t{}, 0);
-    return vbfdotq_lane_f32(acc, vreinterpretq_bf16_s32(w), vreinterpret_bf16_f32(lanes), 0);
+    return vbfdotq_lane_f32(acc, vreinterpretq_bf16_s32(w), vreinterpret_bf16_f32(load_word(pair)), 0);
 }
 inline void halve_row(const float* x, int64_t n, uint16_t* half) {
     int64_t i = 0;
@@ -94,10 +95,7 @@ constexpr bool kPairs = false;
 constexpr bool kBytes = true;
 // acc + the sum of four signed bytes times the fours of w.
 inline Ints add_bytes(Ints acc, const uint8_t* four, Ints w) {
-    float all;
-    __builtin_memcpy(&all, four, 4);
-    const float32x2_t lanes = vset_lane_f32(all, float32x2_t{}, 0);
-    return vdotq_lane_s32(acc, vreinterpretq_s8_s32(w), vreinterpret_s8_f32(lanes), 0);
+    return vdotq_lane_s32(acc, vreinterpretq_s8_s32(w), vreinterpret_s8_f32(load_word(four)), 0);
 }
 inline void store_ints(void* p, Ints v) { __builtin_memcpy(p, &v, sizeof v); }
 // 128 high + low of integer sums; `high` is signed and has no offset.
@@ -138,6 +136,7 @@ inline float split_bytes(Flag<Signed>, const float* x, int64_t n, uint8_t* high,
 #else
 constexpr bool kBytes = false;
 #endif
+constexpr bool kWords = false;
 
 }  // namespace
 }  // namespace igpt::cpu

@@ -1,6 +1,7 @@
 // Registers of the instruction set that a file is compiled for: kLanes floats or 32-bit integers, kMaxRows rows of a
-// product, reads and writes of whole ones and parts, and whether there are products of bf16 pairs (kPairs) and of bytes
-// (kBytes). A machine is one header. Everything has internal linkage; see ops.h.
+// product, reads and writes of whole ones and parts, and whether there are products of bf16 pairs (kPairs), of bytes
+// (kBytes) and of pairs of 16-bit integers (kWords). A machine is one header. Everything has internal linkage; see
+// ops.h.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,22 @@ template <bool Value>
 struct Flag {
     static constexpr bool value = Value;
 };
+
+// N, as what a function is called with: a tile's number has to be a constant, and so has that of a register in an
+// array.
+template <int N>
+struct Number {
+    constexpr operator int() const { return N; }
+};
+
+// Calls f(Number) for 0 .. N - 1.
+template <int N, class F>
+[[gnu::always_inline]] inline void each(F&& f) {
+    if constexpr (N > 0) {
+        each<N - 1>(f);
+        f(Number<N - 1>());
+    }
+}
 
 }  // namespace
 }  // namespace igpt::cpu

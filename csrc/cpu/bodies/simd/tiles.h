@@ -26,12 +26,6 @@ class Tiles {
     Tiles& operator=(const Tiles&) = delete;
 };
 
-// N, as what a function is called with: a tile's number has to be a constant.
-template <int N>
-struct Number {
-    constexpr operator int() const { return N; }
-};
-
 // Tile T. The compilers' own functions differ in what they take for T, and GCC's do not say that they touch memory.
 template <int T>
 inline void zero_tile() {
