@@ -39,7 +39,17 @@ TORCH = (
     "markupsafe",
     "fsspec",
 )
-OTHERS = ("numpy<2.4", "pytest!=9.2.0", "hypothesis", "pillow", "safetensors", "huggingface_hub", "tqdm", "tyro", "scipy")
+OTHERS = (
+    "numpy<2.4",
+    "pytest!=9.2.0",
+    "hypothesis",
+    "pillow",
+    "safetensors",
+    "huggingface_hub",
+    "tqdm",
+    "tyro",
+    "scipy",
+)
 # The newest of a processor's levels is what its tests run on; those that are marked so run on all that it has.
 TESTS = {
     "max": ("tests/ops/test_quantize.py", "tests/ops/test_elementwise_cpu.py", "tests/engines/cpu"),
