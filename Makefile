@@ -18,7 +18,7 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak sanitize mutate lint format bench gpu-check clean help
+.PHONY: sample test soak sanitize mutate lint format bench gpu-check check-arm clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
+	@echo "make check-arm  the tests of the CPU kernels on AArch64 under qemu (ONLY: these tests); downloads 300 MB into build/arm"
 	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
@@ -76,6 +77,9 @@ bench: $(VENV)/installed-bench
 # Installs nothing and asks no network: PYTHON has torch with CUDA and the build's tools. COMMIT is for a copy without .git.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(ALL),--all) $(if $(COMMIT),--commit $(COMMIT))
+
+check-arm: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_arm.py $(ONLY)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

@@ -1,5 +1,6 @@
 // Causal attention, the drivers: memory, threads, and the kernels of the chosen instruction set.
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -28,9 +29,9 @@ void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
     const int threads = int(std::min<int64_t>(usable_threads(wanted), items));
     const int64_t each = padded(scratch, 4096);
     char* memory = workspace(each * threads);
+    std::atomic<int64_t> left{items};
     in_region(threads, [&](int index, int) {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = items - 1; i >= 0; --i) work(i, memory + each * index);
+        for (int64_t i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;) work(i, memory + each * index);
     });
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -89,10 +90,8 @@ std::vector<uint64_t> checksums(const std::vector<std::pair<uintptr_t, size_t>>&
     for (const auto& [address, bytes] : blocks)
         for (size_t at = 0; at < bytes; at += part) parts.push_back({address + at, std::min(part, bytes - at)});
     std::vector<uint64_t> sums(parts.size()), out;
-    const int used = usable_threads(threads);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (size_t i = 0; i < parts.size(); ++i)
-        sums[i] = checksum(reinterpret_cast<const char*>(parts[i].first), parts[i].second);
+    for_each(int64_t(parts.size()), usable_threads(threads),
+             [&](int64_t i) { sums[i] = checksum(reinterpret_cast<const char*>(parts[i].first), parts[i].second); });
     size_t next = 0;
     for (const auto& block : blocks) {
         out.push_back(0);

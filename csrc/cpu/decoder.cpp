@@ -296,9 +296,7 @@ void Decoder::load(int64_t layer, const float* keys, const float* values, int64_
     if (position_ != 0 || layer < 0 || layer >= weights_->shape.layers)
         throw std::invalid_argument("decoder: keys and values are loaded into an empty cache, layer by layer");
     const int64_t heads = weights_->shape.heads, dim = weights_->shape.head_dim(), units = heads * batch_;
-    const int wanted = usable_threads(threads);
-#pragma omp parallel for schedule(static) num_threads(wanted) if (wanted > 1)
-    for (int64_t u = 0; u < units; ++u) {
+    for_each(units, usable_threads(threads), [&](int64_t u) {
         AttentionDecodeParams p = head_of(layer, u);
         const int64_t from = (u % batch_ * heads + u / batch_) * count * dim;
         for (p.position = 0; p.position < count; ++p.position) {
@@ -306,7 +304,7 @@ void Decoder::load(int64_t layer, const float* keys, const float* values, int64_
             p.v = values + from + p.position * dim;
             weights_->kernels.remember(p);
         }
-    }
+    });
 }
 
 void Decoder::advance(int64_t count) {
@@ -329,9 +327,7 @@ void Decoder::fork(int64_t copies, int threads) {
     KvCache primer = make_cache(primers_, position_), own = make_cache(primers_ * copies, capacity_ - position_);
     make_rows(primers_ * copies);
     const int64_t units = weights_->shape.layers * weights_->shape.heads * primers_;
-    const int wanted = usable_threads(threads);
-#pragma omp parallel for schedule(static) num_threads(wanted) if (wanted > 1)
-    for (int64_t u = 0; u < units; ++u) primer.copy(u, own_);
+    for_each(units, usable_threads(threads), [&](int64_t u) { primer.copy(u, own_); });
     primer_ = std::move(primer);
     own_ = std::move(own);
     scratch_.clear();

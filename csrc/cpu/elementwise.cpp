@@ -8,6 +8,7 @@
 
 #include "elementwise_kernels.h"
 #include "ops.h"
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -28,12 +29,7 @@ template <class F>
 void in_blocks(int64_t count, int64_t size, int64_t width, int32_t wanted, F body) {
     const int64_t blocks = blocks_of(count, size);
     const int threads = threads_for(count * width, blocks, wanted);
-    if (threads == 1) {
-        for (int64_t i = 0; i < blocks; ++i) body(i, i * size, std::min(count, (i + 1) * size));
-        return;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < blocks; ++i) body(i, i * size, std::min(count, (i + 1) * size));
+    for_each(blocks, threads, [&](int64_t i) { body(i, i * size, std::min(count, (i + 1) * size)); });
 }
 
 // A vector in fp32; empty for null.

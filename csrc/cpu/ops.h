@@ -42,6 +42,11 @@ extern const Ops avx512_vnni_ops;
 extern const Ops avx512_bf16_ops;
 extern const Ops amx_ops;
 #endif
+#ifdef IGPT_AARCH64
+extern const Ops neon_ops;
+extern const Ops neon_dotprod_ops;
+extern const Ops neon_bf16_ops;
+#endif
 
 // All compiled tables, slowest first; returns how many were written into `out` (room for 8).
 int isas(Isa* out);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "region.h"
 
 namespace igpt::cpu {
 namespace {
@@ -319,16 +320,14 @@ int64_t run(const QuantizeParams& p, Body body, bool is_u8, int64_t begin, bool 
         cells[t].stops = !gathers;
     }
 
-    // Nothing in the region throws: an exception that leaves it ends the process.
-    int64_t done = p.n;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(min : done)
-    for (int t = 0; t < threads; ++t) {
+    std::vector<int64_t> ends(threads);
+    for_each(threads, threads, [&](int64_t t) {
         const int64_t from = std::max(begin, shares * t / threads * kShare);
-        done = std::min(done, body(p, cells[t], from, std::min(p.n, shares * (t + 1) / threads * kShare)));
-    }
+        ends[t] = body(p, cells[t], from, std::min(p.n, shares * (t + 1) / threads * kShare));
+    });
     for (const QuantizeCells& each : cells)
         if (p.work) *p.work += each.work;
-    return gathers ? p.n : done;
+    return gathers ? p.n : std::min(p.n, *std::min_element(ends.begin(), ends.end()));
 }
 
 // Few pixels are compared with the clusters as they come, while those differ.

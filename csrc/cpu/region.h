@@ -1,9 +1,11 @@
-// For drivers: an OpenMP region, with numbers too small for a full mantissa as zero.
+// For drivers: regions of several threads, OpenMP's or, where the compiler has none, our own (pool.h).
 #pragma once
 
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include "pool.h"
 #endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -22,6 +24,15 @@ class FlushDenormals {
 
   private:
     unsigned before_;
+#elif defined(__aarch64__)
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(before_ | 1ul << 24));  // FZ
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+  private:
+    uint64_t before_;
 #else
     FlushDenormals() {}
 #endif
@@ -37,17 +48,32 @@ inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index /
 // Calls work(index, count) in each of `wanted` threads, or fewer: the region may not get them all. Nothing may throw:
 // an exception that leaves the region ends the process.
 template <class Work>
-void in_region(int wanted, Work work) {
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    {
+void in_threads(int wanted, Work work) {
+    if (wanted <= 1) return work(0, 1);
 #ifdef _OPENMP
-        const int index = omp_get_thread_num(), count = omp_get_num_threads();
+#pragma omp parallel num_threads(wanted)
+    work(omp_get_thread_num(), omp_get_num_threads());
 #else
-        const int index = 0, count = 1;
+    in_pool(wanted, [](void* all, int index, int count) { (*static_cast<Work*>(all))(index, count); }, &work);
 #endif
+}
+
+// The same without denormals.
+template <class Work>
+void in_region(int wanted, Work work) {
+    in_threads(wanted, [&](int index, int count) {
         const FlushDenormals flush;
         work(index, count);
-    }
+    });
+}
+
+// Calls each(i) for i of n, every thread for as many that follow each other.
+template <class Each>
+void for_each(int64_t n, int wanted, Each each) {
+    in_threads(wanted, [&](int index, int count) {
+        const Range mine = part(n, index, count);
+        for (int64_t i = mine.begin; i < mine.end; ++i) each(i);
+    });
 }
 
 }  // namespace

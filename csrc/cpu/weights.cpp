@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "region.h"
+
 namespace igpt::cpu {
 namespace {
 
@@ -42,15 +44,13 @@ const DecoderShape& checked(const DecoderShape& s) {
 void fill(const Matrix& m, const Source& source, const float* bias, const std::vector<int64_t>& order,
           const DecoderKernels& kernels, int threads) {
     const int64_t tile = kernels.tile, tiles = m.n / tile, bytes = tile * m.k * format_bytes(m.format);
-    const int used = usable_threads(threads);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (int64_t t = 0; t < tiles; ++t) {
+    for_each(tiles, usable_threads(threads), [&](int64_t t) {
         const int64_t first = t * tile;
         kernels.pack({source.data, source.is_bf16, source.stride_k, source.stride_n, order.data() + first,
                       std::min(tile, int64_t(order.size()) - first), m.k, m.format,
                       const_cast<char*>(m.data) + t * bytes, m.scale ? const_cast<float*>(m.scale) + first : nullptr,
                       m.sums ? const_cast<int32_t*>(m.sums) + first : nullptr});
-    }
+    });
     if (bias)
         for (size_t n = 0; n < order.size(); ++n) const_cast<float*>(m.bias)[n] = bias[order[n]];
 }

@@ -1,7 +1,7 @@
-// What tests/test_aarch64.py runs on the plain level: colours to clusters, and a model of two layers that reads a
-// primer, forks and goes on, in every format. Prints one number a line, the same on every processor up to rounding.
-// With an argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite, and the
-// elementwise ops.
+// What tests/test_aarch64.py runs on a level: colours to clusters, the elementwise ops, and a model of two layers that
+// reads a primer, forks and goes on, in every format. Prints a number a line behind what it belongs to, the same on
+// every processor up to rounding. Without an argument: the names of the levels that this processor has. With a second
+// argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -33,13 +33,21 @@ std::vector<float> numbers(int64_t n, float scale = 1.0f) {
     return all;
 }
 
-void print(const std::vector<int64_t>& out, bool whole) {
+void print(const char* what, const std::vector<int64_t>& out, bool whole) {
     uint32_t sum = 0;
     for (int64_t i : out) {
         sum = sum * 31u + uint32_t(i);
-        if (whole) std::printf("%d\n", int(i));
+        if (whole) std::printf("%s %d\n", what, int(i));
     }
-    if (!whole) std::printf("%u\n", unsigned(sum));
+    if (!whole) std::printf("%s %u\n", what, unsigned(sum));
+}
+
+const char* name_of(cpu::Format format) {
+    return format == cpu::Format::fp32 ? "fp32" : format == cpu::Format::bf16 ? "bf16" : "int8";
+}
+
+void print(const char* what, cpu::Format format, const std::vector<float>& out) {
+    for (float x : out) std::printf("%s-%s %.9g\n", what, name_of(format), double(x));
 }
 
 // Every token, or a checksum of them.
@@ -49,9 +57,9 @@ void quantize(int64_t n, int32_t k, bool whole) {
     for (uint8_t& x : bytes) x = uint8_t((number() + 1.0f) * 127.5f);
     std::vector<int64_t> out(static_cast<size_t>(n));
     cpu::quantize_u8({bytes.data(), clusters.data(), out.data(), n, k, 2, nullptr});
-    print(out, whole);
+    print("u8", out, whole);
     cpu::quantize_f32({floats.data(), clusters.data(), out.data(), n, k, 2, nullptr});
-    print(out, whole);
+    print("f32", out, whole);
 }
 
 // As an array of the format; bfloat16 is the upper half, which is not rounded here.
@@ -73,16 +81,26 @@ void elementwise(cpu::Format format) {
     const auto array = [&](int64_t count, float scale = 1.0f) { return stored(numbers(count, scale), format); };
     const auto x = array(rows * n), other = array(rows * n), weight = array(n), bias = array(n);
     auto total = array(rows * n), out = array(rows * n), dweight = array(n), dbias = array(n);
+    const auto show = [&](const char* what, const std::vector<uint8_t>& from) {
+        std::vector<float> wide(from.size() / size_t(cpu::format_bytes(format)));
+        cpu::ops().elementwise.widen(from.data(), format, int64_t(wide.size()), wide.data());
+        print(what, format, wide);
+    };
     for (bool centred : {false, true}) {
         cpu::norm_fwd({x.data(), other.data(), weight.data(), bias.data(), total.data(), out.data(), rows, n, 1e-5f,
                        centred, format, format, format, format, 2});
+        show("norm", out);
         cpu::norm_bwd({out.data(), other.data(), total.data(), weight.data(), out.data(), nullptr, dweight.data(),
                        dbias.data(), rows, n, 1e-5f, centred, format, format, format, 2});
+        show("norm_bwd", out);
+        show("norm_dweight", dweight);
     }
     for (auto activation : {cpu::Activation::quick_gelu, cpu::Activation::gelu_tanh, cpu::Activation::gelu_erf}) {
         cpu::activation_fwd({x.data(), bias.data(), out.data(), rows, n, activation, format, 2});
+        show("activation", out);
         cpu::activation_bwd(
             {other.data(), x.data(), bias.data(), out.data(), dbias.data(), rows, n, activation, format, 2});
+        show("activation_bwd", out);
     }
     std::vector<int64_t> labels;
     for (int64_t i = 0; i < rows; ++i) labels.push_back(i % 5 ? i % n : -100);
@@ -91,7 +109,8 @@ void elementwise(cpu::Format format) {
                             loss.data(), count.data(), true});
     cpu::cross_entropy_bwd({loss.data(), x.data(), labels.data(), statistics.data(), count.data(), out.data(), rows, n,
                             -100, false, format, 2});
-    std::printf("%.9g %.9g\n", double(loss[0]), double(count[0]));
+    print("loss", format, {loss[0], count[0]});
+    show("cross_entropy_bwd", out);
 }
 
 void decode(cpu::Format format) {
@@ -128,17 +147,20 @@ void decode(cpu::Format format) {
         for (int64_t b = 0; b < primers * copies; ++b) tokens[b] = (5 * t + 3 * b) % colours;
         decoder.step(tokens, logits.data(), 2);
     }
-    for (float x : logits) std::printf("%.9g\n", double(x));
+    print("logits", format, logits);
 }
 
 }  // namespace
 
-int main(int count, char**) {
-    all_finite = count < 2;
-    if (!cpu::select_isa("generic")) return 1;
+int main(int count, char** arguments) {
+    cpu::Isa all[8];
+    for (int i = 0, n = cpu::isas(all); i < n && count < 2; ++i)
+        if (all[i].supported) std::printf("%s\n", all[i].table->isa);
+    if (count < 2) return 0;
+    all_finite = count < 3;
+    if (!cpu::select_isa(arguments[1])) return 1;
     quantize(1000, 37, true);
     quantize(9000, 300, false);  // with cells and groups
-    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16})
-        if (!all_finite) elementwise(format);
+    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16}) elementwise(format);
     for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16, cpu::Format::int8}) decode(format);
 }

@@ -6,7 +6,7 @@
 //
 // bf16 becomes fp32 by a shift (the even one of a pair) or a mask (the odd one); where there is a product of bf16
 // pairs, several rows are rounded to bf16 and take that. int8 weights become fp32, or, where there is a byte product
-// (VNNI), meet the inputs as two unsigned halves of 15 bits: sums are exact in 32 bits up to k = 2^16, and only the
+// (VNNI, SDOT), meet the inputs as two halves of 14 or 15 bits: sums are exact in 32 bits up to k = 2^16, and only the
 // weights' rounding is felt. Where 16-bit integers are multiplied in pairs (AVX2 and later), the weights are
 // widened to them, which as many inputs share as there are rows, and meet inputs of 15 bits and a sign.
 #pragma once
@@ -58,6 +58,12 @@ inline void prefetch_in_parts(Piece& p, const char* end, const char* next, int64
     p.far = (after < end ? after : next) + pass * groups * p.far_step;
     p.jump_at = groups;
     p.jump = 0;
+}
+
+// Of the registers side by side the first of a line; lines are what memory gives.
+template <int Bytes>
+inline void prefetch_register(const char* far, int c) {
+    if (c * Bytes % 64 == 0) prefetch(far + c * Bytes);
 }
 
 // Calls group(weights, far, g) for all groups.
@@ -120,7 +126,7 @@ struct Fp32 {
             each<2>([&](auto k) {
                 Vec v[C];
                 each<C>([&](auto c) {
-                    prefetch(far + k * p.far_step + c * bytes);
+                    prefetch_register<bytes>(far + k * p.far_step, c);
                     v[c] = load(reinterpret_cast<const float*>(w + k * p.stride) + c * kLanes);
                 });
                 each<R>([&](auto r) {
@@ -154,7 +160,7 @@ struct Bf16 {
     template <int R, int C>
     [[gnu::flatten]] static void widen(const Piece& p) {
         two_chains<R, C>(p, p.count / 2, [&](const char* w, const char* far, int64_t g, auto& even, auto& odd) {
-            each<C>([&](auto c) { prefetch(far + c * bytes); });
+            each<C>([&](auto c) { prefetch_register<bytes>(far, c); });
             each<2>([&](auto k) {
                 auto& acc = k ? odd : even;
                 Vec v[C];
@@ -177,7 +183,7 @@ void Bf16::dot(const Piece& p) {
     begin(p, acc);
     each_group(p, p.count / 2, [&](const char* w, const char* far, int64_t g) {
         for (int c = 0; c < C; ++c) {
-            prefetch(far + c * bytes);
+            prefetch_register<bytes>(far, c);
             const Ints v = load_ints(w + c * bytes);
             for (int r = 0; r < R; ++r) acc[r][c] = add_pairs(acc[r][c], p.half + r * p.ld + 2 * g, v);
         }
@@ -199,7 +205,7 @@ struct Int8Bytes {
             }
         each_group(p, p.count / 4, [&](const char* w, const char* far, int64_t g) {
             for (int c = 0; c < C; ++c) {
-                prefetch(far + c * bytes);
+                prefetch_register<bytes>(far, c);
                 const Ints v = load_ints(w + c * bytes);
                 for (int r = 0; r < R; ++r) {
                     high[r][c] = add_bytes(high[r][c], p.high + r * p.ld + 4 * g, v);

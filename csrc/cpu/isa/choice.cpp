@@ -1,4 +1,4 @@
-// Chooses the instruction set once, by cpuid.
+// Chooses the instruction set once, by what the processor says: cpuid; on AArch64 what the operating system says of it.
 #include <atomic>
 #include <cstring>
 
@@ -8,6 +8,11 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "../ops.h"
@@ -39,6 +44,28 @@ bool have_amx() {
     return false;
 #endif
 }
+#endif
+
+#ifdef IGPT_AARCH64
+struct Features {
+    bool dotprod, bf16;
+};
+
+#if defined(__linux__)
+Features features() {
+    constexpr unsigned long dotprod = 1ul << 20, bf16 = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_BF16
+    return {(getauxval(AT_HWCAP) & dotprod) != 0, (getauxval(AT_HWCAP2) & bf16) != 0};
+}
+#elif defined(__APPLE__)
+bool have(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+Features features() { return {have("hw.optional.arm.FEAT_DotProd"), have("hw.optional.arm.FEAT_BF16")}; }
+#else
+Features features() { return {}; }
+#endif
 #endif
 
 const Ops* fastest() {
@@ -73,6 +100,12 @@ int isas(Isa* out) {
     out[n++] = {&avx512_bf16_ops, bf16};
     static const bool amx = have_amx();
     out[n++] = {&amx_ops, bf16 && amx};
+#endif
+#ifdef IGPT_AARCH64
+    const Features found = features();
+    out[n++] = {&neon_ops, true};  // every AArch64 processor has it
+    out[n++] = {&neon_dotprod_ops, found.dotprod};
+    out[n++] = {&neon_bf16_ops, found.dotprod && found.bf16};
 #endif
     return n;
 }

@@ -75,7 +75,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 def rounding(isa: str, kind: str) -> float:
     """How far two orders of the same sums lie apart: more where inputs are rounded and may fall to either side."""
-    if kind == "bf16" and isa in ("avx512_bf16", "amx"):
+    if kind == "bf16" and isa in ("avx512_bf16", "amx", "neon_bf16"):
         return 1.5e-2
     return 2e-3 if kind == "int8" else 2e-5
 

@@ -1,42 +1,17 @@
-// Any machine: the compiler's own vectors of 4 lanes, SSE2 on x86-64, NEON on AArch64.
+// Any machine, with nothing but what the compiler's own vectors of 4 lanes can do.
 #pragma once
+
+#include "four.h"
 
 namespace igpt::cpu {
 namespace {
 
-typedef float Vec __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
-typedef uint32_t Unsigned __attribute__((vector_size(16)));  // whose sums and shifts may overflow
-constexpr int kLanes = 4;
 constexpr int kMaxRows = 2;
 constexpr int kBlockRows = 4, kBlockRegisters = 2;
 
-inline Vec load(const float* p) {
-    Vec v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Vec set1(float x) { return Vec{x, x, x, x}; }
-inline Vec zero() { return Vec{}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Ints bits(Vec v) { return reinterpret_cast<Ints>(v); }
-inline Vec floats(Ints v) { return reinterpret_cast<Vec>(v); }
 inline Vec pick(Ints mask, Vec a, Vec b) { return floats((mask & bits(a)) | (~mask & bits(b))); }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec abs(Vec a) { return floats(bits(a) & 0x7fffffff); }
-inline Ints add_ints(Ints a, Ints b) { return Ints(Unsigned(a) + Unsigned(b)); }
-template <int N>
-inline Ints shift_left(Ints v) {
-    return Ints(Unsigned(v) << N);
-}
-inline Ints load_ints(const void* p) {
-    Ints v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
-inline Vec bf16_odd(Ints v) { return floats(v & int32_t(0xffff0000)); }
 // SSE2 has no widening of bytes: every lane masks its byte where it stands, the lower three with an offset of 128.
 inline Vec load_bytes(const char* p) {
     uint32_t word;
@@ -60,7 +35,6 @@ inline uint32_t at_most(Vec a, Vec b) {
     return uint32_t((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]));
 }
 
-inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }
 inline Vec reciprocal_coarse(Vec x) { return reciprocal(x); }
 inline Vec read(const uint16_t* p, Whole) {
     typedef uint16_t Halves __attribute__((vector_size(8)));
@@ -75,7 +49,6 @@ inline void write(uint16_t* p, Vec v, Whole) {
     const Halves high = __builtin_convertvector(((rounded & ~nan) | (nan & 0x7fc00000)) >> 16, Halves);
     __builtin_memcpy(p, &high, sizeof high);
 }
-inline Vec drop_below(Vec v, Vec x, Vec limit) { return floats(bits(v) & ~(x < limit)); }
 inline Vec by_sign(Vec x, Vec a, Vec b) { return pick(x < zero(), a, b); }
 
 inline Vec floor_near(Vec x) {  // for |x| below 2^22

@@ -54,6 +54,8 @@ template <int N, class F>
 #include "avx512.h"
 #elif defined(__AVX2__)
 #include "avx2.h"
+#elif defined(IGPT_NEON)
+#include "neon.h"
 #else
 #include "generic.h"
 #endif

@@ -1,0 +1,6 @@
+// The neon table: the shared bodies, compiled with the flags CMakeLists.txt gives this file.
+#include "../bodies/table.h"
+
+namespace igpt::cpu {
+const Ops neon_ops = make_ops("neon");
+}
