@@ -86,6 +86,7 @@ void bind_decoder(py::module_& m) {
         .def("advance", &cpu::Decoder::advance)
         .def("fork", &cpu::Decoder::fork, unlocked)
         .def("rewind", &cpu::Decoder::rewind, unlocked)
+        .def_property_readonly("rows_are_steps", &cpu::Decoder::rows_are_steps)
         .def_property_readonly("position", &cpu::Decoder::position)
         .def_property_readonly("sizes", &cpu::Decoder::sizes, "(batch, heads, head_dim, colours)")
         .def_property_readonly("bytes", &cpu::Decoder::bytes);

@@ -45,6 +45,12 @@ class Decoder {
 
     int64_t position() const { return position_; }
 
+    // Whether a row has the same bits whatever the rows beside it: sums in one order, or of integers.
+    bool rows_are_steps() const {
+        const Format format = weights_->shape.format;
+        return format == Format::fp32 || (format == Format::int8 && weights_->kernels.int8_step > 1);
+    }
+
     // (batch, heads, head_dim, colours): what `step` and `load` read and write.
     std::tuple<int64_t, int64_t, int64_t, int64_t> sizes() const {
         const DecoderShape& s = weights_->shape;

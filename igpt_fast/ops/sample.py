@@ -63,6 +63,16 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return reference.sample(logits, uniform, **vars(sampling))
 
 
+def draw_weights(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """``draw`` on the CPU, and the (N, K) float64 cumulative weights that it inverts; ``None`` at temperature 0."""
+    if sampling.temperature < 2.0**-149 or logits.device.type != "cpu":
+        return draw(logits, uniform, sampling), None
+    settings = vars(sampling) | {"min_score": reference.least_score(sampling.min_p)}
+    del settings["min_p"]
+    weights = reference.cumulative_weights(logits, **settings)
+    return reference.inverted(weights, uniform), weights
+
+
 def sample_next(
     logits: Tensor,
     seed: int,
