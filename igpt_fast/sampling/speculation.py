@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from igpt_fast.sampling.decoding import Drawn
 
 MOST_ROWS = 16  # of a step
-LEAST_CHANCE = 0.25  # about what a further row costs, as a share of a step and all that is around it
+LEAST_CHANCE = 0.3  # about what a further row costs, as a share of a step and all that is around it
 MEMORY = 60  # tries of a kind, after which older ones count half
 
 
@@ -44,7 +44,7 @@ class Drafts:
 
     def __init__(self, pixels: list[int], known: list[int], numbers: np.ndarray, width: int) -> None:
         self._pixels, self._given, self._known = pixels, len(pixels), known
-        self._numbers, self._width = numbers, width
+        self.numbers, self._width = numbers, width
         self._seen: dict[Hashable, Any] = {}  # neighbours -> the cumulative weights there, or the token
         self._last: dict[int, int] = {}  # position -> what the last step has drawn there after a wrong draft
         self._hits: dict[Hashable, list[float]] = {}  # kind of guess -> hits, tries
@@ -106,14 +106,26 @@ class Drafts:
         above = self._pixels[at - self._width] if at >= self._width else 0
         for key in self._neighbours(at):
             if (seen := self._seen.get(key)) is not None:
-                token = seen if isinstance(seen, int) else _drawn(seen, self._numbers[t])
-                return token, (len(key), last is None, last == token, above == token)  # type: ignore[arg-type]
+                token, margin = (seen, 0) if isinstance(seen, int) else _drawn(seen, self.numbers[t])
+                return token, (len(key), last is None, last == token, above == token, margin)  # type: ignore[arg-type]
         token = above if last is None else last
         return token, (0, last is None, above == token)
 
 
-def _drawn(cumulative: np.ndarray, number: float) -> int:
-    return min(int(cumulative.searchsorted(number * cumulative[-1], side="right")), len(cumulative) - 1)
+def invert(cumulative: np.ndarray, number: float) -> int:
+    """The token of a row of ``ops.draw_weights``."""
+    total = cumulative[-1]
+    if total != total:  # nothing can be drawn
+        return 0
+    return min(int(cumulative.searchsorted(number * total, side="right")), len(cumulative) - 1)
+
+
+def _drawn(cumulative: np.ndarray, number: float) -> tuple[int, int]:
+    """The token, and how far the number is from where it would be another's: 0 far, 3 near."""
+    total = cumulative[-1]
+    at, token = number * total, invert(cumulative, number)
+    margin = min(cumulative[token] - at, at - cumulative[token - 1] if token else total)
+    return token, 0 if margin > 0.1 * total else 1 if margin > 0.03 * total else 2 if margin > 0.01 * total else 3
 
 
 def speculating(
@@ -145,11 +157,17 @@ def speculating(
     t = 0
     while True:
         rows = slice(t, t + len(logits))
-        tokens, weights = ops.draw_weights(logits, numbers[0, rows], sampling)
+        weights = ops.draw_weights(logits, sampling)
+        if weights is None:
+            cumulative, drawn_here = None, ops.draw(logits, numbers[0, rows], sampling).tolist()
+        else:
+            cumulative = weights.numpy()
+            drawn_here = [invert(row, drafts.numbers[t + i]) for i, row in enumerate(cumulative)]
         if known is not None:
-            tokens = torch.where(known[0, rows] >= 0, known[0, rows], tokens)
+            drawn_here = [token if fixed < 0 else fixed for token, fixed in zip(drawn_here, given[rows], strict=True)]
+        tokens = torch.tensor(drawn_here)
         logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
-        kept = drafts.learn(draft, tokens.tolist(), None if weights is None else weights.numpy())
+        kept = drafts.learn(draft, drawn_here, cumulative)
         if kept < len(logits):
             decoder.rewind(len(logits) - kept)
         drawn.tokens[0, t : t + kept], drawn.logprobs[0, t : t + kept] = tokens[:kept], logprobs[:kept]
