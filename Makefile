@@ -11,18 +11,21 @@ SIDE_BY_SIDE := -n auto --maxprocesses=16
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export PIP_ROOT_USER_ACTION := ignore
+# Python compiles what it imports; pip would compile all of it, on one core.
+export PIP_NO_COMPILE := 1
 # Here a warning ends the build, a register spill of a kernel among them; in others' builds it is only printed.
 export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak mutate lint format bench gpu-check clean help
+.PHONY: sample test soak sanitize mutate lint format bench gpu-check clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test       install with the development extra, and run the tests, a process for each core"
 	@echo "make soak       the same tests, and those at full size: minutes more"
+	@echo "make sanitize   the CPU kernels of every instruction set under the address, undefined-behaviour and thread sanitizers"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
@@ -40,8 +43,11 @@ test: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --soak
 
+sanitize: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --soak tests/native/test_sanitizers.py
+
 mutate: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator tests/native
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

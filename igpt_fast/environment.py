@@ -82,6 +82,9 @@ def config() -> dict[str, Any]:
         build |= {"compiler": native.compiler, "openmp": native.openmp, "cuda": native.cuda_status}
         build["file"] = native.__file__
     devices = [{"name": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}]
+    if native is not None:
+        mask, quota = native.cpu_limits()
+        devices[0] |= {"affinity mask": mask or "unknown", "quota": round(quota, 2) or "none"}
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             capability = ".".join(map(str, torch.cuda.get_device_capability(i)))

@@ -71,6 +71,7 @@ OUTSIDE = {
 }
 # Our own variables, and those of others' conventions: terminals', torchrun's.
 ENVIRONMENT = {
+    "__main__": {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"},
     "backend": {"IGPT_FAST_BACKEND", "IGPT_FAST_ISA"},
     "cli.draw.preview": {"NO_COLOR", "TERM"},
     "processes": {"LOCAL_RANK", "RANK", "WORLD_SIZE"},
@@ -237,8 +238,19 @@ def test_environment_variables(name: str) -> None:
         and ast.unparse(node.func) == "os.environ.get"
         and isinstance(node.args[0], ast.Constant)
     }
+    written = {
+        node.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and ast.unparse(node.value) == "os.environ"
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.slice, ast.Constant)
+    }
     assert read <= ENVIRONMENT.get(name, set())
-    assert len(uses) == len(read), f"{name} uses the environment in another way than os.environ.get(NAME)"
+    assert written <= read, f"{name} sets what it has not asked for"
+    assert len(uses) == len(read) + len(written), (
+        f"{name} uses the environment in another way than os.environ.get(NAME)"
+    )
 
 
 # ---- C++ and CUDA -------------------------------------------------------------------------------------------

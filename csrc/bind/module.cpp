@@ -9,6 +9,7 @@
 #include "bind.h"
 #include "build_info.h"
 #include "cpu/ops.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -16,7 +17,7 @@ using namespace py::literals;
 namespace {
 
 // Raised whenever a function below changes its arguments or meaning: backend.py refuses a module with another number.
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 std::vector<std::pair<std::string, bool>> cpu_isas() {
     igpt::cpu::Isa all[8];
@@ -43,6 +44,14 @@ PYBIND11_MODULE(_C, m) {
     m.attr("activations") =
         py::dict("none"_a = int(Activation::none), "quick_gelu"_a = int(Activation::quick_gelu),
                  "gelu_tanh"_a = int(Activation::gelu_tanh), "gelu_erf"_a = int(Activation::gelu_erf));
+    m.def(
+        "cpu_limits",
+        [](const std::string& root) {
+            const igpt::cpu::Limits limits = igpt::cpu::thread_limits(root);
+            return std::make_pair(limits.mask, limits.quota);
+        },
+        "root"_a = "",
+        "Processors of the affinity mask, and those that the control groups' quota is worth; 0: unknown, no limit.");
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });

@@ -50,7 +50,8 @@ const Ops& ops();
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
 
-// `wanted`, or 1 in a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
+// `wanted` or fewer: no more than processors that this process may use, fewer while others want them as well, and 1 in
+// a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
 int usable_threads(int wanted);
 
 }  // namespace igpt::cpu

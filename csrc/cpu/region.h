@@ -10,6 +10,10 @@
 #endif
 
 namespace igpt::cpu {
+
+// Called by each of `count` threads at the end of a region: sees whether they wait for processors (threads.cpp).
+void look_around(int count);
+
 namespace {
 
 // Flushes denormals in this thread while it lives: the far tails of a softmax or an activation hold them, at a hundred
@@ -47,6 +51,7 @@ void in_region(int wanted, Work work) {
 #endif
         const FlushDenormals flush;
         work(index, count);
+        if (count > 1) look_around(count);
     }
 }
 

@@ -221,6 +221,7 @@ def test_another_file_is_refused(source: Path) -> None:
         (gzip.compress(idx(np.zeros((1, 28, 28), np.uint8)) + b"x"), "785 bytes"),
         (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 4 + b"\0\0\0\x1c" * 2), "claims 3367254359280 bytes"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # the bytes have in them when they were packed
 )
 def test_damaged_idx(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "images.gz"

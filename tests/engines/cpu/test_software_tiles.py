@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import compiling
+import compiling_cpu
 import pytest
 import run_software_tiles
 
@@ -15,18 +16,20 @@ if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
 if reason := compiling.unavailable():
     pytest.skip(reason, allow_module_level=True)
-if not dict(backend._C.cpu_isas()).get("avx512_bf16"):
-    pytest.skip("the twin's products are AVX-512's, of bf16, which the processor lacks", allow_module_level=True)
+if reason := compiling_cpu.software_tiles_unavailable():
+    pytest.skip(reason, allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[2]
 BY_TILES = ("engines/cpu/test_forward.py", "engines/cpu/test_forward_taken.py", "engines/cpu/test_products.py")
 
 
-@pytest.mark.parametrize("name", [*BY_TILES, "ops/test_causal_attention_cpu.py"])
-def test_as_by_tiles(name: str) -> None:
+def test_as_by_tiles() -> None:
+    """In one process, most of whose time is that of a few large tests."""
+    names = [*BY_TILES, "ops/test_causal_attention_cpu.py"]
     # What these tests say of other processes, of clocks and of compiling for torch is no matter of tiles.
     others = "not without_tiles and not transforms"
-    command = [sys.executable, run_software_tiles.__file__, "-k", others, "-m", "not clock", "-rs", TESTS / name]
+    options = ["-k", others, "-m", "not clock", "-rs"]
+    command = [sys.executable, run_software_tiles.__file__, *options, *(TESTS / name for name in names)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

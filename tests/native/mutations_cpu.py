@@ -1,0 +1,262 @@
+"""Known ways to be wrong in csrc/cpu, and the check that finds each; see test_mutations.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import contract
+import torch
+from compiling import Mutation
+from implementations import Implementation
+from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
+from tolerance import assert_parity
+
+from igpt_fast import backend, ops, reference
+from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+
+FP32, BF16 = torch.float32, torch.bfloat16
+Check = Callable[[Implementation], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A mutation, for ``level`` and the drivers; ``check`` takes the mutated module, or is a case of threads.cpp."""
+
+    mutation: Mutation
+    check: Check | str
+    level: str = "generic"
+    software_tiles: bool = False
+
+
+def norms(cpu: Implementation) -> None:
+    for dtype in (FP32, BF16):
+        x, other = torch.randn(2, 70, 67).to(dtype).unbind()
+        weight, bias = torch.randn(2, 67).to(dtype).unbind()
+        contract.check_parity(cpu, lambda x, r, w: ops.rms_norm(x, w, residual=r), [x, other, weight])
+        contract.check_parity(cpu, lambda x, r, w, b: ops.layer_norm(x, w, b, residual=r), [x, other, weight, bias])
+
+
+def activations(cpu: Implementation) -> None:
+    for op in (ops.quick_gelu, ops.gelu_tanh, ops.gelu_erf):
+        for dtype in (FP32, BF16):
+            contract.check_parity(cpu, op, [3 * torch.randn(70, 67).to(dtype), torch.randn(67).to(dtype)])
+
+
+def losses(cpu: Implementation) -> None:
+    labels = torch.arange(70) % 67
+    labels[5] = -100
+    for reduction in ("mean", "sum"):
+        x = 9 * torch.randn(70, 67)
+        contract.check_parity(cpu, lambda t, r=reduction: ops.cross_entropy(t, labels, reduction=r), [x])
+
+
+def colours(cpu: Implementation) -> None:
+    for k, n, scale in ((37, 100, 1.0), (400, 9000, 1.0), (400, 600, 1.0), (60, 9000, 1.0), (300, 900, 1e-5)):
+        clusters = torch.randn(k, 3) * scale
+        clusters[-1] = clusters[0]
+        x = torch.rand(n, 3) * 2 - 1
+        for colours in (x, ((x + 1) * 127.5).to(torch.uint8)):
+            assert torch.equal(ops.quantize(colours, clusters), reference.quantize(colours, clusters))
+
+
+def palettes(cpu: Implementation) -> None:
+    clusters = torch.rand(40, 3) * 2.2 - 1.1
+    for tokens in (torch.arange(-40, 40), torch.arange(40, dtype=torch.uint8)):
+        assert torch.equal(ops.dequantize(tokens, clusters), reference.dequantize(tokens, clusters))
+    for token in (-41, 40):
+        try:
+            ops.dequantize(torch.tensor([0, token]), clusters)
+        except (IndexError, ValueError):
+            continue
+        raise AssertionError(token)
+
+
+def decoders(cpu: Implementation) -> None:
+    """In every format, of one and several sequences, on one thread."""
+    for dtype in (FP32, BF16):
+        model = small(dtype, n_embd=80, n_inner=136, vocab_size=131)
+        for batch in (1, 3):
+            tokens = ids(model, batch, 70 if batch == 1 else 10)
+            exact, plain = exact_and_plain(model, tokens)
+            assert_parity(stepped(CpuDecoder(model, batch, 70), tokens), plain, exact)
+    model = small(n_embd=80, n_inner=136, vocab_size=131)
+    for batch in (1, 3):
+        tokens = ids(model, batch, 9)
+        with torch.no_grad():
+            exact = rounded_to_int8(model)(tokens).logits
+        error = stepped(CpuDecoder(model, batch, 9, "int8"), tokens) - exact
+        assert error.square().mean().sqrt() < 0.01 * exact.square().mean().sqrt()
+
+
+def long_contexts(cpu: Implementation) -> None:
+    model = small(n_positions=300, n_layer=1)
+    tokens = ids(model, 1, 300)
+    exact, plain = exact_and_plain(model, tokens)
+    assert_parity(stepped(CpuDecoder(model, 1, 300), tokens), plain, exact)
+
+
+def forks(cpu: Implementation) -> None:
+    """Copies of a primer, and a decoder that goes back and on again, are as decoders of their own."""
+    for kind in (None, "int8"):
+        model = small(n_head=3, n_embd=48)
+        firsts = ids(model, 2, 9)
+        tokens = torch.cat([firsts.repeat_interleave(3, 0), ids(model, 6, 7, seed=9)], 1)
+        decoder = CpuDecoder(model, 2, 20, kind)
+        stepped(decoder, firsts)
+        decoder.fork(3)
+        want = stepped(CpuDecoder(model, 6, 20, kind), tokens)[:, 9:]
+        for kept in (9, 12):
+            got = stepped(decoder, tokens[:, kept:])
+            assert (got - want[:, kept - 9 :]).abs().max() < (1e-4 if kind is None else 0.02) * want.abs().max()
+            if kept == 9:
+                decoder._decoder.rewind(12)
+
+
+def going_back(cpu: Implementation) -> None:
+    """What was there before the decoder went back does not count, where it was no number."""
+    model = small()
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = torch.nan
+    tokens = ids(model, 2, 9) % 7
+    decoder = CpuDecoder(model, 2, 9)
+    stepped(decoder, tokens[:, :2])
+    stepped(decoder, torch.full((2, 5), 7))
+    decoder._decoder.rewind(2)
+    assert torch.equal(stepped(decoder, tokens[:, 2:]), stepped(CpuDecoder(model, 2, 9), tokens)[:, 2:])
+
+
+def sums(cpu: Implementation) -> None:
+    """RFC 3720's vector in two parts; every byte of a block counts."""
+    text = torch.arange(32, dtype=torch.uint8)
+    first = cpu.module.crc32c(text.data_ptr(), 13, 0)
+    assert cpu.module.crc32c(text.data_ptr() + 13, 19, first) == 0x46DD794E
+    memory = torch.zeros((1 << 20) + 77, dtype=torch.uint8)
+    seen = set()
+    for at in (0, 63, 64, 1000, (1 << 20) - 1, 1 << 20, len(memory) - 1):
+        memory.zero_()[at] = 1
+        seen.add(cpu.module.checksums([(memory.data_ptr(), len(memory))], 1)[0])
+    assert len(seen) == 7
+
+
+def passes(cpu: Implementation) -> None:
+    """Whole forward passes; a length beyond the keys that attention takes at a time, and a depth beyond a walk."""
+    for fields, length in (({}, 33), ({"n_positions": 300, "n_embd": 80}, 300), ({"activation_function": "gelu"}, 5)):
+        model = small(BF16, **fields)
+        tokens = ids(model, 2, length)
+        with torch.no_grad():
+            assert forwards.why_not(model.transformer, tokens) is None
+            found = model(tokens, output_hidden_states=True, use_cache=False)
+        with backend.use_backend("reference"):
+            exact, plain = exact_and_plain(model, tokens)
+        assert_parity(found.logits, plain, exact)
+
+
+def attention(cpu: Implementation) -> None:
+    for t_q, t_k, starts in ((65, 65, None), (40, 300, [0, 70])):
+        q, k, v = (torch.randn(2, 2, t, 64).to(BF16) for t in (t_q, t_k, t_k))
+        first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+        contract.check_parity(cpu, lambda *qkv, s=first: ops.causal_attention(*qkv, starts=s)[0], [q, k, v])
+
+
+BODIES = {
+    "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
+    "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
+    "attention_decode_prefix": forks,
+}  # fmt: skip
+TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm": passes, "heads": passes,
+         "attention_fwd": attention, "attention_bwd": attention}  # fmt: skip
+DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders}
+CHANGES: list[tuple[str, str, str]] = [
+    ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
+    ("norm", "scale * (g - by_one - y * by_y)", "scale * (g - y * by_y)"),
+    ("norm", "pad(read(x + i, part) - set1(mean), part, zero())", "read(x + i, part) - set1(mean)"),
+    ("norm", "if (dbias) write(dbias + i, d +", "if (dbias) write(dbias + i, g +"),
+    ("activation", "kSlope = 1.702f", "kSlope = 1.7f"),
+    ("activation", "kLinear * 0.044715f", "kLinear * 0.0447f"),
+    ("activation", "z * set1(0.398942280f), n.bell, share", "z * set1(0.398942280f), n.bell, n.tail"),
+    ("activation", "write(partial + i, read(partial + i, part) + d, part);", "write(partial + i, d, part);"),
+    ("cross_entropy", "chosen * set1(factor), Part{1}", "chosen, Part{1}"),
+    ("cross_entropy", "* set1(inverse) - set1(1.0f)", "* set1(inverse)"),
+    ("cross_entropy", "if (label != p.ignore_index) {", "if (true) {"),
+    ("cross_entropy", "if (label == p.ignore_index) {", "if (false) {"),
+    ("quantize", "half_pixels / 127.5f);\n", "half_pixels / 512.0f);\n"),
+    ("quantize", "least = min(far, least);", "least = min(near, least);"),
+    ("quantize", "0.5f * (float(256 >> level) - cells.reach)", "0.25f * (float(256 >> level) - cells.reach)"),
+    ("quantize_search", "index[v] = d < best[v] ? at : index[v];", "index[v] = d > best[v] ? index[v] : at;"),
+    ("quantize_search", "(r * r + g * g) + b * b", "r * r + g * g"),
+    ("quantize_search", "best[v] = min(d, best[v]);", "best[v] = d;"),
+    ("product", "for (int k = 0; k < 2; ++k)\n", "for (int k = 0; k < 1; ++k)\n"),
+    ("product", "if (R == 1)\n", "if (R == 2)\n"),
+    ("product", "odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g + 1])", "odd[r][c] = fma(v1, set1(p.x[r * p.ld + 2 * g])"),  # noqa: E501
+    ("linear", "return load(y) + v;", "return v;"),
+    ("linear", "if (m.bias) v = v + load(m.bias + n);", ""),
+    ("linear", "load(x + i) * scale * load(weight + i)", "load(x + i) * scale"),
+    ("pack", "const float step = most[n] / 127.0f;", "const float step = most[n] / 255.0f;"),
+    ("pack", "q + (q < 0.0f ? -0.5f : 0.5f)", "q"),
+    ("pack", "gather_row(p, k + 1, in_a_row, rows + kTile);", "gather_row(p, k, in_a_row, rows + kTile);"),
+    ("attention_decode", "store(at, from == 0 ? v : fma(load(at), set1(keep[r]), v));", "store(at, v);"),
+    ("attention_decode", "(from == 0 ? 0.0f : sofar.total[r] * keep) + weigh", "weigh"),
+    ("attention_decode_prefix", "own[1] * __builtin_expf(own[0] - most)", "own[1]"),
+    ("attention_decode_prefix", "sofar.acc[r][i] * (before * inverse)", "sofar.acc[0][i] * (before * inverse)"),
+    ("product_tiles", "if (const int64_t rest = p.count % deep / step) {", "if (const int64_t rest = 0) {"),
+    ("product_tiles", "inputs += p.tiles_step;", ""),
+    ("product_tiles", "zero_tile<c>();", ";"),
+    ("attention_decode_prefix_tiles", "high, high + 64, sizeof", "high, high, sizeof"),
+    ("gemm", "const bool with_bias = this->p.from == 0;", "const bool with_bias = false;"),
+    ("gemm", "r < pairs ? load_ints", "r < pairs - 1 ? load_ints"),
+    ("gemm", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
+    ("gemm", "set1(-1.702f)", "set1(-1.5f)"),
+    ("heads", "~uint32_t(0) >> (31 - r)", "~uint32_t(0) >> (30 - r)"),
+    ("heads", "reduce_add(even + odd) / float(p.n)", "reduce_add(even) / float(p.n)"),
+    ("heads", "store(s.sums + r * 16, even + odd);", "store(s.sums + r * 16, even);"),
+    ("attention_fwd", "n, q0 + r + past + 1 - k0,", "n, q0 + r + past + 2 - k0,"),
+    ("attention_fwd", "s.sum[r] * _mm512_cvtss_f32(keep) + reduce_add(total)", "s.sum[r] + reduce_add(total)"),
+    ("attention_fwd", "if (now == before) return;", "return;"),
+    ("attention_bwd", "s.delta[t] = sees ? reduce_add(sum) : 0.0f;", "s.delta[t] = 0.0f;"),
+    ("attention_bwd", "write_rows(s.dk, d, set1(of.scale)", "write_rows(s.dk, d, set1(1.0f)"),
+    ("attention_bwd", "~lanes_below(from - i)", "~lanes_below(from + 1 - i)"),
+    ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
+    ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
+    ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),
+    ("kv_cache", "std::copy_n(source.keys, key_bytes_, to.keys);", "std::copy_n(source.keys, key_bytes_ / 2, to.keys);"),  # noqa: E501
+    ("kv_cache", "std::copy_n(source.value_scale, each, to.value_scale);", ""),
+    ("kv_cache", "params.keys = data_.data() + unit * unit_bytes_;", "params.keys = data_.data() + unit / 2 * unit_bytes_;"),  # noqa: E501
+    ("checksums", "crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0)", "crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0)"),
+    ("checksums", "uint32_t crc = each(~before, at, words);", "uint32_t crc = each(~0u, at, words);"),
+    ("weights", "order.push_back(part * embd + h * d + i)", "order.push_back(h * embd + part * d + i)"),
+    ("weights", "bias)[n] = bias[order[n]];", "bias)[n] = bias[n];"),
+    ("weights", "l.scale = source.scale;", ""),
+]  # fmt: skip
+
+
+def known(stem: str, old: str, new: str, number: int) -> Known:
+    name = f"cpu_{stem}_{number}"
+    if stem in DRIVERS:
+        return Known(Mutation(name, f"cpu/{stem}.cpp", old, new), DRIVERS[stem])
+    mutation = Mutation(name, f"cpu/bodies/{stem}.h", old, new)
+    if stem in TILED:
+        return Known(mutation, TILED[stem], "amx", software_tiles=True)
+    return Known(mutation, long_contexts if "sofar.total" in old or "from == 0" in old else BODIES[stem])
+
+
+DECODER, FORWARD = "cpu/decoder.cpp", "cpu/forward.cpp"
+MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
+MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
+    Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
+    Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
+    Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501
+    Known(Mutation("cpu_decoder_position", DECODER, "w_.wpe() + d_.position_ * embd", "w_.wpe()"), decoders),
+    Known(Mutation("cpu_decoder_shared", DECODER, "p.position = d_.position_ - d_.shared_;", "p.position = d_.position_;"), forks),  # noqa: E501
+    Known(Mutation("cpu_decoder_copies", DECODER, "unit % d_.primers_ * copies + begin", "unit % d_.primers_ + begin"), forks),  # noqa: E501
+    Known(Mutation("cpu_decoder_rewind", DECODER, "for (p.position = first; p.position < end; ++p.position)", "for (p.position = end; p.position < end; ++p.position)"), going_back),  # noqa: E501
+    Known(Mutation("cpu_decoder_meet", DECODER, MET, MET.replace("\n        meet();", "")), "decoder"),
+    Known(Mutation("cpu_decoder_own_heads", DECODER, "if (!own_heads_) meet();", ""), "decoder"),
+    Known(Mutation("cpu_barrier_order", "cpu/barrier.h", "generation_.store(now + 1, std::memory_order_seq_cst)", "generation_.store(now + 1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_partial_shared", "cpu/elementwise.cpp", "float* sums = sums_.get() + block * width_;", "float* sums = sums_.get();"), "elementwise"),  # noqa: E501
+    Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
+    Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501
+    Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501
+    Known(Mutation("cpu_attention_scratch", "cpu/attention.cpp", "work(i, memory + each * index)", "work(i, memory)"), "attention", "amx", True),  # noqa: E501
+]  # fmt: skip
