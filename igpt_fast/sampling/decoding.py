@@ -157,7 +157,11 @@ def decoding(
             if width > 0 and batch == len(context) == 1 and decoder.why_not_rows is None:
                 numbers = _columns(uniforms, context.device)(slice(None))
                 logits = logits[:, : model.config.n_colours]
-                yield from speculating(drawn, decoder, logits, context, numbers, sampling, known, width)
+                t, room = 0, (drawn.tokens, drawn.logprobs)
+                for kept in speculating(*room, decoder, logits, context, numbers, sampling, known, width):
+                    drawn.steps += 1
+                    yield from range(t, t + kept)
+                    t += kept
             else:
                 scale = guidance.scale if guidance is not None else 1.0
                 yield from _stepping(drawn, decoder, logits, uniforms, sampling, known, scale, guided)

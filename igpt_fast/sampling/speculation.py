@@ -14,7 +14,7 @@ is wasted, and where something can again, it shows.
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor
 from igpt_fast import ops
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.decoder import Decoder
-
-if TYPE_CHECKING:
-    from igpt_fast.sampling.decoding import Drawn
 
 MOST_ROWS = 16  # of a step
 LEAST_CHANCE = 0.3  # about what a further row costs, as a share of a step and all that is around it
@@ -53,7 +50,8 @@ class Drafts:
 
     def ahead(self) -> list[int]:
         """The draft of the pixels that follow; all but the last of the image, which nothing has to read."""
-        t, draft, chance, pixels = len(self._pixels) - self._given, [], 1.0, self._pixels
+        draft: list[int] = []
+        t, chance, pixels = len(self._pixels) - self._given, 1.0, self._pixels
         self._kinds, self._aside = [], None
         while len(draft) < MOST_ROWS - 1 and t + len(draft) < len(self._known) - 1:
             token, kind = self._guess(t + len(draft))
@@ -129,7 +127,8 @@ def _drawn(cumulative: np.ndarray, number: float) -> tuple[int, int]:
 
 
 def speculating(
-    drawn: Drawn,
+    tokens: Tensor,
+    logprobs: Tensor,
     decoder: Decoder,
     logits: Tensor,
     context: Tensor,
@@ -138,10 +137,10 @@ def speculating(
     known: Tensor | None,
     width: int,
 ) -> Generator[int, None, None]:
-    """The loop of ``decoding`` for one image.
+    """Draws one image; yields after every step of the network how many pixels it gave.
 
     Args:
-        drawn: Of one row; counts the steps.
+        tokens, logprobs: (1, T), which are filled.
         decoder: Has read the context.
         logits: (1, K) that follow it.
         context: (1, T_0) int64.
@@ -165,19 +164,18 @@ def speculating(
             drawn_here = [invert(row, drafts.numbers[t + i]) for i, row in enumerate(cumulative)]
         if known is not None:
             drawn_here = [token if fixed < 0 else fixed for token, fixed in zip(drawn_here, given[rows], strict=True)]
-        tokens = torch.tensor(drawn_here)
-        logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        found = torch.tensor(drawn_here)
+        likely = torch.log_softmax(logits.float(), dim=-1).gather(1, found[:, None])[:, 0]
         kept = drafts.learn(draft, drawn_here, cumulative)
         if kept < len(logits):
             decoder.rewind(len(logits) - kept)
-        drawn.tokens[0, t : t + kept], drawn.logprobs[0, t : t + kept] = tokens[:kept], logprobs[:kept]
-        drawn.steps += 1
-        yield from range(t, t + kept)
+        tokens[0, t : t + kept], logprobs[0, t : t + kept] = found[:kept], likely[:kept]
+        yield kept
         t += kept
         if t == count:
             return
         draft = drafts.ahead()
-        last = tokens[kept - 1 : kept]
+        last = found[kept - 1 : kept]
         if draft:
             logits = decoder.step_rows(torch.cat([last, torch.tensor(draft)]))[:, :colours]
         else:
