@@ -89,8 +89,9 @@ class Decoder {
     bool forked_ = false;
     KvCache primer_, own_;
     Arena rows_, scratch_block_;
-    int64_t room_ = 0;    // rows that there is memory for
-    int64_t count_ = 1;   // rows of this step: a position of each sequence or, behind each other, several of the only one
+    int64_t room_ = 0;  // rows that there is memory for
+    int64_t count_ =
+        1;  // rows of this step: a position of each sequence or, behind each other, several of the only one
     float *x_, *qkv_, *mixed_, *inner_, *logits_;  // (room, width), shared by the threads
     std::vector<Scratch> scratch_;
     std::atomic<bool> busy_{false};

@@ -165,11 +165,12 @@ def speculating(
         if known is not None:
             drawn_here = [token if fixed < 0 else fixed for token, fixed in zip(drawn_here, given[rows], strict=True)]
         found = torch.tensor(drawn_here)
-        likely = torch.log_softmax(logits.float(), dim=-1).gather(1, found[:, None])[:, 0]
         kept = drafts.learn(draft, drawn_here, cumulative)
         if kept < len(logits):
             decoder.rewind(len(logits) - kept)
-        tokens[0, t : t + kept], logprobs[0, t : t + kept] = found[:kept], likely[:kept]
+        tokens[0, t : t + kept] = found[:kept]
+        for i in range(kept):  # torch would wake other threads for two rows
+            logprobs[0, t + i] = torch.log_softmax(logits[i : i + 1].float(), dim=-1)[0, drawn_here[i]]
         yield kept
         t += kept
         if t == count:
