@@ -5,7 +5,8 @@
 The bundled model (16x16 pixels) and iGPT-S with seeded weights (32x32); whole images, drawn from the full distribution,
 as many together as the batch says; the weights have been packed before. Peers: transformers in the dtype in which it
 draws faster, and this project's reference engine. Before that, both draw a greedy image in float32, and each has to
-find the other's tokens the likeliest.
+find the other's tokens the likeliest. ``--speculate``: at batch 1 also without guessing pixels ahead, which draws the
+same (checked), in turn with the others; and how many pixels a step gives.
 """
 
 from __future__ import annotations
@@ -22,13 +23,28 @@ import torch
 from torch import Tensor
 
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import weights
 from igpt_fast.files import BUNDLED
+from igpt_fast.sampling.decoding import decode
+from igpt_fast.sampling.rules import RandomStreams
 
-COLUMNS = ("model", "batch", "dtype", "name", "seconds", "seconds_spread", "images_s", "times_hf", "times_reference")
+COLUMNS = (
+    "model",
+    "batch",
+    "dtype",
+    "name",
+    "seconds",
+    "seconds_spread",
+    "images_s",
+    "times_hf",
+    "times_reference",
+    "kept",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIE = 1e-3  # nats between two tokens that rounding may exchange
 REFERENCE = "igpt_fast, reference"
+PLAIN = "igpt_fast, speculate=False"
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
 
 
@@ -94,6 +110,26 @@ def candidates(models: dict[str, Any], theirs: dict[str, Any], batch: int) -> di
     return found
 
 
+def without_speculation(models: dict[str, Any]) -> tuple[dict[Any, Callable[[], Any]], dict[str, float]]:
+    """What draws one image position by position; by dtype the pixels that a step gives where they are guessed ahead.
+
+    Ends the program where that draws another image.
+    """
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    kept = {}
+    for dtype, source, rounded in (("float32", "float32", None), ("int8", "bfloat16", "int8")):
+        model = models[source]
+        sos = torch.full((1, 1), model.config.sos_token_id)
+        numbers = RandomStreams(0, torch.arange(1), 0, model.config.n_positions)
+        drawn = [decode(model, sos, numbers, Sampling(), dtype=rounded, speculate=on) for on in (True, False)]
+        if not torch.equal(drawn[0].tokens, drawn[1].tokens):
+            raise SystemExit(f"{dtype}: another image is drawn where it is guessed ahead")
+        kept[dtype] = drawn[0].tokens.numel() / (drawn[0].steps or drawn[0].tokens.numel())
+        options = {"do_sample": True, "seed": 0, "dtype": rounded, "speculate": False}
+        found[dtype, PLAIN] = lambda model=model, options=options: model.generate(**options)
+    return found, kept
+
+
 def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     models = {dtype: make_model(name, dtype) for dtype in DTYPES}
     theirs = {dtype: peers.transformers_model(model).eval() for dtype, model in models.items()}
@@ -102,13 +138,17 @@ def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in options.batch:
         common.say(f"{name}: batch {batch}")
-        runs = candidates(models, theirs, batch)
+        runs, kept = candidates(models, theirs, batch), {}
+        if options.speculate and batch == 1:
+            more, kept = without_speculation(models)
+            runs |= more
         times = common.interleave(runs, options.rounds, warm=True, budget=options.seconds)
         base = {other: time["ms"] for (_, other), time in times.items() if other in ("transformers", REFERENCE)}
         for (dtype, other), time_ in times.items():
             row = {"model": name, "batch": batch, "dtype": dtype, "name": other, "threads": torch.get_num_threads()}
             row |= {"seconds": time_["ms"] / 1e3, "seconds_spread": time_["ms_spread"] / 1e3, "rounds": time_["rounds"]}
             row |= {"images_s": 1e3 * batch / time_["ms"], "times_hf": base["transformers"] / time_["ms"]}
+            row |= {"kept": kept[dtype]} if other == "igpt_fast" and dtype in kept else {}
             rows.append(row | {"times_reference": base[REFERENCE] / time_["ms"]})
     return rows
 
@@ -121,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="a candidate takes no further turn after so long")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--model", nargs="+", choices=("bundled", "s"), default=["bundled", "s"])
+    parser.add_argument("--speculate", action="store_true", help="at batch 1 also without guessing pixels ahead")
     parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
     options = parser.parse_args()
     if reason := weights.no_native_decoder():

@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     labels: Labels
     cfg_scale: float
     dtype: str | None
+    speculate: bool
     progress: Progress | None
 
 
@@ -160,6 +161,9 @@ class Pipeline:
                 CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with keys as
                 well (on a GPU, of models in bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's
                 own dtype.
+            speculate: Whether an image that is drawn alone is guessed ahead where that is faster: the same image,
+                sooner; see ``sampling.speculation``. On the CPU, in float32 and int8; ``settings["kept_per_step"]`` of
+                the result has the pixels that a step gave.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:
@@ -211,7 +215,8 @@ class Pipeline:
                 (``Generation.effective_sample_size``). The work is so many times as much.
             labels: The class of all images, or one for each of ``images``.
             first_input: Index of the first image, as ``first`` of ``sample``.
-            seed, batch_size, temperature, top_k, top_p, min_p, cfg_scale, dtype, progress: As in ``sample``.
+            seed, batch_size, temperature, top_k, top_p, min_p, cfg_scale, dtype, speculate, progress: As in
+                ``sample``.
 
         Returns:
             ``len(images) * n`` images, those of the first input first.
@@ -333,11 +338,12 @@ class Pipeline:
         sampling: Sampling = PLAIN,
         cfg_scale: float = 1.0,
         dtype: str | None = None,
+        speculate: bool = True,
     ) -> Request:
         """What ``sample`` is to draw, or, of ``images``, ``complete``: checked, and no image read.
 
         Args:
-            n, keep, candidates, labels, seed, batch_size, cfg_scale, dtype: As of those.
+            n, keep, candidates, labels, seed, batch_size, cfg_scale, dtype, speculate: As of those.
             images: Each one an image or a path.
             first: Index of the first image, or input.
             sampling: How colours are drawn.
@@ -370,7 +376,7 @@ class Pipeline:
         each = 1 if images is None else n
         return Request(
             *(height, width, given, images, kept, classes, each, candidates, first),
-            *(seed, sampling, scale, batch_size, dtype),
+            *(seed, sampling, scale, batch_size, dtype, speculate),
         )
 
     def start(self, request: Request, progress: Progress | None = None) -> Stream:

@@ -367,9 +367,16 @@ def _draw(
     if logits.device.type in WITHOUT_FLOAT64:
         drawn = _draw(logits.cpu(), uniform.cpu(), temperature, top_k, top_p, min_score)
         return drawn.to(logits.device)
-    scores = logits.to(torch.float32)
     if temperature < 2.0**-149:
-        return scores.argmax(dim=-1)
+        return logits.to(torch.float32).argmax(dim=-1)
+    return inverted(cumulative_weights(logits, temperature, top_k, top_p, min_score), uniform)
+
+
+def cumulative_weights(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_score: float
+) -> Tensor:
+    """(N, K) float64: what ``sample`` inverts, at a temperature above 0."""
+    scores = logits.to(torch.float32)
     # At most 0, so that no temperature overflows; one of infinity would make NaN of a token that has -inf.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / min(temperature, MAX_TEMPERATURE)
     if top_k is not None and top_k < scores.shape[-1]:
@@ -383,9 +390,13 @@ def _draw(
         weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
     if min_score > -math.inf:
         weights = weights.masked_fill(scores < min_score, 0.0)
-    cumulative = weights.cumsum(dim=-1)
+    return weights.cumsum(dim=-1)
+
+
+def inverted(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """(N,) int64: where the (N, K) cumulative weights exceed the (N,) numbers times their totals."""
     drawn = (cumulative <= uniform[:, None].to(torch.float64) * cumulative[:, -1:]).sum(dim=-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    return drawn.clamp(max=cumulative.shape[-1] - 1)
 
 
 def sample_next(

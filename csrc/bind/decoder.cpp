@@ -71,6 +71,13 @@ void bind_decoder(py::module_& m) {
             },
             unlocked)
         .def(
+            "step_rows",
+            [](cpu::Decoder& self, uintptr_t tokens, int64_t count, uintptr_t logits, int32_t threads) {
+                self.step_rows(reinterpret_cast<const int64_t*>(tokens), count, reinterpret_cast<float*>(logits),
+                               threads);
+            },
+            unlocked)
+        .def(
             "load",
             [](cpu::Decoder& self, int64_t layer, uintptr_t keys, uintptr_t values, int64_t count, int32_t threads) {
                 self.load(layer, floats(keys), floats(values), count, threads);
@@ -79,6 +86,7 @@ void bind_decoder(py::module_& m) {
         .def("advance", &cpu::Decoder::advance)
         .def("fork", &cpu::Decoder::fork, unlocked)
         .def("rewind", &cpu::Decoder::rewind, unlocked)
+        .def_property_readonly("rows_are_steps", &cpu::Decoder::rows_are_steps)
         .def_property_readonly("position", &cpu::Decoder::position)
         .def_property_readonly("sizes", &cpu::Decoder::sizes, "(batch, heads, head_dim, colours)")
         .def_property_readonly("bytes", &cpu::Decoder::bytes);

@@ -64,13 +64,16 @@ class Worker {
         const Range own = share(w_.head());
         multiply(w_.head(), normed(w_.norm()), own, d_.logits_, Then::store, start(w_.layer(0).qkv, qkv_share(0)));
         const int64_t end = std::min(own.end, colours);
-        for (int64_t b = 0; b < d_.batch_ && own.begin < end; ++b)
+        for (int64_t b = 0; b < d_.count_ && own.begin < end; ++b)
             std::copy(d_.logits_ + b * w_.head().n + own.begin, d_.logits_ + b * w_.head().n + end,
                       logits + b * colours + own.begin);
     }
 
   private:
     void meet() { barrier_.wait(count_); }
+
+    bool in_one_sequence() const { return d_.batch_ == 1; }
+    int64_t position(int64_t row) const { return d_.position_ + (in_one_sequence() ? row : 0); }
 
     Range part(int64_t units) const { return cpu::part(units, index_, count_); }
 
@@ -93,20 +96,20 @@ class Worker {
 
     void embed(const int64_t* tokens) {
         const int64_t embd = w_.shape.embd;
-        const Range rows = part(d_.batch_);
+        const Range rows = part(d_.count_);
         for (int64_t b = rows.begin; b < rows.end; ++b)
-            w_.kernels.sum(w_.wte() + tokens[b] * embd, w_.wpe() + d_.position_ * embd, embd, d_.x_ + b * d_.width_);
+            w_.kernels.sum(w_.wte() + tokens[b] * embd, w_.wpe() + position(b) * embd, embd, d_.x_ + b * d_.width_);
     }
 
     Rows rows_of(const float* x, int64_t ld, int64_t k) const {
-        const Rows rows{x, ld, d_.batch_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale, scratch_.tiles};
+        const Rows rows{x, ld, d_.count_, scratch_.high, scratch_.low, scratch_.half, scratch_.scale, scratch_.tiles};
         w_.kernels.split(rows, k, w_.shape.format);
         return rows;
     }
 
     Rows normed(const float* weight) const {
         const int64_t embd = w_.shape.embd;
-        for (int64_t b = 0; b < d_.batch_; ++b)
+        for (int64_t b = 0; b < d_.count_; ++b)
             w_.kernels.norm(d_.x_ + b * d_.width_, weight, embd, w_.shape.eps, scratch_.normed + b * d_.width_);
         return rows_of(scratch_.normed, d_.width_, embd);
     }
@@ -139,20 +142,31 @@ class Worker {
         return {unit, unit / d_.primers_, unit % d_.primers_ * copies + begin, end - begin};
     }
 
-    AttentionDecodeParams head_of(int64_t layer, const Group& g, int64_t i) const {
-        const int64_t dim = w_.shape.head_dim(), sequence = g.first + i;
-        AttentionDecodeParams p = d_.head_of(layer, g.head * d_.batch_ + sequence);
-        p.q = d_.qkv_ + sequence * w_.layer(layer).qkv.n + g.head * 3 * dim;
+    // Of `row`, which is a sequence, or a position of the only one.
+    AttentionDecodeParams head_of(int64_t layer, int64_t head, int64_t row) const {
+        const int64_t dim = w_.shape.head_dim(), sequence = in_one_sequence() ? 0 : row;
+        AttentionDecodeParams p = d_.head_of(layer, head * d_.batch_ + sequence);
+        p.q = d_.qkv_ + row * w_.layer(layer).qkv.n + head * 3 * dim;
         p.k = p.q + dim;
         p.v = p.k + dim;
-        p.out = d_.mixed_ + sequence * w_.shape.embd + g.head * dim;
-        p.position = d_.position_ - d_.shared_;
+        p.out = d_.mixed_ + row * w_.shape.embd + head * dim;
+        p.position = position(row) - d_.shared_;
         return p;
     }
 
     void expect(int64_t layer, int64_t u) const {
         const Group g = group(u);
-        for (int64_t i = 0; i < g.count; ++i) w_.kernels.expect(head_of(layer, g, i));
+        for (int64_t i = 0; i < g.count; ++i) w_.kernels.expect(head_of(layer, g.head, g.first + i));
+    }
+
+    // A row is remembered when those before it have attended: none sees what follows it, be it infinite.
+    void attend_in_turn(int64_t layer, int64_t head, const char* next) const {
+        for (int64_t row = 0; row < d_.count_; ++row) {
+            AttentionDecodeParams p = head_of(layer, head, row);
+            p.next = row + 1 < d_.count_ ? p.keys : next;
+            w_.kernels.remember(p);
+            w_.kernels.attention_decode(p);
+        }
     }
 
     void attention_decode(int64_t layer, const char* next) const {
@@ -161,9 +175,13 @@ class Worker {
             const Group g = group(u);
             const char* after = u + 1 < units.end ? start(layer, u + 1) : next;
             if (u + 1 < units.end) expect(layer, u + 1);
+            if (in_one_sequence()) {
+                attend_in_turn(layer, g.head, after);
+                continue;
+            }
             AttentionDecodeParams sequences[shared_rows];
             for (int64_t i = 0; i < g.count; ++i) {
-                sequences[i] = head_of(layer, g, i);
+                sequences[i] = head_of(layer, g.head, g.first + i);
                 sequences[i].next = after;
                 w_.kernels.remember(sequences[i]);
                 if (i > 0) sequences[i - 1].next = sequences[i].keys;
@@ -222,14 +240,16 @@ KvCache Decoder::make_cache(int64_t sequences, int64_t capacity) const {
     return {weights_->kernels, s.format, s.head_dim(), s.layers * s.heads * sequences, capacity};
 }
 
-void Decoder::make_rows(int64_t batch) {
+void Decoder::make_rows(int64_t rows) {
     const DecoderWeights::Layer& l = weights_->layer(0);
     const int64_t widths[] = {width_, l.qkv.n, weights_->shape.embd, l.fc.n, weights_->head().n};
     size_t bytes = 0;
-    for (int64_t width : widths) bytes += Arena::bytes<float>(batch * width);
+    for (int64_t width : widths) bytes += Arena::bytes<float>(rows * width);
     rows_ = Arena(bytes);
-    float** rows[] = {&x_, &qkv_, &mixed_, &inner_, &logits_};
-    for (int i = 0; i < 5; ++i) *rows[i] = rows_.take<float>(batch * widths[i]);
+    float** to[] = {&x_, &qkv_, &mixed_, &inner_, &logits_};
+    for (int i = 0; i < 5; ++i) *to[i] = rows_.take<float>(rows * widths[i]);
+    scratch_.clear();
+    room_ = rows;
 }
 
 AttentionDecodeParams Decoder::unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const {
@@ -258,13 +278,13 @@ void Decoder::reserve(int threads) {
     std::vector<Scratch> fresh(static_cast<size_t>(threads));
     scratch_block_ = Arena::of([&](Arena& block) {
         for (Scratch& s : fresh) {
-            s.normed = block.take<float>(batch_ * width_);
-            s.high = block.take<uint8_t>(batch_ * widest);
-            s.low = block.take<uint8_t>(batch_ * widest);
-            s.half = block.take<uint16_t>(batch_ * widest);
-            s.scale = block.take<float>(batch_);
-            s.sums = block.take<float>(sums_rows(batch_) * 2 * tile);
-            s.tiles = block.take<char>(tiles_bytes(batch_, widest));
+            s.normed = block.take<float>(room_ * width_);
+            s.high = block.take<uint8_t>(room_ * widest);
+            s.low = block.take<uint8_t>(room_ * widest);
+            s.half = block.take<uint16_t>(room_ * widest);
+            s.scale = block.take<float>(room_);
+            s.sums = block.take<float>(sums_rows(room_) * 2 * tile);
+            s.tiles = block.take<char>(tiles_bytes(room_, widest));
         }
     });
     scratch_ = std::move(fresh);
@@ -279,7 +299,24 @@ void Decoder::check_free(int64_t count) const {
 void Decoder::step(const int64_t* tokens, float* logits, int threads) {
     const Busy busy(busy_);
     check_free(1);
-    for (int64_t b = 0; b < batch_; ++b)
+    count_ = batch_;
+    run(tokens, logits, threads);
+    ++position_;
+}
+
+void Decoder::step_rows(const int64_t* tokens, int64_t count, float* logits, int threads) {
+    const Busy busy(busy_);
+    if (batch_ != 1) throw std::logic_error("decoder: several positions are read of a single sequence alone");
+    if (count < 1) throw std::invalid_argument("decoder: " + std::to_string(count) + " rows are out of range");
+    check_free(count);
+    if (count > room_) make_rows(count);
+    count_ = count;
+    run(tokens, logits, threads);
+    position_ += count;
+}
+
+void Decoder::run(const int64_t* tokens, float* logits, int threads) {
+    for (int64_t b = 0; b < count_; ++b)
         if (tokens[b] < 0 || tokens[b] >= weights_->shape.vocab)
             throw std::invalid_argument("decoder: token " + std::to_string(tokens[b]) + " is not in 0.." +
                                         std::to_string(weights_->shape.vocab - 1));
@@ -287,7 +324,6 @@ void Decoder::step(const int64_t* tokens, float* logits, int threads) {
     reserve(wanted);
     Barrier barrier;
     in_region(wanted, [&](int index, int count) { Worker(*this, barrier, index, count).step(tokens, logits); });
-    ++position_;
 }
 
 void Decoder::load(int64_t layer, const float* keys, const float* values, int64_t count, int threads) {
@@ -330,7 +366,6 @@ void Decoder::fork(int64_t copies, int threads) {
     for_each(units, usable_threads(threads), [&](int64_t u) { primer.copy(u, own_); });
     primer_ = std::move(primer);
     own_ = std::move(own);
-    scratch_.clear();
     forked_ = true;
     shared_ = position_;
     copies_ = copies;

@@ -26,6 +26,11 @@ class Decoder {
     // std::logic_error while another thread is inside.
     void step(const int64_t* tokens, float* logits, int threads);
 
+    // Reads `count` tokens of the only sequence, one position after the other, and writes the logits that follow each,
+    // (count, vocab - 1). A position attends to those before it and itself. Throws as `step`, and std::logic_error of
+    // several sequences.
+    void step_rows(const int64_t* tokens, int64_t count, float* logits, int threads);
+
     // Takes keys and values (batch, heads, count, head_dim) of a layer's positions 0 .. count - 1, which something
     // else has computed; `advance` then moves all layers on.
     void load(int64_t layer, const float* keys, const float* values, int64_t count, int threads);
@@ -39,6 +44,12 @@ class Decoder {
     void rewind(int64_t position);
 
     int64_t position() const { return position_; }
+
+    // Whether a row has the same bits whatever the rows beside it: sums in one order, or of integers.
+    bool rows_are_steps() const {
+        const Format format = weights_->shape.format;
+        return format == Format::fp32 || (format == Format::int8 && weights_->kernels.int8_step > 1);
+    }
 
     // (batch, heads, head_dim, colours): what `step` and `load` read and write.
     std::tuple<int64_t, int64_t, int64_t, int64_t> sizes() const {
@@ -64,7 +75,8 @@ class Decoder {
     AttentionDecodeParams primer_of(int64_t layer, int64_t unit) const;
     AttentionDecodeParams unit_of(const KvCache& cache, int64_t layer, int64_t units, int64_t unit) const;
     KvCache make_cache(int64_t sequences, int64_t capacity) const;
-    void make_rows(int64_t batch);
+    void make_rows(int64_t rows);
+    void run(const int64_t* tokens, float* logits, int threads);
     void reserve(int threads);
     void check_free(int64_t count) const;
 
@@ -77,7 +89,10 @@ class Decoder {
     bool forked_ = false;
     KvCache primer_, own_;
     Arena rows_, scratch_block_;
-    float *x_, *qkv_, *mixed_, *inner_, *logits_;  // (batch, width), shared by the threads
+    int64_t room_ = 0;  // rows that there is memory for
+    int64_t count_ =
+        1;  // rows of this step: a position of each sequence or, behind each other, several of the only one
+    float *x_, *qkv_, *mixed_, *inner_, *logits_;  // (room, width), shared by the threads
     std::vector<Scratch> scratch_;
     std::atomic<bool> busy_{false};
 };

@@ -93,7 +93,8 @@ DECODERS: dict[str, str] = {
     " place: hooks, wrappers, subclasses, methods, modes, autocast; five kernels a layer for 64 images at most in bf16"
     " and fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32, bf16 or fp16 (packed wider, in fp32), and dtype='int8'; quick_gelu, gelu, gelu_new;"
-    " n_embd a multiple of 16, n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place",
+    " n_embd a multiple of 16, n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place;"
+    " an image alone is guessed ahead and drawn exactly, in fp32 and, where bytes are multiplied, int8",
     "reference": "for everything else that is causal: it calls the model, and with it whatever is around it",
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.

@@ -153,6 +153,36 @@ class Decoder(ABC):
             raise ValueError("decoder: nothing was drawn since the last step; call draw first")
         return self.step(tokens)
 
+    @property
+    def why_not_rows(self) -> str | None:
+        """Why ``step_rows`` is not asked to verify drafts; ``None`` where its logits are those of steps, bit for bit,
+        and come sooner.
+        """
+        return f"the {self.name} decoder reads one position of an image at a time"
+
+    def step_rows(self, tokens: Tensor) -> Tensor:
+        """Reads (W,) int64 tokens of the only image, one position after the other; returns (W, vocab_size - 1), the
+        logits that follow each.
+
+        Raises:
+            BackendUnavailableError: This decoder has no such step.
+            ValueError: Several images, no token, or more than there is room for.
+        """
+        raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
+
+    def rewind(self, count: int) -> None:
+        """Forgets the last ``count`` positions, of those that ``step_rows`` has read last.
+
+        Raises:
+            BackendUnavailableError: This decoder has no such step.
+        """
+        raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
+
+    def _check_rows(self, tokens: Tensor) -> None:
+        if self.batch_size != 1 or tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype != torch.int64:
+            got = f"{tuple(tokens.shape)} {tokens.dtype} of {self.batch_size} images"
+            raise ValueError(f"decoder: tokens is {got}; want (W,) int64 of one image, W >= 1")
+
     @staticmethod
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:
         """What a position of a layer takes."""

@@ -46,6 +46,7 @@ class GenerationMixin(GenerationSettings):
         generator: torch.Generator | None = None,
         callback: StepCallback | None = None,
         dtype: str | None = None,
+        speculate: bool | None = None,
         **theirs: Any,
     ) -> Any:
         """Continues contexts by drawn colours.
@@ -84,6 +85,8 @@ class GenerationMixin(GenerationSettings):
                 the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"``
                 with keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None``
                 decodes in the model's own dtype.
+            speculate: ``False`` never guesses tokens ahead; else an image that is drawn alone is where that is faster,
+                which changes none; see ``sampling.speculation``.
             theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:
@@ -96,7 +99,7 @@ class GenerationMixin(GenerationSettings):
             FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
             TypeError: ``input_ids`` is not an integer tensor, or an argument that nobody has, or that transformers
-                has not (``seed``, ``generator``, ``callback``, ``dtype``) beside one that only it has.
+                has not (``seed``, ``generator``, ``callback``, ``dtype``, ``speculate``) beside one that only it has.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options, such as
                 guidance and beams, which transformers would mix up.
 
@@ -125,6 +128,7 @@ class GenerationMixin(GenerationSettings):
         }
         asked = {name: value for name, value in asked.items() if value is not None}
         only_here: dict[str, Any] = {"seed": seed, "generator": generator, "callback": callback, "dtype": dtype}
+        only_here["speculate"] = speculate
         if input_ids is not None and inputs is not None:
             raise ValueError("generate: give input_ids or inputs, which are the same, not both")
         context = inputs if input_ids is None else input_ids
@@ -250,6 +254,7 @@ def _generate(
     generator: torch.Generator | None = None,
     callback: StepCallback | None = None,
     dtype: str | None = None,
+    speculate: bool | None = None,
 ) -> Tensor:
     """``GenerationMixin.generate`` of what the engines here do."""
     top_k = None if top_k == 0 and not isinstance(top_k, bool) else top_k
@@ -273,7 +278,7 @@ def _generate(
     def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
         rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
         away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-        options: dict[str, Any] = {"guidance": away, "first": start}
+        options: dict[str, Any] = {"guidance": away, "first": start, "speculate": speculate is not False}
         yield decode(model, context[rows], uniforms[start:stop], sampling, callback, dtype, **options).tokens
 
     whole = callback is not None or count == 0

@@ -63,6 +63,17 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return reference.sample(logits, uniform, **vars(sampling))
 
 
+def draw_weights(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """The (N, K) float64 cumulative weights that ``draw`` inverts on the CPU; ``None`` at temperature 0, the likeliest.
+
+    A row's token is the first id at which they exceed its number times their total, or 0 where they are NaN.
+    """
+    if sampling.temperature < 2.0**-149:
+        return None
+    least = reference.least_score(sampling.min_p)
+    return reference.cumulative_weights(logits, sampling.temperature, sampling.top_k, sampling.top_p, least)
+
+
 def sample_next(
     logits: Tensor,
     seed: int,

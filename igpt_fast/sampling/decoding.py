@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from igpt_fast.engines.decoder import Decoder, check_dtype
 from igpt_fast.engines.network import Model
 from igpt_fast.locks import Lock
 from igpt_fast.sampling.rules import Guidance, RandomStreams
+from igpt_fast.sampling.speculation import speculating
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -38,6 +40,7 @@ class Drawn:
     reason: str | None = None  # why it is no faster one, where it is none
     known: Tensor | None = None  # (B, T) int64 as of ``decode``
     given: int = 0  # pixels that stand before the first position
+    steps: int = 0  # of the network for these tokens, where drafts were verified; else 0
 
     def check(self, begin: int, end: int) -> None:
         """Whether positions begin .. end - 1 come from logits that are numbers; waits for the device.
@@ -70,6 +73,7 @@ def decode(
     known: Tensor | None = None,
     guidance: Guidance | None = None,
     first: int = 0,
+    speculate: bool = True,
 ) -> Drawn:
     """Continues every row of a context n times, by as many colours as there are uniform numbers.
 
@@ -85,6 +89,7 @@ def decode(
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
         first: Number of the first row, for errors.
+        speculate: Whether drafts may be verified where that is exact and faster; see ``speculation``.
 
     Returns:
         The T new tokens of every continuation, (B n, T).
@@ -96,7 +101,8 @@ def decode(
     """
     rows, count = uniforms.shape
     drawn = blank(rows, count, context.device, first)
-    steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance)
+    width = None if speculate else 0
+    steps = decoding(drawn, model, context, uniforms, sampling, dtype, known=known, guidance=guidance, width=width)
     with closing(steps):  # also where somebody keeps an error of the callback
         for t in steps:
             if callback is not None:
@@ -122,10 +128,12 @@ def decoding(
     *,
     known: Tensor | None = None,
     guidance: Guidance | None = None,
+    width: int | None = None,
 ) -> Generator[int, None, None]:
     """``decode`` position by position: yields t when column t of ``drawn``, which was ``blank``, is filled.
 
-    At the end all are checked. Who looks at them before may have them checked before (``Drawn.check``).
+    ``width``: pixels of a row, by which drafts are made where they are verified; ``None`` those of a square image, 0
+    verifies none. At the end all are checked. Who looks at them before may have them checked before (``Drawn.check``).
     """
     check_dtype(dtype)
     batch, steps = uniforms.shape
@@ -135,8 +143,6 @@ def decoding(
     if steps == 0 or batch == 0:
         return
     copies = batch // context.shape[0]
-    given = None if known is None else known >= 0
-    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
     drawn.known, drawn.given = known, context.shape[1] - 1
     guided = guidance is not None and guidance.scale != 1.0
     if guidance is not None and guided:
@@ -146,33 +152,60 @@ def decoding(
         drawn.engine, drawn.reason = decoder.name, decoder.reason
         logits = decoder.prefill(context).repeat_interleave(copies, dim=0)
         decoder.fork(copies)
-        free = known is None and not guided
-        source = None
-        if isinstance(uniforms, RandomStreams):
-            source = uniforms.seed or 0, uniforms.numbers.to(context.device)
-        numbers = _columns(uniforms, context.device)
-        scale = guidance.scale if guidance is not None else 1.0
+        width = max(1, math.isqrt(model.config.n_positions)) if width is None else width
         try:
-            for t in range(steps):
+            if width > 0 and batch == len(context) == 1 and decoder.why_not_rows is None:
+                numbers = _columns(uniforms, context.device)(slice(None))
                 logits = logits[:, : model.config.n_colours]
-                if free:
-                    token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling, as_they_came=True)
-                else:
-                    column = known[:, t] if known is not None and some[t] else None
-                    token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])
-                if decoder.history is not None:
-                    drawn.tokens, drawn.logprobs = decoder.history
-                else:
-                    drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
-                drawn.reason = decoder.reason  # something may have failed meanwhile
-                yield t
-                if t + 1 < steps:
-                    logits = decoder.step_drawn() if free else decoder.step(token.repeat(2) if guided else token)
+                t, room = 0, (drawn.tokens, drawn.logprobs)
+                for kept in speculating(*room, decoder, logits, context, numbers, sampling, known, width):
+                    drawn.steps += 1
+                    yield from range(t, t + kept)
+                    t += kept
+            else:
+                scale = guidance.scale if guidance is not None else 1.0
+                yield from _stepping(drawn, decoder, logits, uniforms, sampling, known, scale, guided)
         except GeneratorExit:  # nobody asks for more
             _leave(decoder, drawn)
             raise
         _leave(decoder, drawn)
     drawn.check(0, steps)
+
+
+def _stepping(
+    drawn: Drawn,
+    decoder: Decoder,
+    logits: Tensor,
+    uniforms: Tensor | RandomStreams,
+    sampling: Sampling,
+    known: Tensor | None,
+    scale: float,
+    guided: bool,
+) -> Generator[int, None, None]:
+    """The loop of ``decoding``, a step for each position; ``logits`` are those that follow the context."""
+    steps, device, colours = uniforms.shape[1], logits.device, decoder.model.config.n_colours
+    given = None if known is None else known >= 0
+    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
+    free = known is None and not guided
+    source = None
+    if isinstance(uniforms, RandomStreams):
+        source = uniforms.seed or 0, uniforms.numbers.to(device)
+    numbers = _columns(uniforms, device)
+    for t in range(steps):
+        logits = logits[:, :colours]
+        if free:
+            token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling, as_they_came=True)
+        else:
+            column = known[:, t] if known is not None and some[t] else None
+            token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])
+        if decoder.history is not None:
+            drawn.tokens, drawn.logprobs = decoder.history
+        else:
+            drawn.tokens[:, t], drawn.logprobs[:, t] = token, logprob
+        drawn.reason = decoder.reason  # something may have failed meanwhile
+        yield t
+        if t + 1 < steps:
+            logits = decoder.step_drawn() if free else decoder.step(token.repeat(2) if guided else token)
 
 
 def _leave(decoder: Decoder, drawn: Drawn) -> None:
@@ -181,7 +214,7 @@ def _leave(decoder: Decoder, drawn: Drawn) -> None:
     keep(decoder)
 
 
-def _columns(uniforms: Tensor | RandomStreams, device: torch.device) -> Callable[[int], Tensor]:
+def _columns(uniforms: Tensor | RandomStreams, device: torch.device) -> Callable[[int | slice], Tensor]:
     """The (B n,) numbers of a position; all are made when the first are asked for."""
 
     @functools.cache

@@ -38,6 +38,7 @@ class Request:
     scale: float  # cfg_scale
     batch_size: int | None
     dtype: str | None
+    speculate: bool = True  # whether drafts may be verified
 
     def __len__(self) -> int:
         """Inputs."""

@@ -31,7 +31,8 @@ class Generation:
         processor: Knows the colours and the size.
         seed: What the streams were made of.
         settings: Temperature and so on, as plain values; ``engine`` is the decoder's name. Where it is the reference,
-            and only there, ``engine_reason`` says why it is no faster one.
+            and only there, ``engine_reason`` says why it is no faster one. ``kept_per_step``, where images were drawn
+            alone and guessed ahead: pixels that a step of the network gave.
         inputs: For completions, the (M) inputs as RGB images, cropped to the model's aspect.
         counts: For completions, how many there are of each input; ``None`` where there are as many of all. After
             Ctrl-C the last one may have fewer.

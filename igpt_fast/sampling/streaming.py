@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -159,6 +159,8 @@ class Stream:
         """How images were drawn, as plain values."""
         settings = self._request.described() | {"batch_size": self.batch_size, "device": str(self._model.device)}
         settings |= {"engine": self.engine, "dtype": self._request.dtype or dtype_name(self._model.dtype)}
+        if self._run.steps:
+            settings["kept_per_step"] = round(self._run.speculated / self._run.steps, 3)
         reason = self._run.engine_reason
         return settings if reason is None else settings | {"engine_reason": reason}
 
@@ -183,6 +185,7 @@ class _Run:
     def __init__(self, model: Model, request: Request, known: Tensor, size: int, progress: Progress | None) -> None:
         self.engine: str | None = None
         self.engine_reason: str | None = None
+        self.steps = self.speculated = 0  # where drafts were verified: steps, and the pixels that they gave
         self.batches = Batches(len(known) * request.copies, request.copies, size)
         self.finished: list[Pictures] = []
         self.ended = False
@@ -220,7 +223,8 @@ class _Run:
         if request.candidates == 1:
             yield from self._rows(start, tokens, 0, first // width)
         how = request.sampling, request.dtype
-        steps = decoding(drawn, self._model, context, numbers, *how, known=known, guidance=guidance)
+        options: dict[str, Any] = {"known": known, "guidance": guidance, "width": width if request.speculate else 0}
+        steps = decoding(drawn, self._model, context, numbers, *how, **options)
         with closing(steps):  # also where somebody keeps an error of what is below
             for t in steps:
                 self.engine, self.engine_reason = drawn.engine, drawn.reason
@@ -231,6 +235,8 @@ class _Run:
                     drawn.check(begin - first, end - first)
                     tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                     yield from self._rows(start, tokens, end // width - 1, end // width)
+        if drawn.steps:
+            self.steps, self.speculated = self.steps + drawn.steps, self.speculated + self._decoded
         tokens[:, first:] = drawn.tokens.cpu()
         before = torch.full((len(tokens), first), torch.nan, dtype=torch.float32)
         logprobs = torch.cat([before, drawn.logprobs.cpu()], dim=1)

@@ -72,6 +72,7 @@ def recorded() -> Iterator[list[Decoding]]:
         arguments = {"context": context.clone(), "uniforms": numbers, "sampling": sampling, **more}
         arguments["known"] = None if more.get("known") is None else more["known"].clone()
         found.append(Decoding(arguments, drawn, []))
+        more["width"] = 0  # position by position; test_speculation.py has the rest
         return decoding(drawn, model, context, uniforms, sampling, dtype, **more)
 
     def drew(logits: Tensor, uniform: Tensor, sampling: Any) -> Tensor:

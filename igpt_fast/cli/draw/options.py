@@ -41,6 +41,8 @@ class DrawOptions:
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
             cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, and
             fp8_cache with keys as well, on a GPU.
+        speculate: Pixels of an image that is drawn alone are guessed ahead where that is faster, which changes none;
+            this turns it off.
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.
@@ -57,6 +59,7 @@ class DrawOptions:
     batch_size: int | None = None
     device: str | None = None
     dtype: str = "float32"
+    speculate: bool = True
     backend: str = "auto"
     preview: bool = False
 
@@ -73,6 +76,7 @@ class DrawOptions:
         """The keywords of ``Pipeline.request``, but for the labels. A seed that is not given is drawn, one for all."""
         seed = world.agree("seed", secrets.randbits(62) if self.seed is None else self.seed)
         shared = {"batch_size": self.batch_size, "sampling": self.sampling, "cfg_scale": self.cfg_scale}
+        shared |= {"speculate": self.speculate}
         return shared | {"seed": seed, "dtype": self.dtype if self.dtype in ROUNDED else None}
 
 

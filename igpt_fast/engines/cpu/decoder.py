@@ -64,6 +64,32 @@ class CpuDecoder(Decoder):
         self._decoder.step(tokens.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         return logits
 
+    @property
+    def why_not_rows(self) -> str | None:
+        """See ``Decoder.why_not_rows``. A row of several has a step's bits in float32, and in int8 where the processor
+        multiplies bytes; bfloat16 sums one row in another order than several, or rounds their activations.
+        """
+        assert backend._C is not None
+        if backend._C.cpu_isa() == "generic":
+            return "a row costs what a step does at the level 'generic'"
+        if self._decoder.rows_are_steps:
+            return None
+        return f"in {self.dtype} at the level {backend._C.cpu_isa()!r} several rows round otherwise than one"
+
+    def step_rows(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder.step_rows``."""
+        self._check_rows(tokens)
+        self._check_room(self._decoder.position + len(tokens))
+        tokens, colours = tokens.contiguous(), self._decoder.sizes[3]
+        logits = torch.empty(len(tokens), colours, dtype=torch.float32, device="cpu")
+        self._next = None
+        self._decoder.step_rows(tokens.data_ptr(), len(tokens), logits.data_ptr(), torch.get_num_threads())
+        return logits
+
+    def rewind(self, count: int) -> None:
+        """See ``Decoder.rewind``."""
+        self._decoder.rewind(self._decoder.position - count)
+
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
         check_fork(n, self._decoder.position, self._forked)

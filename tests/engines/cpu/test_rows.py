@@ -1,0 +1,97 @@
+"""A step of several positions of one image: the bits of steps, its own prefix, what is refused is forgotten."""
+
+import pytest
+import torch
+from small_models import ids, small, stepped
+from torch import Tensor
+
+from igpt_fast import ImageGPTForCausalImageModeling, backend
+from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.decoder import Decoder
+from igpt_fast.engines.reference import ReferenceDecoder
+
+pytestmark = pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
+
+
+def drafted(decoder: Decoder, tokens: Tensor, wrong: int) -> Tensor:
+    """Logits of (T,) tokens, read in rows of changing number, of which up to ``wrong`` are refused each time."""
+    found, t = [], 0
+    for turn in range(len(tokens)):
+        kept = min(1 + turn * 5 % 9, len(tokens) - t)
+        refused = min(turn % (wrong + 1), decoder.capacity - t - kept)
+        others = (tokens[t : t + refused] + 1) % 16
+        rows = torch.cat([tokens[t : t + kept], others[:refused]])
+        found.append(decoder.step_rows(rows)[:kept])
+        decoder.rewind(len(rows) - kept)
+        t += kept
+        if t == len(tokens):
+            break
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_have_the_bits_of_steps(isa: str, dtype: str | None, threads: int) -> None:
+    model = small(n_embd=96, n_head=3)
+    torch.set_num_threads(threads)
+    tokens = ids(model, 1, 80)
+    want = stepped(CpuDecoder(model, 1, 80, dtype), tokens)[0]
+    decoder = CpuDecoder(model, 1, 80, dtype)
+    got = drafted(decoder, tokens[0], 5)
+    if decoder.why_not_rows is None:
+        assert torch.equal(got, want)
+    elif isa != "generic" or dtype is not None:
+        assert "round otherwise" in decoder.why_not_rows or isa == "generic"
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert dtype is not None or isa == "generic" or decoder.why_not_rows is None
+
+
+def test_a_refused_row_that_is_not_finite_leaves_nothing() -> None:
+    model = small()
+    with torch.no_grad():
+        model.transformer.wte.weight[9] = torch.nan
+    tokens = ids(model, 1, 40) % 9
+    want = stepped(CpuDecoder(model, 1, 40), tokens)[0]
+    decoder, found = CpuDecoder(model, 1, 40), []
+    for t in range(0, 40, 2):
+        rows = torch.cat([tokens[0, t : t + 2], torch.full((min(3, 38 - t),), 9)])
+        found.append(decoder.step_rows(rows)[:2])
+        decoder.rewind(len(rows) - 2)
+    assert torch.equal(torch.cat(found), want)
+
+
+def test_bfloat16_is_not_verified() -> None:
+    assert "round otherwise" in (CpuDecoder(small(torch.bfloat16), 1, 8).why_not_rows or "")
+
+
+def test_the_reference_reads_rows_in_one_pass() -> None:
+    model = small().double()
+    tokens, calls = ids(model, 1, 60), []
+    with torch.no_grad():
+        want = model(tokens).logits[0]
+        model.register_forward_hook(lambda *_: calls.append(0))
+        decoder = ReferenceDecoder(model, 1, 60)
+        got = drafted(decoder, tokens[0], 4)
+    torch.testing.assert_close(got, want)
+    assert len(calls) < 20
+    assert decoder.why_not_rows is not None
+    with pytest.raises(ValueError, match="forget 61"):
+        decoder.rewind(61)
+
+
+def test_misuse() -> None:
+    model: ImageGPTForCausalImageModeling = small()
+    for decoder in (CpuDecoder(model, 2, 8), ReferenceDecoder(model, 2, 8)):
+        with pytest.raises(ValueError, match=r"want \(W,\) int64 of one image"):
+            decoder.step_rows(torch.zeros(2, dtype=torch.int64))
+    decoder = CpuDecoder(model, 1, 8)
+    for wrong in (torch.zeros(0, dtype=torch.int64), torch.zeros(2), torch.zeros(1, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="W >= 1"):
+            decoder.step_rows(wrong)
+    with pytest.raises(ValueError, match="9 positions do not fit"):
+        decoder.step_rows(torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"token 17 is not in 0..16"):
+        decoder.step_rows(torch.tensor([0, 17]))
+    with pytest.raises(ValueError, match="goes back only"):
+        decoder.rewind(1)
+    assert decoder._decoder.position == 0
