@@ -267,8 +267,8 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
     Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
     Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501
-    Known(Mutation("cpu_decoder_position", DECODER, "w_.wpe() + d_.position_ * embd", "w_.wpe()"), decoders),
-    Known(Mutation("cpu_decoder_shared", DECODER, "p.position = d_.position_ - d_.shared_;", "p.position = d_.position_;"), forks),  # noqa: E501
+    Known(Mutation("cpu_decoder_position", DECODER, "w_.wpe() + position(b) * embd", "w_.wpe()"), decoders),
+    Known(Mutation("cpu_decoder_shared", DECODER, "p.position = position(row) - d_.shared_;", "p.position = position(row);"), forks),  # noqa: E501
     Known(Mutation("cpu_decoder_copies", DECODER, "unit % d_.primers_ * copies + begin", "unit % d_.primers_ + begin"), forks),  # noqa: E501
     Known(Mutation("cpu_decoder_rewind", DECODER, "for (p.position = first; p.position < end; ++p.position)", "for (p.position = end; p.position < end; ++p.position)"), going_back),  # noqa: E501
     Known(Mutation("cpu_decoder_meet", DECODER, MET, MET.replace("\n        meet();", "")), "decoder"),
