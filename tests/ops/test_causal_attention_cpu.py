@@ -152,8 +152,8 @@ def test_huge_scores(native_cpu: Implementation, dtype: torch.dtype) -> None:
     for size in (3e4, 6e4, 1.3e5):
         q = torch.full((1, 1, 160, 32), size, dtype=dtype)
         with contract.launching(native_cpu):
-            out = ops.causal_attention(q, q, torch.ones_like(q), scale=0.1)
-        assert out.eq(1).all(), size
+            out, _ = ops.causal_attention(q, q, torch.ones_like(q), scale=0.1)
+        assert (out - 1).abs().max() < 1e-6, size
 
 
 def test_few_queries_are_torchs(
