@@ -9,6 +9,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "watch.h"
+
 namespace igpt::cpu {
 namespace {
 
@@ -38,6 +40,7 @@ inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index /
 // an exception that leaves the region ends the process.
 template <class Work>
 void in_region(int wanted, Work work) {
+    Watch watch(wanted);
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
     {
 #ifdef _OPENMP
@@ -45,6 +48,7 @@ void in_region(int wanted, Work work) {
 #else
         const int index = 0, count = 1;
 #endif
+        watch.look();
         const FlushDenormals flush;
         work(index, count);
     }
