@@ -1,4 +1,4 @@
-"""What the policy of giving way (csrc/cpu/giving_way.cpp) has to do where others want the processors at certain times."""
+"""What the policy of giving way (csrc/cpu/giving_way.cpp) has to do where others want the processors at times."""
 
 from __future__ import annotations
 
