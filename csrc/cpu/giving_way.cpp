@@ -14,7 +14,7 @@ constexpr int kMostHalvings = 16;
 
 }  // namespace
 
-int64_t GivingWay::next() const { return phase_ == Phase::opening ? 0 : looked_ + kWindow; }
+int64_t GivingWay::next() const { return looked_ + kWindow; }
 
 void GivingWay::begin(int64_t time) {
     if (phase_ == Phase::resting && time >= until_) phase_ = Phase::opening;

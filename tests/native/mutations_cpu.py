@@ -241,7 +241,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("giving_way", "phase_ = Phase::probing;  //", "phase_ = Phase::all;  //"),
     ("giving_way", "looked_ + windows * window;", "looked_ + windows * kWindow;"),
     ("giving_way", "phase_ == Phase::resting && time >= until_", "phase_ == Phase::resting"),
-    ("giving_way", "return phase_ == Phase::opening ? 0 : looked_ + kWindow;", "return looked_ + kWindow;"),
+    ("giving_way", "return looked_ + kWindow;", "return looked_;"),
 ]  # fmt: skip
 
 
