@@ -59,4 +59,5 @@ CASES: dict[str, tuple[Busy, int, int, list[tuple[int, int]]]] = {
     ),
     "eight threads, four are enough": (lambda ms: ms < 70, 8, 1, [(60, 1), (260, 0)]),
     "long regions": (lambda ms: ms < 500, 2, 100, [(300, 1), (1300, 0)]),
+    "longer regions": (lambda ms: True, 2, 500, [(1500, 1), (2500, 0), (3000, 1)]),
 }  # fmt: skip

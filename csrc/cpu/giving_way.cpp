@@ -10,6 +10,7 @@ constexpr int64_t kWindow = 20000000;  // between two looks, at least: some turn
 constexpr int kPatience = 3;           // contended windows in a row that are no chance
 constexpr int64_t kRest = 10;          // windows with fewer threads, each as long as the last one with more
 constexpr int64_t kLongestRest = 80;
+constexpr int64_t kLongestWindow = 5 * kWindow;  // that counts so: regions may take seconds, a rest takes few
 constexpr int kMostHalvings = 16;
 
 }  // namespace
@@ -21,7 +22,7 @@ void GivingWay::begin(int64_t time) {
 }
 
 void GivingWay::look(int64_t time, bool contended) {
-    const int64_t window = std::max(time - looked_, kWindow);
+    const int64_t window = std::clamp(time - looked_, kWindow, kLongestWindow);
     looked_ = time;
     if (phase_ == Phase::opening) {
         phase_ = Phase::probing;  // what was seen is of the time before

@@ -242,6 +242,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("giving_way", "looked_ + windows * window;", "looked_ + windows * kWindow;"),
     ("giving_way", "phase_ == Phase::resting && time >= until_", "phase_ == Phase::resting"),
     ("giving_way", "return looked_ + kWindow;", "return looked_;"),
+    ("giving_way", "std::clamp(time - looked_, kWindow, kLongestWindow)", "std::max(time - looked_, kWindow)"),
 ]  # fmt: skip
 
 
