@@ -1,10 +1,12 @@
 """Threads of the CPU engines: the barrier, the processors that they may use, the bits for any number of them."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import compiling_cpu
 import contention
@@ -171,21 +173,24 @@ def test_regions_give_way_to_other_processes_and_bits_stay() -> None:
         "    decoder = CpuDecoder(model, 1, 64)\n"
         "    return torch.cat([decoder.step(token) for _ in range(64)])\n"
         f"torch.set_num_threads(1); want = numbers(); torch.set_num_threads({processors})\n"
-        "end = time.monotonic() + 60\n"
+        "print('ready', flush=True); input(); end = time.monotonic() + 60\n"
         "while backend._C.cpu_given_way() == 0 and time.monotonic() < end:\n"
         "    assert torch.equal(numbers(), want)\n"
         "print(backend._C.cpu_given_way() > 0, torch.equal(numbers(), want))"
     )
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * processors)]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True, cwd=ROOT / "tests"
-        )
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
-    assert done.stdout == "True True\n"
+    with contextlib.ExitStack() as stack:
+
+        def start(text: str, **options: Any) -> subprocess.Popen[str]:
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", text], text=True, **options))
+            stack.callback(process.kill)
+            return process
+
+        engine = start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "tests")
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "ready\n"
+        for _ in range(2 * processors):
+            start("while True: pass")
+        assert engine.communicate("\n", timeout=100)[0] == "True True\n"
 
 
 @pytest.mark.parametrize("name", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
