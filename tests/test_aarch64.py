@@ -6,13 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import compiling
+import compiling_cpu
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
 DRIVER = ROOT / "tests" / "native" / "portable.cpp"
 CROSS = shutil.which("aarch64-linux-gnu-g++")
-HERE = shutil.which("g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # As CMakeLists.txt has it.
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off", "-fopenmp")
@@ -59,13 +60,13 @@ def test_every_source_is_compiled_or_x86s() -> None:
 
 
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (Debian: qemu-user)")
-@pytest.mark.skipif(HERE is None, reason="g++ is not installed")
+@pytest.mark.skipif(compiling.unavailable() is not None, reason=str(compiling.unavailable()))
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64")
 def test_computes_what_the_plain_level_does_here(objects: list[Path], tmp_path: Path) -> None:
     """Clusters are equal; logits up to rounding: the C libraries' expf differ."""
     run(CROSS, *FLAGS, "-static", "-I", ROOT / "csrc", DRIVER, *objects, "-o", tmp_path / "there")
-    run(HERE, *FLAGS, "-I", ROOT / "csrc", DRIVER, *sources(), "-o", tmp_path / "here")
-    there, here = (run(*c).split() for c in ((QEMU, tmp_path / "there"), (tmp_path / "here",)))
+    program = compiling_cpu.build(("generic",), program="portable")
+    there, here = (run(*command).split() for command in ((QEMU, tmp_path / "there"), (program,)))
     assert there[:2002] == here[:2002]
     assert len(there) == len(here) == 2002 + 3 * 6 * 16
     got, want = ([float(x) for x in lines[2002:]] for lines in (there, here))
