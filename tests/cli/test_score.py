@@ -256,7 +256,7 @@ def test_hostile_inputs(capsys: pytest.CaptureFixture[str], model: Path, picture
     assert "a.npz: not a file of scores" in fails(
         capsys, 1, pictures / "a.png", *shared, "--reference", tmp_path / "a.npz"
     )
-    for option, value in (("--by", "bits"), ("--split", "some"), ("--show", "-1"), ("--dtype", "int8")):
+    for option, value in (("--by", "bits"), ("--split", "some"), ("--show", "-1"), ("--dtype", "int4")):
         assert option in fails(capsys, 2, pictures, *shared, option, value)
     assert "--csv" not in fails(capsys, 2, pictures, *shared, "--csv", tmp_path / "a.txt")
 
