@@ -12,8 +12,8 @@ struct ForwardParams {
     const int64_t* tokens;  // (batch, length)
     int64_t batch, length;  // both 1 or more, length at most the model's positions
     int64_t layers;         // that run, the first ones; 0: the embedding alone
-    // Of the format of the weights, or fp32 where they are int8, any of them null: (batch, length, embd), behind these layers and the final norm;
-    // and, both or neither, (layers, batch, heads, length, head_dim).
+    // Of the format of the weights, fp32 where these are int8, any of them null: (batch, length, embd), behind these
+    // layers and the final norm; and, both or neither, (layers, batch, heads, length, head_dim).
     void *last, *keys, *values;
     // What is taken on the way: where so many layers lie behind, ascending, at most `layers`; either the residual, or
     // as the norm that comes next gives it, which is the next layer's first one or the final one.

@@ -1,9 +1,9 @@
 // sums (rows x registers) (+)= x w: the one kernel of products of many rows, whatever the numbers and the machine.
 //
 // w is packed as decoder_kernels.h has it, [n / tile][k / step][tile][step], and is read group by group along k; a
-// group is one k (fp32), two (bf16) or as many as int8 weights have. x lies in lines of 64 bytes along k: row r, line l at x + r row_bytes + l
-// line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles (row_bytes 64, line_bytes
-// 1024) as well.
+// group is one k (fp32), two (bf16) or as many as int8 weights have. x lies in lines of 64 bytes along k: row r, line l
+// at x + r row_bytes + l line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles
+// (row_bytes 64, line_bytes 1024) as well.
 //
 // R x C sums stay in registers all along k, and each is added up in one order, that of k, whatever R and C: results do
 // not depend on the rows beside them. Bound by multiply-adds: for each group R C of them, with R + C loads. Weights are

@@ -83,8 +83,8 @@ inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
             const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes;
             float* sums = p.depth <= kBlockDepth ? one : p.scratch + row * kTile;
             for (int64_t k = from; k < to; k += chain)
-                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes,
-                                  weights + k / Kind::step * group, least(chain, to - k), sums, kTile, k == 0},
+                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes, weights + k / Kind::step * group,
+                                  least(chain, to - k), sums, kTile, k == 0},
                                  kStripRows, columns / kLanes);
             if (to == p.depth) finish_strip<Kind, To>(p, sums, of_offset, row, n, columns);
         }
