@@ -168,7 +168,8 @@ def test_mistakes(
     (tmp_path / "broken.npz").write_bytes(b"PK")
     given = [word.format(data=tmp_path / "d.npz", tmp=tmp_path) for word in args]
     out = () if "--out" in args else ("--out", tmp_path / "f.npz")
-    assert run(*given, "--model", model, *out) == code
+    with backend.use_backend("auto"):
+        assert run(*given, "--model", model, *out) == code
     captured = capsys.readouterr()
     assert captured.err.startswith("igpt features: ")
     assert reason in captured.err
