@@ -344,8 +344,11 @@ def test_int8(capsys: pytest.CaptureFixture[str], model: Path, pictures: Path) -
     shared = (pictures, "--model", model, "--device", "cpu")
     plain, rounded = (report(capsys, *shared, "--dtype", dtype)["nats_per_pixel"] for dtype in ("float32", "int8"))
     assert 0 < abs(plain - rounded) < 0.01
-    with backend.use_backend("auto"):
+    before = backend.get_backend()
+    try:
         code, out, err = run(capsys, *shared, "--dtype", "int8", "--backend", "reference")
+    finally:
+        backend.set_backend(before)
     assert (code, out) == (3, "")
     assert "dtype 'int8' is not available: the backend 'reference' is chosen" in err
 
