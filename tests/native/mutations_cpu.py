@@ -10,7 +10,15 @@ import contract
 import torch
 from compiling import Mutation
 from implementations import Implementation
-from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
+from small_models import (
+    computed_in_int8,
+    exact_and_plain,
+    ids,
+    int8_is_right,
+    rounded_to_int8,
+    small,
+    stepped,
+)
 from tolerance import assert_parity
 
 from igpt_fast import backend, ops, reference
@@ -156,6 +164,24 @@ def passes(cpu: Implementation) -> None:
             assert_parity(found.logits, plain, exact)
 
 
+def rounded_passes(cpu: Implementation) -> None:
+    """In int8, with more inner numbers than have a scale together; what is not finite is seen by all behind it."""
+    for fields in ({}, {"activation_function": "gelu", "n_embd": 80, "n_inner": 1048}):
+        model = small(spread=0.1, **fields).transformer.requires_grad_(False)
+        tokens = ids(model, 2, 33) % 16
+        with backend.use_backend("reference"), torch.no_grad():
+            want, plain = (found(tokens).last_hidden_state for found in (computed_in_int8(model), model))
+        with torch.no_grad():
+            found = forwards.run(model, tokens, dtype="int8")
+            assert found is not None
+            assert int8_is_right(found.last, want, plain)
+            model.wte.weight[16] = torch.nan
+            tokens[:, 5] = 16
+            found = forwards.run(model, tokens, dtype="int8")
+            assert found is not None
+            assert not found.last[:, 5:].isfinite().any()
+
+
 def attention(cpu: Implementation) -> None:
     for t_q, t_k, starts in ((65, 65, None), (40, 300, [0, 70])):
         q, k, v = (torch.randn(2, 2, t, 64).to(BF16) for t in (t_q, t_k, t_k))
@@ -213,13 +239,13 @@ CHANGES: list[tuple[str, str, str]] = [
     ("product_tiles", "zero_tile<c>();", ";"),
     ("attention_decode_prefix_tiles", "high, high + 64, sizeof", "high, high, sizeof"),
     ("gemm_tiles", "const bool with_bias = this->p.from == 0;", "const bool with_bias = false;"),
-    ("gemm_tiles", "r < pairs ? load_ints", "r < pairs - 1 ? load_ints"),
+    ("gemm_tiles", "r < groups ? load_ints", "r < groups - 1 ? load_ints"),
     ("gemm_tiles", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
     ("gemm_tiles", "set1(-1.702f)", "set1(-1.5f)"),
     ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
     ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
-    ("block", "p.first ? acc[r][c] : load(sums", "true ? acc[r][c] : load(sums"),
-    ("gemm", "left = with_bias ? load(bias) : zero()", "left = load(bias)"),
+    ("block", "store(to, first ? v : load(to) + v);", "store(to, v);"),
+    ("gemm", "with_bias ? load(p.matrix->bias + n) : zero()", "load(p.matrix->bias + n)"),
     ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
     ("gemm", "store(x + kLanes, load(x + kLanes) + b);", "store(x + kLanes, b);"),
     ("rows", "reduce_add(sums[0] + sums[1])", "reduce_add(sums[0])"),
@@ -274,11 +300,26 @@ WORDS = [
     ("product", "p.sums += 2 * kLanes;", ""),
     ("linear", "p.rows->scale[r]", "p.rows->scale[0]"),
 ]
+# Of the forward pass in int8, on a level that multiplies it as such.
+ROUNDED = [
+    ("block", "(v + set1(12582912.0f)) - set1(12582912.0f)", "v", "generic"),
+    ("gemm", "set1(p.scale[row + r])", "set1(p.scale[r])", "generic"),
+    ("rows", "scale + reduce_add(poison)", "scale", "avx_vnni"),
+    ("rows", "tiles_at<R>(p.tiles, wide, row)", "tiles_at<R>(p.tiles, width, row)", "avx512_vnni"),
+    ("gemm", "memset(row, Kind::offset, kLineBytes)", "memset(row, 127, kLineBytes)", "avx512_vnni"),
+    ("block", "return to_floats(load_ints(sum));", "return load(sum);", "avx_vnni"),
+    ("gemm_tiles", "set1(this->p.scale[block.row + r])", "set1(this->p.scale[r])", "amx"),
+    ("gemm_tiles", "store_bytes(to, v, 0);", "store_bytes(to, v, 128);", "amx"),
+]
 DECODER, FORWARD, BARRIER = "cpu/decoder.cpp", "cpu/forward.cpp", "cpu/barrier.h"
 MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
 MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
     *(Known(Mutation(f"cpu_words_{i}", f"cpu/bodies/{stem}.h", old, new), decoders, "avx_vnni", True)
       for i, (stem, old, new) in enumerate(WORDS)),
+    *(Known(Mutation(f"cpu_rounded_{i}", f"cpu/bodies/{stem}.h", old, new), rounded_passes, level, level != "generic")
+      for i, (stem, old, new, level) in enumerate(ROUNDED)),
+    Known(Mutation("cpu_rounded_inner", FORWARD, "rows, count, true)", "rows, count, false)"), rounded_passes),
+    Known(Mutation("cpu_rounded_meet", FORWARD, "meet_team();\n        return {to.tiles", "return {to.tiles"), "forward", "amx", True),  # noqa: E501
     Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
     Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
     Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501
