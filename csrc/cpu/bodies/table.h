@@ -6,6 +6,7 @@
 #include "attention_bwd.h"
 #include "attention_decode_prefix.h"
 #include "attention_fwd.h"
+#include "checksum.h"
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
@@ -54,6 +55,7 @@ constexpr Ops make_ops(const char* isa) {
             elementwise_kernels,
             {forward_kernels<ByBlocks<float>, float>(gemm<Single>),
              forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16>)},
+            checksum,
             kPairs};
 }
 
