@@ -6,8 +6,8 @@ iGPT-S with seeded weights, 1,024 tokens an image, no dropout. Peers: transforme
 eager and under torch.compile, OpenVINO, and this project's model on the plain PyTorch of its reference backend.
 
 - ``forward``: the logits of every position. They are checked first, against transformers in float32.
-- ``train``: forward, loss, backward and fused AdamW, under autocast to bfloat16 with float32 weights. The loss and the
-  norm of the gradient are checked first, against transformers without autocast.
+- ``train``: forward, loss, backward and fused AdamW, in float32, and under autocast to bfloat16 with float32 weights.
+  The loss and the gradient are checked first, against transformers in float32.
 
 ``of_limit``: the roofline's time over the candidate's. The roofline is the multiplications at the peak of the
 processor's fastest unit for the dtype, measured at the start of the run, and for training a pass of AdamW over weights
@@ -50,6 +50,7 @@ COLUMNS += ("error", "gradient")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # Of the loss and of the gradient's norm, relative; of the token embedding's gradient, relative root mean square.
 LOSS_ERROR, GRADIENT_ERROR = 1e-2, 1e-1
+TRAINING_ERRORS = {"float32": (1e-4, 1e-3), "bfloat16": (LOSS_ERROR, GRADIENT_ERROR)}
 LEARNING_RATE = 1e-6  # the steps that are timed shall not move the weights far
 
 Run = Callable[[], Any]
@@ -170,11 +171,13 @@ class Training:
         backend: The one that this project's ops use.
     """
 
+    autocast = True  # to bfloat16
+
     def __init__(self, model: nn.Module, wte: nn.Parameter, loss: Callable[[], Tensor], backend: str = "auto") -> None:
         self.loss, self.wte, self.backend, self.parameters = loss, wte, backend, list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
 
-    def backward(self, autocast: bool = True) -> Tensor:
+    def backward(self, autocast: bool) -> Tensor:
         """Computes the gradients; the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with use_backend(self.backend):
@@ -183,15 +186,15 @@ class Training:
             loss.backward()
         return loss.detach()
 
-    def result(self, autocast: bool = True) -> tuple[float, float, Tensor]:
+    def result(self, autocast: bool | None = None) -> tuple[float, float, Tensor]:
         """The loss, the norm of the gradient, and the part of it that is the token embedding's."""
-        loss = self.backward(autocast).item()
+        loss = self.backward(self.autocast if autocast is None else autocast).item()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         assert self.wte.grad is not None
         return loss, float(norm), self.wte.grad.clone()
 
     def __call__(self) -> None:
-        self.backward()
+        self.backward(self.autocast)
         self.optimizer.step()
 
 
@@ -236,22 +239,23 @@ def bench_train(
     loss, norm, gradient = makers["transformers"]().result(autocast=False)
     runs: dict[Key, Run] = {}
     errors: dict[Key, dict[str, float]] = {}
-    for name, make in makers.items():
-        common.say(f"  checking {name}")
+    for key in [(dtype, name) for dtype in options.train_dtype for name in makers]:
+        common.say(f"  checking {common.label(key)}")
 
-        def prepare(make: Callable[[], Training] = make) -> tuple[Run, dict[str, float]]:
-            training = make()
+        def prepare(key: Key = key) -> tuple[Run, dict[str, float]]:
+            training = makers[key[1]]()
+            training.autocast = key[0] == "bfloat16"
             got = training.result()
             error = max(abs(got[0] / loss - 1), abs(got[1] / norm - 1))
             found = {"error": error, "gradient": common.relative_error(got[2], gradient)}
-            if not (error <= LOSS_ERROR and found["gradient"] <= GRADIENT_ERROR):
+            if not (error <= TRAINING_ERRORS[key[0]][0] and found["gradient"] <= TRAINING_ERRORS[key[0]][1]):
                 raise common.Refused(f"its loss and gradient are wrong by {found}")
             training()  # makes the optimizer's state
             return training, found
 
         gc.collect()
-        if (ready := common.attempt(("bfloat16", name), prepare)) is not None:
-            runs["bfloat16", name], errors["bfloat16", name] = ready
+        if (ready := common.attempt(key, prepare)) is not None:
+            runs[key], errors[key] = ready
     times = common.interleave(runs, options.rounds, budget=options.seconds, warm=True)
     # Read: weights, gradient and two moments; written: all but the gradient.
     work = Work(flops=3 * flops(config, batch), copied=4.0 * 7 * weights(config))
@@ -265,6 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="of the forward pass")
     parser.add_argument("--train-batch", type=int, default=4)
+    parser.add_argument("--train-dtype", choices=DTYPES, nargs="+", default=DTYPES, help="bfloat16: under autocast")
     parser.add_argument("--seconds", type=float, default=20.0, help="a candidate takes no further turn after so long")
     parser.add_argument("--work", choices=("forward", "train"), nargs="+", default=["forward", "train"])
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")

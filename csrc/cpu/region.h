@@ -11,6 +11,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "watch.h"
+
 namespace igpt::cpu {
 namespace {
 
@@ -58,10 +60,12 @@ void in_threads(int wanted, Work work) {
 #endif
 }
 
-// The same without denormals.
+// The same without denormals, and with an eye on other processes.
 template <class Work>
 void in_region(int wanted, Work work) {
+    Watch watch(wanted);
     in_threads(wanted, [&](int index, int count) {
+        watch.look();
         const FlushDenormals flush;
         work(index, count);
     });

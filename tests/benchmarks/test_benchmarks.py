@@ -263,7 +263,7 @@ def test_a_wrong_peer_is_refused(common: ModuleType, model: ImageGPTForCausalIma
     assert (want.shape, error) == ((1, 4, 32), 0)
     wrong = Decoder()
     wrong.factor = 1.02
-    assert generate.check(("bfloat16", "near"), wrong, tokens(1), 20, want)[1] == pytest.approx(0.02)
+    assert generate.check(("bfloat16", "near"), wrong, tokens(1), 20, want)[1] == pytest.approx(0.02, rel=1e-5)
     with pytest.raises(common.Refused, match=r"2\.0e-02"):
         generate.check(("float32", "wrong"), wrong, tokens(1), 20, want)
     wrong.factor = torch.nan
@@ -328,6 +328,10 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
         found = run("bench_accelerate", tmp_path, monkeypatch, "--batch", "2")
         assert [row["name"] for row in found["rows"]] == 2 * ["transformers", "accelerated", "igpt_fast"]
         assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["of_ours"] > 0 for row in found["rows"])
+    found = run("bench_together", tmp_path, monkeypatch, "--batch", "2", "--threads", "1")
+    assert [row["work"] for row in found["rows"]] == ["draw", "draw + draw"]
+    assert found["rows"][0]["share"] == 1
+    assert found["rows"][1]["share"] > 0
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
     importlib.import_module("plot").main()
