@@ -6,6 +6,7 @@
 #include "attention_bwd.h"
 #include "attention_decode_prefix.h"
 #include "attention_fwd.h"
+#include "checksum.h"
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
@@ -63,6 +64,7 @@ constexpr Ops make_ops(const char* isa) {
              forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16, Bf16Blocks::Element>),
              forward_kernels<Bf16Blocks, float>(gemm<KindOfInt8, Bf16Blocks::Element>, sizeof(KindOfInt8::Input),
                                                 round_rows<KindOfInt8, Bf16Blocks::Element>)},
+            checksum,
             kPairs};
 }
 
