@@ -10,7 +10,7 @@
 namespace igpt::cpu {
 namespace {
 
-using Words = uint64_t __attribute__((vector_size(4 * kLanes)));
+using Longs = uint64_t __attribute__((vector_size(4 * kLanes)));
 
 // Every step of it has an inverse: a turn by 29, and an odd factor, 1 + 2^21, for which no machine needs a multiplier.
 template <class W>
@@ -22,7 +22,7 @@ inline void stir(W& state, W word) {
 
 uint64_t checksum(const char* data, int64_t bytes) {
     constexpr int64_t chains = 8;
-    Words state[chains] = {}, words[chains];
+    Longs state[chains] = {}, words[chains];
     int64_t at = 0;
     const auto add = [&] {
         for (int64_t i = 0; i < chains; ++i) stir(state[i], words[i]);
