@@ -98,7 +98,6 @@ inline Ints add_bytes(Ints acc, const uint8_t* four, Ints w) {
     return vdotq_lane_s32(acc, vreinterpretq_s8_s32(w), vreinterpret_s8_f32(load_word(four)), 0);
 }
 inline void store_ints(void* p, Ints v) { __builtin_memcpy(p, &v, sizeof v); }
-constexpr int kByteOffset = 0;
 inline Vec to_floats(Ints v, Ints) { return vcvtq_f32_s32(v); }
 // v, to nearest.
 inline void store_bytes(uint8_t* to, Vec v, int) {
@@ -145,6 +144,7 @@ inline float split_bytes(Flag<Signed>, const float* x, int64_t n, uint8_t* high,
 constexpr bool kBytes = false;
 #endif
 constexpr bool kWords = false;
+constexpr int kByteOffset = 0;
 
 }  // namespace
 }  // namespace igpt::cpu
