@@ -13,7 +13,7 @@ from small_models import small_pipeline
 
 from igpt_fast import Pipeline, Scores
 from igpt_fast.likelihood import scoring
-from igpt_fast.likelihood.nats import image_nats, mean_nats
+from igpt_fast.likelihood.nats import evaluating, image_nats, mean_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, model_hash
 from igpt_fast.likelihood.transfer import one_ahead
 from igpt_fast.sampling.results import NotFiniteError
@@ -203,6 +203,13 @@ def test_the_model_is_put_back_as_it_was(pipeline: Pipeline, tokens: torch.Tenso
         assert [module.training for module in model.modules()] == modes
     finally:
         model.eval()
+
+
+def test_a_model_in_evaluation_mode_is_not_told_so_again(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(type(pipeline.model), "train", lambda model, mode=True: told.append(mode))
+    with evaluating(pipeline.model):
+        assert not told
 
 
 def test_a_model_is_known_by_its_weights_whatever_their_dtype() -> None:

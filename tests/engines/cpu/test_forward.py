@@ -28,6 +28,7 @@ from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights as cpu_weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.network import Weights
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
@@ -278,6 +279,15 @@ def test_one_copy_of_the_weights_for_all() -> None:
     assert shared in forwards._passes
     assert cpu_weights.packed_weights(network, model.lm_head.weight, None) is shared
     assert cpu_weights.packed_weights(network, None, None) is shared
+
+
+def test_a_pass_asks_for_the_parameters_once(monkeypatch: pytest.MonkeyPatch, without_gradients: None) -> None:
+    """What comes before a small model's pass takes a tenth of it."""
+    model, asked, of = small(), [], Weights.of
+    model(ids(model, 1, 20))  # packs
+    monkeypatch.setattr(Weights, "of", lambda body: asked.append(1) or of(body))
+    model(ids(model, 1, 20))
+    assert len(asked) == 1
 
 
 def test_memory_is_given_back() -> None:
