@@ -1,4 +1,4 @@
-// How many OpenMP threads a region may have: what is asked for, and no more than the processors that may run them.
+// How many threads a region may have: what is asked for, and no more than the processors that may run them.
 #include "threads.h"
 
 #include <pthread.h>

@@ -20,7 +20,7 @@ if reason := compiling_cpu.software_tiles_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[2]
-BY_TILES = ("engines/cpu/test_forward.py", "engines/cpu/test_forward_taken.py", "engines/cpu/test_products.py")
+BY_TILES = tuple(f"engines/cpu/test_{name}.py" for name in ("forward", "forward_taken", "products", "rows"))
 
 
 def test_as_by_tiles() -> None:
