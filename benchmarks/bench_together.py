@@ -22,6 +22,7 @@ from typing import Any
 
 import common
 import torch
+from bench_sample import make_model
 
 from igpt_fast.__main__ import sleep_soon
 
@@ -30,20 +31,18 @@ WORKS = ("draw", "score", "train")
 ENOUGH = 3  # times that every process has done its work, at least
 
 
-def worker(work: str, batch: int, dtype: str) -> Callable[[], Any]:
-    """What one process does, over and over."""
+def worker(work: str, batch: int, dtype: str, name: str) -> Callable[[], Any]:
+    """What one process does, over and over, with the model of a name."""
     from igpt_fast.likelihood.nats import image_nats
-    from igpt_fast.pipeline import Pipeline
 
-    stored = torch.float32 if dtype == "float32" else torch.bfloat16
-    model = Pipeline.from_pretrained(device="cpu", dtype=stored).model
+    model = make_model(name, "float32" if dtype == "float32" else "bfloat16").requires_grad_(work == "train")
     config = model.config
     tokens = torch.randint(config.vocab_size - 1, (batch, config.n_positions))
     if work == "draw":
         sos, more = torch.full((batch, 1), config.vocab_size - 1), {"dtype": "int8"} if dtype == "int8" else {}
         return lambda: model.generate(sos, do_sample=True, seed=0, **more)
     if work == "score":
-        return lambda: image_nats(model.requires_grad_(False), tokens)
+        return lambda: image_nats(model, tokens)
     steps = torch.optim.AdamW(model.parameters(), 1e-4)
 
     def step() -> None:
@@ -54,10 +53,10 @@ def worker(work: str, batch: int, dtype: str) -> Callable[[], Any]:
     return step
 
 
-def serve(work: str, batch: int, dtype: str, threads: int) -> None:
+def serve(work: str, batch: int, dtype: str, threads: int, name: str) -> None:
     """Writes the time at which each turn of the work was done, until nobody reads it."""
     torch.set_num_threads(threads)
-    run = worker(work, batch, dtype)
+    run = worker(work, batch, dtype, name)
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt), torch.set_grad_enabled(work == "train"):
         run()
         print("ready", flush=True)
@@ -68,14 +67,13 @@ def serve(work: str, batch: int, dtype: str, threads: int) -> None:
 
 
 @contextlib.contextmanager
-def started(works: tuple[str, ...], batch: int, dtype: str, threads: int) -> Iterator[list[Any]]:
+def started(works: tuple[str, ...], *words: str) -> Iterator[list[Any]]:
     found: list[subprocess.Popen[str]] = []
     sleep_soon()  # as `igpt` does
     try:
         for work in works:
-            words = [__file__, "--serve", work, "--batch", str(batch), "--dtype", dtype, "--threads", str(threads)]
-            pipe = subprocess.PIPE
-            found.append(subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe, text=True))
+            command, pipe = [sys.executable, __file__, "--serve", work, *words], subprocess.PIPE
+            found.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
         for process in found:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
@@ -88,9 +86,10 @@ def started(works: tuple[str, ...], batch: int, dtype: str, threads: int) -> Ite
             process.communicate()
 
 
-def rates(works: tuple[str, ...], batch: int, dtype: str, threads: int, seconds: float) -> list[float]:
+def rates(works: tuple[str, ...], batch: int, dtype: str, threads: int, options: argparse.Namespace) -> list[float]:
     """Images a second of each process."""
-    with started(works, batch, dtype, threads) as found:
+    words = ["--batch", str(batch), "--dtype", dtype, "--threads", str(threads)] + ["--dry-run"] * options.dry_run
+    with started(works, *words) as found:
         stamps: list[list[float]] = [[] for _ in found]
 
         def read(which: int) -> None:
@@ -103,7 +102,7 @@ def rates(works: tuple[str, ...], batch: int, dtype: str, threads: int, seconds:
         readers = [Thread(target=read, args=(which,), daemon=True) for which in range(len(found))]
         for reader in readers:
             reader.start()
-        while time.monotonic() - start < seconds or min(map(len, stamps)) < ENOUGH:
+        while time.monotonic() - start < options.seconds or min(map(len, stamps)) < ENOUGH:
             time.sleep(0.05)
             if any(process.poll() is not None for process in found):
                 raise SystemExit(f"a process that should {works} has ended")
@@ -119,7 +118,7 @@ def bench(batch: int, dtype: str, options: argparse.Namespace) -> list[dict[str,
     got: dict[Any, list[list[float]]] = {setting: [] for setting in settings}
     for number in range(options.rounds):
         for setting in settings:
-            got[setting].append(rates(setting[0], batch, dtype, setting[1], options.seconds))
+            got[setting].append(rates(setting[0], batch, dtype, setting[1], options))
             common.say(f"  round {number + 1}: {batch}, {setting}: {got[setting][-1]}")
     most = max(options.threads)
     alone = {work: statistics.median(each[0] for each in got[(work,), most]) for work in options.work}
@@ -144,10 +143,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtype", nargs="+", choices=common.DTYPES, default=["float32"])
     parser.add_argument("--work", nargs="+", choices=WORKS, default=["draw"])
+    parser.add_argument("--dry-run", action="store_true", help="everybody once, with a tiny model")
     parser.add_argument("--serve", choices=WORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.dry_run:
+        options.rounds, options.seconds = 1, 0.0
     if options.serve:
-        return serve(options.serve, options.batch[0], options.dtype[0], options.threads[0])
+        name = "tiny" if options.dry_run else "bundled"
+        return serve(options.serve, options.batch[0], options.dtype[0], options.threads[0], name)
     rows = [row for batch in options.batch for dtype in options.dtype for row in bench(batch, dtype, options)]
     print(common.table(rows, COLUMNS))
     if options.json:

@@ -1,12 +1,15 @@
 """Threads of the CPU engines: the barrier, the processors that they may use, the bits for any number of them."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import compiling_cpu
+import contention
 import pytest
 import torch
 from small_models import small
@@ -131,6 +134,63 @@ def test_a_region_with_fewer_threads_than_asked(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "1 passed" in done.stdout
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", contention.CASES)
+def test_when_regions_give_way(name: str) -> None:
+    busy, threads, region, want = contention.CASES[name]
+    assert contention.changes(backend._C.GivingWay(), busy, threads, region) == want  # type: ignore[union-attr]
+
+
+@needs_cpu
+def test_what_was_before_all_threads_run_again_does_not_count() -> None:
+    """Its first look in a probe is of the rest and before: the next one decides."""
+    policy = backend._C.GivingWay()  # type: ignore[union-attr]
+    for ms in (20, 40, 60):
+        policy.look(ms * 1_000_000, True)
+    policy.begin(260_000_000)
+    policy.look(260_000_000, True)
+    assert (policy.halvings, policy.next) == (0, 280_000_000)
+    policy.look(280_000_000, False)
+    for ms in (300, 320):
+        policy.look(ms * 1_000_000, True)
+    assert policy.halvings == 0
+
+
+@needs_cpu
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system does not say who waits")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor has one thread")
+def test_regions_give_way_to_other_processes_and_bits_stay() -> None:
+    processors = len(os.sched_getaffinity(0))
+    if backend._C.cpu_limits()[1]:  # type: ignore[union-attr]
+        pytest.skip("a quota holds the others back as well")
+    code = (
+        "import time, torch; from igpt_fast import backend; from small_models import small\n"
+        "from igpt_fast.engines.cpu.decoder import CpuDecoder\n"
+        "model = small(); token = torch.tensor([3])\n"
+        "def numbers():\n"
+        "    decoder = CpuDecoder(model, 1, 64)\n"
+        "    return torch.cat([decoder.step(token) for _ in range(64)])\n"
+        f"torch.set_num_threads(1); want = numbers(); torch.set_num_threads({processors})\n"
+        "print('ready', flush=True); input(); end = time.monotonic() + 60\n"
+        "while backend._C.cpu_given_way() == 0 and time.monotonic() < end:\n"
+        "    assert torch.equal(numbers(), want)\n"
+        "print(backend._C.cpu_given_way() > 0, torch.equal(numbers(), want))"
+    )
+    with contextlib.ExitStack() as stack:
+
+        def start(text: str, **options: Any) -> subprocess.Popen[str]:
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", text], text=True, **options))
+            stack.callback(process.kill)
+            return process
+
+        engine = start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "tests")
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "ready\n"
+        for _ in range(2 * processors):
+            start("while True: pass")
+        assert engine.communicate("\n", timeout=100)[0] == "True True\n"
 
 
 @pytest.mark.parametrize("name", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])

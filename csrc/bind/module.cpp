@@ -8,8 +8,10 @@
 
 #include "bind.h"
 #include "build_info.h"
+#include "cpu/giving_way.h"
 #include "cpu/ops.h"
 #include "cpu/threads.h"
+#include "cpu/watch.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -52,6 +54,14 @@ PYBIND11_MODULE(_C, m) {
         },
         "root"_a = "",
         "Processors of the affinity mask, and those that the control groups' quota is worth; 0: unknown, no limit.");
+    m.def("cpu_given_way", igpt::cpu::times_given_way, "How often this process's regions have given way to others.");
+    using igpt::cpu::GivingWay;
+    py::class_<GivingWay>(m, "GivingWay", "The policy of that, for its tests; times in nanoseconds.")
+        .def(py::init())
+        .def_property_readonly("halvings", &GivingWay::halvings)
+        .def_property_readonly("next", &GivingWay::next)
+        .def("begin", &GivingWay::begin, "time"_a)
+        .def("look", &GivingWay::look, "time"_a, "contended"_a);
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("cpu_bf16_products", [] { return igpt::cpu::ops().bf16_products; });

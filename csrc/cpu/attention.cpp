@@ -31,10 +31,13 @@ void share_out(int64_t items, Format format, int wanted, int64_t scratch, Work w
     const int64_t each = padded(scratch, 4096);
     char* memory = workspace(each * threads);
     std::atomic<int64_t> left{items};
-    const auto some = [&](int index, int) {
-        for (int64_t i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;) work(i, memory + each * index);
-    };
-    format == Format::fp32 ? in_threads(threads, some) : in_region(threads, some);
+    in_region(
+        threads,
+        [&](int index, int) {
+            for (int64_t i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;)
+                work(i, memory + each * index);
+        },
+        format != Format::fp32);
 }
 
 const CausalAttentionKernels& kernels_for(Format format) {

@@ -57,8 +57,8 @@ const Ops& ops();
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
 
-// `wanted`, or the processors that this process may use where those are fewer, or 1 in a forked child: a region's other
-// threads do not survive a fork, and it would wait for them forever.
+// `wanted`, or the processors that this process may use where those are fewer, or fewer while others want them too, or
+// 1 in a forked child: a region's other threads do not survive a fork, and it would wait for them forever.
 int usable_threads(int wanted);
 
 }  // namespace igpt::cpu

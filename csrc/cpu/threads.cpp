@@ -1,4 +1,5 @@
-// How many threads a region may have: what is asked for, and no more than the processors that may run them.
+// How many threads a region may have: what is asked for, no more than the processors that may run them, and
+// fewer while others want those.
 #include "threads.h"
 
 #include <pthread.h>
@@ -16,6 +17,7 @@
 #include <sstream>
 
 #include "ops.h"
+#include "watch.h"
 
 namespace igpt::cpu {
 namespace {
@@ -96,7 +98,7 @@ Limits thread_limits(const std::string& root) { return {mask(), quota(root)}; }
 
 int usable_threads(int wanted) {
     if (wanted < 2 || registered != 0 || forked.load(std::memory_order_relaxed)) return 1;
-    return std::min(wanted, processors());
+    return after_giving_way(std::min(wanted, processors()));
 }
 
 }  // namespace igpt::cpu

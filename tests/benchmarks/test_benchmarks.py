@@ -328,6 +328,10 @@ def test_the_scripts(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
         found = run("bench_accelerate", tmp_path, monkeypatch, "--batch", "2")
         assert [row["name"] for row in found["rows"]] == 2 * ["transformers", "accelerated", "igpt_fast"]
         assert all(row["ms"] > 0 and row["times_hf"] > 0 and row["of_ours"] > 0 for row in found["rows"])
+    found = run("bench_together", tmp_path, monkeypatch, "--batch", "2", "--threads", "1")
+    assert [row["work"] for row in found["rows"]] == ["draw", "draw + draw"]
+    assert found["rows"][0]["share"] == 1
+    assert found["rows"][1]["share"] > 0
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path), "--out", str(tmp_path / "cpu.png")])
     importlib.import_module("plot").main()

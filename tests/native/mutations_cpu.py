@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import contention
 import contract
 import torch
 from compiling import Mutation
@@ -162,6 +163,11 @@ def attention(cpu: Implementation) -> None:
         contract.check_parity(cpu, lambda *qkv, s=first: ops.causal_attention(*qkv, starts=s)[0], [q, k, v])
 
 
+def sharing(cpu: Implementation) -> None:
+    for busy, threads, region, want in contention.CASES.values():
+        assert contention.changes(cpu.module.GivingWay(), busy, threads, region) == want
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
@@ -169,7 +175,7 @@ BODIES = {
     "attention_fwd": attention, "attention_bwd": attention,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
-DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders}
+DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
 CHANGES: list[tuple[str, str, str]] = [
     ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
     ("norm", "scale * (g - by_one - y * by_y)", "scale * (g - y * by_y)"),
@@ -239,6 +245,15 @@ CHANGES: list[tuple[str, str, str]] = [
     ("weights", "order.push_back(part * embd + h * d + i)", "order.push_back(h * embd + part * d + i)"),
     ("weights", "bias)[n] = bias[order[n]];", "bias)[n] = bias[n];"),
     ("weights", "l.scale = source.scale;", ""),
+    ("giving_way", "contended ? streak_ + 1 : 0;", "contended ? streak_ + 1 : streak_;"),
+    ("giving_way", "std::min(2 * rest_, kLongestRest)", "2 * rest_"),
+    ("giving_way", "std::min(2 * rest_, kLongestRest)", "kRest"),
+    ("giving_way", "phase_ = Phase::all;\n        halvings_ = 0;", "phase_ = Phase::all;"),
+    ("giving_way", "phase_ = Phase::probing;  //", "phase_ = Phase::all;  //"),
+    ("giving_way", "looked_ + windows * window;", "looked_ + windows * kWindow;"),
+    ("giving_way", "phase_ == Phase::resting && time >= until_", "phase_ == Phase::resting"),
+    ("giving_way", "return looked_ + kWindow;", "return looked_;"),
+    ("giving_way", "std::clamp(time - looked_, kWindow, kLongestWindow)", "std::max(time - looked_, kWindow)"),
 ]  # fmt: skip
 
 
@@ -259,7 +274,7 @@ WORDS = [
     ("product", "p.sums += 2 * kLanes;", ""),
     ("linear", "p.rows->scale[r]", "p.rows->scale[0]"),
 ]
-DECODER, FORWARD = "cpu/decoder.cpp", "cpu/forward.cpp"
+DECODER, FORWARD, BARRIER = "cpu/decoder.cpp", "cpu/forward.cpp", "cpu/barrier.h"
 MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
 MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
     *(Known(Mutation(f"cpu_words_{i}", f"cpu/bodies/{stem}.h", old, new), decoders, "avx_vnni", True)
@@ -267,13 +282,17 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
     Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
     Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501
-    Known(Mutation("cpu_decoder_position", DECODER, "w_.wpe() + d_.position_ * embd", "w_.wpe()"), decoders),
-    Known(Mutation("cpu_decoder_shared", DECODER, "p.position = d_.position_ - d_.shared_;", "p.position = d_.position_;"), forks),  # noqa: E501
+    Known(Mutation("cpu_decoder_position", DECODER, "w_.wpe() + position(b) * embd", "w_.wpe()"), decoders),
+    Known(Mutation("cpu_decoder_shared", DECODER, "p.position = position(row) - d_.shared_;", "p.position = position(row);"), forks),  # noqa: E501
     Known(Mutation("cpu_decoder_copies", DECODER, "unit % d_.primers_ * copies + begin", "unit % d_.primers_ + begin"), forks),  # noqa: E501
     Known(Mutation("cpu_decoder_rewind", DECODER, "for (p.position = first; p.position < end; ++p.position)", "for (p.position = end; p.position < end; ++p.position)"), going_back),  # noqa: E501
     Known(Mutation("cpu_decoder_meet", DECODER, MET, MET.replace("\n        meet();", "")), "decoder"),
     Known(Mutation("cpu_decoder_own_heads", DECODER, "if (!own_heads_) meet();", ""), "decoder"),
-    Known(Mutation("cpu_barrier_order", "cpu/barrier.h", "generation_.store(now + 1, std::memory_order_seq_cst)", "generation_.store(now + 1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_barrier_order", BARRIER, "generation_.store(now + 1, std::memory_order_seq_cst)", "generation_.store(now + 1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_barrier_early", BARRIER, "+ 1 == threads) {", "+ 2 == threads) {"), "decoder"),
+    Known(Mutation("cpu_barrier_arrival", BARRIER, "fetch_add(1, std::memory_order_acq_rel)", "fetch_add(1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_barrier_seen", BARRIER, "generation_.load(std::memory_order_acquire)", "generation_.load(std::memory_order_relaxed)"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_barrier_impatient", BARRIER, "if (!spin(now)) sleep(now);", "spin(now);"), "decoder"),
     Known(Mutation("cpu_partial_shared", "cpu/elementwise.cpp", "float* sums = sums_.get() + block * width_;", "float* sums = sums_.get();"), "elementwise"),  # noqa: E501
     Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
     Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501

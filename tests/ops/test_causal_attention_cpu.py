@@ -164,6 +164,15 @@ def test_sharp_and_flat_softmax(native_cpu: Implementation, dtype: torch.dtype) 
     contract.check_parity(native_cpu, attending(), [q * 0, k, v])
 
 
+def test_huge_scores(native_cpu: Implementation, dtype: torch.dtype) -> None:
+    """Whose rounding alone is hundreds: the largest still has the weight 1."""
+    for size in (3e4, 6e4, 1.3e5):
+        q = torch.full((1, 1, 160, 32), size, dtype=dtype)
+        with contract.launching(native_cpu):
+            out, _ = ops.causal_attention(q, q, torch.ones_like(q), scale=0.1)
+        assert (out - 1).abs().max() < 1e-6, size
+
+
 def test_few_queries_are_torchs(
     native_cpu: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

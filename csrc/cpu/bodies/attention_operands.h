@@ -40,13 +40,11 @@ inline Vec power(Vec x) {
     else
         return exp2(x);
 }
-// Of scores times a scale, less an exponent. That one is made of such a product, rounded: the largest has to meet it.
+// Of scores times a scale, less an exponent. That one is made of such a product, rounded, and the largest has to meet
+// it: a fused product would differ by its rounding, which is hundreds where scores are huge.
 template <class E>
 inline Vec weigh(Vec scores, Vec scale, Vec less) {
-    if constexpr (sizeof(E) == 4)
-        return power<E>(scores * scale - less);
-    else
-        return power<E>(fma(scores, scale, zero() - less));
+    return power<E>(scores * scale - less);
 }
 
 // What exponents are lessened by, of which `top` is the largest: of minus infinity, where all are, they stay. A
