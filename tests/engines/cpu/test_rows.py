@@ -102,7 +102,7 @@ def test_sizes_that_are_not_trusted() -> None:
     decoder.advance(2)
     for count in (7, 2**63 - 1, -1):
         for call in (decoder.advance, lambda n: decoder.load(0, 0, 0, n, 1), lambda n: decoder.step_rows(0, n, 0, 1)):
-            with pytest.raises((ValueError, IndexError), match="positions behind 2 do not fit into capacity 8|-1 rows"):
+            with pytest.raises((ValueError, IndexError), match=r"positions behind 2 do not fit|-1 rows"):
                 call(count)
     assert decoder.position == 2
 
