@@ -365,7 +365,7 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_region_last", REGION, "i < mine.end; ++i", "i + 1 < mine.end; ++i"), forks),
     Known(Mutation("cpu_region_flush", REGION, "(really ? 0x8040 : 0)", "0x8040"), denormals),
     Known(Mutation("cpu_region_flushed", REGION, "~FlushDenormals() { _mm_setcsr(before_); }", "~FlushDenormals() {}"), denormals),  # noqa: E501
-    Known(Mutation("cpu_pool_left", POOL, "left_ = count - 1;", "left_ = count - 2;"), "pool"),
+    Known(Mutation("cpu_pool_left", POOL, "return left_ == 0;", "return left_ <= 1;"), "pool"),
     Known(Mutation("cpu_pool_lock", POOL, "const std::lock_guard<std::mutex> lock(mutex_);", ""), "pool"),
     Known(Mutation("cpu_pool_called", POOL, "own.called = false;", ""), "pool"),
 ]  # fmt: skip
