@@ -51,7 +51,7 @@ class Op:
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
-        least_queries_cpu: As ``least_cpu``, of attention: queries in bf16, of which fp32 takes four times as many.
+        least_queries_cpu: As ``least_cpu``, of attention: queries in bf16 without tiles; fp32 takes four times as many.
         fuses: A compiler can put its definition into one kernel with what stands beside it: ``dispatch.decomposes``.
     """
 

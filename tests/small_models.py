@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline
+from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor, Pipeline, backend
 from igpt_fast.engines.decoder import Decoder
 
 
@@ -77,3 +79,49 @@ def rounded_to_int8(model: ImageGPTForCausalImageModeling) -> ImageGPTForCausalI
                 scale = parameter.abs().amax(dim=1 - output_dim, keepdim=True) / 127
                 parameter.copy_(torch.round(parameter / scale) * scale)
     return copy
+
+
+def _in_steps(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x in steps of a 127th of its largest along ``dim``, and that step; float64, but found in float32."""
+    step = x.float().abs().amax(dim, keepdim=True) / 127
+    return (x.float() * (1 / step)).nan_to_num().double(), step.double()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, stored: torch.dtype, together: int) -> Tensor:
+    """What int8 stands for: x W + bias of (.., k) and (k, n), where W is rounded by column, and x by row, ``together``
+    of k at once, from what it is ``stored`` as.
+    """
+    (columns, by_column), y = _in_steps(weight, 0), bias.double()
+    whole = (columns.abs() + 0.5).floor() * columns.sign()  # as the decoder's
+    for part, weights in zip(x.to(stored).split(together, -1), whole.split(together), strict=True):
+        numbers, by_row = _in_steps(part, -1)
+        y = y + (numbers.round() @ weights) * (by_row * by_column)
+    return y.to(x.dtype)
+
+
+def computed_in_int8(model: nn.Module) -> nn.Module:
+    """The forward pass in int8: a float32 copy of a body, whose layers compute ``_product``; 512 of the mlp's inner
+    numbers have a scale together.
+    """
+    found = copy.deepcopy(model).float()
+    stored = torch.bfloat16 if backend._C.cpu_bf16_products() else torch.float32
+    for block in found.h:
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            how = {"weight": layer.weight, "bias": layer.bias, "stored": stored}
+            how["together"] = 512 if layer is block.mlp.c_proj else len(layer.weight)
+            layer.forward = functools.partial(_product, **how)
+    return found
+
+
+def int8_is_right(got: Tensor, right: Tensor, plain: Tensor) -> bool:
+    """Whether states are those of ``computed_in_int8`` (``right``), as far as these are from the network's (``plain``).
+
+    An activation's last bit can turn a rounding, which turns others behind it. Few are where all is float32; where
+    attention is in bfloat16 so many are that the two are only as far from the network as each other.
+    """
+    away, rounding, size = (
+        float((a.double() - b.double()).norm()) for a, b in ((got, plain), (got, right), (right, plain))
+    )
+    if not size > 0.002 * float(plain.double().norm()):
+        return False
+    return 0.9 * size < away < 1.1 * size and rounding < (0.9 if backend._C.cpu_bf16_products() else 0.1) * size

@@ -108,6 +108,8 @@ def bound(level: str, name: str) -> float:
     if op == "logits":
         at = LEVELS.index(level)
         return BYTES if format_ == "int8" and at > 1 else PAIRS if format_ == "bf16" and at > 2 else SMALL
+    if op == "states":  # which are rounded to bf16; of int8, roundings that the last bit turns
+        return SMALL if format_ == "fp32" else PAIRS if level == "neon_bf16" else BYTES
     return TIES if format_ == "bf16" else SMALL
 
 

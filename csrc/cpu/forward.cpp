@@ -19,6 +19,7 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -47,15 +48,32 @@ char* at(void* numbers, Format format, int64_t index) {
     return static_cast<char*>(numbers) + index * format_bytes(format);
 }
 
+// What a product reads, with the scale of each row where it is rounded.
+struct Inputs {
+    const char* tiles;
+    const float* scale;
+};
+
+// Room for it.
+struct Rounded {
+    char* tiles;
+    float* scale;
+};
+
 }  // namespace
 
 // Activations of some sequences.
 struct Forward::Space {
-    Space(const DecoderShape& s, Format activations, int64_t rows_, int threads_)
-        : rows(rows_), threads(threads_), inner(size_t(threads)), qkv(size_t(threads)), sums(size_t(threads)) {
+    Space(const DecoderShape& s, const ForwardKernels& kernels, int64_t rows_, int threads_)
+        : rows(rows_),
+          threads(threads_),
+          inner(size_t(threads)),
+          qkv(size_t(threads)),
+          sums(size_t(threads)),
+          rounded(size_t(threads)) {
         const int64_t embd = padded(s.embd, 32), qkv_width = padded(3 * s.embd, 32);
-        const int64_t dim = padded(s.head_dim(), 32), heads = rows * s.heads, bytes = format_bytes(activations);
-        const int64_t span = std::min(rows, span_rows(s, activations));
+        const int64_t dim = padded(s.head_dim(), 32), heads = rows * s.heads, bytes = format_bytes(kernels.activations);
+        const int64_t span = std::min(rows, span_rows(s, kernels.activations));
         arena = Arena::of([&](Arena& block) {
             x = block.take<float>(rows * embd);
             normed = block.take<char>(rows * embd * bytes);
@@ -67,6 +85,11 @@ struct Forward::Space {
                 inner[t] = block.take<char>(span * kSlice * bytes);
                 qkv[t] = block.take<char>(span * qkv_width * bytes);
                 sums[t] = block.take<float>(span * 64);
+                if (kernels.round == nullptr) continue;
+                for (const bool of_inner : {false, true})
+                    rounded[t][of_inner] = {
+                        block.take<char>(span * (of_inner ? kSlice : padded(s.embd, 64)) * kernels.rounded),
+                        block.take<float>(span)};
             }
         });
     }
@@ -80,6 +103,8 @@ struct Forward::Space {
     uint8_t* flawed;
     std::vector<char*> inner, qkv;  // of each team
     std::vector<float*> sums;       // of each thread
+    // Of each team, what a product with int8 weights reads: of whole rows, and of a slice of `inner`.
+    std::vector<std::array<Rounded, 2>> rounded;
 };
 
 // One thread's part of a forward pass of `count` sequences from `first` on.
@@ -173,12 +198,24 @@ class ForwardWorker {
         kernels_.norm({s_.x, weight, w_.shape.embd, embd_, w_.shape.eps, own.begin, own.end - own.begin, s_.normed});
     }
 
+    // What a product of a span reads: x, `n` numbers of each row, as they are; or rounded by the whole team, which then
+    // meets. This member's share of the rows is there.
+    Inputs inputs(const char* x, Range rows, int64_t n, bool of_inner = false) {
+        if (kernels_.round == nullptr) return {x, nullptr};
+        const Rounded& to = s_.rounded[size_t(team_)][of_inner];
+        const Range own = share(rows);
+        kernels_.round({x, n, own.begin - rows.begin, own.end - own.begin, to.tiles, to.scale});
+        meet_team();
+        return {to.tiles, to.scale};
+    }
+
     // This member's outputs, of `n` from `first` on.
-    GemmParams gemm(const Matrix& m, const char* x, Range rows, int64_t n, Then then, const Matrix& next,
+    GemmParams gemm(const Matrix& m, Inputs x, Range rows, int64_t n, Then then, const Matrix& next,
                     int64_t first = 0) const {
         GemmParams g{};
         g.matrix = &m;
-        g.x = x;
+        g.x = x.tiles;
+        g.scale = x.scale;
         g.rows = rows.end - rows.begin;
         g.first = rows.begin;
         g.positions = positions_;
@@ -200,9 +237,9 @@ class ForwardWorker {
         const DecoderWeights::Layer& l = w_.layer(i);
         norm(l.norm_1, rows);
         take_states(i, rows);
+        const Inputs normed = inputs(activation(s_.normed, rows.begin * embd_), rows, w_.shape.embd);
         meet_team();
-        GemmParams g =
-            gemm(l.qkv, activation(s_.normed, rows.begin * embd_), rows, 3 * w_.shape.embd, Then::store, l.proj);
+        GemmParams g = gemm(l.qkv, normed, rows, 3 * w_.shape.embd, Then::store, l.proj);
         g.plain = s_.qkv[size_t(team_)];
         kernels_.gemm(g);
         meet_team();
@@ -229,12 +266,12 @@ class ForwardWorker {
         h.flawed_stride = positions_ / kRows;
         h.flawed = s_.flawed + local * heads * h.flawed_stride + t / kRows;
         h.seen = std::min(kRows, p_.length - t);
-        h.cache = w_.shape.format;
+        h.cache = kernels_.states;
         if (p_.keys) {
             h.cache_stride = p_.length * d;
             const int64_t to = ((i * p_.batch + first_ + local) * heads * p_.length + t) * d;
-            h.keys = at(p_.keys, w_.shape.format, to);
-            h.values = at(p_.values, w_.shape.format, to);
+            h.keys = at(p_.keys, h.cache, to);
+            h.values = at(p_.values, h.cache, to);
         }
         kernels_.pack_heads(h);
     }
@@ -274,22 +311,24 @@ class ForwardWorker {
 
     void mlp(int64_t i, Range rows) {
         const DecoderWeights::Layer& l = w_.layer(i);
-        const char* normed = activation(s_.normed, rows.begin * embd_);
-        char* inner = s_.inner[size_t(team_)];
-        kernels_.gemm(gemm(l.proj, activation(s_.mixed, rows.begin * embd_), rows, w_.shape.embd, Then::add, l.fc));
+        const int64_t n = w_.shape.embd;
+        const Inputs mixed = inputs(activation(s_.mixed, rows.begin * embd_), rows, n);
+        kernels_.gemm(gemm(l.proj, mixed, rows, n, Then::add, l.fc));
         meet_team();
         norm(l.norm_2, rows);
+        const Inputs normed = inputs(activation(s_.normed, rows.begin * embd_), rows, n);
         meet_team();
         const int64_t bytes = format_bytes(w_.shape.format);
         const Matrix& after = i + 1 < w_.shape.layers ? w_.layer(i + 1).qkv : w_.layer(0).qkv;
         for (int64_t from = 0; from < w_.shape.inner; from += kSlice) {
             const int64_t count = std::min(kSlice, w_.shape.inner - from), to = from + kSlice;
             GemmParams g = gemm(l.fc, normed, rows, count, w_.shape.activation, l.fc_proj, from);
-            g.tiles = inner;
+            g.tiles = s_.inner[size_t(team_)];
             g.next += from * w_.kernels.tile * bytes;
             kernels_.gemm(g);
             meet_team();
-            g = gemm(l.fc_proj, inner, rows, w_.shape.embd, Then::add, to < w_.shape.inner ? l.fc : after);
+            const Inputs inner = inputs(s_.inner[size_t(team_)], rows, count, true);
+            g = gemm(l.fc_proj, inner, rows, n, Then::add, to < w_.shape.inner ? l.fc : after);
             g.from = from;
             g.depth = count;
             if (to < w_.shape.inner) g.next += to * l.fc.k * bytes;
@@ -310,7 +349,7 @@ class ForwardWorker {
         if (which < 0) return;
         each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
             const int64_t to = ((which * p_.batch + sequence) * p_.length + t) * n;
-            char* out = at(p_.states, w_.shape.format, to);
+            char* out = at(p_.states, kernels_.states, to);
             p_.normed ? kernels_.tiles_row(s_.normed, n, embd_, row, out)
                       : kernels_.residual_row(s_.x, n, embd_, row, out);
         });
@@ -345,7 +384,7 @@ class ForwardWorker {
         const int64_t n = w_.shape.embd;
         norm(w_.norm(), rows);
         each_row(rows, [&](int64_t row, int64_t sequence, int64_t t) {
-            kernels_.tiles_row(s_.normed, n, embd_, row, at(p_.last, w_.shape.format, (sequence * p_.length + t) * n));
+            kernels_.tiles_row(s_.normed, n, embd_, row, at(p_.last, kernels_.states, (sequence * p_.length + t) * n));
         });
     }
 
@@ -363,10 +402,9 @@ class ForwardWorker {
 namespace {
 
 const ForwardKernels& kernels_for(const DecoderWeights& w) {
-    const Format format = w.shape.format;
-    if ((format != Format::fp32 && format != Format::bf16) || w.kernels.tile != ops().decoder.tile)
-        throw std::invalid_argument("forward: want weights of fp32 or bf16, packed for the chosen instruction set");
-    return ops().forward[int(format)];
+    if (w.kernels.pack != ops().decoder.pack)
+        throw std::invalid_argument("forward: want weights that are packed for the chosen instruction set");
+    return ops().forward[int(w.shape.format)];
 }
 
 }  // namespace
@@ -384,7 +422,7 @@ std::unique_ptr<Forward::Space> Forward::take(int64_t rows, int threads) const {
     std::unique_ptr<Space> space(spare_.exchange(nullptr));
     if (space && space->rows >= rows && space->threads >= threads) return space;
     space.reset();
-    return std::make_unique<Space>(weights_->shape, kernels_.activations, rows, threads);
+    return std::make_unique<Space>(weights_->shape, kernels_, rows, threads);
 }
 
 void Forward::run(const ForwardParams& params, int threads) const {

@@ -12,8 +12,8 @@ struct ForwardParams {
     const int64_t* tokens;  // (batch, length)
     int64_t batch, length;  // both 1 or more, length at most the model's positions
     int64_t layers;         // that run, the first ones; 0: the embedding alone
-    // Of the format of the weights, any of them null: (batch, length, embd), behind these layers and the final norm;
-    // and, both or neither, (layers, batch, heads, length, head_dim).
+    // Of the format of the weights, fp32 where these are int8, any of them null: (batch, length, embd), behind these
+    // layers and the final norm; and, both or neither, (layers, batch, heads, length, head_dim).
     void *last, *keys, *values;
     // What is taken on the way: where so many layers lie behind, each more, at most `layers`; either the residual, or
     // as the norm that comes next gives it, which is the next layer's first one or the final one.
@@ -27,7 +27,7 @@ struct ForwardParams {
 
 class Forward {
   public:
-    // Throws std::invalid_argument unless the weights are fp32 or bf16 and packed for the chosen instruction set.
+    // Throws std::invalid_argument unless the weights are packed for the chosen instruction set.
     explicit Forward(std::shared_ptr<const DecoderWeights> weights);
     ~Forward();
 

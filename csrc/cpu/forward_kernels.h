@@ -2,8 +2,10 @@
 // stand here.
 //
 // There is a table for each format of the weights. Its activations (normed rows, q, k and v, and what a product reads)
-// are bf16 where bf16 weights are multiplied in pairs or tiles, else fp32; the residual is fp32; the states that a pass
-// gives have the format of the weights. A word is 4 bytes: a number of fp32, or two of bf16 that follow each other.
+// are bf16 where bf16 weights are multiplied in pairs or tiles, else fp32, and the same beside int8 weights. What those
+// are multiplied by is rounded before: each row, in fc_proj of a slice, to whole numbers of -127 to 127 with a scale of
+// its own. The residual is fp32; the states that a pass gives have the format of the weights, or fp32 beside int8 ones.
+// A word is 4 bytes: a number of fp32, two of bf16, or as many rounded ones, that follow each other.
 //
 // Rows are positions of sequences, each padded to a multiple of kRows; k and n are inputs and outputs of a product.
 //   tiles     (rows, k): [rows / 16][k / 16 words][16][16 words], what a product reads and the next one's input is
@@ -28,7 +30,8 @@ constexpr int64_t kRows = 32;  // of a block: two tiles
 // inputs from .. from + depth - 1: x has these. `from` is a multiple of 32, and the bias comes with the first.
 struct GemmParams {
     const Matrix* matrix;
-    const void* x;  // tiles
+    const void* x;       // tiles
+    const float* scale;  // of each row, where x is rounded
     int64_t rows;
     int64_t first, positions;  // the first row's number; rows of a sequence: what decides the order of sums
     int64_t begin, end;
@@ -52,6 +55,15 @@ struct NormTiles {
     float eps;
     int64_t first, count;
     void* tiles;  // of the same rows as `residual`
+};
+
+// Rows first .. first + count - 1 of tiles, n columns, as what a product with int8 weights reads. A scale is NaN when
+// something in its row is not finite.
+struct RoundRows {
+    const void* from;
+    int64_t n, first, count;
+    void* tiles;  // of the same rows; what is beyond n in a last line is not written
+    float* scale;
 };
 
 struct MeanParams {
@@ -91,7 +103,9 @@ struct AttentionBlocksParams {
 };
 
 struct ForwardKernels {
-    Format activations;
+    Format activations, states;
+    int64_t rounded;                  // bytes of a rounded number; 0: products read activations as they are
+    void (*round)(const RoundRows&);  // or null
     void (*gemm)(const GemmParams&);
     void (*norm)(const NormTiles&);
     // residual = a + b in row `row`, n columns; a null: zero.

@@ -23,7 +23,8 @@ struct Ops {
     DecoderKernels decoder;
     CausalAttentionKernels causal_attention[2];  // by Format: fp32, bf16
     ElementwiseKernels elementwise;
-    ForwardKernels forward[2];  // by the format of the weights: fp32, bf16
+    ForwardKernels forward[3];  // by the format of the weights: fp32, bf16, int8
+    uint64_t (*checksum)(const char* data, int64_t bytes);
     bool bf16_products;  // whether the processor multiplies bf16: where not, products of such numbers are in fp32
 };
 

@@ -135,15 +135,16 @@ def feature_batches(
     pool: str | None = "mean",
     masks: int | None = None,
     batch_size: int = 64,
+    dtype: str | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The features of images, a batch at a time, all layers from one pass in inference mode.
 
     Args:
-        model: One of the three classes; it is computed in eval mode, in its dtype and on its device.
+        model: One of the three classes; it is computed in eval mode and on its device.
         tokens: (N, T) integers, as ``check_tokens`` has them.
         layers: As ``check_layers`` has them.
         sos: See ``fed``.
-        bands, pool: See ``forward_intermediates``.
+        bands, pool, dtype: See ``forward_intermediates``.
         masks: See ``check_masks``; the features are the mean over them, and each costs a pass. The masks are those of
             ``fixed_masks``: an image's are the same in every batch, order and process.
         batch_size: Images that are computed together.
@@ -152,7 +153,7 @@ def feature_batches(
         Which images, and (B, len(layers), F) float32 on the model's device; F is ``bands * n_embd``. Without pooling
         (B, len(layers), T, n_embd).
     """
-    how: dict[str, Any] = {"pool": pool, "bands": bands, "embedding": layers[0] == 0}
+    how: dict[str, Any] = {"pool": pool, "bands": bands, "embedding": layers[0] == 0, "dtype": dtype}
     how["indices"] = [layer - 1 for layer in layers if layer > 0]
     masks = check_masks(masks, model.config)
 
@@ -179,6 +180,7 @@ def extract(
     pool: str | None = "mean",
     masks: int | None = None,
     batch_size: int = 64,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The features of images, of all ``layers`` from one pass.
@@ -187,13 +189,14 @@ def extract(
         model: ``ImageGPTModel``, or one of the models that have it.
         tokens: (N, T) integers, colours alone; ``sos`` is added here.
         layers: See ``check_layers``; ``None``: 1..L.
-        sos, bands, pool, masks, batch_size: See ``feature_batches``.
+        sos, bands, pool, masks, batch_size, dtype: See ``feature_batches``.
         progress: Called with the number of images done and of all.
 
     Returns:
         (N, len(layers), F) float32, F = ``bands * n_embd``; without pooling (N, len(layers), T, n_embd).
 
     Raises:
+        BackendUnavailableError: ``dtype`` is given, and nothing here computes this model in it.
         FloatingPointError: A feature is not finite.
         TypeError, ValueError: See ``check_tokens``, ``check_layers``, ``check_masks`` and ``forward_intermediates``.
     """
@@ -201,6 +204,7 @@ def extract(
     images = check_tokens(tokens, model.config)
     batch_size = whole_number("batch_size", batch_size)
     how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": pool, "masks": masks, "batch_size": batch_size}
+    how["dtype"] = dtype
     return collect(model, images, numbers, progress, **how)
 
 

@@ -39,7 +39,7 @@ class FeatureRun:
         model_hash: Of its weights.
         source: The images.
         layers: The paper's numbers, ascending.
-        sos, bands, pool, masks, batch_size: See ``extraction.feature_batches``.
+        sos, bands, pool, masks, batch_size, dtype: See ``extraction.feature_batches``.
         about: More that the file shall say of itself.
     """
 
@@ -52,6 +52,7 @@ class FeatureRun:
     pool: str | None = "mean"
     masks: int | None = None
     batch_size: int = 64
+    dtype: str | None = None
     about: Any = None
 
     @property
@@ -71,7 +72,7 @@ class FeatureRun:
         """What the parts depend on."""
         sos = self.sos and not self.model.config.bidirectional
         settings = {"layers": list(self.layers), "sos": sos, "bands": self.bands, "pool": self.pool}
-        settings["masks"] = check_masks(self.masks, self.model.config)
+        settings |= {"masks": check_masks(self.masks, self.model.config), "dtype": self.dtype}
         settings |= {"images": len(self.source), "parts": len(self.parts)}
         return {"format": 1, "model": self.model_hash, "data": self.source.fingerprint(), "settings": settings}
 
@@ -150,6 +151,7 @@ def make(run: FeatureRun, out: Path, share: Sequence[int], done: Done) -> None:
                     pool=run.pool,
                     masks=run.masks,
                     batch_size=run.batch_size,
+                    dtype=run.dtype,
                     progress=told,
                 )
                 features[readable] = found.reshape(len(found), *run.shape)

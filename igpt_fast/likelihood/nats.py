@@ -24,10 +24,13 @@ _ROWS = 8192  # pixels that go through the head together, without gradients
 _ROWS_CPU, _ROWS_THREAD = 4096, 1024
 
 
-def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+def image_nats(
+    model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Tensor | None = None, dtype: str | None = None
+) -> Tensor:
     """Negative log-likelihood of each pixel among the colours in nats: (B, T) from (B, T) integers.
 
     ``labels``: (B,) int64, the classes that the images are known to be of, -1 for none; ``None``: none at all.
+    ``dtype``: of the network, as of ``forward_intermediates``.
 
     Without gradients, and where nothing stands around the model's parts that only a call of the model meets, network,
     head and loss follow each other for some pixels at a time, so that no batch's logits are ever whole in memory.
@@ -39,8 +42,8 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
         begin = torch.where(labels < 0, begin, config.n_colours + labels)
     inputs = torch.cat([begin[:, None], tokens[:, :-1]], dim=1)
     many = inputs.numel() > _ROWS_CPU and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if many and why_not_modules(model) is None:
-        return _in_parts(model, inputs, tokens)
+    if dtype is not None or (many and why_not_modules(model) is None):
+        return _in_parts(model, inputs, tokens, dtype)
     logits = model(inputs, use_cache=False, return_dict=True).logits
     if config.n_classes:
         logits = logits[..., : config.n_colours].contiguous()  # here, or the loss copies it, and its gradient again
@@ -48,13 +51,16 @@ def image_nats(model: ImageGPTForCausalImageModeling, tokens: Tensor, labels: Te
     return ops.cross_entropy(logits.flatten(0, 1), tokens.reshape(-1), reduction="none").view(tokens.shape)
 
 
-def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Tensor) -> Tensor:
+def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Tensor, dtype: str | None) -> Tensor:
     """(B, T) nats of tokens, given what stands before each of them."""
     together = max(_ROWS_CPU, _ROWS_THREAD * torch.get_num_threads())
     images = max(1, together // inputs.shape[1] if inputs.device.type == "cpu" else len(inputs))
     nats = torch.empty(tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device)
     for some, targets, into in zip(*(part.split(images) for part in (inputs, tokens, nats)), strict=True):
-        hidden = model.transformer(some, use_cache=False, return_dict=True).last_hidden_state  # (b, T, n_embd)
+        if dtype is None:
+            hidden = model.transformer(some, use_cache=False, return_dict=True).last_hidden_state  # (b, T, n_embd)
+        else:
+            (hidden,) = model.forward_intermediates(some, 1, pool=None, dtype=dtype)
         rows = (hidden.flatten(0, 1), targets.reshape(-1), into.view(-1))  # (b * T, n_embd), (b * T), (b * T)
         for states, right, out in zip(*(part.split(_ROWS) for part in rows), strict=True):
             logits = model.lm_head(states)  # (rows, vocab_size - 1)
@@ -68,7 +74,8 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for the length of a block; then each of its modules is in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):  # to say it again takes as long as a pixel row of a small model
+        model.eval()
     try:
         yield
     finally:

@@ -65,6 +65,7 @@ def score_tokens(
     labels: Tensor | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    dtype: str | None = None,
 ) -> Scores:
     """Scores of (N, T) tokens; ``labels``: (N,) int64; see ``Pipeline.score``."""
     nats = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
@@ -75,7 +76,8 @@ def score_tokens(
 
     def work(start: int, stop: int, _: int) -> Iterator[None]:
         given = None if labels is None else sent(labels[start:stop], model.device)
-        coming.append((start, stop, Arriving(image_nats(model, sent(tokens[start:stop], model.device), given))))
+        found = image_nats(model, sent(tokens[start:stop], model.device), given, dtype)
+        coming.append((start, stop, Arriving(found)))
         yield
 
     def take() -> None:

@@ -310,7 +310,7 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     needs_grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type not in ("cpu", "cuda"):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda):
             return False
         if (needs_grad and tensor.requires_grad) or tensor.is_nested or tensor.layout != torch.strided:
             return False

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small_models import small
 
-from igpt_fast import ImageGPTImageProcessor
+from igpt_fast import ImageGPTImageProcessor, backend
 from igpt_fast.cli.main import main
 from igpt_fast.learning import feature_files
 from igpt_fast.learning.data import TokenData, save_tokens
@@ -128,6 +128,20 @@ def test_two_processes_write_the_file_of_one(tmp_path: Path, model: Path) -> Non
     assert sorted(os.listdir(tmp_path)) == ["d.npz", "one.npz", "two.npz"]
 
 
+@pytest.mark.skipif(backend._C is None, reason=str(backend.native_reason))
+def test_int8(tmp_path: Path, model: Path) -> None:
+    save_tokens(dataset(5), tmp_path / "d.npz")
+    found = {}
+    for dtype in ("float32", "int8"):
+        out = tmp_path / f"{dtype}.npz"
+        assert run(tmp_path / "d.npz", "--model", model, "--out", out, "--dtype", dtype) == 0
+        with np.load(out) as file:
+            found[dtype] = file["layer_3"], json.loads(str(file["about"]))["settings"]["dtype"]
+    assert [settings for _, settings in found.values()] == [None, "int8"]
+    error = np.abs(found["int8"][0] - found["float32"][0]).max() / np.abs(found["float32"][0]).max()
+    assert 1e-4 < error < 0.05
+
+
 @pytest.mark.parametrize(
     ("args", "code", "reason"),
     [
@@ -135,7 +149,7 @@ def test_two_processes_write_the_file_of_one(tmp_path: Path, model: Path) -> Non
         (("{data}", "--layers", "4"), 2, "--layers is 4; want an integer in 0..3"),
         (("{data}", "--layers", "x"), 2, "--layers is 'x'"),
         (("{data}", "--pool", "max"), 2, "--pool is 'max'"),
-        (("{data}", "--dtype", "int8"), 2, "--dtype is 'int8'"),
+        (("{data}", "--dtype", "int4"), 2, "--dtype is 'int4'"),
         (("{data}", "--bands", "0"), 2, "--bands is 0"),
         (("{data}", "--bands", "3"), 2, "--bands is 3; want a number that divides the 16"),
         (("{data}", "--bands", "2", "--pool", "none"), 2, "--bands is 2, and nothing is pooled"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from small_models import small_pipeline
 
-from igpt_fast import Pipeline, Scores
+from igpt_fast import Pipeline, Scores, backend
 from igpt_fast.cli import main as cli
 from igpt_fast.cli.commands import score as command
 from igpt_fast.learning.data import TokenData, save_tokens
@@ -256,7 +256,7 @@ def test_hostile_inputs(capsys: pytest.CaptureFixture[str], model: Path, picture
     assert "a.npz: not a file of scores" in fails(
         capsys, 1, pictures / "a.png", *shared, "--reference", tmp_path / "a.npz"
     )
-    for option, value in (("--by", "bits"), ("--split", "some"), ("--show", "-1"), ("--dtype", "int8")):
+    for option, value in (("--by", "bits"), ("--split", "some"), ("--show", "-1"), ("--dtype", "int4")):
         assert option in fails(capsys, 2, pictures, *shared, option, value)
     assert "--csv" not in fails(capsys, 2, pictures, *shared, "--csv", tmp_path / "a.txt")
 
@@ -337,6 +337,20 @@ sys.exit(main.main(["score", {str(tmp_path / "p")!r}, *options]))
     assert done.returncode == 130, done.stderr
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(backend._C is None, reason=str(backend.native_reason))
+def test_int8(capsys: pytest.CaptureFixture[str], model: Path, pictures: Path) -> None:
+    shared = (pictures, "--model", model, "--device", "cpu")
+    plain, rounded = (report(capsys, *shared, "--dtype", dtype)["nats_per_pixel"] for dtype in ("float32", "int8"))
+    assert 0 < abs(plain - rounded) < 0.01
+    before = backend.get_backend()
+    try:
+        code, out, err = run(capsys, *shared, "--dtype", "int8", "--backend", "reference")
+    finally:
+        backend.set_backend(before)
+    assert (code, out) == (3, "")
+    assert "dtype 'int8' is not available: the backend 'reference' is chosen" in err
 
 
 def test_two_processes_score_what_one_would(

@@ -1,5 +1,6 @@
 """Pipeline.score: pictures to scores; batches, memory, Ctrl-C, and models that are broken."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,10 @@ def test_a_model_is_known_by_its_weights_whatever_their_dtype() -> None:
     known = model_hash(one.model)
     assert known == model_hash(small_pipeline(3, 3, 5, dtype=torch.float32).model.bfloat16())
     assert known != model_hash(other.model)
+    digest = hashlib.sha256()  # as files of scores have it
+    for name, weight in sorted(one.model.bfloat16().state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + weight.flatten()[:256].float().numpy().tobytes())
+    assert known == digest.hexdigest()[:12]
 
 
 def test_batches_are_bounded_by_memory(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

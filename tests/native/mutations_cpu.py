@@ -10,7 +10,15 @@ import contract
 import torch
 from compiling import Mutation
 from implementations import Implementation
-from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
+from small_models import (
+    computed_in_int8,
+    exact_and_plain,
+    ids,
+    int8_is_right,
+    rounded_to_int8,
+    small,
+    stepped,
+)
 from tolerance import assert_parity
 
 from igpt_fast import backend, ops, reference
@@ -151,11 +159,11 @@ def sums(cpu: Implementation) -> None:
     first = cpu.module.crc32c(text.data_ptr(), 13, 0)
     assert cpu.module.crc32c(text.data_ptr() + 13, 19, first) == 0x46DD794E
     memory = torch.zeros((1 << 20) + 77, dtype=torch.uint8)
-    seen = set()
+    seen = set(cpu.module.checksums([(memory.data_ptr(), len(memory) - less) for less in (0, 1)], 1))
     for at in (0, 63, 64, 1000, (1 << 20) - 1, 1 << 20, len(memory) - 1):
         memory.zero_()[at] = 1
         seen.add(cpu.module.checksums([(memory.data_ptr(), len(memory))], 1)[0])
-    assert len(seen) == 7
+    assert len(seen) == 9
 
 
 def passes(cpu: Implementation) -> None:
@@ -171,6 +179,24 @@ def passes(cpu: Implementation) -> None:
             with backend.use_backend("reference"):
                 exact, plain = exact_and_plain(model, tokens)
             assert_parity(found.logits, plain, exact)
+
+
+def rounded_passes(cpu: Implementation) -> None:
+    """In int8, with more inner numbers than have a scale together; what is not finite is seen by all behind it."""
+    for fields in ({}, {"activation_function": "gelu", "n_embd": 80, "n_inner": 1048}):
+        model = small(spread=0.1, **fields).transformer.requires_grad_(False)
+        tokens = ids(model, 2, 33) % 16
+        with backend.use_backend("reference"), torch.no_grad():
+            want, plain = (found(tokens).last_hidden_state for found in (computed_in_int8(model), model))
+        with torch.no_grad():
+            found = forwards.run(model, tokens, dtype="int8")
+            assert found is not None
+            assert int8_is_right(found.last, want, plain)
+            model.wte.weight[16] = torch.nan
+            tokens[:, 5] = 16
+            found = forwards.run(model, tokens, dtype="int8")
+            assert found is not None
+            assert not found.last[:, 5:].isfinite().any()
 
 
 def attention(cpu: Implementation) -> None:
@@ -198,7 +224,7 @@ BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
     "attention_decode_prefix": forks, "block": passes, "gemm": passes, "rows": passes, "heads": passes,
-    "attention_fwd": attention, "attention_bwd": attention,
+    "attention_fwd": attention, "attention_bwd": attention, "checksum": sums,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
 DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
@@ -239,13 +265,13 @@ CHANGES: list[tuple[str, str, str]] = [
     ("product_tiles", "zero_tile<c>();", ";"),
     ("attention_decode_prefix_tiles", "high, high + 64, sizeof", "high, high, sizeof"),
     ("gemm_tiles", "const bool with_bias = this->p.from == 0;", "const bool with_bias = false;"),
-    ("gemm_tiles", "r < pairs ? load_ints", "r < pairs - 1 ? load_ints"),
+    ("gemm_tiles", "r < groups ? load_ints", "r < groups - 1 ? load_ints"),
     ("gemm_tiles", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
     ("gemm_tiles", "set1(-1.702f)", "set1(-1.5f)"),
     ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
     ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
-    ("block", "p.first ? acc[r][c] : load(sums", "true ? acc[r][c] : load(sums"),
-    ("gemm", "left = with_bias ? load(bias) : zero()", "left = load(bias)"),
+    ("block", "store(to, first ? v : load(to) + v);", "store(to, v);"),
+    ("gemm", "with_bias ? load(p.matrix->bias + n) : zero()", "load(p.matrix->bias + n)"),
     ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
     ("gemm", "store(x + kLanes, load(x + kLanes) + b);", "store(x + kLanes, b);"),
     ("rows", "reduce_add(sums[0] + sums[1])", "reduce_add(sums[0])"),
@@ -266,6 +292,10 @@ CHANGES: list[tuple[str, str, str]] = [
     ("kv_cache", "std::copy_n(source.keys, key_bytes_, to.keys);", "std::copy_n(source.keys, key_bytes_ / 2, to.keys);"),  # noqa: E501
     ("kv_cache", "std::copy_n(source.value_scale, each, to.value_scale);", ""),
     ("kv_cache", "params.keys = data_.data() + unit * unit_bytes_;", "params.keys = data_.data() + unit / 2 * unit_bytes_;"),  # noqa: E501
+    ("checksum", "__builtin_memcpy(words, data + at, size_t(bytes - at));", ""),
+    ("checksum", "i < chains; ++i) stir(", "i < chains - 1; ++i) stir("),
+    ("checksum", "uint64_t all = uint64_t(bytes),", "uint64_t all = 0,"),
+    ("checksum", "state = word + (word << 21);", "state = word << 21;"),
     ("checksums", "crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0)", "crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0)"),
     ("checksums", "uint32_t crc = each(~before, at, words);", "uint32_t crc = each(~0u, at, words);"),
     ("weights", "order.push_back(part * embd + h * d + i)", "order.push_back(h * embd + part * d + i)"),
@@ -324,6 +354,17 @@ WORDS = [
     ("product", "p.sums += 2 * kLanes;", ""),
     ("linear", "p.rows->scale[r]", "p.rows->scale[0]"),
 ]
+# Of the forward pass in int8, on a level that multiplies it as such.
+ROUNDED = [
+    ("block", "(v + set1(12582912.0f)) - set1(12582912.0f)", "v", "generic"),
+    ("gemm", "set1(p.scale[row + r])", "set1(p.scale[r])", "generic"),
+    ("rows", "scale + reduce_add(poison)", "scale", "avx_vnni"),
+    ("rows", "tiles_at<R>(p.tiles, wide, row)", "tiles_at<R>(p.tiles, width, row)", "avx512_vnni"),
+    ("gemm", "memset(row, Kind::offset, kLineBytes)", "memset(row, 127, kLineBytes)", "avx512_vnni"),
+    ("block", "return to_floats(load_ints(sum));", "return load(sum);", "avx_vnni"),
+    ("gemm_tiles", "set1(this->p.scale[block.row + r])", "set1(this->p.scale[r])", "amx"),
+    ("gemm_tiles", "store_bytes(to, v, 0);", "store_bytes(to, v, 128);", "amx"),
+]
 DECODER, FORWARD, BARRIER = "cpu/decoder.cpp", "cpu/forward.cpp", "cpu/barrier.h"
 MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
 REGION, POOL = "cpu/region.h", "cpu/pool.cpp"
@@ -331,6 +372,10 @@ IN_TURN = "            w_.kernels.remember(p);\n            w_.kernels.attention
 MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
     *(Known(Mutation(f"cpu_words_{i}", f"cpu/bodies/{stem}.h", old, new), decoders, "avx_vnni", True)
       for i, (stem, old, new) in enumerate(WORDS)),
+    *(Known(Mutation(f"cpu_rounded_{i}", f"cpu/bodies/{stem}.h", old, new), rounded_passes, level, level != "generic")
+      for i, (stem, old, new, level) in enumerate(ROUNDED)),
+    Known(Mutation("cpu_rounded_inner", FORWARD, "rows, count, true)", "rows, count, false)"), rounded_passes),
+    Known(Mutation("cpu_rounded_meet", FORWARD, "meet_team();\n        return {to.tiles", "return {to.tiles"), "forward", "amx", True),  # noqa: E501
     Known(Mutation("cpu_dequantize_negative", "cpu/elementwise.cpp", "+ (tokens[i] < 0 ? p.k : 0)", ""), palettes),
     Known(Mutation("cpu_dequantize_bound", "cpu/elementwise.cpp", "int64_t(tokens[i]) >= p.k)", "int64_t(tokens[i]) > p.k)"), palettes),  # noqa: E501
     Known(Mutation("cpu_dequantize_round", "cpu/elementwise.cpp", "std::nearbyint(127.5f", "std::floor(127.5f"), palettes),  # noqa: E501

@@ -1,7 +1,8 @@
 // What tests/test_aarch64.py runs on a level: colours to clusters, the elementwise ops, and a model of two layers that
-// reads a primer, forks and goes on, in every format. Prints a number a line behind what it belongs to, the same on
-// every processor up to rounding. Without an argument: the names of the levels that this processor has. With a second
-// argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not finite.
+// reads a primer, forks and goes on, and reads whole sequences, in every format. Prints a number a line behind what it
+// belongs to, the same on every processor up to rounding. Without an argument: the names of the levels that this
+// processor has. With a second argument: the same for tests/test_cpu_undefined.py, from numbers of which some are not
+// finite.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "cpu/decoder.h"
+#include "cpu/forward.h"
 #include "cpu/ops.h"
 
 namespace cpu = igpt::cpu;
@@ -113,6 +115,26 @@ void elementwise(cpu::Format format) {
     show("cross_entropy_bwd", out);
 }
 
+void pass(const std::shared_ptr<cpu::DecoderWeights>& weights) {
+    constexpr int64_t batch = 2, length = 19;
+    const cpu::DecoderShape& shape = weights->shape;
+    std::vector<int64_t> tokens(batch * length);
+    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = int64_t(5 * i) % shape.vocab;
+    std::vector<float> last(tokens.size() * size_t(shape.embd)), wide(last.size());
+    cpu::ForwardParams p{};
+    p.tokens = tokens.data();
+    p.batch = batch;
+    p.length = length;
+    p.layers = shape.layers;
+    p.last = last.data();
+    p.taken = tokens.data();  // none of them
+    p.bands = 1;
+    cpu::Forward(weights).run(p, 2);
+    const cpu::Format states = shape.format == cpu::Format::bf16 ? cpu::Format::bf16 : cpu::Format::fp32;
+    cpu::ops().elementwise.widen(last.data(), states, int64_t(wide.size()), wide.data());
+    print("states", shape.format, wide);
+}
+
 void decode(cpu::Format format) {
     const cpu::DecoderShape shape{2, 48, 2, 72, 20, 17, 1e-5f, cpu::Then::quick_gelu, format};
     const auto weights = std::make_shared<cpu::DecoderWeights>(shape);
@@ -148,6 +170,7 @@ void decode(cpu::Format format) {
         decoder.step(tokens, logits.data(), 2);
     }
     print("logits", format, logits);
+    if (all_finite) pass(weights);
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ void decoder() {
 // Few rows, which a team of all threads shares, and many, of which each has its own.
 void forward() {
     constexpr int64_t length = 70;
-    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16}) {
+    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16, cpu::Format::int8}) {
         const cpu::Forward forward(weights(format, 3, length));
         for (int64_t batch : {1, 8}) {
             const std::vector<int64_t> tokens(size_t(batch * length), 3), taken { 0, 1, 2 };

@@ -74,6 +74,14 @@ template <int C, int A, int B>
 inline void multiply_bytes() {
     multiply<C, A, B>([](__m512i sums, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sums, a, b); });
 }
+template <int C, int A, int B>
+inline void multiply_signed_bytes() {
+    multiply<C, A, B>([](__m512i sums, __m512i a, __m512i b) {
+        const __m512i offset = _mm512_set1_epi8(char(128)), none = _mm512_setzero_si512();
+        sums = _mm512_dpbusd_epi32(sums, _mm512_xor_si512(a, offset), b);
+        return _mm512_sub_epi32(sums, _mm512_dpbusd_epi32(none, offset, b));
+    });
+}
 
 }  // namespace
 }  // namespace igpt::cpu

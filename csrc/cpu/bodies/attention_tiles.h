@@ -37,17 +37,26 @@ inline void store_tiles(float* c, int64_t ld, int64_t right, int64_t below) {
 }
 inline void store_tiles(float* c, int64_t ld) { store_tiles(c, ld, 16, 16 * ld); }
 
-// C += A B: twice 16 rows of A, `row` bytes apart, and two tiles of B, whose lines are `line` bytes apart.
+// C += A B: twice 16 rows of A, `row` bytes apart, and two tiles of B, whose lines are `line` bytes apart; of bf16, or
+// of signed bytes.
+template <bool Signed, int C, int A, int B>
+inline void multiply_pair() {
+    if constexpr (Signed)
+        multiply_signed_bytes<C, A, B>();
+    else
+        multiply_bf16<C, A, B>();
+}
+template <bool Signed = false>
 inline void multiply_tiles(const void* a, const void* a_below, int64_t row, const void* b, const void* b_next,
                            int64_t line = 64) {
     load_tile<4>(a, row);
     load_tile<6>(b, line);
-    multiply_bf16<0, 4, 6>();
+    multiply_pair<Signed, 0, 4, 6>();
     load_tile<7>(b_next, line);
-    multiply_bf16<1, 4, 7>();
+    multiply_pair<Signed, 1, 4, 7>();
     load_tile<5>(a_below, row);
-    multiply_bf16<2, 5, 6>();
-    multiply_bf16<3, 5, 7>();
+    multiply_pair<Signed, 2, 5, 6>();
+    multiply_pair<Signed, 3, 5, 7>();
 }
 
 struct ByTiles {

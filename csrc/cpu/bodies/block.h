@@ -1,9 +1,9 @@
 // sums (rows x registers) (+)= x w: the one kernel of products of many rows, whatever the numbers and the machine.
 //
 // w is packed as decoder_kernels.h has it, [n / tile][k / step][tile][step], and is read group by group along k; a
-// group is one k (fp32) or two (bf16). x lies in lines of 64 bytes along k: row r, line l at x + r row_bytes + l
-// line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles (row_bytes 64, line_bytes
-// 1024) as well.
+// group is one k (fp32), two (bf16) or as many as int8 weights have. x lies in lines of 64 bytes along k: row r, line l
+// at x + r row_bytes + l line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles
+// (row_bytes 64, line_bytes 1024) as well.
 //
 // R x C sums stay in registers all along k, and each is added up in one order, that of k, whatever R and C: results do
 // not depend on the rows beside them. Bound by multiply-adds: for each group R C of them, with R + C loads. Weights are
@@ -16,15 +16,15 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr int64_t kLineBytes = 64, kGroupBytes = 4 * kTile;
+constexpr int64_t kLineBytes = 64;
 
 // Rows times registers of one packed tile.
 struct Block {
     const char* x;
     int64_t row_bytes, line_bytes;
-    const char* w;  // the first register's, kGroupBytes from group to group
+    const char* w;  // the first register's
     int64_t depth;  // of k, a multiple of `step`
-    float* sums;    // (rows, ld)
+    float* sums;    // (rows, ld), of integers where the kind adds up such
     int64_t ld;
     bool first;  // the sums are written, else added to what is there
 };
@@ -43,27 +43,35 @@ template <int N, class F>
     }
 }
 
-// The kinds: `step` of k are a group, whose inputs take `bytes`, and which is multiplied in `parts`: so much of the
-// weights is in registers at a time. `weights` reads a register of a part, `add` multiplies one with a row's inputs.
-struct Single {  // fp32 with fp32
+// The kinds: `step` of k are a group, whose inputs take `bytes` and the weights of an output `lane`, and which is
+// multiplied in `parts`: so much of the weights is in registers at a time. `weights` reads a register of a part, `add`
+// multiplies one with a row's inputs.
+struct Floats {
+    using Sum = Vec;
+    static constexpr bool rounded = false;
+    static constexpr int offset = 0;
+    static Vec number(const float* sum, const float*) { return load(sum); }
+};
+
+struct Single : Floats {  // fp32 with fp32
     using Input = float;
-    static constexpr int step = 1, bytes = 4, parts = 1;
+    static constexpr int step = 1, bytes = 4, lane = 4, parts = 1;
     static Vec weights(const char* w, int) { return load(reinterpret_cast<const float*>(w)); }
     static Vec inputs(const char* x, int) { return set1(*reinterpret_cast<const float*>(x)); }
     static Vec add(Vec sum, Vec x, Vec w) { return fma(w, x, sum); }
 };
 
-struct Widened {  // fp32 with bf16, which becomes fp32 on the way
+struct Widened : Floats {  // fp32 with bf16, which becomes fp32 on the way
     using Input = float;
-    static constexpr int step = 2, bytes = 8, parts = 2;
+    static constexpr int step = 2, bytes = 8, lane = 4, parts = 2;
     static Vec weights(const char* w, int part) { return part == 0 ? bf16_even(load_ints(w)) : bf16_odd(load_ints(w)); }
     static Vec inputs(const char* x, int part) { return set1(reinterpret_cast<const float*>(x)[part]); }
     static Vec add(Vec sum, Vec x, Vec w) { return fma(w, x, sum); }
 };
 
-struct Pairs {  // bf16 with bf16, where kPairs
+struct Pairs : Floats {  // bf16 with bf16, where kPairs
     using Input = uint16_t;
-    static constexpr int step = 2, bytes = 4, parts = 1;
+    static constexpr int step = 2, bytes = 4, lane = 4, parts = 1;
     static Ints weights(const char* w, int) { return load_ints(w); }
     static const uint16_t* inputs(const char* x, int) { return reinterpret_cast<const uint16_t*>(x); }
     template <class V>
@@ -81,11 +89,80 @@ constexpr auto kind_of_bf16() {
 }
 using KindOfBf16 = decltype(kind_of_bf16());
 
+// int8 with int8: inputs are whole numbers of -127 to 127, as wide as what they are multiplied as. Sums of integers are
+// exact, and so are those of floats up to a k of 1,040.
+struct Bytes {  // where kBytes
+    using Input = uint8_t;
+    using Sum = Ints;
+    static constexpr bool rounded = true;
+    static constexpr int step = 4, bytes = 4, lane = 4, parts = 1, offset = kByteOffset;
+    static Ints weights(const char* w, int) { return load_ints(w); }
+    static const uint8_t* inputs(const char* x, int) { return reinterpret_cast<const uint8_t*>(x); }
+    template <class V>
+    static V add(V sum, const uint8_t* x, V w) {
+        return add_bytes(sum, x, w);
+    }
+    template <class V>
+    static void put(uint8_t* to, V v) {
+        store_bytes(to, v, offset);
+    }
+    template <class T>
+    static Vec number(const T* sum, const T* of_offset) {
+        return to_floats(load_ints(sum), load_ints(of_offset));
+    }
+};
+
+struct Words {  // where kWords
+    using Input = uint16_t;
+    using Sum = Ints;
+    static constexpr bool rounded = true;
+    static constexpr int step = 2, bytes = 4, lane = 2, parts = 1, offset = 0;
+    template <class T>
+    static Ints weights(const T* w, int) {
+        return load_words(w);
+    }
+    static const uint16_t* inputs(const char* x, int) { return reinterpret_cast<const uint16_t*>(x); }
+    template <class V>
+    static V add(V sum, const uint16_t* x, V w) {
+        return add_words(sum, x, w);
+    }
+    template <class V>
+    static void put(uint16_t* to, V v) {
+        store_words(to, v);
+    }
+    template <class T>
+    static Vec number(const T* sum, const T*) {
+        return to_floats(load_ints(sum));
+    }
+};
+
+struct Wholes : Single {  // as fp32, where there is neither
+    static constexpr bool rounded = true;
+    static constexpr int lane = 1;
+    static Vec weights(const char* w, int) { return load_bytes(w); }
+    static void put(float* to, Vec v) { store(to, (v + set1(12582912.0f)) - set1(12582912.0f)); }
+};
+
+// What int8 weights are multiplied as; they are packed for it.
+constexpr auto kind_of_int8() {
+    if constexpr (kBytes)
+        return Bytes{};
+    else if constexpr (kWords)
+        return Words{};
+    else
+        return Wholes{};
+}
+using KindOfInt8 = decltype(kind_of_int8());
+
+inline void put_sums(float* to, Vec v, bool first) { store(to, first ? v : load(to) + v); }
+inline void put_sums(float* to, Ints v, bool first) { store(to, floats(first ? v : add_ints(load_ints(to), v))); }
+
 template <class Kind, int R, int C>
-[[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w, Vec (&acc)[R][C]) {
+[[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w,
+                                             typename Kind::Sum (&acc)[R][C]) {
     repeat<Kind::parts>([&](auto part) {
         decltype(Kind::weights(w, 0)) v[C];
-        repeat<C>([&](auto c) { v[c] = Kind::weights(w + 4 * c * kLanes, part); });
+        repeat<C>([&](auto c) { v[c] = Kind::weights(w + Kind::lane * c * kLanes, part); });
         repeat<R>([&](auto r) {
             const auto a = Kind::inputs(x + r * row_bytes, part);
             repeat<C>([&](auto c) { acc[r][c] = Kind::add(acc[r][c], a, v[c]); });
@@ -96,20 +173,20 @@ template <class Kind, int R, int C>
 // Flat: sums that a call could see would be kept in memory.
 template <class Kind, int R, int C>
 [[gnu::flatten]] void run_block(const Block& p) {
-    constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2;
-    Vec acc[R][C];
-    repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = zero(); }); });
+    constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2, group = Kind::lane * kTile;
+    typename Kind::Sum acc[R][C];
+    repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = typename Kind::Sum{}; }); });
     const char *x = p.x, *w = p.w;
     int64_t left = p.depth / Kind::step;
     for (; left >= groups; left -= groups, x += p.line_bytes)
-        for (int64_t g = 0; g < groups; g += unrolled, w += unrolled * kGroupBytes) {
+        for (int64_t g = 0; g < groups; g += unrolled, w += unrolled * group) {
             add_group<Kind>(x + g * Kind::bytes, p.row_bytes, w, acc);
-            add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + kGroupBytes, acc);
+            add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + group, acc);
         }
-    for (; left > 0; --left, x += Kind::bytes, w += kGroupBytes) add_group<Kind>(x, p.row_bytes, w, acc);
+    for (; left > 0; --left, x += Kind::bytes, w += group) add_group<Kind>(x, p.row_bytes, w, acc);
     repeat<R>([&](auto r) {
         float* sums = p.sums + r * p.ld;
-        repeat<C>([&](auto c) { store(sums + c * kLanes, p.first ? acc[r][c] : load(sums + c * kLanes) + acc[r][c]); });
+        repeat<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
     });
 }
 
@@ -137,7 +214,7 @@ template <class Kind>
 void run_blocks(Block p, int64_t rows, int64_t registers) {
     const auto with = [&](auto c) {
         run_blocks_of<Kind, decltype(c)::value>(p, rows);
-        p.w += 4 * c * kLanes;
+        p.w += Kind::lane * c * kLanes;
         p.sums += c * kLanes;
         registers -= c;
     };

@@ -40,15 +40,25 @@ struct StoreTiles {
 };
 
 // Of a strip's sums, (kStripRows, kTile).
-template <class To>
-inline void finish_strip(const GemmParams& p, const float* sums, int64_t row, int64_t column, int64_t columns) {
+template <class Kind, class To>
+inline void finish_strip(const GemmParams& p, const float* sums, const float* of_offset, int64_t row, int64_t column,
+                         int64_t columns) {
     const bool with_bias = p.from == 0;
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-        const float* bias = p.matrix->bias + column + c;
-        const Vec left = with_bias ? load(bias) : zero(), right = with_bias ? load(bias + kLanes) : zero();
+        Vec bias[2], scale[2];
+        each<2>([&](auto i) {
+            const int64_t n = column + c + i * kLanes;
+            bias[i] = with_bias ? load(p.matrix->bias + n) : zero();
+            scale[i] = Kind::rounded ? load(p.matrix->scale + n) : zero();
+        });
         for (int64_t r = 0; r < kStripRows; ++r) {
-            const float* from = sums + r * kTile + c;
-            To::put(p, row + r, column + c, load(from) + left, load(from + kLanes) + right);
+            Vec v[2];
+            each<2>([&](auto i) {
+                v[i] = Kind::number(sums + r * kTile + c + i * kLanes, of_offset + c + i * kLanes);
+                if constexpr (Kind::rounded) v[i] = v[i] * (scale[i] * set1(p.scale[row + r]));
+                v[i] = v[i] + bias[i];
+            });
+            To::put(p, row + r, column + c, v[0], v[1]);
         }
     }
 }
@@ -57,21 +67,26 @@ inline void finish_strip(const GemmParams& p, const float* sums, int64_t row, in
 template <class Kind, class To>
 inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
     constexpr int64_t line = kLineBytes * Kind::step / Kind::bytes, lines_bytes = kStripRows * kLineBytes;
-    constexpr int64_t chain = Kind::step == 1 ? kChain : kBlockDepth;
+    constexpr int64_t chain = Kind::step == 1 ? kChain : kBlockDepth, group = Kind::lane * kTile;
     const Matrix& m = *p.matrix;
-    const char* weights = m.data + (n / kTile * m.k + p.from) / Kind::step * kGroupBytes + n % kTile * 4;
-    const int64_t strip_bytes = padded(p.depth, 32) / line * lines_bytes;
-    alignas(64) float one[kStripRows * kTile];
+    const char* weights = m.data + (n / kTile * m.k + p.from) / Kind::step * group + n % kTile * Kind::lane;
+    const int64_t strip_bytes = padded(p.depth, most(line, 32)) / line * lines_bytes;
+    alignas(64) float one[kStripRows * kTile], of_offset[kTile];
+    if constexpr (Kind::offset != 0) {  // as a row of it
+        alignas(64) char row[kLineBytes];
+        __builtin_memset(row, Kind::offset, kLineBytes);
+        run_blocks<Kind>({row, 0, 0, weights, p.depth, of_offset, kTile, true}, 1, columns / kLanes);
+    }
     for (int64_t from = 0; from < p.depth; from += kBlockDepth) {
         const int64_t to = least(from + kBlockDepth, p.depth);
         for (int64_t row = 0; row < p.rows; row += kStripRows) {
             const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes;
             float* sums = p.depth <= kBlockDepth ? one : p.scratch + row * kTile;
             for (int64_t k = from; k < to; k += chain)
-                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes,
-                                  weights + k / Kind::step * kGroupBytes, least(chain, to - k), sums, kTile, k == 0},
+                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes, weights + k / Kind::step * group,
+                                  least(chain, to - k), sums, kTile, k == 0},
                                  kStripRows, columns / kLanes);
-            if (to == p.depth) finish_strip<To>(p, sums, row, n, columns);
+            if (to == p.depth) finish_strip<Kind, To>(p, sums, of_offset, row, n, columns);
         }
     }
 }
@@ -86,9 +101,9 @@ inline void gemm_to(const GemmParams& p) {
     }
 }
 
-template <class Kind>
+// E: what y is stored as, but for the residual.
+template <class Kind, class E>
 void gemm(const GemmParams& p) {
-    using E = typename Kind::Input;
     using Bits = decltype(bits_for(E{}));
     switch (p.then) {
         case Then::store:

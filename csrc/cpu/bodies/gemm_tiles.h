@@ -3,22 +3,30 @@
 // A block of y, 32 x 32, stays in four tiles while it walks over kDepth of k. Every other block walks backwards: the
 // weights that were read last are read first, as the nearest cache does not hold those of a whole walk beside the
 // inputs. Two kinds of work ride along between the products, a share at each step: what happens to the block before
-// (bias, activation, residual), and the prefetch of the 64 outputs' weights that come next.
+// (bias, activation, residual), and the prefetch of the 64 outputs' weights that come next. Kinds: `Pairs` of block.h,
+// and int8 with int8, `TileBytes`: the same tiles with twice as many of k.
 //
 // Bound by the tile unit, 2 rows n k FLOPs, and by reading inputs from the second cache, 32 bytes a cycle at its peak.
 #pragma once
 
 #include "../forward_kernels.h"
 #include "attention_tiles.h"
+#include "block.h"
 #include "linear.h"
 
 namespace igpt::cpu {
 namespace {
 
 constexpr int64_t kWalk = 16;                     // tiles along k
-constexpr int64_t kWeightRow = 256;               // bytes: a pair of k, 64 outputs
+constexpr int64_t kWeightRow = 256;               // bytes: a group of k, 64 outputs
 constexpr int64_t kWeightTile = 16 * kWeightRow;  // bytes from tile to tile along k
 constexpr int64_t kBlockSize = kRows * 32;        // numbers
+
+// The unit multiplies signed bytes as well.
+struct TileBytes : Bytes {
+    static void put(uint8_t* to, Vec v) { store_bytes(to, v, 0); }
+    static Vec number(const float* sum, const float*) { return to_floats(load_ints(sum), Ints{}); }
+};
 
 // Weights to fetch into the second cache: `lines` at each step.
 struct Feed {
@@ -49,39 +57,41 @@ struct Walk {
 // `before` is the block whose rows are made y on the way. `now` is the one whose sums will be there after this walk:
 // its lines of y, long gone from the caches since they were last written, are fetched, as stores that wait would hold
 // up everything.
-template <class Y>
+template <class Kind, class Y>
 inline void walk(const Walk& w, Feed& feed, const Pending& before, const Pending& now, const Y& y) {
     const int64_t rows = (kRows + w.steps - 1) / w.steps;
     for (int64_t i = 0; i < w.steps; ++i) {
         const int64_t k = w.back ? w.steps - 1 - i : i, end = least(kRows, (i + 1) * rows);
         const char* weights = w.last && k == w.steps - 1 ? w.last : w.weights + k * kWeightTile;
-        multiply_tiles(w.x + k * kTileSize, w.x_below + k * kTileSize, 64, weights, weights + 64, kWeightRow);
+        multiply_tiles<Kind::rounded>(w.x + k * kTileSize, w.x_below + k * kTileSize, 64, weights, weights + 64,
+                                      kWeightRow);
         feed.step();
         for (int64_t r = i * rows; r < end && now.sums; ++r) y.fetch(now.row + r, now.column);
         for (int64_t r = i * rows; r < end && before.sums; ++r) y.finish(before, r);
     }
 }
 
-// The weights of a last tile that k does not fill: 16 pairs of 64 outputs, of which `pairs` are there.
-inline void copy_last(const char* from, int64_t pairs, char* to) {
+// The weights of a last tile that k does not fill: 16 groups of 64 outputs, of which `groups` are there.
+inline void copy_last(const char* from, int64_t groups, char* to) {
     for (int64_t r = 0; r < 16; ++r)
         for (int64_t i = 0; i < kWeightRow; i += 64)
             _mm512_store_si512(to + r * kWeightRow + i,
-                               r < pairs ? load_ints(from + r * kWeightRow + i) : _mm512_setzero_si512());
+                               r < groups ? load_ints(from + r * kWeightRow + i) : _mm512_setzero_si512());
 }
 
-template <class Y>
+template <class Kind, class Y>
 inline void gemm_with(const GemmParams& p, const Y& y) {
+    constexpr int64_t deep = 16 * Kind::step;
     const Tiles tiles;
-    const int64_t steps = (p.depth + 31) / 32, rest = p.depth % 32;
+    const int64_t steps = (p.depth + deep - 1) / deep, rest = p.depth % deep, groups = p.matrix->k / Kind::step;
     alignas(64) float sums[2][kBlockSize];
     alignas(64) char last[kWeightTile];
     Pending before;
     int turn = 0;
     for (int64_t n = p.begin / 64 * 64; n < p.end; n += 64) {
-        const char* weights = p.matrix->data + n * p.matrix->k * 2 + p.from * kWeightRow / 2;
-        const char* after = n + 64 < p.end ? weights + 64 * p.matrix->k * 2 : p.next;
-        if (rest) copy_last(weights + (steps - 1) * kWeightTile, rest / 2, last);
+        const char* weights = p.matrix->data + (n / 64 * groups + p.from / Kind::step) * kWeightRow;
+        const char* after = n + 64 < p.end ? weights + groups * kWeightRow : p.next;
+        if (rest) copy_last(weights + (steps - 1) * kWeightTile, rest / Kind::step, last);
         for (int64_t k = 0; k < steps; k += kWalk) {
             const int64_t count = least(kWalk, steps - k);
             const bool ends = k + count == steps;
@@ -103,7 +113,7 @@ inline void gemm_with(const GemmParams& p, const Y& y) {
                                  count,
                                  back};
                     const Pending now{ends ? sums[turn ^= 1] : nullptr, row, n + half};
-                    walk(w, feed, before, now, y);
+                    walk<Kind>(w, feed, before, now, y);
                     store_tiles(ends ? sums[turn] : parts, 32);
                     before = now;
                 }
@@ -160,7 +170,7 @@ struct ToTiles {
     static void write(char* y, Vec a, Vec b) { _mm512_store_si512(y, to_bf16(Activation(a), Activation(b))); }
 };
 
-template <class To>
+template <class Kind, class To>
 struct Output : To {
     void fetch(int64_t row, int64_t column) const {
         for (int64_t i = 0; i < To::kLines; ++i) __builtin_prefetch(this->place(row, column) + 64 * i, 1, 3);
@@ -169,23 +179,31 @@ struct Output : To {
     void finish(const Pending& block, int64_t r) const {
         const float *sums = block.sums + r * 32, *bias = this->p.matrix->bias + block.column;
         const bool with_bias = this->p.from == 0;
-        To::write(this->place(block.row + r, block.column), load(sums) + (with_bias ? load(bias) : zero()),
-                  load(sums + 16) + (with_bias ? load(bias + 16) : zero()));
+        Vec left = Kind::number(sums, nullptr), right = Kind::number(sums + 16, nullptr);
+        if constexpr (Kind::rounded) {
+            const Vec inputs = set1(this->p.scale[block.row + r]);
+            const float* weights = this->p.matrix->scale + block.column;
+            left = left * (load(weights) * inputs);
+            right = right * (load(weights + 16) * inputs);
+        }
+        To::write(this->place(block.row + r, block.column), left + (with_bias ? load(bias) : zero()),
+                  right + (with_bias ? load(bias + 16) : zero()));
     }
 };
 
+template <class Kind>
 void gemm_by_tiles(const GemmParams& p) {
     switch (p.then) {
         case Then::store:
-            return gemm_with(p, Output<ToPlain>{{p}});
+            return gemm_with<Kind>(p, Output<Kind, ToPlain>{{p}});
         case Then::add:
-            return gemm_with(p, Output<ToResidual>{{p}});
+            return gemm_with<Kind>(p, Output<Kind, ToResidual>{{p}});
         case Then::quick_gelu:
-            return gemm_with(p, Output<ToTiles<quick_gelu_near>>{{p}});
+            return gemm_with<Kind>(p, Output<Kind, ToTiles<quick_gelu_near>>{{p}});
         case Then::gelu_tanh:
-            return gemm_with(p, Output<ToTiles<gelu_tanh_near>>{{p}});
+            return gemm_with<Kind>(p, Output<Kind, ToTiles<gelu_tanh_near>>{{p}});
         case Then::gelu_erf:
-            return gemm_with(p, Output<ToTiles<GeluErf<Fine>::value>>{{p}});
+            return gemm_with<Kind>(p, Output<Kind, ToTiles<GeluErf<Fine>::value>>{{p}});
     }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../forward_kernels.h"
+#include "block.h"
 #include "simd/lanes.h"
 
 namespace igpt::cpu {
@@ -67,6 +68,29 @@ void norm_tiles(const NormTiles& p) {
             }
             put_two(to, i, y[0], y[1]);
         }
+    }
+}
+
+// Kind: of block.h, one with int8 weights.
+template <class Kind, class E>
+void round_rows(const RoundRows& p) {
+    using R = typename Kind::Input;
+    const int64_t width = padded(p.n, 32), wide = padded(p.n, most(32, 64 / int64_t(sizeof(R))));
+    for (int64_t row = p.first; row < p.first + p.count; ++row) {
+        const E* x = tiles_at<E>(p.from, width, row);
+        R* to = tiles_at<R>(p.tiles, wide, row);
+        Vec largest = zero(), poison = zero();
+        for (int64_t i = 0; i < p.n; i += kLanes) {
+            const Vec v = read(x + along_line<E>(i), Whole{});
+            largest = max(abs(v), largest);
+            poison = fma(v, zero(), poison);
+        }
+        const float scale = reduce_max(largest) / 127.0f;
+        // Numbers so small that their steps have no inverse are zero.
+        const Vec inverse = set1(scale > 1e-37f ? 1.0f / scale : 0.0f);
+        for (int64_t i = 0; i < p.n; i += kLanes)
+            Kind::put(to + along_line<R>(i), read(x + along_line<E>(i), Whole{}) * inverse);
+        p.scale[row] = scale + reduce_add(poison);
     }
 }
 

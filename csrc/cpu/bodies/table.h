@@ -6,6 +6,7 @@
 #include "attention_bwd.h"
 #include "attention_decode_prefix.h"
 #include "attention_fwd.h"
+#include "checksum.h"
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
@@ -29,11 +30,18 @@ constexpr CausalAttentionKernels attention_kernels{causal_fwd<By, S>, causal_bwd
 
 using Bf16Blocks = ByBlocks<KindOfBf16::Input>;
 
-// The forward pass, of weights of W.
+template <class E>
+constexpr Format format_of = sizeof(E) == 4 ? Format::fp32 : Format::bf16;
+
+// The forward pass, of which states are W.
 template <class By, class W>
-constexpr ForwardKernels forward_kernels(void (*gemm)(const GemmParams&)) {
+constexpr ForwardKernels forward_kernels(void (*gemm)(const GemmParams&), int64_t rounded = 0,
+                                         void (*round)(const RoundRows&) = nullptr) {
     using E = typename By::Element;
-    return {sizeof(E) == 4 ? Format::fp32 : Format::bf16,
+    return {format_of<E>,
+            format_of<W>,
+            rounded,
+            round,
             gemm,
             norm_tiles<E>,
             embed_row,
@@ -52,8 +60,11 @@ constexpr Ops make_ops(const char* isa) {
             decoder_kernels,
             {attention_kernels<ByBlocks<float>, float>, attention_kernels<Bf16Blocks, uint16_t>},
             elementwise_kernels,
-            {forward_kernels<ByBlocks<float>, float>(gemm<Single>),
-             forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16>)},
+            {forward_kernels<ByBlocks<float>, float>(gemm<Single, float>),
+             forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16, Bf16Blocks::Element>),
+             forward_kernels<Bf16Blocks, float>(gemm<KindOfInt8, Bf16Blocks::Element>, sizeof(KindOfInt8::Input),
+                                                round_rows<KindOfInt8, Bf16Blocks::Element>)},
+            checksum,
             kPairs};
 }
 

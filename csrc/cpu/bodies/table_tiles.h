@@ -14,7 +14,9 @@ constexpr Ops make_ops_with_tiles(const char* isa) {
     ops.decoder.linear = linear_by_tiles;
     ops.decoder.attention_decode_prefix = attention_decode_prefix_by_tiles;
     ops.causal_attention[int(Format::bf16)] = attention_kernels<ByTiles, uint16_t>;
-    ops.forward[int(Format::bf16)] = forward_kernels<ByTiles, uint16_t>(gemm_by_tiles);
+    ops.forward[int(Format::bf16)] = forward_kernels<ByTiles, uint16_t>(gemm_by_tiles<Pairs>);
+    ops.forward[int(Format::int8)] =
+        forward_kernels<ByTiles, float>(gemm_by_tiles<TileBytes>, 1, round_rows<TileBytes, uint16_t>);
     return ops;
 }
 

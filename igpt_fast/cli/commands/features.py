@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from igpt_fast.learning.feature_sources import Source
     from igpt_fast.world import World
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+DTYPES = ("float32", "bfloat16", "float16", "auto", "int8")
 
 
 def features(
@@ -60,7 +60,8 @@ def features(
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         batch_size: Images that are computed together.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
-        dtype: float32, bfloat16, float16 or auto (the checkpoint's), of the computation.
+        dtype: float32, bfloat16, float16 or auto (the checkpoint's), of the computation; int8 rounds weights and
+            activations to 8 bits, on the CPU.
         backend: auto, reference, cpu or cuda; see igpt env.
         json: Print one JSON object.
         force: Overwrite files, and begin anew where there are parts of something else.
@@ -85,14 +86,14 @@ def features(
     if out.suffix.lower() == ".parquet":
         feature_files.need_pyarrow()
     with processes_of("finished parts are kept") as world:
-        network = load_network(checks.model_name(model), device_, dtype)
+        network = load_network(checks.model_name(model), device_, "float32" if dtype == "int8" else dtype)
         with checks.as_usage():
             numbers = check_layers(layers, network.config.n_layer)
             masks = check_masks(masks, network.config)
             check_bands(bands, network.config, None if pool == "none" else pool)
         source = read_source(data, model, network, classes, skip_unreadable)
         how: dict[str, Any] = {"sos": sos, "bands": bands, "pool": None if pool == "none" else pool}
-        how["masks"] = masks
+        how |= {"masks": masks, "dtype": "int8" if dtype == "int8" else None}
         run = feature_files.FeatureRun(
             network, weights_hash(network), source, numbers, batch_size=batch_size, about=_about(data, model), **how
         )

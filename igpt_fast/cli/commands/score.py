@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("heldout", "train", "all")
 ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+DTYPES = ("float32", "bfloat16", "float16", "auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class ScoreOptions:
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
             LOCAL_RANK.
-        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in.
+        dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 rounds weights and
+            activations to 8 bits, on the CPU.
         backend: auto, reference, cpu or cuda; see igpt env.
     """
 
@@ -70,7 +71,12 @@ class ScoreOptions:
         device = checks.choose_device(self.device, processes.local_rank())
         from igpt_fast.pipeline import Pipeline
 
-        return Pipeline.from_pretrained(self.model, device=device, dtype=self.dtype)
+        return Pipeline.from_pretrained(self.model, device=device, dtype="float32" if self.rounded else self.dtype)
+
+    @property
+    def rounded(self) -> str | None:
+        """The dtype of the computation, where weights are not stored in it."""
+        return self.dtype if self.dtype == "int8" else None
 
 
 def score(
@@ -316,7 +322,12 @@ def _score_share(job: _Job, share: range, bar: _Bar) -> tuple[list[int], Scores 
     labels = None if every is None else [every[i] for i in which]
     try:
         scores = job.pipeline.score_tokens(
-            torch.stack(tokens), labels, job.how.batch_size, lambda done, _: bar.scored(left_out + done), names=names
+            torch.stack(tokens),
+            labels,
+            job.how.batch_size,
+            lambda done, _: bar.scored(left_out + done),
+            names=names,
+            dtype=job.how.rounded,
         )
         return which, scores, left_out, None
     except world_module.PeerGoneError:

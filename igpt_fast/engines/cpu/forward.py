@@ -4,6 +4,10 @@
 rule: the network must be what this package makes of its configuration, in float32, bfloat16 or float16 (packed in
 float32) on the CPU, with nothing that only torch sees: gradients, hooks, autocast, transforms, tracing, compiling.
 
+``dtype="int8"``, which features and likelihoods can ask for, multiplies weights of 8 bits, with a scale for each
+output, as the decoder's, by activations of 8 bits, with a scale for each position; attention, norms and the residual
+are as in the other passes.
+
 The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
 have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
 """
@@ -60,29 +64,41 @@ _passes: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def run(
-    model: Body, tokens: Tensor | None, taken: Taken | None = None, cache: bool = False, rounded: bool = True
+    model: Body,
+    tokens: Tensor | None,
+    taken: Taken | None = None,
+    cache: bool = False,
+    rounded: bool = True,
+    dtype: str | None = None,
 ) -> States | None:
     """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
 
     Args:
         taken: What else than the last states of the whole network; where it stops early there is no ``cache``.
         rounded: In the model's dtype, float16 too, of which the module has packed and computed all in float32.
+        dtype: ``"int8"``, in which the module alone computes; ``None``: the model's.
 
     Raises:
+        BackendUnavailableError: ``dtype`` is given, and ``why_not`` has a reason.
         IndexError: A token is not in the vocabulary.
+        ValueError: An unknown ``dtype``.
     """
+    if dtype not in (None, "int8"):
+        raise ValueError(f"forward: dtype is {dtype!r}; want None or 'int8'")
     # First, and a constant for a compiler: nothing below is for it.
-    if torch.compiler.is_compiling():
-        return None
-    if why_not(model, tokens) is not None:
+    found = "torch compiles what calls it" if torch.compiler.is_compiling() else _read(model, tokens, dtype)
+    if isinstance(found, str):
+        if dtype is not None:
+            raise backend.BackendUnavailableError(f"forward: dtype {dtype!r} is not available: {found}")
         return None
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
     batch, length = tokens.shape
     taken = taken or Taken([], config.n_layer)
     # The module writes to these addresses: not of the default dtype, nor on the default device.
-    dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
-    empty: Any = functools.partial(torch.empty, dtype=dtype, device="cpu")
+    own = found.wte.dtype
+    wide = torch.float32 if own == torch.float16 or dtype else own
+    empty: Any = functools.partial(torch.empty, dtype=wide, device="cpu")
     single: Any = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
     last = empty(batch, length, config.n_embd) if taken.last else None
     states = empty(len(taken.layers), batch, length, config.n_embd) if taken.layers and not taken.bands else None
@@ -93,29 +109,35 @@ def run(
     places = {name: address(tensor) for name, tensor in written.items()}
     threads = torch.get_num_threads()
     assert backend._C is not None
-    weights = packed_weights(model, None, None)
+    weights = packed_weights(model, None, dtype, found)
     if weights not in _passes:
         _passes[weights] = backend._C.Forward(weights)
     asked = {"layers": taken.run, "taken": taken.layers, "normed": taken.normed, "bands": max(1, taken.bands)}
     _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **asked, **places, threads=threads)
-    found = States(last, means if states is None else states, keys, values)
-    if dtype == model.dtype or not rounded:
-        return found
-    narrow = States(*(None if tensor is None else tensor.to(model.dtype) for tensor in found))
+    made = States(last, means if states is None else states, keys, values)
+    if wide == own or not rounded:
+        return made
+    narrow = States(*(None if tensor is None else tensor.to(own) for tensor in made))
     return narrow if means is None else narrow._replace(taken=means)
 
 
-def why_not(model: Body, tokens: Tensor | None) -> str | None:
+def why_not(model: Body, tokens: Tensor | None, dtype: str | None = None) -> str | None:
     """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
+    found = _read(model, tokens, dtype)
+    return found if isinstance(found, str) else None
+
+
+def _read(model: Body, tokens: Tensor | None, dtype: str | None) -> Weights | str:
+    """The parameters that the compiled module's pass over these tokens is made of, or why it makes none."""
     if reason := no_native_decoder():
         return reason
-    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or not tokens.is_cpu:
         return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
     if tokens.ndim == 0 or tokens.numel() == 0 or tokens.shape[-1] > model.config.n_positions:
         return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
+    if dtype is None and tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
         return "the input is many short sequences, which would be padded to 32 positions each"
     if model.training:
         return "the network is in training mode"
@@ -125,8 +147,9 @@ def why_not(model: Body, tokens: Tensor | None) -> str | None:
     if reason := why_not_settings(model, found):
         return reason
     weights = found.each()
-    if any(weight.dtype != weights[0].dtype for weight in weights) or weights[0].dtype not in _DTYPES:
+    own = weights[0].dtype
+    if any(weight.dtype != own for weight in weights) or own not in _DTYPES:
         return "the weights are not all float32, all bfloat16 or all float16"
-    if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
+    if not is_plain(*weights) or not all(weight.is_cpu for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
-    return None
+    return found

@@ -29,8 +29,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     run = forwards.run
 
-    def watched(*args: Any) -> Any:
-        states = run(*args)
+    def watched(*args: Any, **keywords: Any) -> Any:
+        states = run(*args, **keywords)
         seen.append(states is not None)
         return states
 

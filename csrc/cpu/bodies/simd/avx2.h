@@ -98,6 +98,7 @@ inline void transpose(Ints (&r)[8]) {
 }
 
 constexpr bool kPairs = false, kBytes = false, kWords = true;
+constexpr int kByteOffset = 0;
 
 // acc + the sum of a pair of 16-bit integers times the pairs of w.
 inline Ints add_words(Ints acc, const uint16_t* pair, Ints w) {

@@ -146,6 +146,14 @@ inline Ints add_bytes(Ints acc, const uint8_t* four, Ints w) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(word), w);
 }
 inline void store_ints(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+// What stands beside weights is unsigned: numbers have this offset, whose products `to_floats` takes off.
+constexpr int kByteOffset = 128;
+inline Vec to_floats(Ints v, Ints of_offset) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(v, of_offset)); }
+// v, to nearest, and an offset.
+inline void store_bytes(uint8_t* to, Vec v, int offset) {
+    const Ints n = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(offset));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(n));
+}
 // 128 (high - 128 sums) + low of integer sums; `sums` null where high has no offset.
 inline Vec join_bytes(const float* high, const float* low, const int32_t* sums) {
     Ints h = load_ints(high);
@@ -180,6 +188,7 @@ inline float split_bytes(Flag<Signed>, const float* x, int64_t n, uint8_t* high,
 }
 #else
 constexpr bool kBytes = false, kWords = true;
+constexpr int kByteOffset = 0;
 // acc + the sum of a pair of 16-bit integers times the pairs of w.
 inline Ints add_words(Ints acc, const uint16_t* pair, Ints w) {
     int32_t both;

@@ -66,6 +66,7 @@ inline Vec times_power(Vec p, Vec x) {
 }
 
 constexpr bool kPairs = false, kBytes = false, kWords = false;
+constexpr int kByteOffset = 0;
 
 }  // namespace
 }  // namespace igpt::cpu

@@ -98,6 +98,14 @@ inline Ints add_bytes(Ints acc, const uint8_t* four, Ints w) {
     return vdotq_lane_s32(acc, vreinterpretq_s8_s32(w), vreinterpret_s8_f32(load_word(four)), 0);
 }
 inline void store_ints(void* p, Ints v) { __builtin_memcpy(p, &v, sizeof v); }
+constexpr int kByteOffset = 0;
+inline Vec to_floats(Ints v, Ints) { return vcvtq_f32_s32(v); }
+// v, to nearest.
+inline void store_bytes(uint8_t* to, Vec v, int) {
+    const int16x4_t narrow = vmovn_s32(vcvtnq_s32_f32(v));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(narrow, narrow));
+    __builtin_memcpy(to, &bytes, kLanes);
+}
 // 128 high + low of integer sums; `high` is signed and has no offset.
 inline Vec join_bytes(const float* high, const float* low, const int32_t*) {
     return fma(vcvtq_f32_s32(load_ints(high)), set1(128.0f), vcvtq_f32_s32(load_ints(low)));

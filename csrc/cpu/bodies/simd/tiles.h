@@ -49,6 +49,11 @@ template <int C, int A, int B>
 inline void multiply_bytes() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+// And from signed bytes of both.
+template <int C, int A, int B>
+inline void multiply_signed_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 }  // namespace
 }  // namespace igpt::cpu
