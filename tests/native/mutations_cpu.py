@@ -269,7 +269,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("gemm_tiles", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
     ("gemm_tiles", "set1(-1.702f)", "set1(-1.5f)"),
     ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
-    ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
+    ("block", "own.x += first * p.row_bytes;", ""),
     ("block", "store(to, first ? v : load(to) + v);", "store(to, v);"),
     ("gemm", "with_bias ? load(p.matrix->bias + n) : zero()", "load(p.matrix->bias + n)"),
     ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
