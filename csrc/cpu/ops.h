@@ -2,7 +2,7 @@
 // No torch, no pybind11: addresses and sizes only. Layouts stand beside each Params.
 //
 // An op is two parts. Its driver (quantize.cpp) is compiled once, for the plainest processor: it allocates, opens
-// the one OpenMP region and may throw. Its body (bodies/quantize.h) is compiled by every isa/*.cpp with that file's
+// the one region of threads and may throw. Its body (bodies/quantize.h) is compiled by every isa/*.cpp with that file's
 // flags and works on one thread's share with memory it is given. A body uses nothing of the standard library: the
 // linker keeps one copy of an inline function or template for the whole module, and it could keep the AVX-512 one.
 #pragma once
@@ -59,7 +59,7 @@ const Ops& ops();
 bool select_isa(const char* name);
 
 // `wanted`, or the processors that this process may use where those are fewer, or fewer while others want them too, or
-// 1 in a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
+// 1 in a forked child: a region's other threads do not survive a fork, and it would wait for them forever.
 int usable_threads(int wanted);
 
 }  // namespace igpt::cpu

@@ -76,6 +76,23 @@ def test_hidden_keys(native_cpu: Implementation, dtype: torch.dtype, starts: lis
     assert not out[nothing[:, None].expand(2, 2, 270)].any()
 
 
+def test_denormals_are_not_flushed(native_cpu: Implementation, dtype: torch.dtype) -> None:
+    """In float32: the values, and their gradients."""
+    if dtype == BF16:
+        return
+    q, k, v = make(128, 128, 32, dtype, 1, 1)
+    v = (v * 1e-39).requires_grad_()
+    with contract.launching(native_cpu):
+        out = attending()(q, k, v)
+        (given,) = torch.autograd.grad(out, v, torch.full_like(out, 1e-39))
+    with backend.use_backend("reference"):
+        want = attending()(q, k, v)
+        (gradient,) = torch.autograd.grad(want, v, torch.full_like(want, 1e-39))
+    for got, wanted in ((out, want), (given, gradient)):
+        assert wanted.any()
+        assert (got - wanted).abs().max() <= 128 * 1.5e-45
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_what_is_hidden_reaches_nothing(native_cpu: Implementation, dtype: torch.dtype, poison: float) -> None:
     q, k, v = make(140, 150, 32, dtype)

@@ -67,7 +67,8 @@ class CpuDecoder(Decoder):
     @property
     def why_not_rows(self) -> str | None:
         """See ``Decoder.why_not_rows``. A row of several has a step's bits in float32, and in int8 where the processor
-        multiplies bytes; bfloat16 sums one row in another order than several, or rounds their activations.
+        multiplies bytes or 16-bit integers; bfloat16 sums one row in another order than several, or rounds their
+        activations.
         """
         assert backend._C is not None
         if backend._C.cpu_isa() == "generic":

@@ -406,6 +406,32 @@ def test_bad_tokens_and_lengths() -> None:
         model(ids(model, 1, 81))
 
 
+def test_sizes_that_are_not_trusted() -> None:
+    packed, tokens = cpu_weights.packed_weights(small().transformer, None, None), torch.zeros(4, dtype=torch.int64)
+    out = dict.fromkeys(("last", "keys", "values", "states", "means"), 0)
+    asked = {"batch": 1, "length": 4, "layers": 2, "taken": [], "normed": False, "bands": 1, "threads": 1, **out}
+    forward = backend._C.Forward(packed)
+    forward.run(tokens=tokens.data_ptr(), **asked)
+    for wrong in ({"batch": 2**62}, {"batch": 2**61}, {"taken": [1, 1]}, {"taken": [1, 0]}, {"taken": [3]}):
+        with pytest.raises(ValueError, match="forward: "):
+            forward.run(tokens=tokens.data_ptr(), **{**asked, **wrong})
+
+
+@pytest.mark.parametrize("length", [140, 270, 520])
+def test_scores_that_are_all_infinite_weigh_nothing(length: int, dtype: torch.dtype, calls: list[bool]) -> None:
+    """Of a whole block of keys, or two: minus infinity, and those that follow are not."""
+    model = small_models.small(dtype, n_positions=520, n_layer=1, n_head=1)
+    wte, attention = body(model).wte.weight, body(model).h[0].attn
+    for weight in (wte, body(model).wpe.weight, attention.c_attn.weight[:, :96], attention.c_attn.bias[:96]):
+        weight.zero_()
+    body(model).h[0].ln_1.weight.fill_(1.0)
+    wte[1, 0] = wte[2, 1] = 1.0
+    attention.c_attn.weight[1, 0], attention.c_attn.weight[0, 48] = 1e20, -1e20  # q of the second, k of the first
+    tokens = torch.ones(1, length, dtype=torch.int64)
+    tokens[:, length - 8 :] = 2
+    assert_right(model, tokens, calls)
+
+
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of every choice by shape
 def test_transforms_see_the_layers(calls: list[bool]) -> None:
     model = small().requires_grad_(False)

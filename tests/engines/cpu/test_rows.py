@@ -95,3 +95,29 @@ def test_misuse() -> None:
     with pytest.raises(ValueError, match="goes back only"):
         decoder.rewind(1)
     assert decoder._decoder.position == 0
+
+
+def test_sizes_that_are_not_trusted() -> None:
+    decoder = CpuDecoder(small(), 1, 8)._decoder
+    decoder.advance(2)
+    for count in (7, 2**63 - 1, -1):
+        for call in (decoder.advance, lambda n: decoder.load(0, 0, 0, n, 1), lambda n: decoder.step_rows(0, n, 0, 1)):
+            with pytest.raises((ValueError, IndexError), match=r"positions behind 2 do not fit|-1 rows"):
+                call(count)
+    assert decoder.position == 2
+
+
+def test_memory_for_rows_is_made_for_tokens_and_twice_as_much_each_time() -> None:
+    decoder, sizes = CpuDecoder(small(), 1, 64), []
+    decoder.step_rows(torch.zeros(1, dtype=torch.int64))
+    least = decoder._decoder.bytes
+    with pytest.raises(ValueError, match="token 17"):
+        decoder.step_rows(torch.full((9,), 17))
+    assert decoder._decoder.bytes == least
+    for count in range(2, 17):
+        decoder.step_rows(torch.zeros(count, dtype=torch.int64))
+        decoder.rewind(count)
+        sizes.append(decoder._decoder.bytes)
+    assert len(set(sizes)) == 4
+    assert sizes == sorted(sizes)
+    assert sizes[0] > least
