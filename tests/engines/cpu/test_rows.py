@@ -88,6 +88,8 @@ def test_misuse() -> None:
     for wrong in (torch.zeros(0, dtype=torch.int64), torch.zeros(2), torch.zeros(1, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="W >= 1"):
             decoder.step_rows(wrong)
+    with pytest.raises(ValueError, match=r"on meta of 1 images; want .* on the CPU"):
+        decoder.step_rows(torch.zeros(2, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="9 positions do not fit"):
         decoder.step_rows(torch.zeros(9, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"token 17 is not in 0..16"):
