@@ -354,6 +354,6 @@ def _uniforms(
     if generator is not None:
         numbers = torch.rand(n, steps, generator=generator, dtype=torch.float32, device=generator.device)
         return numbers.to(context.device)
-    streams = RandomStreams(seed, torch.arange(n), 0, steps)
+    streams = RandomStreams(seed, torch.arange(n, device="cpu"), 0, steps)
     # Behind a longer context they are not of the tokens' places in the images.
     return streams if context.shape[1] == 1 else streams.made(context.device)

@@ -164,7 +164,7 @@ def speculating(
             drawn_here = [invert(row, drafts.numbers[t + i]) for i, row in enumerate(cumulative)]
         if known is not None:
             drawn_here = [token if fixed < 0 else fixed for token, fixed in zip(drawn_here, given[rows], strict=True)]
-        found = torch.tensor(drawn_here)
+        found = torch.tensor(drawn_here, device="cpu")
         kept = drafts.learn(draft, drawn_here, cumulative)
         if kept < len(logits):
             decoder.rewind(len(logits) - kept)
@@ -178,6 +178,6 @@ def speculating(
         draft = drafts.ahead()
         last = found[kept - 1 : kept]
         if draft:
-            logits = decoder.step_rows(torch.cat([last, torch.tensor(draft)]))[:, :colours]
+            logits = decoder.step_rows(torch.cat([last, torch.tensor(draft, device="cpu")]))[:, :colours]
         else:
             logits = decoder.step(last)[:, :colours]

@@ -101,6 +101,13 @@ def test_generate_and_its_callback() -> None:
     assert torch.equal(tokens, model.generate(do_sample=True, seed=4, speculate=False))
 
 
+def test_the_default_device_is_not_asked() -> None:
+    model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
+    want, context = model.generate(do_sample=True, seed=4), torch.tensor([[16]])
+    with torch.device("meta"):
+        assert torch.equal(model.generate(context, do_sample=True, seed=4), want)
+
+
 def test_it_can_be_interrupted(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     want, read, calls = pipeline.sample(1, seed=2), CpuDecoder.step_rows, []
 
