@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import Decoder, cache_dtype, check_dtype, check_fork
-from igpt_fast.engines.network import BIDIRECTIONAL, Model, whole, why_not_modules
+from igpt_fast.engines.network import BIDIRECTIONAL, Model, logits_of, whole, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -33,7 +33,8 @@ class ReferenceDecoder(Decoder):
         self._next = None
         arguments = {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
         if tokens.shape[1] > 1 and why_not_modules(self.model) is None:
-            return self.model.lm_head(self.model.transformer(tokens, **arguments).last_hidden_state[:, -1])
+            hidden = self.model.transformer(tokens, **arguments).last_hidden_state[:, -1]
+            return logits_of(self.model.lm_head, hidden)
         logits = self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
         return whole(logits, self.model.lm_head)
 

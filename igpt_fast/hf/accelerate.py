@@ -114,9 +114,10 @@ def _served(modules: Any, model: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     kinds = modules.SERVED.items()
     kinds = {**{ours: theirs for theirs, ours in kinds}, **{theirs: theirs for theirs, _ in kinds}}
     drawing = modules.theirs.ImageGPTForCausalImageModeling
-    heads = [module.lm_head for module in model.modules() if isinstance(module, drawing)]
+    heads = [getattr(module, "lm_head", None) for module in model.modules() if isinstance(module, drawing)]
     for module in model.modules():
-        if type(module) in kinds and (type(module) is not nn.Linear or any(module is head for head in heads)):
+        head = type(module) is not nn.Linear or (module.weight.itemsize == 2 and any(module is head for head in heads))
+        if type(module) in kinds and head:
             yield module, kinds[type(module)]
 
 

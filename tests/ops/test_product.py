@@ -13,6 +13,7 @@ from torch import Tensor
 
 from igpt_fast import backend, environment, ops, reference
 from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.network import logits_of
 from igpt_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(
@@ -116,6 +117,18 @@ def test_a_model(without: str, seen: list[torch.dtype], dtype: torch.dtype, how:
     assert all(x.dtype == model.dtype for x in got[1:])
     for names in zip(got, plain, exact, strict=True):
         assert_parity(*names)
+
+
+def test_the_head_is_torchs_linear_layer(without: str) -> None:
+    """What tools look for; in float32 as other products, but where something else stands there."""
+    model, states = small(torch.bfloat16).requires_grad_(False), torch.randn(5, 48).bfloat16()
+    assert type(model.lm_head) is torch.nn.Linear
+    want = F.linear(states.float(), model.lm_head.weight.float()).bfloat16()
+    assert torch.equal(logits_of(model.lm_head, states), want)
+    compiled = torch.compile(lambda x: logits_of(model.lm_head, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(states), want)
+    model.lm_head.register_forward_hook(lambda *_: torch.zeros(1))
+    assert torch.equal(logits_of(model.lm_head, states), torch.zeros(1))
 
 
 def test_compiled(without: str) -> None:
