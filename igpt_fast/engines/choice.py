@@ -100,7 +100,8 @@ DECODERS: dict[str, str] = {
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
     "cpu": "for CPU models in fp32, bf16 or fp16 (computed in fp32) and eval mode, without gradient, as the decoder"
-    " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; sequences of"
-    " 8 positions or more, or 8 of them at most; no compiling or transforms",
+    " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; in fp32"
+    " a sequence of 8 positions or more, or several of 24, in bf16 and fp16 of 8 or 8 of them at most; no compiling or"
+    " transforms",
     "torch": "for everything else",
 }

@@ -27,8 +27,8 @@ class CpuDecoder(Decoder):
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
       and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
 
-    A primer is read by the model's forward pass (``forward``), in the model's own dtype and from its weights, not
-    the int8 ones. As many threads compute as torch is set to. Arguments and errors as of ``Decoder``.
+    A primer is read by the compiled forward pass (``forward``), however short it is and however many images there are,
+    in the model's own dtype (float16 in float32) and from its weights, not the int8 ones. As many threads compute as torch is set to. Arguments and errors as of ``Decoder``.
     """
 
     name = "cpu"
@@ -111,7 +111,7 @@ class CpuDecoder(Decoder):
         batch, heads, dim, _ = self._decoder.sizes
         body, head = self.model.transformer, self.model.lm_head.weight
         with torch.no_grad():
-            states = forwards.run(body, tokens, cache=True, rounded=False)
+            states = forwards.run(body, tokens, cache=True, primer=True)
             if states is None:
                 output = body(tokens, use_cache=True, return_dict=True)
                 last, cached = output.last_hidden_state, output.past_key_values
