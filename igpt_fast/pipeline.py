@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import whole_number
+from igpt_fast.checks import true_or_false, whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
@@ -376,7 +376,7 @@ class Pipeline:
         each = 1 if images is None else n
         return Request(
             *(height, width, given, images, kept, classes, each, candidates, first),
-            *(seed, sampling, scale, batch_size, dtype, speculate),
+            *(seed, sampling, scale, batch_size, dtype, true_or_false("speculate", speculate)),
         )
 
     def start(self, request: Request, progress: Progress | None = None) -> Stream:

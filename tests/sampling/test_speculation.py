@@ -101,6 +101,15 @@ def test_generate_and_its_callback() -> None:
     assert torch.equal(tokens, model.generate(do_sample=True, seed=4, speculate=False))
 
 
+@pytest.mark.parametrize("value", [0, "no", None])
+def test_speculate_is_true_or_false(value: Any, pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match="^speculate is .*; want True or False"):
+        pipeline.sample(1, speculate=value)
+    if value is not None:
+        with pytest.raises(TypeError, match="^generate: speculate is .*; want True or False"):
+            pipeline.model.generate(speculate=value)
+
+
 def test_the_default_device_is_not_asked() -> None:
     model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
     want, context = model.generate(do_sample=True, seed=4), torch.tensor([[16]])
