@@ -14,6 +14,8 @@ from torch import Tensor
 from igpt_fast import backend, environment, ops, reference
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.network import logits_of
+from igpt_fast.learning.distributed import autocasts
+from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +64,7 @@ def test_which_do(isa: str) -> None:
     assert backend._C.cpu_bf16_products() == pairs
     cpu = torch.device("cpu")
     assert (backend.no_products(torch.bfloat16, cpu) is None) == pairs
-    assert backend.no_products(torch.float16, cpu) == "no instruction set here multiplies float16"
+    assert backend.no_products(torch.float16, cpu) == "this package multiplies no float16 on a CPU"
     for dtype in (torch.float32, torch.float64):
         assert backend.no_products(dtype, cpu) is None
     assert backend.no_products(torch.bfloat16, torch.device("cuda", 0)) is None
@@ -73,6 +75,10 @@ def test_which_do(isa: str) -> None:
     assert report["products"]["bfloat16"] == want
     line = f"in {want['runs']}" + f" [{want['reason']}]" * (not pairs)
     assert f"products   of bfloat16  cpu: {line}\n" in environment.format_config(report)
+    with backend.use_backend("reference"):
+        plain = {"runs": "bfloat16", "reason": ""}, {"runs": "float16", "reason": ""}
+        assert tuple(environment.config()["products"].values()) == plain
+        assert autocasts(TrainConfig(bf16=True), cpu)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -89,6 +95,12 @@ def test_rounded_once(without: str, dtype: torch.dtype) -> None:
     wide = reference.causal_attention(q.float(), k.float(), v.float(), 0.1)
     for got, part in zip(ops.causal_attention(q, k, v, 0.1, need_weights=True), wide, strict=True):
         assert torch.equal(got, part.to(dtype))
+    for like in (q, q.float()):  # results are of the dtypes that they have everywhere
+        with torch.autocast("cpu", dtype):
+            got = ops.causal_attention(like, like, like, need_weights=True)
+            with backend.use_backend("reference"):
+                want = ops.causal_attention(like, like, like, need_weights=True)
+        assert [part.dtype for part in got] == [part.dtype for part in want]
 
 
 def run(model: Any, tokens: Tensor, mask: Tensor | None = None) -> list[Tensor]:
