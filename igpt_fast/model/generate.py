@@ -85,8 +85,8 @@ class GenerationMixin(GenerationSettings):
                 the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"``
                 with keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None``
                 decodes in the model's own dtype.
-            speculate: ``False`` never guesses tokens ahead; else an image that is drawn alone is where that is faster,
-                which changes none; see ``sampling.speculation``.
+            speculate: ``False`` never guesses tokens ahead; else they are of an image that is drawn alone, where the
+                decoder can verify them, which changes none; see ``sampling.speculation``.
             theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:
@@ -98,8 +98,9 @@ class GenerationMixin(GenerationSettings):
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
             FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
-            TypeError: ``input_ids`` is not an integer tensor, ``speculate`` no bool, or an argument that nobody has, or that transformers
-                has not (``seed``, ``generator``, ``callback``, ``dtype``, ``speculate``) beside one that only it has.
+            TypeError: ``input_ids`` is not an integer tensor, ``speculate`` no bool, or an argument that nobody has,
+                or that transformers has not (``seed``, ``generator``, ``callback``, ``dtype``, ``speculate``) beside
+                one that only it has.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options, such as
                 guidance and beams, which transformers would mix up.
 
