@@ -171,10 +171,11 @@ class Decoder(ABC):
         raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
 
     def rewind(self, count: int) -> None:
-        """Forgets the last ``count`` positions, of those that ``step_rows`` has read last.
+        """Forgets the last ``count`` positions, of those that ``step_rows`` has read last, and what was drawn.
 
         Raises:
             BackendUnavailableError: This decoder has no such step.
+            ValueError: More than these.
         """
         raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
 

@@ -131,7 +131,7 @@ def whole(logits: Tensor, head: nn.Module) -> Tensor:
 
 
 def logits_of(head: nn.Linear, states: Tensor) -> Tensor:
-    """``head(states)``, in float32 as this package's other products are (``dispatch.product``) where nothing but torch's
+    """``head(states)``, in float32 as this package's other products (``dispatch.product``) where nothing but torch's
     linear layer is there.
     """
     if widened(states) is None:

@@ -42,22 +42,6 @@ class ReferenceDecoder(Decoder):
         """See ``Decoder.step``."""
         return self.prefill(tokens[:, None])
 
-    @property
-    def why_not_rows(self) -> str | None:
-        """See ``Decoder.why_not_rows``."""
-        return "the PyTorch model's products round several rows otherwise than one"
-
-    def step_rows(self, tokens: Tensor) -> Tensor:
-        """See ``Decoder.step_rows``: one forward pass, equal to steps up to rounding."""
-        self._check_rows(tokens)
-        self._next = None
-        output = self.model(tokens[None], past_key_values=self._cache, use_cache=True, return_dict=True)
-        return whole(output.logits[0].clone(), self.model.lm_head)
-
-    def rewind(self, count: int) -> None:
-        """See ``Decoder.rewind``."""
-        self._cache.rewind(count)
-
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. Every image takes a copy of its primer's keys and values."""
         check_fork(n, self._cache.get_seq_length(), self._forked)

@@ -264,8 +264,8 @@ def widened(x: Tensor) -> torch.dtype | None:
 
 def product(function: Function, *operands: Tensor | None, **keywords: Any) -> Any:
     """``function(*operands, **keywords)``, a tensor or a tuple of some, computed in float32 and rounded once where the
-    first operand is ``widened``. Not for operands that are no plain tensors or of several dtypes without autocast, which
-    is ``function``'s to refuse.
+    first operand is ``widened``. Not for operands that are no plain tensors or of several dtypes without autocast,
+    which is ``function``'s to refuse.
     """
     first = operands[0]
     assert first is not None

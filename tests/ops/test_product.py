@@ -12,7 +12,6 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, environment, ops, reference
-from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.network import logits_of
 from igpt_fast.learning.distributed import autocasts
 from igpt_fast.learning.settings import TrainConfig
@@ -65,8 +64,10 @@ def test_which_do(isa: str) -> None:
     cpu = torch.device("cpu")
     assert (backend.no_products(torch.bfloat16, cpu) is None) == pairs
     assert backend.no_products(torch.float16, cpu) == "this package multiplies no float16 on a CPU"
+    assert (dispatch.widened(torch.ones(1, dtype=torch.bfloat16)) is None) == pairs
     for dtype in (torch.float32, torch.float64):
         assert backend.no_products(dtype, cpu) is None
+        assert dispatch.widened(torch.ones(1, dtype=dtype)) is None
     assert backend.no_products(torch.bfloat16, torch.device("cuda", 0)) is None
     want = {"runs": "bfloat16", "reason": ""}
     if not pairs:
@@ -144,9 +145,17 @@ def test_the_head_is_torchs_linear_layer(without: str) -> None:
 
 
 def test_compiled(without: str) -> None:
+    """The graph has the product in float32."""
     x, weight = torch.randn(5, 24).bfloat16(), torch.randn(12, 24).bfloat16()
-    compiled = torch.compile(lambda x, y: dispatch.product(F.linear, x, y), backend="eager", fullgraph=True)
+    seen: list[torch.dtype] = []
+
+    def watch(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(node.args[0].meta["example_value"].dtype for node in graph.graph.nodes if node.target is F.linear)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, y: dispatch.product(F.linear, x, y), backend=watch, fullgraph=True)
     assert torch.equal(compiled(x, weight), dispatch.product(F.linear, x, weight))
+    assert seen == [torch.float32]
     torch.compiler.reset()
 
 
@@ -159,12 +168,3 @@ def test_the_reference_and_exports_stay_as_defined(without: str, seen: list[torc
     graph = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False).graph
     assert "aten.linear.default" in str(graph)
     assert "autocast" not in str(graph)
-
-
-def test_float32_is_left_alone(isa: str, seen: list[torch.dtype]) -> None:
-    model = small()
-    with torch.no_grad():
-        if forwards.why_not(model.transformer, ids(model, 1, 9)) is None:
-            model.transformer.h[0].register_forward_hook(lambda *_: None)  # its layers run
-        model(ids(model, 1, 9))
-    assert set(seen) == {torch.float32}
