@@ -689,7 +689,7 @@ def test_largest_seed(tiny: TokenData) -> None:
 def test_no_autocast_where_the_processor_has_no_bfloat16(
     tiny: TokenData, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The same bits as a run in float32, which the log and a warning say; another processor goes on with the run, and says so."""
+    """The same bits as a run in float32, which the log and a warning say; another processor goes on, and says so."""
     before = backend._C.cpu_isa()
     config = dataclasses.replace(TINY, bf16=True, steps=2)
     try:
