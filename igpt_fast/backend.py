@@ -378,12 +378,13 @@ def no_products(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why products of numbers of a dtype on a device are computed in float32; ``None`` where they are not.
 
     On a CPU that does not multiply such numbers torch's products of them take up to forty times as long. The
-    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16.
+    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16. The
+    backend ``reference`` leaves all as it is.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or get_backend() == "reference":
         return None
     if dtype == torch.float16:
-        return "no instruction set here multiplies float16"
+        return "this package multiplies no float16 on a CPU"
     if dtype != torch.bfloat16 or _C is None or _C.cpu_bf16_products():
         return None
     return f"the instruction set {_C.cpu_isa()!r} does not multiply bfloat16"

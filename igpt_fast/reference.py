@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_TEMPERATURE = 2.0**-149  # float32's; what is below it is 0, the likeliest
 MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
 LARGEST_E4M3 = 448.0
 # Devices that have no float64, or may have none: what is defined in it is computed on the CPU for their tensors.
@@ -367,7 +368,7 @@ def _draw(
     if logits.device.type in WITHOUT_FLOAT64:
         drawn = _draw(logits.cpu(), uniform.cpu(), temperature, top_k, top_p, min_score)
         return drawn.to(logits.device)
-    if temperature < 2.0**-149:
+    if temperature < LEAST_TEMPERATURE:
         return logits.to(torch.float32).argmax(dim=-1)
     return inverted(cumulative_weights(logits, temperature, top_k, top_p, min_score), uniform)
 
@@ -439,7 +440,7 @@ def sample_settings(
     """What ``sample_step`` reads, (7,) int64: the seed's bits; those of float64 top_p, 1 for none, temperature, and
     ``least_score`` of min_p; top_k, 0 for none; offset; first.
     """
-    least = 0.0 if temperature < 2.0**-149 else min(temperature, MAX_TEMPERATURE)
+    least = 0.0 if temperature < LEAST_TEMPERATURE else min(temperature, MAX_TEMPERATURE)
     numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
     return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
 

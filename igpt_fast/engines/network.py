@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.dispatch import LEAST_SCALE
+from igpt_fast.ops.dispatch import LEAST_SCALE, product, widened
 
 Kind = TypeVar("Kind", bound=type)
 BIDIRECTIONAL = "attention is bidirectional"  # why no engine runs a network
@@ -141,6 +142,19 @@ def whole(logits: Tensor, head: nn.Module) -> Tensor:
         stride = torch.empty(shape, device="meta").stride()
         logits = DTensor.from_local(logits.contiguous(), weight.device_mesh, placements, shape=shape, stride=stride)
     return logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+
+
+def logits_of(head: nn.Linear, states: Tensor) -> Tensor:
+    """``head(states)``, in float32 as this package's other products (``dispatch.product``) where nothing but torch's
+    linear layer is there.
+    """
+    if widened(states) is None:
+        return head(states)
+    if torch.compiler.is_compiling():  # which sees a part of what may be in between
+        bare = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    else:
+        bare = why_not_modules(head) is None
+    return product(F.linear, states, head.weight, head.bias) if bare else head(states)
 
 
 def why_not_settings(body: Body, weights: Weights) -> str | None:

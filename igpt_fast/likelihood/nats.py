@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.engines.network import why_not_modules
+from igpt_fast.engines.network import logits_of, why_not_modules
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.ops.dispatch import WITHOUT_FLOAT64
@@ -63,7 +63,7 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
             (hidden,) = model.forward_intermediates(some, 1, pool=None, dtype=dtype)
         rows = (hidden.flatten(0, 1), targets.reshape(-1), into.view(-1))  # (b * T, n_embd), (b * T), (b * T)
         for states, right, out in zip(*(part.split(_ROWS) for part in rows), strict=True):
-            logits = model.lm_head(states)  # (rows, vocab_size - 1)
+            logits = logits_of(model.lm_head, states)  # (rows, vocab_size - 1)
             if model.config.n_classes:
                 logits = logits[:, : model.config.n_colours].contiguous()
             out.copy_(ops.cross_entropy(logits, right, reduction="none"))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import contract
 import pytest
 import torch
-from implementations import Implementation, isas_of
+from implementations import ISAS, Implementation, isas_of
 from torch import Tensor
 
 from igpt_fast import backend, environment, ops
@@ -192,6 +192,8 @@ def test_few_queries_are_torchs(
 
 
 def test_opcheck(native_cpu: Implementation, dtype: torch.dtype) -> None:
+    if native_cpu.module.cpu_isa() != ISAS[-1]:
+        pytest.skip("what is registered is the same at every level")
     q, k, v = make(3, 40, 32, dtype)
     qkv = torch.randn(2, 5, 3, 2, 32).to(dtype)
     masks = torch.rand(2, 40).lt(0.8), torch.tensor([0, 3], dtype=torch.int32), 0.2
