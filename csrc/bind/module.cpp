@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
         "root"_a = "",
         "Processors of the affinity mask, and those that the control groups' quota is worth; 0: unknown, no limit.");
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
+    m.attr("by_amd") = igpt::cpu::by_amd();
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("cpu_bf16_products", [] { return igpt::cpu::ops().bf16_products; });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });

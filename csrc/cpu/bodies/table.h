@@ -9,6 +9,7 @@
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
+#include "matmul.h"
 #include "norm.h"
 #include "quantize.h"
 
@@ -54,6 +55,7 @@ constexpr Ops make_ops(const char* isa) {
             elementwise_kernels,
             {forward_kernels<ByBlocks<float>, float>(gemm<Single>),
              forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16>)},
+            {kTile, kMatmulRows * (kTile + kMatmulDepth), matmul_pack, matmul_strip},
             kPairs};
 }
 
