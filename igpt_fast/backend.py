@@ -66,6 +66,7 @@ class Op:
 
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
 LEAST_CPU = 1 << 16
+NEVER = 1 << 62  # as least_cpu: nowhere on this processor is the kernel known to be faster
 
 # Every op of igpt_fast.ops: each file there adds the rows of its ops.
 OPS: dict[str, Op] = {}

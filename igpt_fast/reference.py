@@ -244,6 +244,13 @@ def _with_new(cache: Tensor, scales: Tensor | None, new: Tensor, place: Tensor, 
     return dequantize_e4m3(cache, scales, dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight + bias``, as one product of matrices; see ``ops.linear``."""
+    rows = x.reshape(-1, x.shape[-1])  # (rows, n_in)
+    y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)  # (rows, n_out)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,

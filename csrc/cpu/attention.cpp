@@ -13,16 +13,6 @@ namespace {
 
 constexpr int64_t kQueries = 128;  // the fewest of a share: every share packs the keys and values it sees
 
-// At least `bytes`, kept by the calling thread for its next call: pages of new memory cost more than a short call.
-char* workspace(int64_t bytes) {
-    static thread_local Arena memory;
-    if (int64_t(memory.size()) < bytes) {
-        memory = Arena();  // the old one goes before the new one comes
-        memory = Arena(size_t(bytes));
-    }
-    return memory.data();
-}
-
 // Calls work(item, scratch of its thread) for all items, the last first: those are the longest. What is stored in fp32
 // may be denormal.
 template <class Work>

@@ -11,6 +11,7 @@
 #include "decoder_kernels.h"
 #include "elementwise_kernels.h"
 #include "forward_kernels.h"
+#include "matmul_kernels.h"
 #include "quantize_kernels.h"
 
 namespace igpt::cpu {
@@ -25,6 +26,7 @@ struct Ops {
     ElementwiseKernels elementwise;
     ForwardKernels forward[3];  // by the format of the weights: fp32, bf16, int8
     uint64_t (*checksum)(const char* data, int64_t bytes);
+    MatmulKernels matmul;
     bool bf16_products;  // whether the processor multiplies bf16: where not, products of such numbers are in fp32
 };
 
@@ -54,6 +56,9 @@ int isas(Isa* out);
 
 // The table in use: the fastest supported one, or what `select_isa` chose.
 const Ops& ops();
+
+// Whether the processor is one of AMD's, for which Intel's libraries have other code than for theirs.
+bool by_amd();
 
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);

@@ -56,12 +56,7 @@ class Conv1D(nn.Module):
         return f"Conv1D(nf={self.nf}, nx={self.nx})"
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(_conv1d, x, self.weight, self.bias)  # (B, T, n_out)
-
-
-def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # (B T, n_out)
-    return y.view(*x.shape[:-1], weight.shape[1])  # (B, T, n_out)
+        return product(ops.linear, x, self.weight, self.bias)  # (B, T, n_out)
 
 
 @plain

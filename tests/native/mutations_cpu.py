@@ -168,7 +168,7 @@ def sums(cpu: Implementation) -> None:
 
 def passes(cpu: Implementation) -> None:
     """Whole forward passes; a length beyond the keys that attention takes at a time, and a depth beyond a walk."""
-    sizes = ({}, 33), ({"n_positions": 300, "n_embd": 80, "n_inner": 1048}, 300), ({"activation_function": "gelu"}, 5)
+    sizes = ({}, 33), ({"n_positions": 300, "n_embd": 80, "n_inner": 1048}, 300), ({"activation_function": "gelu"}, 25)
     for fields, length in sizes:
         for dtype in (BF16, FP32):
             model = small(dtype, **fields)
@@ -220,11 +220,16 @@ def sharing(cpu: Implementation) -> None:
         assert contention.changes(cpu.module.GivingWay(), busy, threads, region) == want
 
 
+def products(cpu: Implementation) -> None:
+    for rows, n_in, n_out in ((259, 70, 33), (33, 600, 20)):
+        contract.check_parity(cpu, ops.linear, [torch.randn(s) for s in ((rows, n_in), (n_in, n_out), (n_out,))])
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
     "attention_decode_prefix": forks, "block": passes, "gemm": passes, "rows": passes, "heads": passes,
-    "attention_fwd": attention, "attention_bwd": attention, "checksum": sums,
+    "attention_fwd": attention, "attention_bwd": attention, "checksum": sums, "matmul": products,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
 DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
@@ -286,6 +291,10 @@ CHANGES: list[tuple[str, str, str]] = [
     ("attention_bwd", "s.delta[t] = sees ? reduce_add(sum) : 0.0f;", "s.delta[t] = 0.0f;"),
     ("attention_bwd", "write_rows<S>(s.dk, d, set1(of.scale)", "write_rows<S>(s.dk, d, set1(1.0f)"),
     ("attention_bwd", "weights[j] = drop_below(weight, query, first);", "weights[j] = weight;"),
+    ("matmul", "k > 0 ? read(c + j, part) : p.bias", "p.bias"),
+    ("matmul", "read(p.bias + n + j, part)", "read(p.bias + j, part)"),
+    ("matmul", "(k + from) * p.a_column", "from * p.a_column"),
+    ("matmul", ": read(x, Part{int(count)})", ": zero()"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),
@@ -394,6 +403,9 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
     Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501
     Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501
+    Known(Mutation("cpu_matmul_rows", "cpu/matmul.cpp", "i * rows, std::min(rows, p.m - i * rows)", "i * rows, std::min(rows, p.m)"), "matmul"),  # noqa: E501
+    Known(Mutation("cpu_matmul_tile", "cpu/matmul.cpp", "packed + i * tile_numbers", "packed"), products),
+    Known(Mutation("cpu_matmul_scratch", "cpu/matmul.cpp", "scratch + index * kernels.scratch", "scratch"), "matmul"),
     Known(Mutation("cpu_attention_scratch", "cpu/attention.cpp", "work(i, memory + each * index)", "work(i, memory)"), "attention", "amx", True),  # noqa: E501
     *(Known(Mutation(f"cpu_attention_{i}", f"cpu/bodies/{stem}.h", old, new), attention, level, level != "generic")
       for i, (stem, old, new, level) in enumerate(ATTENTION)),

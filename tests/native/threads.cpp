@@ -183,14 +183,19 @@ void attention() {
         }
 }
 
+void matmul() {
+    constexpr int64_t m = 500, n = 70, k = 600;
+    const std::vector<float> a(m * k, 0.5f), b(k * n, 0.5f), bias(n, 0.5f);
+    std::vector<float> c(m * n);
+    cpu::matmul({a.data(), k, 1, b.data(), n, 1, bias.data(), c.data(), m, n, k, kThreads});
+}
+
 }  // namespace
 
 int main(int count, char** names) {
-    const std::map<std::string, void (*)()> cases{{"elementwise", elementwise},
-                                                  {"colours", colours},
-                                                  {"decoder", decoder},
-                                                  {"forward", forward},
-                                                  {"attention", attention}};
+    const std::map<std::string, void (*)()> cases{{"elementwise", elementwise}, {"colours", colours},
+                                                  {"decoder", decoder},         {"forward", forward},
+                                                  {"attention", attention},     {"matmul", matmul}};
     const auto found = count == 2 ? cases.find(names[1]) : cases.end();
     if (found == cases.end()) return 2;
     found->second();

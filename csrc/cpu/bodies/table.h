@@ -10,6 +10,7 @@
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
+#include "matmul.h"
 #include "norm.h"
 #include "quantize.h"
 
@@ -65,6 +66,7 @@ constexpr Ops make_ops(const char* isa) {
              forward_kernels<Bf16Blocks, float>(gemm<KindOfInt8, Bf16Blocks::Element>, sizeof(KindOfInt8::Input),
                                                 round_rows<KindOfInt8, Bf16Blocks::Element>)},
             checksum,
+            {kTile, kMatmulRows * (kTile + kMatmulDepth), matmul_pack, matmul_strip},
             kPairs};
 }
 
