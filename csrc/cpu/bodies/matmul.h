@@ -57,7 +57,7 @@ void matmul_strip(const MatmulParams& p, int64_t k, int64_t row, int64_t rows, c
                     {reinterpret_cast<const char*>(a + from * kMatmulRows + i * kSumOf), kSumOf * 4, kLineBytes,
                      reinterpret_cast<const char*>(packed + from * kTile), least(kSumOf, depth - from),
                      sums + i * kTile, kTile, from == 0},
-                    (columns + 31) / 32 * 32 / kLanes);
+                    least(kTile, (columns + 31) / 32 * 32) / kLanes);
         for (int64_t i = 0; i < rows; ++i) {
             float* c = p.c + (row + i) * p.n + n;
             sweep<1>(columns, [&](int64_t j, int, auto part) {
