@@ -70,7 +70,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _covered(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the kernel takes it; the rule is in ``OPS`` in words."""
-    if not dispatch.eager() or not x.is_cpu or dispatch.autocast_dtype(x) != torch.float32:
+    if not dispatch.eager() or x.numel() < backend.OPS["linear"].least_cpu:  # the cheap question first
+        return False
+    if not x.is_cpu or dispatch.autocast_dtype(x) != torch.float32:
         return False
     return x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
 

@@ -18,6 +18,8 @@ int isas(Isa* out) {
     return count;
 }
 
+bool by_amd() { return false; }
+
 const Ops& ops() {
     const Ops* table = chosen.load(std::memory_order_relaxed);
     return table != nullptr ? *table : *every[count - 1].table;
