@@ -148,10 +148,10 @@ def test_ctrl_c_keeps_what_is_finished(
         if done == 4 and not computing:
             raise KeyboardInterrupt
 
-    def interrupted(model: Any, some: torch.Tensor, labels: Any = None) -> torch.Tensor:
+    def interrupted(model: Any, some: torch.Tensor, *rest: Any) -> torch.Tensor:
         if computing and torch.equal(some, tokens[4:6]):
             raise KeyboardInterrupt
-        return image_nats(model, some, labels)
+        return image_nats(model, some, *rest)
 
     monkeypatch.setattr(scoring, "image_nats", interrupted)
     if ahead:
@@ -170,11 +170,11 @@ def test_where_memory_does_not_suffice_there_are_fewer_at_a_time(
 ) -> None:
     sizes: list[int] = []
 
-    def little(model: Any, some: torch.Tensor, labels: Any = None) -> torch.Tensor:
+    def little(model: Any, some: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(len(some))
         if len(some) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return image_nats(model, some, labels)
+        return image_nats(model, some, *rest)
 
     whole = pipeline.score_tokens(tokens)
     monkeypatch.setattr(scoring, "image_nats", little)
