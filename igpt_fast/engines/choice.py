@@ -102,6 +102,6 @@ FORWARDS: dict[str, str] = {
     "cpu": "for CPU models in fp32, bf16 or fp16 (computed in fp32) and eval mode, without gradient, as the decoder"
     " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; sequences of"
     " 8 positions or more, or 8 of them at most; no compiling or transforms; features and likelihoods in 8 bits by"
-    " dtype='int8'",
+    " dtype='int8', which the plain levels (generic, neon) compute slower than fp32",
     "torch": "for everything else",
 }
