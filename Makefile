@@ -48,7 +48,7 @@ sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --soak tests/native/test_sanitizers.py
 
 mutate: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) -m mutation --every $(EVERY) tests/emulator tests/native
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --dist=worksteal -m mutation --every $(EVERY) tests/emulator tests/native
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -83,11 +83,11 @@ check-arm: $(VENV)/installed-dev
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png
-	rm -f $(VENV)/installed $(VENV)/installed-dev $(VENV)/installed-bench
+	rm -f $(addprefix $(VENV)/,compiled installed installed-dev installed-bench)
 	find igpt_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment without a working pip, such as one that was interrupted, is made anew; a folder that is none is
-# left to venv, which deletes nothing. Torch comes first: the longest step, and the same for every later one.
+# left to venv, which deletes nothing.
 $(VENV)/ready: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "igpt_fast needs Python 3.11 or later as $(PYTHON); try make PYTHON=python3.12" >&2; exit 1; }
@@ -95,20 +95,24 @@ $(VENV)/ready: constraints.txt
 		|| { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
 		|| $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
-	@echo "installing torch into $(VENV)"
-	@$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) install -c constraints.txt scikit_build_core pybind11 cmake ninja
 	@touch $@
 
-$(VENV)/installed: $(VENV)/ready $(NATIVE)
-	@echo "building and installing igpt_fast"
-	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e .
+# All cores compile, into build/, while one unpacks torch and all else; then the module is there for the package.
+$(VENV)/installed $(VENV)/installed-dev: $(VENV)/ready $(NATIVE)
+	@echo "building igpt_fast, and installing it and torch into $(VENV)"
+	@$(MAKE) --no-print-directory -j2 $(VENV)/compiled $(subst installed,packages,$@)
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@ $(VENV)/installed
+
+$(VENV)/compiled: $(VENV)/ready $(NATIVE)
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w build .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/ready $(NATIVE)
-	@echo "building and installing igpt_fast with the development extra"
-	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
-	@touch $@ $(VENV)/installed
+$(VENV)/packages $(VENV)/packages-dev: $(VENV)/ready pyproject.toml
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -C wheel.cmake=false \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".$(if $(filter %-dev,$@),[dev])"
+	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
 	@echo "installing the peers of the benchmarks"

@@ -51,7 +51,7 @@ class Op:
         otherwise: What of PyTorch runs where there is none.
         covers_cpu: As ``covers``, of the native implementation on the CPU; empty: everything.
         least_cpu: Elements of the first tensor from which that one serves it: below, a call costs as much as the work.
-        least_queries_cpu: As ``least_cpu``, of attention: queries in bf16, of which fp32 takes four times as many.
+        least_queries_cpu: As ``least_cpu``, of attention: queries in bf16 without tiles; fp32 takes four times as many.
         fuses: A compiler can put its definition into one kernel with what stands beside it: ``dispatch.decomposes``.
     """
 
@@ -66,6 +66,7 @@ class Op:
 
 # Below, a kernel on the CPU is not a seventh faster than what torch has: benchmarks/bench_ops.py.
 LEAST_CPU = 1 << 16
+NEVER = 1 << 62  # as least_cpu: nowhere on this processor is the kernel known to be faster
 
 # Every op of igpt_fast.ops: each file there adds the rows of its ops.
 OPS: dict[str, Op] = {}
@@ -378,12 +379,13 @@ def no_products(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why products of numbers of a dtype on a device are computed in float32; ``None`` where they are not.
 
     On a CPU that does not multiply such numbers torch's products of them take up to forty times as long. The
-    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16.
+    instruction set that is in use decides; where there is no compiled module, none is known to lack bfloat16. The
+    backend ``reference`` leaves all as it is.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or get_backend() == "reference":
         return None
     if dtype == torch.float16:
-        return "no instruction set here multiplies float16"
+        return "this package multiplies no float16 on a CPU"
     if dtype != torch.bfloat16 or _C is None or _C.cpu_bf16_products():
         return None
     return f"the instruction set {_C.cpu_isa()!r} does not multiply bfloat16"

@@ -48,6 +48,13 @@ def finite_number(
     return float(value)
 
 
+def true_or_false(name: str, value: Any) -> bool:
+    """An argument as it is; TypeError, whose message starts with ``name``, unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}; want True or False")
+    return value
+
+
 def _bound(number: int) -> str:
     """Large ones as powers of two."""
     power = number.bit_length()

@@ -37,6 +37,8 @@ def implementation(op: str, device_type: str) -> tuple[str, str]:
     if reason is not None:
         return "reference", reason
     assert backend._C is not None
+    if device_type == "cpu" and entry.least_cpu == backend.NEVER:
+        return entry.otherwise, "the kernel is not known to be faster on this processor"
     if device_type == "cpu":
         least = f"; {entry.least_cpu:,} elements or more" if entry.least_cpu else ""
         return f"native ({backend._C.cpu_isa()})", f"for {entry.covers_cpu}{least}" if entry.covers_cpu else ""

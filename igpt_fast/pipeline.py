@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import whole_number
+from igpt_fast.checks import true_or_false, whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
@@ -161,9 +161,9 @@ class Pipeline:
                 CPU; see ``CpuDecoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"`` with keys as
                 well (on a GPU, of models in bfloat16 or float16; see ``CudaDecoder``). ``None`` draws in the model's
                 own dtype.
-            speculate: Whether an image that is drawn alone is guessed ahead where that is faster: the same image,
-                sooner; see ``sampling.speculation``. On the CPU, in float32 and int8; ``settings["kept_per_step"]`` of
-                the result has the pixels that a step gave.
+            speculate: Whether an image that is drawn alone is guessed ahead: the same image, sooner where pixels can be
+                foreseen, up to 8 % later where none can; see ``sampling.speculation``. On the CPU, in float32 and
+                int8; ``settings["kept_per_step"]`` of the result has the pixels that a step gave.
             progress: Called with the number of pixels drawn so far and in all.
 
         Raises:
@@ -381,7 +381,7 @@ class Pipeline:
         each = 1 if images is None else n
         return Request(
             *(height, width, given, images, kept, classes, each, candidates, first),
-            *(seed, sampling, scale, batch_size, dtype, speculate),
+            *(seed, sampling, scale, batch_size, dtype, true_or_false("speculate", speculate)),
         )
 
     def start(self, request: Request, progress: Progress | None = None) -> Stream:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_TEMPERATURE = 2.0**-149  # float32's; what is below it is 0, the likeliest
 MAX_TEMPERATURE = torch.finfo(torch.float32).max  # sampling divides in fp32
 LARGEST_E4M3 = 448.0
 # Devices that have no float64, or may have none: what is defined in it is computed on the CPU for their tensors.
@@ -243,6 +244,13 @@ def _with_new(cache: Tensor, scales: Tensor | None, new: Tensor, place: Tensor, 
     return dequantize_e4m3(cache, scales, dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight + bias``, as one product of matrices; see ``ops.linear``."""
+    rows = x.reshape(-1, x.shape[-1])  # (rows, n_in)
+    y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)  # (rows, n_out)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,
@@ -367,7 +375,7 @@ def _draw(
     if logits.device.type in WITHOUT_FLOAT64:
         drawn = _draw(logits.cpu(), uniform.cpu(), temperature, top_k, top_p, min_score)
         return drawn.to(logits.device)
-    if temperature < 2.0**-149:
+    if temperature < LEAST_TEMPERATURE:
         return logits.to(torch.float32).argmax(dim=-1)
     return inverted(cumulative_weights(logits, temperature, top_k, top_p, min_score), uniform)
 
@@ -439,7 +447,7 @@ def sample_settings(
     """What ``sample_step`` reads, (7,) int64: the seed's bits; those of float64 top_p, 1 for none, temperature, and
     ``least_score`` of min_p; top_k, 0 for none; offset; first.
     """
-    least = 0.0 if temperature < 2.0**-149 else min(temperature, MAX_TEMPERATURE)
+    least = 0.0 if temperature < LEAST_TEMPERATURE else min(temperature, MAX_TEMPERATURE)
     numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
     return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
 

@@ -10,6 +10,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never reach for the network
 # Networks this small are slower on several threads, and far slower on busy cores. Tests of threads ask for theirs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, each of which imports torch
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import compiling

@@ -11,13 +11,14 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compiling
+import compiling_cpu
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
 DRIVER = ROOT / "tests" / "native" / "portable.cpp"
 CROSS = shutil.which("aarch64-linux-gnu-g++")
-HERE = shutil.which("g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # As CMakeLists.txt has it.
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off", "-fopenmp")
@@ -113,14 +114,13 @@ def bound(level: str, name: str) -> float:
 
 
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (Debian: qemu-user)")
-@pytest.mark.skipif(HERE is None, reason="g++ is not installed")
+@pytest.mark.skipif(compiling.unavailable() is not None, reason=str(compiling.unavailable()))
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64")
 def test_computes_what_the_plain_level_does_here(objects: list[Path], tmp_path: Path) -> None:
-    """Clusters are equal; the rest up to rounding, and the C libraries' expf differ. Here without OpenMP, by pool.h."""
+    """Clusters are equal; the rest up to rounding, and the C libraries' expf differ."""
     run(CROSS, *FLAGS, "-static", "-I", ROOT / "csrc", DRIVER, *objects, "-o", tmp_path / "there")
-    pool = ("-fno-openmp", "-Wno-unknown-pragmas", "-pthread")
-    run(HERE, *FLAGS, *pool, "-I", ROOT / "csrc", DRIVER, *sources(), "-o", tmp_path / "here")
-    want = numbers(run(tmp_path / "here", "generic"))
+    program = compiling_cpu.build(("generic",), program="portable")
+    want = numbers(run(program, "generic"))
     assert len(set(want["logits-fp32"])) > 80
     for processor, names in PROCESSORS.items():
         assert tuple(run(QEMU, "-cpu", processor, tmp_path / "there").split()) == names

@@ -28,4 +28,4 @@ def test_regions_are_whole(sanitizer: str | None, tmp_path: Path) -> None:
     before = compiling.launcher() if sanitizer else ()
     done = subprocess.run([*before, str(program)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "alone 1500\nat once 600\nchild 7\n"
+    assert done.stdout == "alone 1500\nat once 600\nchild 7\nlate 1\n"

@@ -92,6 +92,12 @@ struct CausalAttentionBwd : Cpu<cpu::causal_attention_bwd> {
         named<P, &P::of, &Of::format>("dtype") + named<P, &P::of, &Of::threads>("place");
 };
 
+struct Matmul : Cpu<cpu::matmul> {
+    static constexpr auto fields = members<P, &P::a, &P::a_row, &P::a_column, &P::b, &P::b_row, &P::b_column, &P::bias,
+                                           &P::c, &P::m, &P::n, &P::k> +
+                                   place<P>;
+};
+
 }  // namespace
 
 void bind_cpu(pybind11::module_& m) {
@@ -105,6 +111,7 @@ void bind_cpu(pybind11::module_& m) {
     def<Dequantize>(m, "dequantize_cpu");
     def<CausalAttentionFwd>(m, "causal_attention_fwd_cpu");
     def<CausalAttentionBwd>(m, "causal_attention_bwd_cpu");
+    def<Matmul>(m, "matmul_cpu");
     m.def(
         "crc32c",
         [](uintptr_t address, size_t bytes, uint32_t before) {

@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
         .def("begin", &GivingWay::begin, "time"_a)
         .def("look", &GivingWay::look, "time"_a, "contended"_a);
     m.def("cpu_isas", &cpu_isas, "Names of the compiled instruction sets and whether this processor has them.");
+    m.attr("by_amd") = igpt::cpu::by_amd();
     m.def("cpu_isa", [] { return std::string(igpt::cpu::ops().isa); });
     m.def("cpu_bf16_products", [] { return igpt::cpu::ops().bf16_products; });
     m.def("select_cpu_isa", [](const std::string& name) { return igpt::cpu::select_isa(name.c_str()); });

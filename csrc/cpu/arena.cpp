@@ -29,4 +29,13 @@ Arena::Arena(size_t bytes) : size_(bytes) {
 
 void Arena::Unmap::operator()(char* block) const { munmap(block, bytes); }
 
+char* workspace(int64_t bytes) {
+    static thread_local Arena memory;
+    if (int64_t(memory.size()) < bytes) {
+        memory = Arena();  // the old one goes before the new one comes
+        memory = Arena(size_t(bytes));
+    }
+    return memory.data();
+}
+
 }  // namespace igpt::cpu

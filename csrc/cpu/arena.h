@@ -49,4 +49,8 @@ class Arena {
     std::unique_ptr<char, Unmap> block_;  // what was mapped
 };
 
+// At least `bytes`, kept by the calling thread for its next call: pages of new memory cost more than a short call. What
+// was there is the caller's until then.
+char* workspace(int64_t bytes);
+
 }  // namespace igpt::cpu

@@ -13,26 +13,21 @@ namespace {
 
 constexpr int64_t kQueries = 128;  // the fewest of a share: every share packs the keys and values it sees
 
-// At least `bytes`, kept by the calling thread for its next call: pages of new memory cost more than a short call.
-char* workspace(int64_t bytes) {
-    static thread_local Arena memory;
-    if (int64_t(memory.size()) < bytes) {
-        memory = Arena();  // the old one goes before the new one comes
-        memory = Arena(size_t(bytes));
-    }
-    return memory.data();
-}
-
-// Calls work(item, scratch of its thread) for all items, the last first: those are the longest.
+// Calls work(item, scratch of its thread) for all items, the last first: those are the longest. What is stored in fp32
+// may be denormal.
 template <class Work>
-void share_out(int64_t items, int wanted, int64_t scratch, Work work) {
+void share_out(int64_t items, Format format, int wanted, int64_t scratch, Work work) {
     const int threads = int(std::min<int64_t>(usable_threads(wanted), items));
     const int64_t each = padded(scratch, 4096);
     char* memory = workspace(each * threads);
     std::atomic<int64_t> left{items};
-    in_region(threads, [&](int index, int) {
-        for (int64_t i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;) work(i, memory + each * index);
-    });
+    in_region(
+        threads,
+        [&](int index, int) {
+            for (int64_t i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;)
+                work(i, memory + each * index);
+        },
+        format != Format::fp32);
 }
 
 const CausalAttentionKernels& kernels_for(Format format) {
@@ -51,7 +46,7 @@ void causal_attention_fwd(const CausalAttentionParams& p) {
     const int64_t most = (p.t_q + kQueries - 1) / kQueries, wanted = (4 * int64_t(p.threads) + heads - 1) / heads;
     const int64_t shares = p.threads == 1 || heads >= 2 * p.threads ? 1 : std::min(most, wanted);
     const int64_t strips = (p.t_q + 31) / 32;
-    share_out(heads * shares, p.threads, kernels.fwd_scratch(p), [&](int64_t item, char* scratch) {
+    share_out(heads * shares, p.format, p.threads, kernels.fwd_scratch(p), [&](int64_t item, char* scratch) {
         const int64_t share = item / heads;
         kernels.fwd(p, item % heads, strips * share / shares * 32, std::min(p.t_q, strips * (share + 1) / shares * 32),
                     scratch);
@@ -62,7 +57,7 @@ void causal_attention_bwd(const CausalAttentionGradParams& p) {
     const CausalAttentionKernels& kernels = kernels_for(p.of.format);
     const int64_t heads = p.of.batch * p.of.heads;
     if (heads <= 0 || p.of.t_k <= 0) return;
-    share_out(heads, p.of.threads, kernels.bwd_scratch(p.of),
+    share_out(heads, p.of.format, p.of.threads, kernels.bwd_scratch(p.of),
               [&](int64_t head, char* scratch) { kernels.bwd(p, head, scratch); });
 }
 

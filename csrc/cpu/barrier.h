@@ -1,4 +1,4 @@
-// A barrier for the threads of one OpenMP region, which meet a hundred times in a millisecond.
+// A barrier for the threads of one region, which meet a hundred times in a millisecond.
 #pragma once
 
 #ifdef __linux__

@@ -9,26 +9,9 @@
 namespace igpt::cpu {
 namespace {
 
-constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
-
 uint64_t mix(uint64_t state, uint64_t word) {
     state ^= word;
-    return (state << 29 | state >> 35) * kOdd;
-}
-
-uint64_t checksum(const char* data, size_t bytes) {
-    constexpr size_t chains = 8;  // a multiplication waits for the one before
-    uint64_t state[chains] = {}, words[chains];
-    size_t at = 0;
-    for (; at + sizeof words <= bytes; at += sizeof words) {
-        std::memcpy(words, data + at, sizeof words);
-        for (size_t i = 0; i < chains; ++i) state[i] = mix(state[i], words[i]);
-    }
-    std::memset(words, 0, sizeof words);
-    std::memcpy(words, data + at, bytes - at);
-    uint64_t all = bytes;
-    for (size_t i = 0; i < chains; ++i) all = mix(all, mix(state[i], words[i]));
-    return all;
+    return (state << 29 | state >> 35) * 0x9e3779b97f4a7c15u;
 }
 
 // [n][b]: what the byte b, with n bytes of zero behind it, adds to a CRC.
@@ -90,8 +73,10 @@ std::vector<uint64_t> checksums(const std::vector<std::pair<uintptr_t, size_t>>&
     for (const auto& [address, bytes] : blocks)
         for (size_t at = 0; at < bytes; at += part) parts.push_back({address + at, std::min(part, bytes - at)});
     std::vector<uint64_t> sums(parts.size()), out;
-    for_each(int64_t(parts.size()), usable_threads(threads),
-             [&](int64_t i) { sums[i] = checksum(reinterpret_cast<const char*>(parts[i].first), parts[i].second); });
+    const auto sum = ops().checksum;
+    for_each(int64_t(parts.size()), usable_threads(threads), [&](int64_t i) {
+        sums[i] = sum(reinterpret_cast<const char*>(parts[i].first), int64_t(parts[i].second));
+    });
     size_t next = 0;
     for (const auto& block : blocks) {
         out.push_back(0);

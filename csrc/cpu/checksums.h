@@ -8,8 +8,8 @@
 
 namespace igpt::cpu {
 
-// A number for what lies in each block of memory, (address, bytes): it changes when a byte changes, but once in 2^64
-// times.
+// A number for what lies in each block of memory, (address, bytes), on one instruction set: another one for other
+// bytes, but once in 2^64 times.
 std::vector<uint64_t> checksums(const std::vector<std::pair<uintptr_t, size_t>>& blocks, int threads);
 
 // CRC-32C (Castagnoli; RFC 3720, B.4) of what came before, whose CRC is `before` (0: nothing), and these bytes: by the

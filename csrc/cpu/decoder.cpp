@@ -291,14 +291,22 @@ void Decoder::reserve(int threads) {
 }
 
 void Decoder::check_free(int64_t count) const {
-    if (count < 0 || position_ + count > capacity_)
-        throw std::out_of_range("decoder: " + std::to_string(position_ + count) +
-                                " positions do not fit into capacity " + std::to_string(capacity_));
+    if (count < 0 || count > capacity_ - position_)
+        throw std::out_of_range("decoder: " + std::to_string(count) + " positions behind " + std::to_string(position_) +
+                                " do not fit into capacity " + std::to_string(capacity_));
+}
+
+void Decoder::check_tokens(const int64_t* tokens, int64_t count) const {
+    for (int64_t b = 0; b < count; ++b)
+        if (tokens[b] < 0 || tokens[b] >= weights_->shape.vocab)
+            throw std::invalid_argument("decoder: token " + std::to_string(tokens[b]) + " is not in 0.." +
+                                        std::to_string(weights_->shape.vocab - 1));
 }
 
 void Decoder::step(const int64_t* tokens, float* logits, int threads) {
     const Busy busy(busy_);
     check_free(1);
+    check_tokens(tokens, batch_);
     count_ = batch_;
     run(tokens, logits, threads);
     ++position_;
@@ -309,17 +317,14 @@ void Decoder::step_rows(const int64_t* tokens, int64_t count, float* logits, int
     if (batch_ != 1) throw std::logic_error("decoder: several positions are read of a single sequence alone");
     if (count < 1) throw std::invalid_argument("decoder: " + std::to_string(count) + " rows are out of range");
     check_free(count);
-    if (count > room_) make_rows(count);
+    check_tokens(tokens, count);
+    if (count > room_) make_rows(std::min(capacity_, std::max(count, 2 * room_)));
     count_ = count;
     run(tokens, logits, threads);
     position_ += count;
 }
 
 void Decoder::run(const int64_t* tokens, float* logits, int threads) {
-    for (int64_t b = 0; b < count_; ++b)
-        if (tokens[b] < 0 || tokens[b] >= weights_->shape.vocab)
-            throw std::invalid_argument("decoder: token " + std::to_string(tokens[b]) + " is not in 0.." +
-                                        std::to_string(weights_->shape.vocab - 1));
     const int wanted = usable_threads(threads);
     reserve(wanted);
     Barrier barrier;

@@ -12,7 +12,7 @@
 
 namespace igpt::cpu {
 
-// The state of `batch` sequences, all at the same position. A step is one OpenMP region.
+// The state of `batch` sequences, all at the same position. A step is one region of threads.
 //
 // A fork makes `copies` sequences of each. They share the positions before it, the primer, which are stored once and
 // stay as they are; what follows is in caches of their own. Sequence j of primer i is sequence i copies + j.
@@ -56,7 +56,7 @@ class Decoder {
         const DecoderShape& s = weights_->shape;
         return {batch_, s.heads, s.head_dim(), s.vocab - 1};
     }
-    size_t bytes() const { return primer_.bytes() + own_.bytes(); }
+    size_t bytes() const { return primer_.bytes() + own_.bytes() + rows_.size() + scratch_block_.size(); }
 
   private:
     friend class Worker;
@@ -79,6 +79,7 @@ class Decoder {
     void run(const int64_t* tokens, float* logits, int threads);
     void reserve(int threads);
     void check_free(int64_t count) const;
+    void check_tokens(const int64_t* tokens, int64_t count) const;
 
     const std::shared_ptr<const DecoderWeights> weights_;
     const int64_t primers_, capacity_;

@@ -31,7 +31,8 @@ struct Matrix {
 };
 
 // The inputs of a product, one row for a sequence. Where the instruction set multiplies bytes, int8 weights meet
-// each row as 15 bits: x = scale (128 (high - 128) + low); where it multiplies 16-bit integers, x = scale half.
+// each row as 15 bits: x = scale (128 (high - 128) + low), NEON's as 14 and a sign: x = scale (128 high + low), high
+// signed; where it multiplies 16-bit integers, x = scale half.
 struct Rows {
     const float* x;
     int64_t ld;  // from row to row, of all four

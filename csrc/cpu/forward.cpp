@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,6 +35,7 @@ constexpr int64_t kSpan = 512 << 10;  // bytes: of a span's activations, and of 
 constexpr int64_t kSlice = 512;       // outputs of fc, inputs of fc_proj, at a time
 constexpr int64_t kTeamRows = 128;    // of a team at least, before there is a second one
 constexpr int64_t kMostRows = 2048;
+constexpr int64_t kMostPositions = int64_t{1} << 40;  // of a call: sizes beyond are no memory's
 
 // Rows of a span: fewer of wide ones.
 int64_t span_rows(const DecoderShape& s, Format activations) {
@@ -425,11 +427,13 @@ std::unique_ptr<Forward::Space> Forward::take(int64_t rows, int threads) const {
 
 void Forward::run(const ForwardParams& params, int threads) const {
     const DecoderShape& s = weights_->shape;
-    if (params.batch < 1 || params.length < 1 || params.length > s.positions)
+    if (params.length < 1 || params.length > s.positions || params.batch < 1 ||
+        params.batch > kMostPositions / params.length)
         throw std::invalid_argument("forward: " + std::to_string(params.batch) + " sequences of " +
                                     std::to_string(params.length) + " positions");
     const int64_t* end = params.taken + params.takes;
-    if (params.layers < 0 || params.layers > s.layers || !std::is_sorted(params.taken, end) ||
+    const bool ascending = std::adjacent_find(params.taken, end, std::greater_equal<>()) == end;
+    if (params.layers < 0 || params.layers > s.layers || !ascending ||
         (params.takes > 0 && (*params.taken < 0 || end[-1] > params.layers)))
         throw std::invalid_argument("forward: " + std::to_string(params.layers) + " layers of " +
                                     std::to_string(s.layers) + ", or what is taken lies behind none of them");

@@ -15,7 +15,7 @@ struct ForwardParams {
     // Of the format of the weights, fp32 where these are int8, any of them null: (batch, length, embd), behind these
     // layers and the final norm; and, both or neither, (layers, batch, heads, length, head_dim).
     void *last, *keys, *values;
-    // What is taken on the way: where so many layers lie behind, ascending, at most `layers`; either the residual, or
+    // What is taken on the way: where so many layers lie behind, each more, at most `layers`; either the residual, or
     // as the norm that comes next gives it, which is the next layer's first one or the final one.
     const int64_t* taken;
     int64_t takes;
@@ -31,7 +31,7 @@ class Forward {
     explicit Forward(std::shared_ptr<const DecoderWeights> weights);
     ~Forward();
 
-    // One OpenMP region; any number of calls at once. Throws std::bad_alloc, std::invalid_argument for a size and
+    // One region of threads; any number of calls at once. Throws std::bad_alloc, std::invalid_argument for a size and
     // std::out_of_range for a token that is out of range.
     void run(const ForwardParams& params, int threads) const;
 

@@ -2,7 +2,7 @@
 // No torch, no pybind11: addresses and sizes only. Layouts stand beside each Params.
 //
 // An op is two parts. Its driver (quantize.cpp) is compiled once, for the plainest processor: it allocates, opens
-// the one OpenMP region and may throw. Its body (bodies/quantize.h) is compiled by every isa/*.cpp with that file's
+// the one region of threads and may throw. Its body (bodies/quantize.h) is compiled by every isa/*.cpp with that file's
 // flags and works on one thread's share with memory it is given. A body uses nothing of the standard library: the
 // linker keeps one copy of an inline function or template for the whole module, and it could keep the AVX-512 one.
 #pragma once
@@ -11,6 +11,7 @@
 #include "decoder_kernels.h"
 #include "elementwise_kernels.h"
 #include "forward_kernels.h"
+#include "matmul_kernels.h"
 #include "quantize_kernels.h"
 
 namespace igpt::cpu {
@@ -24,6 +25,8 @@ struct Ops {
     CausalAttentionKernels causal_attention[2];  // by Format: fp32, bf16
     ElementwiseKernels elementwise;
     ForwardKernels forward[3];  // by the format of the weights: fp32, bf16, int8
+    uint64_t (*checksum)(const char* data, int64_t bytes);
+    MatmulKernels matmul;
     bool bf16_products;  // whether the processor multiplies bf16: where not, products of such numbers are in fp32
 };
 
@@ -54,11 +57,14 @@ int isas(Isa* out);
 // The table in use: the fastest supported one, or what `select_isa` chose.
 const Ops& ops();
 
+// Whether the processor is one of AMD's, for which Intel's libraries have other code than for theirs.
+bool by_amd();
+
 // Chooses a table by name. False when it is unknown or this processor lacks it.
 bool select_isa(const char* name);
 
 // `wanted`, or the processors that this process may use where those are fewer, or fewer while others want them too, or
-// 1 in a forked child: OpenMP's threads do not survive a fork, and a region would wait for them forever.
+// 1 in a forked child: a region's other threads do not survive a fork, and it would wait for them forever.
 int usable_threads(int wanted);
 
 }  // namespace igpt::cpu

@@ -1,5 +1,4 @@
-// Threads of our own, where the compiler has no OpenMP (Apple's clang). Never beside OpenMP's: two pools would take
-// each other's processors.
+// Threads of our own, where the compiler has no OpenMP (Apple's clang): there a second pool beside torch's.
 #pragma once
 
 namespace igpt::cpu {

@@ -16,27 +16,27 @@
 namespace igpt::cpu {
 namespace {
 
-// Flushes denormals in this thread while it lives: the far tails of a softmax or an activation hold them, at a hundred
-// cycles each.
+// Flushes denormals, if told to, in this thread while it lives: the far tails of a softmax or an activation hold them,
+// at a hundred cycles each.
 class FlushDenormals {
   public:
 #if defined(__x86_64__)
-    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    explicit FlushDenormals(bool really) : before_(_mm_getcsr()) { _mm_setcsr(before_ | (really ? 0x8040 : 0)); }
     ~FlushDenormals() { _mm_setcsr(before_); }
 
   private:
     unsigned before_;
 #elif defined(__aarch64__)
-    FlushDenormals() {
+    explicit FlushDenormals(bool really) {
         asm volatile("mrs %0, fpcr" : "=r"(before_));
-        asm volatile("msr fpcr, %0" ::"r"(before_ | 1ul << 24));  // FZ
+        asm volatile("msr fpcr, %0" ::"r"(before_ | uint64_t{really} << 24));  // FZ
     }
     ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
 
   private:
     uint64_t before_;
 #else
-    FlushDenormals() {}
+    explicit FlushDenormals(bool) {}
 #endif
 };
 
@@ -60,13 +60,13 @@ void in_threads(int wanted, Work work) {
 #endif
 }
 
-// The same without denormals, and with an eye on other processes.
+// The same without denormals, unless they are kept, and with an eye on other processes.
 template <class Work>
-void in_region(int wanted, Work work) {
+void in_region(int wanted, Work work, bool flush = true) {
     Watch watch(wanted);
     in_threads(wanted, [&](int index, int count) {
         watch.look();
-        const FlushDenormals flush;
+        const FlushDenormals here(flush);
         work(index, count);
     });
 }

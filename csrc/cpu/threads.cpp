@@ -1,4 +1,4 @@
-// How many OpenMP threads a region may have: what is asked for, no more than the processors that may run them, and
+// How many threads a region may have: what is asked for, no more than the processors that may run them, and
 // fewer while others want those.
 #include "threads.h"
 

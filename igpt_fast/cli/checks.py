@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from igpt_fast.cli import terminal
 from igpt_fast.files import check_writable
 
 if TYPE_CHECKING:
     import torch
 
     from igpt_fast.image import ImageGPTImageProcessor
-    from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 
 Paths = Positional[tuple[Path, ...]]
 
@@ -79,14 +77,6 @@ def choose_backend(name: str) -> None:
         raise UsageError(f"--backend is {name!r}; want one of {', '.join(backend.BACKENDS)}")
     if name != "auto":  # auto leaves what IGPT_FAST_BACKEND chose
         backend.set_backend(name)
-
-
-def say_precision(config: TrainConfig | FinetuneConfig, device: torch.device) -> None:
-    """Where a run is in float32 against its settings, a line says so."""
-    from igpt_fast.learning.distributed import autocasts
-
-    if config.bf16 and not autocasts(config, device):
-        terminal.say("igpt: trains in float32 throughout: the processor does not multiply bfloat16 (see igpt env)")
 
 
 @contextlib.contextmanager

@@ -151,12 +151,6 @@ class StaticCache:
         """The keys and values of all layers, (n_layer, B, H, T_max, D) each, what is not filled included."""
         return self._keys, self._values
 
-    def rewind(self, count: int) -> None:
-        """Forgets the last ``count`` positions of every layer; ValueError where there are not so many."""
-        if not 0 <= count <= min(self._lengths, default=0):
-            raise ValueError(f"StaticCache: cannot forget {count} of {self.get_seq_length()} positions")
-        self._lengths = [length - count for length in self._lengths]
-
     def repeat_interleave(self, n: int) -> StaticCache:
         """A cache with n copies of each image, those of the first one first."""
         layers, batch, heads, length, dim = self._keys.shape

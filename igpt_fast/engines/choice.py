@@ -94,14 +94,15 @@ DECODERS: dict[str, str] = {
     " and fp16, else torch's products with the rest fused; CUDA graphs",
     "cpu": "for CPU models in fp32, bf16 or fp16 (packed wider, in fp32), and dtype='int8'; quick_gelu, gelu, gelu_new;"
     " n_embd a multiple of 16, n_inner of 8, head_dim of 8 to 256; nothing around a module or in its place;"
-    " an image alone is guessed ahead and drawn exactly, in fp32 and, where bytes are multiplied, int8",
+    " an image alone is guessed ahead and drawn exactly, in fp32 and, where integers are multiplied, int8",
     "reference": "for everything else that is causal: it calls the model, and with it whatever is around it",
 }
 # Every forward pass of igpt_fast.engines.cpu.forward, the faster one first: what it covers.
 FORWARDS: dict[str, str] = {
     "cpu": "for CPU models in fp32, bf16 or fp16 (computed in fp32) and eval mode, without gradient, as the decoder"
-    " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; sequences of"
-    " 8 positions or more, or 8 of them at most; no compiling or transforms; features and likelihoods in 8 bits by"
-    " dtype='int8', which the plain levels (generic, neon) compute slower than fp32",
+    " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; in fp32"
+    " a sequence of 8 positions or more, or several of 24, in bf16 and fp16 of 8 or 8 of them at most; no compiling or"
+    " transforms; features and likelihoods in 8 bits by dtype='int8',"
+    " which the plain levels (generic, neon) compute slower than fp32",
     "torch": "for everything else",
 }

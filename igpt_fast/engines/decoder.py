@@ -171,17 +171,19 @@ class Decoder(ABC):
         raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
 
     def rewind(self, count: int) -> None:
-        """Forgets the last ``count`` positions, of those that ``step_rows`` has read last.
+        """Forgets the last ``count`` positions, of those that ``step_rows`` has read last, and what was drawn.
 
         Raises:
             BackendUnavailableError: This decoder has no such step.
+            ValueError: More than these.
         """
         raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
 
     def _check_rows(self, tokens: Tensor) -> None:
-        if self.batch_size != 1 or tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype != torch.int64:
-            got = f"{tuple(tokens.shape)} {tokens.dtype} of {self.batch_size} images"
-            raise ValueError(f"decoder: tokens is {got}; want (W,) int64 of one image, W >= 1")
+        wrong = tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype != torch.int64
+        if self.batch_size != 1 or wrong or tokens.device != self.model.device:
+            got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device} of {self.batch_size} images"
+            raise ValueError(f"decoder: tokens is {got}; want (W,) int64 of one image on the CPU, W >= 1")
 
     @staticmethod
     def position_bytes(model: Model, dtype: str | None) -> PositionBytes:

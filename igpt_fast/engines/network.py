@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.dispatch import LEAST_SCALE
+from igpt_fast.ops.dispatch import LEAST_SCALE, product, widened
 
 Kind = TypeVar("Kind", bound=type)
 BIDIRECTIONAL = "attention is bidirectional"  # why no engine runs a network
@@ -90,6 +91,18 @@ for _kind in (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList):
 Layer = namedtuple("Layer", "ln_1 ln_2 qkv_weight qkv_bias out_weight out_bias fc_weight fc_bias proj_weight proj_bias")
 
 
+# Every forward pass asks for all of them, and nn.Module's own look-up takes six times as long.
+def _part(module: Any, name: str) -> Any:
+    """A module in a module, which may stand in for one that torch knows."""
+    found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def _parameter(module: Any, name: str) -> Any:
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 class Weights(NamedTuple):
     """The parameters of a network whose modules are this package's."""
 
@@ -103,9 +116,11 @@ class Weights(NamedTuple):
         """Those that a network has now."""
         layers = []
         for block in body.h:
-            linear = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-            pairs = (part for layer in linear for part in (layer.weight, layer.bias))
-            layers.append(Layer(block.ln_1.weight, block.ln_2.weight, *pairs))
+            attn, mlp = _part(block, "attn"), _part(block, "mlp")
+            linear = (_part(attn, "c_attn"), _part(attn, "c_proj"), _part(mlp, "c_fc"), _part(mlp, "c_proj"))
+            pairs = (_parameter(layer, name) for layer in linear for name in ("weight", "bias"))
+            norms = (_parameter(_part(block, name), "weight") for name in ("ln_1", "ln_2"))
+            layers.append(Layer(*norms, *pairs))
         return cls(body.wte.weight, body.wpe.weight, body.ln_f.weight, layers)
 
     def each(self) -> list[Tensor]:
@@ -129,26 +144,41 @@ def whole(logits: Tensor, head: nn.Module) -> Tensor:
     return logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 
 
+def logits_of(head: nn.Linear, states: Tensor) -> Tensor:
+    """``head(states)``, in float32 as this package's other products (``dispatch.product``) where nothing but torch's
+    linear layer is there.
+    """
+    if widened(states) is None:
+        return head(states)
+    if torch.compiler.is_compiling():  # which sees a part of what may be in between
+        bare = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    else:
+        bare = why_not_modules(head) is None
+    return product(F.linear, states, head.weight, head.bias) if bare else head(states)
+
+
 def why_not_settings(body: Body, weights: Weights) -> str | None:
     """Whether modules and weights are not those of the configuration, which the packed copy is made from."""
-    config, blocks = body.config, body.h
-    if config.bidirectional or any(block.attn.bidirectional for block in blocks):
+    config, blocks = body.config, list(body.h)
+    attentions = [_part(block, "attn") for block in blocks]
+    if config.bidirectional or any(attn.bidirectional for attn in attentions):
         return BIDIRECTIONAL
     n, inner = config.n_embd, config.inner
     layer = Layer((n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n, inner), (inner,), (inner, n), (n,))
     shapes = [(config.vocab_size, n), (config.n_positions, n), (n,), *config.n_layer * layer]
     # Whether packed copies are those of the weights as they are is asked of the parameters.
-    if any(type(weight) is not nn.Parameter for weight in weights.each()):
+    each = weights.each()
+    if any(type(weight) is not nn.Parameter for weight in each):
         return "a weight is no parameter"
-    if [weight.shape for weight in weights.each()] != shapes:
+    if [weight.shape for weight in each] != shapes:
         return "a weight has another shape than the configuration says"
     activation, eps = ops.check_activation(config.activation_function), config.layer_norm_epsilon
-    norms = [body.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
-    if any(norm.eps != eps for norm in norms) or any(block.mlp.activation != activation for block in blocks):
+    norms = [body.ln_f, *(_part(block, name) for block in blocks for name in ("ln_1", "ln_2"))]
+    if any(norm.eps != eps for norm in norms) or any(_part(block, "mlp").activation != activation for block in blocks):
         return "a norm or an activation is not the configuration's"
-    if any(block.attn.n_head != config.n_head for block in blocks):
+    if any(attn.n_head != config.n_head for attn in attentions):
         return "the heads are not the configuration's"
-    if any(not LEAST_SCALE <= block.attn.scale < math.inf for block in blocks):
+    if any(not LEAST_SCALE <= attn.scale < math.inf for attn in attentions):
         return "the scale of the scores is not a normal, positive float32"
     if body.wte.max_norm is not None or body.wpe.max_norm is not None:
         return "an embedding has a max_norm"
@@ -183,8 +213,9 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
     known: set[type] = set()
     modules: list[Any] = [root]  # not modules(), which takes a millisecond for 24 layers
     for module in modules:
-        modules += [child for child in module._modules.values() if child is not None]
         kind, state, outside = type(module), module.__dict__, around or module is not root
+        if inside := state["_modules"]:
+            modules += [child for child in inside.values() if child is not None]
         if kind not in known:
             if kind not in MODULES:
                 return f"{_name(root, module)} is a {kind.__module__}.{kind.__qualname__}"

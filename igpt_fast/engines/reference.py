@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igpt_fast.engines.cache import StaticCache
 from igpt_fast.engines.decoder import Decoder, cache_dtype, check_dtype, check_fork
-from igpt_fast.engines.network import BIDIRECTIONAL, Model, whole, why_not_modules
+from igpt_fast.engines.network import BIDIRECTIONAL, Model, logits_of, whole, why_not_modules
 
 
 class ReferenceDecoder(Decoder):
@@ -33,29 +33,14 @@ class ReferenceDecoder(Decoder):
         self._next = None
         arguments = {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
         if tokens.shape[1] > 1 and why_not_modules(self.model) is None:
-            return self.model.lm_head(self.model.transformer(tokens, **arguments).last_hidden_state[:, -1])
+            hidden = self.model.transformer(tokens, **arguments).last_hidden_state[:, -1]
+            return logits_of(self.model.lm_head, hidden)
         logits = self.model(tokens, **arguments).logits[:, -1].clone()  # those of a primer's other positions may go
         return whole(logits, self.model.lm_head)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.step``."""
         return self.prefill(tokens[:, None])
-
-    @property
-    def why_not_rows(self) -> str | None:
-        """See ``Decoder.why_not_rows``."""
-        return "the PyTorch model's products round several rows otherwise than one"
-
-    def step_rows(self, tokens: Tensor) -> Tensor:
-        """See ``Decoder.step_rows``: one forward pass, equal to steps up to rounding."""
-        self._check_rows(tokens)
-        self._next = None
-        output = self.model(tokens[None], past_key_values=self._cache, use_cache=True, return_dict=True)
-        return whole(output.logits[0].clone(), self.model.lm_head)
-
-    def rewind(self, count: int) -> None:
-        """See ``Decoder.rewind``."""
-        self._cache.rewind(count)
 
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. Every image takes a copy of its primer's keys and values."""

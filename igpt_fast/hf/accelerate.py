@@ -44,10 +44,12 @@ def accelerate(model: Module) -> Module:
     The modules of the model get other classes, which are subclasses of their own; nothing else changes, neither in the
     model nor outside of it. Norms, attention and activations run on this package's ops, forward and backward, and with
     them training; a forward pass in eval mode, and ``generate`` of one image or several, greedily or with sampling, on
-    its engines where these serve the model: see ``accelerated``. Masks that hide something, attention weights,
-    cross-attention, autocast, and what is exported or traced are left to transformers, as are modules that are hooked,
-    patched or replaced; a second call sees to what has been put in or patched since. An engine keeps a packed
-    copy of the weights on the CPU while the model lives.
+    its engines where these serve the model: see ``accelerated``. Where the processor does not multiply bfloat16 or
+    float16 (``igpt env``), products of ``Conv1D`` are made in float32, under autocast too, and those of the head where
+    its weights are of such numbers. Masks that hide something, attention weights, cross-attention, what else runs under
+    autocast, and what is exported or traced are left to transformers, as are modules that are hooked, patched or
+    replaced; a second call sees to what has been put in or patched since. An engine keeps a packed copy of the weights
+    on the CPU while the model lives.
 
     Numbers agree with transformers' up to rounding. A ``StaticCache``, with which transformers' ImageGPT silently gives
     wrong results, raises ValueError.
@@ -114,9 +116,10 @@ def _served(modules: Any, model: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     kinds = modules.SERVED.items()
     kinds = {**{ours: theirs for theirs, ours in kinds}, **{theirs: theirs for theirs, _ in kinds}}
     drawing = modules.theirs.ImageGPTForCausalImageModeling
-    heads = [module.lm_head for module in model.modules() if isinstance(module, drawing)]
+    heads = [getattr(module, "lm_head", None) for module in model.modules() if isinstance(module, drawing)]
     for module in model.modules():
-        if type(module) in kinds and (type(module) is not nn.Linear or any(module is head for head in heads)):
+        head = type(module) is not nn.Linear or (module.weight.itemsize == 2 and any(module is head for head in heads))
+        if type(module) in kinds and head:
             yield module, kinds[type(module)]
 
 

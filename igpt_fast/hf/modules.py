@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
@@ -28,8 +29,8 @@ from igpt_fast.hf.cache import DecoderCache
 from igpt_fast.hf.twins import model_twin, network_twin
 from igpt_fast.model import ImageGPTModel as OurNetwork
 from igpt_fast.model.layers import Conv1D as OurConv1D
-from igpt_fast.model.layers import Head
 from igpt_fast.ops.activation import KERNELS
+from igpt_fast.ops.dispatch import product
 
 # The class of an activation -> the name of what it computes.
 ACTIVATIONS: dict[type, str] = {type(ACT2FN[name]): name for name in reversed(KERNELS)}
@@ -130,11 +131,13 @@ class Conv1D(TheirConv1D):
 
 @plain
 class Linear(nn.Linear):
-    """As our own head."""
+    """The head of a model in bfloat16 or float16, likewise; in float32 it keeps the class that quantizers look for."""
 
     @signed_as(nn.Linear.forward)
     def forward(self, input: Tensor) -> Tensor:
-        return Head.forward(self, input)  # type: ignore[arg-type]
+        if patched(nn.Linear):
+            return super().forward(input)
+        return product(F.linear, input, self.weight, self.bias)
 
 
 @plain
@@ -345,7 +348,7 @@ def patched(kind: type) -> bool:
     return bool(forward.__module__ != kind.__module__)
 
 
-SERVED |= {TheirConv1D: Conv1D, nn.Linear: Linear}  # of these the heads of models alone
+SERVED |= {TheirConv1D: Conv1D, nn.Linear: Linear}  # of these the heads of models in low precision alone
 
 
 for _kind in (theirs.ImageGPTBlock, TheirConv1D, *ACTIVATIONS):

@@ -207,4 +207,6 @@ def check_same(world: World, what: str) -> None:
     """
     number = zlib.crc32(what.encode())
     if world.agree("same", number) != number:
-        raise ValueError(f"rank {world.rank} was given other settings or other data than rank 0")
+        raise ValueError(
+            f"rank {world.rank} was given other settings or other data than rank 0, or multiplies other numbers"
+        )

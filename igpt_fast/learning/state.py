@@ -302,7 +302,7 @@ class Output:
         if self._new_board is not None:
             self._board = self._board or self._new_board(record["step"])
             for name in record.keys() - {"step"}:
-                if record[name] is not None:
+                if isinstance(record[name], int | float):
                     self._board.add_scalar(name, record[name], record["step"])
             self._board.flush()
 

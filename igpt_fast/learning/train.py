@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -140,12 +141,14 @@ def _train(
     check_writable(out)
     world = world or World()
     identity = same_run(config, data, objective)
-    check_same(world, f"{identity} {execution}")
     device = torch.device(device)
+    bf16 = autocasts(config, device)
+    check_same(world, f"{identity} {execution} {bf16}")
+    if bf16 != config.bf16 and world.first:
+        warnings.warn("trains in float32 throughout: products of bfloat16 are, see igpt env", stacklevel=3)
     captured = captures(config, device, world, execution)
     with own_generators(device), world.watched():
         model = new_model(data, config, objective)
-        bf16 = autocasts(config, device)
         meter = Meter(model, device, config.batch_size, world.size, bf16)
         team = Team(model, device, objective, config, execution, world)
         computed = computed_by(world, execution, "" if bf16 == config.bf16 else ", float32")

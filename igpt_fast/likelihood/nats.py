@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from igpt_fast import ops
-from igpt_fast.engines.network import why_not_modules
+from igpt_fast.engines.network import logits_of, why_not_modules
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.ops.dispatch import WITHOUT_FLOAT64
@@ -61,10 +60,10 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
         if dtype is None:
             hidden = model.transformer(some, use_cache=False, return_dict=True).last_hidden_state  # (b, T, n_embd)
         else:
-            hidden: Any = model.forward_intermediates(some, 1, pool=None, dtype=dtype)[0]
+            hidden = model.forward_intermediates(some, 1, pool=None, dtype=dtype)[0]
         rows = (hidden.flatten(0, 1), targets.reshape(-1), into.view(-1))  # (b * T, n_embd), (b * T), (b * T)
         for states, right, out in zip(*(part.split(_ROWS) for part in rows), strict=True):
-            logits = model.lm_head(states)  # (rows, vocab_size - 1)
+            logits = logits_of(model.lm_head, states)  # (rows, vocab_size - 1)
             if model.config.n_classes:
                 logits = logits[:, : model.config.n_colours].contiguous()
             out.copy_(ops.cross_entropy(logits, right, reduction="none"))
@@ -75,7 +74,8 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for the length of a block; then each of its modules is in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):  # to say it again takes as long as a pixel row of a small model
+        model.eval()
     try:
         yield
     finally:

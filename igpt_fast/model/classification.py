@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache
-from igpt_fast.engines.network import whole
+from igpt_fast.engines.network import logits_of, whole
 from igpt_fast.model.imagegpt import ImageGPTModel, ImageGPTPreTrainedModel, mask_of_keys
-from igpt_fast.model.layers import Head
 from igpt_fast.model.outputs import ImageClassificationOutput
 
 
@@ -34,7 +33,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         config = self.config
         self.num_labels = config.num_labels
         self.transformer = ImageGPTModel(config)
-        self.score: nn.Linear = Head(config.n_embd, config.num_labels)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
         nn.init.normal_(self.score.weight, 0.0, config.initializer_range)
 
     def forward(
@@ -81,7 +80,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.score(base.last_hidden_state.mean(dim=1))  # (B, num_labels)
+        logits = logits_of(self.score, base.last_hidden_state.mean(dim=1))  # (B, num_labels)
         loss = None if labels is None else self._loss(whole(logits, self.score), labels)  # ()
         output = ImageClassificationOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
         return output if return_dict else output.to_tuple()

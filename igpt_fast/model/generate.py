@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from igpt_fast import kin
-from igpt_fast.checks import whole_number
+from igpt_fast.checks import true_or_false, whole_number
 from igpt_fast.draws import Sampling, check_scale
 from igpt_fast.engines.network import Model
 from igpt_fast.model.settings import GenerationSettings, asks_for_nothing, check_names, over, set_in
@@ -85,8 +85,8 @@ class GenerationMixin(GenerationSettings):
                 the CPU; see ``engines.cpu.decoder``); ``"fp8_values"`` with cached values of 8 bits, ``"fp8_cache"``
                 with keys as well (models in bfloat16 or float16 on a GPU; see ``engines.cuda.decoder``). ``None``
                 decodes in the model's own dtype.
-            speculate: ``False`` never guesses tokens ahead; else an image that is drawn alone is where that is faster,
-                which changes none; see ``sampling.speculation``.
+            speculate: ``False`` never guesses tokens ahead; else they are of an image that is drawn alone, where the
+                decoder can verify them, which changes none; see ``sampling.speculation``.
             theirs: Further arguments of transformers' ``generate``, or of the model.
 
         Returns:
@@ -98,8 +98,9 @@ class GenerationMixin(GenerationSettings):
             BackendUnavailableError: Nothing here decodes this model in ``dtype``.
             FloatingPointError: The model's logits are not finite; see ``Drawn.check``.
             MemoryError, RuntimeError: Memory does not suffice for one row, or for all if there is a callback.
-            TypeError: ``input_ids`` is not an integer tensor, or an argument that nobody has, or that transformers
-                has not (``seed``, ``generator``, ``callback``, ``dtype``, ``speculate``) beside one that only it has.
+            TypeError: ``input_ids`` is not an integer tensor, ``speculate`` no bool, or an argument that nobody has,
+                or that transformers has not (``seed``, ``generator``, ``callback``, ``dtype``, ``speculate``) beside
+                one that only it has.
             ValueError: A bad shape, a token out of range, a length out of range, or contradicting options, such as
                 guidance and beams, which transformers would mix up.
 
@@ -266,6 +267,7 @@ def _generate(
             " effect on greedy decoding; pass do_sample=True"
         )
     sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, min_p)
+    speculate = True if speculate is None else true_or_false("generate: speculate", speculate)
     context = _check_context("input_ids", input_ids, model)  # (B, T_0)
     guidance = _guidance(guidance_scale, negative_prompt_ids, context, model)
     steps = _new_tokens(context.shape[1], max_length, max_new_tokens, model.config.n_positions)
@@ -278,7 +280,7 @@ def _generate(
     def part(start: int, stop: int, together: int) -> Iterator[Tensor]:
         rows = slice(start // num_return_sequences, -(-stop // num_return_sequences))
         away = None if guidance is None else Guidance(guidance.scale, guidance.context[rows])
-        options: dict[str, Any] = {"guidance": away, "first": start, "speculate": speculate is not False}
+        options: dict[str, Any] = {"guidance": away, "first": start, "speculate": speculate}
         yield decode(model, context[rows], uniforms[start:stop], sampling, callback, dtype, **options).tokens
 
     whole = callback is not None or count == 0
@@ -354,6 +356,6 @@ def _uniforms(
     if generator is not None:
         numbers = torch.rand(n, steps, generator=generator, dtype=torch.float32, device=generator.device)
         return numbers.to(context.device)
-    streams = RandomStreams(seed, torch.arange(n), 0, steps)
+    streams = RandomStreams(seed, torch.arange(n, device="cpu"), 0, steps)
     # Behind a longer context they are not of the tokens' places in the images.
     return streams if context.shape[1] == 1 else streams.made(context.device)

@@ -20,10 +20,10 @@ from igpt_fast.config import ImageGPTConfig
 from igpt_fast.engines.cache import Cache, DynamicCache
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.encoder_cache import EncoderDecoderCache, encoder_mask
-from igpt_fast.engines.network import plain, whole
+from igpt_fast.engines.network import logits_of, plain, whole
 from igpt_fast.model.generate import GenerationMixin
 from igpt_fast.model.intermediates import IntermediatesMixin
-from igpt_fast.model.layers import Conv1D, Head, ImageGPTBlock, ImageGPTLayerNorm
+from igpt_fast.model.layers import Conv1D, ImageGPTBlock, ImageGPTLayerNorm
 from igpt_fast.model.outputs import BaseModelOutput, CausalImageModelingOutput
 from igpt_fast.model.resizing import resize_positions
 from igpt_fast.model.trainable import TrainableMixin
@@ -333,7 +333,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.transformer = ImageGPTModel(config)
-        self.lm_head: nn.Linear = Head(config.n_embd, config.vocab_size - 1)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
         nn.init.normal_(self.lm_head.weight, 0.0, config.initializer_range)
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -386,7 +386,7 @@ class ImageGPTForCausalImageModeling(GenerationMixin, ImageGPTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.lm_head(base.last_hidden_state)  # (B, T, vocab_size - 1)
+        logits = logits_of(self.lm_head, base.last_hidden_state)  # (B, T, vocab_size - 1)
         loss = None
         if labels is not None:
             self.config.check_causal("labels")  # the loss of what every position has seen says nothing

@@ -6,7 +6,6 @@ import functools
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,23 +56,7 @@ class Conv1D(nn.Module):
         return f"Conv1D(nf={self.nf}, nx={self.nx})"
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(_conv1d, x, self.weight, self.bias)  # (B, T, n_out)
-
-
-def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # (B T, n_out)
-    return y.view(*x.shape[:-1], weight.shape[1])  # (B, T, n_out)
-
-
-@plain
-class Head(nn.Linear):
-    """A linear layer without bias from states to logits, as others of this package's products: ``dispatch.product``."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return product(F.linear, input, self.weight, self.bias)  # (..., out_features)
+        return product(ops.linear, x, self.weight, self.bias)  # (B, T, n_out)
 
 
 @plain

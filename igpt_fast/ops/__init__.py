@@ -2,7 +2,8 @@
 
 ``reference.py`` defines each of them; ``backend.py`` says which implementation runs. One file here for each kernel file
 of ``csrc/cuda``: ``norm``, ``activation``, ``cross_entropy``, ``causal_attention``, ``attention_decode``, ``gemv``,
-``sample``, ``quantize`` (with ``colour_table``, which it asks); ``dispatch`` is what they share.
+``sample``, ``quantize`` (with ``colour_table``, which it asks); and ``linear``, whose kernel is one of the CPU's alone;
+``dispatch`` is what they share.
 May use: reference, backend, draws.
 """
 
@@ -11,6 +12,7 @@ from igpt_fast.ops.attention_decode import attention_decode
 from igpt_fast.ops.causal_attention import causal_attention, causal_attention_packed, full_attention
 from igpt_fast.ops.cross_entropy import cross_entropy
 from igpt_fast.ops.gemv import gemv
+from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
 from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_step
@@ -33,6 +35,7 @@ __all__ = [
     "gelu_tanh",
     "gemv",
     "layer_norm",
+    "linear",
     "quantize",
     "quick_gelu",
     "rms_norm",

@@ -14,14 +14,15 @@ from igpt_fast import backend, reference
 from igpt_fast.backend import OPS, Op
 from igpt_fast.ops import dispatch
 
-# On a CPU, in bf16, fp32 four times as many: below, of 8 heads of 64 on one thread, what torch has is as fast.
+# On a CPU, in bf16 without tiles, fp32 four times as many: below, of 8 heads of 64 on one thread, what torch has is as
+# fast.
 LEAST_QUERIES = 32
 
 OPS["causal_attention"] = Op(
     native=("cpu", "cuda"),
     covers="bf16, fp16; head_dim 32, 64, 96, 128; scale 2^-126 or above; no dropout, weights or upcast",
-    covers_cpu="fp32 from 128 queries on, bf16 from 32 on; head_dim 32, 64, 96, 128; scale 2^-126 or above; no "
-    "dropout, weights or upcast",
+    covers_cpu="fp32 from 128 queries on, bf16 from 32 on, by tiles from 1 on; head_dim 32, 64, 96, 128; scale 2^-126 "
+    "or above; no dropout, weights or upcast",
     least_queries_cpu=LEAST_QUERIES,
     otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
     "another scale",
@@ -234,9 +235,19 @@ def _use_kernel(op: str, scale: float, dropout_p: float, x: Tensor, *others: Ten
     if not (x.shape[-1] in dispatch.HEAD_DIMS and dropout_p == 0.0 and dispatch.LEAST_SCALE <= scale < math.inf):
         return False
     dtype, kind = dispatch.autocast_dtype(x), dispatch.kernel_kind(op, x, *others)
-    least = backend.OPS[op].least_queries_cpu * (4 if dtype == torch.float32 else 1)
     queries = x.shape[1 if op == "causal_attention_packed" else 2]
-    return dtype in _dtypes(kind) and not (kind == "cpu" and dispatch.surely(queries < least))
+    return dtype in _dtypes(kind) and not (kind == "cpu" and dispatch.surely(queries < _least_queries(op, dtype)))
+
+
+def _least_queries(op: str, dtype: torch.dtype) -> int:
+    """How many a kernel on the CPU serves at least, of what it is given."""
+    if dtype == torch.float32:
+        return 4 * backend.OPS[op].least_queries_cpu
+    assert backend._C is not None
+    return 0 if backend._C.cpu_isa() == "amx" else backend.OPS[op].least_queries_cpu
+
+
+_least_queries._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dtypes(kind: str | None) -> tuple[torch.dtype, ...]:

@@ -148,13 +148,6 @@ def surely(little: bool) -> bool:
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
-def _as_defined() -> bool:
-    return backend.get_backend() == "reference"
-
-
-_as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def exporting() -> bool:
     """Whether torch.export, torch.onnx or torch.jit.trace writes down what runs, for where this package is not.
 
@@ -260,16 +253,24 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return backend.no_products(dtype, device) is None
 
 
+def widened(x: Tensor) -> torch.dtype | None:
+    """What products of ``x`` are rounded to, which are computed in float32 here; ``None`` where they are as they are.
+    Not where a graph is written down that runs elsewhere.
+    """
+    narrow = autocast_dtype(x)
+    left = narrow not in _NARROW or multiplies(narrow, x.device) or exporting()
+    return None if left else narrow
+
+
 def product(function: Function, *operands: Tensor | None, **keywords: Any) -> Any:
     """``function(*operands, **keywords)``, a tensor or a tuple of some, computed in float32 and rounded once where the
-    operands, or what autocast makes of them, are what ``multiplies`` does not know. Not on the reference backend, nor
-    where a graph is written down that runs elsewhere, nor for operands that are no plain tensors or of several dtypes
-    without autocast, which is ``function``'s to refuse.
+    first operand is ``widened``. Not for operands that are no plain tensors or of several dtypes without autocast,
+    which is ``function``'s to refuse.
     """
     first = operands[0]
     assert first is not None
-    narrow = autocast_dtype(first)
-    if narrow not in _NARROW or multiplies(narrow, first.device) or _as_defined() or exporting():
+    narrow = widened(first)
+    if narrow is None:
         return function(*operands, **keywords)
     given = [tensor for tensor in operands if tensor is not None]
     if any(type(tensor) not in _PLAIN for tensor in given):
@@ -280,7 +281,10 @@ def product(function: Function, *operands: Tensor | None, **keywords: Any) -> An
     with torch.autocast(first.device.type, enabled=False):
         wide = (None if tensor is None else tensor.float() for tensor in operands)
         result = function(*wide, **keywords)
-        return tuple(part.to(narrow) for part in result) if isinstance(result, tuple) else result.to(narrow)
+    if not isinstance(result, tuple):
+        return result.to(narrow)
+    # The softmax is no product: of the operands' dtype, whatever autocast makes of these.
+    return result[0].to(narrow), *(part.to(first.dtype) for part in result[1:])
 
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -310,7 +314,7 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     needs_grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type not in ("cpu", "cuda"):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda):
             return False
         if (needs_grad and tensor.requires_grad) or tensor.is_nested or tensor.layout != torch.strided:
             return False

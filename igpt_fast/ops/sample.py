@@ -68,7 +68,7 @@ def draw_weights(logits: Tensor, sampling: Sampling) -> Tensor | None:
 
     A row's token is the first id at which they exceed its number times their total, or 0 where they are NaN.
     """
-    if sampling.temperature < 2.0**-149:
+    if sampling.temperature < reference.LEAST_TEMPERATURE:
         return None
     least = reference.least_score(sampling.min_p)
     return reference.cumulative_weights(logits, sampling.temperature, sampling.top_k, sampling.top_p, least)
@@ -286,7 +286,8 @@ def _covered(logits: Tensor, wte: Tensor | None = None) -> bool:
 
 def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
-    temperature = 0.0 if sampling.temperature < 2.0**-149 else min(sampling.temperature, reference.MAX_TEMPERATURE)
+    temperature = sampling.temperature
+    temperature = 0.0 if temperature < reference.LEAST_TEMPERATURE else min(temperature, reference.MAX_TEMPERATURE)
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
     return temperature, min(sampling.top_k or 0, 1 << 30), top_p, reference.least_score(sampling.min_p)
 

@@ -89,7 +89,7 @@ def decode(
         known: (B n, T) int64: tokens that are given, which are read in place of drawn ones; -1 where one is drawn.
         guidance: Draws under guidance, which doubles the work; ``None`` and a scale of 1 cost nothing.
         first: Number of the first row, for errors.
-        speculate: Whether drafts may be verified where that is exact and faster; see ``speculation``.
+        speculate: Whether drafts may be verified where that is exact; see ``speculation``.
 
     Returns:
         The T new tokens of every continuation, (B n, T).

@@ -43,6 +43,7 @@ class Generation:
             drawn one: how well what was drawn goes with them. NaN elsewhere.
         effective_sample_size: For completions by candidates, (N,) float32; see ``inpainting``.
         labels: (N,) int64, the classes that were asked for.
+        guessed: Where images were guessed ahead: steps of the network, and the pixels that they gave.
     """
 
     tokens: Tensor
@@ -58,6 +59,7 @@ class Generation:
     known_logprobs: Tensor | None = None
     effective_sample_size: Tensor | None = None
     labels: Tensor | None = None
+    guessed: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -221,10 +223,17 @@ def merge(parts: Sequence[Generation], processor: ImageGPTImageProcessor) -> Gen
     if first.inputs is not None:
         changes["inputs"] = [image for part in parts for image in part.inputs or ()]
         changes["counts"] = [count for part in parts for count in part._counts()]
-    places = ("first", "first_input")  # of a part in the whole
+    steps, pixels = changes["guessed"] = tuple(map(sum, zip(*(part.guessed for part in parts), strict=True)))
+    places = ("first", "first_input", "kept_per_step")  # of a part in the whole
     changes["settings"] = {name: value for name, value in first.settings.items() if name not in places}
     changes["settings"]["batch_size"] = min(part.settings["batch_size"] for part in parts)
+    changes["settings"] |= kept_per_step(steps, pixels)
     return dataclasses.replace(first, **changes)
+
+
+def kept_per_step(steps: int, pixels: int) -> dict[str, float]:
+    """What settings say of images that were guessed ahead; nothing where none was."""
+    return {"kept_per_step": round(pixels / steps, 3)} if steps else {}
 
 
 def without_processor(part: Generation | None) -> Generation | None:

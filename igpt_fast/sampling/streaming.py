@@ -20,7 +20,7 @@ from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
 from igpt_fast.sampling.inpainting import following, resample
 from igpt_fast.sampling.request import Request
-from igpt_fast.sampling.results import Generation, InterruptedGeneration, NotFiniteError
+from igpt_fast.sampling.results import Generation, InterruptedGeneration, NotFiniteError, kept_per_step
 from igpt_fast.sampling.rules import Guidance, RandomStreams, stream_uniforms
 
 Progress = Callable[[int, int], None]
@@ -139,6 +139,7 @@ class Stream:
         each = torch.arange(len(tokens)) // request.n
         labels = None if request.labels is None else request.labels[each]
         generation = Generation(tokens, logprobs, self._processor, request.seed, self._settings(), labels=labels)
+        generation.guessed = self._run.guessed
         if request.images is None:
             return generation
         inputs = -(-len(tokens) // request.n)
@@ -159,8 +160,7 @@ class Stream:
         """How images were drawn, as plain values."""
         settings = self._request.described() | {"batch_size": self.batch_size, "device": str(self._model.device)}
         settings |= {"engine": self.engine, "dtype": self._request.dtype or dtype_name(self._model.dtype)}
-        if self._run.steps:
-            settings["kept_per_step"] = round(self._run.speculated / self._run.steps, 3)
+        settings |= kept_per_step(*self._run.guessed)
         reason = self._run.engine_reason
         return settings if reason is None else settings | {"engine_reason": reason}
 
@@ -185,7 +185,7 @@ class _Run:
     def __init__(self, model: Model, request: Request, known: Tensor, size: int, progress: Progress | None) -> None:
         self.engine: str | None = None
         self.engine_reason: str | None = None
-        self.steps = self.speculated = 0  # where drafts were verified: steps, and the pixels that they gave
+        self.guessed = 0, 0  # see ``Generation``
         self.batches = Batches(len(known) * request.copies, request.copies, size)
         self.finished: list[Pictures] = []
         self.ended = False
@@ -236,7 +236,7 @@ class _Run:
                     tokens[:, begin:end] = drawn.tokens[:, begin - first : end - first].cpu()
                     yield from self._rows(start, tokens, end // width - 1, end // width)
         if drawn.steps:
-            self.steps, self.speculated = self.steps + drawn.steps, self.speculated + self._decoded
+            self.guessed = self.guessed[0] + drawn.steps, self.guessed[1] + self._decoded
         tokens[:, first:] = drawn.tokens.cpu()
         before = torch.full((len(tokens), first), torch.nan, dtype=torch.float32)
         logprobs = torch.cat([before, drawn.logprobs.cpu()], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -390,9 +391,20 @@ def below(names: set[str], paths: tuple[str, ...]) -> set[str]:
     return {name for name in names if name.startswith(paths)}
 
 
+@pytest.fixture
+def everywhere(request: pytest.FixtureRequest) -> set[str]:
+    """Those of all files: this run's own, where it has them all; to collect them again takes long."""
+    config, chosen = request.config, request.config.option
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and chosen.markexpr == "not mutation"
+    if not whole or chosen.keyword or chosen.lf or chosen.deselect:
+        return collect((), "tests")
+    items = [item for item in request.session.items if item.get_closest_marker("gpu")]
+    # pytest-xdist puts a group behind the name. What --soak adds is not collected below.
+    return {re.sub(r"@\w+$", "", item.nodeid) for item in items if not item.get_closest_marker("soak")}
+
+
 @COLLECTED
-def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
-    everywhere = collect((), "tests")
+def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType, everywhere: set[str]) -> None:
     apart = (*check.MODEL_TESTS, *check.LEARNING_TESTS, *check.TOOL_TESTS)
     assert below(everywhere, (*check.GPU_TESTS, *apart)) == everywhere
     for path in (*check.GPU_TESTS, *apart, *check.CONFORMANCE, *check.DECODER_TESTS):
@@ -401,12 +413,12 @@ def test_every_gpu_test_is_among_those_of_the_check(check: ModuleType) -> None:
 
 
 @COLLECTED
-def test_gpu_tests_of_ops_need_torch_and_pytest_alone(check: ModuleType) -> None:
-    assert collect((*OPTIONAL, *MODELS), *check.GPU_TESTS) == below(collect((), "tests"), check.GPU_TESTS)
+def test_gpu_tests_of_ops_need_torch_and_pytest_alone(check: ModuleType, everywhere: set[str]) -> None:
+    assert collect((*OPTIONAL, *MODELS), *check.GPU_TESTS) == below(everywhere, check.GPU_TESTS)
 
 
 @COLLECTED
-def test_gpu_tests_of_models_need_no_extra(check: ModuleType) -> None:
-    assert collect(OPTIONAL, *check.MODEL_TESTS) == below(collect((), "tests"), check.MODEL_TESTS)
+def test_gpu_tests_of_models_need_no_extra(check: ModuleType, everywhere: set[str]) -> None:
+    assert collect(OPTIONAL, *check.MODEL_TESTS) == below(everywhere, check.MODEL_TESTS)
     without = tuple(name for name in OPTIONAL if name not in check.LEARNING_NEEDS)
-    assert collect(without, *check.LEARNING_TESTS) == below(collect((), "tests"), check.LEARNING_TESTS)
+    assert collect(without, *check.LEARNING_TESTS) == below(everywhere, check.LEARNING_TESTS)

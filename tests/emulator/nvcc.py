@@ -2,6 +2,9 @@
 
 A folder there is named after the hash of everything that goes into it, as in compiling.py: a change compiles again
 the sources that it touches. What nvcc did not finish, or refused, is not kept: another run asks it again.
+
+A build for ``ARCHITECTURES`` alone that has ``CMAKE_CUDA_COMPILER_LAUNCHER=python3;tests/emulator/nvcc.py`` (the whole
+path) takes its objects from here, so that build and tests compile the kernels once (.ci/run).
 """
 
 import functools
@@ -11,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +26,12 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 CACHE = compiling.ROOT / "build" / "nvcc"
 CUDA = compiling.ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "86", "89", "90a")  # the -real ones of cmake/find_cuda.cmake
+# What CMake says with IGPT_WERROR, word for word.
 FLAGS = (
-    *("-std=c++17", "-O3", "-DNDEBUG", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC"),
-    *("-Xptxas=--warn-on-spills,-v", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES)),
+    *("-DIGPT_SM_90A", "-O3", "-DNDEBUG", "-std=c++17"),
+    *(f"--generate-code=arch=compute_{arch},code=[sm_{arch}]" for arch in ARCHITECTURES),
+    *("-Xcompiler=-fPIC", "-Xptxas=--warn-on-spills", "-Xcompiler=-Wall,-Wextra"),
+    *("-Werror=all-warnings", "-Xcompiler=-Werror"),
 )
 
 
@@ -42,7 +49,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One source: whether nvcc took it, what it said, and the folder with a .ptx and a .cubin an architecture."""
+    """One source: whether nvcc took it, what it said, and the folder: kernel.o, a .ptx and a .cubin an architecture."""
 
     source: Path
     folder: Path
@@ -80,7 +87,7 @@ def _own_flags() -> dict[str, tuple[str, ...]]:
 
 def compile_one(source: Path) -> Compiled:
     assert NVCC is not None
-    command = [NVCC, *FLAGS, *_own_flags().get(source.name, ())]
+    command = [NVCC, *FLAGS, *_own_flags().get(source.name, ()), "-Xptxas=-v"]
     digest = hashlib.sha256("\0".join([version(), compiling.compiler_version(), *command]).encode())
     for file in compiling.Tree().closure(source):
         if file.parent == CUDA:
@@ -116,7 +123,7 @@ def _compile(command: list[str], source: Path, folder: Path) -> Compiled | None:
         return Compiled(source, folder, said, False, seconds)
     (partial / "status").write_text(f"0 {seconds:.1f}")
     for path in partial.iterdir():
-        if path.suffix not in (".ptx", ".cubin", ""):
+        if path.suffix not in (".ptx", ".cubin", ".o", ""):
             path.unlink()
     partial.rename(folder)
     return None
@@ -133,6 +140,36 @@ def compile_all() -> tuple[Compiled, ...]:
     order = sorted(sources(), key=lambda path: -before.get(path.stem, path.stat().st_size / 1000))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
         return tuple(sorted(pool.map(compile_one, order), key=lambda compiled: compiled.source.name))
+
+
+# What CMake adds for each object: its place, and that of its dependencies.
+PLACES = ("-MT", "-MF", "-x", "-c", "-o")
+
+
+def launch(command: list[str]) -> int:
+    """What CMake asks of nvcc: a kernel's object from ``compile_one``, if it is asked for with the flags of the tests.
+
+    Args:
+        command: nvcc and its arguments.
+
+    Returns: nvcc's exit status; 2, with the reason, if the flags are others.
+    """
+    places = {word: command[i + 1] for i, word in enumerate(command) if word in PLACES}
+    if Path(places.get("-c", "")).resolve().parent != CUDA:  # a trial of CMake's
+        return subprocess.run(command, check=False).returncode
+    source, target = Path(places["-c"]).resolve(), Path(places["-o"])
+    rest = {"-forward-unknown-to-host-compiler", "-MD", *PLACES, *places.values()}
+    asked, known = set(command) - rest, {NVCC, *FLAGS, *_own_flags().get(source.name, ())}
+    if asked != known:
+        print(f"nvcc.py: {source.name}: CMake alone says {asked - known}, the tests alone {known - asked}")
+        return 2
+    compiled = compile_one(source)
+    if not compiled.success:
+        print(compiled.output)
+        return 1
+    shutil.copyfile(compiled.folder / "kernel.o", target)
+    Path(places["-MF"]).write_text(f"{places['-MT']}: {' '.join(map(str, compiling.Tree().closure(source)))}\n")
+    return 0
 
 
 # ---- Names --------------------------------------------------------------------------------------------------
@@ -211,6 +248,10 @@ def nvdisasm() -> str | None:
     return found
 
 
+SASS = re.compile(r"^\.text\.(\w+):|^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+ )?([A-Z][^;\n]*?)[ \t]*;", re.MULTILINE)
+
+
+@functools.lru_cache(maxsize=32)  # those of one architecture, which one test after another reads
 def code(compiled: Compiled, arch: str) -> dict[str, list[str]]:
     """Kernel -> its instructions in their order, without predicates: ``LDG.E.128 R4, desc[UR4][R2.64]``."""
     program = nvdisasm()
@@ -223,11 +264,11 @@ def code(compiled: Compiled, arch: str) -> dict[str, list[str]]:
         partial.replace(listing)
     found: dict[str, list[str]] = {}
     current: list[str] = []
-    for line in listing.read_text("utf-8").splitlines():
-        if section := re.match(r"\.text\.(\w+):", line):
-            current = found.setdefault(section[1], [])
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;", line):
-            current.append(instruction[1])
+    for section, instruction in SASS.findall(listing.read_text("utf-8")):
+        if section:
+            current = found.setdefault(section, [])
+        else:
+            current.append(instruction)
     names = demangle(list(found))
     return {names[mangled]: lines for mangled, lines in found.items()}
 
@@ -235,3 +276,7 @@ def code(compiled: Compiled, arch: str) -> dict[str, list[str]]:
 def instructions(compiled: Compiled, arch: str) -> dict[str, Counter[str]]:
     """Kernel -> instruction with its modifiers, such as LDG.E.128 -> how often it stands there."""
     return {name: Counter(line.split()[0] for line in lines) for name, lines in code(compiled, arch).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

@@ -432,6 +432,16 @@ def test_changed_weights_are_seen_and_unchanged_ones_not_packed_again(monkeypatc
     assert len(packs) == 6
 
 
+def test_heads_keep_their_class_in_float32_and_may_be_gone() -> None:
+    """Quantizers look for torch's by its type."""
+    _, fast = both()
+    assert type(fast.lm_head) is nn.Linear
+    assert type(hf.accelerate(fast.to(torch.bfloat16)).lm_head) is modules.Linear
+    assert type(hf.restore(fast).lm_head) is nn.Linear
+    del fast.lm_head
+    hf.restore(hf.accelerate(fast))
+
+
 @native
 def test_nothing_stays_when_the_model_goes() -> None:
     _, fast = both()

@@ -1,5 +1,6 @@
 """Pipeline.score: pictures to scores; batches, memory, Ctrl-C, and models that are broken."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from small_models import small_pipeline
 
 from igpt_fast import Pipeline, Scores
 from igpt_fast.likelihood import scoring
-from igpt_fast.likelihood.nats import image_nats, mean_nats
+from igpt_fast.likelihood.nats import evaluating, image_nats, mean_nats
 from igpt_fast.likelihood.scores import InterruptedScoring, model_hash
 from igpt_fast.likelihood.transfer import one_ahead
 from igpt_fast.sampling.results import NotFiniteError
@@ -204,11 +205,22 @@ def test_the_model_is_put_back_as_it_was(pipeline: Pipeline, tokens: torch.Tenso
         model.eval()
 
 
+def test_a_model_in_evaluation_mode_is_not_told_so_again(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(type(pipeline.model), "train", lambda model, mode=True: told.append(mode))
+    with evaluating(pipeline.model):
+        assert not told
+
+
 def test_a_model_is_known_by_its_weights_whatever_their_dtype() -> None:
     one, other = small_pipeline(3, 3, 5, dtype=torch.float32), small_pipeline(3, 3, 5, seed=1, dtype=torch.float32)
     known = model_hash(one.model)
     assert known == model_hash(small_pipeline(3, 3, 5, dtype=torch.float32).model.bfloat16())
     assert known != model_hash(other.model)
+    digest = hashlib.sha256()  # as files of scores have it
+    for name, weight in sorted(one.model.bfloat16().state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + weight.flatten()[:256].float().numpy().tobytes())
+    assert known == digest.hexdigest()[:12]
 
 
 def test_batches_are_bounded_by_memory(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

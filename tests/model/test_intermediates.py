@@ -160,17 +160,17 @@ def test_a_layer_costs_its_part_of_the_pass() -> None:
     tokens = ids(model, 4, 256)
 
     def seconds(call: Any) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    layers = (0, 2, 5)
+    layers = (0, 1, 2)
     calls = [lambda: model(tokens, use_cache=False)]
     calls += [lambda layer=layer: model.forward_intermediates(tokens, [layer]) for layer in layers]
     rounds = [[seconds(call) for call in calls] for _ in range(12)][1:]
-    whole, *parts = (min(times) for times in zip(*rounds, strict=True))  # other tests take the processor now and then
+    whole, *parts = (min(times) for times in zip(*rounds, strict=True))
     for layer, part in zip(layers, parts, strict=True):
-        assert part <= (layer + 2) / 8 * whole, (layer, part / whole)
+        assert part <= (1.5 * (layer + 1) + 0.5) / 8 * whole, (layer, part / whole)  # to the end it were all of it
 
 
 class Living(TorchDispatchMode):

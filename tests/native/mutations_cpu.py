@@ -31,7 +31,8 @@ Check = Callable[[Implementation], None]
 
 @dataclass(frozen=True)
 class Known:
-    """A mutation, for ``level`` and the drivers; ``check`` takes the mutated module, or is a case of threads.cpp."""
+    """A mutation, for ``level`` and the drivers; ``check`` takes the mutated module, or is a case of threads.cpp or
+    the program of pool.cpp."""
 
     mutation: Mutation
     check: Check | str
@@ -136,22 +137,38 @@ def going_back(cpu: Implementation) -> None:
     assert torch.equal(stepped(decoder, tokens[:, 2:]), stepped(CpuDecoder(model, 2, 9), tokens)[:, 2:])
 
 
+def several_rows(cpu: Implementation) -> None:
+    """Positions of one sequence at a time are steps, whatever came after them and was taken back, no numbers even."""
+    model = small(n_head=3)
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = torch.nan
+    tokens = ids(model, 1, 40)[0] % 7
+    for kind in (None, "int8"):
+        want = stepped(CpuDecoder(model, 1, 60, kind), tokens[None])[0]
+        decoder, found = CpuDecoder(model, 1, 60, kind), []
+        for kept in tokens.split([2, 1, 12, 10, 15]):
+            rows = torch.cat([kept, torch.full((3 if found else 0,), 7)])
+            found.append(decoder.step_rows(rows)[: len(kept)])
+            decoder.rewind(len(rows) - len(kept))
+        assert (torch.cat(found) - want).abs().max() < (1e-4 if kind is None else 0.02) * want.abs().max()
+
+
 def sums(cpu: Implementation) -> None:
     """RFC 3720's vector in two parts; every byte of a block counts."""
     text = torch.arange(32, dtype=torch.uint8)
     first = cpu.module.crc32c(text.data_ptr(), 13, 0)
     assert cpu.module.crc32c(text.data_ptr() + 13, 19, first) == 0x46DD794E
     memory = torch.zeros((1 << 20) + 77, dtype=torch.uint8)
-    seen = set()
+    seen = set(cpu.module.checksums([(memory.data_ptr(), len(memory) - less) for less in (0, 1)], 1))
     for at in (0, 63, 64, 1000, (1 << 20) - 1, 1 << 20, len(memory) - 1):
         memory.zero_()[at] = 1
         seen.add(cpu.module.checksums([(memory.data_ptr(), len(memory))], 1)[0])
-    assert len(seen) == 7
+    assert len(seen) == 9
 
 
 def passes(cpu: Implementation) -> None:
     """Whole forward passes; a length beyond the keys that attention takes at a time, and a depth beyond a walk."""
-    sizes = ({}, 33), ({"n_positions": 300, "n_embd": 80, "n_inner": 1048}, 300), ({"activation_function": "gelu"}, 5)
+    sizes = ({}, 33), ({"n_positions": 300, "n_embd": 80, "n_inner": 1048}, 300), ({"activation_function": "gelu"}, 25)
     for fields, length in sizes:
         for dtype in (BF16, FP32):
             model = small(dtype, **fields)
@@ -183,10 +200,19 @@ def rounded_passes(cpu: Implementation) -> None:
 
 
 def attention(cpu: Implementation) -> None:
-    for t_q, t_k, starts in ((65, 65, None), (40, 300, [0, 70])):
-        q, k, v = (torch.randn(2, 2, t, 64).to(BF16) for t in (t_q, t_k, t_k))
-        first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-        contract.check_parity(cpu, lambda *qkv, s=first: ops.causal_attention(*qkv, starts=s)[0], [q, k, v])
+    for t_q, t_k, d, starts in ((65, 65, 64, [0, 40]), (40, 300, 96, [0, 70])):
+        for dtype in (BF16, FP32):
+            q, k, v = (torch.randn(2, 2, t, d).to(dtype) for t in (t_q, t_k, t_k))
+            first = torch.tensor(starts, dtype=torch.int32)
+            contract.check_parity(cpu, lambda *qkv, s=first: ops.causal_attention(*qkv, starts=s)[0], [q, k, v])
+
+
+def denormals(cpu: Implementation) -> None:
+    """What is stored in float32 keeps them, and who calls goes on as before."""
+    for dtype in (BF16, FP32):
+        q, k, v = (torch.ones(1, 1, 64, 32, dtype=dtype) for _ in range(3))
+        assert ops.causal_attention(q, k, v * 1e-39)[0].all() or dtype == BF16
+        assert (torch.full((40,), 1e-39) * 0.5).all()
 
 
 def sharing(cpu: Implementation) -> None:
@@ -194,11 +220,16 @@ def sharing(cpu: Implementation) -> None:
         assert contention.changes(cpu.module.GivingWay(), busy, threads, region) == want
 
 
+def products(cpu: Implementation) -> None:
+    for rows, n_in, n_out in ((259, 70, 33), (33, 600, 20)):
+        contract.check_parity(cpu, ops.linear, [torch.randn(s) for s in ((rows, n_in), (n_in, n_out), (n_out,))])
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
     "attention_decode_prefix": forks, "block": passes, "gemm": passes, "rows": passes, "heads": passes,
-    "attention_fwd": attention, "attention_bwd": attention,
+    "attention_fwd": attention, "attention_bwd": attention, "checksum": sums, "matmul": products,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
 DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
@@ -243,7 +274,7 @@ CHANGES: list[tuple[str, str, str]] = [
     ("gemm_tiles", "store(x + 16, load(x + 16) + b);", "store(x + 16, b);"),
     ("gemm_tiles", "set1(-1.702f)", "set1(-1.5f)"),
     ("block", "for (; left > 0; --left,", "for (; left > 1; --left,"),
-    ("block", "p.x = x + first * p.row_bytes;", "p.x = x;"),
+    ("block", "own.x += first * p.row_bytes;", ""),
     ("block", "store(to, first ? v : load(to) + v);", "store(to, v);"),
     ("gemm", "with_bias ? load(p.matrix->bias + n) : zero()", "load(p.matrix->bias + n)"),
     ("gemm", "sums, kTile, k == 0}", "sums, kTile, true}"),
@@ -260,12 +291,20 @@ CHANGES: list[tuple[str, str, str]] = [
     ("attention_bwd", "s.delta[t] = sees ? reduce_add(sum) : 0.0f;", "s.delta[t] = 0.0f;"),
     ("attention_bwd", "write_rows<S>(s.dk, d, set1(of.scale)", "write_rows<S>(s.dk, d, set1(1.0f)"),
     ("attention_bwd", "weights[j] = drop_below(weight, query, first);", "weights[j] = weight;"),
+    ("matmul", "k > 0 ? read(c + j, part) : p.bias", "p.bias"),
+    ("matmul", "read(p.bias + n + j, part)", "read(p.bias + j, part)"),
+    ("matmul", "(k + from) * p.a_column", "from * p.a_column"),
+    ("matmul", ": read(x, Part{int(count)})", ": zero()"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),
     ("kv_cache", "std::copy_n(source.keys, key_bytes_, to.keys);", "std::copy_n(source.keys, key_bytes_ / 2, to.keys);"),  # noqa: E501
     ("kv_cache", "std::copy_n(source.value_scale, each, to.value_scale);", ""),
     ("kv_cache", "params.keys = data_.data() + unit * unit_bytes_;", "params.keys = data_.data() + unit / 2 * unit_bytes_;"),  # noqa: E501
+    ("checksum", "__builtin_memcpy(words, data + at, size_t(bytes - at));", ""),
+    ("checksum", "i < chains; ++i) stir(", "i < chains - 1; ++i) stir("),
+    ("checksum", "uint64_t all = uint64_t(bytes),", "uint64_t all = 0,"),
+    ("checksum", "state = word + (word << 21);", "state = word << 21;"),
     ("checksums", "crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0)", "crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0)"),
     ("checksums", "uint32_t crc = each(~before, at, words);", "uint32_t crc = each(~0u, at, words);"),
     ("weights", "order.push_back(part * embd + h * d + i)", "order.push_back(h * embd + part * d + i)"),
@@ -280,6 +319,30 @@ CHANGES: list[tuple[str, str, str]] = [
     ("giving_way", "phase_ == Phase::resting && time >= until_", "phase_ == Phase::resting"),
     ("giving_way", "return looked_ + kWindow;", "return looked_;"),
     ("giving_way", "std::clamp(time - looked_, kWindow, kLongestWindow)", "std::max(time - looked_, kWindow)"),
+]  # fmt: skip
+
+
+# Of attention, in both formats; on a level that multiplies pairs of bf16 where those are meant.
+ATTENTION = [
+    ("attention_blocks", "p.first ? acc[r][i] : load(sum) + acc[r][i]", "acc[r][i]", "generic"),
+    ("attention_blocks", "p.c + below * p.c_below + n", "p.c + n", "generic"),
+    ("attention_blocks", "b + n * p.b_panel + line * p.b_line", "b + n * p.b_panel", "generic"),
+    ("attention_blocks", "p.first && line == 0", "p.first", "generic"),
+    ("attention_operands", "t / kLine<E> * (wide / 16)", "t / kLine<E>", "generic"),
+    ("attention_operands", "(j + n) * 16 + i", "(i + n) * 16 + j", "generic"),
+    ("attention_operands", "top == -__builtin_inff() ? 0.0f : top", "top", "generic"),
+    ("attention_operands", "t >= first && t < p.t_k", "t < p.t_k", "generic"),
+    ("attention_operands", "load(sum_at(tiles, d, r, i + kLanes)) * scale", "load(sum_at(tiles, d, r, i)) * scale", "generic"),  # noqa: E501
+    ("attention_operands", "1.0f : kLog2e", "1.0f : 1.4f", "avx512_bf16"),
+    ("attention_operands", "interleave(a, b, a, next);", "interleave(b, a, a, next);", "avx512_bf16"),
+    ("attention_fwd", "visible = most(0, least(visible, n));", "visible = most(1, least(visible, n));", "generic"),
+    ("attention_fwd", "line_at(s.weights, width, r, i), a, b", "line_at(s.weights, width, r, i), b, a", "avx512_bf16"),
+    ("attention_bwd", "load(lse + at)", "load(lse + i)", "generic"),
+    ("attention_bwd", "k.hidden && k.hidden[t] != 0.0f ?", "false ?", "generic"),
+    ("attention_bwd", "strip * kStripSums + n / 16", "n / 16", "avx512_bf16"),
+    ("attention_bwd", "store(at(i + kLanes), floats(second));", "store(at(i + kLanes), floats(first));", "avx512_bf16"),
+    ("attention_bwd", "interleave(first, second, first, second);", "interleave(second, first, first, second);", "avx512_bf16"),  # noqa: E501
+    ("attention_bwd", "write_two(line_at(s.dscores, kQueryBlock, r, i), gradients[0], gradients[1]);", "", "avx512_bf16"),  # noqa: E501
 ]  # fmt: skip
 
 
@@ -313,6 +376,8 @@ ROUNDED = [
 ]
 DECODER, FORWARD, BARRIER = "cpu/decoder.cpp", "cpu/forward.cpp", "cpu/barrier.h"
 MET = "attention_decode(i, start(l.proj, proj));\n        meet();"
+REGION, POOL = "cpu/region.h", "cpu/pool.cpp"
+IN_TURN = "            w_.kernels.remember(p);\n            w_.kernels.attention_decode(p);"
 MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + [
     *(Known(Mutation(f"cpu_words_{i}", f"cpu/bodies/{stem}.h", old, new), decoders, "avx_vnni", True)
       for i, (stem, old, new) in enumerate(WORDS)),
@@ -338,5 +403,26 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
     Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501
     Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501
+    Known(Mutation("cpu_matmul_rows", "cpu/matmul.cpp", "i * rows, std::min(rows, p.m - i * rows)", "i * rows, std::min(rows, p.m)"), "matmul"),  # noqa: E501
+    Known(Mutation("cpu_matmul_tile", "cpu/matmul.cpp", "packed + i * tile_numbers", "packed"), products),
+    Known(Mutation("cpu_matmul_scratch", "cpu/matmul.cpp", "scratch + index * kernels.scratch", "scratch"), "matmul"),
     Known(Mutation("cpu_attention_scratch", "cpu/attention.cpp", "work(i, memory + each * index)", "work(i, memory)"), "attention", "amx", True),  # noqa: E501
+    *(Known(Mutation(f"cpu_attention_{i}", f"cpu/bodies/{stem}.h", old, new), attention, level, level != "generic")
+      for i, (stem, old, new, level) in enumerate(ATTENTION)),
+    Known(Mutation("cpu_rows_in_turn", DECODER, IN_TURN, "\n".join(reversed(IN_TURN.split("\n")))), several_rows),
+    Known(Mutation("cpu_rows_at_once", DECODER, IN_TURN, f"for (int64_t r = row; r < d_.count_; ++r) w_.kernels.remember(head_of(layer, head, r));\n{IN_TURN}"), several_rows),  # noqa: E501
+    Known(Mutation("cpu_rows_room", DECODER, "if (count > room_) make_rows(", "if (count > room_ + 1) make_rows("), several_rows),  # noqa: E501
+    Known(Mutation("cpu_rows_width", DECODER, "{width_, l.qkv.n, weights_->shape.embd,", "{width_, width_, weights_->shape.embd,"), several_rows),  # noqa: E501
+    Known(Mutation("cpu_rows_position", DECODER, "threads);\n    position_ += count;", "threads);\n    position_ += count - 1;"), several_rows),  # noqa: E501
+    Known(Mutation("cpu_rows_each_position", DECODER, "(in_one_sequence() ? row : 0)", "0"), several_rows),
+    Known(Mutation("cpu_rows_rewind", DECODER, "    position_ = position;\n", ""), several_rows),
+    Known(Mutation("cpu_rows_forget", DECODER, "std::min(padded(first, value_rows), position_ - shared_)", "first"), several_rows),  # noqa: E501
+    Known(Mutation("cpu_region_one", REGION, "return work(0, 1);", "return work(0, 2);"), sums),
+    Known(Mutation("cpu_region_part", REGION, "{n * index / count,", "{n * (index > 0 ? index - 1 : 0) / count,"), "decoder"),  # noqa: E501
+    Known(Mutation("cpu_region_last", REGION, "i < mine.end; ++i", "i + 1 < mine.end; ++i"), forks),
+    Known(Mutation("cpu_region_flush", REGION, "(really ? 0x8040 : 0)", "0x8040"), denormals),
+    Known(Mutation("cpu_region_flushed", REGION, "~FlushDenormals() { _mm_setcsr(before_); }", "~FlushDenormals() {}"), denormals),  # noqa: E501
+    Known(Mutation("cpu_pool_left", POOL, "return left_ == 0;", "return left_ <= 1;"), "pool"),
+    Known(Mutation("cpu_pool_lock", POOL, "const std::lock_guard<std::mutex> lock(mutex_);", ""), "pool"),
+    Known(Mutation("cpu_pool_called", POOL, "own.called = false;", ""), "pool"),
 ]  # fmt: skip

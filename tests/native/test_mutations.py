@@ -41,8 +41,9 @@ def test_is_found(known: Known) -> None:
         pytest.skip(reason)
     levels = tuple(dict.fromkeys(("generic", known.level)))
     if isinstance(known.check, str):
+        name = "pool" if known.check == "pool" else "threads"
         program = compiling_cpu.build(
-            levels, mutation=known.mutation, software_tiles=known.software_tiles, sanitizer="thread", program="threads"
+            levels, mutation=known.mutation, software_tiles=known.software_tiles, sanitizer="thread", program=name
         )
         done = compiling.run_sanitized(program, known.check)
         assert done.returncode != 0, "survives"

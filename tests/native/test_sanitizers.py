@@ -22,7 +22,8 @@ TESTS = Path(__file__).resolve().parents[1]
 QUICK = ("native/test_sizes.py", "engines/cpu/test_products.py")
 LONG = (
     "ops/test_elementwise_cpu.py",
-    *("engines/cpu/test_decoder.py", "engines/cpu/test_shared_primer.py", "engines/cpu/test_weights.py"),
+    *("engines/cpu/test_decoder.py", "engines/cpu/test_rows.py", "engines/cpu/test_shared_primer.py"),
+    "engines/cpu/test_weights.py",
     *("engines/cpu/test_forward.py", "engines/cpu/test_forward_taken.py", "ops/test_causal_attention_cpu.py"),
     *("ops/test_quantize.py", "ops/test_dequantize.py", "ops/test_colour_table.py"),
 )

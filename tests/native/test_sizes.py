@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from implementations import ISAS, Implementation, isas_of
+from implementations import ISAS, Implementation
 from small_models import exact_and_plain, ids, rounded_to_int8, small, stepped
 from tolerance import assert_parity
 from torch import Tensor
@@ -155,7 +155,42 @@ def test_decoder(isa: str, examples: Callable[[int], Any]) -> None:
 
 
 @torch.no_grad()
-def test_forward(isa: str, examples: Callable[[int], Any]) -> None:
+def test_rows(isa: str, examples: Callable[[int], Any]) -> None:
+    """Several positions of one image at a time, the last of which are taken back: as steps."""
+    turns = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 4)), min_size=1, max_size=5)
+
+    @examples(4)
+    @given(networks(), st.sampled_from([FP32, BF16, "int8"]), turns, st.integers(1, 3))
+    def check(fields: dict[str, Any], kind: Any, turns: list[tuple[int, int]], threads: int) -> None:
+        torch.set_num_threads(threads)
+        lucky(lambda seed: drafted(seed, fields, kind, turns))
+
+    def drafted(seed: int, fields: dict[str, Any], kind: Any, turns: list[tuple[int, int]]) -> None:
+        model = small(FP32 if kind == "int8" else kind, seed, **fields)
+        asked = "int8" if kind == "int8" else None
+        tokens, wrong, found = ids(model, 1, 80), ids(model, 1, 4, seed=9)[0], []
+        decoder, at = CpuDecoder(model, 1, 80, asked), 0
+        for count, refused in turns:
+            rows = torch.cat([tokens[0, at : at + count], wrong[:refused]])
+            found.append(decoder.step_rows(rows)[:count])
+            decoder.rewind(refused)
+            at += count
+        logits, want = torch.cat(found), stepped(CpuDecoder(model, 1, 80, asked), tokens[:, :at])[0]
+        if decoder._decoder.rows_are_steps:
+            assert torch.equal(logits, want)
+        elif asked is None:
+            exact, plain = exact_and_plain(model, tokens[:, :at])
+            assert_parity(logits[None], plain, exact)
+        else:
+            torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-3)
+
+    check()
+
+
+@torch.no_grad()
+def test_forward(isa: str, examples: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwards, "_why_not_short", lambda *_: None)
+
     @examples(5)
     @given(networks(), st.sampled_from([FP32, BF16]), st.integers(1, 5), st.integers(1, 80), st.integers(1, 3))
     def check(fields: dict[str, Any], dtype: torch.dtype, batch: int, length: int, threads: int) -> None:
@@ -174,18 +209,17 @@ def test_forward(isa: str, examples: Callable[[int], Any]) -> None:
     check()
 
 
-@pytest.mark.skipif(not isas_of("causal_attention"), reason="no kernel for this processor")
-def test_attention(native_cpu: Implementation, examples: Callable[[int], Any]) -> None:
-    @examples(8)
-    @given(st.integers(8, 300), st.integers(0, 60), st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.booleans())
-    def check(t: int, before: int, lines: int, heads: int, some: bool) -> None:
-        lucky(lambda seed: one(3 * seed, t, before, lines, heads, some))
+def test_attention(cpu: Implementation, examples: Callable[[int], Any]) -> None:
+    @examples(6)
+    @given(st.integers(8, 300), st.integers(0, 60), st.integers(1, 4), st.integers(1, 3), st.booleans(), dtypes)
+    def check(t: int, before: int, lines: int, heads: int, some: bool, dtype: torch.dtype) -> None:
+        lucky(lambda seed: one(3 * seed, t, before, lines, heads, some, dtype))
 
-    def one(seed: int, t: int, before: int, lines: int, heads: int, some: bool) -> None:
+    def one(seed: int, t: int, before: int, lines: int, heads: int, some: bool, dtype: torch.dtype) -> None:
         q, k, v = (
-            normal(seed + i, 2, heads, n, 32 * lines).to(BF16) for i, n in enumerate((t, t + before, t + before))
+            normal(seed + i, 2, heads, n, 32 * lines).to(dtype) for i, n in enumerate((t, t + before, t + before))
         )
         starts = torch.tensor([0, before], dtype=torch.int32) if some else None
-        contract.check_parity(native_cpu, lambda *qkv: ops.causal_attention(*qkv, starts=starts)[0], [q, k, v])
+        contract.check_parity(cpu, lambda *qkv: ops.causal_attention(*qkv, starts=starts)[0], [q, k, v])
 
     check()

@@ -29,11 +29,11 @@ std::vector<float> numbers(int64_t n, float scale = 1.0f) {
     return all;
 }
 
-// bfloat16, cut off, in room for float32.
-std::vector<uint16_t> halves(int64_t n) {
-    const std::vector<float> from = numbers(n);
-    std::vector<uint16_t> all(size_t(2 * n));
-    for (size_t i = 0; i < from.size(); ++i) std::memcpy(&all[i], reinterpret_cast<const char*>(&from[i]) + 2, 2);
+// Of a format, bfloat16 cut off, in room for float32.
+std::vector<float> numbers_as(cpu::Format format, int64_t n) {
+    std::vector<float> all = numbers(n);
+    for (size_t i = 0; i < all.size() && format == cpu::Format::bf16; ++i)
+        std::memcpy(reinterpret_cast<char*>(all.data()) + 2 * i, reinterpret_cast<const char*>(&all[i]) + 2, 2);
     return all;
 }
 
@@ -114,6 +114,12 @@ void decoder() {
                 decoder.step(tokens.data(), logits.data(), kThreads);
             }
             decoder.rewind(6);
+            // Several positions of one sequence at a time, of which some are taken back.
+            cpu::Decoder single(weights(format, heads, positions), 1, positions);
+            for (int64_t count : {1, 3, 5}) {
+                single.step_rows(tokens.data(), count, logits.data(), kThreads);
+                single.rewind(single.position() - count / 2);
+            }
         }
 }
 
@@ -147,42 +153,49 @@ void forward() {
 
 void attention() {
     constexpr int64_t length = 70, width = 32;
-    for (int64_t heads : {1, 4}) {
-        std::vector<uint16_t> in[4], out[4];
-        const auto tensor = [&](std::vector<uint16_t>& memory) {
-            memory = halves(heads * length * width);
-            return cpu::AttentionTensor{memory.data(), heads * length * width, length * width, width};
-        };
-        std::vector<float> lse(size_t(heads * length));
-        cpu::CausalAttentionGradParams p{};
-        p.of.q = tensor(in[0]);
-        p.of.k = tensor(in[1]);
-        p.of.v = tensor(in[2]);
-        p.of.out = tensor(out[0]);
-        p.of.lse = lse.data();
-        p.of.batch = 1;
-        p.of.heads = heads;
-        p.of.t_q = p.of.t_k = length;
-        p.of.head_dim = width;
-        p.of.scale = 0.2f;
-        p.of.threads = kThreads;
-        p.dout = tensor(in[3]);
-        p.dq = tensor(out[1]);
-        p.dk = tensor(out[2]);
-        p.dv = tensor(out[3]);
-        cpu::causal_attention_fwd(p.of);
-        cpu::causal_attention_bwd(p);
-    }
+    for (cpu::Format format : {cpu::Format::fp32, cpu::Format::bf16})
+        for (int64_t heads : {1, 4}) {
+            std::vector<float> in[4], out[4];
+            const auto tensor = [&](std::vector<float>& memory) {
+                memory = numbers_as(format, heads * length * width);
+                return cpu::AttentionTensor{memory.data(), heads * length * width, length * width, width};
+            };
+            std::vector<float> lse(size_t(heads * length));
+            cpu::CausalAttentionGradParams p{};
+            p.of.q = tensor(in[0]);
+            p.of.k = tensor(in[1]);
+            p.of.v = tensor(in[2]);
+            p.of.out = tensor(out[0]);
+            p.of.lse = lse.data();
+            p.of.batch = 1;
+            p.of.heads = heads;
+            p.of.t_q = p.of.t_k = length;
+            p.of.head_dim = width;
+            p.of.scale = 0.2f;
+            p.of.format = format;
+            p.of.threads = kThreads;
+            p.dout = tensor(in[3]);
+            p.dq = tensor(out[1]);
+            p.dk = tensor(out[2]);
+            p.dv = tensor(out[3]);
+            cpu::causal_attention_fwd(p.of);
+            cpu::causal_attention_bwd(p);
+        }
+}
+
+void matmul() {
+    constexpr int64_t m = 500, n = 70, k = 600;
+    const std::vector<float> a(m * k, 0.5f), b(k * n, 0.5f), bias(n, 0.5f);
+    std::vector<float> c(m * n);
+    cpu::matmul({a.data(), k, 1, b.data(), n, 1, bias.data(), c.data(), m, n, k, kThreads});
 }
 
 }  // namespace
 
 int main(int count, char** names) {
-    const std::map<std::string, void (*)()> cases{{"elementwise", elementwise},
-                                                  {"colours", colours},
-                                                  {"decoder", decoder},
-                                                  {"forward", forward},
-                                                  {"attention", attention}};
+    const std::map<std::string, void (*)()> cases{{"elementwise", elementwise}, {"colours", colours},
+                                                  {"decoder", decoder},         {"forward", forward},
+                                                  {"attention", attention},     {"matmul", matmul}};
     const auto found = count == 2 ? cases.find(names[1]) : cases.end();
     if (found == cases.end()) return 2;
     found->second();

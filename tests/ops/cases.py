@@ -96,6 +96,20 @@ class Case:
         return out + [tensors[i].detach().clone() for i in self.mutated]
 
 
+# Of ops that have a kernel on the CPU alone.
+CPU_CASES = [
+    Case(
+        "linear",
+        "linear",
+        lambda: (
+            _normal(5, 70, dtype=torch.float32),
+            _normal(70, 37, dtype=torch.float32, seed=1),
+            _normal(37, dtype=torch.float32, seed=2),
+        ),
+        ops.linear,
+        3,
+    )
+]
 CASES = [
     Case("rms_norm", "rms_norm", lambda: (_normal(5, 1032), _normal(1032, seed=1)), ops.rms_norm, 2),
     Case(

@@ -21,7 +21,7 @@ from typing import Any
 
 import compiling
 import torch
-from cases import CASES
+from cases import CASES, CPU_CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,7 +117,7 @@ def main(kind: str, seed: int, calls: int) -> None:
             {name: dataclasses.replace(op, least_cpu=0, least_queries_cpu=0) for name, op in backend.OPS.items()}
         )
     recorded = Recorded()
-    for case in CASES:
+    for case in CASES if kind == "emulated" else (*CASES, *CPU_CASES):
         with recorded:
             case.run(case.on("cpu"))
     rng, refused = random.Random(seed), Counter[str]()

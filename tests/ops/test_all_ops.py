@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, CPU_CASES, Case
 from implementations import Implementation, isas_of
 from torch import Tensor
 
@@ -18,7 +18,7 @@ EACH_NATIVE = pytest.mark.parametrize(
     [
         pytest.param(kind, case, id=f"{kind}-{case.name}")
         for kind in ("emulation", "native_cpu")
-        for case in CASES
+        for case in (*CASES, *CPU_CASES)
         if ("cuda" in backend.OPS[case.op].native if kind == "emulation" else isas_of(case.op))
     ],
     indirect=["native"],
@@ -38,8 +38,10 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def test_every_op_with_a_kernel_has_a_case() -> None:
-    assert {case.op for case in CASES} == {name for name, op in backend.OPS.items() if op.native}
-    assert len({case.name for case in CASES}) == len(CASES), "a case stands there twice"
+    cases = [*CASES, *CPU_CASES]
+    assert {case.op for case in cases} == {name for name, op in backend.OPS.items() if op.native}
+    assert {case.op for case in CPU_CASES} == {name for name, op in backend.OPS.items() if op.native == ("cpu",)}
+    assert len({case.name for case in cases}) == len(cases), "a case stands there twice"
 
 
 @EACH
@@ -56,7 +58,7 @@ def test_the_same_bits_under_every_schedule(emulation: Implementation, case: Cas
 @pytest.mark.skipif(backend._C is None, reason=backend.native_reason)
 @pytest.mark.parametrize(
     ("case", "isa"),
-    [pytest.param(case, isa, id=f"{case.name}-{isa}") for case in CASES for isa in isas_of(case.op)],
+    [pytest.param(case, isa, id=f"{case.name}-{isa}") for case in (*CASES, *CPU_CASES) for isa in isas_of(case.op)],
 )
 def test_the_same_bits_with_any_number_of_threads(native_cpu: Implementation, case: Case, isa: str) -> None:
     """Of 300 times as many rows, so that there are shares for all threads; more of them than cores too."""

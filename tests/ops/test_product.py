@@ -12,7 +12,9 @@ from tolerance import assert_parity
 from torch import Tensor
 
 from igpt_fast import backend, environment, ops, reference
-from igpt_fast.engines.cpu import forward as forwards
+from igpt_fast.engines.network import logits_of
+from igpt_fast.learning.distributed import autocasts
+from igpt_fast.learning.settings import TrainConfig
 from igpt_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(
@@ -61,9 +63,11 @@ def test_which_do(isa: str) -> None:
     assert backend._C.cpu_bf16_products() == pairs
     cpu = torch.device("cpu")
     assert (backend.no_products(torch.bfloat16, cpu) is None) == pairs
-    assert backend.no_products(torch.float16, cpu) == "no instruction set here multiplies float16"
+    assert backend.no_products(torch.float16, cpu) == "this package multiplies no float16 on a CPU"
+    assert (dispatch.widened(torch.ones(1, dtype=torch.bfloat16)) is None) == pairs
     for dtype in (torch.float32, torch.float64):
         assert backend.no_products(dtype, cpu) is None
+        assert dispatch.widened(torch.ones(1, dtype=dtype)) is None
     assert backend.no_products(torch.bfloat16, torch.device("cuda", 0)) is None
     want = {"runs": "bfloat16", "reason": ""}
     if not pairs:
@@ -72,6 +76,10 @@ def test_which_do(isa: str) -> None:
     assert report["products"]["bfloat16"] == want
     line = f"in {want['runs']}" + f" [{want['reason']}]" * (not pairs)
     assert f"products   of bfloat16  cpu: {line}\n" in environment.format_config(report)
+    with backend.use_backend("reference"):
+        plain = {"runs": "bfloat16", "reason": ""}, {"runs": "float16", "reason": ""}
+        assert tuple(environment.config()["products"].values()) == plain
+        assert autocasts(TrainConfig(bf16=True), cpu)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -88,6 +96,12 @@ def test_rounded_once(without: str, dtype: torch.dtype) -> None:
     wide = reference.causal_attention(q.float(), k.float(), v.float(), 0.1)
     for got, part in zip(ops.causal_attention(q, k, v, 0.1, need_weights=True), wide, strict=True):
         assert torch.equal(got, part.to(dtype))
+    for like in (q, q.float()):  # results are of the dtypes that they have everywhere
+        with torch.autocast("cpu", dtype):
+            got = ops.causal_attention(like, like, like, need_weights=True)
+            with backend.use_backend("reference"):
+                want = ops.causal_attention(like, like, like, need_weights=True)
+        assert [part.dtype for part in got] == [part.dtype for part in want]
 
 
 def run(model: Any, tokens: Tensor, mask: Tensor | None = None) -> list[Tensor]:
@@ -118,10 +132,30 @@ def test_a_model(without: str, seen: list[torch.dtype], dtype: torch.dtype, how:
         assert_parity(*names)
 
 
+def test_the_head_is_torchs_linear_layer(without: str) -> None:
+    """What tools look for; in float32 as other products, but where something else stands there."""
+    model, states = small(torch.bfloat16).requires_grad_(False), torch.randn(5, 48).bfloat16()
+    assert type(model.lm_head) is torch.nn.Linear
+    want = F.linear(states.float(), model.lm_head.weight.float()).bfloat16()
+    assert torch.equal(logits_of(model.lm_head, states), want)
+    compiled = torch.compile(lambda x: logits_of(model.lm_head, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(states), want)
+    model.lm_head.register_forward_hook(lambda *_: torch.zeros(1))
+    assert torch.equal(logits_of(model.lm_head, states), torch.zeros(1))
+
+
 def test_compiled(without: str) -> None:
+    """The graph has the product in float32."""
     x, weight = torch.randn(5, 24).bfloat16(), torch.randn(12, 24).bfloat16()
-    compiled = torch.compile(lambda x, y: dispatch.product(F.linear, x, y), backend="eager", fullgraph=True)
+    seen: list[torch.dtype] = []
+
+    def watch(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(node.args[0].meta["example_value"].dtype for node in graph.graph.nodes if node.target is F.linear)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, y: dispatch.product(F.linear, x, y), backend=watch, fullgraph=True)
     assert torch.equal(compiled(x, weight), dispatch.product(F.linear, x, weight))
+    assert seen == [torch.float32]
     torch.compiler.reset()
 
 
@@ -134,12 +168,3 @@ def test_the_reference_and_exports_stay_as_defined(without: str, seen: list[torc
     graph = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False).graph
     assert "aten.linear.default" in str(graph)
     assert "autocast" not in str(graph)
-
-
-def test_float32_is_left_alone(isa: str, seen: list[torch.dtype]) -> None:
-    model = small()
-    with torch.no_grad():
-        if forwards.why_not(model.transformer, ids(model, 1, 9)) is None:
-            model.transformer.h[0].register_forward_hook(lambda *_: None)  # its layers run
-        model(ids(model, 1, 9))
-    assert set(seen) == {torch.float32}

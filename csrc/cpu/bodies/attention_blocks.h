@@ -68,7 +68,8 @@ template <class E>
 struct ByBlocks {
     using Element = E;
     struct Session {};
-    // As many rows and tiles as the registers hold: 32, 16, or 16 of which a tile's row takes four.
+    // As many rows and tiles as the registers hold: AVX-512's 32 and AVX2's 16. Of four lanes a tile's row takes four:
+    // NEON's 32 have four rows, 16 have two.
     static constexpr int kRowsAtOnce = kLanes == 16 ? 8 : kLanes == 8 ? 6 : kMaxRows, kPanels = kLanes == 16 ? 2 : 1;
 
     static constexpr int64_t kLinesAtOnce = 4;

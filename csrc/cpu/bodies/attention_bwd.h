@@ -31,8 +31,9 @@ struct BwdScratch : Carve {
     float* const delta = take<float>(queries);
     float* const dq = take<float>(queries * d);  // tile (query / 32, i / 16, half of the strip): dQ^T
     float* const hidden = take<float>(all_keys);
-    E *const keys = take<E>(kKeyRows * d), *const values = take<E>(kKeyRows * d), *const group = take<E>(kKeyRows * d);
-    E* const keys_turned = take<E>(kKeyRows * d);  // lines of K^T: tile (i / 16, line of keys)
+    E *const keys = take<E>(kKeyRows * d), *const values = take<E>(kKeyRows * d);
+    E* const group = in_place ? keys : take<E>(kKeyRows * d);  // lines of float32 are groups
+    E* const keys_turned = take<E>(kKeyRows * d);              // lines of K^T: tile (i / 16, line of keys)
     // Of a strip of keys and kQueryBlock queries: S^T and dP^T, then P^T and dS^T as lines.
     float *const scores = take<float>(kStripSums), *const dweights = take<float>(2 * kStripSums);
     E* const weights = in_place ? reinterpret_cast<E*>(scores) : take<E>(kStripSums);
@@ -85,7 +86,7 @@ inline void prepare_keys(const HeadRows<S>& keys, const HeadRows<S>& values, int
                          const BwdScratch<E>& s) {
     pack_lines(keys, first, count, s.d, s.keys);
     pack_lines(values, first, count, s.d, s.values);
-    pack_groups(keys, first, count, s.d, s.group);
+    if constexpr (sizeof(E) == 2) pack_groups(keys, first, count, s.d, s.group);
     const int64_t lines = kKeyRows / kLine<E>;
     for (int64_t line = 0; line < count / kLine<E>; ++line)
         for (int64_t i = 0; i < s.d / 16; ++i) {
@@ -136,20 +137,20 @@ inline void weigh_key(const BwdScratch<E>& s, int64_t strip, int64_t r, int64_t 
 }
 
 // dS^T of keys r and r + 1 of a strip and the 32 queries from n on, in groups.
-inline void group_keys(const BwdScratch<uint16_t>& s, int64_t strip, int64_t r, int64_t n) {
-    const uint16_t* from = line_at(s.dscores, kQueryBlock, r, n);
-    uint16_t* to = s.dscore_groups + strip * kStripSums + n / 16 * kTileOf<uint16_t> + r * 16;
+template <class E>
+inline void group_keys(const BwdScratch<E>& s, int64_t strip, int64_t r, int64_t n) {
+    const E* from = line_at(s.dscores, kQueryBlock, r, n);
+    E* to = s.dscore_groups + strip * kStripSums + n / 16 * kTileOf<E> + r * 16;
     for (int64_t i = 0; i < kStrip; i += 2 * kLanes) {
-        Ints first, second;
-        interleave(load_ints(from + i), load_ints(from + kLine<uint16_t> + i), first, second);
+        auto first = load_ints(from + i), second = load_ints(from + kLine<E> + i);
+        interleave(first, second, first, second);
         const auto at = [&](int64_t query) {
-            return reinterpret_cast<float*>(to + query / 16 * kTileOf<uint16_t> + query % 16 * 2);
+            return reinterpret_cast<float*>(to + query / 16 * kTileOf<E> + query % 16 * 2);
         };
         store(at(i), floats(first));
         store(at(i + kLanes), floats(second));
     }
 }
-inline void group_keys(const BwdScratch<float>&, int64_t, int64_t, int64_t) {}
 
 // One strip of keys against the queries q0 .. q1 - 1 (multiples of 32): dV, dK, and dS^T in groups.
 template <class By, class E>
@@ -169,7 +170,7 @@ inline void strip_gradients(const KeyBlock& k, const BwdScratch<E>& s, int64_t s
             for (int64_t t = key + r; t < key + r + 2; ++t)
                 weigh_key(s, strip, t - key, n, s.lse + block, s.delta + block, scale,
                           k.hidden && k.hidden[t] != 0.0f ? kStrip : t - k.past - block - n);
-            group_keys(s, strip, r, n);
+            if constexpr (size == 2) group_keys(s, strip, r, n);
         }
     const int64_t line = d / 16 * kTileBytes, lines = (q1 - q0) / kLine<E>;
     By::multiply({line_at(s.weights, kQueryBlock, 0, n0), below * size, s.dout_groups + q0 * d, line, kTileBytes, lines,

@@ -56,7 +56,7 @@ inline void weigh_row(const FwdScratch<E>& s, int64_t r, int64_t n, int64_t visi
         odd = max(load(at(i + kLanes)), odd);
     }
     const float before = s.largest[r], here = reduce_max(max(even, odd)) * scale;
-    const float now = here > before ? here : before, base = now == -__builtin_inff() ? 0.0f : now;
+    const float now = here > before ? here : before, base = base_of(now);
     const Vec less = set1(base), factor = set1(scale);
     Vec total = zero();
     for (int64_t i = 0; i < n; i += 2 * kLanes) {

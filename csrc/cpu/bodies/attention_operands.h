@@ -47,6 +47,10 @@ inline Vec weigh(Vec scores, Vec scale, Vec less) {
     return power<E>(scores * scale - less);
 }
 
+// What exponents are lessened by, of which `top` is the largest: of minus infinity, where all are, they stay. A
+// difference of such would be no number.
+inline float base_of(float top) { return top == -__builtin_inff() ? 0.0f : top; }
+
 // Where element i of row r is: among tiles of C whose rows have `width` columns, and among lines of k.
 inline float* sum_at(const float* tiles, int64_t width, int64_t r, int64_t i) {
     return const_cast<float*>(tiles) + (r / 16 * (width / 16) + i / 16) * kTileSums + r % 16 * 16 + i % 16;
@@ -126,10 +130,11 @@ inline void pack_groups(const HeadRows<S>& x, int64_t first, int64_t count, int6
                 return reinterpret_cast<float*>(out) + (t / kLine<E> * (wide / 16) + d / 16) * kTileSums +
                        t % kLine<E> / step * 16 + d % 16;
             };
-            Ints a = x.template words<E>(first + t, i);
+            auto a = x.template words<E>(first + t, i);
             if constexpr (step == 2) {
-                Ints b = x.template words<E>(first + t + 1, i), next;
-                interleave(Ints(a), Ints(b), a, next);
+                const auto b = x.template words<E>(first + t + 1, i);
+                auto next = a;
+                interleave(a, b, a, next);
                 store(at(i + kLanes), floats(next));
             }
             store(at(i), floats(a));

@@ -29,20 +29,6 @@ struct Block {
     bool first;  // the sums are written, else added to what is there
 };
 
-// f(0) to f(N - 1), as constants: what they index is in registers from the beginning.
-template <int I>
-struct Index {
-    static constexpr int value = I;
-    constexpr operator int() const { return I; }
-};
-template <int N, class F>
-[[gnu::always_inline]] inline void repeat(F&& f) {
-    if constexpr (N > 0) {
-        repeat<N - 1>(f);
-        f(Index<N - 1>());
-    }
-}
-
 // The kinds: `step` of k are a group, whose inputs take `bytes` and the weights of an output `lane`, and which is
 // multiplied in `parts`: so much of the weights is in registers at a time. `weights` reads a register of a part, `add`
 // multiplies one with a row's inputs.
@@ -160,12 +146,12 @@ inline void put_sums(float* to, Ints v, bool first) { store(to, floats(first ? v
 template <class Kind, int R, int C>
 [[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w,
                                              typename Kind::Sum (&acc)[R][C]) {
-    repeat<Kind::parts>([&](auto part) {
+    each<Kind::parts>([&](auto part) {
         decltype(Kind::weights(w, 0)) v[C];
-        repeat<C>([&](auto c) { v[c] = Kind::weights(w + Kind::lane * c * kLanes, part); });
-        repeat<R>([&](auto r) {
+        each<C>([&](auto c) { v[c] = Kind::weights(w + Kind::lane * c * kLanes, part); });
+        each<R>([&](auto r) {
             const auto a = Kind::inputs(x + r * row_bytes, part);
-            repeat<C>([&](auto c) { acc[r][c] = Kind::add(acc[r][c], a, v[c]); });
+            each<C>([&](auto c) { acc[r][c] = Kind::add(acc[r][c], a, v[c]); });
         });
     });
 }
@@ -175,7 +161,7 @@ template <class Kind, int R, int C>
 [[gnu::flatten]] void run_block(const Block& p) {
     constexpr int64_t groups = kLineBytes / Kind::bytes, unrolled = 2, group = Kind::lane * kTile;
     typename Kind::Sum acc[R][C];
-    repeat<R>([&](auto r) { repeat<C>([&](auto c) { acc[r][c] = typename Kind::Sum{}; }); });
+    each<R>([&](auto r) { each<C>([&](auto c) { acc[r][c] = typename Kind::Sum{}; }); });
     const char *x = p.x, *w = p.w;
     int64_t left = p.depth / Kind::step;
     for (; left >= groups; left -= groups, x += p.line_bytes)
@@ -184,44 +170,38 @@ template <class Kind, int R, int C>
             add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + group, acc);
         }
     for (; left > 0; --left, x += Kind::bytes, w += group) add_group<Kind>(x, p.row_bytes, w, acc);
-    repeat<R>([&](auto r) {
+    each<R>([&](auto r) {
         float* sums = p.sums + r * p.ld;
-        repeat<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
+        each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
     });
 }
 
-template <class Kind, int C, int R = kBlockRows>
-inline void run_block_of(const Block& p, int64_t rows) {
-    if (rows == R) return run_block<Kind, R, C>(p);
-    if constexpr (R > 1) run_block_of<Kind, C, R - 1>(p, rows);
+// Some rows, in blocks as even as can be.
+template <class Kind, int Rows, int C>
+inline void run_rows(const Block& p) {
+    constexpr int blocks = (Rows + kBlockRows - 1) / kBlockRows;
+    each<blocks>([&](auto b) {
+        constexpr int first = Rows * b / blocks, end = Rows * (b + 1) / blocks;
+        Block own = p;
+        own.x += first * p.row_bytes;
+        own.sums += first * p.ld;
+        run_block<Kind, end - first, C>(own);
+    });
 }
 
-template <class Kind, int C>
-inline void run_blocks_of(Block p, int64_t rows) {
-    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-    const char* x = p.x;
-    float* sums = p.sums;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = rows * b / blocks;
-        p.x = x + first * p.row_bytes;
-        p.sums = sums + first * p.ld;
-        run_block_of<Kind, C>(p, rows * (b + 1) / blocks - first);
-    }
-}
-
-// Any number of rows, and of a tile's registers, in blocks: all rows with some registers, and then with the next.
-template <class Kind>
-void run_blocks(Block p, int64_t rows, int64_t registers) {
+// Of a tile's registers, of which there are whole 32 outputs or all: all rows with some, and then with the next.
+template <class Kind, int Rows>
+void run_blocks(Block p, int64_t registers) {
     const auto with = [&](auto c) {
-        run_blocks_of<Kind, decltype(c)::value>(p, rows);
+        run_rows<Kind, Rows, c>(p);
         p.w += Kind::lane * c * kLanes;
         p.sums += c * kLanes;
         registers -= c;
     };
-    while (registers >= kBlockRegisters) with(Index<kBlockRegisters>());
-    if constexpr (kBlockRegisters > 2)
-        if (registers >= 2) with(Index<2>());
-    if (registers > 0) with(Index<1>());
+    constexpr int rest = 32 / kLanes % kBlockRegisters;
+    while (registers >= kBlockRegisters) with(Number<kBlockRegisters>());
+    if constexpr (rest != 0)
+        if (registers > 0) with(Number<rest>());
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
     if constexpr (Kind::offset != 0) {  // as a row of it
         alignas(64) char row[kLineBytes];
         __builtin_memset(row, Kind::offset, kLineBytes);
-        run_blocks<Kind>({row, 0, 0, weights, p.depth, of_offset, kTile, true}, 1, columns / kLanes);
+        run_blocks<Kind, 1>({row, 0, 0, weights, p.depth, of_offset, kTile, true}, columns / kLanes);
     }
     for (int64_t from = 0; from < p.depth; from += kBlockDepth) {
         const int64_t to = least(from + kBlockDepth, p.depth);
@@ -83,9 +83,10 @@ inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
             const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes;
             float* sums = p.depth <= kBlockDepth ? one : p.scratch + row * kTile;
             for (int64_t k = from; k < to; k += chain)
-                run_blocks<Kind>({x + k / line * lines_bytes, kLineBytes, lines_bytes, weights + k / Kind::step * group,
-                                  least(chain, to - k), sums, kTile, k == 0},
-                                 kStripRows, columns / kLanes);
+                run_blocks<Kind, kStripRows>(
+                    {x + k / line * lines_bytes, kLineBytes, lines_bytes, weights + k / Kind::step * group,
+                     least(chain, to - k), sums, kTile, k == 0},
+                    columns / kLanes);
             if (to == p.depth) finish_strip<Kind, To>(p, sums, of_offset, row, n, columns);
         }
     }

@@ -111,7 +111,7 @@ inline void raise_tops(int64_t count, float scale, int64_t wide, bool first, Que
         const float now = here > before || first ? here : before;
         s.top[r] = now;
         if (first || now == before) continue;
-        const Vec keep = power<E>(set1(before - now));
+        const Vec keep = power<E>(set1(before - base_of(now)));
         store(s.sums + r * kLanes, load(s.sums + r * kLanes) * keep);
         for (int64_t i = 0; i < wide; i += kLanes) {
             float* out = sum_at(s.out, wide, r, i);
@@ -125,7 +125,7 @@ inline void weigh_rows(int64_t count, float scale, Queries<E>& s) {
     constexpr bool fine = sizeof(E) == 4;
     const Vec factor = set1(scale);
     for (int64_t r = 0; r < kRows; ++r) {
-        const Vec less = set1(s.top[r]);
+        const Vec less = set1(base_of(s.top[r]));
         Vec even = load(s.sums + r * kLanes), odd = zero();
         for (int64_t t = 0; t < count; t += 2 * kLanes) {
             const Vec a = weigh<E>(load(s.score(r, t)), factor, less);

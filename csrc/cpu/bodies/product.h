@@ -264,9 +264,11 @@ struct Int8Words {
     [[gnu::flatten]] static void run(const Piece& p) {
         Ints acc[R][C] = {};
         each_group(p, p.count / 2, [&](const auto* w, const char* far, int64_t g) {
-            prefetch(far);
             Ints v[C];
-            each<C>([&](auto c) { v[c] = load_words(w + c * bytes); });
+            each<C>([&](auto c) {
+                prefetch_register<bytes>(far, c);
+                v[c] = load_words(w + c * bytes);
+            });
             each<R>([&](auto r) {
                 each<C>([&](auto c) { acc[r][c] = add_words(acc[r][c], p.half + r * p.ld + 2 * g, v[c]); });
             });

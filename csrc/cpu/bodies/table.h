@@ -6,9 +6,11 @@
 #include "attention_bwd.h"
 #include "attention_decode_prefix.h"
 #include "attention_fwd.h"
+#include "checksum.h"
 #include "cross_entropy.h"
 #include "gemm.h"
 #include "heads.h"
+#include "matmul.h"
 #include "norm.h"
 #include "quantize.h"
 
@@ -63,6 +65,8 @@ constexpr Ops make_ops(const char* isa) {
              forward_kernels<Bf16Blocks, uint16_t>(gemm<KindOfBf16, Bf16Blocks::Element>),
              forward_kernels<Bf16Blocks, float>(gemm<KindOfInt8, Bf16Blocks::Element>, sizeof(KindOfInt8::Input),
                                                 round_rows<KindOfInt8, Bf16Blocks::Element>)},
+            checksum,
+            {kTile, kMatmulRows * (kTile + kMatmulDepth), matmul_pack, matmul_strip},
             kPairs};
 }
 

@@ -110,6 +110,15 @@ int isas(Isa* out) {
     return n;
 }
 
+bool by_amd() {
+#ifdef IGPT_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 const Ops& ops() { return *chosen().load(std::memory_order_relaxed); }
 
 bool select_isa(const char* name) {

@@ -72,7 +72,6 @@ def finetune(
     if scratch:
         start = tuning.random_weights(start, config.seed)
     tokens = _tokens(model, data, 0.1 if holdout is None else holdout, skip_unreadable)
-    checks.say_precision(config, device_)
     summary = tuning.finetune(start, tokens, out, config, device=device_, progress=_progress, **how)
     terminal.report(json, summary, _text(summary))
 

@@ -142,8 +142,6 @@ def train(
         tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
         if init is not None:
             how["objective"], config = _continued(init, tokens, config)
-        if together.first:
-            checks.say_precision(config, device_)
         summary = run.run(tokens, out, config, world=together, **how)
     if together.first:
         _report(out, summary, objective, classes, json)

@@ -41,8 +41,8 @@ class DrawOptions:
         dtype: float32, bfloat16, float16, or auto for what the checkpoint is stored in; int8 draws with weights and
             cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, and
             fp8_cache with keys as well, on a GPU.
-        speculate: Pixels of an image that is drawn alone are guessed ahead where that is faster, which changes none;
-            this turns it off.
+        speculate: Pixels of an image that is drawn alone are guessed ahead on the CPU, in float32 and int8, which
+            changes none; this turns it off.
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.

@@ -27,8 +27,9 @@ class CpuDecoder(Decoder):
     - int8: weights rounded to 8 bits with a scale for each output; keys and values with a scale for each position
       and head. The other side of each product keeps 15 bits or more, so the rounding of these is all there is.
 
-    A primer is read by the model's forward pass (``forward``), in the model's own dtype and from its weights, not
-    the int8 ones. As many threads compute as torch is set to. Arguments and errors as of ``Decoder``.
+    A primer is read by the compiled forward pass (``forward``), however short it is and however many images there are,
+    in the model's own dtype (float16 in float32) and from its weights, not the int8 ones. As many threads compute as
+    torch is set to. Arguments and errors as of ``Decoder``.
     """
 
     name = "cpu"
@@ -39,6 +40,7 @@ class CpuDecoder(Decoder):
         assert backend._C is not None
         packed = packed_weights(model.transformer, model.lm_head.weight, dtype)
         self._decoder = backend._C.Decoder(packed, batch_size, capacity)
+        self._rewindable = capacity  # to this position
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """See ``Decoder.prefill``."""
@@ -66,8 +68,8 @@ class CpuDecoder(Decoder):
 
     @property
     def why_not_rows(self) -> str | None:
-        """See ``Decoder.why_not_rows``. A row of several has a step's bits in float32, and in int8 where the processor
-        multiplies bytes; bfloat16 sums one row in another order than several, or rounds their activations.
+        """See ``Decoder.why_not_rows``. A row of several has a step's bits in float32, and in int8 where the level
+        multiplies integers; bfloat16 sums one row in another order than several, or rounds their activations.
         """
         assert backend._C is not None
         if backend._C.cpu_isa() == "generic":
@@ -82,13 +84,18 @@ class CpuDecoder(Decoder):
         self._check_room(self._decoder.position + len(tokens))
         tokens, colours = tokens.contiguous(), self._decoder.sizes[3]
         logits = torch.empty(len(tokens), colours, dtype=torch.float32, device="cpu")
-        self._next = None
+        self._next, first = None, self._decoder.position
         self._decoder.step_rows(tokens.data_ptr(), len(tokens), logits.data_ptr(), torch.get_num_threads())
+        self._rewindable = first
         return logits
 
     def rewind(self, count: int) -> None:
         """See ``Decoder.rewind``."""
-        self._decoder.rewind(self._decoder.position - count)
+        position = self._decoder.position
+        if not 0 <= count <= max(0, position - self._rewindable):
+            raise ValueError(f"decoder: cannot forget {count} of {position} positions; want those of step_rows alone")
+        self._next = None
+        self._decoder.rewind(position - count)
 
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
@@ -111,7 +118,7 @@ class CpuDecoder(Decoder):
         batch, heads, dim, _ = self._decoder.sizes
         body, head = self.model.transformer, self.model.lm_head.weight
         with torch.no_grad():
-            states = forwards.run(body, tokens, cache=True, rounded=False)
+            states = forwards.run(body, tokens, cache=True, primer=True)
             if states is None:
                 output = body(tokens, use_cache=True, return_dict=True)
                 last, cached = output.last_hidden_state, output.past_key_values
@@ -127,6 +134,7 @@ class CpuDecoder(Decoder):
                 raise ValueError("decoder: the model has changed its shape since the decoder was made")
             self._decoder.load(layer, pair[0].data_ptr(), pair[1].data_ptr(), tokens.shape[1], threads)
         self._decoder.advance(tokens.shape[1])
+        self._rewindable = self.capacity
         return logits
 
 

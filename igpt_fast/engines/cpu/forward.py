@@ -8,8 +8,9 @@ float32) on the CPU, with nothing that only torch sees: gradients, hooks, autoca
 output, as the decoder's, by activations of 8 bits, with a scale for each position; attention, norms and the residual
 are as in the other passes.
 
-The weights are packed at the first such call, a copy of their size that stays as long as the model, and again when they
-have changed, in whatever way: every call reads them all (``packed``), which takes it a few percent longer.
+The weights are packed at the first such call, a copy of their size (of float16 twice that) that stays as long as the
+model, and again when they have changed, in whatever way: every call reads them all (``packed``), which takes it a few
+percent longer.
 """
 
 from __future__ import annotations
@@ -68,14 +69,15 @@ def run(
     tokens: Tensor | None,
     taken: Taken | None = None,
     cache: bool = False,
-    rounded: bool = True,
+    primer: bool = False,
     dtype: str | None = None,
 ) -> States | None:
     """The states of (B, T) int64 tokens, or ``None`` where ``why_not`` has a reason.
 
     Args:
         taken: What else than the last states of the whole network; where it stops early there is no ``cache``.
-        rounded: In the model's dtype, float16 too, of which the module has packed and computed all in float32.
+        primer: For a decoder: what is short is no reason, so that the numbers do not depend on how many sequences there
+            are; and of float16, of which all is computed in float32, that is not rounded.
         dtype: ``"int8"``, in which the module alone computes; ``None``: the model's.
 
     Raises:
@@ -86,17 +88,18 @@ def run(
     if dtype not in (None, "int8"):
         raise ValueError(f"forward: dtype is {dtype!r}; want None or 'int8'")
     # First, and a constant for a compiler: nothing below is for it.
-    reason = "torch compiles what calls it" if torch.compiler.is_compiling() else why_not(model, tokens, dtype)
-    if reason is not None:
+    found = "torch compiles what calls it" if torch.compiler.is_compiling() else _read(model, tokens, primer, dtype)
+    if isinstance(found, str):
         if dtype is not None:
-            raise backend.BackendUnavailableError(f"forward: dtype {dtype!r} is not available: {reason}")
+            raise backend.BackendUnavailableError(f"forward: dtype {dtype!r} is not available: {found}")
         return None
     assert tokens is not None
     config, tokens = model.config, tokens.reshape(-1, tokens.shape[-1]).contiguous()
     batch, length = tokens.shape
     taken = taken or Taken([], config.n_layer)
     # The module writes to these addresses: not of the default dtype, nor on the default device.
-    wide = torch.float32 if model.dtype == torch.float16 or dtype else model.dtype
+    own = found.wte.dtype
+    wide = torch.float32 if own == torch.float16 or dtype else own
     empty: Any = functools.partial(torch.empty, dtype=wide, device="cpu")
     single: Any = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
     last = empty(batch, length, config.n_embd) if taken.last else None
@@ -108,30 +111,47 @@ def run(
     places = {name: address(tensor) for name, tensor in written.items()}
     threads = torch.get_num_threads()
     assert backend._C is not None
-    weights = packed_weights(model, None, dtype)
+    weights = packed_weights(model, None, dtype, found)
     if weights not in _passes:
         _passes[weights] = backend._C.Forward(weights)
     asked = {"layers": taken.run, "taken": taken.layers, "normed": taken.normed, "bands": max(1, taken.bands)}
     _passes[weights].run(tokens=tokens.data_ptr(), batch=batch, length=length, **asked, **places, threads=threads)
-    found = States(last, means if states is None else states, keys, values)
-    if wide == model.dtype or not rounded:
-        return found
-    narrow = States(*(None if tensor is None else tensor.to(model.dtype) for tensor in found))
+    made = States(last, means if states is None else states, keys, values)
+    if wide == own or primer:
+        return made
+    narrow = States(*(None if tensor is None else tensor.to(own) for tensor in made))
     return narrow if means is None else narrow._replace(taken=means)
 
 
-def why_not(model: Body, tokens: Tensor | None, dtype: str | None = None) -> str | None:
-    """Why the compiled module does not run a network on these tokens now; ``None`` when it does."""
+def _why_not_short(tokens: Tensor, dtype: torch.dtype) -> str | None:
+    """Measured, at 6 layers of 512 in float32: torch's layers lead below 8 positions, and of several sequences below
+    24. In the others they lead of more than 8 sequences below 8.
+    """
+    length, count = tokens.shape[-1], tokens.numel() // tokens.shape[-1]
+    least = (8 if count == 1 else 24) if dtype == torch.float32 else (1 if count <= 8 else 8)
+    if length >= least:
+        return None
+    return f"the input is {count} of {length} positions, padded to 32 each; the layers are faster below {least}"
+
+
+def why_not(model: Body, tokens: Tensor | None, primer: bool = False, dtype: str | None = None) -> str | None:
+    """Why the compiled module does not run a network on these tokens now; ``None`` when it does. ``primer``: however
+    few they are.
+    """
+    found = _read(model, tokens, primer, dtype)
+    return found if isinstance(found, str) else None
+
+
+def _read(model: Body, tokens: Tensor | None, primer: bool, dtype: str | None) -> Weights | str:
+    """The parameters that the compiled module's pass over these tokens is made of, or why it makes none."""
     if reason := no_native_decoder():
         return reason
-    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+    if tokens is None or not is_plain(tokens) or tokens.dtype != torch.int64 or not tokens.is_cpu:
         return "the input is not an int64 tensor on the CPU, or torch looks at what becomes of it"
     if tokens.ndim == 0 or tokens.numel() == 0 or tokens.shape[-1] > model.config.n_positions:
         return f"the input is {tuple(tokens.shape)}; want (B, T), T from 1 to n_positions={model.config.n_positions}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if dtype is None and tokens.shape[-1] < 8 and tokens.numel() > 8 * tokens.shape[-1]:
-        return "the input is many short sequences, which would be padded to 32 positions each"
     if model.training:
         return "the network is in training mode"
     if reason := why_not_shape(model.config) or why_not_modules(model, around=False):
@@ -140,8 +160,11 @@ def why_not(model: Body, tokens: Tensor | None, dtype: str | None = None) -> str
     if reason := why_not_settings(model, found):
         return reason
     weights = found.each()
-    if any(weight.dtype != weights[0].dtype for weight in weights) or weights[0].dtype not in _DTYPES:
+    own = weights[0].dtype
+    if any(weight.dtype != own for weight in weights) or own not in _DTYPES:
         return "the weights are not all float32, all bfloat16 or all float16"
-    if not is_plain(*weights) or any(weight.device.type != "cpu" for weight in weights):
+    if not primer and dtype is None and (reason := _why_not_short(tokens, own)):
+        return reason
+    if not is_plain(*weights) or not all(weight.is_cpu for weight in weights):
         return "the weights want a gradient, or are not plain tensors on the CPU"
-    return None
+    return found

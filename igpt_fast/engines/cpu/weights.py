@@ -97,15 +97,16 @@ def why_not_shape(config: ImageGPTConfig) -> str | None:
     return None
 
 
-def packed_weights(body: Body, head: Tensor | None, dtype: str | None) -> Any:
+def packed_weights(body: Body, head: Tensor | None, dtype: str | None, found: Weights | None = None) -> Any:
     """The compiled module's copy of the weights of a network that ``why_not_cpu`` has nothing against, and of a head.
 
-    One that was made with a head serves where none is wanted, so decoders and the forward pass share it.
+    One that was made with a head serves where none is wanted, so decoders and the forward pass share it. ``found``: its
+    parameters, where they have been asked for.
     """
     settings = (tuple(_settings(body.config).items()), *(block.attn.scale for block in body.h))
-    others = [] if head is None else [head.detach()]
-    weights = [weight.detach() for weight in Weights.of(body).each()]
-    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), weights, others)
+    found = Weights.of(body) if found is None else found
+    others = [] if head is None else [head]
+    return packed(body, dtype, settings, lambda: _pack(body, head, dtype or body.dtype), found.each(), others)
 
 
 def _settings(config: ImageGPTConfig) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from torch import Generator, Tensor, nn
 
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
+from igpt_fast.engines.network import logits_of
 from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.objectives.starting import checksum, copy_of
 from igpt_fast.likelihood.nats import evaluating, float64_sum
 from igpt_fast.likelihood.transfer import sent
 from igpt_fast.model import ImageGPTForCausalImageModeling
-from igpt_fast.model.layers import Head
 
 
 class ImageGPTWithBothHeads(ImageGPTForCausalImageModeling):
@@ -43,7 +43,7 @@ class ImageGPTWithBothHeads(ImageGPTForCausalImageModeling):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         self.num_labels = self.config.num_labels
-        self.score: nn.Linear = Head(self.config.n_embd, self.config.num_labels)
+        self.score = nn.Linear(self.config.n_embd, self.config.num_labels, bias=False)
         nn.init.normal_(self.score.weight, 0.0, self.config.initializer_range)
 
     @classmethod
@@ -170,11 +170,11 @@ def _losses(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Cross-entropy of the classes, (B,); nats per pixel, (B,), if wanted; logits of the classes, (B, num_labels)."""
     config, hidden = model.config, _hidden(model, tokens)
-    logits = model.score(hidden.mean(dim=1)).float()
+    logits = logits_of(model.score, hidden.mean(dim=1)).float()
     classes = F.cross_entropy(logits, labels, reduction="none")
     if not pixels:
         return classes, None, logits
-    colours = model.lm_head(hidden)
+    colours = logits_of(model.lm_head, hidden)
     if config.n_classes:
         colours = colours[..., : config.n_colours].contiguous()
     return classes, ops.cross_entropy(colours, tokens, reduction="none").mean(dim=1), logits

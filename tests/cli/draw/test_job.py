@@ -261,6 +261,19 @@ def test_parts_are_merged() -> None:
     assert torch.equal(late.tokens, whole.tokens[2:])
 
 
+def test_what_was_guessed_is_added_up() -> None:
+    pipeline = Pipeline.from_pretrained(device="cpu")
+    drawn = pipeline.sample(1, seed=0).tokens
+    parts = [
+        results.Generation(drawn, drawn.float(), pipeline.processor, 0, {"batch_size": 1, **rate}, guessed=guessed)
+        for rate, guessed in (({"kept_per_step": 2.0}, (128, 256)), ({"kept_per_step": 1.0}, (256, 256)), ({}, (0, 0)))
+    ]
+    assert results.merge(parts, pipeline.processor).settings == {"batch_size": 1, "kept_per_step": 1.333}
+    merged = results.merge(parts[2:] + parts[:2], pipeline.processor)
+    assert (merged.settings["kept_per_step"], merged.guessed) == (1.333, (384, 512))
+    assert results.merge(parts[2:], pipeline.processor).settings == {"batch_size": 1}
+
+
 def test_interrupted_parts_are_merged() -> None:
     """Of each process a prefix of its own: three of four completions of two inputs, one of two of the third."""
     pipeline = Pipeline.from_pretrained(device="cpu")

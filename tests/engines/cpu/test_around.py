@@ -61,7 +61,7 @@ def forward_of_the_class(model: nn.Module, patch: Patch) -> None:
 
 
 def forward_of_a_layers_class(model: nn.Module, patch: Patch) -> None:
-    patch.setattr(type(model.lm_head), "forward", lambda self, x: nn.functional.linear(x, self.weight) + BONUS)
+    patch.setattr(nn.Linear, "forward", lambda self, x: nn.functional.linear(x, self.weight) + BONUS)
 
 
 def call(model: nn.Module, patch: Patch) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from igpt_fast import ImageGPTConfig, ImageGPTForCausalImageModeling, backend, environment
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.choice import make_decoder
+from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu.decoder import CpuDecoder, why_not_cpu
 from igpt_fast.engines.reference import ReferenceDecoder
 from igpt_fast.files import BUNDLED
@@ -237,6 +238,18 @@ def test_capacity_and_arguments() -> None:
     # None of these moved it.
     tokens = ids(model, 2, 3)
     torch.testing.assert_close(stepped(decoder, tokens), model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_primers_numbers_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """Nine short ones, each as alone: what a forward pass would leave to torch's layers, which round otherwise."""
+    model = small(dtype)
+    tokens = ids(model, 9, 5)
+    assert forwards.why_not(model.transformer.requires_grad_(False), tokens) is not None
+    together = CpuDecoder(model, 9, 6)
+    got = together.prefill(tokens)
+    for i, row in enumerate(tokens):  # the head is one product of all images
+        torch.testing.assert_close(CpuDecoder(model, 1, 6).prefill(row[None])[0], got[i], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -28,6 +28,7 @@ from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights as cpu_weights
 from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.engines.network import Weights
 
 if backend._C is None:
     pytest.skip(backend.native_reason, allow_module_level=True)
@@ -42,7 +43,8 @@ def body(model: nn.Module) -> ImageGPTModel:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each forward pass, whether the compiled module ran it."""
+    """Of each forward pass, whether the compiled module ran it, which short ones are no reason against here."""
+    monkeypatch.setattr(forwards, "_why_not_short", lambda *_: None)
     seen: list[bool] = []
     run = forwards.run
 
@@ -280,6 +282,15 @@ def test_one_copy_of_the_weights_for_all() -> None:
     assert cpu_weights.packed_weights(network, None, None) is shared
 
 
+def test_a_pass_asks_for_the_parameters_once(monkeypatch: pytest.MonkeyPatch, without_gradients: None) -> None:
+    """What comes before a small model's pass takes a tenth of it."""
+    model, asked, of = small(), [], Weights.of
+    model(ids(model, 1, 20))  # packs
+    monkeypatch.setattr(Weights, "of", lambda body: asked.append(1) or of(body))
+    model(ids(model, 1, 20))
+    assert len(asked) == 1
+
+
 def test_memory_is_given_back() -> None:
     """The packed weights go with the model, and one hidden state does not keep the others."""
     model = small()
@@ -356,6 +367,23 @@ def test_a_network_that_it_is_not_for(change: Callable, reason: str) -> None:
         assert model(tokens).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "served", "left"),
+    [
+        (torch.float32, [(1, 8), (2, 24), (40, 24)], [(1, 7), (2, 23), (40, 8)]),
+        (torch.bfloat16, [(1, 1), (8, 1), (9, 8)], [(9, 7)]),
+        (torch.float16, [(8, 1), (9, 8)], [(9, 7)]),
+    ],
+)
+def test_what_is_shorter_than_what_it_is_padded_to(dtype: torch.dtype, served: list, left: list) -> None:
+    model = small_models.small(dtype).requires_grad_(False)
+    for shape in served:
+        assert forwards.why_not(model.transformer, ids(model, *shape)) is None
+    for shape in left:
+        assert "padded" in str(forwards.why_not(model.transformer, ids(model, *shape)))
+        assert forwards.why_not(model.transformer, ids(model, *shape), primer=True) is None
+
+
 def test_a_call_that_it_is_not_for(calls: list[bool]) -> None:
     model = small()
     tokens, embeds = ids(model, 2, 10), torch.randn(2, 10, 48).bfloat16()
@@ -394,6 +422,32 @@ def test_bad_tokens_and_lengths() -> None:
             model(torch.tensor([[0, token]]))
     with pytest.raises(ValueError, match="n_positions"):
         model(ids(model, 1, 81))
+
+
+def test_sizes_that_are_not_trusted() -> None:
+    packed, tokens = cpu_weights.packed_weights(small().transformer, None, None), torch.zeros(4, dtype=torch.int64)
+    out = dict.fromkeys(("last", "keys", "values", "states", "means"), 0)
+    asked = {"batch": 1, "length": 4, "layers": 2, "taken": [], "normed": False, "bands": 1, "threads": 1, **out}
+    forward = backend._C.Forward(packed)
+    forward.run(tokens=tokens.data_ptr(), **asked)
+    for wrong in ({"batch": 2**62}, {"batch": 2**61}, {"taken": [1, 1]}, {"taken": [1, 0]}, {"taken": [3]}):
+        with pytest.raises(ValueError, match="forward: "):
+            forward.run(tokens=tokens.data_ptr(), **{**asked, **wrong})
+
+
+@pytest.mark.parametrize("length", [140, 270, 520])
+def test_scores_that_are_all_infinite_weigh_nothing(length: int, dtype: torch.dtype, calls: list[bool]) -> None:
+    """Of a whole block of keys, or two: minus infinity, and those that follow are not."""
+    model = small_models.small(dtype, n_positions=520, n_layer=1, n_head=1)
+    wte, attention = body(model).wte.weight, body(model).h[0].attn
+    for weight in (wte, body(model).wpe.weight, attention.c_attn.weight[:, :96], attention.c_attn.bias[:96]):
+        weight.zero_()
+    body(model).h[0].ln_1.weight.fill_(1.0)
+    wte[1, 0] = wte[2, 1] = 1.0
+    attention.c_attn.weight[1, 0], attention.c_attn.weight[0, 48] = 1e20, -1e20  # q of the second, k of the first
+    tokens = torch.ones(1, length, dtype=torch.int64)
+    tokens[:, length - 8 :] = 2
+    assert_right(model, tokens, calls)
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of every choice by shape

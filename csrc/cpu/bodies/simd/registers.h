@@ -109,7 +109,7 @@ inline Vec exp_down(Vec x) {
     return times_power(fma(p, r, set1(1.0f)), n);
 }
 
-// By way of arrays, where the machine has nothing better: those are no templates and go before these.
+// By way of arrays, where the machine has nothing better: that is no template and goes before this one.
 // kLanes x kLanes of 32 bits, in place.
 template <class I>
 inline void transpose(I (&r)[kLanes]) {
@@ -118,16 +118,6 @@ inline void transpose(I (&r)[kLanes]) {
     for (int i = 0; i < kLanes; ++i)
         for (int j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
     __builtin_memcpy(r, to, sizeof to);
-}
-// 16 bits of a and of b by turns: those of the first half of either, and of the second.
-template <class I>
-inline void interleave(I a, I b, I& first, I& second) {
-    uint16_t from[2][2 * kLanes], to[2][2 * kLanes];
-    __builtin_memcpy(from[0], &a, sizeof a);
-    __builtin_memcpy(from[1], &b, sizeof b);
-    for (int i = 0; i < 4 * kLanes; ++i) to[i / (2 * kLanes)][i % (2 * kLanes)] = from[i % 2][i / 2];
-    __builtin_memcpy(&first, to[0], sizeof first);
-    __builtin_memcpy(&second, to[1], sizeof second);
 }
 // Two registers, one after the other; in bf16 a denormal may become zero.
 template <class T, class V>
