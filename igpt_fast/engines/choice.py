@@ -103,6 +103,6 @@ FORWARDS: dict[str, str] = {
     " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; in fp32"
     " a sequence of 8 positions or more, or several of 24, in bf16 and fp16 of 8 or 8 of them at most; no compiling or"
     " transforms; features and likelihoods in 8 bits by dtype='int8',"
-    " which the plain levels (generic, neon) compute slower than fp32",
+    " which is not faster where bytes or 16-bit integers are not multiplied (generic, neon)",
     "torch": "for everything else",
 }
