@@ -13,6 +13,9 @@ namespace {
 
 // The fewer lanes, the fewer products a number of b enters, and the nearer it has to be: 4 to 64 KB of b.
 constexpr int64_t kSumOf = 4 * kTile;
+// Blocks of 4 or 6 rows; what lies behind the last row, and the last column up to 32, enters sums that nobody reads.
+constexpr int kRowsTogether = 12;
+static_assert(kMatmulRows % kRowsTogether == 0);
 
 // `count` numbers or a register of them, zeros behind.
 inline Vec some(const float* x, int64_t count) { return count >= kLanes ? load(x) : read(x, Part{int(count)}); }
@@ -49,10 +52,12 @@ void matmul_strip(const MatmulParams& p, int64_t k, int64_t row, int64_t rows, c
     for (int64_t n = 0; n < p.n; n += kTile, packed += kMatmulDepth * kTile) {
         const int64_t columns = least(kTile, p.n - n);
         for (int64_t from = 0; from < depth; from += kSumOf)
-            run_blocks<Single>({reinterpret_cast<const char*>(a + from * kMatmulRows), kSumOf * 4, kLineBytes,
-                                reinterpret_cast<const char*>(packed + from * kTile), least(kSumOf, depth - from), sums,
-                                kTile, from == 0},
-                               rows, (columns + kLanes - 1) / kLanes);
+            for (int64_t i = 0; i < rows; i += kRowsTogether)
+                run_blocks<Single, kRowsTogether>(
+                    {reinterpret_cast<const char*>(a + from * kMatmulRows + i * kSumOf), kSumOf * 4, kLineBytes,
+                     reinterpret_cast<const char*>(packed + from * kTile), least(kSumOf, depth - from),
+                     sums + i * kTile, kTile, from == 0},
+                    (columns + 31) / 32 * 32 / kLanes);
         for (int64_t i = 0; i < rows; ++i) {
             float* c = p.c + (row + i) * p.n + n;
             sweep<1>(columns, [&](int64_t j, int, auto part) {
