@@ -102,6 +102,7 @@ FORWARDS: dict[str, str] = {
     "cpu": "for CPU models in fp32, bf16 or fp16 (computed in fp32) and eval mode, without gradient, as the decoder"
     " covers them; token ids alone: no mask, cache to extend, embeddings, positions or attention weights; in fp32"
     " a sequence of 8 positions or more, or several of 24, in bf16 and fp16 of 8 or 8 of them at most; no compiling or"
-    " transforms; features and likelihoods in 8 bits by dtype='int8'",
+    " transforms; features and likelihoods in 8 bits by dtype='int8',"
+    " which is not faster where bytes or 16-bit integers are not multiplied (generic, neon)",
     "torch": "for everything else",
 }

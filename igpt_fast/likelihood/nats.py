@@ -60,7 +60,7 @@ def _in_parts(model: ImageGPTForCausalImageModeling, inputs: Tensor, tokens: Ten
         if dtype is None:
             hidden = model.transformer(some, use_cache=False, return_dict=True).last_hidden_state  # (b, T, n_embd)
         else:
-            (hidden,) = model.forward_intermediates(some, 1, pool=None, dtype=dtype)
+            hidden = model.forward_intermediates(some, 1, pool=None, dtype=dtype)[0]
         rows = (hidden.flatten(0, 1), targets.reshape(-1), into.view(-1))  # (b * T, n_embd), (b * T), (b * T)
         for states, right, out in zip(*(part.split(_ROWS) for part in rows), strict=True):
             logits = logits_of(model.lm_head, states)  # (rows, vocab_size - 1)

@@ -51,7 +51,8 @@ class NextPixel:
         return tokens, labels.masked_fill(sent(dropped, labels.device), -1)
 
     def losses(self, model: ImageGPTForCausalImageModeling, *inputs: Tensor) -> Tensor:
-        return image_nats(model, *inputs).mean(dim=1)
+        tokens, *labels = inputs
+        return image_nats(model, tokens, labels[0] if labels else None).mean(dim=1)
 
     def evaluate(self, model: ImageGPTForCausalImageModeling, data: Data) -> dict[str, float]:
         if not data.n_heldout:
