@@ -118,7 +118,7 @@ void elementwise(cpu::Format format) {
 
 // Forward and backward, fewer queries than keys, of which some are hidden.
 void attention(cpu::Format format) {
-    constexpr int64_t batch = 2, heads = 2, queries = 70, keys = 100, dim = 64, size = batch * heads * keys * dim;
+    constexpr int64_t batch = 2, heads = 2, queries = 40, keys = 70, dim = 32, size = batch * heads * keys * dim;
     const auto array = [&] { return stored(numbers(size), format); };
     auto q = array(), k = array(), v = array(), dout = array(), out = array(), dq = array(), dk = array(), dv = array();
     const auto place = [&](std::vector<uint8_t>& x) {
