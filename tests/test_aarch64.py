@@ -105,12 +105,14 @@ SMALL, BYTES, PAIRS, TIES = 1e-6, 1e-3, 1e-2, 1e-4
 
 def bound(level: str, name: str) -> float:
     op, _, format_ = name.partition("-")
-    if op == "logits":
-        at = LEVELS.index(level)
-        return BYTES if format_ == "int8" and at > 1 else PAIRS if format_ == "bf16" and at > 2 else SMALL
-    if op == "states":  # which are rounded to bf16; of int8, roundings that the last bit turns
-        return SMALL if format_ == "fp32" else PAIRS if level == "neon_bf16" else BYTES
-    return TIES if format_ == "bf16" else SMALL
+    at = LEVELS.index(level)
+    if format_ == "int8" and op.startswith("forward"):  # roundings that the last bit turns; attention is in bf16
+        return PAIRS if at > 2 else BYTES
+    if format_ == "int8" and at > 1:
+        return BYTES
+    if format_ == "bf16" and at > 2 and op.startswith(("logits", "attention", "forward")):
+        return PAIRS
+    return TIES if format_ == "bf16" and op != "logits" else SMALL
 
 
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (Debian: qemu-user)")
