@@ -98,9 +98,9 @@ def forwards(config: ImageGPTConfig, tokens: Tensor, options: argparse.Namespace
         request = peers.compile_openvino(model, dtype).create_infer_request()
         return lambda: torch.from_numpy(request.infer([tokens.numpy()])[0])
 
-    for dtype in DTYPES:
+    for dtype in options.dtype:
         found[dtype, "transformers"] = lambda dtype=dtype: transformers(dtype)
-    for dtype in DTYPES:
+    for dtype in options.dtype:
         found[dtype, "PyTorch"] = lambda dtype=dtype: expert(dtype, False)
         if options.compiled:
             found[dtype, "PyTorch, compiled"] = lambda dtype=dtype: expert(dtype, True)
@@ -239,7 +239,7 @@ def bench_train(
     loss, norm, gradient = makers["transformers"]().result(autocast=False)
     runs: dict[Key, Run] = {}
     errors: dict[Key, dict[str, float]] = {}
-    for key in [(dtype, name) for dtype in options.train_dtype for name in makers]:
+    for key in [(dtype, name) for dtype in options.dtype for name in makers]:
         common.say(f"  checking {common.label(key)}")
 
         def prepare(key: Key = key) -> tuple[Run, dict[str, float]]:
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="of the forward pass")
     parser.add_argument("--train-batch", type=int, default=4)
-    parser.add_argument("--train-dtype", choices=DTYPES, nargs="+", default=DTYPES, help="bfloat16: under autocast")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES, help="training: under autocast")
     parser.add_argument("--seconds", type=float, default=20.0, help="a candidate takes no further turn after so long")
     parser.add_argument("--work", choices=("forward", "train"), nargs="+", default=["forward", "train"])
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")
