@@ -85,8 +85,8 @@ def test_the_same_as_the_pipeline_in_order(capsys: pytest.CaptureFixture[str], m
     assert [row["image"] for row in found["scores"]] == [str(paths[i]) for i in order]
     for name in ("nats_per_pixel", "bits_per_pixel", "bits", "complexity", "ood"):
         values = getattr(want, name)
-        assert [row[name] for row in found["scores"]] == pytest.approx(values[order].tolist(), abs=1e-6)
-        assert found[name] == pytest.approx(float(values.mean()), abs=1e-6)
+        assert [row[name] for row in found["scores"]] == pytest.approx(values[order].tolist(), rel=1e-6, abs=1e-6)
+        assert found[name] == pytest.approx(float(values.mean()), rel=1e-6, abs=1e-6)
     assert (found["images"], found["size"], found["palette"]) == (5, [4, 4], want.palette)
     by_ood = report(capsys, pictures, "--model", model, "--device", "cpu", "--by", "ood")
     assert [row["image"] for row in by_ood["scores"]] == [str(paths[i]) for i in want.order("ood")]

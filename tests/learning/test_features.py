@@ -174,7 +174,8 @@ def test_pictures_of_every_kind_are_their_tokens(folder: Path, tmp_path: Path) -
     np.testing.assert_allclose(with_processor, wanted, rtol=1e-5, atol=1e-6)
     wide = Image.new("RGB", (12, 4))
     wide.paste(pictures[0], (4, 0))
-    np.testing.assert_array_equal(ImageGPTFeatures(folder, 2).fit_transform([wide]), wanted[:1])
+    alone = ImageGPTFeatures(folder, 2).fit_transform([wide])  # of one short sequence the compiled pass serves
+    np.testing.assert_allclose(alone, wanted[:1], rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_clones_and_pickles() -> None:

@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str, is_late: bool, monk
         ours.step()
     before, rates = tensors(ours.state), [group["lr"] for group in ours.state.optimizer.param_groups]
 
-    def diverging(model: Any, tokens: Tensor) -> Tensor:
+    def diverging(model: Any, tokens: Tensor, *_: Any) -> Tensor:
         nats = image_nats(model, tokens)
         if bad == "gradient":
             nats.register_hook(lambda gradient: gradient * torch.nan)
@@ -206,7 +206,7 @@ def test_a_run_looks_where_it_writes(late: list[int], tmp_path: Path, monkeypatc
 def test_a_run_ends_where_it_looks(late: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
 
-    def diverging(model: Any, tokens: Tensor) -> Tensor:
+    def diverging(model: Any, tokens: Tensor, *_: Any) -> Tensor:
         calls.append(model.training)
         return image_nats(model, tokens) * (torch.nan if calls.count(True) == 8 else 1.0)
 

@@ -371,7 +371,7 @@ def test_interrupt_saves_the_last_whole_step(tiny: TokenData, tmp_path: Path, mo
 
 
 def test_a_second_interrupt_acts_at_once(tiny: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(model: object, tokens: torch.Tensor) -> torch.Tensor:
+    def impatient(model: object, tokens: torch.Tensor, *_: object) -> torch.Tensor:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")
@@ -444,7 +444,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
 ) -> None:
     calls = []
 
-    def diverging(model: ImageGPTForCausalImageModeling, tokens: torch.Tensor) -> torch.Tensor:
+    def diverging(model: ImageGPTForCausalImageModeling, tokens: torch.Tensor, *_: object) -> torch.Tensor:
         calls.append(model.training)
         return image_nats(model, tokens) * (bad if calls.count(True) == 9 else 1.0)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from igpt_fast.learning.feature_sources import Source
     from igpt_fast.world import World
 
-DTYPES = ("float32", "bfloat16", "float16", "auto", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def features(
@@ -70,8 +70,8 @@ def features(
     checks.check_range("--batch-size", batch_size, 1, 1 << 16)
     if pool not in ("mean", "none"):
         raise checks.UsageError(f"--pool is {pool!r}; want mean or none")
-    if dtype not in DTYPES:
-        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, "int8"):
+        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)} or int8")
     if not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
     if (classes or skip_unreadable) and not is_pictures(data):
