@@ -138,9 +138,9 @@ class Decoder(ABC):
         Returns:
             (B,) int64 tokens, and their (B,) float32 log-probabilities under the logits as they are.
         """
-        tokens = ops.draw(logits, uniform if isinstance(uniform, Tensor) else uniform(), sampling)
+        tokens, logprobs, _ = ops.draw_scored(logits, uniform if isinstance(uniform, Tensor) else uniform(), sampling)
         self._next = tokens
-        return tokens, torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        return tokens, logprobs
 
     def step_drawn(self) -> Tensor:
         """``step`` of the tokens that ``draw`` has drawn. The logits may be in memory that the next step writes to.

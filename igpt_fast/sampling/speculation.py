@@ -112,7 +112,7 @@ class Drafts:
 
 
 def invert(cumulative: np.ndarray, number: float) -> int:
-    """The token of a row of ``ops.draw_weights``."""
+    """The token of a row of ``ops.draw_scored``'s weights."""
     total = cumulative[-1]
     if total != total:  # nothing can be drawn
         return 0
@@ -157,21 +157,12 @@ def speculating(
     t = 0
     while True:
         rows = slice(t, t + len(logits))
-        weights = ops.draw_weights(logits, sampling)
-        if weights is None:
-            cumulative, drawn_here = None, ops.draw(logits, numbers[0, rows], sampling).tolist()
-        else:
-            cumulative = weights.numpy()
-            drawn_here = [invert(row, drafts.numbers[t + i]) for i, row in enumerate(cumulative)]
-        if known is not None:
-            drawn_here = [token if fixed < 0 else fixed for token, fixed in zip(drawn_here, given[rows], strict=True)]
-        found = torch.tensor(drawn_here, device="cpu")
-        kept = drafts.learn(draft, drawn_here, cumulative)
+        fixed = None if known is None else known[0, rows]
+        found, scores, weights = ops.draw_scored(logits, numbers[0, rows], sampling, fixed, weighted=True)
+        kept = drafts.learn(draft, found.tolist(), None if weights is None else weights.numpy())
         if kept < len(logits):
             decoder.rewind(len(logits) - kept)
-        tokens[0, t : t + kept] = found[:kept]
-        for i in range(kept):  # torch would wake other threads for two rows
-            logprobs[0, t + i] = torch.log_softmax(logits[i : i + 1].float(), dim=-1)[0, drawn_here[i]]
+        tokens[0, t : t + kept], logprobs[0, t : t + kept] = found[:kept], scores[:kept]
         yield kept
         t += kept
         if t == count:
