@@ -94,11 +94,10 @@ struct CausalAttentionBwd : Cpu<cpu::causal_attention_bwd> {
 };
 
 struct Sample : Cpu<cpu::sample> {
-    static constexpr auto fields =
-        together<P, &P::logits, &P::stride>("logits") +
-        members<P, &P::uniform, &P::known, &P::temperature, &P::top_k, &P::top_p, &P::min_score, &P::tokens,
-                &P::logprobs, &P::cumulative, &P::rows, &P::k> +
-        place<P>;
+    static constexpr auto fields = together<P, &P::logits, &P::stride>("logits") +
+                                   members<P, &P::uniform, &P::known, &P::temperature, &P::top_k, &P::top_p,
+                                           &P::min_score, &P::tokens, &P::logprobs, &P::cumulative, &P::rows, &P::k> +
+                                   place<P>;
 };
 
 struct Matmul : Cpu<cpu::matmul> {

@@ -1,6 +1,6 @@
-// Drawing tokens: a row is a matter of microseconds, whatever the instruction set, so this is compiled once. Weights are
-// fp32 and their sums fp64, in the order of the ids, as in the definition: a token is another than the definition's only
-// where its number falls into the rounding of an exponential.
+// Drawing tokens: a row is a matter of microseconds, whatever the instruction set, so this is compiled once. Weights
+// are fp32 and their sums fp64, in the order of the ids, as in the definition: a token is another than the definition's
+// only where its number falls into the rounding of an exponential.
 #include "sample.h"
 
 #include <algorithm>

@@ -84,9 +84,9 @@ def draw_scored(
     """
     weighted = weighted and sampling.temperature >= reference.LEAST_TEMPERATURE
     tensors = (logits, uniform) if known is None else (logits, uniform, known)
-    if logits.is_cpu and dispatch.is_plain(*tensors) and _covered_draw(logits, uniform):
-        if dispatch.kernel_kind("sample", *tensors) == "cpu":
-            return _launch_cpu(logits, uniform, _numbers(sampling), known, scored=True, weighted=weighted)
+    served = logits.is_cpu and dispatch.is_plain(*tensors) and _covered_draw(logits, uniform)
+    if served and dispatch.kernel_kind("sample", *tensors) == "cpu":
+        return _launch_cpu(logits, uniform, _numbers(sampling), known, scored=True, weighted=weighted)
     tokens = draw(logits, uniform, sampling)
     if known is not None:
         tokens = torch.where(known >= 0, known, tokens)
@@ -312,7 +312,7 @@ def _covered_draw(logits: Tensor, uniform: Tensor) -> bool:
     """As ``_covered``; there is no bound of tokens on the CPU."""
     if uniform.dtype != torch.float32 or uniform.device != logits.device or logits.dtype not in dispatch.DTYPES:
         return False
-    return 1 <= logits.shape[1] and (logits.shape[1] <= 1024 or dispatch.native_kind(logits) == "cpu")
+    return logits.shape[1] >= 1 and (logits.shape[1] <= 1024 or dispatch.native_kind(logits) == "cpu")
 
 
 def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:

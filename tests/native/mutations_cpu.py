@@ -9,6 +9,7 @@ import contention
 import contract
 import torch
 from compiling import Mutation
+from drawing import assert_draws
 from implementations import Implementation
 from small_models import (
     computed_in_int8,
@@ -22,6 +23,7 @@ from small_models import (
 from tolerance import assert_parity
 
 from igpt_fast import backend, ops, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu.decoder import CpuDecoder
 
@@ -225,6 +227,19 @@ def products(cpu: Implementation) -> None:
         contract.check_parity(cpu, ops.linear, [torch.randn(s) for s in ((rows, n_in), (n_in, n_out), (n_out,))])
 
 
+def draws(cpu: Implementation) -> None:
+    logits, uniform = 2 * torch.randn(300, 65), torch.rand(300)
+    logits[::7, 0], uniform[::7], logits[8, 3] = -torch.inf, 0.0, torch.nan
+    for settings in ((1.0,), (0.7, 9), (1.3, None, 0.8), (0.9, 30, 0.9, 0.1), (1.0, None, None, 1.0), (0.0,)):
+        sampling = Sampling(*settings)
+        tokens, logprobs, _ = ops.draw_scored(logits, uniform, sampling)
+        assert_draws(tokens, logits, uniform, *settings)
+        exact = torch.log_softmax(logits.double(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), exact, rtol=3e-7, atol=1e-6, equal_nan=True)
+        known = torch.arange(300) % 65 - 1
+        assert torch.equal(ops.draw_scored(logits, uniform, sampling, known)[0][known >= 0], known[known >= 0])
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
@@ -232,7 +247,14 @@ BODIES = {
     "attention_fwd": attention, "attention_bwd": attention, "checksum": sums, "matmul": products,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
-DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
+DRIVERS = {
+    "elementwise": norms,
+    "kv_cache": forks,
+    "checksums": sums,
+    "weights": decoders,
+    "giving_way": sharing,
+    "sample": draws,
+}
 CHANGES: list[tuple[str, str, str]] = [
     ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
     ("norm", "scale * (g - by_one - y * by_y)", "scale * (g - y * by_y)"),
@@ -295,6 +317,12 @@ CHANGES: list[tuple[str, str, str]] = [
     ("matmul", "read(p.bias + n + j, part)", "read(p.bias + j, part)"),
     ("matmul", "(k + from) * p.a_column", "from * p.a_column"),
     ("matmul", ": read(x, Part{int(count)})", ": zero()"),
+    ("sample", "s.ordered + top_k - 1, s", "s.ordered + top_k, s"),
+    ("sample", "if (before >= enough)", "if (sum >= enough)"),
+    ("sample", "std::upper_bound(", "std::lower_bound("),
+    ("sample", "return at = i, x[i];", "continue;"),
+    ("sample", "sum += double(std::exp(x[i] - largest));", "sum += double(std::exp(s.scores[i]));"),
+    ("sample", "if (s.scores[i] < p.min_score)", "if (s.scores[i] <= p.min_score)"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),
@@ -405,6 +433,7 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501
     Known(Mutation("cpu_matmul_tile", "cpu/matmul.cpp", "packed + i * tile_numbers", "packed"), products),
     Known(Mutation("cpu_matmul_scratch", "cpu/matmul.cpp", "scratch + index * kernels.scratch", "scratch"), "matmul"),
+    Known(Mutation("cpu_sample_scratch", "cpu/sample.cpp", "orders.get() + p.k * index", "orders.get()"), "sample"),
     Known(Mutation("cpu_attention_scratch", "cpu/attention.cpp", "work(i, memory + each * index)", "work(i, memory)"), "attention", "amx", True),  # noqa: E501
     *(Known(Mutation(f"cpu_attention_{i}", f"cpu/bodies/{stem}.h", old, new), attention, level, level != "generic")
       for i, (stem, old, new, level) in enumerate(ATTENTION)),

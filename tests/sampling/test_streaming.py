@@ -239,7 +239,9 @@ def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) ->
     draw = generation.ops.draw_scored
     for use, numbers in found.items():
         with backend.use_backend(use), monkeypatch.context() as patch:
-            patch.setattr(generation.ops, "draw_scored", lambda x, u, s, n=numbers: (n.append(u.clone()), draw(x, u, s))[1])
+            patch.setattr(
+                generation.ops, "draw_scored", lambda x, u, s, n=numbers: (n.append(u.clone()), draw(x, u, s))[1]
+            )
             single.sample(2, seed=5)
     assert torch.equal(torch.stack(found["auto"]), torch.stack(found["reference"]))
     expected = stream_uniforms(5, torch.arange(2), 0, 256, torch.device("cpu"))
