@@ -117,16 +117,22 @@ def build(python: Python) -> Path:
     return wheel
 
 
+def install(python: Python, wheel: Path, requirement: str, folder: Path) -> None:
+    """An environment of a torch, the wheel, and what the slice of the tests needs."""
+    if not folder.exists():
+        run(python.path, "-m", "venv", folder)
+    index = os.environ.get("TORCH_INDEX")
+    extra = ("--extra-index-url", index) if index else ()
+    run(folder / "bin" / "python", "-m", "pip", "install", "-q", *extra, requirement, f"{wheel}[hf]", *TOOLS)
+
+
 def check(python: Python, wheel: Path, requirement: str) -> list[str]:
     """The cells of a row; the first that fails says why, and those behind it are empty."""
     folder = HERE / f"{python.version}-{requirement}"
-    row, index = [python.version, requirement], os.environ.get("TORCH_INDEX")
+    programs, row = folder / "bin", [python.version, requirement]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "IGPT_FAST_BACKEND": "cpu"}
     try:
-        run(python.path, "-m", "venv", folder)
-        programs = folder / "bin"
-        extra = ("--extra-index-url", index) if index else ()
-        run(programs / "python", "-m", "pip", "install", "-q", *extra, requirement, f"{wheel}[hf]", *TOOLS)
+        install(python, wheel, requirement, folder)
         row[1] = run(programs / "python", "-c", "import torch; print(torch.__version__)").strip()
         report = json.loads(run(programs / "python", "-c", check_wheel.REPORT, cwd=HERE, env=environment))
         if report["module"] is None or len(report["openmp"]) != 1:

@@ -1,8 +1,8 @@
-"""A source distribution, and a wheel that is built from it without CUDA; both audited, and one picture drawn with each.
+"""A source distribution, and a wheel that is built from it without CUDA; both audited, and a picture drawn.
 
 ``make wheel``: they lie in dist/ then. What draws is a fresh environment in build/wheel, with nothing but the wheel and
-what it requires, and a PATH without compilers; there the compiled module has to load, and to share torch's OpenMP. The
-second one gets a wheel without a compiled module (``-C wheel.cmake=false``), as where no compiler can build it.
+what it requires, and a PATH without compilers; there the compiled module has to load, and to share torch's OpenMP. Then
+it gets a wheel without a compiled module (``-C wheel.cmake=false``), as where no compiler can build it.
 ``TORCH_INDEX`` is an index to take torch from. Prints a table.
 """
 
@@ -68,7 +68,10 @@ def repair(wheel: Path) -> Path:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """The programs of an environment that has nothing but the wheel and what it requires."""
+    """The programs of an environment that has nothing but the wheel and what it requires; another wheel goes first."""
+    if folder.exists():
+        run(folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
+        return folder / "bin"
     run(sys.executable, "-m", "venv", folder)
     index = os.environ.get("TORCH_INDEX")
     command = (folder / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt")
@@ -114,8 +117,8 @@ def main() -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", source, wheel, plain)
     rows = [(source.name, mebibytes(source), "", "", "")]
     for path, backend in ((wheel, "cpu"), (plain, "reference")):
-        say(f"an environment of {path.name} and what it requires, and a picture")
-        first, again = draw(install(path, HERE / f"environment-{backend}"), backend, backend)
+        say(f"a picture, by {path.name}")
+        first, again = draw(install(path, HERE / "environment"), backend, backend)
         tag = path.stem.split("-", 2)[2]
         rows.append((path.name, mebibytes(path), tag, f"{first:.1f}", f"{again:.1f}"))
     print("| file | MiB | tag | first picture, s | the next, s |\n|---|---|---|---|---|")

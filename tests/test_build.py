@@ -293,3 +293,13 @@ def test_wrong_choices(tmp_path: Path) -> None:
         success, text = configure(tmp_path, PICKY, "IGPT_CUDA=AUTO", "IGPT_CUDA_ARCHS=native")
         assert not success
         assert "needs a visible GPU" in text
+
+
+@pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
+def test_a_second_openmp_library_is_told(tmp_path: Path) -> None:
+    """clang's would stand beside torch's, which took seven times as long for small steps."""
+    found = ("OpenMP_CXX_FLAGS=-fopenmp", "OpenMP_CXX_LIB_NAMES=omp", "OpenMP_omp_LIBRARY=/usr/lib/libomp.so")
+    success, text = configure(tmp_path, OLD, "IGPT_CUDA=OFF", *found)
+    assert success, text
+    assert re.search(r"CMake Warning .* links /usr/lib/libomp.so, a second pool of threads beside torch's", text)
+    assert "/usr/lib/libomp.so" in (tmp_path / "out" / "include" / "build_info.h").read_text("utf-8")
