@@ -195,13 +195,25 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
         content = file.read(max_bytes + 1)
     try:
         if len(content) > max_bytes:
-            raise ValueError(f"larger than {max_bytes / (1 << 20):g} MiB")
+            raise ValueError(f"not usable JSON: larger than {max_bytes / (1 << 20):g} MiB")
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The object that a JSON text is.
+
+    Raises:
+        ValueError: As ``read_json``, without the name of a file.
+    """
+    try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
         if not isinstance(data, dict):
             raise ValueError("the top level is not an object")
         _check_values(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not usable JSON: {first_line(error)}") from error
+        raise ValueError(f"not usable JSON: {first_line(error)}") from error
     return data
 
 

@@ -34,6 +34,7 @@ FLOORS: dict[str, set[str]] = {
     "pipeline": {"engines", "ground", "image", "likelihood", "model", "sampling"},
     "learning": {"checkpoint", "engines", "ground", "image", "likelihood", "model", "ops", "pipeline", "world"},
     "recipes": {"ground", "image", "learning", "model", "pipeline"},
+    "web": {"ground", "image", "pipeline", "sampling"},
     "cli": {
         "backend",
         "checkpoint",
@@ -45,6 +46,7 @@ FLOORS: dict[str, set[str]] = {
         "likelihood",
         "pipeline",
         "sampling",
+        "web",
         "world",
     },
     "__main__": {"cli"},
@@ -56,6 +58,8 @@ ONLY = {
     "transformers": {"hf"},
     "sklearn": {"image.clusters", "learning"},
     "tyro": {"cli"},
+    "starlette": {"web"},
+    "uvicorn": {"web"},
     "huggingface_hub": {"files", "checkpoint"},
     "safetensors": {"checkpoint"},
 }

@@ -19,7 +19,19 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, features, finetune, probe, sample, score, tokenize, train
+from igpt_fast.cli.commands import (
+    colours,
+    convert,
+    demo,
+    env,
+    features,
+    finetune,
+    probe,
+    sample,
+    score,
+    tokenize,
+    train,
+)
 from igpt_fast.cli.terminal import reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
@@ -27,6 +39,7 @@ FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, Imp
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "complete": sample.complete,
+    "demo": demo.demo,
     "tokenize": tokenize.tokenize,
     "train": train.train,
     "finetune": finetune.finetune,
@@ -40,7 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 # How the commands are listed.
 GROUPS = {
-    "draw": ("sample", "complete"),
+    "draw": ("sample", "complete", "demo"),
     "learn": ("tokenize", "train", "finetune", "score", "features", "probe"),
     "colours": ("quantize", "clusters"),
     "tools": ("convert", "env"),

@@ -174,17 +174,21 @@ def _last_channels(array: np.ndarray, input_data_format: str | None) -> np.ndarr
     return np.moveaxis(array, 0, -1) if first else array
 
 
-def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(path: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image file: its first frame, upright, in mode RGB.
 
     Args:
-        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript.
+        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript; or the
+            content of such a file, as bytes.
         max_pixels: Refuse larger pictures, before their pixels are decoded.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
-        ValueError: A device, not an image, truncated, or too large; the message names the file. Or a URL.
+        ValueError: A device, not an image, truncated, or too large; the message names the file, where there is one. Or
+            a URL.
     """
+    if isinstance(path, bytes):
+        return _decode(io.BytesIO(path), max_pixels)[0]
     if isinstance(path, str) and path.lower().startswith(("http://", "https://", "data:")):
         raise ValueError(f"{files.shown(path)}: is a URL; nothing is downloaded here: download it first")
     with files.open_input(path) as file:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -121,7 +122,7 @@ def _check_edges(path: Path, form: str, width: int, height: int) -> None:
 
 def save_animation(
     frames: Iterable[Any],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | IO[bytes],
     *,
     frame_ms: int = 40,
     last_ms: int = 1500,
@@ -134,7 +135,7 @@ def save_animation(
 
     Args:
         frames: Images of one size, as ``image_grid`` takes them; taken one by one.
-        path: Ends in ``.gif``, ``.png`` or ``.apng``.
+        path: Ends in ``.gif``, ``.png`` or ``.apng``. Or an open file, into which a GIF is written.
         frame_ms: Milliseconds a frame, 10..60000; a GIF counts in steps of 10.
         last_ms: Those of the last frame.
         overwrite: Whether an existing file may be replaced.
@@ -143,17 +144,19 @@ def save_animation(
         ValueError: An unknown suffix, no frames, different sizes, a time out of its range, or as ``check_animation``.
         FileExistsError, FileNotFoundError, OSError: As ``save_image``.
     """
-    path = Path(path)
+    opened = None if isinstance(path, str | os.PathLike) else path
+    path = Path(path) if isinstance(path, str | os.PathLike) else Path("animation.gif")
     form = _by_suffix(path, _ANIMATED)
     frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
     last_ms = whole_number("last_ms", last_ms, 10, 60_000)
-    _check_folder(path)
+    if opened is None:
+        _check_folder(path)
     bounded = _bounded(path, _frames("save_animation", frames))
     pictures = _indexed(bounded) if form == "GIF" else list(bounded)
     durations = [frame_ms] * (len(pictures) - 1) + [last_ms]
     first, rest = pictures[0], pictures[1:]
     del pictures
-    with files.replacing(path, overwrite=overwrite) as partial:
+    with files.replacing(path, overwrite=overwrite) if opened is None else nullcontext(opened) as partial:
         # Pillow copies the frames of a GIF as it takes them; those of a PNG it looks through beforehand.
         taken = (rest.pop(0) for _ in durations[1:]) if form == "GIF" else rest
         first.save(partial, format=form, save_all=True, append_images=taken, duration=durations, loop=0, optimize=False)

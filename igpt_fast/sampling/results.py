@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ class Generation:
 
     def save_gif(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | IO[bytes],
         *,
         columns: int | None = None,
         scale: int | None = None,
@@ -116,7 +117,7 @@ class Generation:
         """Writes the grid being drawn, a row of pixels a frame, as ``.gif`` or ``.apng``.
 
         Args:
-            path: The file.
+            path: The file; or an open one, into which a GIF is written.
             columns, scale: See ``grid``.
             frame_ms: Milliseconds a frame.
             overwrite: Whether an existing file may be replaced.
@@ -241,8 +242,8 @@ def without_processor(part: Generation | None) -> Generation | None:
     return None if part is None else dataclasses.replace(part, processor=None)  # type: ignore[arg-type]
 
 
-def save_tokens(generation: Generation, path: Path) -> None:
-    """A .npz that ``numpy.load`` reads without unpickling.
+def save_tokens(generation: Generation, path: Path | IO[bytes]) -> None:
+    """A .npz, at a path or in an open file, that ``numpy.load`` reads without unpickling.
 
     ``tokens`` (N, H, W) uint16, ``logprobs`` (N, H, W) float32 in nats, NaN where the pixel was given, ``seed`` uint64,
     ``clusters`` (K, 3) float32 in [-1, 1], the colours; for class-conditional images ``labels`` (N,) int64.
@@ -256,5 +257,5 @@ def save_tokens(generation: Generation, path: Path) -> None:
     }
     if generation.labels is not None:
         arrays["labels"] = np.asarray(generation.labels, dtype=np.int64)
-    with path.open("wb") as file:
+    with path.open("wb") if isinstance(path, Path) else nullcontext(path) as file:
         np.savez_compressed(file, **arrays)
