@@ -18,12 +18,13 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak sanitize mutate lint format bench gpu-check check-arm clean help
+.PHONY: sample test test-web soak sanitize mutate lint format bench gpu-check check-arm clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test       install with the development extra, and run the tests, a process for each core"
+	@echo "make test-web   the tests of igpt demo; installs Debian's chromium, where there is no browser and you are root"
 	@echo "make soak       the same tests, and those at full size: minutes more"
 	@echo "make sanitize   the CPU kernels of every instruction set under the address, undefined-behaviour and thread sanitizers"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
@@ -40,6 +41,11 @@ sample: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --durations=30
+
+test-web: $(VENV)/installed-dev
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+		|| { apt-get update -q && apt-get install -qy --no-install-recommends chromium; } >/dev/null
+	$(BIN)/python -m pytest -v --durations=5 tests/web tests/cli/test_demo.py
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --soak

@@ -175,7 +175,8 @@ def test_what_is_out_of_range_is_refused_with_the_reason(site: Site, changes: di
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"7", b"\xff", b'{"n": 1, "n": 2}', b"[" * 100_000, b'{"a":' * 100 + b"1" + b"}" * 100]
+    "content",
+    [b"", b"{", b"[]", b"7", b"\xff", b'{"n": 1, "n": 2}', b"[" * 100_000, b'{"a":' * 100 + b"1" + b"}" * 100],
 )
 def test_what_is_no_question_is_refused(site: Site, content: bytes) -> None:
     for path in ("/complete", "/surprise"):
@@ -393,7 +394,7 @@ def test_nothing_is_written(site: Site) -> None:
     RECORDING = True
     try:
         with contextlib.suppress(OSError):
-            open("/nowhere/file", "w")
+            Path("/nowhere/file").write_bytes(b"")
         key = site.lines("/complete", {**question(site), "known": patched([1] * 256)})[-1]["end"]
         for kind in ("png", "gif", "npz", "picture.png", "mask.png"):
             assert site.ask(f"/result/{key}.{kind}")[0] == 200
