@@ -134,7 +134,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".partial"
     }
     assert names - metadata - compiled <= sources
-    assert {name for name in sources if name.endswith(".py") or "/assets/" in name} <= names
+    assert {name for name in sources if name.endswith((".py", ".html")) or "/assets/" in name} <= names
     text = zipfile.ZipFile(wheel).read(next(name for name in metadata if name.endswith("METADATA"))).decode()
     assert "Requires-Python: >=3.11" in text
     assert "Requires-Dist: torch>=2.6" in text

@@ -1,5 +1,7 @@
 """Pipeline: images of a small random model; seeds, batches, completions, files, interruption."""
 
+import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from small_models import small_pipeline
 
 from igpt_fast import ImageGPTImageProcessor, Pipeline
 from igpt_fast.files import BUNDLED
-from igpt_fast.sampling.results import Generation, InterruptedGeneration
+from igpt_fast.sampling.results import Generation, InterruptedGeneration, save_tokens
 
 SIDE, COLOURS = 8, 16
 
@@ -113,6 +115,11 @@ def test_files(pipeline: Pipeline, tmp_path: Path) -> None:
     result.save_gif(tmp_path / "draw.gif", scale=1)
     with Image.open(tmp_path / "draw.gif") as animation:
         assert animation.n_frames == SIDE + 1
+    for save, name in ((partial(result.save_gif, scale=1), "draw.gif"), (partial(save_tokens, result), "draw.npz")):
+        save(tmp_path / name)
+        with io.BytesIO() as file:  # an open file gets the same
+            save(file)
+            assert file.getvalue() == (tmp_path / name).read_bytes()
     completion = pipeline.complete([photograph(), photograph(seed=1)], n=2, seed=0)
     completion.save_grid(tmp_path / "complete.png")
     completion.save_gif(tmp_path / "complete.gif")
@@ -122,7 +129,9 @@ def test_files(pipeline: Pipeline, tmp_path: Path) -> None:
         result.save_grid(tmp_path / "grid.png", overwrite=False)
     with pytest.raises(ValueError, match="scale"):
         result.save_grid(tmp_path / "grid.png", scale=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete.gif", "complete.png", "draw.gif", "grid.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("complete.gif", "complete.png", "draw.gif", "draw.npz", "grid.png")
+    ]
 
 
 def test_progress_counts_every_pixel(pipeline: Pipeline) -> None:

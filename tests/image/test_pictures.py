@@ -261,6 +261,8 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
             open_image(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"^not a readable image: "):
+            open_image(content)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_image(tmp_path / "nothing.png")
     with pytest.raises(IsADirectoryError, match="folder"):
@@ -269,6 +271,14 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
         open_image("a\0b")
     with pytest.raises(ValueError, match="is a device or a socket"):
         open_image("/dev/zero")
+
+
+def test_a_picture_in_memory() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(colours(8, 6)).save(buffer, "PNG")
+    np.testing.assert_array_equal(np.asarray(open_image(buffer.getvalue())), colours(8, 6))
+    with pytest.raises(ValueError, match="6x8 is more than 47 pixels"):
+        open_image(buffer.getvalue(), max_pixels=47)
 
 
 def test_a_picture_in_a_pipe(tmp_path: Path) -> None:
