@@ -1,8 +1,8 @@
 """A Space on the hub: completions of a picture, row by row, behind Gradio.
 
-Put this file into the Space as ``app.py``, with ``gradio`` and ``igpt_fast`` in its ``requirements.txt``; or run it here:
-``python examples/gradio_space.py``. On a machine of your own, ``igpt demo`` is quicker and can do more: masks, surprise,
-classes.
+Put this file into the Space as ``app.py``, with ``gradio`` and ``igpt_fast`` in its ``requirements.txt``; or run it
+here: ``python examples/gradio_space.py``. On a machine of your own, ``igpt demo`` is quicker and can do more: masks,
+surprise, classes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def pipeline() -> Pipeline:
 def complete(
     picture: Image.Image | None, rows: float, n: float, temperature: float, seed: float
 ) -> Iterator[list[Image.Image]]:
-    """The images so far, once for every row of pixels: completions of a picture whose upper ``rows`` are kept, or, where
-    there is no picture, samples. Gradio's sliders give floats.
+    """The images so far, once for every row of pixels: completions of a picture whose upper ``rows`` are kept, or,
+    where there is no picture, samples. Gradio's sliders give floats.
     """
     processor = pipeline().processor
     height, width, scale = processor.height, processor.width, max(1, EDGE // processor.width)
