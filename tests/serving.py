@@ -68,7 +68,7 @@ class Site:
         return until(lambda: len(self.server.studio.turns) == 0)
 
 
-def until(condition: Any, seconds: float = 10.0) -> bool:
+def until(condition: Any, seconds: float = 30.0) -> bool:
     """Whether something has come true, after so many seconds at most."""
     end = time.monotonic() + seconds
     while not condition():

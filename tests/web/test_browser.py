@@ -17,6 +17,7 @@ from small_models import small_pipeline
 
 from igpt_fast import Pipeline
 
+expect.set_options(timeout=30_000)  # other tests may run beside these
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
@@ -43,7 +44,7 @@ def browser() -> Iterator[Browser]:
 def opened(browser: Browser, site: Site, **options: Any) -> Page:
     """The page, ready; what it complains of and asks for stands in ``page.said`` and ``page.asked``."""
     page = browser.new_context(**options).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(30_000)
     page.said, page.asked = [], []  # type: ignore[attr-defined]
     page.on("console", lambda message: page.said.append(message.text))  # type: ignore[attr-defined]
     page.on("pageerror", lambda error: page.said.append(str(error)))  # type: ignore[attr-defined]
