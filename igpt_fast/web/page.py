@@ -159,7 +159,8 @@ class Studio:
                 del self._results[old]
             nats = [value if math.isfinite(value) else None for value in (-drawn.logprobs.nanmean(dim=1)).tolist()]
             seconds = round(time.perf_counter() - begin, 3)
-            job.say(end=key, seconds=seconds, engine=stream.engine, seed=str(asked.seed), nats=nats)
+            files = [kind for kind in _FILES if _has(drawn, kind) and (kind != "mask.png" or asked.keep is None)]
+            job.say(end=key, seconds=seconds, engine=stream.engine, seed=str(asked.seed), nats=nats, files=files)
 
         return Lines(self.turns, self.turns.add(work))
 
@@ -202,13 +203,18 @@ class Studio:
         """A file of one of the last results: ID.png, .gif, .npz; of what it was made of: .picture.png, .mask.png."""
         key, _, kind = request.path_params["name"].partition(".")
         drawn, make = self._results.get(key), _FILES.get(kind)
-        if drawn is None or make is None or (drawn.inputs is None and "." in kind):
+        if drawn is None or make is None or not _has(drawn, kind):
             raise HTTPException(404, f"no such file; the page keeps the last {KEPT} results")
         async with self._pictures:
             content = await asyncio.to_thread(make, drawn)
         name = kind if "." in kind else f"{'samples' if drawn.inputs is None else 'completions'}.{kind}"
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(content, headers=headers, media_type=_TYPES[kind.rpartition(".")[2]])
+
+
+def _has(drawn: Generation, kind: str) -> bool:
+    """Whether it was made of a file of that kind, or can be made one."""
+    return drawn.inputs is not None or "." not in kind
 
 
 def _grid(drawn: Generation) -> bytes:

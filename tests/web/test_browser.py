@@ -129,19 +129,22 @@ def test_a_stroke_is_drawn_again_and_the_rest_is_kept(visit: Page) -> None:
 
 @pytest.mark.clock
 def test_rows_arrive_one_by_one_and_soon(visit: Page) -> None:
-    """The first drawn one 0.3 s after the click, four completions of half a picture after 1.5 s; the best of three."""
+    """The first drawn one 0.3 s after the click, four completions of half a picture after 1.5 s; once in ten."""
     code = """new Promise(done => {
         const times = [], old = grow, last = finish, start = performance.now();
         grow = (shots, line) => { times.push([line.row, performance.now() - start]); old(shots, line); };
         finish = (...all) => { grow = old; finish = last; last(...all); done(times); };
         $("go").click();
     })"""
-    found = [visit.evaluate(code) for _ in range(3)]
-    for times in found:
-        assert [row for row, _ in times] == list(range(16))
-    assert min(times[8][1] for times in found) < 300
-    assert min(times[15][1] for times in found) < 1500
-    assert max(len({round(when) for _, when in times[8:]}) for times in found) > 3
+    found = []
+    for _ in range(10):
+        rows, times = zip(*visit.evaluate(code), strict=True)
+        assert rows == tuple(range(16))
+        assert len({round(when) for when in times[8:]}) > 3
+        found.append((round(times[8]), round(times[15])))
+        if times[8] < 300 and times[15] < 1500:
+            return
+    pytest.fail(f"milliseconds until the first drawn row, and the last: {found}")
 
 
 def test_stop_frees_the_model(visit: Page, site: Site) -> None:

@@ -217,6 +217,7 @@ def test_the_settings_to_copy_draw_the_same(
     lines = site.lines("/complete", asked)
     key, (said,) = lines[-1]["end"], [line for line in lines if "command" in line]
     files = {"rows": ["picture.png"], "mask": ["picture.png", "mask.png"], "nothing": []}[kind]
+    assert lines[-1]["files"] == ["png", "gif", "npz", *files]
     for name in files:
         (tmp_path / name).write_bytes(site.ask(f"/result/{key}.{name}")[2])
     monkeypatch.chdir(tmp_path)
