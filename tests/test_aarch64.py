@@ -84,7 +84,8 @@ def test_levels_have_their_instructions_and_share_nothing(objects: list[Path]) -
     for name, path in found.items():
         code = run("aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", path)
         at = LEVELS.index(name)
-        assert [f"\t{op}\t" in code for op in ("fmla", "sdot", "bfdot")] == [at > 0, at > 1, at > 2], name
+        has = [f"\t{op}\t" in code for op in ("fmla", "sdot", "bfdot", "bfmmla", "smmla")]
+        assert has == [at > 0, at > 1, at > 2, at > 2, at > 2], name
         lines = run("aarch64-linux-gnu-nm", "-C", "--defined-only", path).splitlines()
         shared = [line.split(None, 2)[2] for line in lines if line.split(None, 2)[1] not in "bdrt"]
         assert shared == [f"igpt::cpu::{name}_ops"], name

@@ -23,7 +23,7 @@ struct Block {
     const char* x;
     int64_t row_bytes, line_bytes;
     const char* w;  // the first register's
-    int64_t depth;  // of k, a multiple of `step`
+    int64_t depth;  // of k, a multiple of `step`, or up to one zeros are what weights are
     float* sums;    // (rows, ld), of integers where the kind adds up such
     int64_t ld;
     bool first;  // the sums are written, else added to what is there
@@ -140,12 +140,69 @@ constexpr auto kind_of_int8() {
 }
 using KindOfInt8 = decltype(kind_of_int8());
 
+// Kind where kTwoByTwo, many rows by a whole tile: a group is 16 bytes of k, rows and outputs are multiplied two by
+// two.
+template <class Kind>
+struct TwoByTwo : Kind {
+    static constexpr int step = 4 * Kind::step, bytes = 16, lane = 16;
+};
+template <class Kind>
+constexpr int kRowsOfGroup = 1;
+template <class Kind>
+constexpr int kRowsOfGroup<TwoByTwo<Kind>> = 2;
+template <class Kind>
+constexpr auto of_many_rows() {
+    if constexpr (kTwoByTwo && Kind::step > 1)
+        return TwoByTwo<Kind>{};
+    else
+        return Kind{};
+}
+template <class Kind>
+using OfManyRows = decltype(of_many_rows<Kind>());
+
+// The weights of a tile for that, of `groups` of Kind's, an even number, and zeros up to four: two of outputs with 8
+// bytes of k each are a register. Vector: Ints.
+template <class Vector>
+inline const char* turn_weights(const char* w, int64_t groups, char* to) {
+    constexpr int64_t registers = kTile / kLanes, bytes = sizeof(Vector);
+    for (int64_t g = 0; g < padded(groups, 4); g += 2)
+        for (int64_t c = 0; c < registers; ++c) {
+            const char* from = w + (g * registers + c) * bytes;
+            Vector v[2] = {};
+            if (g < groups) interleave_words(load_ints(from), load_ints(from + registers * bytes), v[0], v[1]);
+            __builtin_memcpy(to + (g * registers + 2 * c) * bytes, v, sizeof v);
+        }
+    return to;
+}
+
 inline void put_sums(float* to, Vec v, bool first) { store(to, first ? v : load(to) + v); }
 inline void put_sums(float* to, Ints v, bool first) { store(to, floats(first ? v : add_ints(load_ints(to), v))); }
+
+// A group of TwoByTwo: acc[r][c] and the next row's hold outputs of both rows, half a register's each.
+template <class Kind, int R, int C, class Vector = Ints>
+[[gnu::always_inline]] inline void add_two_by_two(const char* x, int64_t row_bytes, const char* w,
+                                                  typename Kind::Sum (&acc)[R][C]) {
+    static_assert(R % 2 == 0 && C * kLanes == kTile);
+    Vector a[2][R / 2];
+    each<R / 2>([&](auto r) {
+        const char* row = x + 2 * r * row_bytes;
+        pair_halves(load_ints(row), load_ints(row + row_bytes), a[0][r], a[1][r]);
+    });
+    each<2>([&](auto half) {
+        each<2 * C>([&](auto c) {
+            const Vector v = load_ints(w + (half * 2 * C + c) * sizeof v);
+            each<R / 2>([&](auto r) {
+                auto& sum = acc[2 * r + c % 2][c / 2];
+                sum = multiply_two(sum, a[half][r], v);
+            });
+        });
+    });
+}
 
 template <class Kind, int R, int C>
 [[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w,
                                              typename Kind::Sum (&acc)[R][C]) {
+    if constexpr (kRowsOfGroup<Kind> == 2) return add_two_by_two<Kind>(x, row_bytes, w, acc);
     each<Kind::parts>([&](auto part) {
         decltype(Kind::weights(w, 0)) v[C];
         each<C>([&](auto c) { v[c] = Kind::weights(w + Kind::lane * c * kLanes, part); });
@@ -163,13 +220,20 @@ template <class Kind, int R, int C>
     typename Kind::Sum acc[R][C];
     each<R>([&](auto r) { each<C>([&](auto c) { acc[r][c] = typename Kind::Sum{}; }); });
     const char *x = p.x, *w = p.w;
-    int64_t left = p.depth / Kind::step;
+    int64_t left = padded(p.depth, Kind::step) / Kind::step;
     for (; left >= groups; left -= groups, x += p.line_bytes)
         for (int64_t g = 0; g < groups; g += unrolled, w += unrolled * group) {
             add_group<Kind>(x + g * Kind::bytes, p.row_bytes, w, acc);
             add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + group, acc);
         }
     for (; left > 0; --left, x += Kind::bytes, w += group) add_group<Kind>(x, p.row_bytes, w, acc);
+    if constexpr (kRowsOfGroup<Kind> == 2)
+        each<R / 2>([&](auto r) {
+            each<C>([&](auto c) {
+                auto &even = acc[2 * r][c], &odd = acc[2 * r + 1][c];
+                pair_halves(even, odd, even, odd);
+            });
+        });
     each<R>([&](auto r) {
         float* sums = p.sums + r * p.ld;
         each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
