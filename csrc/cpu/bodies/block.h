@@ -5,6 +5,9 @@
 // at x + r row_bytes + l line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles
 // (row_bytes 64, line_bytes 1024) as well.
 //
+// What multiplies two rows by two outputs (TwoByTwo) reads weights from a copy of their tile, in which two outputs with
+// 8 bytes of k each lie side by side. Whoever calls makes it, for all of its rows.
+//
 // R x C sums stay in registers all along k, and each is added up in one order, that of k, whatever R and C: results do
 // not depend on the rows beside them. Bound by multiply-adds: for each group R C of them, with R + C loads. Weights are
 // read once for R rows: from the second cache if depth x tile numbers do not fit into the first.
@@ -23,7 +26,7 @@ struct Block {
     const char* x;
     int64_t row_bytes, line_bytes;
     const char* w;  // the first register's
-    int64_t depth;  // of k, a multiple of `step`, or up to one zeros are what weights are
+    int64_t depth;  // of k, a multiple of `step`; or up to one weights are zero and x is there
     float* sums;    // (rows, ld), of integers where the kind adds up such
     int64_t ld;
     bool first;  // the sums are written, else added to what is there
@@ -140,8 +143,7 @@ constexpr auto kind_of_int8() {
 }
 using KindOfInt8 = decltype(kind_of_int8());
 
-// Kind where kTwoByTwo, many rows by a whole tile: a group is 16 bytes of k, rows and outputs are multiplied two by
-// two.
+// Kind where kTwoByTwo, for an even number of rows and whole tiles: a group is 16 bytes of k.
 template <class Kind>
 struct TwoByTwo : Kind {
     static constexpr int step = 4 * Kind::step, bytes = 16, lane = 16;
@@ -160,8 +162,8 @@ constexpr auto of_many_rows() {
 template <class Kind>
 using OfManyRows = decltype(of_many_rows<Kind>());
 
-// The weights of a tile for that, of `groups` of Kind's, an even number, and zeros up to four: two of outputs with 8
-// bytes of k each are a register. Vector: Ints.
+// Copies a tile's weights for it: `groups` of 4 bytes an output, an even number, and zeros up to a multiple of four.
+// Vector: Ints.
 template <class Vector>
 inline const char* turn_weights(const char* w, int64_t groups, char* to) {
     constexpr int64_t registers = kTile / kLanes, bytes = sizeof(Vector);
@@ -178,7 +180,7 @@ inline const char* turn_weights(const char* w, int64_t groups, char* to) {
 inline void put_sums(float* to, Vec v, bool first) { store(to, first ? v : load(to) + v); }
 inline void put_sums(float* to, Ints v, bool first) { store(to, floats(first ? v : add_ints(load_ints(to), v))); }
 
-// A group of TwoByTwo: acc[r][c] and the next row's hold outputs of both rows, half a register's each.
+// A group of TwoByTwo. Of two rows, acc[even][c] has the first two outputs of register c, and acc[odd][c] the others.
 template <class Kind, int R, int C, class Vector = Ints>
 [[gnu::always_inline]] inline void add_two_by_two(const char* x, int64_t row_bytes, const char* w,
                                                   typename Kind::Sum (&acc)[R][C]) {
@@ -234,9 +236,10 @@ template <class Kind, int R, int C>
                 pair_halves(even, odd, even, odd);
             });
         });
+    const bool first = p.first;
     each<R>([&](auto r) {
         float* sums = p.sums + r * p.ld;
-        each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
+        each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], first); });
     });
 }
 
