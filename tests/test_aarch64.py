@@ -162,7 +162,7 @@ MISTAKES = [
     ("block", "pair_halves(even, odd, even, odd);", ""),
     ("gemm", "if constexpr (turns) w = turn_weights", "if constexpr (turns) turn_weights"),
     ("attention_blocks", "turned + l * kTileBytes);", "turned);"),
-    ("attention_blocks", "{a + below * p.a_below, kLineBytes", "{a, kLineBytes"),
+    ("attention_blocks", "a += p.a_below, ", ""),
 ]
 MUTATIONS = [
     compiling.Mutation(f"aarch64_{i}", f"cpu/bodies/{stem}.h", old, new) for i, (stem, old, new) in enumerate(MISTAKES)

@@ -75,10 +75,10 @@ inline void multiply_two_by_two(const TileProduct& p, int64_t n, int64_t line, i
     const auto *a = static_cast<const char*>(p.a) + line * kTileBytes,
                *b = static_cast<const char*>(p.b) + n * p.b_panel + line * p.b_line;
     for (int64_t l = 0; l < lines; ++l) turn_weights<Vector>(b + l * p.b_line, 16, turned + l * kTileBytes);
-    for (int64_t below = 0; below < 2; ++below)
-        run_blocks<OfManyRows<Pairs>, 16>({a + below * p.a_below, kLineBytes, kTileBytes, turned,
-                                           lines * kLine<uint16_t>, p.c + below * p.c_below + n * kTileSums, 16, first},
-                                          16 / kLanes);
+    const int64_t depth = lines * kLine<uint16_t>;
+    float* c = p.c + n * kTileSums;
+    for (int64_t below = 0; below < 2; ++below, a += p.a_below, c += p.c_below)
+        run_blocks<OfManyRows<Pairs>, 16>({a, kLineBytes, kTileBytes, turned, depth, c, 16, first}, 16 / kLanes);
 }
 
 template <class E>
