@@ -6,11 +6,11 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from igpt_fast.files import check_writable
+from igpt_fast.files import check_writable, shown
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from igpt_fast.image import ImageGPTImageProcessor
 
 Paths = Positional[tuple[Path, ...]]
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+Floats = Literal["float32", "bfloat16", "float16"]
+FloatsOrStored = Literal["float32", "bfloat16", "float16", "auto"]
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
@@ -48,16 +51,12 @@ def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> Non
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """The device of a name; of several processes, each takes the GPU of its number on its machine."""
+    check_device_name(name)
     import torch
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device is {name!r}; want cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and (device.index or not torch.backends.mps.is_available()):
         sees = "one" if torch.backends.mps.is_available() else "none"
         why = f"torch sees {sees}" if torch.backends.mps.is_built() else "this torch is a build without MPS"
@@ -70,12 +69,17 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
     return device
 
 
-def choose_backend(name: str) -> None:
-    from igpt_fast import backend
+def check_device_name(name: str | None) -> None:
+    """Fails, as a mistake of usage, where no device is called so; without torch, at once."""
+    if name is not None and not re.fullmatch(r"cpu|mps|mps:\d{1,3}|cuda|cuda:\d{1,3}", name, re.ASCII):
+        raise UsageError(f"--device is {shown(name)}; want cpu, cuda, cuda:N or mps")
 
-    if name not in backend.BACKENDS:
-        raise UsageError(f"--backend is {name!r}; want one of {', '.join(backend.BACKENDS)}")
-    if name != "auto":  # auto leaves what IGPT_FAST_BACKEND chose
+
+def choose_backend(name: Backend) -> None:
+    """The one that all ops take from now on; auto leaves what IGPT_FAST_BACKEND chose."""
+    if name != "auto":
+        from igpt_fast import backend
+
         backend.set_backend(name)
 
 

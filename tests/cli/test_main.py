@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processor_time import processor_seconds
 from screen import Screen
 
 from igpt_fast import backend
@@ -55,14 +56,6 @@ def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((300, 200), Image.Resampling.BICUBIC).save(path)
     return path
-
-
-def processor_seconds(*command: str) -> float:
-    """Processor time of a Python child, which other work on the machine changes little."""
-    before = os.times()
-    subprocess.run([sys.executable, *command], capture_output=True, check=True)
-    after = os.times()
-    return after.children_user - before.children_user + after.children_system - before.children_system
 
 
 @pytest.mark.clock

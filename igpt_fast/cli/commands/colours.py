@@ -24,11 +24,13 @@ def quantize(
     side: int | None = None,
     preview: Path | None = None,
     device: str | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Turn images into colour tokens: an (N, H, W) uint16 array in a .npy file.
+
+    Example: igpt quantize photo.jpg --out tokens.npy --grid colours.png
 
     Args:
         images: Image files; the square in the middle is cut out and resized.
@@ -89,6 +91,8 @@ def clusters(
     force: bool = False,
 ) -> None:
     """Fit colour clusters to images, by mini-batch k-means; needs scikit-learn.
+
+    Example: igpt clusters pictures/ -k 512 --out clusters.npy
 
     Args:
         images: Image files, and directories that are searched for them.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json as json_module
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast import processes
 from igpt_fast.cli import checks, terminal
@@ -18,20 +18,22 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    model: Annotated[Positional[str], arg(metavar="MODEL")],
-    data: Annotated[Positional[Path], arg(metavar="DATA")],
+    model: Positional[str],
+    data: Positional[Path],
     out: Path = Path("runs/finetune"),
     holdout: float | None = None,
     skip_unreadable: bool = False,
     scratch: bool = False,
     resume: bool = False,
     device: str | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
     config: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(),  # noqa: B008 - a frozen value
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Fine-tune a model to classify images; it still draws, and serves as ImageGPTForImageClassification.
+
+    Example: igpt finetune runs/train/model labelled/ --out runs/classify
 
     Args:
         model: A folder or hub name of a model with its colours.

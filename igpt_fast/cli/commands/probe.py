@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast.cli import checks, terminal
-from igpt_fast.cli.commands.features import DTYPES, is_pictures
+from igpt_fast.cli.commands.features import is_pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class Probing:
         bands: Horizontal bands of the image, whose means stand side by side.
         masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
             features are; 5 if not given, 0 shows the whole image.
-        sos: Do not put the start token in front, with which a model was trained.
+        sos: The start token in front, with which a model was trained.
         seed: Of draws, parts of train and random weights.
         batch_size: Images that are computed together.
     """
@@ -105,12 +105,14 @@ def probe(
     out: Path | None = None,
     plot: Path | None = None,
     device: str | None = None,
-    dtype: str = "float32",
-    backend: str = "auto",
+    dtype: checks.FloatsOrStored = "float32",
+    backend: checks.Backend = "auto",
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Probe a model: accuracy of a logistic regression on each layer, beside raw pixels and random weights.
+
+    Example: igpt probe labelled/ --model runs/train/model --plot probe.png
 
     Args:
         data: A directory whose sub-directories are classes, or a token file (.npz) or shards with labels, in the
@@ -128,7 +130,7 @@ def probe(
         json: Print one JSON object.
         force: Overwrite files.
     """
-    _check(data, test, holdout, skip_unreadable, dtype)
+    _check(data, test, holdout, skip_unreadable)
     assert data is not None
     checks.check_output(out, force, (".json",))
     checks.check_output(plot, force, (".png", ".svg", ".pdf"))
@@ -168,7 +170,7 @@ def probe(
         print(result.table(), flush=True)
 
 
-def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unreadable: bool, dtype: str) -> None:
+def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unreadable: bool) -> None:
     if data is None:
         raise checks.UsageError(NO_EMOJI)
     for path in (data, *([] if test is None else [test])):
@@ -176,8 +178,6 @@ def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unr
             raise FileNotFoundError(f"{path}: no such file or directory")
     if test is not None and test.samefile(data):
         raise checks.UsageError(f"--test {test}: is what is trained on; without --test the held-out part serves")
-    if dtype not in DTYPES:
-        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)}")
     if holdout is not None and not 0.0 < holdout < 1.0:
         raise checks.UsageError(f"--holdout is {holdout}; want a fraction in (0, 1)")
     if holdout is not None and (test is not None or not is_pictures(data)):

@@ -29,6 +29,8 @@ def sample(
 ) -> None:
     """Draw images and write them as a grid; under torchrun, with all its processes.
 
+    Example: igpt sample -n 16 --seed 3 --gif growing.gif --preview
+
     Args:
         n: Number of images.
         out: Grid to write; .png, .jpg, .webp or .bmp.
@@ -65,6 +67,8 @@ def complete(
     json: bool = False,
 ) -> None:
     """Complete images of which a part is kept; one row each: input, kept part, completions, original.
+
+    Example: igpt complete photo.jpg --keep 0.5 -n 4 --out completions.png
 
     Args:
         images: Image files of any size; the middle is cut out in the model's aspect and resized.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -21,7 +21,6 @@ from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import UsageError
 from igpt_fast.cli.draw import options
 from igpt_fast.cli.score_files import Results
-from igpt_fast.files import shown
 from igpt_fast.interrupts import delayed_interrupt
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from igpt_fast.pipeline import Pipeline, Scores
     from igpt_fast.world import World
 
-SPLITS = ("heldout", "train", "all")
 ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
-DTYPES = ("float32", "bfloat16", "float16", "auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,11 @@ class ScoreOptions:
     label: str | None = None
     batch_size: int | None = None
     device: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "auto", "int8"] = "float32"
+    backend: checks.Backend = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)}")
+        checks.check_device_name(self.device)
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size)
 
@@ -81,9 +77,9 @@ class ScoreOptions:
 
 def score(
     images: Positional[tuple[Path, ...]] = (),
-    split: str = "heldout",
+    split: Literal["heldout", "train", "all"] = "heldout",
     reference: Path | None = None,
-    by: str = "nats",
+    by: Literal["nats", "ood"] = "nats",
     show: int = 20,
     results: OmitArgPrefixes[Results] = Results(),  # noqa: B008 - a frozen value
     how: OmitArgPrefixes[ScoreOptions] = ScoreOptions(),
@@ -91,6 +87,8 @@ def score(
     json: bool = False,
 ) -> None:
     """Score images by their likelihood, the most unusual first; under torchrun, with all its processes.
+
+    Example: igpt score pictures/ --grid unusual.png
 
     Every figure is higher for what is more unusual: nats and bits a pixel over the model's palette; the complexity,
     bits of the compressed tokens; and ood, bits less complexity (Serra et al., 2020), which tells strange images from
@@ -109,10 +107,6 @@ def score(
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         json: Print one JSON object.
     """
-    if split not in SPLITS:
-        raise UsageError(f"--split is {shown(split)}; want {', '.join(SPLITS)}")
-    if by not in ORDERS:
-        raise UsageError(f"--by is {shown(by)}; want {' or '.join(ORDERS)}")
     checks.check_range("--show", show, 0, 1 << 30)
     with world_module.world() as world:
         if world.first:

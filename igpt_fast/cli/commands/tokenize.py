@@ -34,6 +34,8 @@ def tokenize(
 ) -> None:
     """Turn a data set of any size into token shards, which igpt train reads as it goes.
 
+    Example: igpt tokenize pictures.tar --size 32 -k 512 --out shards
+
     Args:
         source: A directory of images, .zip, .tar (as WebDataset's), .parquet, a directory of these or of
             datasets.save_to_disk, .npy or .npz.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -67,14 +66,16 @@ def train(
     init: str | None = None,
     resume: bool = False,
     device: str | None = None,
-    dtype: str = "float32",
-    backend: str = "auto",
+    dtype: checks.Floats = "float32",
+    backend: checks.Backend = "auto",
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
     execution: OmitArgPrefixes[Execution] = Execution(),  # noqa: B008
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Train a model: images, colour clusters, tokens, network; writes a checkpoint that all commands take.
+
+    Example: igpt train pictures/ --side 32 -k 512 --out runs/mine
 
     Args:
         data: A directory of images, of shards (igpt tokenize), or a token file (.npz with tokens, clusters, heldout);
@@ -107,9 +108,7 @@ def train(
             raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
-        from igpt_fast.learning.shards import has_labels, is_shards
-
-        preparation.check(data is not None and data.is_dir() and not is_shards(data))
+        preparation.check(data is not None and data.is_dir())
         if init is not None and preparation.all_pixels and preparation.n_clusters is None:
             raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
         if objective == "masked" and init is not None:
@@ -120,8 +119,6 @@ def train(
             raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
         if not classes and config.label_dropout != TrainConfig.label_dropout:
             raise checks.UsageError("--label-dropout: only with --classes")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
         if processes.size() == 1 and execution.parallel != Execution.parallel:
             raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
         checks.choose_backend(backend)
@@ -132,7 +129,10 @@ def train(
 
         from igpt_fast.learning import run
         from igpt_fast.learning.objectives.masked import Masked
+        from igpt_fast.learning.shards import has_labels, is_shards
 
+        if data is not None and is_shards(data):
+            preparation.check(of_directory=False)
         if classes and data is not None and not has_labels(data):
             raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
         how: dict[str, Any] = {"resume": resume, "overwrite": force}
@@ -145,16 +145,6 @@ def train(
         summary = run.run(tokens, out, config, world=together, **how)
     if together.first:
         _report(out, summary, objective, classes, json)
-
-
-def spelled_out(args: Sequence[str]) -> list[str]:
-    """The arguments with a value behind each ``--compile``, which may stand alone, as may ``--no-compile``."""
-    found: list[str] = []
-    for word, following in zip(args, [*args[1:], ""], strict=True):
-        found += ["--compile", "False"] if word == "--no-compile" else [word]
-        if word == "--compile" and following not in ("True", "False", REDUCE_OVERHEAD):
-            found.append("True")
-    return found
 
 
 def _collectives(device: str | None) -> str:

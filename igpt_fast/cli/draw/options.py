@@ -6,14 +6,13 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from igpt_fast.checks import whole_number
-from igpt_fast.cli.checks import UsageError
+from igpt_fast.cli.checks import Backend, UsageError, check_device_name
 from igpt_fast.draws import PLAIN, Sampling, check_scale, check_seed
-from igpt_fast.files import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from igpt_fast.world import World
 
 ROUNDED = ("int8", "fp8_values", "fp8_cache")  # dtypes of decoders that weights are not stored in
-DTYPES = ("float32", "bfloat16", "float16", *ROUNDED)
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "fp8_values", "fp8_cache", "auto"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class DrawOptions:
             cache rounded to 8 bits, on the CPU; fp8_values in bfloat16 with cached values of 8 bits, and
             fp8_cache with keys as well, on a GPU.
         speculate: Pixels of an image that is drawn alone are guessed ahead on the CPU, in float32 and int8, which
-            changes none; this turns it off.
+            changes none.
         backend: auto, reference, cpu or cuda; see igpt env.
         preview: Show the images in the terminal while they are drawn (stderr; 24-bit colours, grey characters with
             NO_COLOR); where stderr is no terminal, once when they are finished.
@@ -58,15 +57,15 @@ class DrawOptions:
     cfg_scale: float = 1.0
     batch_size: int | None = None
     device: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     speculate: bool = True
-    backend: str = "auto"
+    backend: Backend = "auto"
     preview: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in (*DTYPES, "auto"):
-            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)} or auto")
-        check_scale("cfg_scale", self.cfg_scale)
+        check_device_name(self.device)
+        if check_scale("cfg_scale", self.cfg_scale) != 1.0 and self.label is None:
+            raise UsageError("--cfg-scale has no effect without --label: there is no class to be guided to")
         if self.seed is not None:
             check_seed(self.seed)
         if self.batch_size is not None:
