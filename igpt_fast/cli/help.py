@@ -40,7 +40,8 @@ def of_command(name: str) -> str:
     lines += [f"usage: igpt {' '.join([name, *words, '[options]'])}", *_rows("", positional, width)]
     for group in dict.fromkeys(option.group for option in options if option.names):
         lines += _rows(group or "options", [one for one in options if one.names and one.group == group], width)
-    return "\n".join(lines)
+    every = "Of every command: -q, --quiet says nothing but warnings, errors and what --json asks for; -h, --help."
+    return "\n".join([*lines, "", *textwrap.wrap(every, width)])
 
 
 def _about(command: Callable[..., Any]) -> list[str]:

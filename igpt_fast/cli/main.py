@@ -19,12 +19,14 @@ import tyro
 
 from igpt_fast import processes
 from igpt_fast.cli import help as help_module
+from igpt_fast.cli import terminal
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
 from igpt_fast.cli.commands import COMMANDS, load
 from igpt_fast.cli.signature import checked_words, nearest, options_of
 from igpt_fast.cli.terminal import plain, reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
+QUIET = ("-q", "--quiet")  # of every command
 # What is wanted -> what Python says where it is not given.
 _NUMBERS = {
     "a whole number": r"invalid literal for int\(\) with base 10: ",
@@ -50,12 +52,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if not name:
             raise UsageError(_unknown(args))
-        words = args[1:]
+        words = [word for word in args[1:] if word not in QUIET]
         if {"-h", "--help"} & set(words):
             print(help_module.of_command(name))
             return 0
         command = _parsed(name, words)
-        with warnings.catch_warnings():
+        with terminal.hushed(len(words) < len(args) - 1), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command()
         sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,7 +131,7 @@ def _extract(run: FeatureRun, out: Path, world: World, force: bool, json: bool, 
     from igpt_fast.learning.feature_files import parts_folder
 
     if begun and world.first:
-        terminal.say(f"igpt: goes on with {begun} of {len(run.source)} images that are done")
+        terminal.note(f"igpt: goes on with {begun} of {len(run.source)} images that are done")
     start, parts, interrupted = time.perf_counter(), run.parts, False
     with progress_bar("features", len(run.source), world.first) as show:
         try:
@@ -170,16 +169,5 @@ def _extract(run: FeatureRun, out: Path, world: World, force: bool, json: bool, 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, wanted: bool = True) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal; yields what sets how much is done."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        desc=what,
-        total=total,
-        unit=" images",
-        file=sys.stderr,
-        disable=None if wanted else True,
-        leave=False,
-        dynamic_ncols=True,
-    )
-    with contextlib.closing(bar):
+    with contextlib.closing(terminal.bar(what, total, "images", wanted)) as bar:
         yield lambda done: bar.update(done - bar.n) and None

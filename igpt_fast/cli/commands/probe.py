@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +166,7 @@ def probe(
     if json:
         terminal.report(True, result.to_dict(), "")
     else:
-        print(result.table(), flush=True)
+        terminal.lines(result.table().splitlines())
 
 
 def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unreadable: bool) -> None:
@@ -218,9 +217,7 @@ def _read(path: Path, model: str | None, network: Any, holdout: float, skip: boo
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal, of what is being done."""
-    from tqdm import tqdm
-
-    with contextlib.closing(tqdm(file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)) as bar:
+    with contextlib.closing(terminal.bar("", None, "images")) as bar:
 
         def show(what: str, done: int, total: int) -> None:
             if bar.disable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -417,10 +416,10 @@ class _Report:
             if shown_now := order[: self.show]:
                 terminal.lines([_HEAD, *(_row(scores.names[i], columns, i) for i in shown_now)])
             more = f" ({len(order) - self.show} more are not listed)" if len(order) > self.show > 0 else ""
-            terminal.say(_summary(scores, means, self.values["seconds"]) + more, sys.stdout)
+            terminal.report(False, {}, _summary(scores, means, self.values["seconds"]) + more)
             if aurocs:
                 text = ", ".join(f"{value:.3f} by {name}" for name, value in aurocs.items())
-                terminal.say(f"AUROC against {len(self.reference or ())} images of the reference: {text}", sys.stdout)
+                terminal.report(False, {}, f"AUROC against {len(self.reference or ())} images of the reference: {text}")
             return
         labels = [None] * len(scores) if scores.labels is None else scores.labels.tolist()
         about_each = ({"number": i, "image": scores.names[i], "label": labels[i]} for i in order)
@@ -458,10 +457,8 @@ class _Bar:
     """On a terminal's stderr: how many of its images this process has read, then how many all processes have scored."""
 
     def __init__(self, world: World, total: int) -> None:
-        from tqdm import tqdm
-
-        self._world, disable = world, None if world.first else True
-        self._bar = tqdm(desc="scoring", total=total, unit=" images", file=sys.stderr, disable=disable, leave=False)
+        self._world = world
+        self._bar = terminal.bar("scoring", total, "images", world.first)
         self.close = self._bar.close
 
     def begin(self, what: str, total: int) -> None:

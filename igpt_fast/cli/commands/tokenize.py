@@ -108,4 +108,4 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _progress(record: dict[str, Any]) -> None:
     text = f"tokenized {record['images']} of {record['of']} images, {record['skipped']} skipped"
-    terminal.say(f"{text}, {record['seconds']:.1f} s")
+    terminal.note(f"{text}, {record['seconds']:.1f} s")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import processes
-from igpt_fast.cli import checks, terminal
+from igpt_fast.cli import checks, progress, terminal
 from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
 from igpt_fast.world import world
 
@@ -65,6 +64,7 @@ def train(
     classes: bool = False,
     init: str | None = None,
     resume: bool = False,
+    plot: Path | None = None,
     device: str | None = None,
     dtype: checks.Floats = "float32",
     backend: checks.Backend = "auto",
@@ -93,6 +93,7 @@ def train(
             interpolated, new classes begin as an image of any.
         resume: Continue an interrupted run; the settings must be the same. Bit for bit with as many processes and the
             same --parallel and --accumulate; with others, dropout draws other masks, and a line says so.
+        plot: Draw the log, the nats of training and held-out images by step: .png, .svg or .pdf; needs matplotlib.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
             LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
@@ -106,17 +107,12 @@ def train(
     with world("what was saved is kept; go on with --resume", collectives) as together:
         if resume and force:
             raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
+        if together.first:
+            checks.check_output(plot, force or resume, (".png", ".svg", ".pdf"))
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
         preparation.check(data is not None and data.is_dir())
-        if init is not None and preparation.all_pixels and preparation.n_clusters is None:
-            raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
-        if objective == "masked" and init is not None:
-            raise checks.UsageError("--init: only with --objective next_pixel")
-        if objective == "masked" and classes:
-            raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
-        if classes and data is None:
-            raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
+        _check_together(data, preparation, objective, classes, init)
         if not classes and config.label_dropout != TrainConfig.label_dropout:
             raise checks.UsageError("--label-dropout: only with --classes")
         if processes.size() == 1 and execution.parallel != Execution.parallel:
@@ -127,10 +123,14 @@ def train(
             raise checks.UsageError(f"--compile {REDUCE_OVERHEAD}: CUDA graphs of the steps, and --device is {device_}")
         import torch
 
-        from igpt_fast.learning import run
+        from igpt_fast.learning import curve, run
         from igpt_fast.learning.objectives.masked import Masked
+        from igpt_fast.learning.probe_result import need_matplotlib
         from igpt_fast.learning.shards import has_labels, is_shards
+        from igpt_fast.learning.state import LOG
 
+        if plot is not None:
+            need_matplotlib()
         if data is not None and is_shards(data):
             preparation.check(of_directory=False)
         if classes and data is not None and not has_labels(data):
@@ -138,13 +138,34 @@ def train(
         how: dict[str, Any] = {"resume": resume, "overwrite": force}
         run.check_directory(out, **how)  # before the images are read, which takes its time
         how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
-        how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
-        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
+        how |= {"save_dtype": getattr(torch, dtype), "world": together}
+        start = time.perf_counter()
+        with progress.preparing("reading images, fitting colours", together.first):
+            tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
+        prepared = time.perf_counter() - start
         if init is not None:
             how["objective"], config = _continued(init, tokens, config)
-        summary = run.run(tokens, out, config, world=together, **how)
+        with progress.training(out, config.steps, config.batch_size, together.first) as told:
+            summary = run.run(tokens, out, config, progress=told.record, on_step=told.step, **how)
     if together.first:
+        summary |= {"preparation_share": round(prepared / (time.perf_counter() - start), 3)}
+        if plot is not None:
+            curve.plot(out / LOG, plot, overwrite=force or resume)
         _report(out, summary, objective, classes, json)
+
+
+def _check_together(
+    data: Path | None, preparation: Preparation, objective: str, classes: bool, init: str | None
+) -> None:
+    """Fails, as a mistake of usage, where one of them says what another makes no sense with."""
+    if init is not None and preparation.all_pixels and preparation.n_clusters is None:
+        raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
+    if objective == "masked" and init is not None:
+        raise checks.UsageError("--init: only with --objective next_pixel")
+    if objective == "masked" and classes:
+        raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
+    if classes and data is None:
+        raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
 
 
 def _collectives(device: str | None) -> str:
@@ -155,7 +176,10 @@ def _collectives(device: str | None) -> str:
 
 
 def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, json: bool) -> None:
-    text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
+    text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps"
+    if summary["preparation_share"] >= 0.01:
+        text += f" ({summary['preparation_share']:.0%} of the time for images and colours)"
+    text += ","
     if objective == "masked":
         text += f" held out {terminal.nats(summary['heldout_masked_nats'])} nats/masked pixel"
         terminal.report(json, summary, f"{text} (histogram {terminal.nats(summary['histogram_nats'])})")
@@ -164,10 +188,6 @@ def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, j
     if classes:
         text += f", {terminal.nats(summary['heldout_class_nats'])} given the class"
     terminal.report(json, summary, f"{text} (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})")
-
-
-def _progress(record: dict[str, Any]) -> None:
-    print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
 def _continued(init: str, data: ImageSet, config: TrainConfig) -> tuple[Objective, TrainConfig]:

@@ -200,21 +200,11 @@ class Progress:
     """A bar with images a second and the time left, on a terminal; measures the time in any case."""
 
     def __init__(self, job: Job) -> None:
-        from tqdm import tqdm
-
         self._world = job.world
-        self.bar = tqdm(
-            desc={"sample": "sampling", "complete": "completing"}[job.command],
-            total=job.total,
-            unit=" images",
-            file=sys.stderr,
-            disable=None if job.world.first else True,
-            leave=False,
-            miniters=0,
-            dynamic_ncols=True,
-            # A narrow terminal cuts the end.
-            bar_format="{desc} {percentage:.0f}% of {total} images, {rate_noinv_fmt}, {remaining} left |{bar}|",
-        )
+        what = {"sample": "sampling", "complete": "completing"}[job.command]
+        # A narrow terminal cuts the end.
+        form = "{desc} {percentage:.0f}% of {total} images, {rate_noinv_fmt}, {remaining} left |{bar}|"
+        self.bar = terminal.bar(what, job.total, "images", job.world.first, miniters=0, bar_format=form)
         self._start = time.perf_counter()
 
     @property
