@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from igpt_fast import processes
+from igpt_fast.cli import terminal
 from igpt_fast.files import check_writable, shown
 
 if TYPE_CHECKING:
@@ -44,8 +47,10 @@ def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> Non
         raise IsADirectoryError(f"{path}: is a directory")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such directory")
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
+    if path.is_symlink():
+        terminal.say(f"igpt: {path}: is a link, which is replaced; {os.readlink(path)} stays as it is")
     check_writable(path.parent)
 
 
@@ -111,13 +116,29 @@ def check_clusters(count: int | None) -> None:
     check_range("--n-clusters", count, 2, 1 << 16)
 
 
-def check_images(paths: Sequence[Path]) -> None:
-    """Says early what can be said early; the images are opened one by one when their turn comes."""
-    if not paths:
-        raise UsageError("give at least one image file")
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """The files of a command line, those of directories among it, and the standard input for ``-``; whether they are
+    there is said early, and what they are when their turn comes.
+    """
+    if not places:
+        raise UsageError("give at least one image file or directory, or - for the standard input")
+    if (count := list(map(str, places)).count("-")) and (count > 1 or processes.size() > 1):
+        raise UsageError("- is the standard input, which one process reads once")
+    for path in places:
+        if str(path) != "-" and not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+    found: list[Path] = []
+    for path in places:
+        if path.is_dir():
+            from igpt_fast.image.folders import find_images
+
+            inside = find_images(path)
+            if not inside:
+                raise ValueError(f"{path}: no images in it")
+            found += inside
+        else:
+            found.append(Path("/dev/stdin") if str(path) == "-" else path)
+    return found
 
 
 def model_name(model: str | None) -> str:

@@ -19,6 +19,7 @@ from igpt_fast.checks import whole_number
 from igpt_fast.image.clusters import FLOAT_SLACK, eight_bit
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB at three bytes a pixel
+FITS = ("crop", "pad", "stretch")
 _MAX_EDGE = 1 << 31
 _DRAFT = 2  # how many times larger than wanted a JPEG is decoded at least
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA; the numbers that transformers looks for
@@ -263,13 +264,39 @@ def _middle(width: int, height: int, aspect: float) -> tuple[int, int, int, int]
     return left, top, left + inner_width, top + inner_height
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
+def fitted(image: Any, aspect: float, fit: str = "crop") -> Image.Image:
+    """An image that is to become one whose width is ``aspect`` times its height.
+
+    Args:
+        image: Anything that ``to_rgb`` takes.
+        aspect: A positive number.
+        fit: ``"crop"``, the middle alone; ``"pad"``, all of it, with white beside or above and below; ``"stretch"``, all
+            of it as it is, to be squeezed.
+
+    Raises:
+        TypeError, ValueError: As ``center_crop``; or another ``fit``.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is {files.shown(fit)}; want one of {', '.join(FITS)}")
+    if fit == "crop":
+        return center_crop(image, aspect)
+    picture = to_pil(image)
+    size = max(picture.width, round(picture.height * aspect)), max(picture.height, round(picture.width / aspect))
+    if fit == "stretch" or size == picture.size:
+        return picture
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"padded to {size[0]}x{size[1]} it would have more than {MAX_PIXELS} pixels")
+    padded = Image.new("RGB", size, "white")
+    padded.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return padded
+
+
+def read_mask(path: Path, height: int, width: int, fit: str = "crop") -> np.ndarray:
     """The (height, width) bool of an image file, true where it is bright.
 
-    The middle is cut out as it is of the images, so that both lie over each other; of another size, the nearest pixels
-    are taken.
+    It is ``fitted`` as the images are, so that both lie over each other; of another size, the nearest pixels are taken.
     """
-    picture = center_crop(open_image(path), width / height).convert("L")
+    picture = fitted(open_image(path), width / height, fit).convert("L")
     picture = picture.resize((width, height), Image.Resampling.NEAREST)
     mask = np.asarray(picture) >= 128
     if mask.all():
@@ -300,9 +327,9 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, (left, top, right, bottom)))
 
 
-def read_square(path: Path, side: int) -> np.ndarray:
-    """The (side, side, 3) uint8 pixels of the middle of an image; the whole of it, as it is, for 0."""
+def read_square(path: Path, side: int, fit: str = "crop") -> np.ndarray:
+    """The (side, side, 3) uint8 pixels of an image, ``fitted``: of its middle; the whole of it, as it is, for side 0."""
     picture = open_image(path)
     if side:
-        picture = resize(center_crop(picture), side, side)
+        picture = resize(fitted(picture, 1.0, fit), side, side)
     return np.asarray(picture, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The commands, one file for each or a few: ``sample``, which has ``complete`` too; ``tokenize``, ``train``,
+"""The commands, one file for each or a few: ``sample``, which has ``complete`` too; ``decode``, ``tokenize``, ``train``,
 ``finetune``, ``score``, ``features``, ``probe``; ``colours``: ``quantize`` and ``clusters``; ``convert``, ``env``,
 ``completion``. A function's arguments are the command's options, and its docstring the help, with an example.
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 # Group -> its commands, each with the module that has it, in the order of ``igpt --help``.
 GROUPS = {
-    "draw": {"sample": "sample", "complete": "sample"},
+    "draw": {"sample": "sample", "complete": "sample", "decode": "decode"},
     "learn": {name: name for name in ("tokenize", "train", "finetune", "score", "features", "probe")},
     "colours": {"quantize": "colours", "clusters": "colours"},
     "tools": {name: name for name in ("convert", "env", "completion")},

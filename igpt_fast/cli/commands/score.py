@@ -38,8 +38,8 @@ class ScoreOptions:
 
     Args:
         model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
-        label: Class that the images are said to be of, for a model that has classes: a number, or several with commas
-            between, which are repeated until every image has one.
+        label: Class that the images are said to be of, for a model that has classes: a number or a name of its
+            config.json, or several with commas between, which are repeated until every image has one.
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
             LOCAL_RANK.
@@ -169,7 +169,7 @@ class _Job:
     @cached_property
     def labels(self) -> list[int] | None:
         """The class of each of ``names``."""
-        return options.labels(self.how.label, len(self.names))
+        return options.labels(self.how.label, len(self.names), self.how.model)
 
     @cached_property
     def names(self) -> list[str]:

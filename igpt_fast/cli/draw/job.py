@@ -182,7 +182,8 @@ def _save(
         return
     if "error" in values:
         terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
-    text = f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
+    written = next(name for name in names.values() if name is not None)
+    text = f"{written}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
     terminal.report(job.json, names | values, f"{text} ({values['images_per_second']} images/s, {values['engine']})")
 
 
