@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import true_or_false, whole_number
+from igpt_fast.checks import dtype_name, true_or_false, whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
@@ -63,10 +63,15 @@ class Pipeline:
         processor: Colours and size; they must be the model's.
 
     Raises:
+        TypeError: Something else than these; names are for ``from_pretrained``.
         ValueError: The processor has another number of colours or pixels than the model, or the model is bidirectional.
     """
 
     def __init__(self, model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> None:
+        if not (isinstance(model, torch.nn.Module) and isinstance(processor, ImageGPTImageProcessor)):
+            got = f"{type(model).__name__} and {type(processor).__name__}"
+            load = f"Pipeline.from_pretrained({shown(model) if isinstance(model, str) else 'NAME_OR_DIRECTORY'})"
+            raise TypeError(f"Pipeline takes a model and its ImageGPTImageProcessor, got {got}; {load} loads both")
         if model.newly_initialized:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         model.config.check_causal("Pipeline")
@@ -116,6 +121,13 @@ class Pipeline:
             return cls(model, processor)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+
+    def __repr__(self) -> str:
+        config, size = self.model.config, f"{self.processor.height}x{self.processor.width}"
+        classes = f", {config.n_classes} classes" if config.n_classes else ""
+        parameters = f"{self.model.num_parameters() / 1e6:.2f} M parameters"
+        where = f"{dtype_name(self.model.dtype)} on {self.device}"
+        return f"Pipeline({size} pixels of {config.n_colours} colours{classes}; {parameters}, {where})"
 
     @property
     def device(self) -> torch.device:

@@ -30,6 +30,7 @@ QUIET = ("-q", "--quiet")  # of every command
 # What is wanted -> what Python says where it is not given.
 _NUMBERS = {
     "a whole number": r"invalid literal for int\(\) with base 10: ",
+    "a whole number of 4,300 digits at most": r"Exceeds the limit \(4300 digits\).*?(?=$)",
     "a number": r"could not convert string to float: ",
 }
 FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, ImportError, RuntimeError, MemoryError)

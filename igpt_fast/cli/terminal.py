@@ -81,7 +81,7 @@ def reason(error: BaseException) -> str:
     """What an error says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    return str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def nats(value: float | None) -> str:

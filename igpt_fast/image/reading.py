@@ -88,6 +88,8 @@ def _rgb_of_pil(image: Image.Image) -> Image.Image:
         raise ValueError(f"image is {image.width}x{image.height}: it has no pixels")
     try:
         image.load()  # first: Pillow turns a TIFF upright itself when it loads it, and drops the tag
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow decodes lazily, and its plugins raise nearly anything on a false file
         raise ValueError(f"image cannot be decoded: {files.first_line(error)}") from error
     upright = _UPRIGHT.get(_orientation(image))
@@ -217,10 +219,14 @@ def _decoded(file: IO[bytes], max_pixels: int, least: int) -> tuple[Image.Image,
             size = image.size
             if least and image.format == "JPEG" and _orientation(image) == 1:  # turned, its last row might come first
                 image.draft(None, (least, least))
-            image.load()
-            rgb = to_pil(image)
-            # A copy: a plain Image that holds no file.
-            return rgb.copy() if rgb is image else rgb, size if image.size != size else rgb.size
+            try:
+                image.load()
+                rgb = to_pil(image)
+                # A copy: a plain Image that holds no file.
+                return rgb.copy() if rgb is image else rgb, size if image.size != size else rgb.size
+            except MemoryError as error:
+                need = f"{3 * size[0] * size[1] / (1 << 20):.0f} MiB or more"
+                raise ValueError(f"its {size[0]}x{size[1]} pixels, {need}, do not fit in memory") from error
 
 
 def resize(

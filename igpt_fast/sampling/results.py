@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,25 @@ class Generation:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} images of {self.processor.height}x{self.processor.width}"
+        if self.inputs is not None:
+            what += f", completions of {len(self.inputs)}"
+        if bool(self.logprobs.isfinite().any()):
+            what += f", {-float(self.logprobs.nanmean()):.3f} nats a drawn pixel"
+        how = [f"{name} {self.settings[name]}" for name in ("engine", "dtype") if name in self.settings]
+        return f"Generation({', '.join([what, f'seed {self.seed}', *how])})"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the grid, unless it would have too many pixels."""
+        try:
+            grid = self.grid()
+        except ValueError:
+            return None
+        content = io.BytesIO()
+        grid.save(content, format="PNG")
+        return content.getvalue()
 
     @property
     def images(self) -> list[Image.Image]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageSequence
+from PIL import Image, ImageFile, ImageSequence
 
 from igpt_fast.image import (
     center_crop,
@@ -513,3 +513,18 @@ def test_a_gif_of_more_colours_is_near_and_not_dithered(tmp_path: Path) -> None:
     got = np.asarray(open_image(tmp_path / "x.gif")).astype(int)
     assert np.abs(got - frame).max() < 8
     assert (got == got[:1]).all()  # dithering would make the equal rows differ
+
+
+def test_a_picture_that_memory_does_not_suffice_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name and size are said; as it is decoded, and as it is converted."""
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "a.png")
+    Image.new("L", (2000, 1000)).save(tmp_path / "grey.png")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    for owner, name, picture in ((ImageFile.ImageFile, "load", "a"), (Image.Image, "convert", "grey")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(ValueError, match=rf"{picture}\.png: .*its 2000x1000 pixels, 6 MiB or more, do not fit"):
+                open_image(tmp_path / f"{picture}.png")

@@ -42,7 +42,7 @@ def convert(
         raise checks.UsageError("--size: only with --clusters, whose images have it")
     edges = None if size is None else re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
     if size is not None and edges is None:
-        raise checks.UsageError(f"--size is {size!r}; want HxW, such as 32x32")
+        raise checks.UsageError(f"--size is {size!r}; want HxW, such as 32x32, of 1..99999 pixels")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: is not a directory")
     written = ["config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]

@@ -79,7 +79,7 @@ def _shots(text: str | None) -> list[int] | None:
         return None if text is None else []
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() and int(part[:9]) > 0 and len(part) < 9 for part in parts):
-        raise ValueError(f"shots is {text!r}; want none, or numbers with commas between")
+        raise ValueError(f"shots is {text!r}; want none, or numbers in 1..99999999 with commas between")
     return [int(part) for part in parts]
 
 
