@@ -227,8 +227,8 @@ class Pipeline:
             candidates: Draws so many for each completion and takes one by the likelihood of the given pixels that
                 follow, 1..256; see ``inpainting`` for what this approximates, and how well
                 (``Generation.effective_sample_size``). The work is so many times as much.
-            fit: ``"crop"`` takes the middle of an image, ``"pad"`` all of it with white around, ``"stretch"`` all of it,
-                squeezed.
+            fit: ``"crop"`` takes the middle of an image, ``"pad"`` all of it with white around, ``"stretch"`` all of
+                it, squeezed.
             labels: The class of all images, or one for each of ``images``.
             first_input: Index of the first image, as ``first`` of ``sample``.
             seed, batch_size, temperature, top_k, top_p, min_p, cfg_scale, dtype, speculate, progress: As in

@@ -24,7 +24,7 @@ def overview() -> str:
     for group, modules in GROUPS.items():
         lines += ["", f"{group}:"]
         lines += [f"  {name:<11}{_about(load(name))[0]}" for name in modules]
-    more = "igpt help COMMAND explains the options of a command; igpt completion bash prints what completes them at Tab."
+    more = "igpt help COMMAND explains the options of a command; igpt completion bash completes them at Tab."
     return "\n".join([*lines, "", more])
 
 

@@ -1,4 +1,4 @@
-"""What a command takes, read off its signature and docstring: for its help, for what is misspelt, for tab completion."""
+"""What a command takes, read off its signature and docstring: for help, for what is misspelt, for tab completion."""
 
 from __future__ import annotations
 

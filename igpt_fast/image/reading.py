@@ -276,8 +276,8 @@ def fitted(image: Any, aspect: float, fit: str = "crop") -> Image.Image:
     Args:
         image: Anything that ``to_rgb`` takes.
         aspect: A positive number.
-        fit: ``"crop"``, the middle alone; ``"pad"``, all of it, with white beside or above and below; ``"stretch"``, all
-            of it as it is, to be squeezed.
+        fit: ``"crop"``, the middle alone; ``"pad"``, all of it, with white beside or above and below;
+            ``"stretch"``, all of it as it is, to be squeezed.
 
     Raises:
         TypeError, ValueError: As ``center_crop``; or another ``fit``.
@@ -334,7 +334,7 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
 
 
 def read_square(path: Path, side: int, fit: str = "crop") -> np.ndarray:
-    """The (side, side, 3) uint8 pixels of an image, ``fitted``: of its middle; the whole of it, as it is, for side 0."""
+    """The (side, side, 3) uint8 pixels of an image, ``fitted``; the whole of it, as it is, for side 0."""
     picture = open_image(path)
     if side:
         picture = resize(fitted(picture, 1.0, fit), side, side)

@@ -40,7 +40,7 @@ def plot(log: Path, path: Path, *, overwrite: bool = True) -> None:
         heldout = name.startswith("heldout")
         look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if heldout else {"linewidth": 1.0, "alpha": 0.6}
         title = name.replace("heldout", "held-out") if heldout else f"training {name}"
-        last = f"{title.replace("_", " ")}: {values[-1]:.4f}"
+        last = f"{title.replace('_', ' ')}: {values[-1]:.4f}"
         axes.plot(steps, values, label=last, **look)
     # The first steps are far above all that follows: a few of them may be cut off.
     values = sorted(value for points in curves.values() for _, value in points)

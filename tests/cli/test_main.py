@@ -320,8 +320,9 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_usage_errors_are_of_the_option(encoding: str) -> None:
     """Whatever letters a terminal has for tyro's frames."""
+    dtypes = "float32, bfloat16, float16, int8, fp8_values, fp8_cache, auto"
     for option, value, text in (
-        ("--dtype", "int3", "--dtype is 'int3'; want one of float32, bfloat16, float16, int8, fp8_values, fp8_cache, auto; did you mean int8?"),
+        ("--dtype", "int3", f"--dtype is 'int3'; want one of {dtypes}; did you mean int8?"),
         ("--temperature", "inf", "--temperature is inf; want a number in [0, 1.79769e+308] (see igpt sample --help)"),
         ("--nonsense", "1", "there is no option --nonsense"),
     ):

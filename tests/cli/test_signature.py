@@ -87,7 +87,7 @@ MISTAKES = {
     "train --device cuda:x": "--device is 'cuda:x'",
     "sample -n x": "-n is 'x'; want a whole number",
     f"sample -n {'9' * 5000}": "want a whole number of 4,300 digits at most",
-    "tokenize a --size 123456": "--size is '123456'; want HEIGHTxWIDTH, such as 32x32, or the edge of a square, of 1..4096",
+    "tokenize a --size 123456": "--size is '123456'; want HEIGHTxWIDTH, such as 32x32, or the edge of a square, of 1..",
     "sample --seed 1.5": "--seed is '1.5'; want a whole number",
     "sample --temperature warm": "--temperature is 'warm'; want a number",
     "sample -n 0": "-n is 0; want an integer in 1..16777216",

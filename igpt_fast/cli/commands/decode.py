@@ -33,8 +33,8 @@ def decode(
     Example: igpt decode tokens.npz --out pictures.png
 
     Args:
-        tokens: A .npz with tokens, (N, H, W) or of squares (N, H * W), and clusters, as sample, complete and score write
-            it; or the .npy of quantize, with --model or --clusters.
+        tokens: A .npz with tokens, (N, H, W) or of squares (N, H * W), and clusters, as sample, complete and score
+            write it; or the .npy of quantize, with --model or --clusters.
         out: Grid to write; .png, .jpg, .webp or .bmp; decoded.png if not given.
         singles: Also write every picture by itself into this directory: 00000.png and so on.
         grid: The grid; left out of its own accord where it would have more than 1,024 pictures, unless --out names it.

@@ -102,7 +102,9 @@ def complete(
         given = options.kept(keep, mask, pipeline.processor.height, pipeline.processor.width, fit)
         asked = drawing.requested(together)
         with checks.as_usage():  # before an image is read
-            request = pipeline.request(n, images=paths, keep=given, candidates=candidates, labels=classes, fit=fit, **asked)
+            request = pipeline.request(
+                n, images=paths, keep=given, candidates=candidates, labels=classes, fit=fit, **asked
+            )
         values: dict[str, Any] = {"model": drawing.model or "bundled"}
         values |= {"inputs": list(map(str, paths)), "mask": mask and str(mask)}
         if together.first and files.sidecar is not None:

@@ -99,7 +99,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if match is None:
-        raise checks.UsageError(f"--size is {text!r}; want HEIGHTxWIDTH, such as 32x32, or the edge of a square, of 1..4096 pixels")
+        wanted = "HEIGHTxWIDTH, such as 32x32, or the edge of a square, of 1..4096 pixels"
+        raise checks.UsageError(f"--size is {text!r}; want {wanted}")
     height, width = int(match[1]), int(match[2] or match[1])
     for edge in (height, width):
         checks.check_range("--size", edge, 1, 4096)

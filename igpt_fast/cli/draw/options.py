@@ -141,9 +141,7 @@ def _label(word: str, n_classes: int, names: dict[str, int]) -> int:
     raise UsageError(f"--label is {shown(word)}; want {wanted}{nearest(word, names)}")
 
 
-def kept(
-    text: str | None, mask: Path | None, height: int, width: int, fit: str = "crop"
-) -> float | int | np.ndarray:
+def kept(text: str | None, mask: Path | None, height: int, width: int, fit: str = "crop") -> float | int | np.ndarray:
     """What ``--keep`` and ``--mask`` say is given, as ``Pipeline.complete`` takes it: half of the rows by default."""
     from igpt_fast.sampling.inpainting import kept_rows
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from igpt_fast.cli import main as cli
-from igpt_fast.image import dequantize, load_clusters
 from igpt_fast.files import BUNDLED
+from igpt_fast.image import dequantize, load_clusters
 
 PALETTE = np.array([[-1, -1, -1], [1, 1, 1], [1, -1, -1]], np.float32)
 TOKENS = np.arange(2 * 3 * 4).reshape(2, 3, 4) % 3

@@ -28,7 +28,7 @@ def test_labels(model: str) -> None:
     for wrong in ("", "a", "1,", "-1", "1.5", "1,2,3,4", "1 2", "٣", "9" * 12, "8"):
         with pytest.raises(UsageError, match="--label"):
             options.labels(wrong, 3, model)
-    with pytest.raises(UsageError, match=r"--label is 'cofee'; want 0\.\.7, or a name: .*coffee.*; did you mean coffee\?"):
+    with pytest.raises(UsageError, match=r"'cofee'; want 0\.\.7, or a name: .*coffee.*; did you mean coffee\?"):
         options.labels("cofee", 1, model)
     with pytest.raises(UsageError, match=r"--label 8 is not in 0\.\.7$"):
         options.labels("8", 1, model)
