@@ -62,7 +62,7 @@ def options_of(command: Callable[..., Any], group: str = "") -> Iterator[Option]
             kind, *more = get_args(kind)
             marks += tuple(more)
         text = texts.get(name, "")
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from options_of(kind, text.rstrip("."))
         else:
             yield _option(name, kind, marks, parameter.default, text, group)

@@ -36,15 +36,15 @@ def plot(log: Path, path: Path, *, overwrite: bool = True) -> None:
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes: Any = figure.subplots()
     for name, points in curves.items():
-        steps, values = zip(*points, strict=True)
+        steps, values = [step for step, _ in points], [value for _, value in points]
         heldout = name.startswith("heldout")
         look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if heldout else {"linewidth": 1.0, "alpha": 0.6}
         title = name.replace("heldout", "held-out") if heldout else f"training {name}"
         last = f"{title.replace('_', ' ')}: {values[-1]:.4f}"
         axes.plot(steps, values, label=last, **look)
     # The first steps are far above all that follows: a few of them may be cut off.
-    values = sorted(value for points in curves.values() for _, value in points)
-    low, high = values[0], values[min(len(values) - 1, math.ceil(0.95 * len(values)))]
+    ordered = sorted(value for points in curves.values() for _, value in points)
+    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)))]
     axes.set_ylim(low - 0.05 * (high - low or 1.0), high + 0.1 * (high - low or 1.0))
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")

@@ -61,7 +61,7 @@ def decode(
     written = exports.write(generation, range(count), {})
     size = f"{processor.height}x{processor.width}"
     values = {"out": written["out"], "singles": written["singles"], "images": count}
-    values |= {"size": [processor.height, processor.width], "colours": len(processor.clusters)}
+    values |= {"size": [processor.height, processor.width]}
     terminal.report(json, values, f"{written['out'] or written['singles']}: {count} pictures of {size}")
 
 
