@@ -132,7 +132,8 @@ def checked_words(command: Callable[..., Any], words: Sequence[str]) -> list[str
     return found
 
 
-def nearest(word: str, known: Iterable[str], what: str = "; did you mean {}?") -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """A question after the known word that is most like another; empty where none is."""
-    found = difflib.get_close_matches(word, known, 1)
-    return what.format(found[0]) if found else ""
+    bare = {name.lstrip("-"): name for name in known}  # two dashes would make all options alike
+    found = difflib.get_close_matches(word.lstrip("-"), bare, 1)
+    return f"; did you mean {bare[found[0]]}?" if found else ""
