@@ -16,7 +16,8 @@ _PAUSE = 0.5  # seconds between two looks at the figures, for which the device i
 
 
 class Training:
-    """Both callbacks of a run: of its records, and of its steps.
+    """Both callbacks of a run: of its records, and, of one process, of its steps: of several, one that looks at the
+    figures by itself would be the only one to find that they are not finite.
 
     Args:
         steps: Of the whole run.
@@ -32,28 +33,31 @@ class Training:
             unit_scale=images,
             bar_format=f"{{desc}} {{percentage:.0f}}% of {steps} steps, {_REST}",
         )
-        self._told: int | None = None  # the step that was told last
+        self._begun = False
         self._figures: dict[str, float] = {}
         self._looked = 0.0
         self.close = self._bar.close
 
     def record(self, record: dict[str, Any]) -> None:
         """A record of the log."""
-        self._told = record["step"]
         if self._bar.disable:
             terminal.note(json.dumps(record))
         self._show(record)
+        self._advance(record["step"])
 
     def step(self, number: int, figures: Callable[[], dict[str, Any]]) -> None:
         """A step has been made."""
         if self._bar.disable:
-            if self._told is None:
+            if not self._begun:
                 self.record(figures())
             return
-        if self._told is None:
-            self._told = self._bar.n = self._bar.initial = number - 1
         if time.monotonic() - self._looked >= _PAUSE:
             self._show(figures())
+        self._advance(number)
+
+    def _advance(self, number: int) -> None:
+        if not self._begun:  # a run that is resumed begins where it was
+            self._begun, self._bar.n, self._bar.initial = True, number - 1, number - 1
         self._bar.update(number - self._bar.n)
 
     def _show(self, record: dict[str, Any]) -> None:

@@ -528,3 +528,19 @@ def test_a_picture_that_memory_does_not_suffice_for(tmp_path: Path, monkeypatch:
             patch.setattr(owner, name, full)
             with pytest.raises(ValueError, match=rf"{picture}\.png: .*its 2000x1000 pixels, 6 MiB or more, do not fit"):
                 open_image(tmp_path / f"{picture}.png")
+
+
+def test_headings_stand_above_their_columns_where_they_can_be_read() -> None:
+    cells = [np.full((60, 60, 3), 200, np.uint8)] * 6
+    plain = np.asarray(image_grid(cells, 3))
+    headed = np.asarray(image_grid(cells, 3, headings=["input", "", "original"]))
+    top = len(headed) - len(plain)
+    assert 15 < top < 40
+    assert np.array_equal(headed[top:], plain)
+    dark = [(headed[:top, left : left + 60] < 100).any() for left in (0, 61, 122)]
+    assert dark == [True, False, True]
+    assert (headed[0] == 255).all()  # no letter is cut off
+    assert (headed[top - 1] == 255).all()
+    narrow = [np.full((16, 16, 3), 200, np.uint8)] * 3
+    assert image_grid(narrow, 3, headings=["input", "kept", "original"]).size == image_grid(narrow, 3).size
+    assert writing.grid_size(6, 3, 60, 60, 1, ["input", "", "original"])[1] == headed.shape[1::-1]

@@ -146,7 +146,8 @@ def train(
         if init is not None:
             how["objective"], config = _continued(init, tokens, config)
         with progress.training(out, config.steps, config.batch_size, together.first) as told:
-            summary = run.run(tokens, out, config, progress=told.record, on_step=told.step, **how)
+            how |= {"progress": told.record, "on_step": told.step if together.size == 1 else None}
+            summary = run.run(tokens, out, config, **how)
     if together.first:
         summary |= {"preparation_share": round(prepared / (time.perf_counter() - start), 3)}
         if plot is not None:
