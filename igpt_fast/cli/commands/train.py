@@ -87,7 +87,7 @@ def train(
             of. masked: some pixels from all others (OpenAI's BERT), to read features of; samples.png then shows what
             it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
-            stand in a token file that has labels (and class_names).
+            stand in a token file that has labels (and class_names); the bundled emoji have nine.
         init: A folder or hub name of a model to go on from, which gives the network's size. A directory of images gets
             its side and colours, unless others are asked for; new colours begin as the nearest old ones, positions are
             interpolated, new classes begin as an image of any.
@@ -112,7 +112,7 @@ def train(
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
         preparation.check(data is not None and data.is_dir())
-        _check_together(data, preparation, objective, classes, init)
+        _check_together(preparation, objective, classes, init)
         if not classes and config.label_dropout != TrainConfig.label_dropout:
             raise checks.UsageError("--label-dropout: only with --classes")
         if processes.size() == 1 and execution.parallel != Execution.parallel:
@@ -155,9 +155,7 @@ def train(
         _report(out, summary, objective, classes, json)
 
 
-def _check_together(
-    data: Path | None, preparation: Preparation, objective: str, classes: bool, init: str | None
-) -> None:
+def _check_together(preparation: Preparation, objective: str, classes: bool, init: str | None) -> None:
     """Fails, as a mistake of usage, where one of them says what another makes no sense with."""
     if init is not None and preparation.all_pixels and preparation.n_clusters is None:
         raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
@@ -165,8 +163,6 @@ def _check_together(
         raise checks.UsageError("--init: only with --objective next_pixel")
     if objective == "masked" and classes:
         raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
-    if classes and data is None:
-        raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
 
 
 def _collectives(device: str | None) -> str:

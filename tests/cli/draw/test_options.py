@@ -35,8 +35,9 @@ def test_labels(model: str) -> None:
 
 
 def test_labels_of_models_without_names_or_classes(tmp_path: Path) -> None:
+    ImageGPTConfig(vocab_size=40, n_positions=16).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="the model has no classes"):
-        options.labels("0", 1, None)
+        options.labels("0", 1, str(tmp_path))
     ImageGPTConfig(vocab_size=40, n_positions=16, n_classes=2).save_pretrained(tmp_path)  # LABEL_0, LABEL_1 by default
     assert options.labels("1", 1, str(tmp_path)) == [1]
     ImageGPTConfig(vocab_size=40, n_positions=16, n_classes=3).save_pretrained(tmp_path)
