@@ -24,6 +24,8 @@ def demo(
 ) -> None:
     """Open a page in the browser to play with a model: paint, hide pixels, watch them be drawn again.
 
+    Example: igpt demo --model runs/mine/model
+
     Needs pip install 'igpt_fast[demo]'. One drawing at a time has the model, the others wait. Who can reach the address
     can use the model: leave it at this machine's own unless you trust the network.
 
