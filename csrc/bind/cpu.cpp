@@ -6,13 +6,14 @@
 #include "bind.h"
 #include "cpu/checksums.h"
 #include "cpu/ops.h"
+#include "cpu/sample.h"
 #include "params.h"
 
 namespace {
 
 namespace cpu = igpt::cpu;
 using igpt::bind::Cpu, igpt::bind::def, igpt::bind::members, igpt::bind::members_of, igpt::bind::named,
-    igpt::bind::unused;
+    igpt::bind::together, igpt::bind::unused;
 
 template <class P>
 constexpr auto place = named<P, &P::threads>("place");
@@ -92,6 +93,13 @@ struct CausalAttentionBwd : Cpu<cpu::causal_attention_bwd> {
         named<P, &P::of, &Of::format>("dtype") + named<P, &P::of, &Of::threads>("place");
 };
 
+struct Sample : Cpu<cpu::sample> {
+    static constexpr auto fields = together<P, &P::logits, &P::stride>("logits") +
+                                   members<P, &P::uniform, &P::known, &P::temperature, &P::top_k, &P::top_p,
+                                           &P::min_score, &P::tokens, &P::logprobs, &P::cumulative, &P::rows, &P::k> +
+                                   place<P>;
+};
+
 struct Matmul : Cpu<cpu::matmul> {
     static constexpr auto fields = members<P, &P::a, &P::a_row, &P::a_column, &P::b, &P::b_row, &P::b_column, &P::bias,
                                            &P::c, &P::m, &P::n, &P::k> +
@@ -112,6 +120,7 @@ void bind_cpu(pybind11::module_& m) {
     def<CausalAttentionFwd>(m, "causal_attention_fwd_cpu");
     def<CausalAttentionBwd>(m, "causal_attention_bwd_cpu");
     def<Matmul>(m, "matmul_cpu");
+    def<Sample>(m, "sample_cpu");
     m.def(
         "crc32c",
         [](uintptr_t address, size_t bytes, uint32_t before) {

@@ -17,8 +17,9 @@ from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
 from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_step
 from igpt_fast.ops.sample import draw as draw
-from igpt_fast.ops.sample import draw_weights as draw_weights
+from igpt_fast.ops.sample import draw_scored as draw_scored
 from igpt_fast.ops.sample import sample_settings as sample_settings
+from igpt_fast.ops.sample import sampling_numbers as sampling_numbers
 
 __all__ = [
     "ACTIVATIONS",

@@ -15,7 +15,11 @@ from igpt_fast.checks import whole_number
 from igpt_fast.draws import Sampling
 from igpt_fast.ops import dispatch
 
-OPS["sample"] = Op(("cuda",), "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers")
+OPS["sample"] = Op(
+    ("cuda", "cpu"),
+    "logits fp32, bf16, fp16; 1,024 tokens at most; fp32 numbers",
+    covers_cpu="logits fp32, bf16, fp16; fp32 numbers",
+)
 OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
 OPS["sample_step"] = Op(("cuda",), "as sample_next; (N, T) tokens and logprobs")
 
@@ -56,22 +60,42 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
         raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
     logits, uniform = logits.detach(), uniform.detach()
-    covered = _covered(logits) and uniform.dtype == torch.float32 and uniform.device == logits.device
-    if covered and dispatch.use_kernel("sample", logits, uniform):
+    if _covered_draw(logits, uniform) and dispatch.kernel_kind("sample", logits, uniform) is not None:
         op = _sample if dispatch.is_plain(logits, uniform) else torch.ops.igpt_fast.sample
-        return op(logits, uniform, *_numbers(sampling))
+        return op(logits, uniform, *sampling_numbers(sampling))
     return reference.sample(logits, uniform, **vars(sampling))
 
 
-def draw_weights(logits: Tensor, sampling: Sampling) -> Tensor | None:
-    """The (N, K) float64 cumulative weights that ``draw`` inverts on the CPU; ``None`` at temperature 0, the likeliest.
+def draw_scored(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, known: Tensor | None = None, *, weighted: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``draw``, what it thinks of the tokens, and what it drew them from. Nothing of it is differentiable.
 
-    A row's token is the first id at which they exceed its number times their total, or 0 where they are NaN.
+    Args:
+        logits, uniform, sampling: As of ``draw``.
+        known: (N,) int64: tokens that are given, which are taken in place of drawn ones; below 0 where one is drawn.
+        weighted: Whether the weights are wanted.
+
+    Returns:
+        tokens: (N,) int64.
+        logprobs: (N,) float32, ``log_softmax`` of the logits as they are, before temperature and filters, at the token.
+        weights: (N, K) float64, the cumulative weights: a row's token is the first id at which they exceed its number
+            times their total, or 0 where they are NaN; ``None`` if they are not wanted, and at temperature 0.
     """
-    if sampling.temperature < reference.LEAST_TEMPERATURE:
-        return None
+    weighted = weighted and sampling.temperature >= reference.LEAST_TEMPERATURE
+    tensors = (logits, uniform) if known is None else (logits, uniform, known)
+    served = logits.is_cpu and dispatch.is_plain(*tensors) and _covered_draw(logits, uniform)
+    if served and dispatch.kernel_kind("sample", *tensors) == "cpu":
+        return _launch_cpu(logits, uniform, sampling_numbers(sampling), known, scored=True, weighted=weighted)
+    tokens = draw(logits, uniform, sampling)
+    if known is not None:
+        tokens = torch.where(known >= 0, known, tokens)
+    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+    if not weighted:
+        return tokens, logprobs, None
     least = reference.least_score(sampling.min_p)
-    return reference.cumulative_weights(logits, sampling.temperature, sampling.top_k, sampling.top_p, least)
+    weights = reference.cumulative_weights(logits, sampling.temperature, sampling.top_k, sampling.top_p, least)
+    return tokens, logprobs, weights
 
 
 def sample_next(
@@ -125,7 +149,7 @@ def sample_next(
         op = _sample_next if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
-        tokens, embedding = op(logits, signed, streams, position, *_numbers(sampling), wte, wpe)
+        tokens, embedding = op(logits, signed, streams, position, *sampling_numbers(sampling), wte, wpe)
         return tokens, None if wte is None else embedding
     return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
 
@@ -284,7 +308,14 @@ def _covered(logits: Tensor, wte: Tensor | None = None) -> bool:
     return known and 1 <= logits.shape[1] <= 1024
 
 
-def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
+def _covered_draw(logits: Tensor, uniform: Tensor) -> bool:
+    """As ``_covered``; there is no bound of tokens on the CPU."""
+    if uniform.dtype != torch.float32 or uniform.device != logits.device or logits.dtype not in dispatch.DTYPES:
+        return False
+    return logits.shape[1] >= 1 and (logits.shape[1] <= 1024 or dispatch.native_kind(logits) == "cpu")
+
+
+def sampling_numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
     temperature = sampling.temperature
     temperature = 0.0 if temperature < reference.LEAST_TEMPERATURE else min(temperature, reference.MAX_TEMPERATURE)
@@ -334,7 +365,43 @@ def _launch(
     )
 
 
+def _launch_cpu(
+    logits: Tensor,
+    uniform: Tensor,
+    numbers: tuple[float, int, float, float],
+    known: Tensor | None = None,
+    scored: bool = False,
+    weighted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, and log-probabilities and cumulative weights where they are asked for, of the compiled module."""
+    n, k = logits.shape
+    kernels, logits = dispatch.native_kernels("sample", logits), _rows(logits.float())
+    uniform, known = uniform.contiguous(), None if known is None else known.contiguous()
+    tokens = torch.empty(n, dtype=torch.int64, device="cpu")
+    logprobs = torch.empty(n if scored else 0, dtype=torch.float32, device="cpu")
+    weights = torch.empty(n, k, dtype=torch.float64, device="cpu") if weighted else None
+    temperature, top_k, top_p, min_score = numbers
+    kernels.module.sample_cpu(
+        logits=(logits.data_ptr(), logits.stride(0)),
+        uniform=uniform.data_ptr(),
+        known=dispatch.address(known),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_score=min_score,
+        tokens=tokens.data_ptr(),
+        logprobs=logprobs.data_ptr() if scored else 0,
+        cumulative=dispatch.address(weights),
+        rows=n,
+        k=k,
+        place=kernels.place,
+    )
+    return tokens, logprobs, weights
+
+
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_score: float) -> Tensor:
+    if dispatch.native_kind(logits) == "cpu":
+        return _launch_cpu(logits, uniform, (temperature, top_k, top_p, min_score))[0]
     uniform, tokens = uniform.contiguous(), _fake_sample(logits)
     _launch("sample", logits, (tokens.data_ptr(), 0, 1), (temperature, top_k, top_p, min_score), uniform.data_ptr())
     return tokens
@@ -402,7 +469,7 @@ def _embedding(embedding: Tensor | None, wte: Tensor | None, wpe: Tensor | None)
 
 
 def _check_launch(logits: Tensor, uniform: Tensor, *_: Any) -> None:
-    dispatch.check_covered("sample", logits.ndim == 2 and _covered(logits), logits)
+    dispatch.check_covered("sample", logits.ndim == 2 and _covered_draw(logits, uniform), logits)
     dispatch.check_operand("sample", "uniform", uniform, logits, torch.float32, logits.shape[:1])
 
 

@@ -185,7 +185,7 @@ def _stepping(
     """The loop of ``decoding``, a step for each position; ``logits`` are those that follow the context."""
     steps, device, colours = uniforms.shape[1], logits.device, decoder.model.config.n_colours
     given = None if known is None else known >= 0
-    some, every = ([False] * steps,) * 2 if given is None else (given.any(0).tolist(), given.all(0).tolist())
+    some = [False] * steps if given is None else given.any(0).tolist()
     free = known is None and not guided
     source = None
     if isinstance(uniforms, RandomStreams):
@@ -197,7 +197,7 @@ def _stepping(
             token, logprob = decoder.draw(logits, partial(numbers, t), source, sampling, as_they_came=True)
         else:
             column = known[:, t] if known is not None and some[t] else None
-            token, logprob = _constrained(logits, partial(numbers, t), sampling, scale, column, every[t])
+            token, logprob = _constrained(logits, numbers(t), sampling, scale, column)
         if decoder.history is not None:
             drawn.tokens, drawn.logprobs = decoder.history
         else:
@@ -225,28 +225,27 @@ def _columns(uniforms: Tensor | RandomStreams, device: torch.device) -> Callable
 
 
 def _constrained(
-    logits: Tensor, numbers: Callable[[], Tensor], sampling: Sampling, scale: float, known: Tensor | None, every: bool
+    logits: Tensor, numbers: Tensor, sampling: Sampling, scale: float, known: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``Decoder.draw`` where tokens are given, or under guidance.
 
     Args:
         logits: (B, K); under guidance (2 B, K), those of the other context last.
-        numbers: Makes (B,) uniform numbers.
+        numbers: (B,) uniform numbers.
         sampling: How the others are drawn.
         scale: Of the guidance; 1 is none.
         known: (B,) tokens that are given, -1 where one is drawn; ``None`` where all are.
-        every: Whether all are given.
     """
-    rows = len(logits) // (1 if scale == 1.0 else 2)
+    if scale == 1.0:
+        token, logprob, _ = ops.draw_scored(logits, numbers, sampling, known)
+        return token, logprob
+    rows = len(logits) // 2
     logprobs = torch.log_softmax(logits[:rows].float(), dim=-1)
-    if known is not None and every:
-        return known, logprobs.gather(1, known[:, None])[:, 0]
-    if scale != 1.0:
-        without = torch.log_softmax(logits[rows:].float(), dim=-1)
-        logits = (without + scale * (logprobs - without)).masked_fill(logprobs == -torch.inf, -torch.inf)
-        # That the other context's are not finite shows where they are looked for.
-        logprobs = logprobs.masked_fill(logits.isnan().any(dim=1, keepdim=True), torch.nan)
-    token = ops.draw(logits, numbers(), sampling)
+    without = torch.log_softmax(logits[rows:].float(), dim=-1)
+    logits = (without + scale * (logprobs - without)).masked_fill(logprobs == -torch.inf, -torch.inf)
+    # That the other context's are not finite shows where they are looked for.
+    logprobs = logprobs.masked_fill(logits.isnan().any(dim=1, keepdim=True), torch.nan)
+    token = ops.draw(logits, numbers, sampling)
     if known is not None:
         token = torch.where(known >= 0, known, token)
     return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import contention
 import contract
 import torch
 from compiling import Mutation
+from drawing import assert_draws
 from implementations import Implementation
 from small_models import (
     computed_in_int8,
@@ -22,8 +24,10 @@ from small_models import (
 from tolerance import assert_parity
 
 from igpt_fast import backend, ops, reference
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.sampling.decoding import decode
 
 FP32, BF16 = torch.float32, torch.bfloat16
 Check = Callable[[Implementation], None]
@@ -226,6 +230,35 @@ def products(cpu: Implementation) -> None:
         contract.check_parity(cpu, ops.linear, [torch.randn(s) for s in ((rows, n_in), (n_in, n_out), (n_out,))])
 
 
+def draws(cpu: Implementation) -> None:
+    logits, uniform = 2 * torch.randn(300, 65), torch.rand(300)
+    logits[::7, 0], uniform[::7], logits[8, 3] = -torch.inf, 0.0, torch.nan
+    for settings in ((1.0,), (0.7, 9), (1.3, None, 0.8), (0.9, 30, 0.9, 0.1), (1.0, None, None, 1.0), (0.0,)):
+        sampling = Sampling(*settings)
+        tokens, logprobs, _ = ops.draw_scored(logits, uniform, sampling)
+        assert_draws(tokens, logits, uniform, *settings)
+        exact = torch.log_softmax(logits.double(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), exact, rtol=3e-7, atol=1e-6, equal_nan=True)
+        known = torch.arange(300) % 65 - 1
+        assert torch.equal(ops.draw_scored(logits, uniform, sampling, known)[0][known >= 0], known[known >= 0])
+
+
+def guesses(cpu: Implementation) -> None:
+    """Drafts change nothing, and spare steps."""
+    model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
+    known = torch.where(torch.rand(1, 60) < 0.3, torch.randint(16, (1, 60)), -1)
+    context = torch.tensor([[model.config.sos_token_id, 3, 5, 2]])
+    uniforms, steps = torch.rand(1, 60), 0
+    for sampling, given in ((Sampling(), None), (Sampling(0.5, 3), known), (Sampling(0.0), None)):
+        with mock.patch.object(CpuDecoder, "why_not_rows", None):  # at generic it is not worth it
+            ahead = decode(model, context, uniforms, sampling, known=given)
+        plain = decode(model, context, uniforms, sampling, known=given, speculate=False)
+        assert torch.equal(ahead.tokens, plain.tokens)
+        assert torch.equal(ahead.logprobs, plain.logprobs)
+        steps += ahead.steps
+    assert 0 < steps < 160
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
@@ -233,7 +266,15 @@ BODIES = {
     "attention_fwd": attention, "attention_bwd": attention, "checksum": sums, "matmul": products,
 }  # fmt: skip
 TILED = {"product_tiles": decoders, "attention_decode_prefix_tiles": forks, "gemm_tiles": passes}
-DRIVERS = {"elementwise": norms, "kv_cache": forks, "checksums": sums, "weights": decoders, "giving_way": sharing}
+DRIVERS = {
+    "elementwise": norms,
+    "kv_cache": forks,
+    "checksums": sums,
+    "weights": decoders,
+    "giving_way": sharing,
+    "sample": draws,
+    "drafts": guesses,
+}
 CHANGES: list[tuple[str, str, str]] = [
     ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
     ("norm", "scale * (g - by_one - y * by_y)", "scale * (g - y * by_y)"),
@@ -296,6 +337,16 @@ CHANGES: list[tuple[str, str, str]] = [
     ("matmul", "read(p.bias + n + j, part)", "read(p.bias + j, part)"),
     ("matmul", "(k + from) * p.a_column", "from * p.a_column"),
     ("matmul", ": read(x, Part{int(count)})", ": zero()"),
+    ("drafts", "if (!hit || i == drafted) break;", "if (i == drafted) break;"),
+    ("drafts", "p.uniform = uniform_.data() + t;", "p.uniform = uniform_.data();"),
+    ("drafts", "nullptr : known_.data() + t;", "nullptr : known_.data();"),
+    ("drafts", "aside_ = chance < kLeastChance", "aside_ = chance < 2.0"),
+    ("sample", "s.ordered + top_k - 1, s", "s.ordered + top_k, s"),
+    ("sample", "if (before >= enough)", "if (sum >= enough)"),
+    ("sample", "std::upper_bound(", "std::lower_bound("),
+    ("sample", "return at = i, x[i];", "continue;"),
+    ("sample", "sum += double(std::exp(x[i] - largest));", "sum += double(std::exp(s.scores[i]));"),
+    ("sample", "if (s.scores[i] < p.min_score)", "if (s.scores[i] <= p.min_score)"),
     ("elementwise", "for (int64_t i = 0; i + step < blocks_; i += 2 * step)", "for (int64_t i = 0; i + 2 * step < blocks_; i += 2 * step)"),  # noqa: E501
     ("elementwise", "std::fill(sums, sums + width_, 0.0f);", "std::fill(sums, sums + width_, 0.5f);"),
     ("elementwise", "kernels.narrow(total + p.n_embd,", "kernels.narrow(total,"),
@@ -408,6 +459,7 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501
     Known(Mutation("cpu_matmul_tile", "cpu/matmul.cpp", "packed + i * tile_numbers", "packed"), products),
     Known(Mutation("cpu_matmul_scratch", "cpu/matmul.cpp", "scratch + index * kernels.scratch", "scratch"), "matmul"),
+    Known(Mutation("cpu_sample_scratch", "cpu/sample.cpp", "orders.get() + p.k * index", "orders.get()"), "sample"),
     Known(Mutation("cpu_attention_scratch", "cpu/attention.cpp", "work(i, memory + each * index)", "work(i, memory)"), "attention", "amx", True),  # noqa: E501
     *(Known(Mutation(f"cpu_attention_{i}", f"cpu/bodies/{stem}.h", old, new), attention, level, level != "generic")
       for i, (stem, old, new, level) in enumerate(ATTENTION)),

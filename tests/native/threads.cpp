@@ -12,6 +12,7 @@
 #include "cpu/decoder.h"
 #include "cpu/forward.h"
 #include "cpu/ops.h"
+#include "cpu/sample.h"
 
 namespace cpu = igpt::cpu;
 
@@ -190,12 +191,22 @@ void matmul() {
     cpu::matmul({a.data(), k, 1, b.data(), n, 1, bias.data(), c.data(), m, n, k, kThreads});
 }
 
+void sample() {
+    constexpr int64_t rows = 90, k = 130;
+    std::vector<float> logits(rows * k), uniform(rows, 0.5f), logprobs(rows);
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = float(i % 17);
+    std::vector<int64_t> known(rows, -1), tokens(rows);
+    std::vector<double> cumulative(rows * k);
+    cpu::sample({logits.data(), k, uniform.data(), known.data(), 0.8f, 40, 0.9, -5.0f, tokens.data(), logprobs.data(),
+                 cumulative.data(), rows, k, kThreads});
+}
+
 }  // namespace
 
 int main(int count, char** names) {
-    const std::map<std::string, void (*)()> cases{{"elementwise", elementwise}, {"colours", colours},
-                                                  {"decoder", decoder},         {"forward", forward},
-                                                  {"attention", attention},     {"matmul", matmul}};
+    const std::map<std::string, void (*)()> cases{
+        {"elementwise", elementwise}, {"colours", colours}, {"decoder", decoder}, {"forward", forward},
+        {"attention", attention},     {"matmul", matmul},   {"sample", sample}};
     const auto found = count == 2 ? cases.find(names[1]) : cases.end();
     if (found == cases.end()) return 2;
     found->second();

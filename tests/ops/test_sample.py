@@ -154,8 +154,59 @@ def test_parity(implementation: Implementation, dtype: torch.dtype, n: int, k: i
         assert tokens.dtype == torch.int64
         assert_draws(tokens.cpu(), logits, uniform, *settings)
         if implementation.module is not None:
-            covered = n > 0 and k <= 1024 and dtype != torch.float64
+            covered = dtype != torch.float64 and (implementation.name == "cpu" or (n > 0 and k <= 1024))
             assert implementation.module.counters()["launches"] == covered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "k"), [(0, 16), (1, 1), (3, 65), (70, 512)])
+def test_scored(implementation: Implementation, dtype: torch.dtype, n: int, k: int) -> None:
+    """The draw is ``sample``'s; log-probabilities, given tokens and weights are what they are said to be."""
+    logits, uniform = (torch.randn(n, k) * 2).to(dtype), torch.rand(n)
+    known = torch.arange(n) % 3 - 1
+    known = torch.where(known < 0, known, (known * 31) % k)
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    for temperature, top_k, top_p, *min_p in SETTINGS:
+        sampling = Sampling(temperature, top_k, top_p, *min_p)
+        for given in (None, known):
+            moved = [x if x is None else x.to(implementation.device) for x in (logits, uniform, given)]
+            tokens, logprobs, weights = ops.draw_scored(*moved[:2], sampling, moved[2], weighted=True)
+            fixed = torch.zeros(n, dtype=torch.bool) if given is None else given >= 0
+            assert torch.equal(tokens.cpu()[fixed], known[fixed])
+            assert_draws(tokens.cpu()[~fixed], logits[~fixed], uniform[~fixed], *vars(sampling).values())
+            found = exact.gather(1, tokens.cpu()[:, None])[:, 0]
+            torch.testing.assert_close(logprobs.cpu().double(), found, rtol=3e-7, atol=1e-6)
+            assert (weights is None) == (temperature == 0.0)
+            if weights is not None:
+                assert weights.dtype == torch.float64
+                least = reference.least_score(sampling.min_p)
+                expected = reference.cumulative_weights(logits, temperature, top_k, top_p, least)
+                torch.testing.assert_close(weights.cpu(), expected, rtol=1e-6, atol=0.0)
+                free = ~fixed
+                assert torch.equal(reference.inverted(weights.cpu(), uniform)[free], tokens.cpu()[free])
+        assert ops.draw_scored(logits, uniform, sampling)[2] is None
+
+
+def test_scored_where_there_is_no_distribution(implementation: Implementation) -> None:
+    logits = torch.randn(5, 10)
+    logits[0, 3], logits[1, 4], logits[2], logits[3, 2] = math.nan, math.inf, -math.inf, -math.inf
+    known = torch.tensor([-1, 7, 2, 2, -1])
+    for settings in SETTINGS:
+        moved = [x.to(implementation.device) for x in (logits, torch.rand(5), known)]
+        tokens, logprobs, weights = ops.draw_scored(*moved[:2], Sampling(*settings), moved[2], weighted=True)
+        assert tokens[1:4].tolist() == [7, 2, 2]
+        assert logprobs.isnan().tolist() == [True, True, True, False, False]
+        assert float(logprobs[3]) == -math.inf
+        if weights is not None:
+            assert weights[:, -1].isnan().tolist() == [True, True, True, False, False]
+
+
+def test_a_known_token_that_is_none(implementation: Implementation) -> None:
+    if implementation.name == "cuda":
+        pytest.skip("what torch's gather on a device does with it, the device says later")
+    logits, uniform = torch.randn(2, 10), torch.rand(2)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        ops.draw_scored(logits, uniform, Sampling(), torch.tensor([-1, 10]))
 
 
 def test_non_contiguous(implementation: Implementation) -> None:

@@ -236,10 +236,12 @@ def test_numbers_do_not_depend_on_the_engine(monkeypatch: pytest.MonkeyPatch) ->
     """Bit for bit the same; for the same logits so is the draw (tests/ops/test_sample.py)."""
     single = Pipeline.from_pretrained(device="cpu")
     found: dict[str, list[torch.Tensor]] = {"auto": [], "reference": []}
-    draw = generation.ops.draw
+    draw = generation.ops.draw_scored
     for use, numbers in found.items():
         with backend.use_backend(use), monkeypatch.context() as patch:
-            patch.setattr(generation.ops, "draw", lambda x, u, s, n=numbers: (n.append(u.clone()), draw(x, u, s))[1])
+            patch.setattr(
+                generation.ops, "draw_scored", lambda x, u, s, n=numbers: (n.append(u.clone()), draw(x, u, s))[1]
+            )
             single.sample(2, seed=5)
     assert torch.equal(torch.stack(found["auto"]), torch.stack(found["reference"]))
     expected = stream_uniforms(5, torch.arange(2), 0, 256, torch.device("cpu"))
