@@ -63,6 +63,7 @@ TESTS = {
     NEWEST: (
         *LEVELS,
         "tests/ops/test_quantize.py",
+        "tests/ops/test_sample.py",
         "tests/sampling/test_speculation.py",
         "tests/ops/test_causal_attention_cpu.py",
         "tests/model/test_product.py",
