@@ -18,7 +18,7 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak sanitize mutate lint format bench gpu-check check-arm clean help
+.PHONY: sample test soak sanitize mutate lint format docs notebooks bench gpu-check check-arm clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,8 @@ help:
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make docs       the pages of docs/ as a site, in build/site; a link or name that is not there ends it"
+	@echo "make notebooks  run the notebooks of examples/ anew, and keep what they give"
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
@@ -60,6 +62,12 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/run.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json

@@ -1,9 +1,9 @@
 """Every block of README.md and docs/ that is marked sh or python runs, in order, in one folder a page.
 
-The folder has what a reader would bring, small: a photograph, a mask, pictures, some with classes, tokens; the hub's names
-stand for a tiny checkpoint. ``igpt`` lines call the command's entry point in this process, under --soak the installed
-command. Long commands get smaller settings (``SMALLER``), which the page does not show. A block with a comment
-``<!-- not run: REASON -->`` in front is left out.
+The folder has what a reader would bring, small: a photograph, a mask, pictures, some with classes, tokens; the hub's
+name stands for a tiny checkpoint. ``igpt`` lines call the command's entry point in this process, under --soak the
+installed command. Long commands get smaller settings (``SMALLER``), which the page does not show. A block with a
+comment ``<!-- not run: REASON -->`` in front is left out.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def test_blocks_run(page: Path, request: pytest.FixtureRequest) -> None:
 
 
 def test_blocks_say_what_they_are() -> None:
-    """No block is passed over because it has no language, or is indented; a reason stands before each that is not run."""
+    """No block is passed over because it has no language, or is indented, and each that is not run has a reason."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = blocks(page)
