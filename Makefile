@@ -50,7 +50,7 @@ sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --soak tests/native/test_sanitizers.py
 
 mutate: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --dist=worksteal -m mutation --every $(EVERY) tests/emulator tests/native
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --dist=worksteal -m mutation --every $(EVERY) tests/emulator tests/native tests/test_aarch64.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

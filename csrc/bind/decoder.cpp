@@ -8,9 +8,11 @@
 #include <memory>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bind.h"
 #include "cpu/checksums.h"
+#include "cpu/drafts.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -24,6 +26,12 @@ using Address = std::tuple<uintptr_t, bool, int64_t, int64_t>;
 
 cpu::Source source(const Address& a) {
     return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+template <class T>
+std::vector<T> copied(uintptr_t address, int64_t count) {
+    const T* from = reinterpret_cast<const T*>(address);
+    return {from, from + count};
 }
 
 const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
@@ -90,4 +98,25 @@ void bind_decoder(py::module_& m) {
         .def_property_readonly("position", &cpu::Decoder::position)
         .def_property_readonly("sizes", &cpu::Decoder::sizes, "(batch, heads, head_dim, colours)")
         .def_property_readonly("bytes", &cpu::Decoder::bytes);
+    // Under the interpreter's lock, which what takes microseconds need not give away.
+    py::class_<cpu::Drafts>(m, "Drafts")
+        .def(py::init([](uintptr_t pixels, int64_t count, uintptr_t uniform, uintptr_t known, int64_t length,
+                         int64_t width, int64_t k, float temperature, int64_t top_k, double top_p, float min_score) {
+                 cpu::SampleParams settings{};
+                 settings.k = k, settings.temperature = temperature, settings.top_k = top_k;
+                 settings.top_p = top_p, settings.min_score = min_score;
+                 return std::make_unique<cpu::Drafts>(copied<int64_t>(pixels, count), copied<float>(uniform, length),
+                                                      copied<int64_t>(known, known ? length : 0), width, settings);
+             }),
+             py::kw_only(), "pixels"_a, "count"_a, "uniform"_a, "known"_a, "length"_a, "width"_a, "k"_a,
+             "temperature"_a, "top_k"_a, "top_p"_a, "min_score"_a)
+        .def("learn",
+             [](cpu::Drafts& self, uintptr_t logits, int64_t stride, int64_t rows, uintptr_t tokens,
+                uintptr_t logprobs) {
+                 return self.learn(floats(logits), stride, rows, reinterpret_cast<int64_t*>(tokens),
+                                   reinterpret_cast<float*>(logprobs));
+             })
+        .def("following",
+             [](cpu::Drafts& self, uintptr_t tokens) { return self.following(reinterpret_cast<int64_t*>(tokens)); });
+    m.attr("most_draft_rows") = cpu::kMostRows;
 }

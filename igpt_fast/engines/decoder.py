@@ -35,6 +35,23 @@ class PositionBytes(NamedTuple):
     shared: int | None
 
 
+class Drafts(ABC):
+    """Pixels of one image, drawn by turns: a draft of several is read in one step; what of it is what the pixels' own
+    numbers draw stands, and so does the pixel behind it.
+    """
+
+    @abstractmethod
+    def learn(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the (W, K) logits that follow the tokens of ``following``, at first the (1, K) ones of the context.
+
+        Returns the pixels that stand, 1 to W, int64, and their log-probabilities, float32; good until the next call.
+        """
+
+    @abstractmethod
+    def following(self) -> Tensor:
+        """The (W,) int64 tokens to read next: the last pixel that stands, and a draft of those behind it."""
+
+
 class Decoder(ABC):
     """What generation asks of a decoder. It holds the state of ``batch_size`` images.
 
@@ -179,9 +196,24 @@ class Decoder(ABC):
         """
         raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
 
+    def drafts(self, context: Tensor, numbers: Tensor, known: Tensor | None, sampling: Sampling, width: int) -> Drafts:
+        """Draws the only image with guesses of its next pixels, which ``step_rows`` reads.
+
+        Args:
+            context: (1, T_0) int64, which was read; the first token is SOS, or a class.
+            numbers: (1, T) float32 in [0, 1), of the pixels to draw.
+            known: (1, T) int64: tokens that are given, below 0 where one is drawn; ``None`` where all are.
+            sampling: How they are drawn.
+            width: Pixels of a row of the image, by whose neighbours they are guessed.
+
+        Raises:
+            BackendUnavailableError: This decoder has no such step.
+        """
+        raise backend.BackendUnavailableError(f"decoder: {self.why_not_rows}")
+
     def _check_rows(self, tokens: Tensor) -> None:
         wrong = tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype != torch.int64
-        if self.batch_size != 1 or wrong or tokens.device != self.model.device:
+        if self.batch_size != 1 or wrong or tokens.device.type != "cpu":
             got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device} of {self.batch_size} images"
             raise ValueError(f"decoder: tokens is {got}; want (W,) int64 of one image on the CPU, W >= 1")
 

@@ -19,6 +19,7 @@ from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_ste
 from igpt_fast.ops.sample import draw as draw
 from igpt_fast.ops.sample import draw_scored as draw_scored
 from igpt_fast.ops.sample import sample_settings as sample_settings
+from igpt_fast.ops.sample import sampling_numbers as sampling_numbers
 
 __all__ = [
     "ACTIVATIONS",

@@ -62,7 +62,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     logits, uniform = logits.detach(), uniform.detach()
     if _covered_draw(logits, uniform) and dispatch.kernel_kind("sample", logits, uniform) is not None:
         op = _sample if dispatch.is_plain(logits, uniform) else torch.ops.igpt_fast.sample
-        return op(logits, uniform, *_numbers(sampling))
+        return op(logits, uniform, *sampling_numbers(sampling))
     return reference.sample(logits, uniform, **vars(sampling))
 
 
@@ -86,7 +86,7 @@ def draw_scored(
     tensors = (logits, uniform) if known is None else (logits, uniform, known)
     served = logits.is_cpu and dispatch.is_plain(*tensors) and _covered_draw(logits, uniform)
     if served and dispatch.kernel_kind("sample", *tensors) == "cpu":
-        return _launch_cpu(logits, uniform, _numbers(sampling), known, scored=True, weighted=weighted)
+        return _launch_cpu(logits, uniform, sampling_numbers(sampling), known, scored=True, weighted=weighted)
     tokens = draw(logits, uniform, sampling)
     if known is not None:
         tokens = torch.where(known >= 0, known, tokens)
@@ -149,7 +149,7 @@ def sample_next(
         op = _sample_next if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
-        tokens, embedding = op(logits, signed, streams, position, *_numbers(sampling), wte, wpe)
+        tokens, embedding = op(logits, signed, streams, position, *sampling_numbers(sampling), wte, wpe)
         return tokens, None if wte is None else embedding
     return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
 
@@ -315,7 +315,7 @@ def _covered_draw(logits: Tensor, uniform: Tensor) -> bool:
     return logits.shape[1] >= 1 and (logits.shape[1] <= 1024 or dispatch.native_kind(logits) == "cpu")
 
 
-def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
+def sampling_numbers(sampling: Sampling) -> tuple[float, int, float, float]:
     """As the kernel takes them: 0, 1.0 and minus infinity keep all."""
     temperature = sampling.temperature
     temperature = 0.0 if temperature < reference.LEAST_TEMPERATURE else min(temperature, reference.MAX_TEMPERATURE)

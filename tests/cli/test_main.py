@@ -338,7 +338,6 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "--side" in fails(capsys, 2, "train", tmp_path / "pipe", "--side", 8, "--out", tmp_path / "run")
     (tmp_path / "pipe").unlink()
     assert "no such file" in fails(capsys, 1, "train", tmp_path / "none", "--side", 8, "--out", tmp_path / "run")
-    assert "the bundled emoji have none" in fails(capsys, 2, "train", "--classes", "--out", tmp_path / "run")
     assert "only with --classes" in fails(capsys, 2, "train", "--label-dropout", 0.2, "--out", tmp_path / "run")
     assert "--resume" in fails(capsys, 2, "train", "--resume", "--force", "--out", tmp_path / "run")
     assert "steps is 0" in fails(capsys, 2, "train", "--steps", 0, "--out", tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import contention
 import contract
@@ -26,6 +27,7 @@ from igpt_fast import backend, ops, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu.decoder import CpuDecoder
+from igpt_fast.sampling.decoding import decode
 
 FP32, BF16 = torch.float32, torch.bfloat16
 Check = Callable[[Implementation], None]
@@ -240,6 +242,22 @@ def draws(cpu: Implementation) -> None:
         assert torch.equal(ops.draw_scored(logits, uniform, sampling, known)[0][known >= 0], known[known >= 0])
 
 
+def guesses(cpu: Implementation) -> None:
+    """Drafts change nothing, and spare steps."""
+    model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
+    known = torch.where(torch.rand(1, 60) < 0.3, torch.randint(16, (1, 60)), -1)
+    context = torch.tensor([[model.config.sos_token_id, 3, 5, 2]])
+    uniforms, steps = torch.rand(1, 60), 0
+    for sampling, given in ((Sampling(), None), (Sampling(0.5, 3), known), (Sampling(0.0), None)):
+        with mock.patch.object(CpuDecoder, "why_not_rows", None):  # at generic it is not worth it
+            ahead = decode(model, context, uniforms, sampling, known=given)
+        plain = decode(model, context, uniforms, sampling, known=given, speculate=False)
+        assert torch.equal(ahead.tokens, plain.tokens)
+        assert torch.equal(ahead.logprobs, plain.logprobs)
+        steps += ahead.steps
+    assert 0 < steps < 160
+
+
 BODIES = {
     "norm": norms, "activation": activations, "cross_entropy": losses, "quantize": colours, "quantize_search": colours,
     "product": decoders, "linear": decoders, "pack": decoders, "attention_decode": decoders,
@@ -254,6 +272,7 @@ DRIVERS = {
     "weights": decoders,
     "giving_way": sharing,
     "sample": draws,
+    "drafts": guesses,
 }
 CHANGES: list[tuple[str, str, str]] = [
     ("norm", "reduce_add(total(sums)) / float(n) + eps", "reduce_add(total(sums)) / float(n - 1) + eps"),
@@ -317,6 +336,10 @@ CHANGES: list[tuple[str, str, str]] = [
     ("matmul", "read(p.bias + n + j, part)", "read(p.bias + j, part)"),
     ("matmul", "(k + from) * p.a_column", "from * p.a_column"),
     ("matmul", ": read(x, Part{int(count)})", ": zero()"),
+    ("drafts", "if (!hit || i == drafted) break;", "if (i == drafted) break;"),
+    ("drafts", "p.uniform = uniform_.data() + t;", "p.uniform = uniform_.data();"),
+    ("drafts", "nullptr : known_.data() + t;", "nullptr : known_.data();"),
+    ("drafts", "aside_ = chance < kLeastChance", "aside_ = chance < 2.0"),
     ("sample", "s.ordered + top_k - 1, s", "s.ordered + top_k, s"),
     ("sample", "if (before >= enough)", "if (sum >= enough)"),
     ("sample", "std::upper_bound(", "std::lower_bound("),

@@ -86,7 +86,7 @@ def train(
             of. masked: some pixels from all others (OpenAI's BERT), to read features of; samples.png then shows what
             it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
-            stand in a token file that has labels (and class_names).
+            stand in a token file that has labels (and class_names); the bundled emoji have nine.
         init: A folder or hub name of a model to go on from, which gives the network's size. A directory of images gets
             its side and colours, unless others are asked for; new colours begin as the nearest old ones, positions are
             interpolated, new classes begin as an image of any.
@@ -116,8 +116,6 @@ def train(
             raise checks.UsageError("--init: only with --objective next_pixel")
         if objective == "masked" and classes:
             raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
-        if classes and data is None:
-            raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
         if not classes and config.label_dropout != TrainConfig.label_dropout:
             raise checks.UsageError("--label-dropout: only with --classes")
         if dtype not in ("float32", "bfloat16", "float16"):

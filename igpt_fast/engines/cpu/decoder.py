@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_fast import backend
+from igpt_fast import backend, ops
+from igpt_fast.draws import Sampling
 from igpt_fast.engines.cpu import forward as forwards
 from igpt_fast.engines.cpu import weights
 from igpt_fast.engines.cpu.weights import packed_weights, why_not_shape
-from igpt_fast.engines.decoder import Decoder, PositionBytes, check_dtype, check_fork
+from igpt_fast.engines.decoder import Decoder, Drafts, PositionBytes, check_dtype, check_fork
 from igpt_fast.engines.network import Model, why_not_head, why_not_modules
 
 
@@ -97,6 +98,12 @@ class CpuDecoder(Decoder):
         self._next = None
         self._decoder.rewind(position - count)
 
+    def drafts(
+        self, context: Tensor, numbers: Tensor, known: Tensor | None, sampling: Sampling, width: int
+    ) -> CpuDrafts:
+        """See ``Decoder.drafts``."""
+        return CpuDrafts(context, numbers, known, sampling, width, self.model.config.n_colours)
+
     def fork(self, n: int) -> None:
         """See ``Decoder.fork``. The primer's keys and values stay in memory once, and are read once a step."""
         check_fork(n, self._decoder.position, self._forked)
@@ -136,6 +143,52 @@ class CpuDecoder(Decoder):
         self._decoder.advance(tokens.shape[1])
         self._rewindable = self.capacity
         return logits
+
+
+class CpuDrafts(Drafts):
+    """``Drafts`` of the compiled module (``csrc/cpu/drafts.h``)."""
+
+    def __init__(
+        self, context: Tensor, numbers: Tensor, known: Tensor | None, sampling: Sampling, width: int, colours: int
+    ) -> None:
+        assert backend._C is not None
+        pixels, numbers = context[0, 1:].contiguous(), numbers[0].contiguous()
+        given = None if known is None else known[0].contiguous()
+        temperature, top_k, top_p, min_score = ops.sampling_numbers(sampling)
+        self._drafts = backend._C.Drafts(
+            pixels=pixels.data_ptr(),
+            count=len(pixels),
+            uniform=numbers.data_ptr(),
+            known=0 if given is None else given.data_ptr(),
+            length=len(numbers),
+            width=width,
+            k=colours,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_score=min_score,
+        )
+        self._colours = colours
+        self._tokens = torch.empty(backend._C.most_draft_rows, dtype=torch.int64, device="cpu")
+        self._logprobs = torch.empty(backend._C.most_draft_rows, dtype=torch.float32, device="cpu")
+
+    def learn(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Drafts.learn``."""
+        if (
+            logits.dtype != torch.float32
+            or logits.ndim != 2
+            or logits.shape[1] < self._colours
+            or logits.stride(1) != 1
+        ):
+            got = f"{tuple(logits.shape)} {logits.dtype} with strides {logits.stride()}"
+            raise ValueError(f"drafts: logits is {got}; want (W, {self._colours}) float32 rows")
+        places = self._tokens.data_ptr(), self._logprobs.data_ptr()
+        kept = self._drafts.learn(logits.data_ptr(), logits.stride(0), len(logits), *places)
+        return self._tokens[:kept], self._logprobs[:kept]
+
+    def following(self) -> Tensor:
+        """See ``Drafts.following``."""
+        return self._tokens[: self._drafts.following(self._tokens.data_ptr())]
 
 
 def why_not_cpu(model: Model, dtype: str | None = None) -> str | None:
