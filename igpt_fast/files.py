@@ -258,7 +258,10 @@ def read_npy(file: IO[bytes], max_bytes: int, *, kinds: str = "iufb") -> np.ndar
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > max_bytes:
             raise ValueError(f"claims {shown(claimed)} bytes; at most {max_bytes} are read")
-        content = file.read(claimed)
+        try:
+            content = file.read(claimed)
+        except MemoryError as error:
+            raise ValueError(f"its {claimed} bytes do not fit in memory") from error
         if len(content) != claimed:
             raise ValueError(f"is truncated: {len(content)} bytes of {claimed}")
         return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")

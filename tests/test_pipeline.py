@@ -1,6 +1,9 @@
 """Pipeline: images of a small random model; seeds, batches, completions, files, interruption."""
 
+import io
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,3 +290,42 @@ def test_what_is_drawn_does_not_hang_on_the_default_dtype(dtype: torch.dtype) ->
         torch.set_default_dtype(torch.float32)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_a_notebook_shows(pipeline: Pipeline) -> None:
+    size = f"{SIDE}x{SIDE}"
+    network = r"\d\.\d\d M parameters, float64 on cpu"
+    assert re.fullmatch(rf"Pipeline\({size} pixels of {COLOURS} colours; {network}\)", repr(pipeline))
+    result = pipeline.sample(3, seed=7)
+    drawn = r"\d\.\d{3} nats a drawn pixel, seed 7, engine \w+, dtype float64"
+    assert re.fullmatch(rf"Generation\(3 images of {size}, {drawn}\)", repr(result))
+    with Image.open(io.BytesIO(result._repr_png_() or b"")) as shown:
+        assert np.array_equal(np.asarray(shown), np.asarray(result.grid()))
+    completed = pipeline.complete(result.images[:2], n=1, seed=1)
+    assert repr(completed).startswith(f"Generation(2 images of {size}, completions of 2, ")
+    unknown = torch.full((20_000, SIDE * SIDE), torch.nan)
+    many = Generation(result.tokens[:1].expand(20_000, -1), unknown, pipeline.processor, 7)
+    assert many._repr_png_() is None
+    assert repr(many) == f"Generation(20000 images of {size}, seed 7)"
+
+
+@pytest.mark.parametrize("wrong", [("x", "y"), ("x", None), (None, "y")])
+def test_names_are_for_from_pretrained(wrong: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match=r"Pipeline\.from_pretrained\(.*\) loads both"):
+        Pipeline(*wrong)
+    with pytest.raises(TypeError, match=r"got str and str; Pipeline\.from_pretrained\('a/b'\)"):
+        Pipeline("a/b", "c")  # type: ignore[arg-type]
+
+
+def test_fit(pipeline: Pipeline) -> None:
+    """All of a wide picture, with white around it, or squeezed."""
+    wide = Image.fromarray(np.zeros((SIDE, 2 * SIDE, 3), np.uint8))
+    kept = {"keep": SIDE - 1, "n": 1, "seed": 1}
+    originals = {fit: pipeline.complete(wide, fit=fit, **kept).originals for fit in ("crop", "pad", "stretch")}
+    assert torch.equal(originals["crop"], originals["stretch"])
+    assert originals["crop"].unique().numel() == 1
+    assert not torch.equal(originals["pad"], originals["crop"])
+    assert torch.equal(originals["pad"][:, SIDE * SIDE // 2 + SIDE // 2], originals["crop"][:, 0])
+    assert pipeline.complete(wide, fit="pad", **kept).settings["fit"] == "pad"
+    with pytest.raises(ValueError, match="fit is 'squash'; want one of crop, pad, stretch"):
+        pipeline.complete(wide, fit="squash")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
 from igpt_fast import files
 from igpt_fast.checks import whole_number
@@ -31,6 +31,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _ANIMATED = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 # Pixels of all frames, which Pillow keeps until the last one, in a byte each or in twice four; and of an edge.
 _MOST_ANIMATED = {"GIF": 1 << 31, "PNG": 1 << 28}
+INK = (36, 41, 47)  # of headings
+_LETTERS = 10, 28  # pixels that they are high at least, to be read, and at most
 _EDGES = {"GIF": (1 << 16) - 1, "WEBP": (1 << 14) - 1, "JPEG": 65_500}
 
 
@@ -41,6 +43,7 @@ def image_grid(
     scale: int = 1,
     gap: int = 1,
     background: str | tuple[int, int, int] = "white",
+    headings: Sequence[str] = (),
 ) -> Image.Image:
     """One picture of several of the same size, row by row.
 
@@ -50,6 +53,7 @@ def image_grid(
         scale: Edge of a pixel in the result.
         gap: Pixels of background between two images, after scaling.
         background: A colour as ``PIL.ImageColor`` names it, or (r, g, b).
+        headings: What stands above the columns, where these are wide enough for it to be read.
 
     Raises:
         TypeError, ValueError: No image, different sizes, an argument out of range, a result above ``MAX_PIXELS``.
@@ -58,16 +62,40 @@ def image_grid(
     scale = whole_number("scale", scale, 1, _MAX_EDGE)
     gap = whole_number("gap", gap, 0, _MAX_EDGE)
     width, height = (side * scale for side in cells[0].size)
-    columns, size = grid_size(len(cells), columns, width, height, gap)
+    columns, size = grid_size(len(cells), columns, width, height, gap, headings)
     grid = Image.new("RGB", size, ImageColor.getrgb(background) if isinstance(background, str) else background)
+    top = heading_height(headings, width)
+    draw = ImageDraw.Draw(grid)
+    for column, text in enumerate(headings[:columns] if top else ()):
+        centre = column * (width + gap) + width / 2
+        draw.text((centre, top / 2), text, INK, ImageFont.load_default(_heading_size(headings, width)), anchor="mm")
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         scaled = cell.resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(scaled, (column * (width + gap), row * (height + gap)))
+        grid.paste(scaled, (column * (width + gap), top + row * (height + gap)))
     return grid
 
 
-def grid_size(count: int, columns: int | None, width: int, height: int, gap: int) -> tuple[int, tuple[int, int]]:
+def heading_height(headings: Sequence[str], width: int) -> int:
+    """Pixels that headings take above columns of ``width`` pixels: none where they could not be read."""
+    return round(1.6 * _heading_size(headings, width))
+
+
+def _heading_size(headings: Sequence[str], width: int) -> int:
+    """Of the letters, in pixels; 0 where the smallest that can be read are too wide, or Pillow has no FreeType."""
+    if not headings or not features.check("freetype2"):
+        return 0
+    largest = max(_LETTERS[0], min(_LETTERS[1], width // 8))
+    for size in range(largest, _LETTERS[0] - 1, -1):
+        font = ImageFont.load_default(size)
+        if max(font.getlength(text) for text in headings) <= width:
+            return size
+    return 0
+
+
+def grid_size(
+    count: int, columns: int | None, width: int, height: int, gap: int, headings: Sequence[str] = ()
+) -> tuple[int, tuple[int, int]]:
     """Images in a row, and the (width, height) of a grid of ``count`` images of ``width`` x ``height`` pixels.
 
     Raises:
@@ -76,6 +104,7 @@ def grid_size(count: int, columns: int | None, width: int, height: int, gap: int
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     columns = min(whole_number("columns", columns, 1, _MAX_EDGE), count)
     size = (columns * (width + gap) - gap, -(-count // columns) * (height + gap) - gap)
+    size = (size[0], size[1] + heading_height(headings, width))
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"image_grid: {size[0]}x{size[1]} is more than {MAX_PIXELS} pixels")
     return columns, size
