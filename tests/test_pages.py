@@ -148,3 +148,10 @@ def test_blocks_say_what_they_are() -> None:
         assert sum(block.skipped for block in found) == text.count("<!-- not run"), page
         outside = FENCE.sub("", text)
         assert page.name == "api.md" or not re.search(r"^\n {4}\S", outside, re.MULTILINE), page
+
+
+def test_links_lead_somewhere() -> None:
+    """Of the pages that are no part of the site, too, whose own links make docs looks at."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
