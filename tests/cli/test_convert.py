@@ -139,7 +139,7 @@ def test_failures(
     capsys: pytest.CaptureFixture[str], given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert "CKPT" in fails(capsys, 2)
+    assert "CHECKPOINT" in fails(capsys, 2)
     assert "no such file" in fails(capsys, 1, tmp_path / "none", out)
     assert "kmeans_centers.npy: not a PyTorch checkpoint" in fails(capsys, 1, given / "kmeans_centers.npy", out)
     np.save(given / "other.npy", np.zeros((8, 3)))
