@@ -18,7 +18,7 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak sanitize mutate lint format docs notebooks bench gpu-check check-arm clean help
+.PHONY: sample test soak sanitize mutate lint format bench gpu-check check-arm clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -63,6 +63,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+.PHONY: docs notebooks
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
