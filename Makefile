@@ -30,6 +30,8 @@ help:
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make docs       the pages of docs/ as a site, in build/site; a link or name that is not there ends it"
+	@echo "make notebooks  run the notebooks of examples/ anew, and keep what they give"
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
@@ -66,6 +68,13 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+.PHONY: docs notebooks
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/run.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json

@@ -1,4 +1,4 @@
-"""Who may use whom: the floors of CONTRIBUTING.md, read off the imports and includes of every source file.
+"""Who may use whom: the floors of docs/architecture.md, read off the imports and includes of every source file.
 
 Imports inside functions count, and those for type checkers alone (``if TYPE_CHECKING``) as well. The rows are exact in
 both directions: an import that no row permits fails, and so does a permission that nobody uses.
