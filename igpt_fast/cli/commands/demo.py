@@ -10,7 +10,7 @@ from tyro.conf import UseAppendAction, arg
 
 from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.draw.job import load_pipeline
-from igpt_fast.cli.draw.options import ROUNDED, DrawOptions
+from igpt_fast.cli.draw.options import ROUNDED, DrawOptions, Dtype
 
 
 def demo(
@@ -18,7 +18,7 @@ def demo(
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     browser: bool = True,
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = (),
 ) -> None:
