@@ -1,6 +1,7 @@
 """The commands, one file for each or a few: ``sample``, which has ``complete`` too; ``decode``; ``demo``;
 ``tokenize``, ``train``, ``finetune``, ``score``, ``features``, ``probe``; ``colours``: ``quantize`` and ``clusters``;
-``convert``, ``env``, ``completion``. A function's arguments are the command's options, and its docstring the help, with an example.
+``convert``, ``env``, ``completion``. A function's arguments are the command's options, and its docstring the help, with
+an example.
 
 May use: the rest of cli, and everything below.
 """
