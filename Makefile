@@ -18,17 +18,20 @@ export IGPT_WERROR := ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 NATIVE := CMakeLists.txt pyproject.toml igpt_fast/__init__.py csrc/build_info.h.in $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: sample test soak sanitize mutate lint format bench gpu-check check-arm check-versions wheel clean help
+.PHONY: sample test test-web soak sanitize mutate lint format bench gpu-check check-arm check-versions wheel clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make sample     install into $(VENV), build, and write samples.png from the bundled model"
 	@echo "make test       install with the development extra, and run the tests, a process for each core"
+	@echo "make test-web   the tests of igpt demo; installs Debian's chromium, where there is no browser and you are root"
 	@echo "make soak       the same tests, and those at full size: minutes more"
 	@echo "make sanitize   the CPU kernels of every instruction set under the address, undefined-behaviour and thread sanitizers"
 	@echo "make mutate     check that the kernel tests find known mistakes; compiles each (EVERY=5: every fifth)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make docs       the pages of docs/ as a site, in build/site; a link or name that is not there ends it"
+	@echo "make notebooks  run the notebooks of examples/ anew, and keep what they give"
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
@@ -44,6 +47,11 @@ sample: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --durations=30
 
+test-web: $(VENV)/installed-dev
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+		|| { apt-get update -q && apt-get install -qy --no-install-recommends chromium; } >/dev/null
+	$(BIN)/python -m pytest -v --durations=5 tests/web tests/cli/test_demo.py
+
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist=loadgroup --soak
 
@@ -51,7 +59,7 @@ sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --soak tests/native/test_sanitizers.py
 
 mutate: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --dist=worksteal -m mutation --every $(EVERY) tests/emulator tests/native
+	$(BIN)/python -m pytest -v $(SIDE_BY_SIDE) --dist=worksteal -m mutation --every $(EVERY) tests/emulator tests/native tests/test_aarch64.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -63,6 +71,13 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+.PHONY: docs notebooks
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/run.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/parity.py --json benchmarks/results/parity.json

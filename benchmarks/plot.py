@@ -29,6 +29,7 @@ SERIES = {
     "scipy cKDTree": ("scipy cKDTree", "#5fa595"),
     "igpt_fast": ("igpt_fast", "#f5a35c"),
     "igpt_fast, int8": ("igpt_fast int8", "#d9480f"),
+    "igpt_fast, pixels": ("igpt_fast, colours as bytes", "#b58900"),  # exact, as float32 is
 }
 
 
@@ -87,10 +88,10 @@ def quantize(results: dict[str, dict[str, Any]]) -> list[Group]:
         "torch cdist": "PyTorch",
         "scipy cKDTree": "scipy cKDTree",
         "igpt_fast float32": "igpt_fast",
-        "igpt_fast uint8": "igpt_fast, int8",
+        "igpt_fast uint8": "igpt_fast, pixels",
     }
     bars = {names[r["name"]]: r["times_hf"] for r in rows if r["threads"] == threads and r["name"] in names}
-    notes = {"PyTorch": "cdist", "igpt_fast": "float32", "igpt_fast, int8": "uint8"}
+    notes = {"PyTorch": "cdist", "igpt_fast": "float32", "igpt_fast, pixels": "uint8"}
     return [Group("colours to\ntokens", {name: bars[name] for name in SERIES if name in bars}, notes)] if bars else []
 
 

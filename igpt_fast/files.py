@@ -195,13 +195,25 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
         content = file.read(max_bytes + 1)
     try:
         if len(content) > max_bytes:
-            raise ValueError(f"larger than {max_bytes / (1 << 20):g} MiB")
+            raise ValueError(f"not usable JSON: larger than {max_bytes / (1 << 20):g} MiB")
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The object that a JSON text is.
+
+    Raises:
+        ValueError: As ``read_json``, without the name of a file.
+    """
+    try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
         if not isinstance(data, dict):
             raise ValueError("the top level is not an object")
         _check_values(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not usable JSON: {first_line(error)}") from error
+        raise ValueError(f"not usable JSON: {first_line(error)}") from error
     return data
 
 
@@ -258,7 +270,10 @@ def read_npy(file: IO[bytes], max_bytes: int, *, kinds: str = "iufb") -> np.ndar
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > max_bytes:
             raise ValueError(f"claims {shown(claimed)} bytes; at most {max_bytes} are read")
-        content = file.read(claimed)
+        try:
+            content = file.read(claimed)
+        except MemoryError as error:
+            raise ValueError(f"its {claimed} bytes do not fit in memory") from error
         if len(content) != claimed:
             raise ValueError(f"is truncated: {len(content)} bytes of {claimed}")
         return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt_fast.checks import true_or_false, whole_number
+from igpt_fast.checks import dtype_name, true_or_false, whole_number
 from igpt_fast.draws import MAX_IMAGES, PLAIN, Sampling, check_scale, check_seed
 from igpt_fast.engines.decoder import check_dtype
 from igpt_fast.engines.memory import cache_bytes, most_images
-from igpt_fast.files import BUNDLED, listed
+from igpt_fast.files import BUNDLED, listed, shown
 from igpt_fast.image import ImageGPTImageProcessor
+from igpt_fast.image.reading import FITS
 from igpt_fast.likelihood.scores import InterruptedScoring as InterruptedScoring
 from igpt_fast.likelihood.scores import Scores as Scores
 from igpt_fast.likelihood.scoring import read_images, score_tokens
@@ -62,10 +63,15 @@ class Pipeline:
         processor: Colours and size; they must be the model's.
 
     Raises:
+        TypeError: Something else than these; names are for ``from_pretrained``.
         ValueError: The processor has another number of colours or pixels than the model, or the model is bidirectional.
     """
 
     def __init__(self, model: ImageGPTForCausalImageModeling, processor: ImageGPTImageProcessor) -> None:
+        if not (isinstance(model, torch.nn.Module) and isinstance(processor, ImageGPTImageProcessor)):
+            got = f"{type(model).__name__} and {type(processor).__name__}"
+            load = f"Pipeline.from_pretrained({shown(model) if isinstance(model, str) else 'NAME_OR_DIRECTORY'})"
+            raise TypeError(f"Pipeline takes a model and its ImageGPTImageProcessor, got {got}; {load} loads both")
         if model.newly_initialized:
             raise ValueError(f"the checkpoint has no {', '.join(model.newly_initialized)}: it cannot predict colours")
         model.config.check_causal("Pipeline")
@@ -115,6 +121,13 @@ class Pipeline:
             return cls(model, processor)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+
+    def __repr__(self) -> str:
+        config, size = self.model.config, f"{self.processor.height}x{self.processor.width}"
+        classes = f", {config.n_classes} classes" if config.n_classes else ""
+        parameters = f"{self.model.num_parameters() / 1e6:.2f} M parameters"
+        where = f"{dtype_name(self.model.dtype)} on {self.device}"
+        return f"Pipeline({size} pixels of {config.n_colours} colours{classes}; {parameters}, {where})"
 
     @property
     def device(self) -> torch.device:
@@ -195,14 +208,15 @@ class Pipeline:
         keep: Any = 0.5,
         n: int = 4,
         candidates: int = 1,
+        fit: str = "crop",
         first_input: int = 0,
         **options: Unpack[Options],
     ) -> Generation:
         """Draws the pixels of images that are not kept: what is below their upper part, or where a mask says so.
 
         Args:
-            images: An image or several, of any size and kind that ``to_rgb`` takes, or paths of files; the middle is
-                cut out in the model's aspect, then resized to its size.
+            images: An image or several, of any size and kind that ``to_rgb`` takes, or paths of files; brought to the
+                model's aspect as ``fit`` says, then resized to its size.
             keep: What is given. A float in [0, 1): this fraction of the rows, rounded to whole ones. An integer: so
                 many rows. A bool array, (height, width) or one such for each image, at the model's size: the pixels
                 where it is true, anywhere. Images are drawn in raster order with these clamped; what is drawn does
@@ -213,6 +227,8 @@ class Pipeline:
             candidates: Draws so many for each completion and takes one by the likelihood of the given pixels that
                 follow, 1..256; see ``inpainting`` for what this approximates, and how well
                 (``Generation.effective_sample_size``). The work is so many times as much.
+            fit: ``"crop"`` takes the middle of an image, ``"pad"`` all of it with white around, ``"stretch"`` all of
+                it, squeezed.
             labels: The class of all images, or one for each of ``images``.
             first_input: Index of the first image, as ``first`` of ``sample``.
             seed, batch_size, temperature, top_k, top_p, min_p, cfg_scale, dtype, speculate, progress: As in
@@ -226,7 +242,7 @@ class Pipeline:
             TypeError, ValueError: Something that is not an image, a value out of its range, or candidates where no
                 given pixel follows a drawn one, or that are all the same as of temperature 0.
         """
-        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "first_input": first_input}
+        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "fit": fit, "first_input": first_input}
         return self.stream_complete(images, **given, **options).drained()
 
     def stream_complete(
@@ -236,6 +252,7 @@ class Pipeline:
         keep: Any = 0.5,
         n: int = 4,
         candidates: int = 1,
+        fit: str = "crop",
         first_input: int = 0,
         **options: Unpack[Options],
     ) -> Stream:
@@ -244,13 +261,14 @@ class Pipeline:
         Rows that are given come first, without work. Of candidates the rows come when one of them has been taken.
 
         Args:
-            images, keep, n, candidates, first_input, options: As of ``complete``.
+            images, keep, n, candidates, fit, first_input, options: As of ``complete``.
 
         Raises:
             TypeError, ValueError: As ``complete``, here already; what else it raises, the iterator does.
         """
         inputs = _as_list(images)
-        return self._begun(options, images=inputs, keep=keep, n=n, candidates=candidates, first=first_input)
+        given: dict[str, Any] = {"keep": keep, "n": n, "candidates": candidates, "fit": fit, "first": first_input}
+        return self._begun(options, images=inputs, **given)
 
     def score(
         self,
@@ -344,11 +362,12 @@ class Pipeline:
         cfg_scale: float = 1.0,
         dtype: str | None = None,
         speculate: bool = True,
+        fit: str = "crop",
     ) -> Request:
         """What ``sample`` is to draw, or, of ``images``, ``complete``: checked, and no image read.
 
         Args:
-            n, keep, candidates, labels, seed, batch_size, cfg_scale, dtype, speculate: As of those.
+            n, keep, candidates, labels, seed, batch_size, cfg_scale, dtype, speculate, fit: As of those.
             images: Each one an image or a path.
             first: Index of the first image, or input.
             sampling: How colours are drawn.
@@ -361,6 +380,8 @@ class Pipeline:
         first = whole_number("first" if images is None else "first_input", first, 0, MAX_FIRST)
         batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         check_dtype(dtype)
+        if fit not in FITS:
+            raise ValueError(f"fit is {shown(fit)}; want one of {', '.join(FITS)}")
         scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width
         given = torch.zeros((1, 1), dtype=torch.bool).expand(n, height * width)
@@ -381,7 +402,7 @@ class Pipeline:
         each = 1 if images is None else n
         return Request(
             *(height, width, given, images, kept, classes, each, candidates, first),
-            *(seed, sampling, scale, batch_size, dtype, true_or_false("speculate", speculate)),
+            *(seed, sampling, scale, batch_size, dtype, true_or_false("speculate", speculate), fit),
         )
 
     def start(self, request: Request, progress: Progress | None = None) -> Stream:

@@ -1,9 +1,10 @@
-"""Runs tests of the compiled CPU part on AArch64 under qemu, at every level that its processors show.
+"""Runs tests of the compiled CPU part on AArch64 under qemu, at every level of NEON.
 
 ``make check-arm``: a foreign Debian (debootstrap, unpacked and never booted), torch's own wheel for AArch64, and ``_C``
 from the cross compiler, all in build/arm; then pytest under ``qemu-aarch64-static``. What is missing of Debian's
 packages is installed where that is allowed. Tests that start another interpreter are skipped: it would be one of this
-machine's. Arguments are pytest's, in place of the tests below.
+machine's. A file of tests is a process, as many at once as there are processors. Arguments are pytest's, in place of
+the tests below.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +53,24 @@ OTHERS = (
     "tyro",
     "scipy",
 )
-# The newest of a processor's levels is what its tests run on; those that are marked so run on all that it has.
-OLDER = ("tests/engines/cpu/test_decoder.py", "tests/engines/cpu/test_forward.py")
+# A processor's tests meet its newest level alone: the others are those of the processors below it, and no AArch64 is
+# without NEON. None of ours uses SVE, by which torch computes where there is any. A backward of torch's reference in
+# bf16 ended by a segmentation fault once with it and once without; repeated, it did not, and the cause is not known.
+NEWEST = "max,sve=off"
+ENGINES = "tests/engines/cpu"
+LEVELS = (f"{ENGINES}/test_forward.py", f"{ENGINES}/test_decoder.py", "tests/ops/test_elementwise_cpu.py")
 TESTS = {
-    "max": (
+    NEWEST: (
+        *LEVELS,
         "tests/ops/test_quantize.py",
-        "tests/ops/test_elementwise_cpu.py",
+        "tests/ops/test_sample.py",
+        "tests/sampling/test_speculation.py",
         "tests/ops/test_causal_attention_cpu.py",
         "tests/model/test_product.py",
-        "tests/engines/cpu",
-        "tests/sampling/test_speculation.py",
+        *(f"{ENGINES}/{path.name}" for path in sorted((ROOT / ENGINES).glob("test_*.py"))),
     ),
-    "cortex-a76": OLDER,  # without bf16
-    "cortex-a72": OLDER,  # without dot products
+    "cortex-a76": LEVELS,  # without bf16
+    "cortex-a72": LEVELS,  # without dot products
 }
 
 
@@ -131,24 +138,28 @@ def build() -> Path:
     return BUILT / f"_C{SUFFIX}"
 
 
-def emulated(cpu: str, module: Path, *arguments: str) -> int:
-    """What pytest says of the tests under qemu."""
+def emulated(cpu: str, module: Path, *arguments: str) -> bool:
+    """Whether the tests pass under qemu; what pytest says of them is printed at once."""
     python = TREE / "usr" / "bin" / "python3.11"
     environment = {"PYTHONPATH": f"{ROOT}:{SITE}", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
     command = (QEMU, "-cpu", cpu, "-L", TREE, python, __file__, "--inside", module, *arguments)
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=False).returncode
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=False, text=True, **both)
+    print(f"check-arm: {cpu} {' '.join(arguments)}\n{done.stdout}", end="", flush=True)
+    return done.returncode == 0
 
 
 def main(arguments: list[str]) -> int:
     install_programs()
     once(TREE, unpack_debian)
     once(SITE, install_wheels)
-    module, failed = build(), []
-    for cpu, tests in TESTS.items():
-        print(f"check-arm: {cpu}", flush=True)
-        if emulated(cpu, module, *(arguments or tests)) != 0:
-            failed.append(cpu)
-    print(f"check-arm: {'failed on ' + ', '.join(failed) if failed else 'passed on ' + ', '.join(TESTS)}")
+    module = build()
+    tests = {cpu: [arguments] if arguments else [[test] for test in tests] for cpu, tests in TESTS.items()}
+    jobs = list(dict.fromkeys((cpu, *some) for cpu, lists in tests.items() for some in lists))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = dict(zip(jobs, pool.map(lambda job: emulated(job[0], module, *job[1:]), jobs), strict=True))
+    failed = [" ".join(job) for job, right in passed.items() if not right]
+    print(f"check-arm: {'failed: ' + '; '.join(failed) if failed else 'passed on ' + ', '.join(TESTS)}")
     return int(bool(failed))
 
 
@@ -166,6 +177,9 @@ def inside(path: Path, arguments: list[str]) -> int:
     assert spec.loader is not None
     igpt_fast._C = sys.modules["igpt_fast._C"] = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]
     spec.loader.exec_module(sys.modules["igpt_fast._C"])
+    import implementations
+
+    implementations.ISAS[:-1] = []
     begin = subprocess.Popen.__init__
 
     def start(self: subprocess.Popen, command: Any, *others: Any, **options: Any) -> None:  # type: ignore[type-arg]
@@ -174,7 +188,7 @@ def inside(path: Path, arguments: list[str]) -> int:
         begin(self, command, *others, **options)
 
     subprocess.Popen.__init__ = start  # type: ignore[method-assign]
-    return int(pytest.main(["-p", "no:cacheprovider", "-q", *arguments]))
+    return int(pytest.main(["-p", "no:cacheprovider", *arguments]))
 
 
 if __name__ == "__main__":

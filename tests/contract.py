@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from implementations import Implementation
-from tolerance import assert_parity
+from tolerance import assert_parity, compare
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -72,6 +72,18 @@ def check_parity(implementation: Implementation, op: Function, tensors: Sequence
         assert (mine.dtype, mine.shape, mine.device) == (theirs.dtype, theirs.shape, theirs.device)
         assert_parity(mine, theirs, wanted, f"result {i}")
     assert all(torch.equal(a, b) for a, b in zip(direct, ours, strict=False)), "the direct path differs"
+
+
+def check_sums_over_rows(implementation: Implementation, op: Function, tensors: Sequence[Tensor]) -> None:
+    """The gradients of weight and bias err no more than torch's, over as many columns as leave nothing to luck."""
+    upstream = upstream_for(op, tensors)
+    with launching(implementation):
+        ours = with_gradients(op, tensors, upstream)
+    with backend.use_backend("reference"):
+        plain = with_gradients(op, tensors, upstream)
+        exact = with_gradients(op, wider(tensors), wider(upstream))
+    for got in map(compare, ours[2:], plain[2:], exact[2:]):
+        assert got.ours_rms <= got.theirs_rms, got
 
 
 def check_layouts(implementation: Implementation, op: Function, tensors: Sequence[Tensor]) -> None:

@@ -84,7 +84,8 @@ def test_levels_have_their_instructions_and_share_nothing(objects: list[Path]) -
     for name, path in found.items():
         code = run("aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", path)
         at = LEVELS.index(name)
-        assert [f"\t{op}\t" in code for op in ("fmla", "sdot", "bfdot")] == [at > 0, at > 1, at > 2], name
+        has = [f"\t{op}\t" in code for op in ("fmla", "sdot", "bfdot", "bfmmla", "smmla")]
+        assert has == [at > 0, at > 1, at > 2, at > 2, at > 2], name
         lines = run("aarch64-linux-gnu-nm", "-C", "--defined-only", path).splitlines()
         shared = [line.split(None, 2)[2] for line in lines if line.split(None, 2)[1] not in "bdrt"]
         assert shared == [f"igpt::cpu::{name}_ops"], name
@@ -115,15 +116,31 @@ def bound(level: str, name: str) -> float:
     return TIES if format_ == "bf16" and op != "logits" else SMALL
 
 
-@pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (Debian: qemu-user)")
-@pytest.mark.skipif(compiling.unavailable() is not None, reason=str(compiling.unavailable()))
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64")
-def test_computes_what_the_plain_level_does_here(objects: list[Path], tmp_path: Path) -> None:
+def off(name: str, got: dict[str, list[float]], want: dict[str, list[float]]) -> list[tuple[str, float]]:
+    """What a level has computed otherwise than the plain one, and by how much."""
+    errors = {key: math.dist(got[key], values) / math.hypot(*values) for key, values in want.items()}
+    return [(key, error) for key, error in errors.items() if not error < bound(name, key)]
+
+
+@pytest.fixture(scope="module")
+def want() -> dict[str, list[float]]:
+    """The plain level's numbers, here."""
+    if QEMU is None:
+        pytest.skip("qemu-aarch64 is not installed (Debian: qemu-user)")
+    if reason := compiling.unavailable():
+        pytest.skip(reason)
+    if platform.machine() != "x86_64":
+        pytest.skip("compares with x86-64")
+    found = numbers(run(compiling_cpu.build(("generic",), program="portable"), "generic"))
+    assert len(set(found["logits-fp32"])) > 80
+    return found
+
+
+def test_computes_what_the_plain_level_does_here(
+    objects: list[Path], want: dict[str, list[float]], tmp_path: Path
+) -> None:
     """Clusters are equal; the rest up to rounding, and the C libraries' expf differ."""
     run(CROSS, *FLAGS, "-static", "-I", ROOT / "csrc", DRIVER, *objects, "-o", tmp_path / "there")
-    program = compiling_cpu.build(("generic",), program="portable")
-    want = numbers(run(program, "generic"))
-    assert len(set(want["logits-fp32"])) > 80
     for processor, names in PROCESSORS.items():
         assert tuple(run(QEMU, "-cpu", processor, tmp_path / "there").split()) == names
     for processor, name in (("max", "generic"), *((cpu, names[-1]) for cpu, names in PROCESSORS.items())):
@@ -131,6 +148,42 @@ def test_computes_what_the_plain_level_does_here(objects: list[Path], tmp_path: 
         assert {key: len(values) for key, values in got.items()} == {key: len(values) for key, values in want.items()}
         for key in ("u8", "f32"):
             assert got[key] == want[key], (name, key)
-        for key, values in want.items():
-            error = math.dist(got[key], values) / math.hypot(*values)
-            assert error < bound(name, key), (name, key, error)
+        assert not off(name, got, want), name
+
+
+# Of products of two rows by two columns, which no other machine's level has: see tests/native/mutations_cpu.py.
+MISTAKES = [
+    ("simd/neon", "second = reinterpret_cast<V>(vzip2q_s64(x, y));", "second = first;"),
+    ("simd/neon", "second = vzip2q_s32(a, b);", "second = first;"),
+    ("block", "if (g < groups) interleave_words(", "if (g + 2 < groups) interleave_words("),
+    ("block", "padded(p.depth, Kind::step) / Kind::step", "p.depth / Kind::step"),
+    ("block", "pair_halves(load_ints(row), load_ints(row + row_bytes)", "pair_halves(load_ints(row), load_ints(row)"),
+    ("block", "acc[2 * r + c % 2][c / 2]", "acc[2 * r][c / 2]"),
+    ("block", "pair_halves(even, odd, even, odd);", ""),
+    ("gemm", "if constexpr (turns) w = turn_weights", "if constexpr (turns) turn_weights"),
+    ("attention_blocks", "turned + l * kTileBytes);", "turned);"),
+    ("attention_blocks", "a += p.a_below, ", ""),
+]
+MUTATIONS = [
+    compiling.Mutation(f"aarch64_{i}", f"cpu/bodies/{stem}.h", old, new) for i, (stem, old, new) in enumerate(MISTAKES)
+]
+
+
+def test_every_mistake_has_its_place() -> None:
+    for mutation in MUTATIONS:
+        mutation.apply((ROOT / "csrc" / mutation.file).read_text("utf-8"))
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_finds_a_mistake(
+    objects: list[Path], want: dict[str, list[float]], mutation: compiling.Mutation, tmp_path: Path
+) -> None:
+    csrc, name = compiling.Tree(mutation).csrc, LEVELS[-1]
+    flags = (*FLAGS, "-w", *levels()[CPU / "isa" / f"{name}.cpp"], "-DIGPT_AARCH64", "-I", csrc)
+    run(CROSS, *flags, "-O0", "-c", csrc / "cpu" / "isa" / f"{name}.cpp", "-o", tmp_path / "mistaken.o")
+    others = [path for path in objects if path.stem != name]
+    run(CROSS, *flags, "-static", DRIVER, *others, tmp_path / "mistaken.o", "-o", tmp_path / "there")
+    command = [str(QEMU), "-cpu", "max", str(tmp_path / "there"), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode != 0 or off(name, numbers(done.stdout), want), "survives"

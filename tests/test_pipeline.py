@@ -1,6 +1,10 @@
 """Pipeline: images of a small random model; seeds, batches, completions, files, interruption."""
 
+import io
+import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from small_models import small_pipeline
 
 from igpt_fast import ImageGPTImageProcessor, Pipeline
 from igpt_fast.files import BUNDLED
-from igpt_fast.sampling.results import Generation, InterruptedGeneration
+from igpt_fast.sampling.results import Generation, InterruptedGeneration, save_tokens
 
 SIDE, COLOURS = 8, 16
 
@@ -113,6 +117,11 @@ def test_files(pipeline: Pipeline, tmp_path: Path) -> None:
     result.save_gif(tmp_path / "draw.gif", scale=1)
     with Image.open(tmp_path / "draw.gif") as animation:
         assert animation.n_frames == SIDE + 1
+    for save, name in ((partial(result.save_gif, scale=1), "draw.gif"), (partial(save_tokens, result), "draw.npz")):
+        save(tmp_path / name)
+        with io.BytesIO() as file:  # an open file gets the same
+            save(file)
+            assert file.getvalue() == (tmp_path / name).read_bytes()
     completion = pipeline.complete([photograph(), photograph(seed=1)], n=2, seed=0)
     completion.save_grid(tmp_path / "complete.png")
     completion.save_gif(tmp_path / "complete.gif")
@@ -122,7 +131,9 @@ def test_files(pipeline: Pipeline, tmp_path: Path) -> None:
         result.save_grid(tmp_path / "grid.png", overwrite=False)
     with pytest.raises(ValueError, match="scale"):
         result.save_grid(tmp_path / "grid.png", scale=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete.gif", "complete.png", "draw.gif", "grid.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("complete.gif", "complete.png", "draw.gif", "draw.npz", "grid.png")
+    ]
 
 
 def test_progress_counts_every_pixel(pipeline: Pipeline) -> None:
@@ -287,3 +298,42 @@ def test_what_is_drawn_does_not_hang_on_the_default_dtype(dtype: torch.dtype) ->
         torch.set_default_dtype(torch.float32)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_a_notebook_shows(pipeline: Pipeline) -> None:
+    size = f"{SIDE}x{SIDE}"
+    network = r"\d\.\d\d M parameters, float64 on cpu"
+    assert re.fullmatch(rf"Pipeline\({size} pixels of {COLOURS} colours; {network}\)", repr(pipeline))
+    result = pipeline.sample(3, seed=7)
+    drawn = r"\d\.\d{3} nats a drawn pixel, seed 7, engine \w+, dtype float64"
+    assert re.fullmatch(rf"Generation\(3 images of {size}, {drawn}\)", repr(result))
+    with Image.open(io.BytesIO(result._repr_png_() or b"")) as shown:
+        assert np.array_equal(np.asarray(shown), np.asarray(result.grid()))
+    completed = pipeline.complete(result.images[:2], n=1, seed=1)
+    assert repr(completed).startswith(f"Generation(2 images of {size}, completions of 2, ")
+    unknown = torch.full((20_000, SIDE * SIDE), torch.nan)
+    many = Generation(result.tokens[:1].expand(20_000, -1), unknown, pipeline.processor, 7)
+    assert many._repr_png_() is None
+    assert repr(many) == f"Generation(20000 images of {size}, seed 7)"
+
+
+@pytest.mark.parametrize("wrong", [("x", "y"), ("x", None), (None, "y")])
+def test_names_are_for_from_pretrained(wrong: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match=r"Pipeline\.from_pretrained\(.*\) loads both"):
+        Pipeline(*wrong)
+    with pytest.raises(TypeError, match=r"got str and str; Pipeline\.from_pretrained\('a/b'\)"):
+        Pipeline("a/b", "c")  # type: ignore[arg-type]
+
+
+def test_fit(pipeline: Pipeline) -> None:
+    """All of a wide picture, with white around it, or squeezed."""
+    wide = Image.fromarray(np.zeros((SIDE, 2 * SIDE, 3), np.uint8))
+    kept = {"keep": SIDE - 1, "n": 1, "seed": 1}
+    originals = {fit: pipeline.complete(wide, fit=fit, **kept).originals for fit in ("crop", "pad", "stretch")}
+    assert torch.equal(originals["crop"], originals["stretch"])
+    assert originals["crop"].unique().numel() == 1
+    assert not torch.equal(originals["pad"], originals["crop"])
+    assert torch.equal(originals["pad"][:, SIDE * SIDE // 2 + SIDE // 2], originals["crop"][:, 0])
+    assert pipeline.complete(wide, fit="pad", **kept).settings["fit"] == "pad"
+    with pytest.raises(ValueError, match="fit is 'squash'; want one of crop, pad, stretch"):
+        pipeline.complete(wide, fit="squash")

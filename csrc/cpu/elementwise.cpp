@@ -39,27 +39,37 @@ std::vector<float> wide(const void* x, Format format, int64_t n) {
     return out;
 }
 
-// What the blocks have summed up: `width` numbers each.
+// What the blocks have summed up, `width` numbers each, and as many behind these for a few of a block's rows.
 class Partial {
   public:
     Partial(int64_t blocks, int64_t width)
-        : blocks_(std::max<int64_t>(blocks, 1)), width_(width), sums_(new float[blocks_ * width]) {
-        if (blocks == 0) clear(0);
+        : blocks_(std::max<int64_t>(blocks, 1)), width_(width), sums_(new float[2 * blocks_ * width]) {
+        std::fill(of(0), of(0) + width, 0.0f);
     }
-    float* clear(int64_t block) {
-        float* sums = sums_.get() + block * width_;
-        std::fill(sums, sums + width_, 0.0f);
-        return sums;
+    // body(begin, end, sums) for a few of a block's rows at a time: many in one sum, each rounded to the whole of it,
+    // err more than torch's.
+    template <class F>
+    void sum(int64_t block, int64_t begin, int64_t end, F body) {
+        float *whole = of(block), *few = whole + width_;
+        for (int64_t i = begin; i < end; i += kFewRows) {
+            float* sums = i == begin ? whole : few;
+            std::fill(sums, sums + width_, 0.0f);
+            body(i, std::min(end, i + kFewRows), sums);
+            if (sums == few) ops().elementwise.add(few, width_, whole);
+        }
     }
     // Neighbours first, then pairs of pairs: few roundings, and always the same.
     const float* total() {
         for (int64_t step = 1; step < blocks_; step *= 2)
-            for (int64_t i = 0; i + step < blocks_; i += 2 * step)
-                ops().elementwise.add(sums_.get() + (i + step) * width_, width_, sums_.get() + i * width_);
-        return sums_.get();
+            for (int64_t i = 0; i + step < blocks_; i += 2 * step) ops().elementwise.add(of(i + step), width_, of(i));
+        return of(0);
     }
 
   private:
+    static constexpr int64_t kFewRows = 8;
+
+    float* of(int64_t block) { return sums_.get() + 2 * block * width_; }
+
     int64_t blocks_, width_;
     std::unique_ptr<float[]> sums_;
 };
@@ -84,7 +94,7 @@ void norm_bwd(const NormGradParams& params) {
     p.weight = weight.data();
     Partial partial(blocks_of(p.rows, kRowBlock), p.dbias ? 2 * p.n_embd : p.n_embd);
     in_blocks(p.rows, kRowBlock, p.n_embd, p.threads, [&](int64_t block, int64_t begin, int64_t end) {
-        kernels.norm_bwd(p, begin, end, partial.clear(block));
+        partial.sum(block, begin, end, [&](auto... rows) { kernels.norm_bwd(p, rows...); });
     });
     const float* total = partial.total();
     kernels.narrow(total, p.weight_format, p.n_embd, p.dweight);
@@ -113,7 +123,7 @@ void activation_bwd(const ActivationGradParams& params) {
     p.bias = bias.data();
     Partial partial(blocks_of(p.rows, kRowBlock), p.n);
     in_blocks(p.rows, kRowBlock, p.n, p.threads, [&](int64_t block, int64_t begin, int64_t end) {
-        kernels.activation_bwd(p, begin, end, partial.clear(block));
+        partial.sum(block, begin, end, [&](auto... rows) { kernels.activation_bwd(p, rows...); });
     });
     kernels.narrow(partial.total(), p.format, p.n, p.dbias);
 }

@@ -99,7 +99,7 @@ struct CrossEntropyGradParams {
     int32_t threads;
 };
 
-// The bodies work on the rows begin .. end - 1; where there is a `partial`, they are one block.
+// The bodies work on the rows begin .. end - 1; where there is a `partial`, these are few and of one block.
 struct ElementwiseKernels {
     // out[i] = float(x[i]), and back
     void (*widen)(const void* x, Format format, int64_t n, float* out);

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from igpt_fast.files import check_writable
+from igpt_fast import processes
+from igpt_fast.cli import terminal
+from igpt_fast.files import check_writable, shown
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from igpt_fast.image import ImageGPTImageProcessor
 
 Paths = Positional[tuple[Path, ...]]
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+Floats = Literal["float32", "bfloat16", "float16"]
+FloatsOrStored = Literal["float32", "bfloat16", "float16", "auto"]
 
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".apng")
@@ -41,23 +47,21 @@ def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> Non
         raise IsADirectoryError(f"{path}: is a directory")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such directory")
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise FileExistsError(f"{path}: exists already; pass --force to overwrite it")
+    if path.is_symlink():
+        terminal.say(f"igpt: {path}: is a link, which is replaced; {os.readlink(path)} stays as it is")
     check_writable(path.parent)
 
 
 def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """The device of a name; of several processes, each takes the GPU of its number on its machine."""
+    check_device_name(name)
     import torch
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device is {name!r}; want cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and (device.index or not torch.backends.mps.is_available()):
         sees = "one" if torch.backends.mps.is_available() else "none"
         why = f"torch sees {sees}" if torch.backends.mps.is_built() else "this torch is a build without MPS"
@@ -70,12 +74,17 @@ def choose_device(name: str | None, local_rank: int | None = None) -> torch.devi
     return device
 
 
-def choose_backend(name: str) -> None:
-    from igpt_fast import backend
+def check_device_name(name: str | None) -> None:
+    """Fails, as a mistake of usage, where no device is called so; without torch, at once."""
+    if name is not None and not re.fullmatch(r"cpu|mps|mps:\d{1,3}|cuda|cuda:\d{1,3}", name, re.ASCII):
+        raise UsageError(f"--device is {shown(name)}; want cpu, cuda, cuda:N or mps")
 
-    if name not in backend.BACKENDS:
-        raise UsageError(f"--backend is {name!r}; want one of {', '.join(backend.BACKENDS)}")
-    if name != "auto":  # auto leaves what IGPT_FAST_BACKEND chose
+
+def choose_backend(name: Backend) -> None:
+    """The one that all ops take from now on; auto leaves what IGPT_FAST_BACKEND chose."""
+    if name != "auto":
+        from igpt_fast import backend
+
         backend.set_backend(name)
 
 
@@ -107,13 +116,29 @@ def check_clusters(count: int | None) -> None:
     check_range("--n-clusters", count, 2, 1 << 16)
 
 
-def check_images(paths: Sequence[Path]) -> None:
-    """Says early what can be said early; the images are opened one by one when their turn comes."""
-    if not paths:
-        raise UsageError("give at least one image file")
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """The files of a command line, those of directories among it, and the standard input for ``-``; whether they are
+    there is said early, and what they are when their turn comes.
+    """
+    if not places:
+        raise UsageError("give at least one image file or directory, or - for the standard input")
+    if (count := list(map(str, places)).count("-")) and (count > 1 or processes.size() > 1):
+        raise UsageError("- is the standard input, which one process reads once")
+    for path in places:
+        if str(path) != "-" and not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+    found: list[Path] = []
+    for path in places:
+        if path.is_dir():
+            from igpt_fast.image.folders import find_images
+
+            inside = find_images(path)
+            if not inside:
+                raise ValueError(f"{path}: no images in it")
+            found += inside
+        else:
+            found.append(Path("/dev/stdin") if str(path) == "-" else path)
+    return found
 
 
 def model_name(model: str | None) -> str:

@@ -18,33 +18,22 @@ from typing import Any
 import tyro
 
 from igpt_fast import processes
+from igpt_fast.cli import help as help_module
+from igpt_fast.cli import terminal
 from igpt_fast.cli.checks import DeviceUnavailableError, UsageError, of_options
-from igpt_fast.cli.commands import colours, convert, env, features, finetune, probe, sample, score, tokenize, train
-from igpt_fast.cli.terminal import reason, say
+from igpt_fast.cli.commands import COMMANDS, load
+from igpt_fast.cli.signature import checked_words, nearest, options_of
+from igpt_fast.cli.terminal import plain, reason, say
 
 # What a user or a machine may cause; anything else is a mistake of ours.
+QUIET = ("-q", "--quiet")  # of every command
+# What is wanted -> what Python says where it is not given.
+_NUMBERS = {
+    "a whole number": r"invalid literal for int\(\) with base 10: ",
+    "a whole number of 4,300 digits at most": r"Exceeds the limit \(4300 digits\).*?(?=$)",
+    "a number": r"could not convert string to float: ",
+}
 FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, ImportError, RuntimeError, MemoryError)
-COMMANDS: dict[str, Callable[..., None]] = {
-    "sample": sample.sample,
-    "complete": sample.complete,
-    "tokenize": tokenize.tokenize,
-    "train": train.train,
-    "finetune": finetune.finetune,
-    "score": score.score,
-    "features": features.features,
-    "probe": probe.probe,
-    "quantize": colours.quantize,
-    "clusters": colours.clusters,
-    "convert": convert.convert,
-    "env": env.env,
-}
-# How the commands are listed.
-GROUPS = {
-    "draw": ("sample", "complete"),
-    "learn": ("tokenize", "train", "finetune", "score", "features", "probe"),
-    "colours": ("quantize", "clusters"),
-    "tools": ("convert", "env"),
-}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -55,20 +44,21 @@ def main(args: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     args = list(sys.argv[1:] if args is None else args)
-    if args in (["-h"], ["--help"], ["--version"]):
-        print(f"igpt_fast {__version__}" if args == ["--version"] else overview())
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
+    if args in (["-V"], ["--version"], ["-h"], ["--help"]):
+        print(f"igpt_fast {__version__}" if args[0] in ("-V", "--version") else help_module.overview())
         return 0
     name = args[0] if args and args[0] in COMMANDS else ""
     try:
         if not name:
-            got = f", got {args[0]}" if args else ""
-            raise UsageError(f"expected one of {', '.join(COMMANDS)}{got} (see igpt --help)")
-        with _parsing(name):
-            words = train.spelled_out(args[1:]) if name == "train" else args[1:]
-            command = tyro.cli(
-                _deferred(COMMANDS[name]), prog=f"igpt {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,)
-            )
-        with warnings.catch_warnings():
+            raise UsageError(_unknown(args))
+        words = [word for word in args[1:] if word not in QUIET]
+        if {"-h", "--help"} & set(words):
+            print(help_module.of_command(name))
+            return 0
+        command = _parsed(name, words)
+        with terminal.hushed(len(words) < len(args) - 1), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command()
         sys.stdout.flush()
@@ -89,15 +79,25 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def overview() -> str:
-    """What ``igpt --help`` prints. By hand: a parser for all commands at once takes a third of a second to build."""
-    from igpt_fast import __version__
+def _unknown(args: Sequence[str]) -> str:
+    """What is said where no command is named."""
+    if not args:
+        return f"give a command: {', '.join(COMMANDS)} (see igpt --help)"
+    word = plain(args[0])
+    return f"there is no command {word}{nearest(word, [*COMMANDS, 'help'])} (see igpt --help)"
 
-    lines = ["usage: igpt COMMAND [options]", "", f"ImageGPT made fast. igpt_fast {__version__}"]
-    for group, names in GROUPS.items():
-        lines += ["", f"{group}:"]
-        lines += [f"  {name:<9} {(COMMANDS[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
-    return "\n".join([*lines, "", "igpt COMMAND --help explains the options of a command; igpt --version."])
+
+def _parsed(name: str, words: Sequence[str]) -> Callable[[], None]:
+    """The call that a command line asks for.
+
+    Raises:
+        UsageError: It asks for nothing that there is.
+    """
+    function = load(name)
+    with _parsing(name):
+        words = checked_words(function, words)
+        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+        return tyro.cli(_deferred(function), prog=f"igpt {name}", args=words, config=config)
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
@@ -131,6 +131,11 @@ def _parsing(name: str) -> Iterator[None]:
         text = " ".join(re.sub(r"[\u2500-\u257f]|-{9,}", " ", framed.getvalue().partition("\n")[2]).split())
         text = re.split(r" ?(?:Argument helptext|Perhaps you meant|For full helptext)", text)[0]
         text = of_options(re.sub(r"^Error parsing [^-\s]\S*: ", "", text))
+        if text.startswith("Missing from"):
+            needed = [option.values for option in options_of(load(name)) if option.required]
+            text = f"give {' and '.join(needed)}"
+        for kind, python in _NUMBERS.items():
+            text = re.sub(rf"^Error parsing ([^/\s]+)\S*: .*?{python}(.*)$", rf"\1 is \2; want {kind}", text)
         raise UsageError(f"{text or 'wrong arguments'} (see igpt {name} --help)") from None
 
 

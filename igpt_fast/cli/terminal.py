@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import sys
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_hushed = False
 _MOST = 1500  # characters of a line: a path or two, and what is said of them
 
 
@@ -28,8 +33,37 @@ def say(text: object, stream: TextIO | None = None) -> None:
     print(plain(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
+def note(text: object) -> None:
+    """A line on stderr that is not wanted where little is to be said."""
+    if not _hushed:
+        say(text)
+
+
+@contextlib.contextmanager
+def hushed(wanted: bool) -> Iterator[None]:
+    """For the length of a block, ``--quiet``: warnings, errors and what ``--json`` asks for alone are said."""
+    global _hushed
+    before, _hushed = _hushed, wanted
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
+def bar(what: str, total: float | None, unit: str, wanted: bool = True, **more: Any) -> tqdm:
+    """A progress bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    shown = None if wanted and not _hushed else True  # None: on a terminal
+    return tqdm(
+        desc=what, total=total, unit=f" {unit}", file=sys.stderr, disable=shown, leave=False, dynamic_ncols=True, **more
+    )
+
+
 def lines(rows: Sequence[str]) -> None:
     """Prints a table on stdout, spaces kept; of a name in it, its writer takes the ``plain`` form."""
+    if _hushed:
+        return
     encoding = sys.stdout.encoding or "utf-8"
     for row in rows:
         print(row.encode(encoding, "backslashreplace").decode(encoding))
@@ -39,7 +73,7 @@ def report(json: bool, values: dict[str, Any], text: str) -> None:
     """The result on stdout: one JSON object, in ASCII, or a line."""
     if json:
         print(json_module.dumps(values))
-    else:
+    elif not _hushed:
         say(text, sys.stdout)
 
 
@@ -47,7 +81,7 @@ def reason(error: BaseException) -> str:
     """What an error says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    return str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def nats(value: float | None) -> str:

@@ -19,6 +19,7 @@ from igpt_fast.checks import whole_number
 from igpt_fast.image.clusters import FLOAT_SLACK, eight_bit
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB at three bytes a pixel
+FITS = ("crop", "pad", "stretch")
 _MAX_EDGE = 1 << 31
 _DRAFT = 2  # how many times larger than wanted a JPEG is decoded at least
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA; the numbers that transformers looks for
@@ -87,6 +88,8 @@ def _rgb_of_pil(image: Image.Image) -> Image.Image:
         raise ValueError(f"image is {image.width}x{image.height}: it has no pixels")
     try:
         image.load()  # first: Pillow turns a TIFF upright itself when it loads it, and drops the tag
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow decodes lazily, and its plugins raise nearly anything on a false file
         raise ValueError(f"image cannot be decoded: {files.first_line(error)}") from error
     upright = _UPRIGHT.get(_orientation(image))
@@ -174,17 +177,21 @@ def _last_channels(array: np.ndarray, input_data_format: str | None) -> np.ndarr
     return np.moveaxis(array, 0, -1) if first else array
 
 
-def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(path: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image file: its first frame, upright, in mode RGB.
 
     Args:
-        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript.
+        path: A file, or a pipe, in any format that Pillow reads, except EPS, for which it would run Ghostscript; or the
+            content of such a file, as bytes.
         max_pixels: Refuse larger pictures, before their pixels are decoded.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: As their names say.
-        ValueError: A device, not an image, truncated, or too large; the message names the file. Or a URL.
+        ValueError: A device, not an image, truncated, or too large; the message names the file, where there is one. Or
+            a URL.
     """
+    if isinstance(path, bytes):
+        return _decode(io.BytesIO(path), max_pixels)[0]
     if isinstance(path, str) and path.lower().startswith(("http://", "https://", "data:")):
         raise ValueError(f"{files.shown(path)}: is a URL; nothing is downloaded here: download it first")
     with files.open_input(path) as file:
@@ -216,10 +223,14 @@ def _decoded(file: IO[bytes], max_pixels: int, least: int) -> tuple[Image.Image,
             size = image.size
             if least and image.format == "JPEG" and _orientation(image) == 1:  # turned, its last row might come first
                 image.draft(None, (least, least))
-            image.load()
-            rgb = to_pil(image)
-            # A copy: a plain Image that holds no file.
-            return rgb.copy() if rgb is image else rgb, size if image.size != size else rgb.size
+            try:
+                image.load()
+                rgb = to_pil(image)
+                # A copy: a plain Image that holds no file.
+                return rgb.copy() if rgb is image else rgb, size if image.size != size else rgb.size
+            except MemoryError as error:
+                need = f"{3 * size[0] * size[1] / (1 << 20):.0f} MiB or more"
+                raise ValueError(f"its {size[0]}x{size[1]} pixels, {need}, do not fit in memory") from error
 
 
 def resize(
@@ -263,13 +274,39 @@ def _middle(width: int, height: int, aspect: float) -> tuple[int, int, int, int]
     return left, top, left + inner_width, top + inner_height
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
+def fitted(image: Any, aspect: float, fit: str = "crop") -> Image.Image:
+    """An image that is to become one whose width is ``aspect`` times its height.
+
+    Args:
+        image: Anything that ``to_rgb`` takes.
+        aspect: A positive number.
+        fit: ``"crop"``, the middle alone; ``"pad"``, all of it, with white beside or above and below;
+            ``"stretch"``, all of it as it is, to be squeezed.
+
+    Raises:
+        TypeError, ValueError: As ``center_crop``; or another ``fit``.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is {files.shown(fit)}; want one of {', '.join(FITS)}")
+    if fit == "crop":
+        return center_crop(image, aspect)
+    picture = to_pil(image)
+    size = max(picture.width, round(picture.height * aspect)), max(picture.height, round(picture.width / aspect))
+    if fit == "stretch" or size == picture.size:
+        return picture
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"padded to {size[0]}x{size[1]} it would have more than {MAX_PIXELS} pixels")
+    padded = Image.new("RGB", size, "white")
+    padded.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return padded
+
+
+def read_mask(path: Path, height: int, width: int, fit: str = "crop") -> np.ndarray:
     """The (height, width) bool of an image file, true where it is bright.
 
-    The middle is cut out as it is of the images, so that both lie over each other; of another size, the nearest pixels
-    are taken.
+    It is ``fitted`` as the images are, so that both lie over each other; of another size, the nearest pixels are taken.
     """
-    picture = center_crop(open_image(path), width / height).convert("L")
+    picture = fitted(open_image(path), width / height, fit).convert("L")
     picture = picture.resize((width, height), Image.Resampling.NEAREST)
     mask = np.asarray(picture) >= 128
     if mask.all():
@@ -300,9 +337,9 @@ def read_middle(source: Path | bytes, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, (left, top, right, bottom)))
 
 
-def read_square(path: Path, side: int) -> np.ndarray:
-    """The (side, side, 3) uint8 pixels of the middle of an image; the whole of it, as it is, for 0."""
+def read_square(path: Path, side: int, fit: str = "crop") -> np.ndarray:
+    """The (side, side, 3) uint8 pixels of an image, ``fitted``; the whole of it, as it is, for side 0."""
     picture = open_image(path)
     if side:
-        picture = resize(center_crop(picture), side, side)
+        picture = resize(fitted(picture, 1.0, fit), side, side)
     return np.asarray(picture, dtype=np.uint8)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
 from igpt_fast import files
 from igpt_fast.checks import whole_number
@@ -31,6 +32,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _ANIMATED = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 # Pixels of all frames, which Pillow keeps until the last one, in a byte each or in twice four; and of an edge.
 _MOST_ANIMATED = {"GIF": 1 << 31, "PNG": 1 << 28}
+INK = (36, 41, 47)  # of headings
+_LETTERS = 10, 28  # pixels that they are high at least, to be read, and at most
 _EDGES = {"GIF": (1 << 16) - 1, "WEBP": (1 << 14) - 1, "JPEG": 65_500}
 
 
@@ -41,6 +44,7 @@ def image_grid(
     scale: int = 1,
     gap: int = 1,
     background: str | tuple[int, int, int] = "white",
+    headings: Sequence[str] = (),
 ) -> Image.Image:
     """One picture of several of the same size, row by row.
 
@@ -50,6 +54,7 @@ def image_grid(
         scale: Edge of a pixel in the result.
         gap: Pixels of background between two images, after scaling.
         background: A colour as ``PIL.ImageColor`` names it, or (r, g, b).
+        headings: What stands above the columns, where these are wide enough for it to be read.
 
     Raises:
         TypeError, ValueError: No image, different sizes, an argument out of range, a result above ``MAX_PIXELS``.
@@ -58,16 +63,40 @@ def image_grid(
     scale = whole_number("scale", scale, 1, _MAX_EDGE)
     gap = whole_number("gap", gap, 0, _MAX_EDGE)
     width, height = (side * scale for side in cells[0].size)
-    columns, size = grid_size(len(cells), columns, width, height, gap)
+    columns, size = grid_size(len(cells), columns, width, height, gap, headings)
     grid = Image.new("RGB", size, ImageColor.getrgb(background) if isinstance(background, str) else background)
+    top = heading_height(headings, width)
+    draw = ImageDraw.Draw(grid)
+    for column, text in enumerate(headings[:columns] if top else ()):
+        centre = column * (width + gap) + width / 2
+        draw.text((centre, top / 2), text, INK, ImageFont.load_default(_heading_size(headings, width)), anchor="mm")
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         scaled = cell.resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(scaled, (column * (width + gap), row * (height + gap)))
+        grid.paste(scaled, (column * (width + gap), top + row * (height + gap)))
     return grid
 
 
-def grid_size(count: int, columns: int | None, width: int, height: int, gap: int) -> tuple[int, tuple[int, int]]:
+def heading_height(headings: Sequence[str], width: int) -> int:
+    """Pixels that headings take above columns of ``width`` pixels: none where they could not be read."""
+    return round(1.6 * _heading_size(headings, width))
+
+
+def _heading_size(headings: Sequence[str], width: int) -> int:
+    """Of the letters, in pixels; 0 where the smallest that can be read are too wide, or Pillow has no FreeType."""
+    if not headings or not features.check("freetype2"):
+        return 0
+    largest = max(_LETTERS[0], min(_LETTERS[1], width // 8))
+    for size in range(largest, _LETTERS[0] - 1, -1):
+        font = ImageFont.load_default(size)
+        if max(font.getlength(text) for text in headings) <= width:
+            return size
+    return 0
+
+
+def grid_size(
+    count: int, columns: int | None, width: int, height: int, gap: int, headings: Sequence[str] = ()
+) -> tuple[int, tuple[int, int]]:
     """Images in a row, and the (width, height) of a grid of ``count`` images of ``width`` x ``height`` pixels.
 
     Raises:
@@ -76,6 +105,7 @@ def grid_size(count: int, columns: int | None, width: int, height: int, gap: int
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     columns = min(whole_number("columns", columns, 1, _MAX_EDGE), count)
     size = (columns * (width + gap) - gap, -(-count // columns) * (height + gap) - gap)
+    size = (size[0], size[1] + heading_height(headings, width))
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"image_grid: {size[0]}x{size[1]} is more than {MAX_PIXELS} pixels")
     return columns, size
@@ -121,7 +151,7 @@ def _check_edges(path: Path, form: str, width: int, height: int) -> None:
 
 def save_animation(
     frames: Iterable[Any],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | IO[bytes],
     *,
     frame_ms: int = 40,
     last_ms: int = 1500,
@@ -134,7 +164,7 @@ def save_animation(
 
     Args:
         frames: Images of one size, as ``image_grid`` takes them; taken one by one.
-        path: Ends in ``.gif``, ``.png`` or ``.apng``.
+        path: Ends in ``.gif``, ``.png`` or ``.apng``. Or an open file, into which a GIF is written.
         frame_ms: Milliseconds a frame, 10..60000; a GIF counts in steps of 10.
         last_ms: Those of the last frame.
         overwrite: Whether an existing file may be replaced.
@@ -143,17 +173,19 @@ def save_animation(
         ValueError: An unknown suffix, no frames, different sizes, a time out of its range, or as ``check_animation``.
         FileExistsError, FileNotFoundError, OSError: As ``save_image``.
     """
-    path = Path(path)
+    opened = None if isinstance(path, str | os.PathLike) else path
+    path = Path(path) if isinstance(path, str | os.PathLike) else Path("animation.gif")
     form = _by_suffix(path, _ANIMATED)
     frame_ms = whole_number("frame_ms", frame_ms, 10, 60_000)
     last_ms = whole_number("last_ms", last_ms, 10, 60_000)
-    _check_folder(path)
+    if opened is None:
+        _check_folder(path)
     bounded = _bounded(path, _frames("save_animation", frames))
     pictures = _indexed(bounded) if form == "GIF" else list(bounded)
     durations = [frame_ms] * (len(pictures) - 1) + [last_ms]
     first, rest = pictures[0], pictures[1:]
     del pictures
-    with files.replacing(path, overwrite=overwrite) as partial:
+    with files.replacing(path, overwrite=overwrite) if opened is None else nullcontext(opened) as partial:
         # Pillow copies the frames of a GIF as it takes them; those of a PNG it looks through beforehand.
         taken = (rest.pop(0) for _ in durations[1:]) if form == "GIF" else rest
         first.save(partial, format=form, save_all=True, append_images=taken, duration=durations, loop=0, optimize=False)

@@ -7,7 +7,8 @@ that a run reads as it goes.
 ``train``, ``schedule``, ``settings``, ``state``: the loop, what a step is given, its knobs, its log and checkpoint.
 ``stepping``: a step, whether ``watch`` finds it finite; on a GPU of ``resident`` images, and captured by ``graphs``.
 ``distributed``, ``checkpoints``, ``throughput``: a step by several processes, what they save, how fast they are.
-``run``: a whole run in a directory; ``reconstruction``: what a model of masked pixels makes of images.
+``run``: a whole run in a directory; ``curve``: the picture of its log.
+``reconstruction``: what a model of masked pixels makes of images.
 ``finetune``: from a model that draws to one that classifies. ``evaluate``: how good a model is.
 ``extraction``: what it makes of images, as features; ``features``: that as a transformer of scikit-learn;
 ``feature_files``: those of ``feature_sources`` in a file.

@@ -207,7 +207,8 @@ def check_classes(labels: Tensor, class_names: Sequence[str], heldout: Tensor) -
     low, high = int(labels.min()), int(labels.max())
     n_classes = len(class_names) or min(high + 1, len(labels))  # with a gap there would be no more classes
     if low < 0 or high >= n_classes:
-        raise ValueError(f"label {low if low < 0 else high} is not in 0..{n_classes - 1}")
+        want = f"not in 0..{n_classes - 1}" if n_classes > 0 else "no class: the labels name none"
+        raise ValueError(f"label {low if low < 0 else high} is {want}")
     names = [str(name) for name in class_names or range(n_classes)]
     if len(set(names)) != len(names):
         raise ValueError("two classes have the same name")

@@ -26,7 +26,7 @@ from igpt_fast.learning.objectives.protocol import Data
 from igpt_fast.learning.run import BEST, MODEL, check_directory, export
 from igpt_fast.learning.schedule import augmented
 from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
-from igpt_fast.learning.train import Progress, _train
+from igpt_fast.learning.train import OnStep, Progress, _train
 from igpt_fast.likelihood.nats import mean_nats
 from igpt_fast.model import ImageGPTForCausalImageModeling
 
@@ -134,6 +134,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Tunes a copy of a model to classify, and writes the best of it in transformers' layout.
 
@@ -148,7 +149,7 @@ def finetune(
         out: Directory of the run: ``log.jsonl``, whose ``heldout`` figures are those of the validation, ``train.pt``,
             ``model/``, and ``best.json``, the record of the step that ``model/`` is of.
         config: The run.
-        device, resume, overwrite, progress: See ``run``.
+        device, resume, overwrite, progress, on_step: See ``run``.
 
     Returns:
         Where the model is, how many images did what, the step that was kept and its ``validation_accuracy``; of the
@@ -182,7 +183,7 @@ def finetune(
                 partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     training = config.training(network.n_layer, network.n_embd, network.n_head)
-    how: dict[str, Any] = {"outdated": before if overwrite else (), "on_evaluation": keep}
+    how: dict[str, Any] = {"outdated": before if overwrite else (), "on_evaluation": keep, "on_step": on_step}
     tuned = _train(part, out, training, objective, device, resume, progress, **how).model
     best: dict[str, Any] = {"step": config.steps}
     if part.n_heldout:

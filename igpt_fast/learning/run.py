@@ -16,7 +16,7 @@ from igpt_fast.learning.objectives.protocol import Objective
 from igpt_fast.learning.reconstruction import draw_reconstructions
 from igpt_fast.learning.settings import Execution, TrainConfig
 from igpt_fast.learning.state import CHECKPOINT, LOG, TENSORBOARD
-from igpt_fast.learning.train import Progress, _train
+from igpt_fast.learning.train import OnStep, Progress, _train
 from igpt_fast.model import ImageGPTForCausalImageModeling
 from igpt_fast.world import World
 
@@ -38,6 +38,7 @@ def run(
     progress: Progress | None = None,
     execution: Execution = Execution(),  # noqa: B008 - a frozen value
     world: World | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """The whole recipe: trains, then writes the model in transformers' layout and a grid of its samples, or, if it was
     trained on masked images and cannot draw, of what it makes of some.
@@ -46,6 +47,7 @@ def run(
         data: What to train and evaluate on.
         out: Directory of the run: ``log.jsonl``, ``train.pt``, and at the end ``model/`` and ``samples.png``.
         config, objective, device, progress, execution, world: See ``train``.
+        on_step: See ``OnStep``.
         resume: Continue the run in ``out``.
         overwrite: Start afresh where ``out`` holds a run; its files are removed when the first new one is written.
         save_dtype: Type of the weights in ``model/``; that of the training, float32, if not given.
@@ -66,9 +68,8 @@ def run(
     before = check_directory(out, resume=resume, overwrite=overwrite)
     objective = objective or NextPixel(config.label_dropout)
     outdated = before if overwrite else ()
-    trained = _train(
-        data, out, config, objective, device, resume, progress, outdated=outdated, execution=execution, world=world
-    )
+    how: dict[str, Any] = {"outdated": outdated, "execution": execution, "world": world, "on_step": on_step}
+    trained = _train(data, out, config, objective, device, resume, progress, **how)
     model, measured = trained.model, trained.heldout
     if world is not None and not world.first:
         return {}

@@ -15,9 +15,10 @@ from igpt_fast.likelihood.transfer import sent
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up to ``lr``, then a cosine to zero at ``steps``."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 

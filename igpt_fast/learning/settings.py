@@ -21,7 +21,8 @@ class TrainConfig:
         steps: Optimizer steps.
         batch_size: Images a step.
         lr: Peak learning rate.
-        warmup_steps: Steps of linear warm-up; a cosine down to zero follows.
+        warmup_steps: Steps of linear warm-up; a cosine down to zero follows. 200, and no more than a tenth of the
+            steps, if not given.
         weight_decay: Of the matrices.
         dropout: After each attention and MLP.
         clip: Largest norm of the gradient.
@@ -46,7 +47,7 @@ class TrainConfig:
     steps: int = 6000
     batch_size: int = 16
     lr: float = 2e-3
-    warmup_steps: int = 200
+    warmup_steps: int | None = None
     weight_decay: float = 0.1
     dropout: float = 0.1
     clip: float = 1.0
@@ -62,7 +63,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, name = getattr(self, field.name), field.name
-            if field.type == "int":
+            if field.type == "int" or (name == "warmup_steps" and value is not None):
                 whole_number(name, value, int(name not in ("seed", "shift", "warmup_steps")), (1 << 32) - 1)
             elif name in ("dropout", "label_dropout"):
                 finite_number(name, value, 0, 1, without=(1,))
@@ -72,6 +73,11 @@ class TrainConfig:
             raise ValueError(f"compile is {self.compile!r}; want True, False or {REDUCE_OVERHEAD}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}; want a multiple of n_head, {self.n_head}")
+
+    @property
+    def warmup(self) -> int:
+        """``warmup_steps``, or what stands for it."""
+        return min(200, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class FinetuneConfig:
         steps: Optimizer steps.
         batch_size: Images a step.
         lr: Peak learning rate.
-        warmup_steps: Steps of linear warm-up; a cosine down to zero follows.
+        warmup_steps: Steps of linear warm-up; a cosine down to zero follows. 200, and no more than a
+            tenth of the steps, if not given.
         weight_decay: Of the matrices.
         dropout: After each attention and MLP.
         clip: Largest norm of the gradient.
@@ -137,7 +144,7 @@ class FinetuneConfig:
     steps: int = 100
     batch_size: int = 20
     lr: float = 5e-4
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     weight_decay: float = 0.1
     dropout: float = 0.1
     clip: float = 1.0

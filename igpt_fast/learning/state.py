@@ -33,6 +33,7 @@ _MAX_NUMBER = 1 << 32  # in the pickle: a seed may be as large
 def same_run(config: TrainConfig, data: Data, objective: Objective) -> dict[str, Any]:
     """What must agree between a run and its continuation; how they are computed (see ``computed_by``) need not."""
     settings = dataclasses.asdict(config) | {"objective": objective.name, **objective.identity()}
+    settings["warmup_steps"] = config.warmup
     settings["compile"] = bool(config.compile)  # a CUDA graph launches the same kernels
     if not data.n_classes or not isinstance(objective, NextPixel):
         del settings["label_dropout"]

@@ -10,6 +10,7 @@ Source: "Generative Pretraining from Pixels" (Chen et al., 2020), section 3 and 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import warnings
@@ -36,6 +37,16 @@ from igpt_fast.world import World
 LOG_EVERY = 50  # steps
 
 Progress = Callable[[dict[str, Any]], None]
+# Called after each step, on the first process, with its number and what gives its figures, which waits for the device.
+OnStep = Callable[[int, Callable[[], dict[str, Any]]], None]
+
+
+class InterruptedTraining(KeyboardInterrupt):
+    """Ctrl-C between two steps, of which the last one, number ``step``, is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__("interrupted")
+        self.step = step
 
 
 def new_model(data: Data, config: TrainConfig, objective: Objective) -> Any:
@@ -100,7 +111,7 @@ def train(
             the figures are next read, at most 50 steps later, and names the first such step; those after it change
             nothing.
         FileNotFoundError: ``resume`` without a run.
-        KeyboardInterrupt: On Ctrl-C.
+        InterruptedTraining: On Ctrl-C; a second one is a plain KeyboardInterrupt.
         OSError: ``out`` cannot be made or written to, or not any more; what was saved last is there.
         PeerGoneError: Another process is gone; what was saved last is there.
         ValueError: ``resume`` with another configuration or other data, or from a file that is damaged; fewer images in
@@ -135,9 +146,11 @@ def _train(
     execution: Execution = Execution(),  # noqa: B008 - a frozen value
     world: World | None = None,
     on_evaluation: Callable[[Any, dict[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Trained:
-    """``train``, which also takes files to remove when the first new one is written; and, of one process, what is
-    called with the model and its record, which is in the log by then, after each evaluation."""
+    """``train``, which also takes files to remove when the first new one is written; what is called after each step;
+    and, of one process, what is called with the model and its record, which is in the log by then, after each
+    evaluation."""
     check_writable(out)
     world = world or World()
     identity = same_run(config, data, objective)
@@ -157,7 +170,7 @@ def _train(
         clock = time.monotonic() - (output.load(state) if resume else 0.0)
         end = config.steps if stop_after is None else min(stop_after, config.steps)
         try:
-            loop = Loop(data, config, objective, team, state, output, meter, clock, progress, on_evaluation)
+            loop = Loop(data, config, objective, team, state, output, meter, clock, progress, on_evaluation, on_step)
             heldout, throughput = loop.run(end)
         except BaseException:
             with suppress(BaseException):  # what is being written may become whole
@@ -181,6 +194,7 @@ class Loop:
     clock: float  # when the run would have begun, had it not been interrupted
     progress: Progress | None
     on_evaluation: Callable[[Any, dict[str, Any]], None] | None
+    on_step: OnStep | None
 
     def run(self, end: int) -> tuple[dict[str, float], dict[str, Any]]:
         """Goes on to a step; returns the held-out figures of the run's last, and the throughput."""
@@ -222,10 +236,12 @@ class Loop:
                         self.progress(record)
                     except KeyboardInterrupt:  # by which a program says that it shall stop
                         stopping = True
+                if self.on_step is not None and team.world.first:
+                    self.on_step(step, functools.partial(stepper.figures, step))
             if state.step and state.saved != state.step:
                 stepper.figures(state.step)
                 output.save(state)
             output.finish()
             if team.stopped or stopping:
-                raise KeyboardInterrupt
+                raise InterruptedTraining(state.step)
         return heldout, throughput

@@ -144,16 +144,14 @@ def surely(little: bool) -> bool:
     return symbolic_shapes.statically_known_true(little) if known else little
 
 
-# From torch 2.7 on.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-
-
 def exporting() -> bool:
     """Whether torch.export, torch.onnx or torch.jit.trace writes down what runs, for where this package is not.
 
     They get the definitions: ops of torch's own, for every size.
     """
-    return _is_exporting() or _C._get_tracing_state() is not None
+    # Not is_exporting(), which Dynamo takes for true wherever it compiles, up to torch 2.12. Torch 2.6 has neither.
+    flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+    return flag or _C._get_tracing_state() is not None
 
 
 def eager() -> bool:

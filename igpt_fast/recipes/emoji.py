@@ -7,7 +7,7 @@ The package also carries sets that are not free; they are never unpacked.
     python -m igpt_fast.recipes.emoji emoji-datasource-16.0.0.tgz --out igpt_fast/assets/emoji16.npz
 
 Without a path the script runs ``npm pack`` itself. The result is a token file (see ``igpt_fast.learning.data``) with
-``names`` such as ``noto/1F600``.
+``names`` such as ``noto/1F600``, and the emoji's categories as classes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ from igpt_fast.recipes.protocol import command
 PACKAGE = "emoji-datasource@16.0.0"
 SHA256 = "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9"
 SHEETS = {"noto": "package/img/google/sheets/32.png", "twemoji": "package/img/twitter/sheets/32.png"}
+# Unicode's categories, and what the classes are called after them.
+CLASSES = {
+    "Smileys & Emotion": "smileys",
+    "People & Body": "people",
+    "Animals & Nature": "animals",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
+    "Activities": "activities",
+    "Objects": "objects",
+    "Symbols": "symbols",
+    "Flags": "flags",
+}
 CELL, PITCH = 32, 34  # pixels of a cell, and from one cell to the next; one transparent pixel around each
 
 
@@ -132,7 +144,10 @@ def build(tarball: Path, side: int = 16, n_clusters: int = 128, seed: int = 0) -
     white = ((255, 255, 255),)
     clusters = fit_clusters(pictures[~heldout], n_clusters, seed=seed, pinned=white, all_pixels=True)
     tokens = quantize(pictures, clusters).reshape(len(pictures), -1)
-    return TokenData(torch.from_numpy(tokens), clusters, torch.from_numpy(heldout)), names
+    found = [name for category, name in CLASSES.items() if any(r["category"] == category for r in records)]
+    labels = torch.tensor([found.index(CLASSES[r["category"]]) for r in records] * len(sheets))
+    data = TokenData(torch.from_numpy(tokens), clusters, torch.from_numpy(heldout), labels=labels, class_names=found)
+    return data, names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

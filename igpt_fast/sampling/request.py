@@ -39,6 +39,7 @@ class Request:
     batch_size: int | None
     dtype: str | None
     speculate: bool = True  # whether drafts may be verified
+    fit: str = "crop"  # how the inputs get the aspect of the images; see ``image.reading.fitted``
 
     def __len__(self) -> int:
         """Inputs."""
@@ -77,5 +78,6 @@ class Request:
             more = {"first_input": self.first} if self.first else {}
             more |= {"n": self.n, "keep": "mask" if self.keep is None else self.keep}
             more |= {} if self.keep is None else {"rows": self.primer // self.width}
+            more |= {} if self.fit == "crop" else {"fit": self.fit}
             more |= {"candidates": self.candidates} if self.candidates > 1 else {}
         return {**more, **vars(self.sampling), "cfg_scale": self.scale}

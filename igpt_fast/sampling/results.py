@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -64,18 +66,38 @@ class Generation:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        what = f"{len(self)} images of {self.processor.height}x{self.processor.width}"
+        if self.inputs is not None:
+            what += f", completions of {len(self.inputs)}"
+        if bool(self.logprobs.isfinite().any()):
+            what += f", {-float(self.logprobs.nanmean()):.3f} nats a drawn pixel"
+        how = [f"{name} {self.settings[name]}" for name in ("engine", "dtype") if name in self.settings]
+        return f"Generation({', '.join([what, f'seed {self.seed}', *how])})"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the grid, unless it would have too many pixels."""
+        try:
+            grid = self.grid()
+        except ValueError:
+            return None
+        content = io.BytesIO()
+        grid.save(content, format="PNG")
+        return content.getvalue()
+
     @property
     def images(self) -> list[Image.Image]:
         """The N images, RGB, at the model's size."""
         return self.processor.decode(self.tokens)
 
-    def grid(self, *, columns: int | None = None, scale: int | None = None) -> Image.Image:
+    def grid(self, *, columns: int | None = None, scale: int | None = None, labels: bool = True) -> Image.Image:
         """All images in one.
 
         Args:
             columns: Images in a row; about square when ``None``. Completions have a row for each input instead:
                 input, what was given of it, completions, and the original in the model's colours.
             scale: Edge of a pixel in the result; ``None`` makes an image 128 pixels high or wide.
+            labels: Whether the columns of completions are named, where they are wide enough for it.
 
         Raises:
             ValueError: A value out of its range, ``columns`` for completions, or a grid of too many pixels.
@@ -83,10 +105,10 @@ class Generation:
         scale = self._scale(scale, columns)
         inputs = len(self.inputs or ())
         cells = inputs * max(self._counts(), default=0) or len(self)
-        grid_pixels(self.processor, cells, inputs, columns, scale)  # before the images are made
+        grid_pixels(self.processor, cells, inputs, columns, scale, labels)  # before the images are made
         if self.inputs is None:
             return images_module.image_grid(self.images, columns, scale=scale, gap=scale)
-        return self._completion_grid(scale)
+        return self._completion_grid(scale, labels)
 
     def save_grid(
         self,
@@ -94,6 +116,7 @@ class Generation:
         *,
         columns: int | None = None,
         scale: int | None = None,
+        labels: bool = True,
         overwrite: bool = True,
     ) -> None:
         """Writes ``grid`` to a file, whole or not at all; the suffix names the format.
@@ -102,22 +125,23 @@ class Generation:
             FileExistsError: The file exists and ``overwrite`` is false.
             ValueError: An unknown suffix.
         """
-        images_module.save_image(self.grid(columns=columns, scale=scale), path, overwrite=overwrite)
+        images_module.save_image(self.grid(columns=columns, scale=scale, labels=labels), path, overwrite=overwrite)
 
     def save_gif(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | IO[bytes],
         *,
         columns: int | None = None,
         scale: int | None = None,
+        labels: bool = True,
         frame_ms: int = 80,
         overwrite: bool = True,
     ) -> None:
         """Writes the grid being drawn, a row of pixels a frame, as ``.gif`` or ``.apng``.
 
         Args:
-            path: The file.
-            columns, scale: See ``grid``.
+            path: The file; or an open one, into which a GIF is written.
+            columns, scale, labels: See ``grid``.
             frame_ms: Milliseconds a frame.
             overwrite: Whether an existing file may be replaced.
 
@@ -125,10 +149,10 @@ class Generation:
             FileExistsError: The file exists and ``overwrite`` is false.
             ValueError: An unknown suffix, or too many pixels; see ``save_animation``.
         """
-        frames = self._frames(columns, self._scale(scale, columns))
+        frames = self._frames(columns, self._scale(scale, columns), labels)
         images_module.save_animation(frames, path, frame_ms=frame_ms, overwrite=overwrite)
 
-    def _frames(self, columns: int | None, scale: int) -> Iterator[Image.Image]:
+    def _frames(self, columns: int | None, scale: int, labels: bool) -> Iterator[Image.Image]:
         """The frames of the grid being drawn, ``height + 1`` at most."""
         width = self.processor.width
         for drawn in (self.given, *range(self.given - self.given % width + width, self.tokens.shape[1] + 1, width)):
@@ -136,7 +160,7 @@ class Generation:
                 cells = [self._partly(tokens, drawn) for tokens in self.tokens]
                 yield images_module.image_grid(cells, columns, scale=scale, gap=scale)
             else:
-                yield self._completion_grid(scale, drawn)
+                yield self._completion_grid(scale, labels, drawn)
 
     def _scale(self, scale: int | None, columns: int | None) -> int:
         if columns is not None and self.inputs is not None:
@@ -155,7 +179,7 @@ class Generation:
         pixels.reshape(-1, 3)[(hidden if known is None else hidden & ~known).numpy()] = 224
         return Image.fromarray(pixels)
 
-    def _completion_grid(self, scale: int, drawn: int | None = None) -> Image.Image:
+    def _completion_grid(self, scale: int, labels: bool, drawn: int | None = None) -> Image.Image:
         assert self.inputs is not None
         assert self.originals is not None
         size = (self.processor.width * scale, self.processor.height * scale)
@@ -171,7 +195,13 @@ class Generation:
             smaller = self.inputs[i].width <= self.processor.width  # its pixels are to be seen, as the others' are
             cells.append(self.inputs[i].resize(size, Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS))
             cells += [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
-        return images_module.image_grid(cells, max(counts) + 3, gap=scale)
+        headings = completion_headings(max(counts)) if labels else ()
+        return images_module.image_grid(cells, max(counts) + 3, gap=scale, headings=headings)
+
+
+def completion_headings(n: int) -> list[str]:
+    """Of the columns of completions."""
+    return ["input", "kept", *(str(i + 1) for i in range(n)), "original"]
 
 
 def pixel_edge(processor: ImageGPTImageProcessor, scale: int | None) -> int:
@@ -181,7 +211,12 @@ def pixel_edge(processor: ImageGPTImageProcessor, scale: int | None) -> int:
 
 
 def grid_pixels(
-    processor: ImageGPTImageProcessor, count: int, inputs: int, columns: int | None, scale: int | None
+    processor: ImageGPTImageProcessor,
+    count: int,
+    inputs: int,
+    columns: int | None,
+    scale: int | None,
+    labels: bool = True,
 ) -> tuple[int, int]:
     """The (width, height) of the grid of ``count`` images, or as many completions of ``inputs``.
 
@@ -189,10 +224,11 @@ def grid_pixels(
         ValueError: A value out of its range, or more than ``MAX_PIXELS``.
     """
     scale = pixel_edge(processor, scale)
+    headings = completion_headings(count // inputs) if inputs and labels else ()
     if inputs:
         columns = count // inputs + 3
         count = inputs * columns
-    return grid_size(count, columns, processor.width * scale, processor.height * scale, scale)[1]
+    return grid_size(count, columns, processor.width * scale, processor.height * scale, scale, headings)[1]
 
 
 class InterruptedGeneration(KeyboardInterrupt):
@@ -241,8 +277,8 @@ def without_processor(part: Generation | None) -> Generation | None:
     return None if part is None else dataclasses.replace(part, processor=None)  # type: ignore[arg-type]
 
 
-def save_tokens(generation: Generation, path: Path) -> None:
-    """A .npz that ``numpy.load`` reads without unpickling.
+def save_tokens(generation: Generation, path: Path | IO[bytes]) -> None:
+    """A .npz, at a path or in an open file, that ``numpy.load`` reads without unpickling.
 
     ``tokens`` (N, H, W) uint16, ``logprobs`` (N, H, W) float32 in nats, NaN where the pixel was given, ``seed`` uint64,
     ``clusters`` (K, 3) float32 in [-1, 1], the colours; for class-conditional images ``labels`` (N,) int64.
@@ -256,5 +292,5 @@ def save_tokens(generation: Generation, path: Path) -> None:
     }
     if generation.labels is not None:
         arrays["labels"] = np.asarray(generation.labels, dtype=np.int64)
-    with path.open("wb") as file:
+    with path.open("wb") if isinstance(path, Path) else nullcontext(path) as file:
         np.savez_compressed(file, **arrays)

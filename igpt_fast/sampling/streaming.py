@@ -14,7 +14,8 @@ from torch import Tensor
 
 from igpt_fast.checks import dtype_name
 from igpt_fast.engines.network import Model
-from igpt_fast.image import ImageGPTImageProcessor, center_crop, open_image
+from igpt_fast.image import ImageGPTImageProcessor, open_image
+from igpt_fast.image.reading import fitted
 from igpt_fast.interrupts import delayed_interrupt
 from igpt_fast.sampling.batches import Batches
 from igpt_fast.sampling.decoding import blank, decoding
@@ -166,11 +167,11 @@ class Stream:
 
 
 def _read(request: Request, processor: ImageGPTImageProcessor) -> tuple[list[Image.Image], Tensor]:
-    """Inputs of completions, cropped to the model's aspect, and their (M, T) tokens."""
+    """Inputs of completions, in the model's aspect, and their (M, T) tokens."""
     crops, tokens = [], []
     for item in request.images or ():
         opened = open_image(item) if isinstance(item, str | os.PathLike) else item
-        crop = center_crop(opened, request.width / request.height)
+        crop = fitted(opened, request.width / request.height, request.fit)
         tokens.append(processor(crop, return_tensors="pt")["input_ids"])
         crop.thumbnail((INPUT_EDGE, INPUT_EDGE))
         crops.append(crop)

@@ -359,6 +359,11 @@ def test_the_picture_takes_the_best_dtype(common: ModuleType, monkeypatch: pytes
     rows += [row | {"name": name, "dtype": "float32", "times_hf": 9.0} for name in ("transformers", "streaming read")]
     (group,) = plot.network({"generate": {"rows": rows}})
     assert group.bars == {"PyTorch": 1.5, "igpt_fast": 5.0, "igpt_fast, int8": 12.0}
+    shared = {"op": "quantize", "content": "photograph", "pixels": 256 * 32 * 32, "threads": 2}
+    quantized = [shared | {"name": f"igpt_fast {dtype}", "times_hf": 3.0} for dtype in ("float32", "uint8")]
+    (group,) = plot.quantize({"ops": {"rows": quantized}})
+    assert list(group.bars) == ["igpt_fast", "igpt_fast, pixels"]  # exact, and in the colour of no int8
+    assert len({colour for _, colour in plot.SERIES.values()}) == len(plot.SERIES)
     monkeypatch.setattr("sys.argv", ["plot.py", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="no results"):
         plot.main()

@@ -120,7 +120,7 @@ def test_a_bert_says_so(capsys: pytest.CaptureFixture[str], given: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dtype", "int8"), "--dtype is 'int8'; want float32, bfloat16, float16"),
+        (("--dtype", "int8"), "--dtype is 'int8'; want one of float32, bfloat16, float16"),
         (("--size", "3x4"), "--size: only with --clusters"),
         (("--clusters", "{}", "--size", "3x"), "--size is '3x'; want HxW"),
         (("--clusters", "{}", "--size", "3x5"), "has 12 positions: --size has 15 pixels"),
@@ -139,7 +139,7 @@ def test_failures(
     capsys: pytest.CaptureFixture[str], given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert "CKPT" in fails(capsys, 2)
+    assert "CHECKPOINT" in fails(capsys, 2)
     assert "no such file" in fails(capsys, 1, tmp_path / "none", out)
     assert "kmeans_centers.npy: not a PyTorch checkpoint" in fails(capsys, 1, given / "kmeans_centers.npy", out)
     np.save(given / "other.npy", np.zeros((8, 3)))

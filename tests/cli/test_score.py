@@ -197,7 +197,7 @@ def test_names_are_taken_together_once(model: Path, pictures: Path) -> None:
     """Not for each image: of many that would take the square of their number."""
     paths = sorted(pictures.glob("*.png"))
     images, others = (command._Set("a", [path.name for path in some], some) for some in (paths[:3], paths[3:]))
-    how = command.ScoreOptions(label="0,1")
+    how = command.ScoreOptions(str(model), label="0,1")
     job = command._Job(images, others, Pipeline.from_pretrained(model), World(), how, False)
     assert job.names is job.names
     assert job.labels is job.labels

@@ -1,4 +1,4 @@
-"""The recipes of README's "Coming from transformers", run as they stand there, on a tiny model and no network."""
+"""The recipes of docs/transformers.md, run as they stand there, on a tiny model and no network."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,12 @@ from small_models import small
 from igpt_fast import ImageGPTForImageClassification, ImageGPTImageProcessor
 from igpt_fast.hf import unregister
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("\n## Coming from transformers\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).resolve().parents[2] / "docs/transformers.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPES = {
-    title: "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    for title, _, text in (part.partition("\n") for part in SECTION.split("\n### ")[1:])
+    title.lstrip("# "): "\n".join(BLOCK.findall(text))
+    for title, _, text in (part.partition("\n") for part in PAGE.split("\n## "))
+    if BLOCK.search(text)
 }
 COLOURS, SIDE = 16, 8
 
@@ -47,6 +48,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return namespace
 
     return execute
+
+
+def test_the_same_names(run: Any) -> None:
+    found = run("Coming from transformers")
+    assert found["tokens"].shape == (8, SIDE * SIDE + 1)
+    assert found["outputs"].loss.isfinite()
+    assert (Path("copy") / "model.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -102,5 +110,5 @@ def test_accelerated(run: Any) -> None:
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert len(RECIPES) == 6
-    assert all(RECIPES.values())
+    assert len(RECIPES) == 7
+    assert len(BLOCK.findall(PAGE)) == 8  # one has two: LoRA goes on from the Trainer's

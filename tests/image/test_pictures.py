@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageSequence
+from PIL import Image, ImageFile, ImageSequence
 
 from igpt_fast.image import (
     center_crop,
@@ -261,6 +261,8 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
             open_image(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"^not a readable image: "):
+            open_image(content)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_image(tmp_path / "nothing.png")
     with pytest.raises(IsADirectoryError, match="folder"):
@@ -269,6 +271,14 @@ def test_open_image_errors_are_one_line(tmp_path: Path) -> None:
         open_image("a\0b")
     with pytest.raises(ValueError, match="is a device or a socket"):
         open_image("/dev/zero")
+
+
+def test_a_picture_in_memory() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(colours(8, 6)).save(buffer, "PNG")
+    np.testing.assert_array_equal(np.asarray(open_image(buffer.getvalue())), colours(8, 6))
+    with pytest.raises(ValueError, match="6x8 is more than 47 pixels"):
+        open_image(buffer.getvalue(), max_pixels=47)
 
 
 def test_a_picture_in_a_pipe(tmp_path: Path) -> None:
@@ -513,3 +523,34 @@ def test_a_gif_of_more_colours_is_near_and_not_dithered(tmp_path: Path) -> None:
     got = np.asarray(open_image(tmp_path / "x.gif")).astype(int)
     assert np.abs(got - frame).max() < 8
     assert (got == got[:1]).all()  # dithering would make the equal rows differ
+
+
+def test_a_picture_that_memory_does_not_suffice_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name and size are said; as it is decoded, and as it is converted."""
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "a.png")
+    Image.new("L", (2000, 1000)).save(tmp_path / "grey.png")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    for owner, name, picture in ((ImageFile.ImageFile, "load", "a"), (Image.Image, "convert", "grey")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(ValueError, match=rf"{picture}\.png: .*its 2000x1000 pixels, 6 MiB or more, do not fit"):
+                open_image(tmp_path / f"{picture}.png")
+
+
+def test_headings_stand_above_their_columns_where_they_can_be_read() -> None:
+    cells = [np.full((60, 60, 3), 200, np.uint8)] * 6
+    plain = np.asarray(image_grid(cells, 3))
+    headed = np.asarray(image_grid(cells, 3, headings=["input", "", "original"]))
+    top = len(headed) - len(plain)
+    assert 15 < top < 40
+    assert np.array_equal(headed[top:], plain)
+    dark = [(headed[:top, left : left + 60] < 100).any() for left in (0, 61, 122)]
+    assert dark == [True, False, True]
+    assert (headed[0] == 255).all()  # no letter is cut off
+    assert (headed[top - 1] == 255).all()
+    narrow = [np.full((16, 16, 3), 200, np.uint8)] * 3
+    assert image_grid(narrow, 3, headings=["input", "kept", "original"]).size == image_grid(narrow, 3).size
+    assert writing.grid_size(6, 3, 60, 60, 1, ["input", "", "original"])[1] == headed.shape[1::-1]

@@ -253,7 +253,7 @@ def test_labels_without_names(tmp_path: Path) -> None:
         ("labels", np.zeros((30, 1), np.int64), r"labels must be \(N,\) integers"),
         ("labels", np.zeros(30, np.float32), r"labels must be \(N,\) integers"),
         ("labels", np.full(30, 1 << 63, np.uint64), r"labels must be \(N,\) integers"),
-        ("labels", np.full(30, -1), "label -1 is not in"),
+        ("labels", np.full(30, -1), r"label -1 is no class: the labels name none"),
         ("labels", np.full(30, 1 << 60), r"label 1152921504606846976 is not in 0\.\.29"),
         ("labels", np.arange(30) % 2 * 2, "class '1' has no image to train on"),
         ("class_names", np.array(["a", "b"]), r"label 3 is not in 0\.\.1"),

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from igpt_fast import backend
 from igpt_fast.cli import main as cli
-from igpt_fast.cli.commands.train import spelled_out
 from igpt_fast.learning import graphs, resident, stepping
 from igpt_fast.learning.data import TokenData
 from igpt_fast.learning.distributed import Team
@@ -491,13 +490,6 @@ def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in (("cuda", 3), ("cuda:1", 1)):
         team = Team(torch.nn.Module(), torch.device(name), NextPixel(), TINY, Execution(), World())
         assert team.device == torch.device("cuda", number)
-
-
-def test_compile_alone_or_with_a_mode() -> None:
-    assert spelled_out(["--compile"]) == ["--compile", "True"]
-    assert spelled_out(["--compile", "a.npz", "--no-compile"]) == ["--compile", "True", "a.npz", "--compile", "False"]
-    assert spelled_out(["--compile", REDUCE_OVERHEAD, "--json"]) == ["--compile", REDUCE_OVERHEAD, "--json"]
-    assert spelled_out([f"--compile={REDUCE_OVERHEAD}"]) == [f"--compile={REDUCE_OVERHEAD}"]
 
 
 def test_a_run_may_go_on_by_a_graph() -> None:

@@ -26,7 +26,7 @@ from igpt_fast.learning.evaluate import evaluate, lookup_table_nats
 from igpt_fast.learning.objectives.next_pixel import NextPixel
 from igpt_fast.learning.run import run
 from igpt_fast.learning.schedule import augmented, chosen_at, learning_rate
-from igpt_fast.learning.settings import TrainConfig
+from igpt_fast.learning.settings import FinetuneConfig, TrainConfig
 from igpt_fast.learning.state import Output
 from igpt_fast.learning.stepping import Stepper, inputs_at
 from igpt_fast.learning.train import train
@@ -589,6 +589,10 @@ def test_learning_rate() -> None:
     assert learning_rate(1000, config) == pytest.approx(0.0)
     assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 2.0
     assert learning_rate(0, TrainConfig(steps=1, warmup_steps=1)) > 0.0
+    # A short run warms up for a tenth of its steps, unless it is said for how long.
+    assert [TrainConfig(steps=steps).warmup for steps in (1, 30, 2000, 9000)] == [0, 3, 200, 200]
+    assert TrainConfig(steps=30, warmup_steps=0).warmup == 0
+    assert FinetuneConfig().training(1, 1, 1).warmup == 10
 
 
 def batch_at(step: int, tokens: torch.Tensor, side: int, config: TrainConfig) -> torch.Tensor:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 WITHOUT = [
     name
     for name, has in dict(backend._C.cpu_isas() if backend._C else {}).items()
-    if has and name in ("generic", "avx2")
+    if has and name in ("generic", "avx2", "neon")
 ]
 LOW = [torch.bfloat16, torch.float16]
 

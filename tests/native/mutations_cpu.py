@@ -50,6 +50,7 @@ def norms(cpu: Implementation) -> None:
         weight, bias = torch.randn(2, 67).to(dtype).unbind()
         contract.check_parity(cpu, lambda x, r, w: ops.rms_norm(x, w, residual=r), [x, other, weight])
         contract.check_parity(cpu, lambda x, r, w, b: ops.layer_norm(x, w, b, residual=r), [x, other, weight, bias])
+    contract.check_sums_over_rows(cpu, ops.layer_norm, [torch.randn(32, 3000), torch.randn(3000), torch.randn(3000)])
 
 
 def activations(cpu: Implementation) -> None:
@@ -450,7 +451,9 @@ MUTATIONS = [known(*change, number) for number, change in enumerate(CHANGES)] + 
     Known(Mutation("cpu_barrier_arrival", BARRIER, "fetch_add(1, std::memory_order_acq_rel)", "fetch_add(1, std::memory_order_relaxed)"), "decoder"),  # noqa: E501
     Known(Mutation("cpu_barrier_seen", BARRIER, "generation_.load(std::memory_order_acquire)", "generation_.load(std::memory_order_relaxed)"), "decoder"),  # noqa: E501
     Known(Mutation("cpu_barrier_impatient", BARRIER, "if (!spin(now)) sleep(now);", "spin(now);"), "decoder"),
-    Known(Mutation("cpu_partial_shared", "cpu/elementwise.cpp", "float* sums = sums_.get() + block * width_;", "float* sums = sums_.get();"), "elementwise"),  # noqa: E501
+    Known(Mutation("cpu_partial_shared", "cpu/elementwise.cpp", "return sums_.get() + 2 * block * width_;", "return sums_.get();"), "elementwise"),  # noqa: E501
+    Known(Mutation("cpu_partial_few", "cpu/elementwise.cpp", "if (sums == few) ops()", "if (false) ops()"), norms),
+    Known(Mutation("cpu_partial_chain", "cpu/elementwise.cpp", "kFewRows = 8;", "kFewRows = 64;"), norms),
     Known(Mutation("cpu_quantize_scratch", "cpu/quantize.cpp", "body(p, cells[t], from", "body(p, cells[0], from"), "colours"),  # noqa: E501
     Known(Mutation("cpu_forward_meet", FORWARD, "causal_attention(i);\n            barriers_[0].wait(count_);", "causal_attention(i);"), "forward", "amx", True),  # noqa: E501
     Known(Mutation("cpu_forward_rows", FORWARD, "row % positions_;\n            const bool", "row % positions_ + 1;\n            const bool"), passes, "amx", True),  # noqa: E501

@@ -25,6 +25,7 @@ LONG = (
     *("engines/cpu/test_decoder.py", "engines/cpu/test_rows.py", "engines/cpu/test_shared_primer.py"),
     "engines/cpu/test_weights.py",
     *("engines/cpu/test_forward.py", "engines/cpu/test_forward_taken.py", "ops/test_causal_attention_cpu.py"),
+    *("ops/test_sample.py", "sampling/test_speculation.py"),
     *("ops/test_quantize.py", "ops/test_dequantize.py", "ops/test_colour_table.py"),
 )
 OTHERS = ("memory", "process", "fork", "environment", "compile", "opcheck", "transforms", "without_tiles", "nats")

@@ -63,6 +63,12 @@ def test_sums_over_any_number_of_rows(cpu: Implementation, rows: int, dtype: tor
     contract.check_parity(cpu, ops.quick_gelu, [x, bias])
 
 
+def test_a_sum_over_rows_is_no_chain(cpu: Implementation) -> None:
+    """Of one rounding after the other, whose error would be a third larger than torch's."""
+    contract.check_sums_over_rows(cpu, ops.layer_norm, [torch.randn(32, 3000), torch.randn(3000), torch.randn(3000)])
+    contract.check_sums_over_rows(cpu, ops.quick_gelu, [torch.randn(32, 3000), torch.randn(3000)])
+
+
 @pytest.mark.parametrize("op", [ops.rms_norm, ops.layer_norm], ids=lambda op: op.__name__)
 def test_a_weight_of_the_other_dtype(cpu: Implementation, op: Callable[..., Tensor]) -> None:
     """As under autocast, where the parameters stay fp32."""

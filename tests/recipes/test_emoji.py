@@ -58,6 +58,8 @@ def test_build(package: Path) -> None:
     assert names == [f"{name}/{code}" for name in ("noto", "twemoji") for code in ("1F600", "1F408", "1F697")]
     assert not data.heldout.any()  # a tenth of three is none
     assert data.tokens.shape == (6, 16)
+    assert data.class_names == ["smileys", "animals", "travel"]
+    assert data.labels.tolist() == [0, 1, 2] * 2
     assert data.clusters[0].tolist() == [1.0, 1.0, 1.0]
     assert bool((data.tokens[:, :4] == 0).all())  # transparent is white
     exact, _ = emoji.build(package, side=4, n_clusters=12)
@@ -146,4 +148,8 @@ def test_families_stay_together_in_the_bundled_data() -> None:
     trained = {name for name, out in zip(families, heldout, strict=True) if not out}
     assert held
     assert not held & trained
+    data = load_tokens(path, classes=True)
+    assert data.class_names == list(emoji.CLASSES.values())
+    grinning, flag = (names.index(f"twemoji/{code}") for code in ("1F600", "1F1E9-1F1F0"))
+    assert (int(data.labels[grinning]), int(data.labels[flag])) == (0, 8)
     assert 0.09 < np.mean(heldout) <= 0.10

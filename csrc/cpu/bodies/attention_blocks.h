@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_operands.h"
+#include "block.h"
 
 namespace igpt::cpu {
 namespace {
@@ -64,6 +65,22 @@ inline void add_tile(const TileProduct& p) {
     if constexpr (16 % R != 0) add_rows<E, 16 % R, P>(p, r);
 }
 
+constexpr int64_t kLinesAtOnce = 4;
+
+// Pairs of bf16 where kTwoByTwo, by block.h's kernel, to which a line of B is 16 groups of a tile's weights: panel n,
+// some lines.
+template <class Vector>
+inline void multiply_two_by_two(const TileProduct& p, int64_t n, int64_t line, int64_t lines, bool first) {
+    alignas(64) char turned[kLinesAtOnce * kTileBytes];
+    const auto *a = static_cast<const char*>(p.a) + line * kTileBytes,
+               *b = static_cast<const char*>(p.b) + n * p.b_panel + line * p.b_line;
+    for (int64_t l = 0; l < lines; ++l) turn_weights<Vector>(b + l * p.b_line, 16, turned + l * kTileBytes);
+    const int64_t depth = lines * kLine<uint16_t>;
+    float* c = p.c + n * kTileSums;
+    for (int64_t below = 0; below < 2; ++below, a += p.a_below, c += p.c_below)
+        run_blocks<OfManyRows<Pairs>, 16>({a, kLineBytes, kTileBytes, turned, depth, c, 16, first}, 16 / kLanes);
+}
+
 template <class E>
 struct ByBlocks {
     using Element = E;
@@ -72,14 +89,16 @@ struct ByBlocks {
     // NEON's 32 have four rows, 16 have two.
     static constexpr int kRowsAtOnce = kLanes == 16 ? 8 : kLanes == 8 ? 6 : kMaxRows, kPanels = kLanes == 16 ? 2 : 1;
 
-    static constexpr int64_t kLinesAtOnce = 4;
-
     static void multiply(const TileProduct& p) {
         const auto *a = static_cast<const char*>(p.a), *b = static_cast<const char*>(p.b);
         for (int64_t n = 0; n < p.panels; n += kPanels)
             for (int64_t line = 0; line < p.lines; line += kLinesAtOnce) {
                 const bool first = p.first && line == 0;
                 const int64_t lines = least(kLinesAtOnce, p.lines - line);
+                if constexpr (kTwoByTwo && sizeof(E) == 2) {
+                    multiply_two_by_two<Ints>(p, n, line, lines, first);
+                    continue;
+                }
                 for (int64_t below = 0; below < 2; ++below)
                     add_tile<E, kRowsAtOnce, kPanels>({a + below * p.a_below + line * kTileBytes, 0,
                                                        b + n * p.b_panel + line * p.b_line, p.b_line, p.b_panel, lines,

@@ -5,6 +5,9 @@
 // at x + r row_bytes + l line_bytes. So rows are read as they lie in a matrix (line_bytes 64), and those of tiles
 // (row_bytes 64, line_bytes 1024) as well.
 //
+// What multiplies two rows by two outputs (TwoByTwo) reads weights from a copy of their tile, in which two outputs with
+// 8 bytes of k each lie side by side. Whoever calls makes it, for all of its rows.
+//
 // R x C sums stay in registers all along k, and each is added up in one order, that of k, whatever R and C: results do
 // not depend on the rows beside them. Bound by multiply-adds: for each group R C of them, with R + C loads. Weights are
 // read once for R rows: from the second cache if depth x tile numbers do not fit into the first.
@@ -23,7 +26,7 @@ struct Block {
     const char* x;
     int64_t row_bytes, line_bytes;
     const char* w;  // the first register's
-    int64_t depth;  // of k, a multiple of `step`
+    int64_t depth;  // of k, a multiple of `step`; or up to one weights are zero and x is there
     float* sums;    // (rows, ld), of integers where the kind adds up such
     int64_t ld;
     bool first;  // the sums are written, else added to what is there
@@ -140,12 +143,68 @@ constexpr auto kind_of_int8() {
 }
 using KindOfInt8 = decltype(kind_of_int8());
 
+// Kind where kTwoByTwo, for an even number of rows and whole tiles: a group is 16 bytes of k.
+template <class Kind>
+struct TwoByTwo : Kind {
+    static constexpr int step = 4 * Kind::step, bytes = 16, lane = 16;
+};
+template <class Kind>
+constexpr int kRowsOfGroup = 1;
+template <class Kind>
+constexpr int kRowsOfGroup<TwoByTwo<Kind>> = 2;
+template <class Kind>
+constexpr auto of_many_rows() {
+    if constexpr (kTwoByTwo && Kind::step > 1)
+        return TwoByTwo<Kind>{};
+    else
+        return Kind{};
+}
+template <class Kind>
+using OfManyRows = decltype(of_many_rows<Kind>());
+
+// Copies a tile's weights for it: `groups` of 4 bytes an output, an even number, and zeros up to a multiple of four.
+// Vector: Ints.
+template <class Vector>
+inline const char* turn_weights(const char* w, int64_t groups, char* to) {
+    constexpr int64_t registers = kTile / kLanes, bytes = sizeof(Vector);
+    for (int64_t g = 0; g < padded(groups, 4); g += 2)
+        for (int64_t c = 0; c < registers; ++c) {
+            const char* from = w + (g * registers + c) * bytes;
+            Vector v[2] = {};
+            if (g < groups) interleave_words(load_ints(from), load_ints(from + registers * bytes), v[0], v[1]);
+            __builtin_memcpy(to + (g * registers + 2 * c) * bytes, v, sizeof v);
+        }
+    return to;
+}
+
 inline void put_sums(float* to, Vec v, bool first) { store(to, first ? v : load(to) + v); }
 inline void put_sums(float* to, Ints v, bool first) { store(to, floats(first ? v : add_ints(load_ints(to), v))); }
+
+// A group of TwoByTwo. Of two rows, acc[even][c] has the first two outputs of register c, and acc[odd][c] the others.
+template <class Kind, int R, int C, class Vector = Ints>
+[[gnu::always_inline]] inline void add_two_by_two(const char* x, int64_t row_bytes, const char* w,
+                                                  typename Kind::Sum (&acc)[R][C]) {
+    static_assert(R % 2 == 0 && C * kLanes == kTile);
+    Vector a[2][R / 2];
+    each<R / 2>([&](auto r) {
+        const char* row = x + 2 * r * row_bytes;
+        pair_halves(load_ints(row), load_ints(row + row_bytes), a[0][r], a[1][r]);
+    });
+    each<2>([&](auto half) {
+        each<2 * C>([&](auto c) {
+            const Vector v = load_ints(w + (half * 2 * C + c) * sizeof v);
+            each<R / 2>([&](auto r) {
+                auto& sum = acc[2 * r + c % 2][c / 2];
+                sum = multiply_two(sum, a[half][r], v);
+            });
+        });
+    });
+}
 
 template <class Kind, int R, int C>
 [[gnu::always_inline]] inline void add_group(const char* x, int64_t row_bytes, const char* w,
                                              typename Kind::Sum (&acc)[R][C]) {
+    if constexpr (kRowsOfGroup<Kind> == 2) return add_two_by_two<Kind>(x, row_bytes, w, acc);
     each<Kind::parts>([&](auto part) {
         decltype(Kind::weights(w, 0)) v[C];
         each<C>([&](auto c) { v[c] = Kind::weights(w + Kind::lane * c * kLanes, part); });
@@ -163,16 +222,24 @@ template <class Kind, int R, int C>
     typename Kind::Sum acc[R][C];
     each<R>([&](auto r) { each<C>([&](auto c) { acc[r][c] = typename Kind::Sum{}; }); });
     const char *x = p.x, *w = p.w;
-    int64_t left = p.depth / Kind::step;
+    int64_t left = padded(p.depth, Kind::step) / Kind::step;
     for (; left >= groups; left -= groups, x += p.line_bytes)
         for (int64_t g = 0; g < groups; g += unrolled, w += unrolled * group) {
             add_group<Kind>(x + g * Kind::bytes, p.row_bytes, w, acc);
             add_group<Kind>(x + (g + 1) * Kind::bytes, p.row_bytes, w + group, acc);
         }
     for (; left > 0; --left, x += Kind::bytes, w += group) add_group<Kind>(x, p.row_bytes, w, acc);
+    if constexpr (kRowsOfGroup<Kind> == 2)
+        each<R / 2>([&](auto r) {
+            each<C>([&](auto c) {
+                auto &even = acc[2 * r][c], &odd = acc[2 * r + 1][c];
+                pair_halves(even, odd, even, odd);
+            });
+        });
+    const bool first = p.first;
     each<R>([&](auto r) {
         float* sums = p.sums + r * p.ld;
-        each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], p.first); });
+        each<C>([&](auto c) { put_sums(sums + c * kLanes, acc[r][c], first); });
     });
 }
 

@@ -77,14 +77,19 @@ inline void gemm_tile(const GemmParams& p, int64_t n, int64_t columns) {
         __builtin_memset(row, Kind::offset, kLineBytes);
         run_blocks<Kind, 1>({row, 0, 0, weights, p.depth, of_offset, kTile, true}, columns / kLanes);
     }
+    using Many = OfManyRows<Kind>;
+    constexpr bool turns = kRowsOfGroup<Many> == 2;
+    alignas(64) char turned[turns ? kBlockDepth / Kind::step * group : 1];
     for (int64_t from = 0; from < p.depth; from += kBlockDepth) {
         const int64_t to = least(from + kBlockDepth, p.depth);
+        const char* w = weights + from / Kind::step * group;
+        if constexpr (turns) w = turn_weights<Ints>(w, (to - from) / Kind::step, turned);
         for (int64_t row = 0; row < p.rows; row += kStripRows) {
             const char* x = static_cast<const char*>(p.x) + row / kStripRows * strip_bytes;
             float* sums = p.depth <= kBlockDepth ? one : p.scratch + row * kTile;
             for (int64_t k = from; k < to; k += chain)
-                run_blocks<Kind, kStripRows>(
-                    {x + k / line * lines_bytes, kLineBytes, lines_bytes, weights + k / Kind::step * group,
+                run_blocks<Many, kStripRows>(
+                    {x + k / line * lines_bytes, kLineBytes, lines_bytes, w + (k - from) / Kind::step * group,
                      least(chain, to - k), sums, kTile, k == 0},
                     columns / kLanes);
             if (to == p.depth) finish_strip<Kind, To>(p, sums, of_offset, row, n, columns);

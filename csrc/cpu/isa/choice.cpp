@@ -47,14 +47,16 @@ bool have_amx() {
 #endif
 
 #ifdef IGPT_AARCH64
+// BF16 with products of two rows by two columns, of bf16 and of bytes: an extension of its own (I8MM), but Armv8.6 asks
+// for both, and a processor with one alone runs the level below.
 struct Features {
     bool dotprod, bf16;
 };
 
 #if defined(__linux__)
 Features features() {
-    constexpr unsigned long dotprod = 1ul << 20, bf16 = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_BF16
-    return {(getauxval(AT_HWCAP) & dotprod) != 0, (getauxval(AT_HWCAP2) & bf16) != 0};
+    constexpr unsigned long dotprod = 1ul << 20, bf16 = 3ul << 13;  // HWCAP_ASIMDDP; HWCAP2_I8MM, HWCAP2_BF16
+    return {(getauxval(AT_HWCAP) & dotprod) != 0, (getauxval(AT_HWCAP2) & bf16) == bf16};
 }
 #elif defined(__APPLE__)
 bool have(const char* feature) {
@@ -62,7 +64,10 @@ bool have(const char* feature) {
     size_t size = sizeof value;
     return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
 }
-Features features() { return {have("hw.optional.arm.FEAT_DotProd"), have("hw.optional.arm.FEAT_BF16")}; }
+Features features() {
+    return {have("hw.optional.arm.FEAT_DotProd"),
+            have("hw.optional.arm.FEAT_BF16") && have("hw.optional.arm.FEAT_I8MM")};
+}
 #else
 Features features() { return {}; }
 #endif

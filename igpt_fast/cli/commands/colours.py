@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -22,21 +22,25 @@ def quantize(
     clusters: Path | None = None,
     model: str | None = None,
     side: int | None = None,
-    preview: Path | None = None,
+    fit: Literal["crop", "pad", "stretch"] = "crop",
+    grid: Path | None = None,
     device: str | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Turn images into colour tokens: an (N, H, W) uint16 array in a .npy file.
 
+    Example: igpt quantize photo.jpg --out tokens.npy --grid colours.png
+
     Args:
-        images: Image files; the square in the middle is cut out and resized.
+        images: Image files, directories that are searched for them, or - for the standard input.
         out: The .npy file to write.
         clusters: Colours to use: a .npy file of (K, 3) floats in [-1, 1], or a preprocessor_config.json.
         model: Directory or hub id whose colours and size to use; the bundled emoji model if neither is given.
+        fit: How an image becomes a square: crop, its middle is cut out; pad, white is put around it; stretch.
         side: Edge of the images in pixels; 0 takes a single image as it is; the model's if not given.
-        preview: Also write the images in their new colours, as a grid.
+        grid: Also write the images in their new colours, as a grid.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given.
         backend: auto, reference, cpu or cuda; see igpt env.
         json: Print one JSON object.
@@ -48,8 +52,8 @@ def quantize(
     if side == 0 and len(images) > 1:
         raise checks.UsageError("--side 0 takes a single image")
     checks.check_output(out, force, (".npy",))
-    checks.check_output(preview, force, GRID_SUFFIXES)
-    checks.check_images(images)
+    checks.check_output(grid, force, GRID_SUFFIXES)
+    paths = checks.find_pictures(images)
     checks.choose_backend(backend)
     device_ = checks.choose_device(device)
     import numpy as np
@@ -60,16 +64,16 @@ def quantize(
     from igpt_fast.image.reading import read_square
 
     palette, default_side = checks.read_palette(clusters, model)
-    pixels = np.stack([read_square(path, default_side if side is None else side) for path in images])
+    pixels = np.stack([read_square(path, default_side if side is None else side, fit) for path in paths])
     colours = torch.from_numpy(pixels).to(device_)
     start = time.perf_counter()
     tokens = images_module.quantize(colours, palette).cpu().numpy()
     seconds = time.perf_counter() - start
     with files.replacing(out, overwrite=force) as partial, partial.open("wb") as file:
         np.save(file, tokens.astype(np.uint16), allow_pickle=False)
-    if preview is not None:
+    if grid is not None:
         decoded = images_module.dequantize(tokens, palette)
-        images_module.save_image(images_module.image_grid(list(decoded)), preview, overwrite=force)
+        images_module.save_image(images_module.image_grid(list(decoded)), grid, overwrite=force)
     used, shape = len(np.unique(tokens)), list(tokens.shape)
     values = {"out": str(out), "shape": shape, "colours": len(palette), "used": used, "seconds": seconds}
     text = f"{out}: {' x '.join(map(str, shape))} tokens, {used} of {len(palette)} colours used"
@@ -83,12 +87,14 @@ def clusters(
     side: int = 32,
     seed: int = 0,
     all_pixels: bool = False,
-    preview: Path | None = None,
+    grid: Path | None = None,
     skip_unreadable: bool = False,
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Fit colour clusters to images, by mini-batch k-means; needs scikit-learn.
+
+    Example: igpt clusters pictures/ -k 512 --out clusters.npy
 
     Args:
         images: Image files, and directories that are searched for them.
@@ -97,7 +103,7 @@ def clusters(
         side: The square in the middle of each image is resized to this edge before its colours are counted.
         seed: Of the fit.
         all_pixels: Fit to every pixel, which takes minutes for millions of them, and not to a sample of 400,000.
-        preview: Also write the colours as a picture.
+        grid: Also write the colours as a picture.
         skip_unreadable: Leave out files of a directory that are not readable images, instead of failing.
         json: Print one JSON object.
         force: Overwrite files.
@@ -109,7 +115,7 @@ def clusters(
     if not images:
         raise checks.UsageError("give at least one image file or directory")
     checks.check_output(out, force, (".npy",))
-    checks.check_output(preview, force, GRID_SUFFIXES)
+    checks.check_output(grid, force, GRID_SUFFIXES)
     import numpy as np
 
     from igpt_fast import image as images_module
@@ -117,10 +123,10 @@ def clusters(
     squares, skipped = _read_squares(images, side, skip_unreadable)
     fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed, all_pixels=all_pixels)
     images_module.save_clusters(fitted, out, overwrite=force)
-    if preview is not None:
+    if grid is not None:
         colours = images_module.dequantize(np.arange(n_clusters), fitted)
         patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
-        images_module.save_image(images_module.image_grid(patches, 32, gap=0), preview, overwrite=force)
+        images_module.save_image(images_module.image_grid(patches, 32, gap=0), grid, overwrite=force)
     values = {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped}
     terminal.report(json, values, f"{out}: {n_clusters} clusters of the colours of {len(squares)} images")
 

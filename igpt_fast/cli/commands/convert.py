@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from igpt_fast.cli import checks, terminal
 
 if TYPE_CHECKING:
     from igpt_fast.config import ImageGPTConfig
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 def convert(
-    checkpoint: Annotated[Positional[Path], arg(metavar="CKPT")],
-    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    checkpoint: Positional[Path],
+    out: Positional[Path],
     clusters: Path | None = None,
-    dtype: str | None = None,
+    dtype: checks.Floats | None = None,
     size: str | None = None,
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Convert OpenAI's checkpoints (TensorFlow's format) to a model that all commands and transformers load.
+
+    Example: igpt convert model.ckpt-1000000 igpt-s --clusters kmeans_centers.npy
 
     A BERT, a checkpoint without model/sos, is for this package alone: transformers would run it as if it were causal.
 
@@ -38,13 +38,11 @@ def convert(
         json: Print one JSON object.
         force: Overwrite a model.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(_DTYPES)}")
     if size is not None and clusters is None:
         raise checks.UsageError("--size: only with --clusters, whose images have it")
     edges = None if size is None else re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
     if size is not None and edges is None:
-        raise checks.UsageError(f"--size is {size!r}; want HxW, such as 32x32")
+        raise checks.UsageError(f"--size is {size!r}; want HxW, such as 32x32, of 1..99999 pixels")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: is not a directory")
     written = ["config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]

@@ -8,6 +8,8 @@ import json as json_module
 def env(json: bool = False) -> None:
     """Show versions, build, devices, instruction sets, and which implementation of every op is live and why.
 
+    Example: igpt env
+
     Args:
         json: Print one JSON object.
     """

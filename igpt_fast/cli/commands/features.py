@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from igpt_fast.learning.feature_sources import Source
     from igpt_fast.world import World
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-
 
 def features(
     data: Positional[Path],
@@ -28,19 +25,21 @@ def features(
     model: str | None = None,
     layers: str = "all",
     bands: int = 1,
-    pool: str = "mean",
+    pool: Literal["mean", "none"] = "mean",
     sos: bool = True,
     masks: int | None = None,
     classes: bool = False,
     skip_unreadable: bool = False,
     batch_size: int = 64,
     device: str | None = None,
-    dtype: str = "float32",
-    backend: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16", "auto", "int8"] = "float32",
+    backend: checks.Backend = "auto",
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Extract features of images, of any layers in one pass, into a .npz or .parquet file.
+
+    Example: igpt features pictures/ --layers 4,8 --out features.npz
 
     Under torchrun every process makes some of them. The same command goes on where one was interrupted.
 
@@ -53,7 +52,7 @@ def features(
         layers: all, or numbers with commas between: 4 is what stands behind four blocks, 0 before the first one.
         bands: Horizontal bands of the image, whose means stand side by side.
         pool: mean, over the positions; or none, every position of its own.
-        sos: Do not put the start token in front, with which a model was trained.
+        sos: The start token in front, with which a model was trained.
         masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
             features are; 5 if not given, 0 shows the whole image.
         classes: The sub-directories of a directory are classes.
@@ -68,10 +67,6 @@ def features(
     """
     checks.check_output(out, force, (".npz", ".parquet"))
     checks.check_range("--batch-size", batch_size, 1, 1 << 16)
-    if pool not in ("mean", "none"):
-        raise checks.UsageError(f"--pool is {pool!r}; want mean or none")
-    if dtype not in (*DTYPES, "int8"):
-        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)} or int8")
     if not data.exists():
         raise FileNotFoundError(f"{data}: no such file or directory")
     if (classes or skip_unreadable) and not is_pictures(data):
@@ -136,7 +131,7 @@ def _extract(run: FeatureRun, out: Path, world: World, force: bool, json: bool, 
     from igpt_fast.learning.feature_files import parts_folder
 
     if begun and world.first:
-        terminal.say(f"igpt: goes on with {begun} of {len(run.source)} images that are done")
+        terminal.note(f"igpt: goes on with {begun} of {len(run.source)} images that are done")
     start, parts, interrupted = time.perf_counter(), run.parts, False
     with progress_bar("features", len(run.source), world.first) as show:
         try:
@@ -174,16 +169,5 @@ def _extract(run: FeatureRun, out: Path, world: World, force: bool, json: bool, 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, wanted: bool = True) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal; yields what sets how much is done."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        desc=what,
-        total=total,
-        unit=" images",
-        file=sys.stderr,
-        disable=None if wanted else True,
-        leave=False,
-        dynamic_ncols=True,
-    )
-    with contextlib.closing(bar):
+    with contextlib.closing(terminal.bar(what, total, "images", wanted)) as bar:
         yield lambda done: bar.update(done - bar.n) and None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast import processes
-from igpt_fast.cli import checks, terminal
+from igpt_fast.cli import checks, progress, terminal
 from igpt_fast.learning.settings import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -18,20 +16,22 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    model: Annotated[Positional[str], arg(metavar="MODEL")],
-    data: Annotated[Positional[Path], arg(metavar="DATA")],
+    model: Positional[str],
+    data: Positional[Path],
     out: Path = Path("runs/finetune"),
     holdout: float | None = None,
     skip_unreadable: bool = False,
     scratch: bool = False,
     resume: bool = False,
     device: str | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
     config: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(),  # noqa: B008 - a frozen value
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Fine-tune a model to classify images; it still draws, and serves as ImageGPTForImageClassification.
+
+    Example: igpt finetune runs/train/model labelled/ --out runs/classify
 
     Args:
         model: A folder or hub name of a model with its colours.
@@ -64,7 +64,7 @@ def finetune(
     from igpt_fast.learning import run
     from igpt_fast.learning.objectives.classification import Classification
 
-    how = {"resume": resume, "overwrite": force}
+    how: dict[str, Any] = {"resume": resume, "overwrite": force}
     run.check_directory(out, **how)  # before the images are read, which takes its time
     start = tuning.load(model)
     with checks.as_usage():
@@ -72,7 +72,9 @@ def finetune(
     if scratch:
         start = tuning.random_weights(start, config.seed)
     tokens = _tokens(model, data, 0.1 if holdout is None else holdout, skip_unreadable)
-    summary = tuning.finetune(start, tokens, out, config, device=device_, progress=_progress, **how)
+    with progress.training(out, config.steps, config.batch_size) as told:
+        how |= {"progress": told.record, "on_step": told.step}
+        summary = tuning.finetune(start, tokens, out, config, device=device_, **how)
     terminal.report(json, summary, _text(summary))
 
 
@@ -86,10 +88,6 @@ def _text(summary: dict[str, Any]) -> str:
     text += f", {summary['accuracy']:.4f} of {summary['heldout_images']} held-out images right"
     before = f" ({terminal.nats(summary['nats_before'])} before)"
     return f"{text}, {terminal.nats(summary['nats'])} nats/token{before}" if summary["nats"] is not None else text
-
-
-def _progress(record: dict[str, Any]) -> None:
-    print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
 def _tokens(model: str, data: Path, holdout: float, skip_unreadable: bool) -> ImageSet:

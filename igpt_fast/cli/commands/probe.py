@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tyro.conf import OmitArgPrefixes, Positional
 
 from igpt_fast.cli import checks, terminal
-from igpt_fast.cli.commands.features import DTYPES, is_pictures
+from igpt_fast.cli.commands.features import is_pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +40,7 @@ class Probing:
         bands: Horizontal bands of the image, whose means stand side by side.
         masks: Of a model that was trained on masked images: how many masks each image is seen under, whose mean the
             features are; 5 if not given, 0 shows the whole image.
-        sos: Do not put the start token in front, with which a model was trained.
+        sos: The start token in front, with which a model was trained.
         seed: Of draws, parts of train and random weights.
         batch_size: Images that are computed together.
     """
@@ -80,7 +79,7 @@ def _shots(text: str | None) -> list[int] | None:
         return None if text is None else []
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() and int(part[:9]) > 0 and len(part) < 9 for part in parts):
-        raise ValueError(f"shots is {text!r}; want none, or numbers with commas between")
+        raise ValueError(f"shots is {text!r}; want none, or numbers in 1..99999999 with commas between")
     return [int(part) for part in parts]
 
 
@@ -105,12 +104,14 @@ def probe(
     out: Path | None = None,
     plot: Path | None = None,
     device: str | None = None,
-    dtype: str = "float32",
-    backend: str = "auto",
+    dtype: checks.FloatsOrStored = "float32",
+    backend: checks.Backend = "auto",
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Probe a model: accuracy of a logistic regression on each layer, beside raw pixels and random weights.
+
+    Example: igpt probe labelled/ --model runs/train/model --plot probe.png
 
     Args:
         data: A directory whose sub-directories are classes, or a token file (.npz) or shards with labels, in the
@@ -128,7 +129,7 @@ def probe(
         json: Print one JSON object.
         force: Overwrite files.
     """
-    _check(data, test, holdout, skip_unreadable, dtype)
+    _check(data, test, holdout, skip_unreadable)
     assert data is not None
     checks.check_output(out, force, (".json",))
     checks.check_output(plot, force, (".png", ".svg", ".pdf"))
@@ -165,10 +166,10 @@ def probe(
     if json:
         terminal.report(True, result.to_dict(), "")
     else:
-        print(result.table(), flush=True)
+        terminal.lines(result.table().splitlines())
 
 
-def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unreadable: bool, dtype: str) -> None:
+def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unreadable: bool) -> None:
     if data is None:
         raise checks.UsageError(NO_EMOJI)
     for path in (data, *([] if test is None else [test])):
@@ -176,8 +177,6 @@ def _check(data: Path | None, test: Path | None, holdout: float | None, skip_unr
             raise FileNotFoundError(f"{path}: no such file or directory")
     if test is not None and test.samefile(data):
         raise checks.UsageError(f"--test {test}: is what is trained on; without --test the held-out part serves")
-    if dtype not in DTYPES:
-        raise checks.UsageError(f"--dtype is {dtype!r}; want {', '.join(DTYPES)}")
     if holdout is not None and not 0.0 < holdout < 1.0:
         raise checks.UsageError(f"--holdout is {holdout}; want a fraction in (0, 1)")
     if holdout is not None and (test is not None or not is_pictures(data)):
@@ -218,9 +217,7 @@ def _read(path: Path, model: str | None, network: Any, holdout: float, skip: boo
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal, of what is being done."""
-    from tqdm import tqdm
-
-    with contextlib.closing(tqdm(file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)) as bar:
+    with contextlib.closing(terminal.bar("", None, "images")) as bar:
 
         def show(what: str, done: int, total: int) -> None:
             if bar.disable:

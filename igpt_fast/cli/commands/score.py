@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -21,7 +20,6 @@ from igpt_fast.cli import checks, terminal
 from igpt_fast.cli.checks import UsageError
 from igpt_fast.cli.draw import options
 from igpt_fast.cli.score_files import Results
-from igpt_fast.files import shown
 from igpt_fast.interrupts import delayed_interrupt
 
 if TYPE_CHECKING:
@@ -31,9 +29,7 @@ if TYPE_CHECKING:
     from igpt_fast.pipeline import Pipeline, Scores
     from igpt_fast.world import World
 
-SPLITS = ("heldout", "train", "all")
 ORDERS = {"nats": "nats_per_pixel", "ood": "ood"}
-DTYPES = ("float32", "bfloat16", "float16", "auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,8 @@ class ScoreOptions:
 
     Args:
         model: Directory or hub id of a checkpoint; the bundled emoji model if not given.
-        label: Class that the images are said to be of, for a model that has classes: a number, or several with commas
-            between, which are repeated until every image has one.
+        label: Class that the images are said to be of, for a model that has classes: a number or a name of its
+            config.json, or several with commas between, which are repeated until every image has one.
         batch_size: Images computed together; chosen by memory if not given.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
             LOCAL_RANK.
@@ -56,12 +52,11 @@ class ScoreOptions:
     label: str | None = None
     batch_size: int | None = None
     device: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "auto", "int8"] = "float32"
+    backend: checks.Backend = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {shown(self.dtype)}; want {', '.join(DTYPES)}")
+        checks.check_device_name(self.device)
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size)
 
@@ -81,9 +76,9 @@ class ScoreOptions:
 
 def score(
     images: Positional[tuple[Path, ...]] = (),
-    split: str = "heldout",
+    split: Literal["heldout", "train", "all"] = "heldout",
     reference: Path | None = None,
-    by: str = "nats",
+    by: Literal["nats", "ood"] = "nats",
     show: int = 20,
     results: OmitArgPrefixes[Results] = Results(),  # noqa: B008 - a frozen value
     how: OmitArgPrefixes[ScoreOptions] = ScoreOptions(),
@@ -91,6 +86,8 @@ def score(
     json: bool = False,
 ) -> None:
     """Score images by their likelihood, the most unusual first; under torchrun, with all its processes.
+
+    Example: igpt score pictures/ --grid unusual.png
 
     Every figure is higher for what is more unusual: nats and bits a pixel over the model's palette; the complexity,
     bits of the compressed tokens; and ood, bits less complexity (Serra et al., 2020), which tells strange images from
@@ -109,10 +106,6 @@ def score(
         skip_unreadable: Leave out files that are not readable images, instead of failing.
         json: Print one JSON object.
     """
-    if split not in SPLITS:
-        raise UsageError(f"--split is {shown(split)}; want {', '.join(SPLITS)}")
-    if by not in ORDERS:
-        raise UsageError(f"--by is {shown(by)}; want {' or '.join(ORDERS)}")
     checks.check_range("--show", show, 0, 1 << 30)
     with world_module.world() as world:
         if world.first:
@@ -176,7 +169,7 @@ class _Job:
     @cached_property
     def labels(self) -> list[int] | None:
         """The class of each of ``names``."""
-        return options.labels(self.how.label, len(self.names))
+        return options.labels(self.how.label, len(self.names), self.how.model)
 
     @cached_property
     def names(self) -> list[str]:
@@ -423,10 +416,10 @@ class _Report:
             if shown_now := order[: self.show]:
                 terminal.lines([_HEAD, *(_row(scores.names[i], columns, i) for i in shown_now)])
             more = f" ({len(order) - self.show} more are not listed)" if len(order) > self.show > 0 else ""
-            terminal.say(_summary(scores, means, self.values["seconds"]) + more, sys.stdout)
+            terminal.report(False, {}, _summary(scores, means, self.values["seconds"]) + more)
             if aurocs:
                 text = ", ".join(f"{value:.3f} by {name}" for name, value in aurocs.items())
-                terminal.say(f"AUROC against {len(self.reference or ())} images of the reference: {text}", sys.stdout)
+                terminal.report(False, {}, f"AUROC against {len(self.reference or ())} images of the reference: {text}")
             return
         labels = [None] * len(scores) if scores.labels is None else scores.labels.tolist()
         about_each = ({"number": i, "image": scores.names[i], "label": labels[i]} for i in order)
@@ -464,10 +457,8 @@ class _Bar:
     """On a terminal's stderr: how many of its images this process has read, then how many all processes have scored."""
 
     def __init__(self, world: World, total: int) -> None:
-        from tqdm import tqdm
-
-        self._world, disable = world, None if world.first else True
-        self._bar = tqdm(desc="scoring", total=total, unit=" images", file=sys.stderr, disable=disable, leave=False)
+        self._world = world
+        self._bar = terminal.bar("scoring", total, "images", world.first)
         self.close = self._bar.close
 
     def begin(self, what: str, total: int) -> None:

@@ -34,6 +34,8 @@ def tokenize(
 ) -> None:
     """Turn a data set of any size into token shards, which igpt train reads as it goes.
 
+    Example: igpt tokenize pictures.tar --size 32 -k 512 --out shards
+
     Args:
         source: A directory of images, .zip, .tar (as WebDataset's), .parquet, a directory of these or of
             datasets.save_to_disk, .npy or .npz.
@@ -97,7 +99,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if match is None:
-        raise checks.UsageError(f"--size is {text!r}; want HEIGHTxWIDTH, such as 32x32, or the edge of a square")
+        wanted = "HEIGHTxWIDTH, such as 32x32, or the edge of a square, of 1..4096 pixels"
+        raise checks.UsageError(f"--size is {text!r}; want {wanted}")
     height, width = int(match[1]), int(match[2] or match[1])
     for edge in (height, width):
         checks.check_range("--size", edge, 1, 4096)
@@ -106,4 +109,4 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _progress(record: dict[str, Any]) -> None:
     text = f"tokenized {record['images']} of {record['of']} images, {record['skipped']} skipped"
-    terminal.say(f"{text}, {record['seconds']:.1f} s")
+    terminal.note(f"{text}, {record['seconds']:.1f} s")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
-import sys
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from igpt_fast import processes
-from igpt_fast.cli import checks, terminal
+from igpt_fast.cli import checks, progress, terminal
 from igpt_fast.learning.settings import REDUCE_OVERHEAD, Execution, TrainConfig
 from igpt_fast.world import world
 
@@ -66,15 +64,18 @@ def train(
     classes: bool = False,
     init: str | None = None,
     resume: bool = False,
+    plot: Path | None = None,
     device: str | None = None,
-    dtype: str = "float32",
-    backend: str = "auto",
+    dtype: checks.Floats = "float32",
+    backend: checks.Backend = "auto",
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - a frozen value
     execution: OmitArgPrefixes[Execution] = Execution(),  # noqa: B008
     json: bool = False,
     force: bool = False,
 ) -> None:
     """Train a model: images, colour clusters, tokens, network; writes a checkpoint that all commands take.
+
+    Example: igpt train pictures/ --side 32 -k 512 --out runs/mine
 
     Args:
         data: A directory of images, of shards (igpt tokenize), or a token file (.npz with tokens, clusters, heldout);
@@ -86,12 +87,13 @@ def train(
             of. masked: some pixels from all others (OpenAI's BERT), to read features of; samples.png then shows what
             it makes of masked images.
         classes: Learn to draw images of a class on demand. The classes are the sub-directories of a directory, or
-            stand in a token file that has labels (and class_names).
+            stand in a token file that has labels (and class_names); the bundled emoji have nine.
         init: A folder or hub name of a model to go on from, which gives the network's size. A directory of images gets
             its side and colours, unless others are asked for; new colours begin as the nearest old ones, positions are
             interpolated, new classes begin as an image of any.
         resume: Continue an interrupted run; the settings must be the same. Bit for bit with as many processes and the
             same --parallel and --accumulate; with others, dropout draws other masks, and a line says so.
+        plot: Draw the log, the nats of training and held-out images by step: .png, .svg or .pdf; needs matplotlib.
         device: cpu, cuda, cuda:N or mps; cuda if torch has it, if not given. Under torchrun, cuda is the GPU
             LOCAL_RANK.
         dtype: float32, bfloat16 or float16, of the weights in model/; the training itself keeps float32 ones.
@@ -105,23 +107,14 @@ def train(
     with world("what was saved is kept; go on with --resume", collectives) as together:
         if resume and force:
             raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
+        if together.first:
+            checks.check_output(plot, force or resume, (".png", ".svg", ".pdf"))
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
-        from igpt_fast.learning.shards import has_labels, is_shards
-
-        preparation.check(data is not None and data.is_dir() and not is_shards(data))
-        if init is not None and preparation.all_pixels and preparation.n_clusters is None:
-            raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
-        if objective == "masked" and init is not None:
-            raise checks.UsageError("--init: only with --objective next_pixel")
-        if objective == "masked" and classes:
-            raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
-        if classes and data is None:
-            raise checks.UsageError("--classes: the bundled emoji have none; give a directory, or a file with labels")
+        preparation.check(data is not None and data.is_dir())
+        _check_together(preparation, objective, classes, init)
         if not classes and config.label_dropout != TrainConfig.label_dropout:
             raise checks.UsageError("--label-dropout: only with --classes")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise checks.UsageError(f"--dtype is {dtype!r}; want float32, bfloat16 or float16")
         if processes.size() == 1 and execution.parallel != Execution.parallel:
             raise checks.UsageError(f"--parallel {execution.parallel}: only for several processes, under torchrun")
         checks.choose_backend(backend)
@@ -130,31 +123,46 @@ def train(
             raise checks.UsageError(f"--compile {REDUCE_OVERHEAD}: CUDA graphs of the steps, and --device is {device_}")
         import torch
 
-        from igpt_fast.learning import run
+        from igpt_fast.learning import curve, run
         from igpt_fast.learning.objectives.masked import Masked
+        from igpt_fast.learning.probe_result import need_matplotlib
+        from igpt_fast.learning.shards import has_labels, is_shards
+        from igpt_fast.learning.state import LOG
 
+        if plot is not None:
+            need_matplotlib()
+        if data is not None and is_shards(data):
+            preparation.check(of_directory=False)
         if classes and data is not None and not has_labels(data):
             raise checks.UsageError(f"--classes: {data} has no labels; train without, or write some into it")
         how: dict[str, Any] = {"resume": resume, "overwrite": force}
         run.check_directory(out, **how)  # before the images are read, which takes its time
         how |= {"objective": Masked() if objective == "masked" else None, "device": device_, "execution": execution}
-        how |= {"save_dtype": getattr(torch, dtype), "progress": _progress}
-        tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
+        how |= {"save_dtype": getattr(torch, dtype), "world": together}
+        start = time.perf_counter()
+        with progress.preparing("reading images, fitting colours", together.first):
+            tokens = together.first_makes(lambda: _tokens(data, preparation, classes, config.seed, init))
+        prepared = time.perf_counter() - start
         if init is not None:
             how["objective"], config = _continued(init, tokens, config)
-        summary = run.run(tokens, out, config, world=together, **how)
+        with progress.training(out, config.steps, config.batch_size, together.first) as told:
+            how |= {"progress": told.record, "on_step": told.step if together.size == 1 else None}
+            summary = run.run(tokens, out, config, **how)
     if together.first:
+        summary |= {"preparation_share": round(prepared / (time.perf_counter() - start), 3)}
+        if plot is not None:
+            curve.plot(out / LOG, plot, overwrite=force or resume)
         _report(out, summary, objective, classes, json)
 
 
-def spelled_out(args: Sequence[str]) -> list[str]:
-    """The arguments with a value behind each ``--compile``, which may stand alone, as may ``--no-compile``."""
-    found: list[str] = []
-    for word, following in zip(args, [*args[1:], ""], strict=True):
-        found += ["--compile", "False"] if word == "--no-compile" else [word]
-        if word == "--compile" and following not in ("True", "False", REDUCE_OVERHEAD):
-            found.append("True")
-    return found
+def _check_together(preparation: Preparation, objective: str, classes: bool, init: str | None) -> None:
+    """Fails, as a mistake of usage, where one of them says what another makes no sense with."""
+    if init is not None and preparation.all_pixels and preparation.n_clusters is None:
+        raise checks.UsageError("--all-pixels: only where colours are fitted; with --init give --n-clusters too")
+    if objective == "masked" and init is not None:
+        raise checks.UsageError("--init: only with --objective next_pixel")
+    if objective == "masked" and classes:
+        raise checks.UsageError("--classes: a model of --objective masked cannot draw, so not of a class either")
 
 
 def _collectives(device: str | None) -> str:
@@ -165,7 +173,10 @@ def _collectives(device: str | None) -> str:
 
 
 def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, json: bool) -> None:
-    text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps,"
+    text = f"{out / 'model'}: {summary['parameters'] / 1e6:.2f} M parameters, {summary['steps']} steps"
+    if summary["preparation_share"] >= 0.01:
+        text += f" ({summary['preparation_share']:.0%} of the time for images and colours)"
+    text += ","
     if objective == "masked":
         text += f" held out {terminal.nats(summary['heldout_masked_nats'])} nats/masked pixel"
         terminal.report(json, summary, f"{text} (histogram {terminal.nats(summary['histogram_nats'])})")
@@ -174,10 +185,6 @@ def _report(out: Path, summary: dict[str, Any], objective: str, classes: bool, j
     if classes:
         text += f", {terminal.nats(summary['heldout_class_nats'])} given the class"
     terminal.report(json, summary, f"{text} (left+up lookup table {terminal.nats(summary['lookup_table_nats'])})")
-
-
-def _progress(record: dict[str, Any]) -> None:
-    print(json_module.dumps(record), file=sys.stderr, flush=True)
 
 
 def _continued(init: str, data: ImageSet, config: TrainConfig) -> tuple[Objective, TrainConfig]:

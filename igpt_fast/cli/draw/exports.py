@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json as json_module
+import os
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from igpt_fast.image import ImageGPTImageProcessor
     from igpt_fast.sampling.results import Generation
 
+MOST_IN_GRID = 1024  # images, of which a grid is made without being asked for
 _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASCII)  # names of single images
 
 
@@ -32,10 +34,46 @@ _NUMBERED = re.compile(r"(\d{5}|[1-9]\d{5,})(-(\d\d|[1-9]\d{2,}))?\.png", re.ASC
 class Exports:
     """The names of what a command writes."""
 
-    grid: Path
+    grid: Path | None
     files: Files  # the rest
     names: Sequence[str]  # of the single images, in their order; of no use where there are none
     columns: int | None = None  # images in a row of the grid
+    labels: bool = True  # whether the columns of completions are named
+
+    @classmethod
+    def of(cls, out: Path | None, usual: str, files: Files, count: int, **more: Any) -> Exports:
+        """Those of ``count`` images, whose grid is ``out``, or has the usual name, or is none.
+
+        Raises:
+            UsageError: Nothing would be written, or a grid that is named and not wanted.
+        """
+        if out is not None and not files.grid:
+            raise UsageError("--out names the grid, --no-grid leaves it out; give one of them")
+        wanted = files.grid and (out is not None or count <= MOST_IN_GRID)
+        if not wanted and files.singles is files.tokens is files.gif is None:
+            most = f"of {count} images no grid is made unless --out names it" if files.grid else "--no-grid"
+            raise UsageError(f"{most}: give --tokens, --singles or --gif as well, or nothing is written")
+        exports = cls((out or Path(usual)) if wanted else None, files, **more)
+        return exports._numbered_anew() if files.number else exports
+
+    def _numbered_anew(self) -> Exports:
+        """The same with the least number from 2 on behind each name, if one of them is there already."""
+        if self.files.force:
+            raise UsageError("--number leaves files as they are, --force overwrites them; give one of them")
+        exports, number = self, 1
+        while any(os.path.lexists(path) for path in exports._paths()):
+            number += 1
+            named = {name: getattr(self.files, name) for name in ("gif", "singles", "tokens", "sidecar")}
+            named = {k: p and p.with_name(f"{p.stem}-{number}{p.suffix}") for k, p in named.items()}
+            grid = self.grid and self.grid.with_name(f"{self.grid.stem}-{number}{self.grid.suffix}")
+            exports = replace(self, grid=grid, files=replace(self.files, **named))
+        return exports
+
+    def _paths(self) -> list[Path]:
+        """Of all that is written."""
+        files = self.files
+        paths = (self.grid, files.gif, files.tokens, files.sidecar, files.singles)
+        return [path for path in paths if path is not None]
 
     def check(self) -> None:
         """Fails before the work is done if a result could not be written, or would replace something."""
@@ -51,8 +89,8 @@ class Exports:
             self._check_singles(files.singles)
 
     def _check_singles(self, folder: Path) -> None:
-        for path in (self.grid, self.files.gif, self.files.tokens, self.files.sidecar):
-            if path is not None and path.resolve() == folder.resolve():
+        for path in self._paths()[:-1]:
+            if path.resolve() == folder.resolve():
                 raise UsageError(f"{path}: is also the directory of --singles; choose another name")
         if not folder.exists():
             if not folder.parent.is_dir():
@@ -62,7 +100,7 @@ class Exports:
             raise NotADirectoryError(f"{folder}: is not a directory")
         check_writable(folder)
         names = set(self.names)
-        if self.grid.parent.resolve() == folder.resolve() and self.grid.name in names:
+        if self.grid is not None and self.grid.parent.resolve() == folder.resolve() and self.grid.name in names:
             raise UsageError(f"{self.grid}: is also the name of a single image; choose another --out or --singles")
         there = {path.name: path for path in folder.iterdir()}
         for name in sorted(names.intersection(there)):
@@ -89,11 +127,14 @@ class Exports:
         from igpt_fast.image.writing import check_image
         from igpt_fast.sampling.results import grid_pixels
 
+        if self.grid is self.files.gif is None:
+            return
         try:
-            size = grid_pixels(processor, count, inputs, self.columns, self.files.upscale)
+            size = grid_pixels(processor, count, inputs, self.columns, self.files.upscale, self.labels)
             if self.files.gif is not None:
                 check_animation(self.files.gif, *size, processor.height + 1)
-            check_image(self.grid, *size)
+            if self.grid is not None:
+                check_image(self.grid, *size)
         except ValueError as error:
             raise UsageError(f"{error}; make the grid's images smaller with --upscale 1, or draw fewer") from error
 
@@ -115,9 +156,11 @@ class Exports:
                 singles.mkdir(exist_ok=True)
             with replacing_together(targets, overwrite=files.force) as partials:
                 at = dict(zip(targets, partials, strict=True))
-                generation.save_grid(at[self.grid], columns=self.columns, scale=files.upscale)
+                look: dict[str, Any] = {"columns": self.columns, "scale": files.upscale, "labels": self.labels}
+                if self.grid is not None:
+                    generation.save_grid(at[self.grid], **look)
                 if files.gif is not None:
-                    generation.save_gif(at[files.gif], columns=self.columns, scale=files.upscale)
+                    generation.save_gif(at[files.gif], **look)
                 if files.tokens is not None:
                     save_tokens(generation, at[files.tokens])
                 if files.sidecar is not None:
@@ -139,10 +182,11 @@ class Exports:
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path, format="PNG")
 
     def rescue(self, generation: Generation) -> str:
-        """Where ``write`` has failed: saves the tokens alone, beside the grid under a new name, and says so."""
+        """Where ``write`` has failed: saves the tokens alone, beside the first file under a new name, and says so."""
         from igpt_fast.sampling.results import save_tokens
 
-        path = self.grid.with_name(f"{self.grid.stem[:200]}.{secrets.token_hex(4)}.npz")
+        beside = self._paths()[0]
+        path = beside.with_name(f"{beside.stem[:200]}.{secrets.token_hex(4)}.npz")
         try:
             with replacing(path, overwrite=False) as partial:
                 save_tokens(generation, partial)

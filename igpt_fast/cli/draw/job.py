@@ -182,7 +182,8 @@ def _save(
         return
     if "error" in values:
         terminal.say(f"igpt: {len(generation)} of {job.total} images are finished and saved")
-    text = f"{names['out']}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
+    written = next(name for name in names.values() if name is not None)
+    text = f"{written}: {len(generation)} images of {size[0]}x{size[1]}, seed {generation.seed}, {seconds:.1f} s"
     terminal.report(job.json, names | values, f"{text} ({values['images_per_second']} images/s, {values['engine']})")
 
 
@@ -200,21 +201,11 @@ class Progress:
     """A bar with images a second and the time left, on a terminal; measures the time in any case."""
 
     def __init__(self, job: Job) -> None:
-        from tqdm import tqdm
-
         self._world = job.world
-        self.bar = tqdm(
-            desc={"sample": "sampling", "complete": "completing"}[job.command],
-            total=job.total,
-            unit=" images",
-            file=sys.stderr,
-            disable=None if job.world.first else True,
-            leave=False,
-            miniters=0,
-            dynamic_ncols=True,
-            # A narrow terminal cuts the end.
-            bar_format="{desc} {percentage:.0f}% of {total} images, {rate_noinv_fmt}, {remaining} left |{bar}|",
-        )
+        what = {"sample": "sampling", "complete": "completing"}[job.command]
+        # A narrow terminal cuts the end.
+        form = "{desc} {percentage:.0f}% of {total} images, {rate_noinv_fmt}, {remaining} left |{bar}|"
+        self.bar = terminal.bar(what, job.total, "images", job.world.first, miniters=0, bar_format=form)
         self._start = time.perf_counter()
 
     @property

@@ -217,3 +217,57 @@ def test_the_hash_is_of_names_types_shapes_and_values() -> None:
         model.weight[1, 1] += 1e-6
     assert exports.weights_hash(model) != before
     assert exports.weights_hash(model.bfloat16()) != before
+
+
+def test_a_grid_that_nobody_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    many = exports.MOST_IN_GRID + 1
+    tokens = Files(tokens=Path("t.npz"))
+    assert Exports.of(None, "a.png", tokens, many - 1, names=()).grid == Path("a.png")
+    assert Exports.of(None, "a.png", tokens, many, names=()).grid is None
+    assert Exports.of(Path("b.png"), "a.png", tokens, many, names=()).grid == Path("b.png")
+    assert Exports.of(None, "a.png", Files(grid=False, singles=Path("s")), 2, names=()).grid is None
+    for out, files, count, reason in (
+        (None, Files(sidecar=Path("a.json")), many, f"of {many} images no grid is made unless --out names it: give"),
+        (None, Files(grid=False), 2, "--no-grid: give --tokens"),
+        (Path("b.png"), Files(grid=False, tokens=Path("t.npz")), 2, "give one of them"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            Exports.of(out, "a.png", files, count, names=())
+
+
+def test_without_a_grid(generation: Generation, tmp_path: Path) -> None:
+    target = Exports.of(None, "a.png", Files(grid=False, tokens=tmp_path / "t.npz"), 3, names=())
+    target.check()
+    target.check_size(generation.processor, 1 << 24)
+    assert target.write(generation, range(3), {})["out"] is None
+    assert listing(tmp_path) == ["t.npz"]
+    assert re.search(r"saved in \S+t\.\w{8}\.npz", target.rescue(generation))
+
+
+def test_numbered(generation: Generation, tmp_path: Path) -> None:
+    """All files of a run have its number, the first that is free for all of them."""
+    files = Files(tokens=tmp_path / "t.npz", singles=tmp_path / "s", number=True)
+    for number in ("", "-2", "-4"):
+        target = Exports.of(tmp_path / "a.png", "", files, 3, names=NAMES)
+        target.check()
+        target.write(generation, range(3), {})
+        assert (tmp_path / f"a{number}.png").exists()
+        assert (tmp_path / f"t{number}.npz").exists()
+        assert (tmp_path / f"s{number}" / NAMES[2]).exists()
+        (tmp_path / "t-3.npz").touch()
+    with pytest.raises(UsageError, match="--number"):
+        Exports.of(tmp_path / "a.png", "", Files(number=True, force=True), 3, names=())
+
+
+def test_labels_of_columns(generation: Generation, tmp_path: Path, pipeline: Pipeline) -> None:
+    completed = pipeline.complete(generation.images[:1], keep=15, n=1, seed=1)
+    sizes = []
+    for labels in (True, False):
+        Exports(tmp_path / "a.png", Files(force=True), (), labels=labels).write(completed, [0], {})
+        with Image.open(tmp_path / "a.png") as grid:
+            sizes.append(grid.size)
+        assert results.grid_pixels(pipeline.processor, 1, 1, None, None, labels) == sizes[-1]
+    (width, labelled), (same, plain) = sizes
+    assert width == same
+    assert 15 < labelled - plain < 40

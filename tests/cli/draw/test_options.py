@@ -8,16 +8,41 @@ from PIL import Image
 
 from igpt_fast.cli.checks import UsageError
 from igpt_fast.cli.draw import options
+from igpt_fast.config import ImageGPTConfig
 from igpt_fast.image import center_crop, open_image, resize
 
 
-def test_labels() -> None:
-    assert options.labels(None, 3) is None
-    assert options.labels("7", 3) == [7, 7, 7]
-    assert options.labels("0,2,5", 7) == [0, 2, 5, 0, 2, 5, 0]
-    for wrong in ("", "a", "1,", "-1", "1.5", "1,2,3,4", "1 2", "٣", "9" * 12):
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A configuration of eight classes, of which config.json has the names."""
+    names = dict(enumerate(["tea", "coffee", "milk", "5", "a b", "x", "y", "Tea"]))
+    ImageGPTConfig(vocab_size=40, n_positions=16, n_classes=8, id2label=names).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_labels(model: str) -> None:
+    assert options.labels(None, 3, model) is None
+    assert options.labels("7", 3, model) == [7, 7, 7]
+    assert options.labels("0,2,5", 7, model) == [0, 2, 5, 0, 2, 5, 0]
+    assert options.labels("coffee, 3,a b,5", 4, model) == [1, 3, 4, 5]  # a number is a number, whatever is called so
+    for wrong in ("", "a", "1,", "-1", "1.5", "1,2,3,4", "1 2", "٣", "9" * 12, "8"):
         with pytest.raises(UsageError, match="--label"):
-            options.labels(wrong, 3)
+            options.labels(wrong, 3, model)
+    with pytest.raises(UsageError, match=r"'cofee'; want 0\.\.7, or a name: .*coffee.*; did you mean coffee\?"):
+        options.labels("cofee", 1, model)
+    with pytest.raises(UsageError, match=r"--label 8 is not in 0\.\.7$"):
+        options.labels("8", 1, model)
+
+
+def test_labels_of_models_without_names_or_classes(tmp_path: Path) -> None:
+    ImageGPTConfig(vocab_size=40, n_positions=16).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="the model has no classes"):
+        options.labels("0", 1, str(tmp_path))
+    ImageGPTConfig(vocab_size=40, n_positions=16, n_classes=2).save_pretrained(tmp_path)  # LABEL_0, LABEL_1 by default
+    assert options.labels("1", 1, str(tmp_path)) == [1]
+    ImageGPTConfig(vocab_size=40, n_positions=16, n_classes=3).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"--label is 'LABEL_0'; want 0\.\.2$"):
+        options.labels("LABEL_0", 1, str(tmp_path))
 
 
 def test_kept() -> None:

@@ -97,7 +97,7 @@ inline void transpose(Ints (&r)[8]) {
     for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
-constexpr bool kPairs = false, kBytes = false, kWords = true;
+constexpr bool kPairs = false, kBytes = false, kWords = true, kTwoByTwo = false;
 constexpr int kByteOffset = 0;
 
 // acc + the sum of a pair of 16-bit integers times the pairs of w.

@@ -9,6 +9,7 @@ using Ints = __m512i;
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 4;  // rows that a product has in registers: 4 rows x 4 registers, 32 there are
 constexpr int kBlockRows = 6, kBlockRegisters = 4;  // and one of many rows (block.h)
+constexpr bool kTwoByTwo = false;
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }

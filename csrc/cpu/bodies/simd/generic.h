@@ -65,7 +65,7 @@ inline Vec times_power(Vec p, Vec x) {
     return drop_below(near * zero() + y, x, set1(-126.0f));  // any NaN stays one
 }
 
-constexpr bool kPairs = false, kBytes = false, kWords = false;
+constexpr bool kPairs = false, kBytes = false, kWords = false, kTwoByTwo = false;
 constexpr int kByteOffset = 0;
 
 }  // namespace

@@ -1,5 +1,5 @@
 // NEON (AArch64): registers of 4 lanes, 32 of them; and, where there are, products of bytes (SDOT) and of bf16 pairs
-// (BFDOT).
+// (BFDOT), and of two rows by two columns of both (SMMLA, BFMMLA).
 #pragma once
 
 #include <arm_neon.h>
@@ -145,6 +145,31 @@ constexpr bool kBytes = false;
 #endif
 constexpr bool kWords = false;
 constexpr int kByteOffset = 0;
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kTwoByTwo = true;
+// acc + two rows times two columns, 8 bytes of k each, as [row][column]: of bf16, whose pairs are added as add_pairs
+// does, one after the other; of signed bytes.
+inline Vec multiply_two(Vec acc, Ints rows, Ints columns) {
+    return vbfmmlaq_f32(acc, vreinterpretq_bf16_s32(rows), vreinterpretq_bf16_s32(columns));
+}
+inline Ints multiply_two(Ints acc, Ints rows, Ints columns) {
+    return vmmlaq_s32(acc, vreinterpretq_s8_s32(rows), vreinterpretq_s8_s32(columns));
+}
+#else
+constexpr bool kTwoByTwo = false;
+#endif
+// Words of a and b in turn; their first halves, and their second ones.
+inline void interleave_words(Ints a, Ints b, Ints& first, Ints& second) {
+    first = vzip1q_s32(a, b);
+    second = vzip2q_s32(a, b);
+}
+template <class V>
+inline void pair_halves(V a, V b, V& first, V& second) {
+    const auto x = reinterpret_cast<int64x2_t>(a), y = reinterpret_cast<int64x2_t>(b);
+    first = reinterpret_cast<V>(vzip1q_s64(x, y));
+    second = reinterpret_cast<V>(vzip2q_s64(x, y));
+}
 
 }  // namespace
 }  // namespace igpt::cpu

@@ -1,7 +1,7 @@
 // Registers of the instruction set that a file is compiled for: kLanes floats or 32-bit integers, kMaxRows rows of a
 // product, reads and writes of whole ones and parts, and whether there are products of bf16 pairs (kPairs), of bytes
-// (kBytes) and of pairs of 16-bit integers (kWords). A machine is one header. Everything has internal linkage; see
-// ops.h.
+// (kBytes), of pairs of 16-bit integers (kWords), and of two rows by two columns of pairs and bytes (kTwoByTwo). A
+// machine is one header. Everything has internal linkage; see ops.h.
 #pragma once
 
 #include <cstddef>
