@@ -45,10 +45,10 @@ definitions, models against transformers', the CPU decoder, sampling, export; wi
 |---|---|---|---|---|
 {rows}
 
-What fails with torch 2.6: its exporter (`torch.export`) cannot follow a model that returns a `ModelOutput` (`strict`), cannot
-read back what it wrote of an exported model, and keeps `quantize` and `dequantize` as ops of this package. One
-error of attention at the level `generic` is 2.3 times that of 2.6's own expression, where the tests allow 2. Whoever
-exports models needs a newer torch; `torch.compile` and training have not been tested with 2.6.
+What fails with torch 2.6: its exporter (`torch.export`) cannot follow a model that returns a `ModelOutput`, cannot read
+back what it wrote of an exported model, and keeps `quantize` and `dequantize` as ops of this package. One error of
+attention at the level `generic` is 2.3 times that of 2.6's own expression, where the tests allow 2. Whoever exports
+models needs a newer torch; `torch.compile` and training have not been tested with 2.6.
 
 `torch>=2.6` has no upper bound: a newer one than those above is expected to work. `constraints.txt` pins what all
 tests run on.
