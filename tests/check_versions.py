@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE, TABLE = ROOT / "build" / "versions", ROOT / "docs" / "versions.md"
 MINORS = (11, 12, 13, 14)
 # Beside igpt_fast[hf]: what the slice imports.
-TOOLS = ("pytest>=8,!=9.2.0", "hypothesis", "onnx", "onnxruntime", "onnxscript")
+TOOLS = ("pytest>=8,!=9.2.0", "hypothesis", "scipy", "onnx", "onnxruntime", "onnxscript")
 SLICE = (
     "tests/ops/test_rms_norm.py",
     "tests/ops/test_quantize.py",
@@ -44,6 +44,11 @@ definitions, models against transformers', the CPU decoder, sampling, export; wi
 | Python | torch | compiled module | one picture | tests |
 |---|---|---|---|---|
 {rows}
+
+What fails with torch 2.6: its exporter (`torch.export`) cannot follow a model that returns a `ModelOutput` (`strict`), cannot
+read back what it wrote of an exported model, and keeps `quantize` and `dequantize` as ops of this package. One
+error of attention at the level `generic` is 2.3 times that of 2.6's own expression, where the tests allow 2. Whoever
+exports models needs a newer torch; `torch.compile` and training have not been tested with 2.6.
 
 `torch>=2.6` has no upper bound: a newer one than those above is expected to work. `constraints.txt` pins what all
 tests run on.
