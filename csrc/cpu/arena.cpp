@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace igpt::cpu {
@@ -13,6 +15,13 @@ constexpr size_t kHugePage = size_t(2) << 20;
 
 Arena::Arena(size_t bytes) : size_(bytes) {
     if (bytes == 0) return;
+#ifdef __SANITIZE_ADDRESS__
+    // Of the heap, whose ends the sanitizer guards; what is behind a mapping is another one.
+    void* heap = nullptr;
+    if (posix_memalign(&heap, 4096, bytes) != 0) throw std::bad_alloc();
+    data_ = static_cast<char*>(std::memset(heap, 0, bytes));
+    block_ = std::unique_ptr<char, Unmap>(data_, Unmap{bytes});
+#else
     const bool huge = bytes >= 2 * kHugePage;
     // One page more, to begin at a multiple of its size.
     const size_t mapped = huge ? (bytes + 2 * kHugePage - 1) / kHugePage * kHugePage : bytes;
@@ -25,9 +34,16 @@ Arena::Arena(size_t bytes) : size_(bytes) {
 #ifdef MADV_HUGEPAGE
     madvise(data_, mapped - size_t(data_ - block_.get()), MADV_HUGEPAGE);  // a wish: may fail
 #endif
+#endif
 }
 
-void Arena::Unmap::operator()(char* block) const { munmap(block, bytes); }
+void Arena::Unmap::operator()(char* block) const {
+#ifdef __SANITIZE_ADDRESS__
+    std::free(block);
+#else
+    munmap(block, bytes);
+#endif
+}
 
 char* workspace(int64_t bytes) {
     static thread_local Arena memory;
