@@ -100,7 +100,7 @@ def test_emoji_are_not_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "copy.npz").write_bytes(emoji.read_bytes())
     for args in ((), (emoji,), (tmp_path / "copy.npz",)):
         assert run(*args) == 2
-        assert "the bundled emoji are not probed: they have no labels" in capsys.readouterr().err
+        assert "the bundled emoji are not probed: their held-out part" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from igpt_fast.config import ImageGPTConfig
 
 NO_EMOJI = (
-    "the bundled emoji are not probed: they have no labels, and their held-out part lacks whole kinds of pictures; give"
+    "the bundled emoji are not probed: their held-out part lacks whole kinds of pictures; give"
     " a directory whose sub-directories are classes, or a token file with labels"
 )
 
@@ -202,9 +202,10 @@ def _read(path: Path, model: str | None, network: Any, holdout: float, skip: boo
         labels = np.array(source.class_names)[source.labels.numpy()]
         heldout = np.array([held_out(name, holdout) for name in source.names])
         return _Set(pixels, labels[readable], heldout[readable])
+    if path.is_file() and checks.is_bundled_data(path):
+        raise checks.UsageError(NO_EMOJI)
     if not has_labels(path):
-        bundled = path.is_file() and checks.is_bundled_data(path)
-        raise checks.UsageError(NO_EMOJI if bundled else f"{path}: has no labels: there is nothing to probe it for")
+        raise checks.UsageError(f"{path}: has no labels: there is nothing to probe it for")
     data = open_tokens(path)
     if data.tokenizer.clusters is None:
         raise ValueError(f"{path}: its tokens are no colours, and a probe stands beside raw pixels; see igpt features")
