@@ -149,7 +149,7 @@ def exporting() -> bool:
 
     They get the definitions: ops of torch's own, for every size.
     """
-    # Not is_exporting(), which Dynamo takes for true wherever it compiles, up to torch 2.12. Torch 2.6 has neither.
+    # Not is_exporting(), which torch 2.8's Dynamo takes for true wherever it compiles. Torch 2.6 has neither.
     flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
     return flag or _C._get_tracing_state() is not None
 

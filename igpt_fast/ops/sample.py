@@ -56,9 +56,7 @@ def sample(
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """``sample`` with its settings as one, which are checked already."""
-    if logits.ndim != 2 or uniform.shape != logits.shape[:1]:
-        shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
-        raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
+    _check_draw(logits, uniform)
     logits, uniform = logits.detach(), uniform.detach()
     if _covered_draw(logits, uniform) and dispatch.kernel_kind("sample", logits, uniform) is not None:
         op = _sample if dispatch.is_plain(logits, uniform) else torch.ops.igpt_fast.sample
@@ -81,7 +79,11 @@ def draw_scored(
         logprobs: (N,) float32, ``log_softmax`` of the logits as they are, before temperature and filters, at the token.
         weights: (N, K) float64, the cumulative weights: a row's token is the first id at which they exceed its number
             times their total, or 0 where they are NaN; ``None`` if they are not wanted, and at temperature 0.
+
+    Raises:
+        ValueError: Shapes that do not fit, or ``known`` of another dtype or device.
     """
+    _check_draw(logits, uniform, known)
     weighted = weighted and sampling.temperature >= reference.LEAST_TEMPERATURE
     tensors = (logits, uniform) if known is None else (logits, uniform, known)
     served = logits.is_cpu and dispatch.is_plain(*tensors) and _covered_draw(logits, uniform)
@@ -228,6 +230,17 @@ def sample_step(
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
     """Raises ValueError unless the settings are ones that ``sample`` takes."""
     Sampling(temperature, top_k, top_p, min_p)
+
+
+def _check_draw(logits: Tensor, uniform: Tensor, known: Tensor | None = None) -> None:
+    if logits.ndim != 2 or uniform.shape != logits.shape[:1]:
+        shapes = f"{tuple(logits.shape)}, {tuple(uniform.shape)}"
+        raise ValueError(f"sample: logits and uniform have shapes {shapes}; want (N, K) and (N,)")
+    if known is not None:
+        wanted = logits.shape[:1], torch.int64, logits.device
+        if (known.shape, known.dtype, known.device) != wanted:
+            got = f"{tuple(known.shape)} {known.dtype} on {known.device}"
+            raise ValueError(f"sample: known is {got}; want ({len(logits)},) int64 on {logits.device}")
 
 
 def _check_next(

@@ -209,6 +209,21 @@ def test_a_known_token_that_is_none(implementation: Implementation) -> None:
         ops.draw_scored(logits, uniform, Sampling(), torch.tensor([-1, 10]))
 
 
+@pytest.mark.parametrize(
+    ("uniform", "known", "message"),
+    [
+        (torch.zeros(1), None, r"shapes \(2, 10\), \(1,\)"),
+        (torch.zeros(2), torch.zeros(1).long(), r"known is \(1,\) torch.int64"),
+        (torch.zeros(2), torch.zeros(2).int(), r"known is \(2,\) torch.int32"),
+        (torch.zeros(2), torch.zeros(2, device="meta").long(), r"on meta; want \(2,\) int64 on cpu"),
+    ],
+)
+def test_scored_misuse(uniform: torch.Tensor, known: torch.Tensor | None, message: str) -> None:
+    """A kernel would read what is not there."""
+    with pytest.raises(ValueError, match=message):
+        ops.draw_scored(torch.randn(2, 10), uniform, Sampling(), known)
+
+
 def test_non_contiguous(implementation: Implementation) -> None:
     logits, uniform = torch.randn(64, 6) * 2, torch.rand(12)[::2]
     wide = torch.randn(6, 3, 64).to(implementation.device)

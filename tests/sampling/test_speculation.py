@@ -113,6 +113,14 @@ def test_speculate_is_true_or_false(value: Any, pipeline: Pipeline) -> None:
             pipeline.model.generate(speculate=value)
 
 
+def test_drafts_refuse_what_they_would_misread() -> None:
+    model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
+    decoder, context, numbers = CpuDecoder(model, 1, 8), torch.tensor([[16]]), torch.rand(1, 5)
+    for wrong in ((context.int(), numbers, None), (context, numbers.double(), None), (context, numbers, context)):
+        with pytest.raises(ValueError, match=r"^drafts: "):
+            decoder.drafts(*wrong, Sampling(), 8)
+
+
 def test_the_default_device_is_not_asked() -> None:
     model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
     want, context = model.generate(do_sample=True, seed=4), torch.tensor([[16]])

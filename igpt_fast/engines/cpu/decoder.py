@@ -152,14 +152,20 @@ class CpuDrafts(Drafts):
         self, context: Tensor, numbers: Tensor, known: Tensor | None, sampling: Sampling, width: int, colours: int
     ) -> None:
         assert backend._C is not None
+        given = (context, torch.int64, 1), (numbers, torch.float32, 0), (known, torch.int64, 0)
+        for tensor, dtype, least in given:
+            if tensor is not None and (tensor.dtype != dtype or tensor.ndim != 2 or tensor.shape[1] < least):
+                raise ValueError(f"drafts: got {tuple(tensor.shape)} {tensor.dtype}; want (1, T) {dtype}")
+        if known is not None and known.shape != numbers.shape:
+            raise ValueError(f"drafts: known is {tuple(known.shape)}, numbers {tuple(numbers.shape)}; want one shape")
         pixels, numbers = context[0, 1:].contiguous(), numbers[0].contiguous()
-        given = None if known is None else known[0].contiguous()
+        fixed = None if known is None else known[0].contiguous()
         temperature, top_k, top_p, min_score = ops.sampling_numbers(sampling)
         self._drafts = backend._C.Drafts(
             pixels=pixels.data_ptr(),
             count=len(pixels),
             uniform=numbers.data_ptr(),
-            known=0 if given is None else given.data_ptr(),
+            known=0 if fixed is None else fixed.data_ptr(),
             length=len(numbers),
             width=width,
             k=colours,
