@@ -54,8 +54,7 @@ OTHERS = (
     "scipy",
 )
 # A processor's tests meet its newest level alone: the others are those of the processors below it, and no AArch64 is
-# without NEON. None of ours uses SVE, by which torch computes where there is any. A backward of torch's reference in
-# bf16 ended by a segmentation fault once with it and once without; repeated, it did not, and the cause is not known.
+# without NEON. None of ours uses SVE, by which torch computes where there is any.
 NEWEST = "max,sve=off"
 ENGINES = "tests/engines/cpu"
 LEVELS = (f"{ENGINES}/test_forward.py", f"{ENGINES}/test_decoder.py", "tests/ops/test_elementwise_cpu.py")
@@ -188,7 +187,7 @@ def inside(path: Path, arguments: list[str]) -> int:
         begin(self, command, *others, **options)
 
     subprocess.Popen.__init__ = start  # type: ignore[method-assign]
-    return int(pytest.main(["-p", "no:cacheprovider", *arguments]))
+    return int(pytest.main(["-p", "no:cacheprovider", "--durations=5", *arguments]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,10 @@ from igpt_fast.ops import dispatch
 # On a CPU, in bf16 without tiles, fp32 four times as many: below, of 8 heads of 64 on one thread, what torch has is as
 # fast.
 LEAST_QUERIES = 32
+
+# Where torch's BLAS multiplies bf16 (its wheels for AArch64), the backward of its attention rewrites what lies past the
+# end of its results, and what reads as a NaN with other bits: pytorch/pytorch#156022, mended in torch 2.9.
+_TORCH_OVERRUNS = torch.__version__.startswith("2.8.") and platform.machine() == "aarch64"
 
 OPS["causal_attention"] = Op(
     native=("cpu", "cuda"),
@@ -179,7 +184,8 @@ def _by_torch(
     # Of a smaller scale torch's attention makes NaN; of nothing, up to 2.11, the end of the process; and where all is
     # dropped, cuDNN's, an error.
     one_derivative = scale >= dispatch.LEAST_SCALE and q.numel() != 0 and dropout_p < 1.0
-    if not one_derivative or dispatch.derivatives_of_transforms(q, k, v):
+    overruns = _TORCH_OVERRUNS and q.device.type == "cpu" and dispatch.autocast_dtype(q) == torch.bfloat16
+    if not one_derivative or overruns or dispatch.derivatives_of_transforms(q, k, v):
         return define(q, k, v, scale, key_mask, dropout_p)[0]
     out = _torch_attention(q, k, v, scale, key_mask, dropout_p, causal)
     # Compiled functions have no second derivative, and the dropped weights are nobody's but torch's.

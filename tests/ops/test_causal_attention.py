@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from tolerance import assert_parity
 from torch import Tensor
 
-from igpt_fast import ops, reference
+from igpt_fast import backend, ops, reference
 
 LENGTHS = [1, 2, 63, 64, 65, 97]
 
@@ -203,6 +204,26 @@ def test_the_unmasked_path_is_torch_s_causal_one(monkeypatch: pytest.MonkeyPatch
     for t_q, t_k in ((8, 8), (1, 8), (3, 8)):
         ops.causal_attention(*make(t_q=t_q, t_k=t_k))
     assert calls == [(True, False), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("dtype", "called"), [(torch.bfloat16, 0), (torch.float32, 2)])
+def test_where_torch_s_overruns_its_results_the_definition_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, called: int
+) -> None:
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(sys.modules["igpt_fast.ops.causal_attention"], "_TORCH_OVERRUNS", True)
+    tensors = [x.to(dtype) for x in make()]
+    with backend.use_backend("reference"):
+        ops.causal_attention(*tensors)
+        ops.full_attention(*tensors)
+    assert len(calls) == called
 
 
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
