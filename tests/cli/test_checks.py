@@ -38,6 +38,8 @@ def test_directories(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (report["images"], report["completions"]) == (3, [1, 1, 1])
     assert cli.main(["quantize", str(pictures), "--out", str(tmp_path / "t.npy")]) == 0
     assert np.load(tmp_path / "t.npy").shape == (3, 16, 16)
+    assert cli.main(["quantize", str(pictures), "--side", "0", "--out", str(tmp_path / "u.npy")]) == 2
+    assert "--side 0 takes a single image" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no images in it"):
         checks.find_pictures([tmp_path / "empty"])

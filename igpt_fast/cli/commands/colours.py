@@ -49,11 +49,11 @@ def quantize(
     if clusters is not None and model is not None:
         raise checks.UsageError("give --clusters or --model, not both")
     checks.check_range("--side", side, 0, 4096)
-    if side == 0 and len(images) > 1:
-        raise checks.UsageError("--side 0 takes a single image")
     checks.check_output(out, force, (".npy",))
     checks.check_output(grid, force, GRID_SUFFIXES)
     paths = checks.find_pictures(images)
+    if side == 0 and len(paths) > 1:
+        raise checks.UsageError("--side 0 takes a single image")
     checks.choose_backend(backend)
     device_ = checks.choose_device(device)
     import numpy as np
