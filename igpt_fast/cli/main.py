@@ -25,7 +25,6 @@ from igpt_fast.cli.commands import COMMANDS, load
 from igpt_fast.cli.signature import checked_words, nearest, options_of
 from igpt_fast.cli.terminal import plain, reason, say
 
-# What a user or a machine may cause; anything else is a mistake of ours.
 QUIET = ("-q", "--quiet")  # of every command
 # What is wanted -> what Python says where it is not given.
 _NUMBERS = {
@@ -33,6 +32,7 @@ _NUMBERS = {
     "a whole number of 4,300 digits at most": r"Exceeds the limit \(4300 digits\).*?(?=$)",
     "a number": r"could not convert string to float: ",
 }
+# What a user or a machine may cause; anything else is a mistake of ours.
 FAILURES = (DeviceUnavailableError, OSError, ValueError, FloatingPointError, ImportError, RuntimeError, MemoryError)
 
 
@@ -45,31 +45,33 @@ def main(args: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["help"]:
-        args = [*args[1:], "--help"]
-    if args in (["-V"], ["--version"], ["-h"], ["--help"]):
-        print(f"igpt_fast {__version__}" if args[0] in ("-V", "--version") else help_module.overview())
-        return 0
+        args = [*(word for word in args[1:] if word != "help"), "--help"]
     name = args[0] if args and args[0] in COMMANDS else ""
     try:
-        if not name:
+        if args in (["-V"], ["--version"]):
+            print(f"igpt_fast {__version__}")
+        elif args in (["-h"], ["--help"]):
+            print(help_module.overview())
+        elif not name:
             raise UsageError(_unknown(args))
-        words = [word for word in args[1:] if word not in QUIET]
-        if {"-h", "--help"} & set(words):
+        elif {"-h", "--help"} & set(args[1:]):
             print(help_module.of_command(name))
-            return 0
-        command = _parsed(name, words)
-        with terminal.hushed(len(words) < len(args) - 1), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            command()
+        else:
+            words = [word for word in args[1:] if word not in QUIET]
+            command = _parsed(name, words)
+            with terminal.hushed(len(words) < len(args) - 1), warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command()
         sys.stdout.flush()
     except UsageError as error:
         return _fail(name, error, 2)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout does not fail again
+        _let_go_of_stdout()
         return 1
     except FAILURES as error:
+        _let_go_of_stdout()
         unavailable = isinstance(error, DeviceUnavailableError) or type(error).__name__ == "BackendUnavailableError"
         return _fail(name, error, 3 if unavailable else 1)
     except Exception as error:  # a mistake of ours
@@ -77,6 +79,14 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _fail(name, f"internal error: {type(error).__name__}: {error} (python -X dev shows where)", 1)
     return 0
+
+
+def _let_go_of_stdout() -> None:
+    """Where it does not take what it was given, so that closing it does not fail again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(args: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_fast import backend
+from igpt_fast import backend, image
 from igpt_fast.cli import checks
 from igpt_fast.cli import main as cli
 from igpt_fast.cli.draw.options import Dtype
@@ -38,6 +38,8 @@ def test_directories(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (report["images"], report["completions"]) == (3, [1, 1, 1])
     assert cli.main(["quantize", str(pictures), "--out", str(tmp_path / "t.npy")]) == 0
     assert np.load(tmp_path / "t.npy").shape == (3, 16, 16)
+    assert cli.main(["quantize", str(pictures), "--side", "0", "--out", str(tmp_path / "u.npy")]) == 2
+    assert "--side 0 takes a single image" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no images in it"):
         checks.find_pictures([tmp_path / "empty"])
@@ -75,6 +77,28 @@ def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert not link.is_symlink()
         assert np.load(link).shape == (1, 16, 16)
         assert (tmp_path / "kept.npy").read_text() == "kept"
+
+
+def test_the_grid_and_what_it_shows_come_together(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the picture cannot be written, nothing is."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    commands = (["quantize", str(pictures / "b.png")], ["clusters", str(pictures), "-k", "2"])
+    files = ["--out", str(tmp_path / "a.npy"), "--grid", str(tmp_path / "a.png")]
+    for command in commands:
+        with monkeypatch.context() as patched:
+            patched.setattr(image, "save_image", full)
+            assert cli.main([*command, *files]) == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+        assert cli.main([*command, *files]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"pictures", "a.npy", "a.png"}
+        (tmp_path / "a.npy").unlink()
+        Image.open(tmp_path / "a.png").load()
+        (tmp_path / "a.png").unlink()
 
 
 def test_fit(tmp_path: Path) -> None:

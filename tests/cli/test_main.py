@@ -539,3 +539,19 @@ def test_a_closed_pipe_is_quiet() -> None:
     command = f"{sys.executable} -m igpt_fast env | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "-V", "sample --help", "completion bash"])
+def test_an_output_that_takes_nothing(words: str) -> None:
+    """A pipe that nobody reads is left without a word, a full disk said in one line; with Python's buffer, as usual."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command, how = [sys.executable, "-m", "igpt_fast", *words.split()], {"env": environment, "stderr": -1, "text": True}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, check=False, **how)  # type: ignore[call-overload]
+    assert (done.returncode, done.stderr) == (1, "")
+    with open("/dev/full", "wb") as disk:
+        done = subprocess.run(command, stdout=disk, check=False, **how)  # type: ignore[call-overload]
+    assert done.returncode == 1
+    assert re.fullmatch(r"igpt.*: No space left on device\n", done.stderr)

@@ -59,7 +59,7 @@ def test_groups_of_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--help"], ["-h"], ["help"]):
+    for words in (["--help"], ["-h"], ["help"], ["help", "help"]):
         assert cli.main(words) == 0
         out = capsys.readouterr().out
         assert out.startswith("Example: igpt sample ")

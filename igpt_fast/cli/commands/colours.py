@@ -49,11 +49,11 @@ def quantize(
     if clusters is not None and model is not None:
         raise checks.UsageError("give --clusters or --model, not both")
     checks.check_range("--side", side, 0, 4096)
-    if side == 0 and len(images) > 1:
-        raise checks.UsageError("--side 0 takes a single image")
     checks.check_output(out, force, (".npy",))
     checks.check_output(grid, force, GRID_SUFFIXES)
     paths = checks.find_pictures(images)
+    if side == 0 and len(paths) > 1:
+        raise checks.UsageError("--side 0 takes a single image")
     checks.choose_backend(backend)
     device_ = checks.choose_device(device)
     import numpy as np
@@ -69,11 +69,12 @@ def quantize(
     start = time.perf_counter()
     tokens = images_module.quantize(colours, palette).cpu().numpy()
     seconds = time.perf_counter() - start
-    with files.replacing(out, overwrite=force) as partial, partial.open("wb") as file:
-        np.save(file, tokens.astype(np.uint16), allow_pickle=False)
-    if grid is not None:
-        decoded = images_module.dequantize(tokens, palette)
-        images_module.save_image(images_module.image_grid(list(decoded)), grid, overwrite=force)
+    with files.replacing_together([out, *([grid] if grid else [])], overwrite=force) as (partial, *pictures):
+        with partial.open("wb") as file:
+            np.save(file, tokens.astype(np.uint16), allow_pickle=False)
+        for picture in pictures:
+            decoded = images_module.dequantize(tokens, palette)
+            images_module.save_image(images_module.image_grid(list(decoded)), picture)
     used, shape = len(np.unique(tokens)), list(tokens.shape)
     values = {"out": str(out), "shape": shape, "colours": len(palette), "used": used, "seconds": seconds}
     text = f"{out}: {' x '.join(map(str, shape))} tokens, {used} of {len(palette)} colours used"
@@ -118,15 +119,17 @@ def clusters(
     checks.check_output(grid, force, GRID_SUFFIXES)
     import numpy as np
 
+    from igpt_fast import files
     from igpt_fast import image as images_module
 
     squares, skipped = _read_squares(images, side, skip_unreadable)
     fitted = images_module.fit_clusters(np.stack(squares), n_clusters, seed=seed, all_pixels=all_pixels)
-    images_module.save_clusters(fitted, out, overwrite=force)
-    if grid is not None:
-        colours = images_module.dequantize(np.arange(n_clusters), fitted)
-        patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
-        images_module.save_image(images_module.image_grid(patches, 32, gap=0), grid, overwrite=force)
+    with files.replacing_together([out, *([grid] if grid else [])], overwrite=force) as (partial, *pictures):
+        images_module.save_clusters(fitted, partial)
+        for picture in pictures:
+            colours = images_module.dequantize(np.arange(n_clusters), fitted)
+            patches = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
+            images_module.save_image(images_module.image_grid(patches, 32, gap=0), picture)
     values = {"out": str(out), "clusters": n_clusters, "images": len(squares), "skipped": skipped}
     terminal.report(json, values, f"{out}: {n_clusters} clusters of the colours of {len(squares)} images")
 

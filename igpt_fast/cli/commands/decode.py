@@ -91,6 +91,8 @@ def _read(path: Path, clusters: Path | None, model: str | None) -> Generation:
         except Exception as error:  # what zipfile raises on a damaged file has no common class
             raise ValueError(f"{path}: not a usable file of tokens: {files.first_line(error)}") from error
     tokens, palette = found["tokens"], found.get("clusters")
+    if palette is not None and (palette.ndim != 2 or palette.dtype.kind not in "iuf"):
+        raise ValueError(f"{path}: its clusters are {palette.dtype} {palette.shape}; want (K, 3) numbers")
     if palette is None or clusters is not None or model is not None:
         palette = checks.read_palette(clusters, model)[0]
     side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0

@@ -63,6 +63,8 @@ def test_what_quantize_writes_has_the_colours_of_a_model(tmp_path: Path) -> None
         ({"tokens": TOKENS[:0]}, "want (N, H, W) integers"),
         ({"tokens": TOKENS.reshape(2, 12)}, "want (N, H, W) integers"),
         ({"clusters": PALETTE * 9}, "clusters"),
+        ({"clusters": PALETTE[0, 0]}, "clusters"),
+        ({"clusters": np.array("red")}, "clusters"),
         ({"tokens": None}, "has no array 'tokens'"),
     ],
 )
