@@ -11,6 +11,7 @@ import secrets
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,8 +221,8 @@ def parse_json(content: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"has {listed({name for name in names if names.count(name) > 1}, 1)} twice")
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"has {listed([name for name, count in names.items() if count > 1], 1)} twice")
     return found
 
 

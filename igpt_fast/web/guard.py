@@ -16,18 +16,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from igpt_fast.checks import whole_number
 from igpt_fast.files import first_line
 
-PATIENCE = 30.0  # seconds for a question to arrive
+PATIENCE = 30.0  # seconds for a question to arrive, and for an answer to be taken
 _HERE = ("localhost", "127.0.0.1", "::1")
 
 
 def hosts_of(host: str, more: Sequence[str]) -> frozenset[str]:
     """The names by which the page may be asked for: that of the address it listens at, and ``more``."""
     here = _HERE if host in (*_HERE, "0.0.0.0", "::") else ()
-    return frozenset(name.lower() for name in (host, *here, *more))
+    return frozenset(name.lower() for name in (host, *here, *map(_without_port, more)))
+
+
+def _without_port(name: str) -> str:
+    """As it may stand in an address: ``box:7860``, ``[::1]:7860``, ``::1``."""
+    bare = name.count(":") > 1 and not name.startswith("[")
+    return name if bare else re.sub(r":\d*$", "", name).strip("[]")
 
 
 class Guard:
@@ -68,6 +75,31 @@ class Guard:
             if name == b"origin" and value not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
                 return f"origin {value[:100]!r} is another page"
         return None
+
+
+class Connection(H11Protocol):
+    """A connection that ends when its client does nothing: when between two looks, ``PATIENCE`` apart, no question has
+    begun that was waited for, or nothing was taken of what is written. uvicorn would wait for both without an end, and
+    so many connections of that kind as there may be would keep everybody else out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._seen: tuple[object, ...] = ()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        self._next = self.loop.call_later(PATIENCE, self._look)
+        unwritten, closing = self.transport.get_write_buffer_size(), self.transport.is_closing()
+        answered = self.cycle is None or self.cycle.response_complete
+        seen = (self.cycle, answered, closing, unwritten)
+        if seen == self._seen and (answered or closing or unwritten):
+            self.transport.abort()
+        self._seen = seen
 
 
 def policy_of(page: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import re
 import secrets
 import socket
 import time
@@ -31,7 +32,7 @@ from igpt_fast.image import center_crop, dequantize, open_image
 from igpt_fast.pipeline import Generation, Pipeline
 from igpt_fast.sampling import request as sampling_request
 from igpt_fast.sampling.results import save_tokens
-from igpt_fast.web.guard import Guard, numbers, policy_of, read, refused
+from igpt_fast.web.guard import Connection, Guard, numbers, policy_of, read, refused
 from igpt_fast.web.guard import hosts_of as hosts_of
 from igpt_fast.web.jobs import Job, Lines, Turns
 from igpt_fast.web.recipe import Setup as Setup
@@ -72,7 +73,7 @@ class Studio:
         return [
             Route("/model", self.model),
             Route("/icon.png", self.icon),
-            Route("/example/{number:int}", self.example),
+            Route("/example/{number}", self.example),
             Route("/tokens", self.tokens, methods=["POST"]),
             Route("/surprise", self.surprise, methods=["POST"]),
             Route("/complete", self.complete, methods=["POST"]),
@@ -108,8 +109,9 @@ class Studio:
 
     async def example(self, request: Request) -> Response:
         """A picture that the bundled model has not been trained on, and what Unicode calls it."""
-        number = request.path_params["number"]
-        if number >= len(self._examples):
+        name = request.path_params["number"]
+        # Not a number of the route: Python makes none of more than 4300 digits.
+        if re.fullmatch("[0-9]{1,9}", name) is None or (number := int(name)) >= len(self._examples):
             raise HTTPException(404, f"there are {len(self._examples)} examples")
         tokens = self._tokens_of(Image.fromarray(self._examples[number]))
         return JSONResponse({"tokens": tokens, "name": _emoji_name(self._names[number])})
@@ -187,13 +189,16 @@ class Studio:
         keep = rows if not known[rows * self._width :].any() else known.reshape(self._height, self._width)
         pictures = self._pipeline.processor.decode(torch.tensor([tokens])) if known.any() else None
         draw = {name: asked[name] for name in ("temperature", "top_k", "top_p") if name in asked}
+        seed = asked.get("seed")
+        if isinstance(seed, str) and re.fullmatch("[0-9]{1,20}", seed):
+            seed = int(seed)  # JavaScript's numbers have 53 bits
         return self._pipeline.request(
             whole_number("n", asked.get("n", 4), 1, MAX_IMAGES),
             images=pictures,
             keep=keep,
             candidates=whole_number("candidates", asked.get("candidates", 1), 1, MAX_CANDIDATES),
             labels=self._label_in(asked),
-            seed=asked.get("seed"),
+            seed=seed,
             sampling=Sampling(**draw),
             cfg_scale=asked.get("cfg_scale", 1.0),
             dtype=self._setup.rounded,
@@ -267,6 +272,7 @@ class Server(uvicorn.Server):
         self.studio, self._ready = Studio(pipeline, setup), ready
         config = uvicorn.Config(
             _application(self.studio, hosts),
+            http=Connection,
             log_level="warning",
             access_log=False,
             server_header=False,

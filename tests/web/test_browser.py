@@ -158,6 +158,13 @@ def test_stop_frees_the_model(visit: Page, site: Site) -> None:
     expect(visit.locator("#status")).to_have_text("Stopped")
     assert site.idle()
     expect(visit.locator("#go")).to_be_enabled()
+    visit.keyboard.press("Enter")  # by keyboard too: the focus goes to what can be pressed next
+    expect(visit.locator("#status")).to_have_text("Drawing")
+    expect(visit.locator("#stop")).to_be_focused()
+    visit.keyboard.press("Enter")
+    expect(visit.locator("#status")).to_have_text("Stopped")
+    expect(visit.locator("#go")).to_be_focused()
+    assert site.idle()
 
 
 def test_leaving_the_page_frees_the_model_for_who_waits(browser: Browser, visit: Page, site: Site) -> None:
@@ -228,6 +235,9 @@ def test_drawing_from_nothing_with_the_settings(visit: Page) -> None:
     finished(visit)
     assert visit.inner_text("#command") == "igpt sample -n 2 --seed 12 --temperature 0.8 --top-k 40 --top-p 0.9"
     assert state(visit, "known") == before
+    visit.locator("#seed").fill("12345678901234567890")
+    visit.click("#dream")
+    expect(visit.locator("#status")).to_contain_text("seed 12345678901234567890, engine")
     visit.locator("#seed").fill("-5")
     visit.click("#go")
     expect(visit.locator("#status.bad")).to_have_text(re.compile("seed is '-5'; want an integer"))
@@ -312,6 +322,14 @@ def test_rows_are_kept_by_the_slider(visit: Page) -> None:
     expect(visit.locator("#candidates")).to_be_disabled()
     visit.click("#invert")
     expect(visit.locator("#candidates")).to_be_enabled()
+    visit.evaluate("known.fill(1, 0, 100).fill(0, 100); show()")
+    expect(visit.locator("#candidates")).to_be_disabled()  # nothing that is kept follows a drawn pixel
+    before = state(visit, "known")
+    visit.locator("#keep").focus()
+    visit.keyboard.press("PageUp")
+    assert state(visit, "known") != before
+    visit.keyboard.press("Control+z")
+    assert state(visit, "known") == before
     box, track = visit.locator("#sheet").bounding_box(), visit.locator("#keep").bounding_box()
     assert box
     assert track
@@ -326,14 +344,28 @@ def test_everything_has_a_name(visit: Page) -> None:
     assert visit.evaluate("document.documentElement.lang") == "en"
 
 
+INSIDE = """[...document.querySelectorAll("#actions button")].flatMap(node => {
+    const box = node.getBoundingClientRect();
+    return [box.left, box.right];
+})"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screens_and_both_schemes(browser: Browser, site: Site, scheme: Any) -> None:
-    page = opened(browser, site, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = opened(browser, site, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.click("#go")
     finished(page)
     page.click("#ask")
     expect(page.locator("#told")).to_contain_text("a pixel on average")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    bar = page.locator("#actions")
+    for running in (False, True):
+        page.evaluate(f"busy({json.dumps(running)})")
+        box = bar.bounding_box()
+        assert box
+        assert box["height"] < 70  # one line, so that it hides little
+        assert all(0 <= edge <= 360 for edge in page.evaluate(INSIDE))
+    page.evaluate("busy(false)")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (scheme == "light")
     assert page.said == []  # type: ignore[attr-defined]

@@ -94,6 +94,9 @@ def test_hosts_and_origins(site: Site, host: str, origin: str | None, status: in
 def test_names_that_are_served() -> None:
     assert guard.hosts_of("127.0.0.1", ("Box.local",)) == {"127.0.0.1", "localhost", "::1", "box.local"}
     assert guard.hosts_of("10.0.0.7", ()) == {"10.0.0.7"}
+    assert guard.hosts_of("a", ("B:7860", "[FE80::1]:80", "fe80::2", "[fe80::3]")) - {"a"} == {
+        *("b", "fe80::1", "fe80::2", "fe80::3")
+    }
     assert guard.hosts_of("0.0.0.0", ()) == {"0.0.0.0", "127.0.0.1", "localhost", "::1"}
 
 
@@ -112,7 +115,8 @@ def test_the_model_and_its_examples(site: Site) -> None:
     found = [site.json(f"/example/{number}") for number in model["shown"]]
     assert found[0]["name"] == "smiling face with sunglasses"
     assert all(len(example["tokens"]) == 256 and max(example["tokens"]) < 128 for example in found)
-    assert site.ask(f"/example/{model['examples']}")[0] == 404
+    for number in (model["examples"], "9" * 5000, "-1", "%D9%A1", "1.0"):
+        assert site.ask(f"/example/{number}")[0] == 404
     assert site.ask("/icon.png")[2].startswith(b"\x89PNG")
 
 
@@ -150,6 +154,9 @@ def test_a_body_is_no_longer_than_allowed(site: Site, monkeypatch: pytest.Monkey
         ({"seed": -5}, "seed is -5"),
         ({"seed": "five"}, "seed is 'five'"),
         ({"seed": 1 << 64}, "seed is"),
+        ({"seed": "99999999999999999999"}, "seed is"),
+        ({"seed": "9" * 5000}, "seed is"),
+        ({"seed": "\u0661"}, "seed is"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": "1"}, "temperature is '1'"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -236,6 +243,13 @@ def test_the_settings_to_copy_draw_the_same(
         assert mine.tobytes() == theirs.tobytes()
     for name in {"picture.png", "mask.png"} - set(files):
         assert site.ask(f"/result/{key}.{name}")[0] == (404 if kind == "nothing" else 200)
+
+
+def test_a_seed_may_have_64_bits(site: Site) -> None:
+    seed = (1 << 64) - 1
+    ends = [site.lines("/complete", question(site, n=1, seed=said))[-2:] for said in (seed, str(seed))]
+    assert [end["seed"] for _, end in ends] == [str(seed)] * 2
+    assert ends[0][0]["tokens"] == ends[1][0]["tokens"]
 
 
 def test_surprise(site: Site) -> None:
@@ -360,6 +374,31 @@ def test_a_reader_who_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(served())
     assert len(said) == 2
     turns.close()
+
+
+GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", GET, (GET + b"\r\n") * 200], ids=["silent", "half a question", "takes nothing"])
+def test_connections_that_do_nothing_end(site: Site, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """Else 64 of them would keep everybody out."""
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
+    connections = site.server.server_state.connections
+    assert until(lambda: not connections)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", site.port))
+        client.sendall(said)
+        assert until(lambda: connections)
+        assert until(lambda: not connections)
+
+
+def test_a_connection_that_waits_for_its_answer_stays(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.05)
+    with site.begin(endless(site)) as client:
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.5:
+            line_of(client)
 
 
 def test_the_queue_is_bounded(site: Site) -> None:
