@@ -37,14 +37,16 @@ class DeviceUnavailableError(Exception):
     """The requested device is not there; exit code 3."""
 
 
-def check_output(path: Path | None, force: bool, suffixes: Sequence[str]) -> None:
-    """Fails before the work is done if a result could not be written."""
+def check_output(path: Path | None, force: bool, suffixes: Sequence[str], made: Path | None = None) -> None:
+    """Fails before the work is done if a result could not be written; ``made`` is a directory that the work makes."""
     if path is None:
         return
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{path}: the name must end in {', '.join(suffixes)}")
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a directory")
+    if not path.parent.exists() and path.parent == made:
+        return
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such directory")
     if (path.exists() or path.is_symlink()) and not force:

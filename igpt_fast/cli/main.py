@@ -46,6 +46,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["help"]:
         args = [*(word for word in args[1:] if word != "help"), "--help"]
+    if args[:1] in ([word] for word in QUIET) and len(args) > 1:
+        args = [*args[1:], args[0]]
     name = args[0] if args and args[0] in COMMANDS else ""
     try:
         if args in (["-V"], ["--version"]):

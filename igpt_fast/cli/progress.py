@@ -96,4 +96,4 @@ def _say_what_is_saved(error: KeyboardInterrupt, out: Path, steps: int) -> None:
         terminal.say("igpt: nothing is saved yet")
         return
     what = "what was saved last is" if step is None else f"step {step} of {steps} is saved"
-    terminal.say(f"igpt: {what} in {out}; the same command with --resume goes on")
+    terminal.say(f"igpt: {what} in {out}; the same command with --resume, without --force, goes on")

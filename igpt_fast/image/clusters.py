@@ -213,8 +213,8 @@ def fit_clusters(
     counts[colour_codes(pins)] = 0
     colours = np.flatnonzero(counts)
     if len(colours) < wanted:
-        found = f"{len(colours)} colours beside the pinned ones"
-        raise ValueError(f"fit_clusters: {found}; not enough for {n_clusters} clusters")
+        most = len(colours) + len(pins)
+        raise ValueError(f"fit_clusters: the images have {most} colours; want no more clusters (-k), not {n_clusters}")
     try:
         from sklearn.cluster import MiniBatchKMeans
         from threadpoolctl import threadpool_limits

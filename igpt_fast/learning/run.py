@@ -115,7 +115,8 @@ def check_directory(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     own += [*(out / MODEL / name for name in _MODEL_FILES), *(out / TENSORBOARD).glob("events.out.tfevents.*")]
     before = [path for path in own if path.exists()]
     if before and not (resume or overwrite):
-        raise FileExistsError(f"{out}: holds a run already ({before[0].name}); resume it or overwrite it")
+        what = f"{out}: holds a run already ({before[0].name})"
+        raise FileExistsError(f"{what}; resume it (--resume) or overwrite it (--force)")
     return before
 
 

@@ -39,6 +39,7 @@ from igpt_fast.web.recipe import Setup as Setup
 from igpt_fast.web.recipe import recipe
 
 MAX_PICTURE = 16 << 20  # bytes of a file
+MAX_PIXELS = 50_000_000  # of a picture, which takes up to 10 bytes for each while it is decoded
 MAX_QUESTION = 1 << 20  # bytes of JSON
 MAX_IMAGES, MAX_CANDIDATES = 16, 64
 MAX_CONNECTIONS = 64
@@ -61,7 +62,7 @@ class Studio:
         self._height, self._width = pipeline.processor.height, pipeline.processor.width
         self._colours = pipeline.model.config.n_colours
         self._results: dict[str, Generation] = {}  # the oldest first
-        self._pictures = asyncio.Semaphore(2)  # files that are decoded, or made, at once
+        self._pictures = asyncio.Semaphore(1)  # files that are decoded, or made, at once
         with (BUNDLED.parent / "emoji16.npz").open("rb") as file:
             found = read_npz(file, ("tokens", "clusters", "heldout"), ("names",))
         tokens, side = found["tokens"][found["heldout"]], math.isqrt(found["tokens"].shape[1])
@@ -121,7 +122,7 @@ class Studio:
         content = await read(request, MAX_PICTURE)
         async with self._pictures:
             with refused():
-                tokens = await asyncio.to_thread(lambda: self._tokens_of(open_image(content)))
+                tokens = await asyncio.to_thread(lambda: self._tokens_of(open_image(content, max_pixels=MAX_PIXELS)))
         return JSONResponse({"tokens": tokens})
 
     def _tokens_of(self, picture: Image.Image) -> list[int]:

@@ -28,6 +28,14 @@ def test_without_the_extra_it_says_what_to_install(
     assert capsys.readouterr().err == f"igpt demo: the page needs {missing}: pip install 'igpt_fast[demo]'\n"
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("box", "box")],
+)
+def test_the_address_is_one_that_a_browser_reaches(host: str, address: str) -> None:
+    assert demo._address(host, 7860) == f"http://{address}:7860/"
+
+
 def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--port", "65536"], ["--port", "-1"], ["--dtype", "float7"], ["--device", "abacus"]):
         port = [] if "--port" in words else ["--port", "0"]

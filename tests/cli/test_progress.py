@@ -46,6 +46,10 @@ def test_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists already" in capsys.readouterr().err
     assert cli.main(["sample", "-q", "-n", "1", "--out", str(tmp_path / "b.png"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 1
+    assert cli.main(["-q", "sample", "-n", "1", "--out", str(tmp_path / "c.png")]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.main(["-q"]) == 2
+    assert "there is no command -q" in capsys.readouterr().err
 
 
 def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +62,11 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(train(tmp_path / "b", "--steps", "4", "--plot", str(plot))) == 1  # before the work
     assert "exists already" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+    plot = tmp_path / "c" / "curve.png"  # in the directory that is made
+    assert cli.main(train(tmp_path / "c", "--steps", "4", "--plot", str(plot))) == 0
+    assert plot.exists()
+    assert cli.main(train(tmp_path / "d", "--steps", "4", "--plot", str(tmp_path / "e" / "curve.png"))) == 1
+    assert "e: no such directory" in capsys.readouterr().err
 
 
 def test_a_bar_on_a_terminal_and_what_ctrl_c_leaves(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_the_tokens_of_a_file(site: Site) -> None:
 
 def test_a_body_is_no_longer_than_allowed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "16 MiB" in site.refused("/tokens", bytes((16 << 20) + 1), 413)
+    assert "7072x7072 is more than 50000000 pixels" in site.refused("/tokens", png((7072, 7072)))
     assert "1 MiB" in site.refused("/complete", b" " * ((1 << 20) + 1), 413)
     with socket.create_connection(("127.0.0.1", site.port), 30) as client:  # one who does not say how long it is
         client.sendall(b"POST /surprise HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -399,6 +400,7 @@ def test_a_connection_that_waits_for_its_answer_stays(site: Site, monkeypatch: p
         begin = time.monotonic()
         while time.monotonic() - begin < 0.5:
             line_of(client)
+    assert site.idle()
 
 
 def test_the_queue_is_bounded(site: Site) -> None:

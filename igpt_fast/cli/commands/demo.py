@@ -55,8 +55,7 @@ def demo(
         rounded = dtype if dtype in ROUNDED else None
         loaded = "bfloat16" if rounded else None if dtype == "float32" else dtype
         setup = page.Setup(model, device, loaded, rounded)
-        name = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
-        address = f"http://{name}:{sock.getsockname()[1]}/"
+        address = _address(host, sock.getsockname()[1])
 
         def ready() -> None:
             terminal.say(f"{address} (Ctrl-C ends it)", sys.stdout)
@@ -64,6 +63,12 @@ def demo(
                 _open(address)
 
         page.Server(pipeline, setup, page.hosts_of(host, allow_host), ready).listen(sock)
+
+
+def _address(host: str, port: int) -> str:
+    """At which this machine's browser reaches the page."""
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{near}]' if ':' in near else near}:{port}/"
 
 
 def _open(address: str) -> None:

@@ -108,7 +108,7 @@ def train(
         if resume and force:
             raise checks.UsageError("--resume goes on with a run, --force starts afresh; give one of them")
         if together.first:
-            checks.check_output(plot, force or resume, (".png", ".svg", ".pdf"))
+            checks.check_output(plot, force or resume, (".png", ".svg", ".pdf"), made=out)
         if data is not None and not data.exists():
             raise FileNotFoundError(f"{data}: no such file or directory")
         preparation.check(data is not None and data.is_dir())
