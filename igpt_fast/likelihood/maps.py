@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from igpt_fast.checks import whole_number
 
 _HEAT = np.array([(0, 0, 0), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 220)])  # dark to bright, evenly
 _SHOWING = 0.25  # how much of the grey image shows through the map
-_GAP, _BAR, _TEXT = 6, 12, 34  # pixels: between parts, of the colour bar, of what is written beside it
-_LINE = 14  # pixels
+_GAP, _BAR, _TEXT = 6, 12, 42  # pixels: between parts, of the colour bar, of what is written beside it
+_LINE, _LETTERS = 16, 12  # pixels: of a line, of its font
+_ROOM = 12  # pixels: around a grid, and below what is written under its images
 _COLUMNS = 4  # of a grid
 _EDGE = 112  # of an image in it, about
 
@@ -52,24 +53,24 @@ def extremes(sections: Sequence[tuple[str, Sequence[Cell]]], colours: int) -> Im
     """Sections of images under a title each, with their maps; one colour bar beside them all."""
     first = sections[0][1][0].image
     edge = max(1, _EDGE // max(first.size))
-    width, height = 2 * first.width * edge + _GAP, first.height * edge + _LINE
+    width, height = 2 * first.width * edge + _GAP, first.height * edge + 2 + _LINE
     columns = min(_COLUMNS, max(len(cells) for _, cells in sections))
     columns = max(columns, math.ceil(480 / (width + 2 * _GAP)))  # room for a title
     rows = [-(-len(cells) // columns) for _, cells in sections]
     right = columns * (width + 2 * _GAP)
-    total = sum(_LINE + _GAP + count * (height + _GAP) for count in rows)
+    total = sum(_LINE + _GAP + count * (height + _ROOM) for count in rows) - _ROOM
     picture = Image.new("RGB", (right + _BAR + _TEXT, max(total, 6 * _LINE)), "white")
     top = 0
     for (title, cells), count in zip(sections, rows, strict=True):
-        _write(picture, 2, top, title, right)
+        _write(picture, 0, top, title, right)
         top += _LINE + _GAP
         for i, cell in enumerate(cells):
-            x, y = i % columns * (width + 2 * _GAP), top + i // columns * (height + _GAP)
+            x, y = i % columns * (width + 2 * _GAP), top + i // columns * (height + _ROOM)
             picture.paste(_pair(cell.image, cell.nats, colours, edge), (x, y))
             _write(picture, x, y + height - _LINE, cell.text, width)
-        top += count * (height + _GAP)
-    _draw_bar(picture, right, _LINE + _GAP, picture.height - _LINE - 2 * _GAP, colours)
-    return picture
+        top += count * (height + _ROOM)
+    _draw_bar(picture, right, _LINE + _GAP, picture.height - _LINE - _GAP, colours)
+    return ImageOps.expand(picture, _ROOM, "white")
 
 
 def _pair(image: Image.Image, nats: Tensor, colours: int, edge: int) -> Image.Image:
@@ -102,7 +103,8 @@ def _draw_bar(picture: Image.Image, left: int, top: int, height: int, colours: i
 
 def _write(picture: Image.Image, left: int, top: int, text: str, width: int) -> None:
     """A line, as far as there is room; names of files may hold anything."""
-    font, draw = ImageFont.load_default(), ImageDraw.Draw(picture)
+    font = ImageFont.load_default(_LETTERS if features.check("freetype2") else None)
+    draw = ImageDraw.Draw(picture)
     line = "".join(mark if mark.isprintable() else "?" for mark in text[:200]).encode("ascii", "replace").decode()
     while line and draw.textlength(line, font=font) > width:
         line = line[:-1]
