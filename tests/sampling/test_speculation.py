@@ -116,7 +116,8 @@ def test_speculate_is_true_or_false(value: Any, pipeline: Pipeline) -> None:
 def test_drafts_refuse_what_they_would_misread() -> None:
     model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
     decoder, context, numbers = CpuDecoder(model, 1, 8), torch.tensor([[16]]), torch.rand(1, 5)
-    for wrong in ((context.int(), numbers, None), (context, numbers.double(), None), (context, numbers, context)):
+    others = (context.int(), numbers, None), (context, numbers.double(), None), (context, numbers, context)
+    for wrong in (*others, (context, numbers.repeat(2, 1), None)):
         with pytest.raises(ValueError, match=r"^drafts: "):
             decoder.drafts(*wrong, Sampling(), 8)
 

@@ -154,7 +154,9 @@ class CpuDrafts(Drafts):
         assert backend._C is not None
         given = (context, torch.int64, 1), (numbers, torch.float32, 0), (known, torch.int64, 0)
         for tensor, dtype, least in given:
-            if tensor is not None and (tensor.dtype != dtype or tensor.ndim != 2 or tensor.shape[1] < least):
+            if tensor is not None and (
+                tensor.dtype != dtype or tensor.ndim != 2 or len(tensor) != 1 or tensor.shape[1] < least
+            ):
                 raise ValueError(f"drafts: got {tuple(tensor.shape)} {tensor.dtype}; want (1, T) {dtype}")
         if known is not None and known.shape != numbers.shape:
             raise ValueError(f"drafts: known is {tuple(known.shape)}, numbers {tuple(numbers.shape)}; want one shape")
