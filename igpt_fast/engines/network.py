@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
 from igpt_fast import ops
 from igpt_fast.config import ImageGPTConfig
 from igpt_fast.ops.activation import KERNELS
-from igpt_fast.ops.dispatch import LEAST_SCALE, product, widened
+from igpt_fast.ops.dispatch import LEAST_SCALE, observed, product, widened
 
 Kind = TypeVar("Kind", bound=type)
 BIDIRECTIONAL = "attention is bidirectional"  # why no engine runs a network
@@ -209,8 +208,7 @@ def why_not_modules(root: Any, around: bool = True) -> str | None:
     """
     if any(getattr(nn.modules.module, name) for name in _HOOKS_OF_ALL):
         return "there are hooks of all modules"
-    functions = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
-    if torch._C._len_torch_dispatch_stack() or any(type(mode) is not DeviceContext for mode in functions):
+    if observed():
         return "a mode of torch's looks at every operation"
     known: set[type] = set()
     modules: list[Any] = [root]  # not modules(), which takes a millisecond for 24 layers

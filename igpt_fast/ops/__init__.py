@@ -2,8 +2,8 @@
 
 ``reference.py`` defines each of them; ``backend.py`` says which implementation runs. One file here for each kernel file
 of ``csrc/cuda``: ``norm``, ``activation``, ``cross_entropy``, ``causal_attention``, ``attention_decode``, ``gemv``,
-``sample``, ``quantize`` (with ``colour_table``, which it asks); and ``linear``, whose kernel is one of the CPU's alone;
-``dispatch`` is what they share.
+``sample`` (with ``sample_step``, which draws in place), ``quantize`` (with ``colour_table``, which it asks); and
+``linear``, whose kernel is one of the CPU's alone; ``dispatch`` is what they share.
 May use: reference, backend, draws.
 """
 
@@ -15,11 +15,12 @@ from igpt_fast.ops.gemv import gemv
 from igpt_fast.ops.linear import linear
 from igpt_fast.ops.norm import layer_norm, rms_norm
 from igpt_fast.ops.quantize import dequantize, quantize
-from igpt_fast.ops.sample import check_sampling, sample, sample_next, sample_step
+from igpt_fast.ops.sample import check_sampling, sample, sample_next
 from igpt_fast.ops.sample import draw as draw
 from igpt_fast.ops.sample import draw_scored as draw_scored
-from igpt_fast.ops.sample import sample_settings as sample_settings
 from igpt_fast.ops.sample import sampling_numbers as sampling_numbers
+from igpt_fast.ops.sample_step import sample_settings as sample_settings
+from igpt_fast.ops.sample_step import sample_step
 
 __all__ = [
     "ACTIVATIONS",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import _C, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import DeviceContext
 
 from igpt_fast import backend
 from igpt_fast.reference import WITHOUT_FLOAT64 as WITHOUT_FLOAT64
@@ -301,12 +302,21 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def observed() -> bool:
+    """Whether a mode of torch's looks at every operation; that of a default device, ``with torch.device(...)``, looks
+    at those alone that make a tensor and name none."""
+    if _C._len_torch_dispatch_stack():
+        return True
+    functions = torch.overrides._get_current_function_mode_stack() if _C._len_torch_function_stack() else ()
+    return any(type(mode) is not DeviceContext for mode in functions)
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nothing of torch's machinery has to see a call: eager, no mode, no transform, no subclass, no grad.
 
     Skipping the dispatcher saves about 4 microseconds of 6. A meta or fake tensor is not plain.
     """
-    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or observed():
         return False
     if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None:
         return False

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from igpt_fast import reference
 from igpt_fast.backend import OPS, Op
@@ -21,7 +20,6 @@ OPS["sample"] = Op(
     covers_cpu="logits fp32, bf16, fp16; fp32 numbers",
 )
 OPS["sample_next"] = Op(("cuda",), "logits and embeddings fp32, bf16, fp16; 1,024 tokens at most")
-OPS["sample_step"] = Op(("cuda",), "as sample_next; (N, T) tokens and logprobs")
 
 
 def sample(
@@ -147,84 +145,13 @@ def sample_next(
     logits = logits.detach()
     wte, wpe = None if wte is None else wte.detach(), None if wpe is None else wpe.detach()
     tensors = [tensor for tensor in (logits, streams, position, wte, wpe) if tensor is not None]
-    if _covered(logits, wte) and dispatch.use_kernel("sample_next", *tensors):
+    if covered(logits, wte) and dispatch.use_kernel("sample_next", *tensors):
         op = _sample_next if dispatch.is_plain(*tensors) else torch.ops.igpt_fast.sample_next
         # The registry's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
         tokens, embedding = op(logits, signed, streams, position, *sampling_numbers(sampling), wte, wpe)
         return tokens, None if wte is None else embedding
     return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
-
-
-def sample_settings(seed: int, sampling: Sampling, offset: int = 0, first: int = 0) -> Tensor:
-    """What ``sample_step`` reads on its device: (7,) int64, here on the CPU.
-
-    Args:
-        seed: In 0..2^64-1.
-        sampling: How tokens are drawn.
-        offset: The index of a drawn token in its image less its row's ``position``.
-        first: The index of the tokens in column 0.
-
-    Raises:
-        ValueError: A number out of its range.
-    """
-    whole_number("sample_settings: seed", seed, 0, (1 << 64) - 1)
-    for name, value in (("offset", offset), ("first", first)):
-        whole_number(f"sample_settings: {name}", value, -(1 << 31), (1 << 31) - 1)
-    return reference.sample_settings(seed, **vars(sampling), offset=offset, first=first)
-
-
-def sample_step(
-    logits: Tensor,
-    settings: Tensor,
-    streams: Tensor,
-    position: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    embedding: Tensor | None = None,
-    wte: Tensor | None = None,
-    wpe: Tensor | None = None,
-) -> None:
-    """``sample_next`` in place, with log-probabilities: all that a decode step has left to do, in one launch.
-
-    Nothing of it is fixed by a launch but shapes and places: a captured CUDA graph that ends with it draws on when it
-    is replayed, from another seed or by other filters once other ``settings`` stand in their memory. Row i's token has
-    the index ``position[i] + offset`` in its image; it and its log-probability go into column ``index - first`` of
-    ``tokens`` and ``logprobs``, nowhere if there is no such column; 1 is added to ``position[i]``.
-
-    Where launches are dependent ones (``backend.Launching``), the kernel reads ``settings`` and ``streams`` before it
-    waits for the launch before. Where no kernel runs, the host reads ``settings``.
-
-    Args:
-        logits: (N, K), floating point; as for ``sample``.
-        settings: (7,) int64 on the device of ``logits``, as ``sample_settings`` makes them.
-        streams: (N,) int64, contiguous: as for ``sample_next``.
-        position: (N,) int32, contiguous; written.
-        tokens: (N, T) int64, contiguous; written.
-        logprobs: (N, T) float32, contiguous; written: ``log_softmax`` of the logits as they are, before temperature and
-            filters, at the token; NaN where a logit of the row is NaN or infinity, or all are minus infinity.
-        embedding: (N, n_embd) of the dtype of ``wte``, contiguous; written, as ``sample_next`` returns it. It comes
-            with ``wte`` and ``wpe``, or none of them.
-        wte, wpe: As for ``sample_next``.
-
-    Raises:
-        TypeError: Another dtype.
-        ValueError: Shapes that do not fit, tensors that are not contiguous, one of the three without the others, or
-            several devices.
-        BackendUnavailableError: The chosen backend does not serve the device.
-
-    Source: see ``reference.sample_step``.
-    """
-    tensors = logits, settings, streams, position, tokens, logprobs, embedding, wte, wpe
-    _check_step(*tensors)
-    logits, wte, wpe = logits.detach(), *(None if tensor is None else tensor.detach() for tensor in (wte, wpe))
-    arguments = logits, settings, streams, position, tokens, logprobs, embedding, wte, wpe
-    given = [tensor for tensor in arguments if tensor is not None]
-    if _covered(logits, wte) and dispatch.use_kernel("sample_step", *given):
-        run = _sample_step if dispatch.is_plain(*given) else torch.ops.igpt_fast.sample_step
-        run(*arguments)
-    elif not settings.is_meta and not isinstance(settings, FakeTensor):  # else there is nothing to read, nor to write
-        reference.sample_step(*arguments)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
@@ -247,7 +174,7 @@ def _check_next(
     logits: Tensor, seed: int, streams: Tensor, position: Tensor, wte: Tensor | None, wpe: Tensor | None
 ) -> None:
     op = "sample_next"
-    _check_logits(op, logits)
+    check_logits(op, logits)
     whole_number(f"{op}: seed", seed, 0, (1 << 64) - 1)
     for name, tensor, dtype in (("streams", streams, torch.int64), ("position", position, torch.int32)):
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
@@ -263,49 +190,16 @@ def _check_next(
     if (wte is None) != (wpe is None):
         raise ValueError(f"{op}: {'wte' if wte is None else 'wpe'} is None; give both or neither")
     if wte is not None and wpe is not None:
-        _check_tables(op, logits, wte, wpe)
+        check_tables(op, logits, wte, wpe)
 
 
-def _check_step(
-    logits: Tensor,
-    settings: Tensor,
-    streams: Tensor,
-    position: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    embedding: Tensor | None,
-    wte: Tensor | None,
-    wpe: Tensor | None,
-) -> None:
-    op = "sample_step"
-    _check_logits(op, logits)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] != logits.shape[0]:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"{op}: tokens is {got}; want (N, T) with N = {logits.shape[0]}")
-    n = (logits.shape[0],)
-    operands: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {"settings": (settings, torch.int64, (7,))}
-    operands |= {"streams": (streams, torch.int64, n), "position": (position, torch.int32, n)}
-    operands |= {"tokens": (tokens, torch.int64, tokens.shape), "logprobs": (logprobs, torch.float32, tokens.shape)}
-    if len({tensor is None for tensor in (embedding, wte, wpe)}) > 1:
-        raise ValueError(f"{op}: of embedding, wte and wpe some are None; give all or none")
-    if embedding is not None and wte is not None and wpe is not None:
-        _check_tables(op, logits, wte, wpe)
-        operands["embedding"] = embedding, wte.dtype, (*n, wte.shape[1])
-    for name, (tensor, dtype, shape) in operands.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is {type(tensor).__name__}; want a tensor")
-        dispatch.check_operand(op, name, tensor, logits, dtype, shape)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; want a contiguous tensor")
-
-
-def _check_logits(op: str, logits: Tensor) -> None:
+def check_logits(op: str, logits: Tensor) -> None:
     dispatch.check_floating(op, logits=logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; want (N, K) with K >= 1")
 
 
-def _check_tables(op: str, logits: Tensor, wte: Tensor, wpe: Tensor) -> None:
+def check_tables(op: str, logits: Tensor, wte: Tensor, wpe: Tensor) -> None:
     dispatch.check_floating(op, logits=logits, wte=wte, wpe=wpe)
     if wte.dtype != wpe.dtype:
         raise TypeError(f"{op}: wte is {wte.dtype}, wpe {wpe.dtype}; want one dtype")
@@ -315,7 +209,7 @@ def _check_tables(op: str, logits: Tensor, wte: Tensor, wpe: Tensor) -> None:
         raise ValueError(f"{op}: wpe has shape {tuple(wpe.shape)}; want (n_positions, {wte.shape[1]})")
 
 
-def _covered(logits: Tensor, wte: Tensor | None = None) -> bool:
+def covered(logits: Tensor, wte: Tensor | None = None) -> bool:
     """Whether the kernel takes it; the rule is in ``OPS`` in words."""
     known = logits.dtype in dispatch.DTYPES and (wte is None or wte.dtype in dispatch.DTYPES)
     return known and 1 <= logits.shape[1] <= 1024
@@ -341,7 +235,7 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
 
 
-def _launch(
+def launch(
     op: str,
     logits: Tensor,
     tokens: tuple[int, int, int],
@@ -416,7 +310,7 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top
     if dispatch.native_kind(logits) == "cpu":
         return _launch_cpu(logits, uniform, (temperature, top_k, top_p, min_score))[0]
     uniform, tokens = uniform.contiguous(), _fake_sample(logits)
-    _launch("sample", logits, (tokens.data_ptr(), 0, 1), (temperature, top_k, top_p, min_score), uniform.data_ptr())
+    launch("sample", logits, (tokens.data_ptr(), 0, 1), (temperature, top_k, top_p, min_score), uniform.data_ptr())
     return tokens
 
 
@@ -435,7 +329,7 @@ def _sample_next(
     streams, position, tokens = streams.contiguous(), position.contiguous(), _fake_sample(logits)
     wte, wpe = dispatch.dense(wte), dispatch.dense(wpe)
     embedding = _fake_embedding(logits, wte)
-    _launch(
+    launch(
         "sample_next",
         logits,
         (tokens.data_ptr(), 0, 1),
@@ -444,37 +338,12 @@ def _sample_next(
         streams=streams.data_ptr(),
         # The number of rows says whether a position is one row's or all rows'.
         position=(position.data_ptr(), int(1 < position.numel() == len(logits)), False),
-        embedding=_embedding(embedding, wte, wpe),
+        embedding=embedding_of(embedding, wte, wpe),
     )
     return tokens, embedding
 
 
-def _sample_step(
-    logits: Tensor,
-    settings: Tensor,
-    streams: Tensor,
-    position: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    embedding: Tensor | None,
-    wte: Tensor | None,
-    wpe: Tensor | None,
-) -> None:
-    if embedding is not None and embedding.data_ptr() % 16:
-        raise ValueError(f"sample_step: embedding begins at {embedding.data_ptr():#x}; want a multiple of 16 bytes")
-    wte, wpe = dispatch.dense(wte), dispatch.dense(wpe)
-    _launch(
-        "sample_step",
-        logits,
-        (tokens.data_ptr(), logprobs.data_ptr(), tokens.shape[1]),
-        settings=settings.data_ptr(),
-        streams=streams.data_ptr(),
-        position=(position.data_ptr(), 1, True),
-        embedding=_embedding(embedding, wte, wpe),
-    )
-
-
-def _embedding(embedding: Tensor | None, wte: Tensor | None, wpe: Tensor | None) -> tuple[int, ...]:
+def embedding_of(embedding: Tensor | None, wte: Tensor | None, wpe: Tensor | None) -> tuple[int, ...]:
     """As the launcher takes the three."""
     if embedding is None or wte is None or wpe is None or embedding.numel() == 0:
         return (0,) * 6
@@ -489,12 +358,7 @@ def _check_launch(logits: Tensor, uniform: Tensor, *_: Any) -> None:
 def _check_launch_next(logits: Tensor, _seed: int, streams: Tensor, position: Tensor, *others: Any) -> None:
     *_, wte, wpe = others
     _check_next(logits, 0, streams, position, wte, wpe)
-    dispatch.check_covered("sample_next", _covered(logits, wte), logits)
-
-
-def _check_launch_step(logits: Tensor, *others: Any) -> None:
-    _check_step(logits, *others)
-    dispatch.check_covered("sample_step", _covered(logits, others[-2]), logits)
+    dispatch.check_covered("sample_next", covered(logits, wte), logits)
 
 
 def _fake_sample(logits: Tensor, *_: Any) -> Tensor:
@@ -521,11 +385,4 @@ dispatch.register(
     _sample_next,
     _fake_sample_next,
     check=_check_launch_next,
-)
-dispatch.register(
-    "sample_step(Tensor logits, Tensor settings, Tensor streams, Tensor(a!) position, Tensor(b!) tokens, Tensor(c!)"
-    " logprobs, Tensor(d!)? embedding, Tensor? wte, Tensor? wpe) -> ()",
-    _sample_step,
-    lambda *_: None,
-    check=_check_launch_step,
 )

@@ -173,8 +173,8 @@ def test_maps_show_image_and_surprise() -> None:
     capped = int(np.argmax(found.nats[0].numpy() >= math.log(COLOURS)))
     assert (order[: capped - 1] > 0).all()
     assert (order[capped:] == 0).all()
-    assert first.size == (2 * WIDTH * edge + 6 + 6 + 12 + 34, HEIGHT * edge)
-    assert found.maps(scale=1)[0].height == 4 * 14  # room for what is written beside the bar
+    assert first.size == (2 * WIDTH * edge + 6 + 6 + 12 + 42, HEIGHT * edge)
+    assert found.maps(scale=1)[0].height == 4 * 16  # room for what is written beside the bar
     with pytest.raises(ValueError, match="scale is 0"):
         found.maps(scale=0)
 

@@ -125,8 +125,17 @@ def test_drafts_refuse_what_they_would_misread() -> None:
 def test_the_default_device_is_not_asked() -> None:
     model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
     want, context = model.generate(do_sample=True, seed=4), torch.tensor([[16]])
+    numbers = torch.rand(1, 64)
+
+    def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ahead, alone = (decode(model, context, numbers, Sampling(), speculate=speculate) for speculate in (True, False))
+        assert torch.equal(ahead.tokens, alone.tokens)
+        return ahead.tokens, ahead.logprobs, alone.logprobs
+
+    plain = drawn()
     with torch.device("meta"):
         assert torch.equal(model.generate(context, do_sample=True, seed=4), want)
+        assert all(torch.equal(got, wanted) for got, wanted in zip(drawn(), plain, strict=True))
 
 
 def test_it_can_be_interrupted(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
