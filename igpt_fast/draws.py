@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from igpt_fast.checks import finite_number, whole_number
 
@@ -30,14 +31,18 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        checked = vars(self)  # past the frozen attributes
-        checked["temperature"] = finite_number("sample: temperature", self.temperature, 0, sys.float_info.max)
+        put = object.__setattr__  # past the frozen attributes; torch 2.8 compiles no vars()
+        put(self, "temperature", finite_number("sample: temperature", self.temperature, 0, sys.float_info.max))
         if self.top_k is not None:
-            checked["top_k"] = whole_number("sample: top_k", self.top_k, most=(1 << 63) - 1)
+            put(self, "top_k", whole_number("sample: top_k", self.top_k, most=(1 << 63) - 1))
         if self.top_p is not None:
-            checked["top_p"] = finite_number("sample: top_p", self.top_p, 0, 1, without=(0,))
+            put(self, "top_p", finite_number("sample: top_p", self.top_p, 0, 1, without=(0,)))
         if self.min_p is not None:
-            checked["min_p"] = finite_number("sample: min_p", self.min_p, 0, 1)
+            put(self, "min_p", finite_number("sample: min_p", self.min_p, 0, 1))
+
+    def keywords(self) -> dict[str, Any]:
+        """The four, as the ops take them."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
 
 PLAIN = Sampling()  # in proportion to the probabilities

@@ -52,6 +52,7 @@ OTHERS = (
     "tqdm",
     "tyro",
     "scipy",
+    "transformers",
 )
 # A processor's tests meet its newest level alone: the others are those of the processors below it, and no AArch64 is
 # without NEON. None of ours uses SVE, by which torch computes where there is any.

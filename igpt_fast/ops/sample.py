@@ -59,7 +59,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     if _covered_draw(logits, uniform) and dispatch.kernel_kind("sample", logits, uniform) is not None:
         op = _sample if dispatch.is_plain(logits, uniform) else torch.ops.igpt_fast.sample
         return op(logits, uniform, *sampling_numbers(sampling))
-    return reference.sample(logits, uniform, **vars(sampling))
+    return reference.sample(logits, uniform, **sampling.keywords())
 
 
 def draw_scored(
@@ -151,7 +151,7 @@ def sample_next(
         signed = seed - (1 << 64) if seed >> 63 else seed
         tokens, embedding = op(logits, signed, streams, position, *sampling_numbers(sampling), wte, wpe)
         return tokens, None if wte is None else embedding
-    return reference.sample_next(logits, seed, streams, position, **vars(sampling), wte=wte, wpe=wpe)
+    return reference.sample_next(logits, seed, streams, position, **sampling.keywords(), wte=wte, wpe=wpe)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:

@@ -33,7 +33,7 @@ def sample_settings(seed: int, sampling: Sampling, offset: int = 0, first: int =
     whole_number("sample_settings: seed", seed, 0, (1 << 64) - 1)
     for name, value in (("offset", offset), ("first", first)):
         whole_number(f"sample_settings: {name}", value, -(1 << 31), (1 << 31) - 1)
-    return reference.sample_settings(seed, **vars(sampling), offset=offset, first=first)
+    return reference.sample_settings(seed, **sampling.keywords(), offset=offset, first=first)
 
 
 def sample_step(

@@ -80,4 +80,4 @@ class Request:
             more |= {} if self.keep is None else {"rows": self.primer // self.width}
             more |= {} if self.fit == "crop" else {"fit": self.fit}
             more |= {"candidates": self.candidates} if self.candidates > 1 else {}
-        return {**more, **vars(self.sampling), "cfg_scale": self.scale}
+        return {**more, **self.sampling.keywords(), "cfg_scale": self.scale}

@@ -23,7 +23,7 @@ class Setup:
 def recipe(asked: Request, setup: Setup) -> dict[str, str]:
     """``command`` and ``python``, of files ``picture.png`` and ``mask.png`` if there are some."""
     drawn: dict[str, Any] = {"n": len(asked) * asked.n, "seed": asked.seed}
-    drawn |= {name: value for name, value in vars(asked.sampling).items() if value != getattr(PLAIN, name)}
+    drawn |= {name: value for name, value in asked.sampling.keywords().items() if value != getattr(PLAIN, name)}
     drawn |= {"candidates": asked.candidates} if asked.candidates > 1 else {}
     drawn |= {"cfg_scale": asked.scale} if asked.scale != 1.0 else {}
     label = None if asked.labels is None else int(asked.labels[0])
