@@ -282,8 +282,8 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, photo:
     assert "--min-p is" in fails(capsys, 2, "sample", "--min-p", 1.5, *out)
     assert "--cfg-scale is" in fails(capsys, 2, "sample", "--cfg-scale", "nan", *out)
     assert "--cfg-scale has no effect without --label:" in fails(capsys, 2, "sample", "--cfg-scale", 2, *out)
-    assert "--label is given, but the model has no classes" in fails(capsys, 2, "sample", "--label", 0, *out)
-    assert "no classes" in fails(capsys, 2, "complete", photo, "--label", 0, *out)
+    assert "--label 9 is not in 0..8" in fails(capsys, 2, "sample", "--label", 9, *out)
+    assert "did you mean smileys?" in fails(capsys, 2, "complete", photo, "--label", "smilies", *out)
     for option, suffix in (("--tokens", ".npz"), ("--sidecar", ".json")):
         assert suffix in fails(capsys, 2, "sample", option, tmp_path / "a.txt", *out)
     assert "single image" in fails(capsys, 2, "sample", "--out", tmp_path / "00000.png", "--singles", tmp_path)

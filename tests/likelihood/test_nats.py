@@ -87,13 +87,13 @@ def test_with_a_gradient_it_is_the_same_and_has_one(monkeypatch: pytest.MonkeyPa
 
 
 def transformers_nats(model: object, tokens: Tensor) -> Tensor:
-    """What a user of transformers writes."""
+    """What a user of transformers writes; of the colours alone, for the classes have logits there too."""
     import transformers
 
     theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict())).eval()  # type: ignore[attr-defined]
     theirs.load_state_dict(model.state_dict())  # type: ignore[attr-defined]
     sos = torch.full_like(tokens[:, :1], theirs.config.vocab_size - 1)
-    logits = theirs(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
+    logits = theirs(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits[..., : model.config.n_colours]  # type: ignore[attr-defined]
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 

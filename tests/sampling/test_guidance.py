@@ -9,6 +9,8 @@ from igpt_fast import Pipeline, reference
 from igpt_fast.draws import Sampling
 from igpt_fast.engines import choice as decoders
 from igpt_fast.engines.decoder import Decoder
+from igpt_fast.files import BUNDLED
+from igpt_fast.learning.data import load_tokens
 from igpt_fast.sampling import decoding as generation
 from igpt_fast.sampling.decoding import decode
 from igpt_fast.sampling.rules import Guidance, stream_uniforms
@@ -191,9 +193,23 @@ def test_wrong_guidance_of_generate(pipeline: Pipeline, options: dict, message: 
         pipeline.model.generate(**options)
 
 
-def test_the_bundled_model_has_no_classes() -> None:
+def test_a_model_without_classes() -> None:
     with pytest.raises(ValueError, match="no classes"):
-        Pipeline.from_pretrained(device="cpu").sample(1, labels=0)
+        small_pipeline(HEIGHT, WIDTH, COLOURS, 0).sample(1, labels=0)
+
+
+def test_the_bundled_model_draws_what_its_classes_show() -> None:
+    """Of each class, a held-out picture is likelier under it than under the mean of the others."""
+    data = load_tokens(BUNDLED.parent / "emoji16.npz", classes=True)
+    pipeline, labels = Pipeline.from_pretrained(device="cpu"), data.heldout_labels
+    assert list(pipeline.model.config.id2label.values()) == list(data.class_names or ())
+    assert labels is not None
+    for name in ("smileys", "flags"):
+        label = pipeline.model.config.label2id[name]
+        pictures = pipeline.processor.decode(data.heldout_tokens[labels == label][:8])
+        nats = [float(pipeline.score(pictures, labels=k).nats_per_pixel.mean()) for k in range(9)]
+        assert min(nats) == nats[label]
+        assert nats[label] < float(pipeline.score(pictures).nats_per_pixel.mean())
 
 
 def test_decode_refuses_a_guidance_of_another_shape(pipeline: Pipeline) -> None:
