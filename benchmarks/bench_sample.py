@@ -79,7 +79,8 @@ def check(ours: ImageGPTForCausalImageModeling, theirs: Any) -> None:
 def faster(models: dict[str, Any], batch: int) -> str:
     """The dtype in which transformers draws faster in the middle of an image."""
     config = next(iter(models.values())).config
-    context = torch.randint(config.vocab_size - 1, (batch, config.n_positions // 2))
+    colours = config.vocab_size - 1 - getattr(config, "n_classes", 0)
+    context = torch.randint(colours, (batch, config.n_positions // 2))
     seconds = {}
     for dtype, model in models.items():
         theirs_draws(model, context, max_new_tokens=2, do_sample=True, top_k=0)

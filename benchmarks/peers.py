@@ -129,10 +129,14 @@ def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
 
 
 def transformers_nats(model: Any, tokens: Tensor) -> Tensor:
-    """(B, T) nats of (B, T) tokens, as a user of transformers gets them: SOS in front, all logits, torch's loss."""
+    """(B, T) nats of (B, T) tokens, as a user of transformers gets them: SOS in front, all logits, torch's loss over
+    those of the colours."""
     sos = torch.full_like(tokens[:, :1], model.config.vocab_size - 1)
     logits = model(torch.cat([sos, tokens[:, :-1]], dim=1), use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    colours = model.config.vocab_size - 1 - getattr(model.config, "n_classes", 0)
+    return F.cross_entropy(logits[..., :colours].float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(
+        tokens
+    )
 
 
 class ExpertDecoder:
