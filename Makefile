@@ -35,7 +35,8 @@ help:
 	@echo "make bench      install the peers of the benchmarks, and run those of the CPU; writes into benchmarks/results/"
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
-	@echo "make check-arm  the tests of the CPU kernels on AArch64 under qemu (ONLY: these tests); downloads 300 MB into build/arm"
+	@echo "make check-arm  the tests of the CPU kernels on AArch64 under qemu (ONLY: these tests; EVERY=4: every"
+	@echo "                fourth, all take hours); downloads 300 MB into build/arm"
 	@echo "make check-versions  the oldest, the pinned and the newest torch on PYTHONS (Python 3.11 to 3.14, those that are found):"
 	@echo "                build, a picture, a slice of the tests; writes docs/versions.md; downloads gigabytes without TORCH_INDEX"
 	@echo "make wheel      a source distribution and a wheel into dist/, audited, and drawn with where no compiler is"
@@ -97,7 +98,7 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(ALL),--all) $(if $(COMMIT),--commit $(COMMIT))
 
 check-arm: $(VENV)/installed-dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_arm.py $(ONLY)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_arm.py --every $(EVERY) $(ONLY)
 
 check-versions: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_versions.py $(PYTHONS)
