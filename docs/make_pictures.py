@@ -13,8 +13,8 @@ import numpy as np
 from skimage import data
 
 from igpt_fast import Pipeline
-from igpt_fast.image import image_grid
 from igpt_fast.files import BUNDLED
+from igpt_fast.image import image_grid
 from igpt_fast.learning.data import load_tokens
 
 HERE = Path(__file__).parent
