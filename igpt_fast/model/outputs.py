@@ -50,9 +50,9 @@ class ModelOutput(OrderedDict[str, Any]):
         if name not in self.__dataclass_fields__:
             return
         if value is not None:
-            OrderedDict.__setitem__(self, name, value)
+            super().__setitem__(name, value)  # which torch 2.8 compiles, where it does not call OrderedDict's by name
         elif name in self:
-            OrderedDict.__delitem__(self, name)
+            OrderedDict.__delitem__(self, name)  # transformers' class, where it is a base, deletes nothing
 
     def __delitem__(self, key: str) -> None:
         raise TypeError(f"{type(self).__name__}: set {key!r} to None instead of deleting it")
