@@ -37,7 +37,7 @@ def worker(work: str, batch: int, dtype: str, name: str) -> Callable[[], Any]:
 
     model = make_model(name, "float32" if dtype == "float32" else "bfloat16").requires_grad_(work == "train")
     config = model.config
-    tokens = torch.randint(config.vocab_size - 1, (batch, config.n_positions))
+    tokens = torch.randint(config.n_colours, (batch, config.n_positions))
     if work == "draw":
         sos, more = torch.full((batch, 1), config.vocab_size - 1), {"dtype": "int8"} if dtype == "int8" else {}
         return lambda: model.generate(sos, do_sample=True, seed=0, **more)

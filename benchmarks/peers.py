@@ -125,6 +125,8 @@ def transformers_model(model: ImageGPTForCausalImageModeling) -> Any:
     with model.device:
         theirs = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**model.config.to_dict()))
     theirs.load_state_dict(model.state_dict())
+    if model.config.n_classes:  # as the checkpoint's generation_config.json has it: no class is drawn as a pixel
+        theirs.generation_config.suppress_tokens = list(range(model.config.n_colours, model.config.vocab_size - 1))
     return theirs.to(model.dtype).train(model.training)
 
 

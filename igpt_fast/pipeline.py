@@ -384,7 +384,7 @@ class Pipeline:
             raise ValueError(f"fit is {shown(fit)}; want one of {', '.join(FITS)}")
         scale = check_scale("cfg_scale", cfg_scale)
         height, width = self.processor.height, self.processor.width
-        given = torch.zeros((1, 1), dtype=torch.bool).expand(n, height * width)
+        given = torch.zeros((1, 1), dtype=torch.bool, device="cpu").expand(n, height * width)
         if images is not None:
             given = given_pixels(keep, len(images), height, width)
         if candidates > 1 and not bool(following(given).any()):
@@ -395,7 +395,7 @@ class Pipeline:
         if scale != 1.0 and labels is None:
             raise ValueError("cfg_scale has no effect without labels: there is no class to be guided to")
         classes = self.checked_labels(labels, len(given), "n" if images is None else "images")
-        seed = int(torch.randint(0, 1 << 62, ())) if seed is None else check_seed(seed)
+        seed = int(torch.randint(0, 1 << 62, (), device="cpu")) if seed is None else check_seed(seed)
         kept = None  # of a mask
         if not isinstance(keep, np.ndarray | Tensor | list):
             kept = int(keep) if isinstance(keep, Integral) else float(keep)
@@ -441,7 +441,7 @@ class Pipeline:
             raise ValueError(f"labels has {len(each)} entries; want an integer, or one for each of {count} {what}")
         if wrong := [label for label in each if not 0 <= label < n_classes]:
             raise ValueError(f"label {wrong[0]} is not in 0..{n_classes - 1}")
-        return torch.tensor(each, dtype=torch.int64)
+        return torch.tensor(each, dtype=torch.int64, device="cpu")
 
 
 def _as_list(images: Any) -> Sequence[Any]:

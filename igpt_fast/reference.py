@@ -449,7 +449,7 @@ def sample_settings(
     """
     least = 0.0 if temperature < LEAST_TEMPERATURE else min(temperature, MAX_TEMPERATURE)
     numbers = struct.pack("=Q3d", seed, 1.0 if top_p is None else top_p, least, least_score(min_p))
-    return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first])
+    return torch.tensor([*struct.unpack("=4q", numbers), min(top_k or 0, 1 << 30), offset, first], device="cpu")
 
 
 def sample_step(

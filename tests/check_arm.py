@@ -4,12 +4,13 @@
 from the cross compiler, all in build/arm; then pytest under ``qemu-aarch64-static``. What is missing of Debian's
 packages is installed where that is allowed. Tests that start another interpreter are skipped: it would be one of this
 machine's. A file of tests is a process, as many at once as there are processors. Arguments are pytest's, in place of
-the tests below. All of them take hours; ``--every 4`` runs every fourth test of each file (``make check-arm EVERY=4``).
+the tests below. All of them take hours; first, ``--every 4`` runs a fourth of each file (``make check-arm EVERY=4``).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ TESTS = {
         "tests/sampling/test_speculation.py",
         "tests/ops/test_causal_attention_cpu.py",
         "tests/model/test_product.py",
-        *(f"{ENGINES}/{path.name}" for path in sorted((ROOT / ENGINES).glob("test_*.py"))),
+        *(f"{ENGINES}/{path.name}" for path in sorted((ROOT / ENGINES).glob("test_*.py")) if "tiles" not in path.name),
     ),
     "cortex-a76": LEVELS,  # without bf16
     "cortex-a72": LEVELS,  # without dot products
@@ -145,7 +146,7 @@ def emulated(cpu: str, module: Path, *arguments: str) -> bool:
     command = (QEMU, "-cpu", cpu, "-L", TREE, python, __file__, "--inside", module, *arguments)
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=False, text=True, **both)
-    print(f"check-arm: {cpu}, every {' '.join(arguments)}\n{done.stdout}", end="", flush=True)
+    print(f"check-arm: {cpu}, one of {' '.join(arguments)}\n{done.stdout}", end="", flush=True)
     return done.returncode == 0
 
 
@@ -193,8 +194,11 @@ def inside(path: Path, arguments: list[str]) -> int:
 
     class Some:
         @staticmethod
+        @pytest.hookimpl(trylast=True)
         def pytest_collection_modifyitems(items: list[Any]) -> None:
-            items[:] = items[:: int(every)]
+            """Part of what -k and -m leave, not in step with how parameters alternate."""
+            count = -(-len(items) // int(every))
+            items[:] = [items[i] for i in sorted(random.Random(0).sample(range(len(items)), count))]
 
     return int(pytest.main(["-p", "no:cacheprovider", "--durations=5", *arguments], plugins=[Some()]))
 

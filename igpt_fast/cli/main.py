@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*(word for word in args[1:] if word != "help"), "--help"]
     if args[:1] in ([word] for word in QUIET) and len(args) > 1:
-        args = [*args[1:], args[0]]
+        args = [*args[1:], args[0]] if args[1] in COMMANDS else args[1:]
     name = args[0] if args and args[0] in COMMANDS else ""
     try:
         if args in (["-V"], ["--version"]):

@@ -214,7 +214,8 @@ def fit_clusters(
     colours = np.flatnonzero(counts)
     if len(colours) < wanted:
         most = len(colours) + len(pins)
-        raise ValueError(f"fit_clusters: the images have {most} colours; want no more clusters (-k), not {n_clusters}")
+        found = f"with the pinned ones there are {most} colours"
+        raise ValueError(f"fit_clusters: {found}; want no more clusters (-k), not {n_clusters}")
     try:
         from sklearn.cluster import MiniBatchKMeans
         from threadpoolctl import threadpool_limits

@@ -12,7 +12,7 @@ REDUCE_OVERHEAD = "reduce-overhead"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run; the defaults are those of the bundled model.
+    """A training run; the defaults are those of the bundled model's first part.
 
     Args:
         n_layer: Transformer blocks.

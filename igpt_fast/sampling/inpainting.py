@@ -57,7 +57,7 @@ def given_pixels(keep: Any, count: int, height: int, width: int) -> Tensor:
         ValueError: A value out of its range, or a mask of another shape or one that leaves nothing to draw.
     """
     if not isinstance(keep, np.ndarray | Tensor | list):
-        return (torch.arange(height * width) < kept_rows(keep, height) * width).expand(count, -1)
+        return (torch.arange(height * width, device="cpu") < kept_rows(keep, height) * width).expand(count, -1)
     mask = keep.cpu() if isinstance(keep, Tensor) else torch.from_numpy(np.array(keep))
     if mask.dtype != torch.bool:
         raise TypeError(f"keep is an array of {mask.dtype}; want a mask of bool, true where a pixel is given")
@@ -77,7 +77,7 @@ def primer_lengths(given: Tensor) -> Tensor:
 
 def following(given: Tensor) -> Tensor:
     """(N, T) bool: the given pixels behind the first that is drawn."""
-    return given & (torch.arange(given.shape[1]) >= primer_lengths(given)[:, None])
+    return given & (torch.arange(given.shape[1], device=given.device) >= primer_lengths(given)[:, None])
 
 
 def resample(logweights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

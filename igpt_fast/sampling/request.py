@@ -65,11 +65,11 @@ class Request:
     @cached_property
     def streams(self) -> Tensor:
         """(M n,) int64: the random stream of each image."""
-        numbers = torch.arange(self.first, self.first + len(self))
+        numbers = torch.arange(self.first, self.first + len(self), device="cpu")
         if self.images is None:
             return numbers
         # From 1 on: completion j of the first image is not drawn with the numbers of sample j.
-        return ((numbers[:, None] + 1 << 32) + torch.arange(self.n)).flatten()
+        return ((numbers[:, None] + 1 << 32) + torch.arange(self.n, device="cpu")).flatten()
 
     def described(self) -> dict[str, Any]:
         """What was asked for, as plain values; of samples but for their number."""

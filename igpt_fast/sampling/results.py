@@ -175,7 +175,7 @@ class Generation:
     def _partly(self, tokens: Tensor, drawn: int, known: Tensor | None = None) -> Image.Image:
         """The image of (T,) tokens, light grey from pixel ``drawn`` on, but where it is known."""
         pixels = np.array(self.processor.decode(tokens[None])[0])
-        hidden = torch.arange(len(tokens)) >= drawn
+        hidden = torch.arange(len(tokens), device="cpu") >= drawn
         pixels.reshape(-1, 3)[(hidden if known is None else hidden & ~known).numpy()] = 224
         return Image.fromarray(pixels)
 

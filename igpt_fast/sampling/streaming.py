@@ -73,7 +73,7 @@ class Stream:
         progress: Progress | None = None,
     ) -> None:
         self._model, self._processor, self._request = model, processor, request
-        known = torch.full((1, 1), -1).expand(len(request), request.height * request.width)
+        known = torch.full((1, 1), -1, device="cpu").expand(len(request), request.height * request.width)
         if request.images is not None:
             self._inputs, self._originals = _read(request, processor)
             known = self._originals.masked_fill(~request.given, -1)
@@ -137,7 +137,7 @@ class Stream:
 
     def _generation(self, drawn: Pictures) -> Generation:
         request, tokens, logprobs = self._request, drawn.tokens, drawn.logprobs
-        each = torch.arange(len(tokens)) // request.n
+        each = torch.arange(len(tokens), device="cpu") // request.n
         labels = None if request.labels is None else request.labels[each]
         generation = Generation(tokens, logprobs, self._processor, request.seed, self._settings(), labels=labels)
         generation.guessed = self._run.guessed
@@ -195,7 +195,7 @@ class _Run:
         self._done, self.total = 0, self.batches.count * self._decoded
         self._candidates: tuple[Tensor, Tensor] | None = None  # of images that have not all of theirs
         # What stands before the first pixel: behind the colours stand the classes, behind these SOS.
-        sos = torch.full((1,), model.config.sos_token_id).expand(len(known))
+        sos = torch.full((1,), model.config.sos_token_id, device="cpu").expand(len(known))
         self._begins = sos if request.labels is None else request.labels + model.config.n_colours
 
     def events(self) -> Iterator[RowEvent]:
@@ -205,7 +205,7 @@ class _Run:
     def _batch(self, start: int, stop: int, together: int) -> Iterator[RowEvent]:
         """Draws sequences start .. stop - 1, of which ``together`` that follow each other have one primer."""
         request, device, width = self._request, self._model.device, self._request.width
-        sequence = torch.arange(start, stop)
+        sequence = torch.arange(start, stop, device="cpu")
         image, candidate = sequence // request.candidates, sequence % request.candidates
         source = image // request.n
         tokens, first = self._known[source], request.primer
@@ -239,10 +239,10 @@ class _Run:
         if drawn.steps:
             self.guessed = self.guessed[0] + drawn.steps, self.guessed[1] + self._decoded
         tokens[:, first:] = drawn.tokens.cpu()
-        before = torch.full((len(tokens), first), torch.nan, dtype=torch.float32)
+        before = torch.full((len(tokens), first), torch.nan, dtype=torch.float32, device="cpu")
         logprobs = torch.cat([before, drawn.logprobs.cpu()], dim=1)
         if request.candidates == 1:
-            self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens), dtype=torch.float32)))
+            self.finished.append(Pictures(tokens, logprobs, torch.ones(len(tokens), dtype=torch.float32, device="cpu")))
         else:
             yield from self._choose(stop, tokens, logprobs)
 
@@ -258,13 +258,13 @@ class _Run:
         if count == 0:
             self._candidates = rest
             return
-        image = torch.arange(first, last)
+        image = torch.arange(first, last, device="cpu")
         follows = following(request.given[image // request.n]).repeat_interleave(m, dim=0)
         weights = logprobs[:count].double().masked_fill(~follows, 0.0).sum(dim=1).view(-1, m)
         # Of an image's own stream, the number behind those of its pixels.
         numbers = stream_uniforms(request.seed, request.streams[image], tokens.shape[1], 1, torch.device("cpu"))
         taken, sizes = resample(weights, numbers[:, 0])
-        taken = torch.arange(len(image)) * m + taken
+        taken = torch.arange(len(image), device="cpu") * m + taken
         chosen = Pictures(tokens[taken], logprobs[taken], sizes)
         events = list(self._rows(first, chosen.tokens, 0, tokens.shape[1] // request.width))
         # Only now: where memory does not suffice for any of it, the batch is drawn again.

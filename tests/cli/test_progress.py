@@ -48,6 +48,8 @@ def test_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["images"] == 1
     assert cli.main(["-q", "sample", "-n", "1", "--out", str(tmp_path / "c.png")]) == 0
     assert capsys.readouterr() == ("", "")
+    assert cli.main(["-q", "-V"]) == 0
+    assert capsys.readouterr().out.startswith("igpt_fast ")
     assert cli.main(["-q"]) == 2
     assert "there is no command -q" in capsys.readouterr().err
 

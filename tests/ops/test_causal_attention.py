@@ -206,9 +206,11 @@ def test_the_unmasked_path_is_torch_s_causal_one(monkeypatch: pytest.MonkeyPatch
     assert calls == [(True, False), (False, False), (False, True)]
 
 
-@pytest.mark.parametrize(("dtype", "called"), [(torch.bfloat16, 0), (torch.float32, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "called"), [(torch.bfloat16, False, 0), (torch.float32, True, 0), (torch.float32, False, 3)]
+)
 def test_where_torch_s_overruns_its_results_the_definition_takes_its_place(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, called: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool, called: int
 ) -> None:
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
@@ -220,8 +222,9 @@ def test_where_torch_s_overruns_its_results_the_definition_takes_its_place(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(sys.modules["igpt_fast.ops.causal_attention"], "_TORCH_OVERRUNS", True)
     tensors = [x.to(dtype) for x in make()]
-    with backend.use_backend("reference"):
+    with backend.use_backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ops.causal_attention(*tensors)
+        ops.causal_attention(*tensors, key_mask=(torch.arange(5) > 0).expand(3, 5))
         ops.full_attention(*tensors)
     assert len(calls) == called
 

@@ -122,6 +122,22 @@ def test_drafts_refuse_what_they_would_misread() -> None:
             decoder.drafts(*wrong, Sampling(), 8)
 
 
+def test_the_default_device_is_not_asked_for_what_stands_on_the_cpu(pipeline: Pipeline) -> None:
+    def drawn() -> list[torch.Tensor]:
+        completed = pipeline.complete(pictures, keep=mask, n=2, candidates=2, seed=3)
+        return [
+            pipeline.sample(2, seed=2, labels=1, cfg_scale=2.0).tokens,
+            completed.tokens,
+            completed.logprobs.nan_to_num(),
+        ]
+
+    pictures, mask = pipeline.sample(2, seed=1).images, np.arange(256).reshape(16, 16) % 7 > 0
+    want = drawn()
+    with torch.device("meta"):
+        found = drawn()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_the_default_device_is_not_asked() -> None:
     model = small(n_positions=64, n_embd=32, n_head=1, spread=0.02)
     want, context = model.generate(do_sample=True, seed=4), torch.tensor([[16]])
