@@ -125,11 +125,8 @@ def test_drafts_refuse_what_they_would_misread() -> None:
 def test_the_default_device_is_not_asked_for_what_stands_on_the_cpu(pipeline: Pipeline) -> None:
     def drawn() -> list[torch.Tensor]:
         completed = pipeline.complete(pictures, keep=mask, n=2, candidates=2, seed=3)
-        return [
-            pipeline.sample(2, seed=2, labels=1, cfg_scale=2.0).tokens,
-            completed.tokens,
-            completed.logprobs.nan_to_num(),
-        ]
+        sampled = pipeline.sample(2, seed=2, labels=1, cfg_scale=2.0)
+        return [sampled.tokens, completed.tokens, completed.logprobs.nan_to_num()]
 
     pictures, mask = pipeline.sample(2, seed=1).images, np.arange(256).reshape(16, 16) % 7 > 0
     want = drawn()
