@@ -94,7 +94,7 @@ def faster(models: dict[str, Any], batch: int) -> str:
 def candidates(
     models: dict[str, Any], theirs: dict[str, Any], batch: int, turns: int
 ) -> dict[tuple[str, str], Callable[[], Any]]:
-    """What draws ``batch`` images, by dtype and name; this package as many times as there are turns, other ones each."""
+    """What draws ``batch`` images, by dtype and name; this package once a turn, other ones each time."""
     config = models["float32"].config
     context = torch.full((batch, 1), config.vocab_size - 1)
     best = faster(theirs, batch)
