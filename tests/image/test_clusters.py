@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -245,10 +246,11 @@ def test_fitting_to_many_pixels_takes_no_copy_of_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(clusters_module, "_SAMPLE", 10_000)
     pixels = np.tile(blobs(), (300, 1))
     fit_clusters(pixels[:1000], 2)  # loads scikit-learn
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
+    tracemalloc.start()
     fit_clusters(pixels, 2)
-    assert peak_memory() - before < len(pixels) * 9
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * (1 << 24) + pixels.nbytes  # how often each colour occurs, and what is small
 
 
 @pytest.mark.parametrize(
