@@ -36,7 +36,7 @@ help:
 	@echo "make gpu-check  what needs a GPU, with what PYTHON has installed (ONLY=sampling,training: these parts; ALL=1: also"
 	@echo "                what is unchanged since it passed); writes benchmarks/results/gpu_check.json"
 	@echo "make check-arm  the tests of the CPU kernels on AArch64 under qemu (ONLY: these tests; EVERY=4: every"
-	@echo "                fourth, all take hours); downloads 300 MB into build/arm"
+	@echo "                fourth, all take half an hour or more); downloads 300 MB into build/arm"
 	@echo "make check-versions  the oldest, the pinned and the newest torch on PYTHONS (Python 3.11 to 3.14, those that are found):"
 	@echo "                build, a picture, a slice of the tests; writes docs/versions.md; downloads gigabytes without TORCH_INDEX"
 	@echo "make wheel      a source distribution and a wheel into dist/, audited, and drawn with where no compiler is"

@@ -4,7 +4,8 @@
 from the cross compiler, all in build/arm; then pytest under ``qemu-aarch64-static``. What is missing of Debian's
 packages is installed where that is allowed. Tests that start another interpreter are skipped: it would be one of this
 machine's. A file of tests is a process, as many at once as there are processors. Arguments are pytest's, in place of
-the tests below. All of them take hours; first, ``--every 4`` runs a fourth of each file (``make check-arm EVERY=4``).
+the tests below. All of them take half an hour or more; first, ``--every 4`` runs a fourth of each file (``make
+check-arm EVERY=4``).
 """
 
 from __future__ import annotations
