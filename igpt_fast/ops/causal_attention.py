@@ -29,8 +29,8 @@ OPS["causal_attention"] = Op(
     covers_cpu="fp32 from 128 queries on, bf16 from 32 on, by tiles from 1 on; head_dim 32, 64, 96, 128; scale 2^-126 "
     "or above; no dropout, weights or upcast",
     least_queries_cpu=LEAST_QUERIES,
-    otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast or "
-    "another scale",
+    otherwise="torch scaled_dot_product_attention; the written-out softmax with output_attentions, upcast, "
+    "another scale, or bf16 on AArch64 by torch 2.8, whose own writes past its results",
 )
 OPS["causal_attention_packed"] = Op(
     native=("cpu", "cuda"),
@@ -43,7 +43,7 @@ OPS["causal_attention_packed"] = Op(
 # No kernel: those of causal attention gain by the half that they leave out, and here is nothing to leave out.
 OPS["full_attention"] = Op(
     otherwise="torch scaled_dot_product_attention, forward and backward, in bidirectional models (BERT); the "
-    "written-out softmax with output_attentions, upcast or another scale",
+    "written-out softmax with output_attentions, upcast, another scale, or bf16 on AArch64 by torch 2.8",
 )
 
 
